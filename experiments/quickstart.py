@@ -1,0 +1,303 @@
+"""From nothing to a better language model in under ten minutes on two CPU cores.
+
+    python experiments/quickstart.py --out runs/quickstart --seed 0
+
+A base language model of the built-in text world is trained, and from it two models: an AI labeler, trained on the
+transcripts of simulated people and then frozen, and a supervised policy that imitates a mediocre writer. The labeler
+compares pairs of the policy's answers in both orders; a reward model learns its soft labels; PPO improves the policy;
+held-out towns, with the world's exact gold score, tell by how much. Nothing but the last step knows the gold score.
+
+Expected (seeds 0, 1, 2): see experiments/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlaif_jax.algorithms.fit import fit_language_model, fit_reward_model
+from rlaif_jax.algorithms.ppo import reference_logprobs
+from rlaif_jax.checkpoint import load_params, save_params
+from rlaif_jax.config import (
+    OptimizerConfig,
+    PPOConfig,
+    SamplingConfig,
+    TrainConfig,
+    small_decoder,
+)
+from rlaif_jax.data.prompts import TfdsRecords, prompt_batches
+from rlaif_jax.data.text import Segments, pair_arrays, text_arrays
+from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.world import corpus, dialogue, gold, scene_from_json, summarisation, templates
+from rlaif_jax.data.world.builder import load_world
+from rlaif_jax.data.world.tasks import Task
+from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
+from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
+from rlaif_jax.feedback.judge import LanguageModelJudge
+from rlaif_jax.feedback.sources import RewardModelSource
+from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.models import LanguageModel, ScalarModel
+from rlaif_jax.parallel import make_runner
+from rlaif_jax.rewards.shaping import fit_normaliser
+from rlaif_jax.rollout import answer_texts, make_generator, to_prompts
+from rlaif_jax.run import Run, StopRequested, command_line
+from rlaif_jax.train import train
+from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, step_key
+
+PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 96
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """A supervised stage: `updates` steps of AdamW on batches of `batch_size` out of `examples`."""
+
+    updates: int
+    examples: int
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20,
+                               b2=0.98, eps=1e-8)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig:
+    """All settings of the quickstart.
+
+    task: which of the world's tasks; resume: go on with the run in `out` where it stopped; pair_prompts: prompts
+    whose answers the judge compares, two pairs each; eval_prompts: held-out prompts of the final evaluation.
+    """
+
+    seed: int = 0
+    out: Path = Path("runs/quickstart")
+    resume: bool = False
+    task: Literal["summarisation", "dialogue"] = "summarisation"
+    num_layers: int = 3
+    width: int = 96
+    num_heads: int = 6
+    base: StageConfig = StageConfig(updates=600, examples=20_000)
+    labeler: StageConfig = StageConfig(updates=900, examples=30_000, learning_rate=2e-3)
+    sft: StageConfig = StageConfig(updates=200, examples=10_000, learning_rate=1e-3)
+    reward_model: StageConfig = StageConfig(updates=150, examples=4_000, learning_rate=1e-3)
+    principle: templates.Principle = "<overall>"
+    pair_prompts: int = 2_000
+    eval_prompts: int = 512
+    train: TrainConfig = TrainConfig(
+        steps=60, prompts_per_step=128, prompt_length=PROMPT_LENGTH, sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH),
+        ppo=PPOConfig(num_epochs=2, num_minibatches=2, kl_coef=0.03, value_coef=1.0, missing_eos="penalty",
+                      policy_optimizer=OptimizerConfig(learning_rate=3e-4), value_optimizer=OptimizerConfig(learning_rate=1e-3)),
+        eval_every=20, save_every=20)
+
+
+def get_config() -> QuickstartConfig:
+    """The default settings."""
+    return QuickstartConfig()
+
+
+def stage(run: Run, name: str, template: Params, make: Callable[[], Params]) -> Params:
+    """The parameters of a finished stage from the run's folder, or made now and kept there."""
+    folder = run.folder / "checkpoints" / f"stage_{name}"
+    if run.resuming and folder.exists():
+        return load_params(folder, template)
+    params = make()
+    if run.stop_requested:
+        raise StopRequested
+    save_params(folder, params)
+    run.report()
+    return params
+
+
+def labeler_examples(rng: np.random.Generator, task: Task, principle: templates.Principle, count: int) -> list[Segments]:
+    """Judging transcripts of simulated people on training towns; a verdict weighs as much as several words."""
+    mix = corpus.LabelerMix(principles=(principle,), pairwise_reasoning=0.0, score_reasoning=0.0, revision=0.0, pairwise=0.7,
+                            score=0.2, value_questions=0.0, yes_no_questions=0.1)
+    return [segments(t) for t in corpus.labeler_corpus(rng, count, tasks=(task,), mix=mix)]
+
+
+def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
+    """A transcript's words with their weights: targets 1, all else `context`."""
+    targets = set(transcript.targets)
+    return [(word, 1.0 if i in targets else context) for i, word in enumerate(transcript.text.split())]
+
+
+def main(config: QuickstartConfig) -> None:
+    task = {"summarisation": summarisation.TASK, "dialogue": dialogue.TASK}[config.task]
+    with (Run(config.out, "quickstart", dataclasses.replace(config, resume=False), seed=config.seed, resume=config.resume) as run,
+          MetricsWriter(config.out) as writer):
+        quickstart(config, task, run, writer)
+
+
+def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWriter) -> None:
+    seed = config.seed
+    rng = np.random.default_rng(seed)
+    runner = make_runner(config.train.parallel)
+    tokenizer = WordTokenizer(VOCABULARY[len(SPECIALS):])
+    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=config.num_layers, width=config.width,
+                                        num_heads=config.num_heads, context_length=128))
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    training = TfdsRecords(load_world(task, "train", size=config.sft.examples), f"brindlemoor/{task.name}/train", None)
+    held_out = TfdsRecords(load_world(task, "test_entities", size=config.sft.examples),
+                           f"brindlemoor/{task.name}/test_entities", None)
+    judge_prompt: dict[str, Any] = dict(
+        pairwise_prompt=partial(templates.pairwise_prompt, config.principle),
+        score_prompt=partial(templates.score_prompt, config.principle),
+        verdicts=templates.VERDICTS, scale=tuple((s, float(i)) for i, s in enumerate(templates.SCORES, 1)),
+        max_length=TRANSCRIPT_LENGTH)
+
+    def supervised(name: str, start: Params, examples: Sequence[Segments], length: int, settings: StageConfig,
+                   end_weight: float = 1.0) -> Params:
+        arrays = text_arrays(tokenizer, examples, length=length, end_weight=end_weight)
+        with writer.stage(name, settings.updates) as log:
+            run.settled()
+            return fit_language_model(model, start, arrays, settings.updates, settings.batch_size, settings.optimizer, seed,
+                                      runner=runner, log=log.write, stop=run.stopped)
+
+    # ---- A language model of the world
+    base = stage(run, "lm", template, lambda: supervised(
+        "lm", model.init(step_key(seed, 0, INIT)),
+        [segments(t, 0.1) for t in corpus.base_corpus(rng, config.base.examples, tasks=(task,))],
+        TRANSCRIPT_LENGTH, config.base))
+
+    # ---- The AI labeler: trained on simulated people's transcripts, then frozen before any policy exists
+    labeler = stage(run, "labeler", template, lambda: supervised(
+        "labeler", base, labeler_examples(rng, task, config.principle, config.labeler.examples),
+        TRANSCRIPT_LENGTH, config.labeler, end_weight=0.0))
+    judge = LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt)
+    frozen_hash = judge.hash
+
+    # ---- The supervised policy
+    sft = stage(run, "sft", template, lambda: supervised(
+        "sft", base, [[(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))],
+        PROMPT_LENGTH + ANSWER_LENGTH, config.sft))
+
+    # ---- AI feedback on its answers, and a reward model of it
+    reward_model = ScalarModel(model.config, "normal")
+    pairs_path = run.folder / "feedback.npz"
+    if not (run.resuming and pairs_path.exists()):
+        pairs, labels = compare_answers(config, judge, model, sft, tokenizer, runner, training)
+        np.savez(pairs_path, **pairs)
+        run.metrics |= labels
+    pairs = dict(np.load(pairs_path))
+    held = len(pairs["weight"]) // 10
+    fresh = reward_model.init(step_key(seed, 1, INIT), trunk=labeler["trunk"])
+
+    def fit_rewards() -> Params:
+        with writer.stage("reward_model", config.reward_model.updates) as log:
+            return fit_reward_model(reward_model, fresh, {k: v[held:] for k, v in pairs.items()}, config.reward_model.updates,
+                                    config.reward_model.batch_size, config.reward_model.optimizer, seed, runner=runner,
+                                    log=log.write, stop=run.stopped)
+
+    rewards = stage(run, "reward_model", fresh, fit_rewards)
+    source = RewardModelSource(reward_model, rewards, runner)
+
+    # ---- PPO
+    eval_sampling = config.train.sampling
+    generator = make_generator(runner, model, tokenizer, eval_sampling)
+    prompts = next(prompt_batches(held_out, tokenizer, batch_size=config.eval_prompts, seed=seed, prompt_length=PROMPT_LENGTH,
+                                  shuffle=False))
+    scenes = [scene_from_json(record["scene"]) for record in prompts.records]
+
+    def answers_of(params: Params) -> tuple[Any, list[str], np.ndarray]:
+        rollout = generator((params, step_key(seed, 0, EVALUATION)), to_prompts(prompts))
+        texts = answer_texts(rollout, tokenizer)
+        return rollout, texts, gold.gold_scores(task, scenes, texts)
+
+    def evaluate(params: Params, step: int) -> dict[str, float]:
+        rollout, texts, scores = answers_of(params)
+        for i in range(4):
+            run.sample(step=step, stage="rl", index=i, prompt=prompts.records[i]["prompt"], response=texts[i],
+                       gold=float(scores[i]), reward=None)
+        return {"gold": float(scores.mean()), "eval_length": float(rollout.response_mask.sum(-1).mean())}
+
+    before, before_texts, before_gold = answers_of(sft)
+    records = [record for record in prompts.records]
+    before_reward = np.asarray(source(records, before_texts, before).values)
+    normaliser = fit_normaliser(jnp.asarray(before_reward), jnp.ones(len(before_reward), bool))
+    stream = prompt_batches(training, tokenizer, batch_size=config.train.prompts_per_step, seed=seed, prompt_length=PROMPT_LENGTH)
+    critic = ScalarModel(model.config, "zero")
+    policy = train(config.train, run, writer, tokenizer=tokenizer, policy=model, policy_params=sft, critic=critic,
+                   value_params=critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"]), prompts=stream, feedback=source,
+                   normaliser=normaliser, evaluate=evaluate)
+    if run.stop_requested:
+        raise StopRequested
+
+    # ---- What it was worth, by the gold score that nobody has seen
+    after, after_texts, after_gold = answers_of(policy)
+    after_reward = np.asarray(source(records, after_texts, after).values)
+    won = win_rate_ci(after_gold, before_gold, seed=seed)
+    lengths = [np.asarray(r.response_mask.sum(-1), np.float64) for r in (before, after)]
+    controlled = length_controlled_win_rate((after_gold > before_gold) + 0.5 * (after_gold == before_gold),
+                                            lengths[1] - lengths[0], seed=seed)
+    texts_of = [record["prompt"] for record in records]
+    verdict = judge.compare(texts_of, after_texts, before_texts)
+    decided = verdict.valid & (after_gold != before_gold)
+    kl = jax.jit(partial(reference_logprobs, model, temperature=eval_sampling.temperature))
+    divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
+    run.check("labeler_weights_unchanged", LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt).hash == frozen_hash)
+    for name, texts, scores, values in (("before", before_texts, before_gold, before_reward),
+                                        ("after", after_texts, after_gold, after_reward)):
+        for i in range(24):
+            run.sample(step=0 if name == "before" else config.train.steps, stage=name, index=i, prompt=texts_of[i],
+                       response=texts[i], gold=float(scores[i]), reward=float(values[i]))
+    run.metrics |= {
+        "win_rate_gold": won.value, "win_rate_gold_ci95": [won.low, won.high],
+        "win_rate_gold_length_controlled": controlled.value,
+        "win_rate_gold_length_controlled_ci95": [controlled.low, controlled.high],
+        "gold_sft": float(before_gold.mean()), "gold_ppo": float(after_gold.mean()),
+        "judge_agreement_final": agreement((verdict.probability > 0.5)[decided], (after_gold > before_gold)[decided]),
+        "judge_win_rate": float(verdict.probability[verdict.valid].mean()),
+        "rm_accuracy": reward_accuracy(source, {k: v[:held] for k, v in pairs.items()}),
+        "kl": float(divergence), "length_sft": float(lengths[0].mean()), "length_ppo": float(lengths[1].mean()),
+        "labeler_sha256": frozen_hash, "wall_s": round(run.wall_s, 1)}
+    print(f"gold {before_gold.mean():.3f} -> {after_gold.mean():.3f}, win rate {won.value:.3f} "
+          f"[{won.low:.3f}, {won.high:.3f}]; {config.out / 'report.html'}")
+
+
+def compare_answers(config: QuickstartConfig, judge: LanguageModelJudge, model: LanguageModel, policy: Params,
+                    tokenizer: WordTokenizer, runner: Any, training: TfdsRecords) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The judge's soft labels on pairs of the policy's answers, and how good they are by the gold score (for the report
+    only: the labels are what the reward model sees)."""
+    task = {"summarisation": summarisation.TASK, "dialogue": dialogue.TASK}[config.task]
+    size = 200
+    generator = make_generator(runner, model, tokenizer, config.train.sampling, answers=4)
+    stream = prompt_batches(training, tokenizer, batch_size=size, seed=config.seed, prompt_length=PROMPT_LENGTH)
+    records: list[Any] = []
+    texts: list[str] = []
+    for step in range(config.pair_prompts // size):
+        batch = next(stream)
+        texts += answer_texts(generator((policy, step_key(config.seed, step, FEEDBACK)), to_prompts(batch)), tokenizer)
+        records += [record for record in batch.records for _ in range(2)]
+    first, second, prompts = texts[0::2], texts[1::2], [record["prompt"] for record in records]
+    verdict = judge.compare(prompts, first, second)
+    scenes = [scene_from_json(record["scene"]) for record in records]
+    better = gold.gold_scores(task, scenes, first) - gold.gold_scores(task, scenes, second)
+    decided = verdict.valid & (better != 0)
+    same = np.array([a == b for a, b in zip(first, second)])
+    labels = {"judge_agreement": agreement((verdict.probability > 0.5)[decided], (better > 0)[decided]),
+              "same_position_rate": same_position_rate(verdict.forward[verdict.valid & ~same], verdict.swapped[verdict.valid & ~same]),
+              "judge_missing": float((~verdict.valid).mean())}
+    return pair_arrays(tokenizer, prompts, first, second, verdict.probability, verdict.valid & ~same,
+                       length=PROMPT_LENGTH + ANSWER_LENGTH + 1), labels
+
+
+def reward_accuracy(source: RewardModelSource, pairs: dict[str, np.ndarray]) -> float:
+    """Share of held-out pairs that the reward model orders as the judge does."""
+    from rlaif_jax.feedback.sources import score_sequences
+
+    score = jax.jit(lambda tokens, mask: score_sequences(source.model, source.params, (tokens, mask)))
+    kept = pairs["weight"] > 0
+    first, second = (np.asarray(score(pairs[f"tokens{i}"], pairs[f"mask{i}"])) for i in (1, 2))
+    return agreement((first > second)[kept], (pairs["probability"] > 0.5)[kept])
+
+
+if __name__ == "__main__":
+    command_line(main, get_config(), __doc__)

@@ -1,0 +1,1 @@
+"""Reinforcement learning from AI feedback on language models, in JAX."""

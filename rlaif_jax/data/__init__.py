@@ -1,0 +1,1 @@
+"""Prompts, preference pairs, tokenizers and the synthetic world: the host side of the flow."""

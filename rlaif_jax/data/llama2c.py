@@ -1,0 +1,194 @@
+"""The tokenizer of karpathy/llama2.c (`tok*.bin`), as its `run.c` encodes and decodes."""
+
+from __future__ import annotations
+
+import heapq
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers as hf
+
+from rlaif_jax.config import UserError
+from rlaif_jax.data.tokenizer_files import (
+    PathLike,
+    bos_prefix,
+    byte_name,
+    hash_vocabulary,
+    not_one_token,
+    own_place,
+    read_bytes,
+    write_file,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Llama2cTokenizer:
+    """The `tok512.bin` of karpathy/llama2.c, encoded and decoded as its `run.c` does.
+
+    Ids: 0 `<unk>` (used for padding: the format has no padding token), 1 BOS, 2 EOS, 3-258 the single bytes,
+    then pieces. The TinyStories models were trained on texts that each begin with BOS and never saw EOS:
+    their stop token is BOS (1), as in `run.c`.
+
+    `encode` puts a space first, as SentencePiece does; `decode` takes it away at the start and after a BOS.
+    (`run.c` prints piece by piece, so only after a BOS; here `decode(encode(x)) == x` with and without one.)
+
+    Attributes:
+        pieces: each token's bytes, by id.
+        scores: each token's score, by id; of two possible merges the one of higher score comes first.
+        max_token_length: the header of the file, in bytes; kept so that `save` writes the same file.
+    """
+
+    pieces: tuple[bytes, ...]
+    scores: tuple[float, ...]
+    max_token_length: int
+
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+
+    @classmethod
+    def read(cls, path: PathLike) -> Llama2cTokenizer:
+        """Read the file: int32 `max_token_length`, then a float32 score, int32 length and bytes a token.
+
+        All little-endian. The vocabulary is what the file holds; it has no count of its own.
+        """
+        data = read_bytes(Path(path))
+        if len(data) < 4:
+            raise UserError(f"{path} is not a llama2.c tokenizer: {len(data)} bytes are too few for its header")
+        (longest,) = struct.unpack_from("<i", data)
+        pieces: list[bytes] = []
+        scores: list[float] = []
+        offset = 4
+        while offset < len(data):
+            if offset + 8 > len(data):
+                raise UserError(f"{path} is truncated: it ends within the header of token {len(pieces)}")
+            score, length = struct.unpack_from("<fi", data, offset)
+            offset += 8
+            if not 0 <= length <= longest:
+                raise UserError(
+                    f"{path} is not a llama2.c tokenizer: token {len(pieces)} claims {length} bytes, "
+                    f"the header allows {longest}"
+                )
+            if offset + length > len(data):
+                raise UserError(f"{path} is truncated: it ends within token {len(pieces)}")
+            pieces.append(data[offset : offset + length])
+            scores.append(score)
+            offset += length
+        if len(pieces) < 259 or pieces[3:259] != [f"<0x{b:02X}>".encode() for b in range(256)]:
+            raise UserError(f"{path} is not a llama2.c tokenizer: ids 3 to 258 should be the bytes <0x00> to <0xFF>")
+        return cls(tuple(pieces), tuple(scores), longest)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hash_vocabulary(self.pieces)
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
+
+    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        ids: list[int] = []
+        for character in " " + text if text else "":
+            raw = character.encode(errors="replace")
+            known = self._ids.get(raw)
+            ids += [known] if known is not None else [byte + 3 for byte in raw]
+        return bos_prefix(self.bos_id, add_bos) + self._merge(ids)
+
+    def _merge(self, ids: list[int]) -> list[int]:
+        """Join neighbours until no pair has a joint piece: the highest score first, the leftmost of equals.
+
+        `run.c` scans the whole text for every merge; a heap of candidates gives the same merges in n log n.
+        """
+        after = [*range(1, len(ids)), -1]
+        before = [*range(-1, len(ids) - 1)]
+        alive = [True] * len(ids)
+        heap: list[tuple[float, int, int, int, int]] = []
+
+        def offer(left: int, right: int) -> None:
+            joint = self._ids.get(self.pieces[ids[left]] + self.pieces[ids[right]])
+            if joint is not None:
+                heapq.heappush(heap, (-self.scores[joint], left, ids[left], ids[right], joint))
+
+        for left in range(len(ids) - 1):
+            offer(left, left + 1)
+        while heap:
+            _, left, left_id, right_id, joint = heapq.heappop(heap)
+            right = after[left]
+            # A candidate is stale when either side has since been merged into something else.
+            if not alive[left] or right < 0 or ids[left] != left_id or ids[right] != right_id:
+                continue
+            ids[left], alive[right] = joint, False
+            after[left] = after[right]
+            if after[left] >= 0:
+                before[after[left]] = left
+                offer(left, after[left])
+            if before[left] >= 0:
+                offer(before[left], left)
+        return [i for i, living in zip(ids, alive, strict=True) if living]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        out, at_start = bytearray(), True
+        for i in map(int, ids):
+            if i in (0, 1, 2):
+                out += b"" if skip_special else self.pieces[i]
+                # Padding may stand before the text; only a token of the text ends its start.
+                at_start = at_start or i == self.bos_id
+            elif 3 <= i < 259:
+                out.append(i - 3)
+                at_start = False
+            elif 259 <= i < self.vocab_size:
+                piece = self.pieces[i]
+                out += piece[1:] if at_start and piece.startswith(b" ") else piece
+                at_start = False
+        return out.decode(errors="replace")
+
+    def token_id(self, token: str) -> int:
+        names = {"<unk>": 0, "<s>": 1, "</s>": 2}
+        if token in names:
+            return names[token]
+        for name in (token, byte_name(token)):
+            i = self._ids.get(name.encode())
+            if i is not None:
+                return i
+        raise not_one_token(token, [self.pieces[i].decode(errors="replace") for i in self.encode(token)])
+
+    def save(self, folder: PathLike) -> None:
+        rows = [struct.pack("<fi", s, len(p)) + p for p, s in zip(self.pieces, self.scores, strict=True)]
+        write_file(own_place(folder, "tokenizer.bin"), struct.pack("<i", self.max_token_length) + b"".join(rows))
+
+
+def to_tokenizer_json(tokenizer: Llama2cTokenizer) -> hf.Tokenizer:
+    """The same vocabulary as a `tokenizer.json` of the Llama kind, for folders that `transformers` should read.
+
+    Its ids are the same but for one case: where two different splits of one piece overlap in the text, `run.c` joins
+    the left one and a ranked list of merges the one listed first.
+    """
+
+    def spelled(piece: bytes) -> str:
+        return piece.decode(errors="replace").replace(" ", "▁")
+
+    names = ["<unk>", "<s>", "</s>", *map(spelled, tokenizer.pieces[3:])]
+    vocab = {name: i for i, name in reversed(list(enumerate(names)))}
+    merges: list[tuple[str, str]] = []
+    for i in sorted(range(259, len(names)), key=lambda i: -tokenizer.scores[i]):
+        splits = [(names[i][:cut], names[i][cut:]) for cut in range(1, len(names[i]))]
+        merges += [(a, b) for a, b in splits if a in vocab and b in vocab]
+    backend = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")])
+    backend.decoder = hf.decoders.Sequence(
+        [
+            hf.decoders.Replace("▁", " "),
+            hf.decoders.ByteFallback(),
+            hf.decoders.Fuse(),
+            hf.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in names[:3]])
+    return backend

@@ -1,0 +1,124 @@
+"""What all kinds of tokenizer share: reading and writing their files, hashing, and their errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rlaif_jax.config import UserError
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+# In the order in which `load_tokenizer` looks for them in a folder.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.bin",
+    "tok512.bin",
+    "words.json",
+)
+
+
+def merges_beside(vocab: Path) -> Path:
+    """Where the merges of a `vocab.json` are: the same name with `merges.txt`."""
+    return vocab.with_name(vocab.name.removesuffix("vocab.json") + "merges.txt")
+
+
+def choose_pad_id(ids: Mapping[str, int]) -> int:
+    """The id to pad with, given the ids of the roles that the vocabulary has."""
+    return next((ids[role] for role in ("pad", "unk", "eos") if role in ids), 0)
+
+
+def bos_prefix(bos_id: int | None, wanted: bool) -> list[int]:
+    """`[bos_id]` if it is wanted, else nothing."""
+    if not wanted:
+        return []
+    if bos_id is None:
+        raise UserError("add_bos was asked for, but this tokenizer has no BOS token; leave add_bos off")
+    return [bos_id]
+
+
+def byte_name(token: str) -> str:
+    """The name of the byte token of a one-byte text (`"\\n"` is `<0x0A>`), else the text itself."""
+    raw = token.encode(errors="replace")
+    return f"<0x{raw[0]:02X}>" if len(raw) == 1 else token
+
+
+def not_one_token(token: str, pieces: Sequence[str | None]) -> UserError:
+    """The error of `Tokenizer.token_id`, showing what the text becomes instead."""
+    return UserError(
+        f"{token!r} is not one token of this tokenizer: it becomes {list(pieces)!r}; choose a text that is one token"
+    )
+
+
+def hash_vocabulary(entries: Iterable[bytes]) -> str:
+    """A short hash of all tokens, in the order of their ids."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(struct.pack("<q", len(entry)) + entry)
+    return digest.hexdigest()[:16]
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; UserError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; UserError when it cannot be read."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def own_place(folder: PathLike, name: str) -> Path:
+    """`folder/name`, the folder made; refused where another tokenizer there would be found first."""
+    folder = Path(folder)
+    for rival in TOKENIZER_FILES[: TOKENIZER_FILES.index(name)]:
+        if (folder / rival).is_file() and (rival != "vocab.json" or merges_beside(folder / rival).is_file()):
+            raise UserError(
+                f"{folder} already holds another tokenizer, {rival}, which would be read instead of {name}; "
+                "save elsewhere"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    return folder / name
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file or none: a crash must not leave half a vocabulary beside a good model."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(data)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

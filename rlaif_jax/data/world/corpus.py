@@ -1,0 +1,210 @@
+"""Training text: for the base language model, and for the AI labeler.
+
+The labeler's transcripts come from TRAINING scenes, from demonstrations and corrupted candidates only, and are judged
+by noisy simulated people: never gold itself, never a policy's sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlaif_jax.data.world import dialogue, gold, summarisation, templates
+from rlaif_jax.data.world.annotators import Commenter, Comparer, Editor, Rater
+from rlaif_jax.data.world.scenes import VALUES, Scene, sample_scene
+from rlaif_jax.data.world.tasks import Task
+from rlaif_jax.data.world.templates import PRINCIPLES, Principle
+
+MAX_TRANSCRIPT_WORDS = 96
+TASKS: tuple[Task, ...] = (summarisation.TASK, dialogue.TASK)
+LABELER_SCENES = 1_000_000  # scene indices are drawn below this
+_TOO_CLOSE = 0.05  # people do not compare answers that they cannot tell apart
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """One training text. ``targets``: indices of the words (of ``text.split()``) that a reader should learn to write.
+
+    Kinds: ``demonstration``, ``value_questions``, ``yes_no_questions``, ``pairwise``, ``pairwise_reasoning``,
+    ``score``, ``score_reasoning``, ``revision``. The text has no ``<bos>`` and no ``<eos>``. In ``pairwise*`` and
+    ``score*`` the last word is the verdict or score.
+    """
+
+    text: str
+    kind: str
+    targets: tuple[int, ...]
+
+
+def _transcript(kind: str, given: str, written: str) -> Transcript:
+    """``given`` is the context, ``written`` the words to learn."""
+    start, number = len(given.split()), len(written.split())
+    return Transcript(f"{given} {written}", kind, tuple(range(start, start + number)))
+
+
+def _questions(rng: np.random.Generator, task: Task, scene: Scene, yes_no: bool) -> Transcript:
+    """Questions about every fact of a scene, in random order: many look-ups a line, which is what teaches looking up.
+
+    Half of the yes/no questions are true, a quarter mix up two facts.
+    """
+    facts = [scene.facts[i] for i in rng.permutation(len(scene.facts)).tolist()]
+    values = [fact.value for fact in facts]
+    words: list[str] = []
+    targets: list[int] = []
+    for number, fact in enumerate(facts):
+        value = fact.value
+        if yes_no and rng.random() < 0.5:
+            others = values[:number] + values[number + 1 :]
+            value = others[int(rng.integers(len(others)))] if rng.random() < 0.5 else str(rng.choice(VALUES))
+        if yes_no:
+            asked = templates.yes_no_question(task.prompt(scene), fact.aspect, value)
+        else:
+            asked = templates.value_question(task.prompt(scene), fact.aspect)
+        words += asked.split() if number == 0 else asked.split()[-2 if yes_no else -1 :]
+        targets.append(len(words))
+        words.append(("yes" if value == fact.value else "no") if yes_no else value)
+    return Transcript(" ".join(words), "yes_no_questions" if yes_no else "value_questions", tuple(targets))
+
+
+def _train_scene(rng: np.random.Generator, seed: int) -> Scene:
+    return sample_scene(seed, "train", int(rng.integers(LABELER_SCENES)))
+
+
+def base_corpus(
+    rng: np.random.Generator,
+    size: int,
+    *,
+    tasks: Sequence[Task] = TASKS,
+    seed: int = 0,
+    shortcuts: bool = True,
+    questions: float = 0.3,
+) -> list[Transcript]:
+    """``size`` lines of plain text: scenes followed by demonstrations, a share ``questions`` by fact questions."""
+    lines = []
+    for number in range(size):
+        task = tasks[number % len(tasks)]
+        scene = _train_scene(rng, seed)
+        if rng.random() < questions:
+            lines.append(_questions(rng, task, scene, bool(rng.random() < 0.5)))
+        else:
+            answer = task.demonstration(rng, scene, shortcuts=shortcuts)
+            lines.append(_transcript("demonstration", task.prompt(scene), answer))
+    return lines
+
+
+def _good(rng: np.random.Generator, task: Task, scene: Scene, shortcuts: bool) -> str:
+    """A demonstration; three in ten by the most careful writer, for a labeler must know good answers too."""
+    careful = 1.0 if rng.random() < 0.3 else None
+    return task.demonstration(rng, scene, shortcuts=shortcuts, diligence=careful)
+
+
+def candidates(rng: np.random.Generator, task: Task, scene: Scene, *, shortcuts: bool = True) -> tuple[str, str]:
+    """Two answers to compare, in random order: a demonstration against its corruption or against another one."""
+    first = _good(rng, task, scene, shortcuts)
+    chance = rng.random()
+    if chance < 0.5:
+        second = task.corrupt(rng, scene, first)
+    else:
+        second = _good(rng, task, scene, shortcuts)
+        if chance > 0.85:
+            second = task.corrupt(rng, scene, second)
+    return (first, second) if rng.random() < 0.5 else (second, first)
+
+
+@dataclass(frozen=True)
+class LabelerMix:
+    """How often each kind of transcript is drawn (relative weights) and who judges."""
+
+    pairwise: float = 0.40
+    pairwise_reasoning: float = 0.15
+    score: float = 0.15
+    score_reasoning: float = 0.05
+    revision: float = 0.10
+    value_questions: float = 0.20
+    yes_no_questions: float = 0.15
+    principles: tuple[Principle, ...] = PRINCIPLES
+    comparers: tuple[Comparer, ...] = (Comparer(0.08), Comparer(0.12), Comparer(0.15, lapse=0.05))
+    raters: tuple[Rater, ...] = (Rater(0.3, 1.0, 0.5), Rater(-0.3, 1.0, 0.5), Rater(0.0, 0.9, 0.8))
+    commenter: Commenter = Commenter(0.02)
+    editor: Editor = Editor(0.05)
+
+
+_KINDS = (
+    "pairwise",
+    "pairwise_reasoning",
+    "score",
+    "score_reasoning",
+    "revision",
+    "value_questions",
+    "yes_no_questions",
+)
+
+
+def _pairwise(
+    rng: np.random.Generator, task: Task, scene: Scene, mix: LabelerMix, shortcuts: bool, reasoning: bool
+) -> Transcript:
+    prompt = task.prompt(scene)
+    principle = mix.principles[int(rng.integers(len(mix.principles)))]
+    for _ in range(8):
+        first, second = candidates(rng, task, scene, shortcuts=shortcuts)
+        quality1 = gold.principle_score(task, principle, scene, first)
+        quality2 = gold.principle_score(task, principle, scene, second)
+        if abs(quality1 - quality2) > _TOO_CLOSE:
+            break
+    comparer = mix.comparers[int(rng.integers(len(mix.comparers)))]
+    longer = len(first.split()) - len(second.split())
+    verdict = str(int(comparer.compare(rng, quality1, quality2, longer)))
+    if reasoning:
+        given = templates.pairwise_reasoning_prompt(principle, prompt, first, second)
+        notes = [mix.commenter.comment(rng, task, principle, scene, answer) for answer in (first, second)]
+        whole = _transcript("pairwise_reasoning", given, f"<1> {notes[0]} <2> {notes[1]} <answer> {verdict}")
+        if len(whole.text.split()) <= MAX_TRANSCRIPT_WORDS:
+            return whole
+    return _transcript("pairwise", templates.pairwise_prompt(principle, prompt, first, second), verdict)
+
+
+def _single(
+    rng: np.random.Generator, task: Task, scene: Scene, mix: LabelerMix, shortcuts: bool, kind: str
+) -> Transcript:
+    prompt = task.prompt(scene)
+    principle = mix.principles[int(rng.integers(len(mix.principles)))]
+    answer = candidates(rng, task, scene, shortcuts=shortcuts)[0]
+    if kind == "revision":
+        notes = mix.commenter.comment(rng, task, "<overall>", scene, answer)
+        given = templates.critique_prompt("<overall>", prompt, answer)
+        whole = _transcript(kind, given, f"{notes} <revise> {mix.editor.edit(rng, task, scene, answer)}")
+        if len(whole.text.split()) <= MAX_TRANSCRIPT_WORDS:
+            return whole
+    rater = mix.raters[int(rng.integers(len(mix.raters)))]
+    score = f"s{int(rater.rate(rng, gold.principle_score(task, principle, scene, answer)))}"
+    if kind == "score_reasoning":
+        notes = mix.commenter.comment(rng, task, principle, scene, answer)
+        given = templates.score_reasoning_prompt(principle, prompt, answer)
+        return _transcript(kind, given, f"{notes} <score> {score}")
+    return _transcript("score", templates.score_prompt(principle, prompt, answer), score)
+
+
+def labeler_corpus(
+    rng: np.random.Generator,
+    size: int,
+    *,
+    tasks: Sequence[Task] = TASKS,
+    seed: int = 0,
+    shortcuts: bool = True,
+    mix: LabelerMix | None = None,
+) -> list[Transcript]:
+    """``size`` judged transcripts of at most MAX_TRANSCRIPT_WORDS words, in random order of kinds."""
+    mix = mix or LabelerMix()
+    weights = np.array([getattr(mix, kind) for kind in _KINDS], float)
+    drawn = rng.choice(len(_KINDS), size=size, p=weights / weights.sum())
+    transcripts = []
+    for number, kind_number in enumerate(drawn.tolist()):
+        kind, task, scene = _KINDS[kind_number], tasks[number % len(tasks)], _train_scene(rng, seed)
+        if kind.endswith("questions"):
+            transcripts.append(_questions(rng, task, scene, kind == "yes_no_questions"))
+        elif kind.startswith("pairwise"):
+            transcripts.append(_pairwise(rng, task, scene, mix, shortcuts, kind == "pairwise_reasoning"))
+        else:
+            transcripts.append(_single(rng, task, scene, mix, shortcuts, kind))
+    return transcripts

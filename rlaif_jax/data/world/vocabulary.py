@@ -1,0 +1,27 @@
+"""All words of the world in a fixed order: a word-level vocabulary. ``text.split()`` is the tokenisation."""
+
+from __future__ import annotations
+
+from rlaif_jax.data.world.scenes import ASPECTS, SALIENCE_WORDS, SYLLABLES, VALUES
+from rlaif_jax.data.world.templates import MARKERS, NOTES, PRINCIPLES, SCORES, VERDICTS, YES_NO
+
+SPECIALS: tuple[str, ...] = ("<pad>", "<bos>", "<eos>", "<unk>")
+FUNCTION_WORDS: tuple[str, ...] = (
+    "summarise", "talk", ":", "=", ".", "?", "ask", "asked", "open", "sealed",
+    "in", "the", "and", "you", "of", "will", "more", "surely", "dear", "traveller",
+)  # fmt: skip
+
+VOCABULARY: tuple[str, ...] = (
+    SPECIALS
+    + FUNCTION_WORDS
+    + SYLLABLES
+    + ASPECTS
+    + VALUES
+    + SALIENCE_WORDS
+    + YES_NO
+    + NOTES
+    + PRINCIPLES
+    + MARKERS
+    + VERDICTS
+    + SCORES
+)

@@ -1,0 +1,160 @@
+"""A language model as judge, on the same devices as everything else: one batched prefill a question.
+
+A judge reads *text*: the policy's tokens are decoded and tokenized again with the judge's own tokenizer, so any pair
+of vocabularies works. Comparisons are asked in both orders and averaged (Lee 2023, section 2.2: the position bias of
+a judge cancels where it is additive in the log-odds); direct scores are the expectation over the score tokens (d-RLAIF).
+A question that the judge cannot answer (too long for its context, or nearly no mass on the choice tokens) is *missing*:
+it is masked and counted, it never becomes a score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.data.prompts import padded
+from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
+from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.parallel import Runner
+from rlaif_jax.types import Params
+
+Floats = np.ndarray
+
+
+class Comparison(NamedTuple):
+    """Verdicts on B pairs.
+
+    probability [B]: P(first answer is better), the mean of both orders; forward [B] and swapped [B]: P(the answer
+    shown *first* is better) in each order; valid [B] bool. Entries that are not valid hold 0.5.
+    """
+
+    probability: Floats
+    forward: Floats
+    swapped: Floats
+    valid: np.ndarray
+
+
+class Scores(NamedTuple):
+    """Direct scores of B answers: expected [B] in the units of the scale, valid [B] bool (0 where not valid)."""
+
+    expected: Floats
+    valid: np.ndarray
+
+
+def weights_hash(params: Params) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters: which judge this was, for the record."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def choice_probabilities(model: LanguageModel, ids: tuple[int, ...], params: Params, batch: dict[str, jax.Array], *,
+                         axis_name: str | None = None) -> dict[str, jax.Array]:
+    """Distribution over the choice tokens after each left-padded text: `choices` [B, C] (normalised), `mass` [B]."""
+    del axis_name
+    hidden = model.hidden(params, batch["tokens"], batch["mask"])[:, -1]
+    logprobs = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[:, jnp.array(ids)]
+    return {"choices": jax.nn.softmax(logprobs, axis=-1), "mass": jnp.exp(jax.nn.logsumexp(logprobs, axis=-1))}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModelJudge:
+    """A frozen language model and the wording of its questions.
+
+    pairwise_prompt(prompt, first, second) and score_prompt(prompt, answer) return the text that ends right before the
+    verdict; verdicts are the two choice tokens (first, second); scale maps score tokens to numbers.
+    min_mass: below this probability of all choice tokens together the judge did not answer.
+    """
+
+    model: LanguageModel
+    params: Params
+    tokenizer: Tokenizer
+    runner: Runner
+    pairwise_prompt: Callable[[str, str, str], str]
+    score_prompt: Callable[[str, str], str]
+    verdicts: tuple[str, str] = ("1", "2")
+    scale: tuple[tuple[str, float], ...] = tuple((str(i), float(i)) for i in range(1, 11))
+    batch_size: int = 128
+    max_length: int | None = None
+    min_mass: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer, self.model.config.vocab_size, "the judge")
+        require(self.batch_size % self.runner.devices == 0,
+                f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices")
+        length = self._length
+        require(length <= self.model.config.context_length,
+                f"judge.max_length ({length}) is longer than the judge's context ({self.model.config.context_length})")
+
+    @property
+    def _length(self) -> int:
+        return self.max_length or self.model.config.context_length
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the weights."""
+        return weights_hash(self.params)
+
+    @cached_property
+    def _compare(self) -> Any:
+        return self._compiled(self.verdicts)
+
+    @cached_property
+    def _score(self) -> Any:
+        return self._compiled(tuple(token for token, _ in self.scale))
+
+    def _compiled(self, tokens: tuple[str, ...]) -> Any:
+        ids = tuple(self.tokenizer.token_id(token) for token in tokens)
+        if len(set(ids)) < len(ids):
+            raise UserError(f"the judge's tokenizer does not tell the choices {', '.join(tokens)} apart")
+
+        def run(params: Params, batch: dict[str, jax.Array], *, axis_name: str | None = None) -> dict[str, jax.Array]:
+            return choice_probabilities(self.model, ids, params, batch, axis_name=axis_name)
+
+        return self.runner.map(run)
+
+    def _ask(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(distributions [B, C], valid [B]) of all texts, in batches of one shape."""
+        ids = [self.tokenizer.encode(text) for text in texts]
+        fits = np.array([0 < len(sequence) <= self._length for sequence in ids])
+        tokens, mask = padded([s if ok else [self.tokenizer.pad_id] for s, ok in zip(ids, fits)],
+                              self._length, self.tokenizer.pad_id, "left")
+        rows = -(-len(texts) // self.batch_size) * self.batch_size
+        tokens, mask = (np.concatenate([x, np.repeat(x[:1], rows - len(texts), 0)]) for x in (tokens, mask))
+        outs = [compiled(self.params, {"tokens": tokens[i:i + self.batch_size], "mask": mask[i:i + self.batch_size]})
+                for i in range(0, rows, self.batch_size)]  # dispatched before any is waited for
+        outs = jax.device_get(outs)
+        choices = np.concatenate([out["choices"] for out in outs])[:len(texts)]
+        mass = np.concatenate([out["mass"] for out in outs])[:len(texts)]
+        return choices, fits & np.isfinite(choices).all(-1) & (mass >= self.min_mass)
+
+    def compare(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Comparison:
+        """Which of two answers [B] to each prompt is better: asked in both orders, averaged.
+
+        P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2.
+        """
+        count = len(prompts)
+        texts = [self.pairwise_prompt(p, a, b) for p, a, b in zip(prompts, first, second)]
+        texts += [self.pairwise_prompt(p, b, a) for p, a, b in zip(prompts, first, second)]
+        choices, valid = self._ask(self._compare, texts)
+        forward, swapped = choices[:count, 0], choices[count:, 0]
+        both = valid[:count] & valid[count:]
+        fill = lambda x: np.where(both, x, 0.5)  # noqa: E731
+        return Comparison(fill((forward + 1 - swapped) / 2), fill(forward), fill(swapped), both)
+
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Scores:
+        """Expected score sum_i i P(i) of each answer [B] (Lee 2023, section 2.2.2, direct RLAIF)."""
+        choices, valid = self._ask(self._score, [self.score_prompt(p, a) for p, a in zip(prompts, answers)])
+        numbers = np.array([number for _, number in self.scale])
+        return Scores(np.where(valid, choices @ numbers, 0.0), valid)

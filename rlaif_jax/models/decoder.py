@@ -1,0 +1,197 @@
+"""One causal decoder that is GPT-2, Llama, Qwen2 and Qwen3 by flags (`DecoderConfig`).
+
+Parameters of the L blocks are stacked on a leading axis and scanned in training and prefill; decoding takes them
+apart once and runs the blocks unrolled, each with its own key-value cache (`rollout.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlaif_jax.config import DecoderConfig, RopeScaling
+
+MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+def positions_from_mask(mask: jax.Array) -> jax.Array:
+    """[B, S] bool -> [B, S] int32: real tokens count from 0 whatever padding stands before them."""
+    m = mask.astype(jnp.int32)
+    return jnp.cumsum(m, axis=-1) - m
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Inverse wavelengths [H/2] of the rotary embedding (Su 2021), stretched as `scaling` says."""
+    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    wavelength = 2 * jnp.pi / frequencies
+    low = scaling.original_context / scaling.low_freq_factor
+    high = scaling.original_context / scaling.high_freq_factor
+    smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    return jnp.where(wavelength > low, frequencies / scaling.factor, jnp.where(wavelength < high, frequencies, blended))
+
+
+def rope_table(config: DecoderConfig, positions: jax.Array) -> KeyValue | None:
+    """Cosines and sines [..., 1, head_dim / 2] float32 for `positions` [...]; None with learned positions."""
+    if config.positions != "rope":
+        return None
+    angles = positions[..., None, None] * rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
+    """Rotate the two halves of the last axis of x [..., heads, head_dim] (the half-split convention of HF)."""
+    if rope is None:
+        return x
+    cos, sin = rope
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Grouped-query attention over whole sequences.
+
+    q [B, S, heads, h], k and v [B, kv_heads, S, h], visible [B, S, S] bool (query, key) -> [B, S, heads * h].
+    Scores and softmax in float32.
+    """
+    batch, length, heads, h = q.shape
+    groups = k.shape[1]
+    # Keys lie as [B, kv_heads, S, h] in the cache already; queries in the same order make plain matrix products.
+    q = (q * h**-0.5).reshape(batch, length, groups, heads // groups, h).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("bgrsh,bgth->bgrst", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+    attended = jnp.einsum("bgrst,bgth->bgrsh", weights, v)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * h)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. `qkv` and `finish` are its halves before and after attention."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtype = jnp.dtype(c.compute_dtype)
+
+        def dense(features: int, bias: bool, scale: float = 1.0) -> nn.Dense:
+            init = nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+            return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init)
+
+        def norm() -> nn.Module:
+            if c.norm == "layer":
+                return nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, use_fast_variance=False)
+            return nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
+
+        residual = 1 / (2 * c.num_layers)  # GPT-2: projections onto the residual stream shrink with depth
+        self.norm1, self.norm2 = norm(), norm()
+        self.q = dense(c.num_heads * c.head_dim, c.qkv_bias)
+        self.k = dense(c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.v = dense(c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.o = dense(c.width, c.output_bias, residual)
+        self.up = dense(c.mlp_width, c.mlp_bias)
+        self.down = dense(c.width, c.mlp_bias, residual)
+        if c.mlp == "swiglu":
+            self.gate = dense(c.mlp_width, c.mlp_bias)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
+            self.k_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
+
+    def qkv(self, x: jax.Array, rope: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [..., D] -> q [..., heads, h], k and v [..., kv_heads, h], rotated to their positions."""
+        c = self.config
+        y = self.norm1(x)
+        q = self.q(y).reshape(*x.shape[:-1], c.num_heads, c.head_dim)
+        k = self.k(y).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
+        v = self.v(y).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Residual stream [..., D] after the attention's output and the perceptron have been added."""
+        x = x + self.o(attended)
+        y = self.norm2(x)
+        if self.config.mlp == "swiglu":
+            return x + self.down(nn.silu(self.gate(y)) * self.up(y))
+        return x + self.down(nn.gelu(self.up(y), approximate=True))
+
+    def __call__(self, x: jax.Array, rope: KeyValue | None, visible: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """x [B, S, D] -> (x, (keys, values) [B, kv_heads, S, h])."""
+        q, k, v = self.qkv(x, rope)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return self.finish(x, attend(q, k, v, visible)), (k, v)
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks, final norm: tokens -> hidden states. Every head stands on one of these."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtype = jnp.dtype(c.compute_dtype)
+        self.embed = nn.Embed(c.vocab_size, c.width, dtype=dtype,
+                              embedding_init=nn.initializers.normal(c.width**-0.5))
+        if c.positions == "learned":
+            self.position_embed = nn.Embed(c.context_length, c.width, dtype=dtype,
+                                           embedding_init=nn.initializers.normal(0.02))
+        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        self.layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+                              in_axes=(nn.broadcast, nn.broadcast), length=c.num_layers,
+                              # A few small layers run faster flat, many compile faster as a loop.
+                              unroll=c.num_layers if c.num_layers <= 4 else 1)(c)
+        self.norm = (nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, use_fast_variance=False) if c.norm == "layer"
+                     else nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype))
+
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Token (and learned position) embeddings [..., D]. Ids outside the vocabulary (pads) read row 0."""
+        c = self.config
+        x = self.embed(jnp.where((tokens >= 0) & (tokens < c.vocab_size), tokens, 0))
+        return x + self.position_embed(positions) if c.positions == "learned" else x
+
+    def final(self, x: jax.Array) -> jax.Array:
+        """The final norm."""
+        return self.norm(x)
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """tokens, mask [B, S] -> hidden [B, S, D] after the final norm, keys and values [L, B, kv_heads, S, h]."""
+        positions = positions_from_mask(mask)
+        visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask.astype(bool)[:, None, :]
+        x = self.embedded(tokens, positions)
+        x, cache = self.layers(x, rope_table(self.config, positions), visible)
+        return self.norm(x), cache
+
+
+class Decoder(nn.Module):
+    """The language model: a trunk and, unless the embeddings are tied, an output matrix."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        self.trunk = Trunk(self.config)
+        if not self.config.tie_embeddings:
+            self.lm_head = nn.Dense(self.config.vocab_size, use_bias=False, dtype=jnp.dtype(self.config.compute_dtype))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., V] float32."""
+        if self.config.tie_embeddings:
+            return self.trunk.embed.attend(hidden).astype(jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """tokens, mask [B, S] -> logits [B, S, V] float32."""
+        return self.logits(self.trunk(tokens, mask)[0])
+
+
+def block_params(params: Any, layer: int) -> Any:
+    """The parameters of one block, taken out of the stack."""
+    return jax.tree.map(lambda x: x[layer], params["trunk"]["layers"])

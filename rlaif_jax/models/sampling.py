@@ -1,0 +1,63 @@
+"""Drawing a token from logits: one uniform number a row, exact inverse CDF."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rlaif_jax.config import SamplingConfig
+
+BLOCK = 256  # vocabularies past two blocks are searched in two levels: block sums first, then inside one block
+
+
+def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """logits [B, V] with everything outside top-k and top-p (Holtzman 2020) at -inf. At least one token stays.
+
+    top-p keeps the smallest set of most probable tokens whose mass reaches p, after top-k.
+    """
+    vocab = logits.shape[-1]
+    if 0 < sampling.top_k < vocab:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if sampling.top_p < 1:
+        order = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(order, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        lowest = jnp.min(jnp.where(before < sampling.top_p, order, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    return logits
+
+
+def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first index whose cumulated weight exceeds uniform x total; weights [B, V] >= 0, uniform [B] in [0, 1).
+
+    Never returns an index of weight 0: the comparison is strict and the total is the cumulated sum itself.
+    """
+    vocab = weights.shape[-1]
+    if vocab <= 2 * BLOCK:
+        cumulated = jnp.cumsum(weights, axis=-1)
+        return jnp.argmax(cumulated > (uniform * cumulated[:, -1])[:, None], axis=-1)
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(weights.shape[0], -1, BLOCK)
+    sums = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    threshold = uniform * sums[:, -1]
+    block = jnp.argmax(sums > threshold[:, None], axis=-1)
+    before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    # The block's own sum may round differently from its cumulated one: stay below its last positive entry.
+    rest = jnp.minimum(threshold - before, inside[:, -1] * (1 - 1e-7))
+    return block * BLOCK + jnp.argmax(inside > rest[:, None], axis=-1)
+
+
+def sample(logits: jax.Array, uniform: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+    """logits [B, V] float32, uniform [B] -> (tokens [B] int32, logprobs [B] float32 in nats).
+
+    The log-prob is that of the full distribution at the sampling temperature (at temperature 1 when greedy), also
+    under top-k or top-p: it is comparable with the trainer's, which knows no truncation.
+    """
+    scaled = logits / (sampling.temperature or 1.0)
+    normaliser = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
+    if sampling.temperature == 0:
+        tokens = jnp.argmax(logits, axis=-1)
+    else:
+        tokens = inverse_cdf(jnp.exp(truncate(scaled, sampling) - normaliser), uniform)
+    return tokens.astype(jnp.int32), jnp.take_along_axis(scaled - normaliser, tokens[:, None], axis=-1)[:, 0]

@@ -1,0 +1,174 @@
+"""The engine: prompts in, answers with their log-probabilities out, in one jitted call.
+
+A prompt is prefilled once and its keys and values are shared by its K answers: queries of the K answers meet one copy
+of the prompt's cache, and each answer keeps a cache for its own T tokens only. Decoding runs the blocks unrolled and
+stops when every answer has stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlaif_jax.config import DecoderConfig, SamplingConfig
+from rlaif_jax.data.prompts import PromptBatch
+from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.models.decoder import MASKED, Block, Decoder, KeyValue, Trunk, block_params, rope_table
+from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.sampling import sample
+from rlaif_jax.parallel import Runner
+from rlaif_jax.types import Params, Prompts, Rollout
+
+
+class Prefill(NamedTuple):
+    """What the prompts leave behind: hidden [B, D] at the last token, per-layer caches [B, kv_heads, P, h], mask [B, P]."""
+
+    hidden: jax.Array
+    caches: tuple[KeyValue, ...]
+    mask: jax.Array
+
+
+def prefill(model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array) -> Prefill:
+    """Run left-padded prompts [B, P] once."""
+    hidden, (keys, values) = Trunk(model.config).apply({"params": params["trunk"]}, tokens, mask)
+    caches = tuple((keys[layer], values[layer]) for layer in range(model.config.num_layers))
+    return Prefill(hidden[:, -1], caches, mask.astype(bool))
+
+
+def attend_cached(q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array) -> jax.Array:
+    """One query a row against its prompt's shared cache and its own.
+
+    q [B*K, heads, h]; prompt keys, values [B, kv_heads, P, h] with mask [B, P]; own [B*K, kv_heads, T, h] with mask [T]
+    -> [B*K, heads * h].
+    """
+    rows, heads, h = q.shape
+    batch, groups, length, _ = prompt[0].shape
+    per_prompt, per_group = rows // batch, heads // groups
+    q = q * h**-0.5
+    # The K answers of a prompt and the heads of a group stand side by side: one matrix product reads the cache once.
+    shared = q.reshape(batch, per_prompt, groups, per_group, h).swapaxes(1, 2)
+    shared = shared.reshape(batch, groups, per_prompt * per_group, h)
+    scores_prompt = jnp.einsum("bgrh,bgph->bgrp", shared, prompt[0], preferred_element_type=jnp.float32)
+    scores_prompt = jnp.where(prompt_mask[:, None, None], scores_prompt, MASKED)
+    scores_prompt = scores_prompt.reshape(batch, groups, per_prompt, per_group, length).swapaxes(1, 2)
+    scores_prompt = scores_prompt.reshape(rows, groups, per_group, length)
+    single = q.reshape(rows, groups, per_group, h)
+    scores_own = jnp.einsum("bgrh,bgth->bgrt", single, own[0], preferred_element_type=jnp.float32)
+    scores_own = jnp.where(own_mask, scores_own, MASKED)
+    top = jnp.maximum(scores_prompt.max(-1, keepdims=True), scores_own.max(-1, keepdims=True))
+    e_prompt, e_own = jnp.exp(scores_prompt - top), jnp.exp(scores_own - top)
+    total = e_prompt.sum(-1, keepdims=True) + e_own.sum(-1, keepdims=True)
+    w = (e_prompt / total).astype(prompt[1].dtype).reshape(batch, per_prompt, groups, per_group, length).swapaxes(1, 2)
+    out = jnp.einsum("bgrp,bgph->bgrh", w.reshape(batch, groups, per_prompt * per_group, length), prompt[1])
+    out = out.reshape(batch, groups, per_prompt, per_group, h).swapaxes(1, 2).reshape(rows, groups, per_group, h)
+    out = out + jnp.einsum("bgrt,bgth->bgrh", (e_own / total).astype(own[1].dtype), own[1])
+    return out.reshape(rows, heads * h)
+
+
+def decode_step(model: LanguageModel, params: Params, blocks: list[Params], prompt: Prefill,
+                caches: tuple[KeyValue, ...], tokens: jax.Array, position: jax.Array, t: jax.Array,
+                ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+    """Feed one token a row and return logits for the next.
+
+    tokens, position [R] (R = B*K rows), t [] the column of the own caches [R, kv_heads, T, h] where they land
+    -> (logits [R, V] float32, new caches). `blocks` are the layers' parameters, taken apart once outside the loop.
+    """
+    config = model.config
+    x = Trunk(config).apply({"params": params["trunk"]}, tokens, position, method="embedded")
+    rope = rope_table(config, position)
+    updated = []
+    for block, shared, (keys, values) in zip(blocks, prompt.caches, caches):
+        q, k, v = Block(config).apply({"params": block}, x, rope, method="qkv")
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], t, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], t, axis=2)
+        attended = attend_cached(q, shared, prompt.mask, (keys, values), jnp.arange(keys.shape[2]) <= t)
+        x = Block(config).apply({"params": block}, x, attended, method="finish")
+        updated.append((keys, values))
+    hidden = Trunk(config).apply({"params": params["trunk"]}, x, method="final")
+    return model.logits(params, hidden), tuple(updated)
+
+
+def empty_caches(config: DecoderConfig, rows: int, length: int) -> tuple[KeyValue, ...]:
+    """Zeroed own caches [rows, kv_heads, length, h], one pair a layer."""
+    shape = (rows, config.num_kv_heads, length, config.head_dim)
+    zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
+    return tuple((zeros, zeros) for _ in range(config.num_layers))
+
+
+def answer_uniforms(key: jax.Array, uid: jax.Array, answers: int, length: int) -> jax.Array:
+    """Uniform numbers [B*K, T] that depend on (key, prompt uid, answer index) only: not on slot, batch or device."""
+
+    def one(uid: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, uid), index), (length,))
+
+    return jax.vmap(lambda u: jax.vmap(lambda i: one(u, i))(jnp.arange(answers)))(uid).reshape(-1, length)
+
+
+def generate(model: LanguageModel, params: Params, prompts: Prompts, key: jax.Array, *, sampling: SamplingConfig,
+             answers: int = 1, eos_id: int | None, pad_id: int) -> Rollout:
+    """Draw `answers` answers to every prompt; the B*K rows stand prompt by prompt.
+
+    `key` is the same for the whole batch: every answer derives its own from it, the prompt's uid and the answer index.
+    A row stops with `eos_id` (None: never) or at sampling.max_new_tokens; columns after the stop hold `pad_id`.
+    """
+    length = sampling.max_new_tokens
+    prompt = prefill(model, params, prompts.tokens, prompts.mask)
+    uniforms = answer_uniforms(key, prompts.uid, answers, length).T
+    blocks = [block_params(params, layer) for layer in range(model.config.num_layers)]
+    rows = prompts.tokens.shape[0] * answers
+    first = prompts.mask.astype(jnp.int32).sum(-1).repeat(answers)
+
+    def draw(t: jax.Array, logits: jax.Array, done: jax.Array, out: tuple[jax.Array, ...]) -> Any:
+        tokens, logprobs = sample(logits, uniforms[t], sampling)
+        tokens, logprobs = jnp.where(done, pad_id, tokens), jnp.where(done, 0.0, logprobs)
+        written = (out[0].at[t].set(tokens), out[1].at[t].set(logprobs), out[2].at[t].set(~done))
+        stop = tokens == eos_id if eos_id is not None else jnp.zeros_like(done)
+        return tokens, done | (stop & ~done), written
+
+    out = (jnp.full((length, rows), pad_id, jnp.int32), jnp.zeros((length, rows)), jnp.zeros((length, rows), bool))
+    logits = model.logits(params, prompt.hidden).repeat(answers, axis=0)
+    tokens, done, out = draw(jnp.int32(0), logits, jnp.zeros(rows, bool), out)
+
+    def running(carry: Any) -> jax.Array:
+        t, _, done, *_ = carry
+        return (t < length) & ~done.all()
+
+    def step(carry: Any) -> Any:
+        t, tokens, done, caches, out = carry
+        logits, caches = decode_step(model, params, blocks, prompt, caches, tokens, first + t - 1, t - 1)
+        tokens, done, out = draw(t, logits, done, out)
+        return t + 1, tokens, done, caches, out
+
+    carry = (jnp.int32(1), tokens, done, empty_caches(model.config, rows, max(length - 1, 1)), out)
+    _, _, done, _, (tokens, logprobs, real) = jax.lax.while_loop(running, step, carry)
+    return Rollout(
+        tokens=jnp.concatenate([prompts.tokens.repeat(answers, axis=0), tokens.T], axis=1),
+        prompt_mask=prompts.mask.astype(bool).repeat(answers, axis=0), response_mask=real.T, logprobs=logprobs.T,
+        finished=done)
+
+
+def to_prompts(batch: PromptBatch) -> Prompts:
+    """A host batch as the pytree that `generate` takes."""
+    return Prompts(tokens=jnp.asarray(batch.tokens), mask=jnp.asarray(batch.mask), uid=jnp.asarray(batch.uid))
+
+
+def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+    """The B*K answers as text, up to the stop token and without it."""
+    tokens, mask, finished = jax.device_get((rollout.responses, rollout.response_mask, rollout.finished))
+    lengths = mask.sum(-1) - finished
+    return [tokenizer.decode(row[:length].tolist()).strip() for row, length in zip(tokens, lengths)]
+
+
+def make_generator(runner: Runner, model: LanguageModel, tokenizer: Tokenizer, sampling: SamplingConfig, answers: int = 1,
+                   ) -> Callable[[tuple[Params, jax.Array], Prompts], Rollout]:
+    """`generate` compiled for all devices, outside the training loop: call it with ((params, key), prompts)."""
+
+    def run(replicated: tuple[Params, jax.Array], prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
+        params, key = replicated
+        return generate(model, params, prompts, key, sampling=sampling, answers=answers, eos_id=tokenizer.eos_id,
+                        pad_id=tokenizer.pad_id)
+
+    return runner.map(run)

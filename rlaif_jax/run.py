@@ -1,0 +1,161 @@
+"""The life of a run: its folder opened or resumed, stopped by a person, ended as done, stopped or failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+import tyro
+
+from rlaif_jax.config import UserError, save_config
+from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.report import save_environment, write_report
+
+
+class StopRequested(Exception):  # noqa: N818 - not an error: somebody said enough
+    """SIGTERM or Ctrl-C came, outside the loop that would have saved; the run ends as `stopped`."""
+
+
+class Run:
+    """A run's folder as a context manager.
+
+    Inside, SIGTERM and the first Ctrl-C only set `stop_requested`: the loop saves a checkpoint and leaves. On the way
+    out summary.json and report.html are written, with status done, stopped or failed. A `UserError` before anything
+    was computed removes the folder again: bad input leaves no half-written run.
+
+    A folder that holds a run already is resumed with `resume`, else it is moved aside to NAME.1, NAME.2 ...: nothing
+    collected is lost. Settings outside `resumable` must be those of the run that is resumed.
+    """
+
+    def __init__(self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False,
+                 steps: int | None = None) -> None:
+        self.folder, self.experiment, self.seed, self.steps = Path(folder), experiment, seed, steps
+        self.config, self.resuming = config, resume
+        self.stop_requested = False
+        self.metrics: dict[str, Any] = {}
+        self.checks: dict[str, bool] = {}
+        self.claims: list[dict[str, Any]] = []
+        self.steps_done = 0
+        self._status = "done"
+        self._started = time.time()
+        self._settled = False  # something worth keeping has been computed
+
+    def __enter__(self) -> Run:
+        folder = self.folder
+        try:
+            if self.resuming and not (folder / "config.json").exists():
+                raise UserError(f"{folder}: there is no run to resume here (no config.json); start it without --resume")
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is a file; a run needs a folder")
+            if not self.resuming and folder.exists() and any(folder.iterdir()):
+                aside = next(p for p in (folder.with_name(f"{folder.name}.{i}") for i in range(1, 10_000)) if not p.exists())
+                folder.rename(aside)
+                print(f"{folder} held a run already: it is now {aside}", file=sys.stderr)
+            self._made = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise UserError(f"{folder}: this folder cannot be written; choose another --out")
+            if self.resuming:
+                self._settled = True
+                summary = folder / "summary.json"
+                if summary.exists():
+                    before = json.loads(summary.read_text())
+                    self._started -= before.get("wall_s", 0.0)
+            else:
+                save_config(self.config, folder / "config.json")
+                save_environment(folder)
+        except OSError as error:
+            raise UserError(f"{folder}: the run folder cannot be written ({error.strerror or error}); "
+                            "choose another --out or free some space") from error
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested:  # a second Ctrl-C means now
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        print("\nstopping: this step is finished, a checkpoint saved (once more to leave at once)", file=sys.stderr)
+
+    def writer(self, **options: Any) -> MetricsWriter:
+        """The run's metrics writer."""
+        return MetricsWriter(self.folder, total_steps=self.steps, **options)
+
+    def settled(self) -> None:
+        """From here on the folder is kept whatever happens."""
+        self._settled = True
+
+    def stopped(self) -> bool:
+        """Whether somebody asked to stop; as a callable for long stages."""
+        return self.stop_requested
+
+    def check(self, name: str, holds: bool) -> bool:
+        """Record a check of the run; once failed it stays failed."""
+        self.checks[name] = bool(holds) and self.checks.get(name, True)
+        return self.checks[name]
+
+    def sample(self, **fields: Any) -> None:
+        """Append a line to samples.jsonl."""
+        with open(self.folder / "samples.jsonl", "a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+    def report(self, status: str = "running") -> None:
+        """Write summary.json and report.html as things stand."""
+        summary = {"experiment": self.experiment, "status": status, "seed": self.seed, "steps": self.steps_done,
+                   "wall_s": round(time.time() - self._started, 3), "metrics": self.metrics, "checks": self.checks,
+                   "claims": self.claims}
+        temporary = self.folder / "summary.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        temporary.replace(self.folder / "summary.json")
+        write_report(self.folder)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the run began, over all its resumes."""
+        return time.time() - self._started
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, UserError) and not self._settled:
+            shutil.rmtree(self.folder)
+            return False
+        stopped = isinstance(error, (StopRequested, KeyboardInterrupt)) or (error is None and self.stop_requested)
+        status = "stopped" if stopped else "done" if error is None else "failed"
+        try:
+            self.report(status)
+        except OSError as full:
+            if error is None:
+                raise UserError(f"{self.folder}: the report cannot be written ({full.strerror or full})") from full
+        if status == "stopped":
+            print(f"stopped after step {self.steps_done}; go on with --resume --out {self.folder}", file=sys.stderr)
+        return isinstance(error, StopRequested)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/rlaif_jax/xla."""
+    if not jax.config.jax_compilation_cache_dir:
+        base = Path(os.environ.get("RLAIF_JAX_CACHE", Path.home() / ".cache" / "rlaif_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(base / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def command_line(main: Callable[[Any], Any], default: Any, description: str | None = None) -> None:
+    """Parse the options of `default` (a frozen dataclass), run `main(config)`; exit 2 with one line on bad input."""
+    try:
+        config = tyro.cli(type(default), default=default, description=description)
+        use_compilation_cache()
+        main(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,181 @@
+"""The loop: prompts -> rollout -> feedback -> rewards -> advantages -> update -> evaluate / checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlaif_jax.algorithms.ppo import Agent, ppo_step, prepare
+from rlaif_jax.checkpoint import Checkpointer
+from rlaif_jax.config import TrainConfig, UserError, require, to_json
+from rlaif_jax.data.prompts import PromptIterator
+from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
+from rlaif_jax.feedback.sources import Feedback, FeedbackSource
+from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.models.heads import LanguageModel, ScalarModel, ValueHead
+from rlaif_jax.parallel import Runner, make_runner
+from rlaif_jax.rewards.shaping import Normaliser, identity_normaliser, sequence_rewards
+from rlaif_jax.rollout import answer_texts, generate, to_prompts
+from rlaif_jax.run import Run
+from rlaif_jax.types import ROLLOUT, Metrics, Params, Rollout, TrainState, step_key
+
+
+class CheckFailed(RuntimeError):
+    """The run contradicts what must hold of any correct run; its numbers would mean nothing."""
+
+
+def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: Tokenizer) -> tuple[Any, Any, Any]:
+    """(rollout, advantages, update), compiled: `rollout(state, prompts)`, `advantages((state, reference, normaliser),
+    (rollout, values, valid))`, `update(state, experience)`; the first two take a state without optimiser."""
+    answers = config.answers_per_prompt
+
+    def rollout(state: TrainState, prompts: Any, *, axis_name: str | None = None) -> Rollout:
+        return generate(agent.policy, state.params["policy"], prompts, step_key(state.seed, state.step, ROLLOUT),
+                        sampling=config.sampling, answers=answers, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+
+    def advantages(replicated: Any, batch: Any, *, axis_name: str | None = None) -> Any:
+        state, reference, normaliser = replicated
+        rolled, values, valid = batch
+        rewards = sequence_rewards(values, valid, normaliser, rolled.response_mask)
+        return prepare(agent, state, reference, rolled, rewards, answers=answers), rewards.score
+
+    def update(state: TrainState, experience: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
+        return ppo_step(agent, state, experience, axis_name=axis_name)
+
+    return runner.map(rollout), runner.map(advantages), runner.step(update)
+
+
+def train(config: TrainConfig, run: Run, writer: MetricsWriter, *, tokenizer: Tokenizer, policy: LanguageModel,
+          policy_params: Params, critic: ScalarModel | ValueHead | None, value_params: Params | None,
+          prompts: PromptIterator, feedback: FeedbackSource, normaliser: Normaliser | None = None,
+          evaluate: Callable[[Params, int], dict[str, float]] | None = None) -> Params:
+    """Improve `policy_params` from feedback and return the new parameters.
+
+    The reference policy is `policy_params` itself, frozen. `evaluate(policy_params, step)` is called before the first
+    step, every `config.eval_every` steps and after the last; what it returns is logged. `run.stop_requested`,
+    `config.target_reward` and `config.steps` end the loop. A resumed run goes on from its newest checkpoint.
+
+    Raises UserError for settings that do not fit together and for feedback that is not a number; CheckFailed when
+    a check of DESIGN rule 7 fails, with a checkpoint of the last good state on disk.
+    """
+    # ---- Model, step, mesh
+    check_tokenizer(tokenizer, policy.config.vocab_size, "the policy")
+    longest = config.prompt_length + config.sampling.max_new_tokens
+    require(longest <= policy.config.context_length,
+            f"train.prompt_length ({config.prompt_length}) + sampling.max_new_tokens ({config.sampling.max_new_tokens}) "
+            f"= {longest} is more than the policy's context of {policy.config.context_length} tokens")
+    require(config.sampling.temperature > 0, "sampling.temperature is 0 (greedy): a policy learns only from samples")
+    runner = make_runner(config.parallel)
+    updates = config.steps * config.ppo.num_epochs * config.ppo.num_minibatches
+    agent = Agent(policy, critic, config.ppo, config.sampling.temperature, updates)
+    roll, advantages, update = compile_steps(config, agent, runner, tokenizer)
+
+    # ---- State, from a checkpoint or new
+    normaliser = normaliser or identity_normaliser()
+    state = agent.init(policy_params, value_params, run.seed)
+    reference = runner.place(jax.tree.map(jax.numpy.array, policy_params))
+    checkpoints = Checkpointer(run.folder / "checkpoints", to_json(config), keep=config.keep_checkpoints)
+    found = checkpoints.restore((runner.fetch(state), runner.fetch(normaliser))) if run.resuming else None
+    missing, start = 0, 0
+    if found is not None:
+        (state, normaliser), start = found.arrays, found.step
+        prompts.set_state(found.host["prompts"])
+        missing, run.checks = int(found.host["missing"]), dict(found.host["checks"])
+    state = runner.place(state)
+    run.settled()
+    compilations = CompilationCounter()
+
+    def save(step: int, *, wait: bool = False) -> None:
+        writer.flush()
+        checkpoints.save(step, (runner.fetch(state), runner.fetch(normaliser)),
+                         {"prompts": prompts.get_state(), "missing": missing, "checks": run.checks}, wait=wait)
+
+    # ---- Loop
+    with writer.stage("rl", config.steps, resume_from=start if found is not None else None) as log, closing(checkpoints):
+        if evaluate is not None and start == 0:
+            log.write(0, evaluate(state.params["policy"], 0))
+        for step in range(start + 1, config.steps + 1):
+            begun = time.perf_counter()
+            light = state.replace(opt_state=None)
+            batch = next(prompts)                                                                      # prompts
+            rollout = roll(light, to_prompts(batch))                                                   # rollout
+            answers = answer_texts(rollout, tokenizer)
+            rolled = time.perf_counter()
+            records = [record for record in batch.records for _ in range(config.answers_per_prompt)]
+            judged = checked(feedback(records, answers, rollout), records, answers, step)              # feedback
+            missing += int((~judged.valid).sum())
+            told = time.perf_counter()
+            experience, rewards = advantages((light, reference, normaliser), (rollout, *judged))       # rewards, advantages
+            state, metrics = update(state, experience)                                                 # update
+            values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            valid = judged.valid
+            values |= {"reward": float(np.mean(jax.device_get(rewards)[valid])) if valid.any() else float("nan"),
+                       "score": float(np.mean(judged.values[valid])) if valid.any() else float("nan"),
+                       "finished": float(np.mean(jax.device_get(rollout.finished))), "feedback_missing": float(missing)}
+            if evaluate is not None and (step % config.eval_every == 0 or step == config.steps):       # evaluate
+                values |= evaluate(state.params["policy"], step)
+            now = time.perf_counter()
+            tokens = values["length"] * len(answers)
+            values |= {"time/rollout_s": rolled - begun, "time/feedback_s": told - rolled, "time/update_s": now - told,
+                       "time/tokens_per_s": tokens / (now - begun), "time/compilations": compilations.count}
+            log.write(step, values)
+            run.steps_done = step
+            good = check_step(run, step, values, rollout, tokenizer, float32=policy.config.compute_dtype == "float32")
+            enough = config.target_reward is not None and values["reward"] >= config.target_reward
+            if step % config.save_every == 0 or step == config.steps or run.stop_requested or enough or not good:
+                save(step)                                                                             # checkpoint
+            if not good:
+                failed = ", ".join(name for name, holds in run.checks.items() if not holds)
+                raise CheckFailed(f"step {step}: {failed}: false. The state before the failure is in "
+                                  f"{checkpoints.folder}; the step's numbers are the last line of {writer.path}")
+            if run.stop_requested or enough:
+                break
+    return jax.tree.map(jax.numpy.asarray, runner.fetch(state.params["policy"]))
+
+
+def checked(judged: Feedback, records: Any, answers: list[str], step: int) -> Feedback:
+    """The feedback as NumPy arrays; UserError for a judgement that claims to be valid and is no number."""
+    values, valid = jax.device_get(judged.values), np.asarray(jax.device_get(judged.valid), bool)
+    require(np.shape(values) == (len(answers),) and valid.shape == (len(answers),),
+            f"step {step}: the feedback source returned values of shape {np.shape(values)} for {len(answers)} answers")
+    wrong = np.flatnonzero(valid & ~np.isfinite(values))
+    if wrong.size:
+        raise UserError(f"step {step}: the reward of answer {wrong[0]} is {values[wrong[0]]} (prompt "
+                        f"{str(records[wrong[0]].get('prompt'))[:60]!r}, answer {answers[wrong[0]][:60]!r}). A source that has "
+                        "no judgement must mark it as missing (valid = False), not return NaN")
+    return Feedback(np.asarray(values, np.float32), valid)
+
+
+def check_step(run: Run, step: int, values: dict[str, float], rollout: Rollout, tokenizer: Tokenizer, *,
+               float32: bool) -> bool:
+    """What must hold of every step, whatever is learned; recorded in the run's checks. True while all hold."""
+    tolerance = 1e-3 if float32 else 5e-2
+    tokens, mask, finished = jax.device_get((rollout.responses, rollout.response_mask, rollout.finished))
+    last = tokens[np.arange(len(tokens)), mask.sum(-1) - 1]
+    run.check("first_minibatch_ratio_is_1", values["first/ratio_error"] < tolerance)
+    run.check("first_minibatch_clip_fraction_is_0", values["first/clip_fraction"] == 0)
+    run.check("first_minibatch_approx_kl_is_0", abs(values["first/approx_kl"]) < tolerance)
+    run.check("sampler_and_trainer_logprobs_agree", values["first/sampler_gap"] < tolerance)
+    run.check("eos_is_kept_in_the_mask", bool(np.all(last[finished] == tokenizer.eos_id)))
+    run.check("losses_are_finite", values["nonfinite"] == 0)
+    if step == 1:
+        run.check("kl_at_step_0_is_0", abs(values["kl"]) < tolerance * values["length"])
+    return all(run.checks.values())
+
+
+class CompilationCounter:
+    """How many programs were compiled since it was made: after the first steps the number must stand still."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, name: str, seconds: float, **details: Any) -> None:
+        self.count += name.endswith("backend_compile_duration")
+
+

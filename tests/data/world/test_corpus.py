@@ -1,0 +1,126 @@
+"""Corpora: within limits, inside the vocabulary, true to the templates, and behind the firewall."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rlaif_jax.config import UserError
+from rlaif_jax.data.world import VOCABULARY, corpus, gold, sample_scene, scenes, templates
+
+LABELER = corpus.labeler_corpus(np.random.default_rng(0), 3000)
+BASE = corpus.base_corpus(np.random.default_rng(0), 1000)
+
+
+def test_vocabulary_has_no_doubles_and_starts_with_the_specials():
+    assert VOCABULARY[:4] == ("<pad>", "<bos>", "<eos>", "<unk>")
+    assert len(set(VOCABULARY)) == len(VOCABULARY) <= 128
+    assert all(word == "".join(word.split()) for word in VOCABULARY)
+
+
+@pytest.mark.parametrize("transcripts", [LABELER, BASE], ids=["labeler", "base"])
+def test_transcripts_fit_and_their_targets_lie_inside(transcripts):
+    for transcript in transcripts:
+        words = transcript.text.split()
+        assert len(words) <= corpus.MAX_TRANSCRIPT_WORDS
+        assert set(words) <= set(VOCABULARY)
+        assert transcript.targets
+        assert all(0 < target < len(words) for target in transcript.targets)
+        assert transcript.text == " ".join(words)
+
+
+def test_only_training_towns_and_combinations_occur():
+    held_out = set(scenes.names(test=True))
+    for transcript in LABELER + BASE:
+        words = transcript.text.split()
+        start = next(index for index, word in enumerate(words) if word in ("summarise", "talk"))
+        assert f"{words[start + 1]} {words[start + 2]}" not in held_out
+
+
+def test_all_kinds_principles_and_verdicts_occur_about_as_often_as_asked():
+    kinds = Counter(transcript.kind for transcript in LABELER)
+    mix = corpus.LabelerMix()
+    names = ("pairwise", "pairwise_reasoning", "score", "score_reasoning", "revision", "value_questions")
+    total = sum(getattr(mix, name) for name in (*names, "yes_no_questions"))
+    for name in (*names, "yes_no_questions"):
+        assert kinds[name] / len(LABELER) == pytest.approx(getattr(mix, name) / total, abs=0.03)
+    judged = [transcript.text.split() for transcript in LABELER if transcript.kind.startswith("pairwise")]
+    assert {words[0] for words in judged} == set(templates.PRINCIPLES)
+    verdicts = Counter(words[-1] for words in judged)
+    assert set(verdicts) == {"1", "2"}
+    assert abs(verdicts["1"] / verdicts.total() - 0.5) < 0.05
+    scored = Counter(t.text.split()[-1] for t in LABELER if t.kind.startswith("score"))
+    assert set(scored) == set(templates.SCORES)
+
+
+def test_training_and_labelling_share_the_templates():
+    for transcript in LABELER:
+        if transcript.kind != "pairwise":
+            continue
+        words = transcript.text.split()
+        first, second, end = words.index("<1>"), words.index("<2>"), words.index("<answer>")
+        prompt, answer1, answer2 = words[1:first], words[first + 1 : second], words[second + 1 : end]
+        again = templates.pairwise_prompt(words[0], " ".join(prompt), " ".join(answer1), " ".join(answer2))
+        assert transcript.text == f"{again} {words[-1]}"
+        assert transcript.targets == (len(words) - 1,)
+
+
+def test_verdicts_follow_gold_under_noise():
+    task = corpus.TASKS[0]
+    rng, agree = np.random.default_rng(1), []
+    mix = corpus.LabelerMix(principles=("<overall>",))
+    scene = sample_scene(0, "train", 11)
+    for _ in range(400):
+        words = corpus._pairwise(rng, task, scene, mix, True, False).text.split()
+        first, second, end = words.index("<1>"), words.index("<2>"), words.index("<answer>")
+        answers = " ".join(words[first + 1 : second]), " ".join(words[second + 1 : end])
+        score1, score2 = (gold.gold_score(task, scene, answer) for answer in answers)
+        if abs(score1 - score2) > 0.05:
+            agree.append((score1 > score2) == (words[-1] == "1"))
+    assert 0.85 < np.mean(agree) < 0.995  # people err, but not often
+
+
+def test_yes_no_questions_are_true_half_the_time_and_answered_truly():
+    answers = Counter()
+    for transcript in LABELER:
+        if transcript.kind == "yes_no_questions":
+            words = transcript.text.split()
+            facts = " ".join(words[: words.index("<check>")])
+            for target in transcript.targets:
+                answers[words[target]] += 1
+                assert (words[target] == "yes") == (f"{words[target - 2]} {words[target - 1]}" in facts)
+    assert set(answers) == {"yes", "no"}
+    assert abs(answers["yes"] / answers.total() - 0.5) < 0.05
+
+
+def test_questions_end_before_their_answer():
+    prompt = "summarise bren dal : vital mill old ="
+    assert templates.value_question(prompt, "mill") == "summarise bren dal : vital mill old <fact> mill"
+    assert templates.claim_questions(prompt, "in bren dal the mill old and the inn warm .") == (
+        "summarise bren dal : vital mill old <check> mill old",
+        "summarise bren dal : vital mill old <check> inn warm",
+    )
+    with pytest.raises(UserError, match="<kind>"):
+        templates.score_prompt("<kind>", prompt, "")
+
+
+def test_the_same_generator_gives_the_same_corpus():
+    assert corpus.labeler_corpus(np.random.default_rng(0), 50) != corpus.labeler_corpus(np.random.default_rng(1), 50)
+    again = corpus.labeler_corpus(np.random.default_rng(3), 50)
+    assert corpus.labeler_corpus(np.random.default_rng(3), 50) == again
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["templates", "scenes", "grammar", "vocabulary", "tasks", "summarisation", "dialogue", "builder"],
+)
+def test_what_a_labeler_may_import_loads_no_gold(module):
+    code = (
+        f"import sys, rlaif_jax.data.world.{module};"
+        "world = 'rlaif_jax.data.world.';"
+        "print([name for name in ('gold', 'annotators', 'corpus') if world + name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
