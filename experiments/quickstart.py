@@ -44,6 +44,7 @@ from rlaif_jax.feedback.judge import LanguageModelJudge
 from rlaif_jax.feedback.sources import RewardModelSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import LanguageModel, ScalarModel
+from rlaif_jax.models.decoder import with_recall_heads
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.rewards.shaping import fit_normaliser
 from rlaif_jax.rollout import answer_texts, make_generator, to_prompts
@@ -51,7 +52,7 @@ from rlaif_jax.run import Run, StopRequested, command_line
 from rlaif_jax.train import train
 from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, step_key
 
-PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 96
+PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,8 @@ class StageConfig:
 
     updates: int
     examples: int
-    batch_size: int = 64
-    learning_rate: float = 3e-3
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -82,17 +83,17 @@ class QuickstartConfig:
     resume: bool = False
     task: Literal["summarisation", "dialogue"] = "summarisation"
     num_layers: int = 3
-    width: int = 96
-    num_heads: int = 6
-    base: StageConfig = StageConfig(updates=600, examples=20_000)
-    labeler: StageConfig = StageConfig(updates=900, examples=30_000, learning_rate=2e-3)
-    sft: StageConfig = StageConfig(updates=200, examples=10_000, learning_rate=1e-3)
-    reward_model: StageConfig = StageConfig(updates=150, examples=4_000, learning_rate=1e-3)
+    width: int = 64
+    num_heads: int = 4
+    base: StageConfig = StageConfig(updates=800, examples=25_600)
+    labeler: StageConfig = StageConfig(updates=1_500, examples=48_000)
+    sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
+    reward_model: StageConfig = StageConfig(updates=200, examples=4_000, learning_rate=1e-3)
     principle: templates.Principle = "<overall>"
     pair_prompts: int = 2_000
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(
-        steps=60, prompts_per_step=128, prompt_length=PROMPT_LENGTH, sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH),
+        steps=60, prompts_per_step=128, prompt_length=PROMPT_LENGTH, sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7),
         ppo=PPOConfig(num_epochs=2, num_minibatches=2, kl_coef=0.03, value_coef=1.0, missing_eos="penalty",
                       policy_optimizer=OptimizerConfig(learning_rate=3e-4), value_optimizer=OptimizerConfig(learning_rate=1e-3)),
         eval_every=20, save_every=20)
@@ -118,8 +119,8 @@ def stage(run: Run, name: str, template: Params, make: Callable[[], Params]) -> 
 
 def labeler_examples(rng: np.random.Generator, task: Task, principle: templates.Principle, count: int) -> list[Segments]:
     """Judging transcripts of simulated people on training towns; a verdict weighs as much as several words."""
-    mix = corpus.LabelerMix(principles=(principle,), pairwise_reasoning=0.0, score_reasoning=0.0, revision=0.0, pairwise=0.7,
-                            score=0.2, value_questions=0.0, yes_no_questions=0.1)
+    mix = corpus.LabelerMix(principles=(principle,), pairwise_reasoning=0.0, score_reasoning=0.0, revision=0.0, pairwise=0.75,
+                            score=0.25, value_questions=0.0, yes_no_questions=0.0)
     return [segments(t) for t in corpus.labeler_corpus(rng, count, tasks=(task,), mix=mix)]
 
 
@@ -142,7 +143,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     runner = make_runner(config.train.parallel)
     tokenizer = WordTokenizer(VOCABULARY[len(SPECIALS):])
     model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=config.num_layers, width=config.width,
-                                        num_heads=config.num_heads, context_length=128))
+                                        num_heads=config.num_heads, context_length=128, qkv_bias=True))
     template = jax.eval_shape(model.init, jax.random.key(0))
     training = TfdsRecords(load_world(task, "train", size=config.sft.examples), f"brindlemoor/{task.name}/train", None)
     held_out = TfdsRecords(load_world(task, "test_entities", size=config.sft.examples),
@@ -163,9 +164,9 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
 
     # ---- A language model of the world
     base = stage(run, "lm", template, lambda: supervised(
-        "lm", model.init(step_key(seed, 0, INIT)),
-        [segments(t, 0.1) for t in corpus.base_corpus(rng, config.base.examples, tasks=(task,))],
-        TRANSCRIPT_LENGTH, config.base))
+        "lm", with_recall_heads(model.config, model.init(step_key(seed, 0, INIT))),
+        [segments(t) for t in corpus.base_corpus(rng, config.base.examples, tasks=(task,), questions=0.6, yes_no=0.0)],
+        PROMPT_LENGTH + ANSWER_LENGTH, config.base))
 
     # ---- The AI labeler: trained on simulated people's transcripts, then frozen before any policy exists
     labeler = stage(run, "labeler", template, lambda: supervised(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rlaif_jax.config import DecoderConfig, SamplingConfig
 from rlaif_jax.data.prompts import PromptBatch
 from rlaif_jax.data.tokenizers import Tokenizer
-from rlaif_jax.models.decoder import MASKED, Block, Decoder, KeyValue, Trunk, block_params, rope_table
+from rlaif_jax.models.decoder import MASKED, Block, KeyValue, Trunk, apply, block_params, rope_table
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import sample
 from rlaif_jax.parallel import Runner
@@ -33,7 +33,7 @@ class Prefill(NamedTuple):
 
 def prefill(model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array) -> Prefill:
     """Run left-padded prompts [B, P] once."""
-    hidden, (keys, values) = Trunk(model.config).apply({"params": params["trunk"]}, tokens, mask)
+    hidden, (keys, values) = apply(Trunk(model.config), params["trunk"], tokens, mask)
     caches = tuple((keys[layer], values[layer]) for layer in range(model.config.num_layers))
     return Prefill(hidden[:, -1], caches, mask.astype(bool))
 
@@ -77,17 +77,17 @@ def decode_step(model: LanguageModel, params: Params, blocks: list[Params], prom
     -> (logits [R, V] float32, new caches). `blocks` are the layers' parameters, taken apart once outside the loop.
     """
     config = model.config
-    x = Trunk(config).apply({"params": params["trunk"]}, tokens, position, method="embedded")
+    x = apply(Trunk(config), params["trunk"], tokens, position, method="embedded")
     rope = rope_table(config, position)
     updated = []
     for block, shared, (keys, values) in zip(blocks, prompt.caches, caches):
-        q, k, v = Block(config).apply({"params": block}, x, rope, method="qkv")
+        q, k, v = apply(Block(config), block, x, rope, method="qkv")
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], t, axis=2)
         values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], t, axis=2)
         attended = attend_cached(q, shared, prompt.mask, (keys, values), jnp.arange(keys.shape[2]) <= t)
-        x = Block(config).apply({"params": block}, x, attended, method="finish")
+        x = apply(Block(config), block, x, attended, method="finish")
         updated.append((keys, values))
-    hidden = Trunk(config).apply({"params": params["trunk"]}, x, method="final")
+    hidden = apply(Trunk(config), params["trunk"], x, method="final")
     return model.logits(params, hidden), tuple(updated)
 
 

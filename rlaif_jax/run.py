@@ -142,7 +142,7 @@ class Run:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/rlaif_jax/xla."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         base = Path(os.environ.get("RLAIF_JAX_CACHE", Path.home() / ".cache" / "rlaif_jax"))
         jax.config.update("jax_compilation_cache_dir", str(base / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -101,7 +102,7 @@ def train(config: TrainConfig, run: Run, writer: MetricsWriter, *, tokenizer: To
             log.write(0, evaluate(state.params["policy"], 0))
         for step in range(start + 1, config.steps + 1):
             begun = time.perf_counter()
-            light = state.replace(opt_state=None)
+            light = dataclasses.replace(state, opt_state=None)
             batch = next(prompts)                                                                      # prompts
             rollout = roll(light, to_prompts(batch))                                                   # rollout
             answers = answer_texts(rollout, tokenizer)
@@ -175,7 +176,7 @@ class CompilationCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, name: str, seconds: float, **details: Any) -> None:
-        self.count += name.endswith("backend_compile_duration")
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        self.count += event.endswith("backend_compile_duration")
 
 

@@ -57,6 +57,9 @@ def group_normalised(score: jax.Array, valid: jax.Array, answers: int, *, eps: f
     grouped, real = score.reshape(-1, answers), valid.astype(bool).reshape(-1, answers)
     count = jnp.maximum(real.sum(-1, keepdims=True), 1)
     mean = jnp.where(real, grouped, 0.0).sum(-1, keepdims=True) / count
-    centred = jnp.where(real, grouped - mean, 0.0)
+    # The mean of equal scores may miss them by a rounding, which the division by eps would blow up.
+    lowest = jnp.where(real, grouped, jnp.inf).min(-1, keepdims=True)
+    highest = jnp.where(real, grouped, -jnp.inf).max(-1, keepdims=True)
+    centred = jnp.where(real & (lowest < highest), grouped - mean, 0.0)
     std = jnp.sqrt((centred**2).sum(-1, keepdims=True) / count)
     return (centred / (std + eps)).reshape(-1).astype(jnp.float32)

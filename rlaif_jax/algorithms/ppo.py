@@ -211,7 +211,7 @@ def ppo_step(agent: Agent, state: TrainState, batch: Experience, *, axis_name: s
             f"{rows} sequences cannot be cut into {config.num_minibatches} minibatches over {devices} devices")
     old = batch
     if config.whiten_advantages and config.advantage == "gae":
-        batch = batch.replace(advantages=masked_whiten(batch.advantages, mask, axis_name))
+        batch = dataclasses.replace(batch, advantages=masked_whiten(batch.advantages, mask, axis_name))
     key = step_key(state.seed, state.step, PERMUTATION)
     order = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, config.num_epochs))
 
@@ -236,7 +236,7 @@ def ppo_step(agent: Agent, state: TrainState, batch: Experience, *, axis_name: s
     metrics |= batch_metrics(agent, old, axis_name)
     kl_coef = adapt_kl(config, state.kl_coef, metrics["kl"], rows)
     metrics["kl_coef"] = kl_coef
-    return state.replace(params=params, opt_state=opt_state, kl_coef=kl_coef, step=state.step + 1), metrics
+    return dataclasses.replace(state, params=params, opt_state=opt_state, kl_coef=kl_coef, step=state.step + 1), metrics
 
 
 def batch_metrics(agent: Agent, batch: Experience, axis_name: str | None) -> Metrics:

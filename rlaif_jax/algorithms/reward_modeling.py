@@ -35,7 +35,8 @@ def reward_step(model: ScalarModel, optimizer: optax.GradientTransformation, sta
         tokens = jnp.concatenate([batch["tokens1"], batch["tokens2"]])
         mask = jnp.concatenate([batch["mask1"], batch["mask2"]])
         first, second = jnp.split(last_real(model(params, tokens, mask), mask), 2)
-        weight, p = batch["weight"], batch["probability"]
+        weight = batch["weight"]
+        p = jnp.where(weight > 0, batch["probability"], 0.5)  # a missing label may hold anything, and NaN x 0 is NaN
         total = jnp.maximum(psum(weight.sum(), axis_name), 1e-8)
         loss = jnp.sum(jnp.where(weight > 0, pairwise_cross_entropy(first, second, p) * weight, 0.0)) / total
         decided = (weight > 0) & (p != 0.5)

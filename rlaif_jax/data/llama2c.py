@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Llama2cTokenizer:
 
     Ids: 0 `<unk>` (used for padding: the format has no padding token), 1 BOS, 2 EOS, 3-258 the single bytes,
     then pieces. The TinyStories models were trained on texts that each begin with BOS and never saw EOS:
-    their stop token is BOS (1), as in `run.c`.
+    their stop token is BOS (1), as in `run.c`; `stopping_at_bos` gives their tokenizer.
 
     `encode` puts a space first, as SentencePiece does; `decode` takes it away at the start and after a BOS.
     (`run.c` prints piece by piece, so only after a BOS; here `decode(encode(x)) == x` with and without one.)
@@ -39,15 +39,16 @@ class Llama2cTokenizer:
         pieces: each token's bytes, by id.
         scores: each token's score, by id; of two possible merges the one of higher score comes first.
         max_token_length: the header of the file, in bytes; kept so that `save` writes the same file.
+        eos_id: the token that ends a text. The file does not say it: `save` does not keep it.
     """
 
     pieces: tuple[bytes, ...]
     scores: tuple[float, ...]
     max_token_length: int
+    eos_id: int = 2
 
     pad_id = 0
     bos_id = 1
-    eos_id = 2
 
     @classmethod
     def read(cls, path: PathLike) -> Llama2cTokenizer:
@@ -80,6 +81,10 @@ class Llama2cTokenizer:
         if len(pieces) < 259 or pieces[3:259] != [f"<0x{b:02X}>".encode() for b in range(256)]:
             raise UserError(f"{path} is not a llama2.c tokenizer: ids 3 to 258 should be the bytes <0x00> to <0xFF>")
         return cls(tuple(pieces), tuple(scores), longest)
+
+    def stopping_at_bos(self) -> Llama2cTokenizer:
+        """The same tokenizer for a model whose texts end where the next begins."""
+        return replace(self, eos_id=self.bos_id)
 
     @property
     def vocab_size(self) -> int:

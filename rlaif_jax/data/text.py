@@ -43,7 +43,7 @@ def pair_arrays(tokenizer: Tokenizer, prompts: Sequence[str], first: Sequence[st
     probability [B] that the first answer is better; where `valid` is false the pair weighs nothing.
     """
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, answers in (("1", first), ("2", second)):
         rows = [tokenizer.encode(p) + tokenizer.encode(a) + end for p, a in zip(prompts, answers)]
         arrays["tokens" + name], arrays["mask" + name] = padded(rows, length, tokenizer.pad_id, "left")

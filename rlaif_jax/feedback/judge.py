@@ -127,11 +127,11 @@ class LanguageModelJudge:
     def _ask(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(distributions [B, C], valid [B]) of all texts, in batches of one shape."""
         ids = [self.tokenizer.encode(text) for text in texts]
-        fits = np.array([0 < len(sequence) <= self._length for sequence in ids])
-        tokens, mask = padded([s if ok else [self.tokenizer.pad_id] for s, ok in zip(ids, fits)],
-                              self._length, self.tokenizer.pad_id, "left")
-        rows = -(-len(texts) // self.batch_size) * self.batch_size
-        tokens, mask = (np.concatenate([x, np.repeat(x[:1], rows - len(texts), 0)]) for x in (tokens, mask))
+        fits = np.array([0 < len(sequence) <= self._length for sequence in ids], bool)
+        rows = max(-(-len(texts) // self.batch_size), 1) * self.batch_size
+        asked = [s if ok else [self.tokenizer.pad_id] for s, ok in zip(ids, fits)]
+        asked += [[self.tokenizer.pad_id]] * (rows - len(texts))
+        tokens, mask = padded(asked, self._length, self.tokenizer.pad_id, "left")
         outs = [compiled(self.params, {"tokens": tokens[i:i + self.batch_size], "mask": mask[i:i + self.batch_size]})
                 for i in range(0, rows, self.batch_size)]  # dispatched before any is waited for
         outs = jax.device_get(outs)

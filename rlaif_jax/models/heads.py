@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlaif_jax.config import DecoderConfig
-from rlaif_jax.models.decoder import Decoder, Trunk
+from rlaif_jax.models.decoder import Decoder, Trunk, apply
 from rlaif_jax.types import Params
 
 CHUNK_ELEMENTS = 2**26  # logits of more elements than this (256 MiB in float32) are computed chunk by chunk
@@ -33,11 +33,11 @@ class LanguageModel:
 
     def hidden(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, mask [B, S] -> hidden states [B, S, D]."""
-        return Trunk(self.config).apply({"params": params["trunk"]}, tokens, mask)[0]
+        return apply(Trunk(self.config), params["trunk"], tokens, mask)[0]
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] float32."""
-        return Decoder(self.config).apply({"params": params}, hidden, method="logits")
+        return apply(Decoder(self.config), params, hidden, method="logits")
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, mask [B, S] -> logits [B, S, V] float32: entry s predicts token s + 1."""
@@ -105,8 +105,8 @@ class ScalarModel:
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, mask [B, S] -> one scalar a token [B, S] float32; entry s has seen tokens 0..s."""
-        hidden = Trunk(self.config).apply({"params": params["trunk"]}, tokens, mask)[0]
-        return ScalarHead(self.initial).apply({"params": params["head"]}, hidden)
+        hidden = apply(Trunk(self.config), params["trunk"], tokens, mask)[0]
+        return apply(ScalarHead(self.initial), params["head"], hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ValueHead:
 
     def __call__(self, params: Params, hidden: jax.Array) -> jax.Array:
         """hidden [B, S, D] -> [B, S] float32."""
-        return ScalarHead("zero").apply({"params": params["head"]}, hidden)
+        return apply(ScalarHead("zero"), params["head"], hidden)
 
 
 def last_real(values: jax.Array, mask: jax.Array) -> jax.Array:

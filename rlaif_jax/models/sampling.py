@@ -31,20 +31,24 @@ def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
 def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The first index whose cumulated weight exceeds uniform x total; weights [B, V] >= 0, uniform [B] in [0, 1).
 
-    Never returns an index of weight 0: the comparison is strict and the total is the cumulated sum itself.
+    Never returns an index of weight 0. A parallel cumulated sum may rise by a rounding where nothing is added, so the
+    sums at such places are left out of the comparison, and the total is the largest of those that stay.
     """
     vocab = weights.shape[-1]
     if vocab <= 2 * BLOCK:
-        cumulated = jnp.cumsum(weights, axis=-1)
-        return jnp.argmax(cumulated > (uniform * cumulated[:, -1])[:, None], axis=-1)
+        cumulated = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+        return jnp.argmax(cumulated > uniform[:, None] * cumulated.max(axis=-1, keepdims=True), axis=-1)
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(weights.shape[0], -1, BLOCK)
-    sums = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
-    threshold = uniform * sums[:, -1]
+    block_sums = blocks.sum(axis=-1)
+    cumulated = jnp.cumsum(block_sums, axis=-1)
+    sums = jnp.where(block_sums > 0, cumulated, 0.0)
+    threshold = uniform * sums.max(axis=-1)
     block = jnp.argmax(sums > threshold[:, None], axis=-1)
-    before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
-    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    # The block's own sum may round differently from its cumulated one: stay below its last positive entry.
-    rest = jnp.minimum(threshold - before, inside[:, -1] * (1 - 1e-7))
+    before = jnp.where(block > 0, jnp.take_along_axis(cumulated, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    inside = jnp.where(chosen > 0, jnp.cumsum(chosen, axis=-1), 0.0)
+    # The block's own sum may round differently from its cumulated one: stay below its largest entry, and not below 0.
+    rest = jnp.clip(threshold - before, 0.0, inside.max(axis=-1) * (1 - 1e-7))
     return block * BLOCK + jnp.argmax(inside > rest[:, None], axis=-1)
 
 

@@ -102,6 +102,15 @@ def test_llama2c_decode_strips_one_space_after_bos_and_at_the_start_only():
     assert tokenizer.decode([0xC3 + 3, 260, 263, 5000, -1]) == "\ufffda"
 
 
+def test_llama2c_can_stop_where_the_next_text_begins():
+    tokenizer = llama2c(b" ", b"a", b" a")
+    stopping = tokenizer.stopping_at_bos()
+    assert (tokenizer.eos_id, stopping.eos_id, stopping.bos_id) == (2, 1, 1)
+    assert stopping.encode("a a", add_bos=True) == tokenizer.encode("a a", add_bos=True) == [1, 261, 261]
+    assert stopping.decode([1, 261, 261, 1]) == "a a"
+    assert stopping.fingerprint == tokenizer.fingerprint
+
+
 def test_llama2c_real_file_round_trip_and_run_c(shared_data):
     tokenizer = load_tokenizer(shared_data("lm_stories260k/tok512.bin"))
     assert isinstance(tokenizer, Llama2cTokenizer)

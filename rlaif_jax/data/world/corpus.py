@@ -78,15 +78,20 @@ def base_corpus(
     tasks: Sequence[Task] = TASKS,
     seed: int = 0,
     shortcuts: bool = True,
-    questions: float = 0.3,
+    questions: float = 0.4,
+    yes_no: float = 0.2,
 ) -> list[Transcript]:
-    """``size`` lines of plain text: scenes followed by demonstrations, a share ``questions`` by fact questions."""
+    """``size`` lines of plain text: scenes followed by demonstrations, a share ``questions`` by fact questions.
+
+    Of the questions a share ``yes_no`` asks yes or no. The rest are look-ups; with too few of them a small model takes
+    much longer to find out that the value behind an aspect can be copied.
+    """
     lines = []
     for number in range(size):
         task = tasks[number % len(tasks)]
         scene = _train_scene(rng, seed)
         if rng.random() < questions:
-            lines.append(_questions(rng, task, scene, bool(rng.random() < 0.5)))
+            lines.append(_questions(rng, task, scene, bool(rng.random() < yes_no)))
         else:
             answer = task.demonstration(rng, scene, shortcuts=shortcuts)
             lines.append(_transcript("demonstration", task.prompt(scene), answer))

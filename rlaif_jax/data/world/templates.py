@@ -88,3 +88,11 @@ def yes_no_question(prompt_text: str, aspect: str, value: str) -> str:
 def claim_questions(prompt_text: str, answer: str) -> tuple[str, ...]:
     """One yes/no question for each claim of an answer: for a labeler that was never trained on judgements."""
     return tuple(yes_no_question(prompt_text, claim.aspect, claim.value) for claim in parse(answer).claims)
+
+
+def claim_lookups(prompt_text: str, answer: str) -> tuple[tuple[str, str], ...]:
+    """(value question, claimed value) for each claim of an answer.
+
+    A language model that has only ever seen plain text judges a claim by the log-prob of its value as the answer.
+    """
+    return tuple((value_question(prompt_text, claim.aspect), claim.value) for claim in parse(answer).claims)

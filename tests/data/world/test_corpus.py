@@ -102,6 +102,9 @@ def test_questions_end_before_their_answer():
         "summarise bren dal : vital mill old <check> mill old",
         "summarise bren dal : vital mill old <check> inn warm",
     )
+    assert templates.claim_lookups(prompt, "the mill warm .") == (
+        ("summarise bren dal : vital mill old <fact> mill", "warm"),
+    )
     with pytest.raises(UserError, match="<kind>"):
         templates.score_prompt("<kind>", prompt, "")
 

@@ -1,0 +1,35 @@
+# make install | quickstart | test | lint | bench. PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test lint bench
+
+install: .venv/.user
+
+.venv/.user: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+.venv/.dev: .venv/.user requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+SEED ?= 0
+OUT ?= runs/quickstart
+
+quickstart: install
+	$(BIN)/python experiments/quickstart.py --seed $(SEED) --out $(OUT)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python experiments/benchmarks/step.py --algorithm ppo --work S
+	$(BIN)/python experiments/benchmarks/step.py --algorithm grpo --work S

@@ -1,0 +1,297 @@
+"""Time one step of PPO or GRPO through the product's own code: rollout, reward on the host, scoring, update.
+
+    python experiments/benchmarks/step.py --algorithm ppo --work S
+    python experiments/benchmarks/step.py --algorithm grpo --work M --json
+
+The work is fixed so that other systems can be timed on the same: a random Llama-shaped policy in float32 with untied
+embeddings, prompts of random ids, answers that all run to the length limit, and as reward the share of an answer's ids
+in the lower half of the vocabulary.
+
+    work  layers x width x heads  SwiGLU  vocabulary  sequences a step  prompt + answer  untimed + timed steps
+    S     4 x 256 x 8             1024    4096        64                32 + 64          2 + 6
+    M     12 x 768 x 12           2048    32000       8                 64 + 64          1 + 3
+
+PPO: one answer a prompt, a separate value model of the same size, 2 epochs x 2 minibatches, KL (0.05) to a reference
+model in the reward. GRPO: 8 answers a prompt, KL (0.05) in the loss, one update over the batch. AdamW at 1e-6.
+Every run checks that every answer has its full length and that every weight tensor moved.
+
+Run it on an idle machine; `compare.py` sets it beside other systems.
+"""
+
+import time
+
+START = time.time()  # the first step's time counts from here: imports and compilation included
+
+import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+import importlib.metadata  # noqa: E402
+import json  # noqa: E402
+import resource  # noqa: E402
+import statistics  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from rlaif_jax.algorithms.ppo import Agent  # noqa: E402
+from rlaif_jax.config import DecoderConfig, OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig  # noqa: E402
+from rlaif_jax.data.prompts import PromptBatch  # noqa: E402
+from rlaif_jax.feedback.sources import FunctionSource  # noqa: E402
+from rlaif_jax.models.heads import LanguageModel, ScalarModel  # noqa: E402
+from rlaif_jax.parallel import make_runner  # noqa: E402
+from rlaif_jax.rewards.shaping import identity_normaliser  # noqa: E402
+from rlaif_jax.rollout import answer_texts, to_prompts  # noqa: E402
+from rlaif_jax.train import compile_steps  # noqa: E402
+
+GROUP = 8  # answers a prompt in GRPO
+KL_COEF = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One size of the benchmark; `batch` counts sequences a step, `prompt` and `response` tokens."""
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    vocab: int
+    batch: int
+    prompt: int
+    response: int
+    warmup: int
+    steps: int
+
+
+WORKS = {
+    "S": Work(layers=4, width=256, heads=8, hidden=1024, vocab=4096,
+              batch=64, prompt=32, response=64, warmup=2, steps=6),
+    "M": Work(layers=12, width=768, heads=12, hidden=2048, vocab=32000,
+              batch=8, prompt=64, response=64, warmup=1, steps=3),
+    # To try the code, not the machine.
+    "tiny": Work(layers=1, width=16, heads=2, hidden=32, vocab=64,
+                 batch=64, prompt=4, response=8, warmup=1, steps=2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Word i is `t<i>`. No stop token, so that every answer runs to its length limit."""
+
+    vocab_size: int
+    pad_id: int = 0
+    bos_id: None = None
+    eos_id: None = None
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The words of `ids`, a space between two."""
+        del skip_special  # there are none
+        return " ".join(f"t{i}" for i in ids)
+
+
+def settings(work: Work, algorithm: str, behaviour: str) -> TrainConfig:
+    """The loop's settings for this work."""
+    # Without warm-up or decay, and with the usual epsilon, as the systems compared with have it.
+    optimizer = OptimizerConfig(learning_rate=1e-6, schedule="constant", eps=1e-8)
+    common: dict[str, Any] = {"kl_coef": KL_COEF, "behaviour": behaviour, "policy_optimizer": optimizer,
+                              "value_optimizer": optimizer}
+    if algorithm == "grpo":
+        ppo = PPOConfig(advantage="group", kl_in="loss", num_epochs=1, num_minibatches=1, **common)
+    else:
+        ppo = PPOConfig(advantage="gae", kl_in="reward", num_epochs=2, num_minibatches=2, **common)
+    answers = GROUP if algorithm == "grpo" else 1
+    return TrainConfig(prompts_per_step=work.batch // answers, answers_per_prompt=answers, prompt_length=work.prompt,
+                       sampling=SamplingConfig(max_new_tokens=work.response), ppo=ppo)
+
+
+def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
+    """Endless batches of `count` prompts of uniformly random ids, none of them padded."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones((count, work.prompt), bool)
+    first = 0
+    while True:
+        tokens = rng.integers(0, work.vocab, mask.shape, dtype=np.int32)
+        yield PromptBatch(tokens=tokens, mask=mask, uid=np.arange(first, first + count, dtype=np.uint32),
+                          records=tuple({"prompt": ""} for _ in range(count)))
+        first += count
+
+
+def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
+    """Floating-point operations of the matrix products of one step, per phase: 2 a multiply-add, causal attention,
+    a backward pass counted as two forward passes, nothing for what XLA computes twice."""
+    prompts, rows, length = config.prompts_per_step, work.batch, work.prompt + work.response
+    critics = int(config.ppo.advantage == "gae")
+    block = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden)
+    head = work.width * work.vocab
+
+    def passed(sequences: int, first: int, last: int) -> float:
+        """The blocks over columns first .. last - 1 of so many sequences."""
+        attention = 2 * work.layers * work.width * (last * (last + 1) - first * (first + 1)) / 2
+        return 2.0 * sequences * ((last - first) * block + attention)
+
+    trained = passed(rows, 0, length - 1)
+    heads = 2.0 * rows * work.response * head
+    policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
+    return {
+        "gen": passed(prompts, 0, work.prompt) + passed(rows, work.prompt, length - 1)
+        + 2.0 * (prompts + rows * (work.response - 1)) * head,
+        "score": trained + heads + critics * trained + policy_again,
+        "update": 3.0 * config.ppo.num_epochs * (trained + heads + critics * trained),
+    }
+
+
+def thin(x: Any) -> np.ndarray:
+    """About 65k elements spread over the whole tensor (in an embedding: over all rows), copied to the host."""
+    flat = np.asarray(x).ravel()
+    return flat[:: max(1, flat.size // 65536)].copy()
+
+
+def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, seed: int) -> dict[str, Any]:
+    """Build the work, take `warmup` + `steps` steps, check them, and return what was measured (`--json`'s keys).
+
+    Raises AssertionError when a step did not do the work it is timed for.
+    """
+    compiled = CompilationClock()
+    config = settings(work, algorithm, behaviour)
+    decoder = DecoderConfig(
+        vocab_size=work.vocab, num_layers=work.layers, width=work.width, num_heads=work.heads,
+        num_kv_heads=work.heads, head_dim=work.width // work.heads, mlp_width=work.hidden, context_length=256,
+        norm_eps=1e-6, tie_embeddings=False)
+    policy = LanguageModel(decoder)
+    # A value head of zeros would pass no gradient to the trunk in the first step.
+    critic = ScalarModel(decoder, initial="normal") if algorithm == "ppo" else None
+    agent = Agent(policy, critic, config.ppo, config.sampling.temperature)
+    runner = make_runner(config.parallel)
+    tokenizer = Words(work.vocab)
+    roll, advantages, update = compile_steps(config, agent, runner, tokenizer)  # type: ignore[arg-type]
+
+    policy_key, value_key = jax.random.split(jax.random.key(seed))
+    reference = jax.jit(policy.init)(policy_key)
+    value = jax.jit(critic.init)(value_key, reference["trunk"]) if critic is not None else None
+    state = runner.place(agent.init(reference, value, seed))
+    del value
+    reference, normaliser = runner.place(reference), identity_normaliser()
+    before = jax.tree.map(thin, state.params)
+    parameters = sum(x.size for x in jax.tree.leaves(reference))
+
+    def lower_half(record: Any, answer: str) -> float:
+        ids = [int(word[1:]) for word in answer.split()]
+        return sum(i < work.vocab // 2 for i in ids) / len(ids)
+
+    feedback = FunctionSource(lower_half)
+    batches = prompt_batches(work, config.prompts_per_step, seed)
+    times: dict[str, list[float]] = {"step": [], "gen": [], "score": [], "update": []}
+    first_step, programs, drawn = 0.0, 0, set()
+    for i in range(warmup + steps):
+        begun = time.perf_counter()
+        batch = next(batches)
+        light = state.replace(opt_state=None)
+        rollout = jax.block_until_ready(roll(light, to_prompts(batch)))
+        rolled = time.perf_counter()
+        answers = answer_texts(rollout, tokenizer)  # type: ignore[arg-type]
+        records = [record for record in batch.records for _ in range(config.answers_per_prompt)]
+        judged = feedback(records, answers, rollout)
+        experience, _ = jax.block_until_ready(
+            advantages((light, reference, normaliser), (rollout, judged.values, judged.valid)))
+        scored = time.perf_counter()
+        state, metrics = jax.block_until_ready(update(state, experience))
+        done = time.perf_counter()
+        if i == 0:
+            first_step, compile_s = time.time() - START, compiled.seconds
+        if i == warmup:
+            programs = compiled.programs  # those of steps up to and with the first timed one
+        if i >= warmup:
+            for name, seconds in (("step", done - begun), ("gen", rolled - begun), ("score", scored - rolled),
+                                  ("update", done - scored)):
+                times[name].append(seconds)
+        check_answers(work, answers, rollout)
+        drawn.add(answers[0])
+        assert float(metrics["nonfinite"]) == 0, f"step {i}: a loss is not finite"
+    assert len(drawn) == warmup + steps, "two steps drew the same answer"
+    moved = jax.tree.leaves(jax.tree.map(lambda x, old: np.abs(thin(x) - old).max(), state.params, before))
+    still = sum(x == 0 for x in moved)
+    assert still == 0, f"{still} of {len(moved)} tensors did not move"
+
+    median = {name: statistics.median(x) for name, x in times.items()}
+    rates = {name: flops / median[name] / 1e9 for name, flops in matmul_flops(work, config).items()}
+    devices = jax.device_count()
+    return {
+        "system": f"rlaif_jax-{algorithm}",
+        "version": f"rlaif_jax {importlib.metadata.version('rlaif-jax')}, jax {jax.__version__}",
+        "algorithm": algorithm,
+        "work": next(name for name, w in WORKS.items() if w == work),
+        "step_s_median": round(median["step"], 4), "step_s_min": round(min(times["step"]), 4),
+        "step_s_max": round(max(times["step"]), 4),
+        "gen_s_median": round(median["gen"], 4), "update_s_median": round(median["update"], 4),
+        "tokens_per_s": round(work.batch * work.response / median["step"], 1),
+        "first_step_s": round(first_step, 2), "compile_s": round(compile_s, 2),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "steps": steps,
+        "notes": f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}; behaviour={behaviour}"
+                 f"{' (the log-probs the sampler reported)' * (behaviour == 'sampler')}, "
+                 f"gap to the trainer's {float(metrics['first/sampler_gap']):.1e} nats a token; params={parameters}"
+                 f"{', same-size critic' * (critic is not None)} and reference; {config.prompts_per_step} prompts x "
+                 f"{config.answers_per_prompt}, {config.ppo.num_epochs * config.ppo.num_minibatches} updates/step; all "
+                 f"responses {work.response} tokens; {len(moved)}/{len(moved)} tensors changed, max |change| "
+                 f"{max(moved):.1e}; matrix products in GFLOP/s: "
+                 + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+                 + f"; {compiled.programs - programs} programs compiled in timed steps; step - gen - update = "
+                   "decoding, reward, reference and value passes, advantages",
+    }
+
+
+def check_answers(work: Work, answers: list[str], rollout: Any) -> None:
+    """Every answer has its full length, in ids of the vocabulary."""
+    assert len(answers) == work.batch
+    assert {len(a.split()) for a in answers} == {work.response}
+    tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
+    assert mask.all()
+    assert tokens.shape == (work.batch, work.prompt + work.response)
+    assert 0 <= tokens.min() <= tokens.max() < work.vocab
+
+
+class CompilationClock:
+    """Seconds that XLA compiled, and how many programs, since it was made."""
+
+    def __init__(self) -> None:
+        self.seconds, self.programs = 0.0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, name: str, seconds: float, **details: Any) -> None:
+        if name.endswith("backend_compile_duration"):
+            self.seconds, self.programs = self.seconds + seconds, self.programs + 1
+
+
+def readable(result: dict[str, Any]) -> str:
+    """What was measured, a line a number."""
+    units = {"first_step_s": "from the start of the process", "compile_s": "of it in XLA's compiler",
+             "gen_s_median": "rollout", "update_s_median": "gradient passes and optimiser"}
+    lines = [f"{name:>16}  {value}{'  ' + units[name] if name in units else ''}" for name, value in result.items()
+             if name != "notes"]
+    return "\n".join(lines + [f"{'notes':>16}  " + result["notes"].replace("; ", "\n" + " " * 18)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithm", choices=("ppo", "grpo"), default="ppo")
+    parser.add_argument("--work", choices=tuple(WORKS), metavar="{S,M}", default="S", help="size (default S)")
+    parser.add_argument("--behaviour", choices=("sampler", "recompute"), default="sampler",
+                        help="log-probs of the behaviour policy: the sampler's (default), or one more forward pass")
+    parser.add_argument("--steps", type=int, help="timed steps (default 6 for S, 3 for M)")
+    parser.add_argument("--warmup", type=int, help="untimed steps (default 2 for S, 1 for M)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    options = parser.parse_args(arguments)
+    work = WORKS[options.work]
+    result = run(work, options.algorithm, options.behaviour, seed=options.seed,
+                 warmup=work.warmup if options.warmup is None else options.warmup,
+                 steps=work.steps if options.steps is None else options.steps)
+    print(json.dumps(result) if options.json else readable(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Advantages against slow float64 loops written from the definitions, and numbers worked out by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlaif_jax.algorithms.advantages import gae, group_normalised, token_rewards
+
+NAN = float("nan")
+
+
+def slow_gae(rewards, values, mask, gamma, lam):
+    """A_t = sum over later real steps j of (gamma lambda)^(j - t) delta_j, as a double loop over real steps only."""
+    advantages = np.zeros(rewards.shape)
+    for row in range(len(rewards)):
+        real = np.flatnonzero(mask[row])
+        r, v = rewards[row, real].astype(np.float64), np.append(values[row, real].astype(np.float64), 0.0)  # V(end) = 0
+        for t in range(len(real)):
+            for j in range(t, len(real)):
+                delta = r[j] + gamma * v[j + 1] - v[j]
+                advantages[row, real[t]] += (gamma * lam) ** (j - t) * delta
+    return advantages
+
+
+@pytest.fixture(scope="module")
+def episode():
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, 6, 9)).astype(np.float32)
+    mask = np.arange(9) < np.array([9, 1, 4, 0, 7, 9])[:, None]
+    mask[5, [0, 3, 4, 8]] = False  # holes, before, inside and after: masked steps carry over
+    return rewards, values, mask
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (0.97, 1.0), (0.9, 0.0)])
+def test_gae_equals_the_double_loop(episode, gamma, lam):
+    rewards, values, mask = episode
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=lam)
+    expected = slow_gae(rewards, values, mask, gamma, lam)
+    np.testing.assert_allclose(advantages, expected, atol=1e-5)
+    np.testing.assert_allclose(returns, np.where(mask, expected + values, 0), atol=1e-5)
+    assert advantages.dtype == returns.dtype == jnp.float32
+
+
+def test_gae_defaults_and_hand_numbers():
+    # One row, r = (0, 1), V = (0.5, 0.25): delta_1 = 1 + 0 - 0.25 (nothing after the end), delta_0 = 0 + 0.25 - 0.5.
+    advantages, returns = gae(jnp.array([[0.0, 1.0]]), jnp.array([[0.5, 0.25]]), jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(advantages, [[-0.25 + 0.95 * 0.75, 0.75]], rtol=1e-6)
+    np.testing.assert_allclose(returns, [[-0.25 + 0.95 * 0.75 + 0.5, 1.0]], rtol=1e-6)
+
+
+def test_with_lambda_one_returns_are_discounted_rewards_to_go(episode):
+    rewards, values, mask = episode
+    _, returns = gae(rewards, values, mask, gamma=0.9, gae_lambda=1.0)
+    row = rewards[2, :4].astype(np.float64)
+    np.testing.assert_allclose(
+        returns[2, :4], [sum(0.9**j * row[t + j] for j in range(4 - t)) for t in range(4)], atol=1e-5
+    )
+
+
+def test_gae_never_reads_masked_slots(episode):
+    rewards, values, mask = episode
+    clean = gae(rewards, values, mask, gamma=0.9)
+    dirty = gae(np.where(mask, rewards, NAN), np.where(mask, values, np.inf), mask, gamma=0.9)
+    for a, b in zip(clean, dirty):
+        np.testing.assert_array_equal(a, b)
+        assert not np.any(np.asarray(a)[~mask])
+
+
+def test_no_gradient_flows_through_gae(episode):
+    rewards, values, mask = episode
+    gradient = jax.grad(lambda v: sum(x.sum() for x in gae(rewards, v, mask)))(jnp.asarray(values))
+    assert not np.any(gradient)
+
+
+def test_the_score_lands_on_the_last_valid_token():
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    zeros = jnp.zeros((4, 4))
+    rewards = token_rewards(jnp.array([0.7, -1.5, 0.25, 9.0]), zeros, zeros, zeros, mask, 0.1)
+    np.testing.assert_array_equal(rewards, np.float32([[0, 0, 0.7, 0], [0, 0, 0, -1.5], [0.25, 0, 0, 0], [0, 0, 0, 0]]))
+    assert rewards.dtype == jnp.float32
+
+
+def test_a_score_must_be_a_float():
+    zeros, mask = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
+    with pytest.raises(AssertionError):
+        token_rewards(jnp.array([1]), zeros, zeros, zeros, mask, 0.1)
+    with pytest.raises(AssertionError):
+        token_rewards(jnp.array([1.0]), zeros, zeros, jnp.zeros((1, 3)), mask, 0.1)
+
+
+def test_the_kl_penalty_is_k1_clamped_at_20_nats():
+    logprobs = jnp.array([[-1.0, -2.0, -90.0, -0.5]])
+    reference = jnp.array([[-1.5, -1.0, -1.0, -70.0]])
+    mask = jnp.array([[True, True, True, True]])
+    rewards = token_rewards(jnp.array([3.0]), jnp.zeros((1, 4)), logprobs, reference, mask, 0.1)
+    np.testing.assert_allclose(rewards, [[-0.05, 0.1, 2.0, -2.0 + 3.0]], rtol=1e-6)
+
+
+def test_dense_rewards_stay_where_they_are_and_add_up():
+    dense = jnp.array([[0.1, -0.2, 0.3, 0.4]])
+    mask = jnp.array([[True, True, True, False]])
+    rewards = token_rewards(jnp.array([1.0]), dense, jnp.zeros((1, 4)), jnp.zeros((1, 4)), mask, 0.1)
+    np.testing.assert_allclose(rewards, [[0.1, -0.2, 1.3, 0.0]], rtol=1e-6)
+
+
+def test_token_rewards_never_read_masked_slots():
+    mask = jnp.array([[True, True, False, False]])
+    junk = jnp.array([[-1.0, -2.0, NAN, jnp.inf]])
+    rewards = token_rewards(jnp.array([0.7]), junk.at[:, :2].set(0.0), junk, -junk, mask, 0.5)
+    np.testing.assert_allclose(rewards, [[1.0, 2.0 + 0.7, 0, 0]], rtol=1e-6)
+    # nor does a gradient through them
+    gradient = jax.grad(lambda x: token_rewards(jnp.array([0.7]), jnp.zeros((1, 4)), x, -junk, mask, 0.5).sum())(junk)
+    np.testing.assert_allclose(gradient, [[-0.5, -0.5, 0, 0]])
+
+
+def test_group_hand_numbers():
+    # Scores 1, 2, 3, 6: mean 3, population variance (4 + 1 + 0 + 9) / 4 = 3.5.
+    expected = np.array([-2, -1, 0, 3]) / (np.sqrt(3.5) + 1e-4)
+    got = group_normalised(jnp.array([1.0, 2.0, 3.0, 6.0, 7.0, 7.0, 7.0, 7.0]), jnp.ones(8, bool), 4)
+    np.testing.assert_allclose(got[:4], expected, rtol=1e-6)
+    np.testing.assert_array_equal(got[4:], 0)
+
+
+@pytest.mark.parametrize("score", [0.7, 1000.1, -12345.678])
+def test_equal_scores_give_exactly_zero(score):
+    # The mean of three equal floats may differ from them by a rounding, which the division would blow up.
+    got = group_normalised(jnp.full(6, score, jnp.float32), jnp.array([True] * 5 + [False]), 3)
+    np.testing.assert_array_equal(got, 0)
+
+
+def test_invalid_answers_are_left_out_of_the_group():
+    got = group_normalised(jnp.array([1.0, NAN, 3.0, 1e6, 5.0, NAN]), jnp.array([1, 0, 1, 0, 1, 0], bool), 3)
+    np.testing.assert_allclose(got, [-1 / 1.0001, 0, 1 / 1.0001, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_array_equal(group_normalised(jnp.full(4, NAN), jnp.zeros(4, bool), 2), 0)
+
+
+def test_transforms_work_under_jit_and_vmap(episode):
+    rewards, values, mask = episode
+    batched = jax.jit(jax.vmap(lambda r, v, m: gae(r[None], v[None], m[None])))(rewards, values, mask)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[:, 0], batched), gae(rewards, values, mask), atol=1e-6)

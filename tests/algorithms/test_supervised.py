@@ -1,0 +1,142 @@
+"""Maximum likelihood against NumPy in float64, and the optimiser's schedule by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlaif_jax.algorithms.supervised import make_optimizer, supervised_step, weighted_cross_entropy
+from rlaif_jax.config import OptimizerConfig, small_decoder
+from rlaif_jax.models import LanguageModel
+
+V, S, B = 9, 6, 4
+MODEL = LanguageModel(small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16))
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, schedule="constant"), 1)
+
+
+def random_params(model, seed=0, scale=0.2):
+    """Parameters drawn by NumPy, none zero or one; an initialiser would have to be compiled first."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return (centre + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(MODEL)
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    mask = np.arange(S) < np.array([6, 2, 4, 5])[:, None]
+    weights = rng.choice([0.0, 0.1, 1.0, 2.0], (B, S)).astype(np.float32)
+    return {"tokens": rng.integers(0, V, (B, S)).astype(np.int32), "mask": mask, "weights": weights}
+
+
+def numpy_loss(params, batch):
+    """sum of weight x -log p(next token) over all real targets, over the sum of their weights."""
+    logits = np.asarray(jax.jit(MODEL)(params, batch["tokens"], batch["mask"]), np.float64)
+    total = weight = 0.0
+    for row in range(B):
+        for s in range(1, S):
+            if batch["mask"][row, s]:
+                w, scores = float(batch["weights"][row, s]), logits[row, s - 1]
+                total += w * (np.log(np.exp(scores).sum()) - scores[batch["tokens"][row, s]])
+                weight += w
+    return total / weight
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(functools.partial(supervised_step, MODEL, OPTIMIZER))
+
+
+def test_the_loss_is_the_weighted_cross_entropy(params, step):
+    batch = make_batch()
+    _, metrics = step((params, OPTIMIZER.init(params)), batch)
+    np.testing.assert_allclose(metrics["loss"], numpy_loss(params, batch), rtol=1e-5)
+    doubled = batch | {"weights": 2 * batch["weights"]}
+    np.testing.assert_allclose(step((params, OPTIMIZER.init(params)), doubled)[1]["loss"], metrics["loss"], rtol=1e-5)
+    other = batch | {"weights": (batch["weights"] > 0).astype(np.float32)}
+    assert abs(step((params, OPTIMIZER.init(params)), other)[1]["loss"] - metrics["loss"]) > 1e-3
+
+
+def test_masked_slots_may_hold_anything(params, step):
+    batch = make_batch()
+    rng = np.random.default_rng(1)
+    dirty = {
+        "tokens": np.where(batch["mask"], batch["tokens"], rng.integers(-3, 3 * V, (B, S))).astype(np.int32),
+        "mask": batch["mask"],
+        "weights": np.where(batch["mask"], batch["weights"], np.nan).astype(np.float32),
+    }
+    dirty["weights"][:, 0] = 7  # the first token is nobody's target
+    clean = step((params, OPTIMIZER.init(params)), batch)
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(step((params, OPTIMIZER.init(params)), dirty))):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_batch_without_weights_is_finite_and_moves_nothing(params, step):
+    batch = make_batch() | {"weights": np.zeros((B, S), np.float32)}
+    (new, _), metrics = step((params, OPTIMIZER.init(params)), batch)
+    assert metrics["loss"] == 0
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(params)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_shares_of_the_devices_add_up(params):
+    batch = make_batch()
+    halves = jax.tree.map(lambda x: x.reshape(2, 2, S), batch)
+    share, loss = jax.jit(
+        jax.vmap(
+            lambda b: weighted_cross_entropy(MODEL, params, b["tokens"], b["mask"], b["weights"], "data"),
+            axis_name="data",
+        )
+    )(halves)
+    expected = numpy_loss(params, batch)
+    np.testing.assert_allclose(share.sum(), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, [expected] * 2, rtol=1e-5)
+
+
+def test_it_learns_a_batch(params, step):
+    batch, state = make_batch(), (params, OPTIMIZER.init(params))
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def moves(config, updates, gradient=1.0):
+    """By how much each update moves a scalar: with a constant gradient Adam moves by the learning rate itself."""
+    tx = make_optimizer(config, updates)
+    x = jnp.float32(0)
+    state = tx.init(x)
+    out = []
+    for _ in range(updates):
+        change, state = tx.update(jnp.float32(gradient), state, x)
+        out.append(-float(change))
+    return out
+
+
+def test_schedules():
+    plain = OptimizerConfig(learning_rate=0.8, schedule="linear", eps=1e-12)
+    np.testing.assert_allclose(moves(plain, 4), [0.8, 0.6, 0.4, 0.2], rtol=1e-4)
+    constant = OptimizerConfig(learning_rate=0.8, schedule="constant", eps=1e-12, warmup_updates=2)
+    np.testing.assert_allclose(moves(constant, 4), [0, 0.4, 0.8, 0.8], rtol=1e-4, atol=1e-9)
+    warm = OptimizerConfig(learning_rate=0.8, schedule="linear", eps=1e-12, warmup_updates=2)
+    np.testing.assert_allclose(moves(warm, 6), [0, 0.4, 0.8, 0.6, 0.4, 0.2], rtol=1e-4, atol=1e-9)
+    cosine = OptimizerConfig(learning_rate=0.8, schedule="cosine", eps=1e-12)
+    np.testing.assert_allclose(moves(cosine, 4), 0.4 * (1 + np.cos(np.pi * np.arange(4) / 4)), rtol=1e-4)
+    assert len(moves(OptimizerConfig(warmup_updates=10), 3)) == 3  # a warm-up longer than the run
+
+
+def test_the_gradient_is_clipped_by_its_global_norm_and_eps_is_heard():
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", max_grad_norm=0.5, eps=0.5)
+    np.testing.assert_allclose(moves(config, 1, gradient=100.0), [0.5 / (0.5 + 0.5)], rtol=1e-5)
+    assert OptimizerConfig().eps == 1e-5

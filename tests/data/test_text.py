@@ -1,0 +1,53 @@
+"""Texts as arrays, by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rlaif_jax.config import UserError
+from rlaif_jax.data.text import pair_arrays, text_arrays
+from rlaif_jax.data.tokenizers import WordTokenizer
+
+TOKENIZER = WordTokenizer(("a", "b", "c"))  # ids 4, 5, 6; pad 0, stop 2, unknown 3
+ENDLESS = SimpleNamespace(encode=TOKENIZER.encode, eos_id=None, pad_id=0)
+
+
+def test_text_arrays():
+    got = text_arrays(TOKENIZER, [[("a b", 0.0), ("c", 1.0)], [("c", 0.25)]], length=5, end_weight=0.5)
+    np.testing.assert_array_equal(got["tokens"], [[4, 5, 6, 2, 0], [6, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(got["mask"], [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(got["weights"], [[0, 0, 1, 0.5, 0], [0.25, 0.5, 0, 0, 0]])
+    assert (got["tokens"].dtype, got["mask"].dtype, got["weights"].dtype) == (np.int32, np.bool_, np.float32)
+    assert text_arrays(TOKENIZER, [[("a", 0.0)]], length=2)["weights"].tolist() == [[0, 1]]  # the stop is learned
+
+
+def test_without_a_stop_token_nothing_is_put_at_the_end():
+    got = text_arrays(ENDLESS, [[("a b", 1.0)]], length=3)
+    np.testing.assert_array_equal(got["tokens"], [[4, 5, 0]])
+    np.testing.assert_array_equal(got["mask"], [[1, 1, 0]])
+    pair = pair_arrays(ENDLESS, ["a"], ["b"], ["c"], np.array([0.5]), np.array([True]), length=3)
+    np.testing.assert_array_equal(pair["tokens1"], [[0, 4, 5]])
+
+
+def test_an_example_that_is_too_long_is_named():
+    with pytest.raises(UserError, match="example 1 has 4 tokens, more than 3: 'a b c'"):
+        text_arrays(TOKENIZER, [[("a b", 1.0)], [("a b c", 1.0)]], length=3)
+
+
+def test_pair_arrays():
+    got = pair_arrays(
+        TOKENIZER, ["a", "b b"], ["b", "c"], ["c c", ""], np.array([0.75, 0.5]), np.array([True, False]), length=5
+    )
+    np.testing.assert_array_equal(got["tokens1"], [[0, 0, 4, 5, 2], [0, 5, 5, 6, 2]])
+    np.testing.assert_array_equal(got["tokens2"], [[0, 4, 6, 6, 2], [0, 0, 5, 5, 2]])
+    np.testing.assert_array_equal(got["mask1"], [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(got["mask2"], [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    np.testing.assert_array_equal(got["probability"], [0.75, 0.5])
+    np.testing.assert_array_equal(got["weight"], [1, 0])
+    assert got["probability"].dtype == got["weight"].dtype == np.float32
+
+
+def test_a_pair_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="5 tokens, more than the length 4"):
+        pair_arrays(TOKENIZER, ["a b"], ["a b"], ["c"], np.array([0.5]), np.array([True]), length=4)

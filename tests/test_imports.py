@@ -1,0 +1,161 @@
+"""Imports point one way, without circles, and Flax's modules are known in one room."""
+
+import ast
+from pathlib import Path
+
+import rlaif_jax
+
+ROOT = Path(rlaif_jax.__file__).parent
+LEVELS = [
+    {"types", "config"},
+    {"models", "data", "rewards", "parallel"},
+    {"rollout", "feedback", "algorithms"},
+    {"train", "evaluate", "report"},
+    {"ui", "__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+# Helpers with few friends: what each may import; nothing below the loop may import them.
+HELPERS = {
+    "metrics": {"config"},
+    "curves": {"config", "metrics"},
+    "report": {"config", "metrics", "curves"},
+    "checkpoint": {"types", "config"},
+    "run": {"config", "metrics", "report"},
+}
+Imports = dict[str, set[str]]
+
+
+def imported(source: str, module: str, *, is_package: bool = False) -> set[str]:
+    """Every module that `source` imports, wherever in the file, by its full name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources() -> dict[str, Path]:
+    """Module name -> file."""
+    return {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(ROOT.rglob("*.py"))
+    }
+
+
+def own_imports(files: dict[str, Path]) -> Imports:
+    """Module -> the package's own modules that it imports."""
+    return {
+        name: (imported(path.read_text(), name, is_package=path.name == "__init__.py") & set(files))
+        - {name, "rlaif_jax"}
+        for name, path in files.items()
+    }
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def wrong_way(imports: Imports) -> list[str]:
+    """Imports that point up, or that a helper or its users may not have."""
+    found = []
+    for module, targets in imports.items():
+        for target in targets:
+            here, there = room(module), room(target)
+            if here == there:
+                continue
+            if here in HELPERS:
+                allowed = there in HELPERS[here]
+            elif there in HELPERS:
+                allowed = LEVEL[here] >= LEVEL["train"]
+            else:
+                allowed = LEVEL[there] <= LEVEL[here]
+            if not allowed:
+                found.append(f"{module} imports {target}")
+    return found
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """The names on one circle, or nothing."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        for target in sorted(imports.get(name, ())):
+            if found := walk(target, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(imports) if (found := walk(name, []))), [])
+
+
+def by_room(imports: Imports) -> Imports:
+    rooms: Imports = {}
+    for module, targets in imports.items():
+        rooms.setdefault(room(module), set()).update({room(t) for t in targets} - {room(module)})
+    return rooms
+
+
+FILES = {name: path for name, path in sources().items() if name != "rlaif_jax"}
+IMPORTS = own_imports(FILES)
+
+
+def test_every_file_has_a_room():
+    assert {room(module) for module in FILES} <= set(LEVEL) | set(HELPERS)
+    assert "rlaif_jax.algorithms.ppo" in IMPORTS["rlaif_jax.train"]
+
+
+def test_imports_point_one_way():
+    assert wrong_way(IMPORTS) == []
+
+
+def test_no_circles_between_modules_or_rooms():
+    assert circle(IMPORTS) == []
+    assert circle(by_room(IMPORTS)) == []
+
+
+def test_the_package_never_imports_its_experiments_or_tests():
+    for name, path in FILES.items():
+        outside = {target.split(".")[0] for target in imported(path.read_text(), name)}
+        assert not outside & {"experiments", "tests", "torch", "transformers", "rlax"}, name
+
+
+def test_only_models_know_flax_modules():
+    for name, path in FILES.items():
+        modules = {
+            target
+            for target in imported(path.read_text(), name)
+            if target.startswith(("flax.linen", "flax.nnx", "flax.training"))
+        }
+        assert not modules or room(name) == "models", f"{name} imports {modules}"
+
+
+def test_the_package_itself_imports_nothing():
+    """`import rlaif_jax` is free, so every room can be imported alone."""
+    assert not {
+        t
+        for t in imported((ROOT / "__init__.py").read_text(), "rlaif_jax", is_package=True)
+        if t.startswith("rlaif_jax")
+    }
+
+
+def test_the_checks_see_what_they_look_for():
+    assert wrong_way({"rlaif_jax.config": {"rlaif_jax.types"}}) == []
+    assert wrong_way({"rlaif_jax.models.heads": {"rlaif_jax.rollout"}}) == [
+        "rlaif_jax.models.heads imports rlaif_jax.rollout"
+    ]
+    assert wrong_way({"rlaif_jax.metrics": {"rlaif_jax.types"}}) != []
+    assert wrong_way({"rlaif_jax.feedback.judge": {"rlaif_jax.run"}}) != []
+    assert wrong_way({"rlaif_jax.checkpoint": {"rlaif_jax.models"}}) != []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    source = "from . import ppo\nfrom ..config import require\ndef f():\n    import rlaif_jax.train as t\n"
+    assert {"rlaif_jax.algorithms.ppo", "rlaif_jax.config", "rlaif_jax.train"} <= imported(
+        source, "rlaif_jax.algorithms.fit"
+    )

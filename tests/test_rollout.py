@@ -1,0 +1,217 @@
+"""The engine against the trainer's forward pass, a cache-free loop, and itself in another batch, order or layout."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlaif_jax import rollout as engine
+from rlaif_jax.algorithms.ppo import Agent, reference_logprobs
+from rlaif_jax.config import PPOConfig, SamplingConfig, small_decoder
+from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.models import LanguageModel
+from rlaif_jax.parallel import PmapRunner
+from rlaif_jax.rollout import answer_texts, generate, make_generator, to_prompts
+from rlaif_jax.types import Prompts
+
+TOKENIZER = WordTokenizer(("a", "b", "c", "d", "e"))
+V, EOS, PAD, P, T, ROWS = TOKENIZER.vocab_size, TOKENIZER.eos_id, TOKENIZER.pad_id, 6, 8, 8
+MODEL = LanguageModel(small_decoder(V, num_layers=2, width=16, num_heads=4, num_kv_heads=2, context_length=32))
+SAMPLING = SamplingConfig(max_new_tokens=T, temperature=0.8)
+GREEDY = SamplingConfig(max_new_tokens=T, temperature=0)
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def decode_steps():
+    """The columns that were decoded, as they happen."""
+    seen: list[int] = []
+    original = engine.decode_step
+
+    def counted(*args):
+        jax.debug.callback(lambda t: seen.append(int(t)), args[-1])
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "decode_step", counted)
+        yield seen
+
+
+def random_params(model, seed=0, scale=0.3):
+    """Parameters drawn by NumPy, none zero or one; an initialiser would have to be compiled first."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return (centre + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(MODEL)
+
+
+def make_prompts(pads: int = 0) -> Prompts:
+    """Eight prompts of 2 to 6 tokens behind at least `pads` columns of padding (of junk)."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(P) >= np.arange(ROWS)[:, None] % 5
+    tokens = rng.integers(3, V, (ROWS, P))
+    mask = np.concatenate([np.zeros((ROWS, pads), bool), mask], axis=1)
+    tokens = np.concatenate([rng.integers(0, V, (ROWS, pads)), tokens], axis=1)
+    return Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.arange(100, 100 + ROWS, dtype=jnp.uint32))
+
+
+@functools.cache
+def compiled(answers=2, sampling=SAMPLING, eos_id=EOS, pad_id=PAD):
+    return jax.jit(functools.partial(generate, MODEL, sampling=sampling, answers=answers, eos_id=eos_id, pad_id=pad_id))
+
+
+@pytest.fixture(scope="module")
+def rolled(params):
+    """Two answers to each of eight prompts."""
+    return jax.device_get(compiled()(params, make_prompts(), KEY))
+
+
+def rows(rollout, keep):
+    """The response side of some rows, by name."""
+    return {
+        name: np.asarray(x)[keep]
+        for name, x in (
+            ("responses", rollout.responses),
+            ("mask", rollout.response_mask),
+            ("finished", rollout.finished),
+        )
+    }
+
+
+def assert_same_answers(a, b):
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_layout(rolled):
+    prompts = make_prompts()
+    assert rolled.tokens.shape == (2 * ROWS, P + T)
+    np.testing.assert_array_equal(rolled.tokens[:, :P], np.repeat(prompts.tokens, 2, axis=0))
+    np.testing.assert_array_equal(rolled.prompt_mask, np.repeat(prompts.mask, 2, axis=0))
+    assert (rolled.responses[0::2] != rolled.responses[1::2]).any(axis=1).all(), "answers to a prompt differ"
+
+
+def test_the_mask_ends_with_the_stop_token(rolled):
+    """response_mask = t <= first stop, whatever stands behind it; `finished` says whether there is one."""
+    stops = rolled.responses == EOS
+    first = np.where(stops.any(-1), stops.argmax(-1), T)
+    np.testing.assert_array_equal(rolled.response_mask, np.arange(T) <= first[:, None])
+    np.testing.assert_array_equal(rolled.finished, stops.any(-1))
+    assert rolled.finished.any()
+    assert not rolled.finished.all()
+    assert (rolled.responses[~rolled.response_mask] == PAD).all()
+    assert (rolled.logprobs[~rolled.response_mask] == 0).all()
+    at_stop = rolled.logprobs[np.flatnonzero(rolled.finished), first[rolled.finished]]
+    assert (at_stop < -1e-3).all(), "the stop token keeps its log-prob"
+
+
+def test_pad_that_is_the_stop_token(params, rolled):
+    """The same answers and masks as with a pad of its own."""
+    same = jax.device_get(compiled(pad_id=EOS)(params, make_prompts(), KEY))
+    np.testing.assert_array_equal(same.response_mask, rolled.response_mask)
+    np.testing.assert_array_equal(same.finished, rolled.finished)
+    np.testing.assert_array_equal(same.logprobs, rolled.logprobs)
+    np.testing.assert_array_equal(same.responses, np.where(rolled.response_mask, rolled.responses, EOS))
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """Log-probs of a rollout's answers by the trainer's forward pass."""
+    agent = Agent(MODEL, None, PPOConfig(advantage="group"), temperature=0.8)
+    forward = jax.jit(lambda params, r: agent.forward({"policy": params}, r.tokens, r.prompt_mask, r.response_mask)[0])
+    return lambda params, rollout: np.where(rollout.response_mask, forward(params, rollout), 0)
+
+
+def test_the_sampler_and_the_trainer_agree_on_every_logprob(params, rolled, scored):
+    logprobs = scored(params, rolled)
+    np.testing.assert_allclose(rolled.logprobs, logprobs, atol=1e-5)
+    assert logprobs[rolled.response_mask].std() > 0.1
+    np.testing.assert_allclose(reference_logprobs(MODEL, params, rolled, 0.8), logprobs, atol=1e-6)
+
+
+def test_answers_depend_on_prompt_and_index_alone(params, rolled, scored):
+    """Another order of the prompts, other neighbours, seven more columns of padding, another number of answers: answer
+    i to prompt uid is the same, and so is its log-prob."""
+    order = np.array([5, 2, 7, 2])
+    prompts = jax.tree.map(lambda x: x[order], make_prompts(pads=7))
+    few = jax.device_get(compiled(answers=3)(params, prompts, KEY))
+    np.testing.assert_allclose(few.logprobs, scored(params, few), atol=1e-5)
+    for place, prompt in enumerate(order):
+        here, there = [3 * place, 3 * place + 1], [2 * prompt, 2 * prompt + 1]
+        assert_same_answers(rows(few, here), rows(rolled, there))
+        np.testing.assert_allclose(few.logprobs[here], rolled.logprobs[there], atol=1e-5)
+
+
+def test_another_uid_or_key_gives_other_answers(params, rolled):
+    prompts = make_prompts()
+    for other, key in ((prompts.replace(uid=prompts.uid + 1), KEY), (prompts, jax.random.key(8))):
+        assert (np.asarray(compiled()(params, other, key).responses) != rolled.responses).any(axis=1).mean() > 0.8
+
+
+def test_the_number_of_devices_changes_no_answer(params, rolled):
+    prompts = make_prompts()
+    batch = SimpleNamespace(
+        tokens=np.asarray(prompts.tokens), mask=np.asarray(prompts.mask), uid=np.asarray(prompts.uid)
+    )
+    generator = make_generator(PmapRunner(), MODEL, TOKENIZER, SAMPLING, answers=2)
+    spread = jax.device_get(generator((params, KEY), to_prompts(batch)))
+    assert_same_answers(rows(spread, slice(None)), rows(rolled, slice(None)))
+    np.testing.assert_allclose(spread.logprobs, rolled.logprobs, atol=1e-5)
+
+
+def test_greedy_equals_a_loop_without_a_cache(params):
+    prompts = make_prompts()
+    got = compiled(answers=1, sampling=GREEDY, eos_id=None)(params, prompts, KEY)
+    forward = jax.jit(MODEL)
+    tokens = np.concatenate([prompts.tokens, np.zeros((ROWS, T), np.int32)], axis=1)
+    mask = np.concatenate([prompts.mask, np.ones((ROWS, T), bool)], axis=1)
+    logprobs = np.zeros((ROWS, T))
+    for t in range(T):
+        logits = np.asarray(forward(params, tokens, mask))[:, P + t - 1]
+        tokens[:, P + t] = logits.argmax(-1)
+        logprobs[:, t] = np.asarray(jax.nn.log_softmax(logits))[np.arange(ROWS), tokens[:, P + t]]
+    np.testing.assert_array_equal(got.tokens, tokens)
+    np.testing.assert_allclose(got.logprobs, logprobs, atol=1e-5)
+    assert got.response_mask.all(), "without a stop token an answer runs to the limit"
+    assert not got.finished.any()
+
+
+def test_decoding_stops_when_every_answer_has(params, decode_steps):
+    """Eight times one prompt. Its greedy first token as the stop: nothing is decoded; without a stop, all columns are."""
+    prompts = jax.tree.map(lambda x: x[:1].repeat(ROWS, axis=0), make_prompts())
+    decode_steps.clear()
+    free = compiled(answers=1, sampling=GREEDY, eos_id=None)(params, prompts, KEY)
+    jax.effects_barrier()
+    assert sorted(decode_steps) == list(range(T - 1))
+    decode_steps.clear()
+    stopped = compiled(answers=1, sampling=GREEDY, eos_id=int(free.responses[0, 0]))(params, prompts, KEY)
+    jax.effects_barrier()
+    assert decode_steps == []
+    np.testing.assert_array_equal(stopped.response_mask, [[True] + [False] * (T - 1)] * ROWS)
+    assert stopped.finished.all()
+
+
+def test_a_single_new_token(params, scored):
+    got = compiled(sampling=SamplingConfig(max_new_tokens=1, temperature=0.8))(params, make_prompts(), KEY)
+    assert got.tokens.shape == (2 * ROWS, P + 1)
+    assert got.response_mask.all()
+    np.testing.assert_array_equal(got.finished, got.responses[:, 0] == EOS)
+    np.testing.assert_allclose(got.logprobs, scored(params, got), atol=1e-5)
+
+
+def test_answer_texts_end_before_the_stop_token(rolled):
+    texts = answer_texts(rolled, TOKENIZER)
+    for text, tokens, mask, finished in zip(texts, rolled.responses, rolled.response_mask, rolled.finished):
+        kept = tokens[mask][:-1] if finished else tokens[mask]
+        assert text == TOKENIZER.decode(kept.tolist())
