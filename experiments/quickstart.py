@@ -13,7 +13,7 @@ Expected (seeds 0, 1, 2): see experiments/RESULTS.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,6 @@ import numpy as np
 
 from rlaif_jax.algorithms.fit import fit_language_model, fit_reward_model
 from rlaif_jax.algorithms.ppo import reference_logprobs
-from rlaif_jax.checkpoint import load_params, save_params
 from rlaif_jax.config import (
     OptimizerConfig,
     PPOConfig,
@@ -104,19 +103,6 @@ def get_config() -> QuickstartConfig:
     return QuickstartConfig()
 
 
-def stage(run: Run, name: str, template: Params, make: Callable[[], Params]) -> Params:
-    """The parameters of a finished stage from the run's folder, or made now and kept there."""
-    folder = run.folder / "checkpoints" / f"stage_{name}"
-    if run.resuming and folder.exists():
-        return load_params(folder, template)
-    params = make()
-    if run.stop_requested:
-        raise StopRequested
-    save_params(folder, params)
-    run.report()
-    return params
-
-
 def labeler_examples(rng: np.random.Generator, task: Task, principle: templates.Principle, count: int) -> list[Segments]:
     """Judging transcripts of simulated people on training towns; a verdict weighs as much as several words."""
     mix = corpus.LabelerMix(principles=(principle,), pairwise_reasoning=0.0, score_reasoning=0.0, revision=0.0, pairwise=0.75,
@@ -163,20 +149,20 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
                                       runner=runner, log=log.write, stop=run.stopped)
 
     # ---- A language model of the world
-    base = stage(run, "lm", template, lambda: supervised(
+    base = run.stage("lm", template, lambda: supervised(
         "lm", with_recall_heads(model.config, model.init(step_key(seed, 0, INIT))),
         [segments(t) for t in corpus.base_corpus(rng, config.base.examples, tasks=(task,), questions=0.6, yes_no=0.0)],
         PROMPT_LENGTH + ANSWER_LENGTH, config.base))
 
     # ---- The AI labeler: trained on simulated people's transcripts, then frozen before any policy exists
-    labeler = stage(run, "labeler", template, lambda: supervised(
+    labeler = run.stage("labeler", template, lambda: supervised(
         "labeler", base, labeler_examples(rng, task, config.principle, config.labeler.examples),
         TRANSCRIPT_LENGTH, config.labeler, end_weight=0.0))
     judge = LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt)
     frozen_hash = judge.hash
 
     # ---- The supervised policy
-    sft = stage(run, "sft", template, lambda: supervised(
+    sft = run.stage("sft", template, lambda: supervised(
         "sft", base, [[(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))],
         PROMPT_LENGTH + ANSWER_LENGTH, config.sft))
 
@@ -197,7 +183,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
                                     config.reward_model.batch_size, config.reward_model.optimizer, seed, runner=runner,
                                     log=log.write, stop=run.stopped)
 
-    rewards = stage(run, "reward_model", fresh, fit_rewards)
+    rewards = run.stage("reward_model", fresh, fit_rewards)
     source = RewardModelSource(reward_model, rewards, runner)
 
     # ---- PPO

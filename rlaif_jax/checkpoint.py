@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import UserError, differing, require
 from rlaif_jax.types import Params
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it opens
@@ -26,16 +26,6 @@ class Restored(NamedTuple):
     step: int
     arrays: Any
     host: dict[str, Any]
-
-
-def differing(saved: Any, now: Any, prefix: str = "") -> list[str]:
-    """The dotted names of settings that differ between two nested dicts, with both values."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        found = []
-        for name in sorted(set(saved) | set(now)):
-            found += differing(saved.get(name), now.get(name), f"{prefix}{name}.")
-        return found
-    return [] if saved == now else [f"{prefix[:-1]} was {saved!r} and is now {now!r}"]
 
 
 class Checkpointer:

@@ -232,6 +232,16 @@ def from_json(cls: type, values: dict[str, Any], where: str = "config.json") -> 
     return cls(**built)
 
 
+def differing(saved: Any, now: Any, prefix: str = "") -> list[str]:
+    """The dotted names of settings that differ between two nested dicts, with both values."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        found = []
+        for name in sorted(set(saved) | set(now)):
+            found += differing(saved.get(name), now.get(name), f"{prefix}{name}.")
+        return found
+    return [] if saved == now else [f"{prefix[:-1]} was {saved!r} and is now {now!r}"]
+
+
 def save_config(config: Any, path: Path) -> None:
     """Write `config` as indented JSON."""
     path.write_text(json.dumps(to_json(config), indent=1) + "\n")

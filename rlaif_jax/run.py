@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import tyro
 
-from rlaif_jax.config import UserError, save_config
+from rlaif_jax.checkpoint import load_params, save_params
+from rlaif_jax.config import UserError, differing, require, save_config, to_json
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.report import save_environment, write_report
+from rlaif_jax.types import Params
 
 
 class StopRequested(Exception):  # noqa: N818 - not an error: somebody said enough
@@ -33,7 +35,7 @@ class Run:
     was computed removes the folder again: bad input leaves no half-written run.
 
     A folder that holds a run already is resumed with `resume`, else it is moved aside to NAME.1, NAME.2 ...: nothing
-    collected is lost. Settings outside `resumable` must be those of the run that is resumed.
+    collected is lost. A resumed run must have the settings it was started with, but for `out` and `resume`.
     """
 
     def __init__(self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False,
@@ -66,10 +68,7 @@ class Run:
                 raise UserError(f"{folder}: this folder cannot be written; choose another --out")
             if self.resuming:
                 self._settled = True
-                summary = folder / "summary.json"
-                if summary.exists():
-                    before = json.loads(summary.read_text())
-                    self._started -= before.get("wall_s", 0.0)
+                self._continue()
             else:
                 save_config(self.config, folder / "config.json")
                 save_environment(folder)
@@ -78,6 +77,34 @@ class Run:
                             "choose another --out or free some space") from error
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
+
+    def _continue(self) -> None:
+        """Take over the clock, metrics and checks of the run that is resumed, after a look at its settings."""
+        try:
+            saved = json.loads((self.folder / "config.json").read_text())
+            summary = self.folder / "summary.json"
+            before = json.loads(summary.read_text()) if summary.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{self.folder}: config.json or summary.json is damaged ({error})") from error
+        changed = [line for line in differing(saved, to_json(self.config)) if line.split()[0] not in ("out", "resume")]
+        require(not changed, f"{self.folder}: the run was started with another config: {'; '.join(changed)}")
+        self._started -= before.get("wall_s", 0.0)
+        self.metrics, self.checks = before.get("metrics", {}), before.get("checks", {})
+
+    def stage(self, name: str, like: Params, make: Callable[[], Params]) -> Params:
+        """The parameters of a stage before the loop: made by `make` and kept, or read back when the run is resumed.
+
+        A stage that was stopped half-way is not kept: StopRequested, and a resume starts it again.
+        """
+        folder = self.folder / "checkpoints" / f"stage_{name}"
+        if self.resuming and folder.exists():
+            return load_params(folder, like)
+        params = make()
+        if self.stop_requested:
+            raise StopRequested
+        save_params(folder, params)
+        self.report()
+        return params
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_requested:  # a second Ctrl-C means now

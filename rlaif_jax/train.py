@@ -88,7 +88,6 @@ def train(config: TrainConfig, run: Run, writer: MetricsWriter, *, tokenizer: To
         prompts.set_state(found.host["prompts"])
         missing, run.checks = int(found.host["missing"]), dict(found.host["checks"])
     state = runner.place(state)
-    run.settled()
     compilations = CompilationCounter()
 
     def save(step: int, *, wait: bool = False) -> None:
@@ -125,6 +124,7 @@ def train(config: TrainConfig, run: Run, writer: MetricsWriter, *, tokenizer: To
             values |= {"time/rollout_s": rolled - begun, "time/feedback_s": told - rolled, "time/update_s": now - told,
                        "time/tokens_per_s": tokens / (now - begun), "time/compilations": compilations.count}
             log.write(step, values)
+            run.settled()
             run.steps_done = step
             good = check_step(run, step, values, rollout, tokenizer, float32=policy.config.compute_dtype == "float32")
             enough = config.target_reward is not None and values["reward"] >= config.target_reward

@@ -25,21 +25,6 @@ GREEDY = SamplingConfig(max_new_tokens=T, temperature=0)
 KEY = jax.random.key(7)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def decode_steps():
-    """The columns that were decoded, as they happen."""
-    seen: list[int] = []
-    original = engine.decode_step
-
-    def counted(*args):
-        jax.debug.callback(lambda t: seen.append(int(t)), args[-1])
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "decode_step", counted)
-        yield seen
-
-
 def random_params(model, seed=0, scale=0.3):
     """Parameters drawn by NumPy, none zero or one; an initialiser would have to be compiled first."""
     rng = np.random.default_rng(seed)
@@ -67,8 +52,11 @@ def make_prompts(pads: int = 0) -> Prompts:
 
 
 @functools.cache
-def compiled(answers=2, sampling=SAMPLING, eos_id=EOS, pad_id=PAD):
-    return jax.jit(functools.partial(generate, MODEL, sampling=sampling, answers=answers, eos_id=eos_id, pad_id=pad_id))
+def compiled(answers=2, sampling=SAMPLING):
+    """`generate`, compiled once for any pad."""
+    run = functools.partial(generate, MODEL, sampling=sampling, answers=answers)
+    jitted = jax.jit(lambda params, prompts, key, pad_id: run(params, prompts, key, eos_id=EOS, pad_id=pad_id))
+    return lambda params, prompts, key, pad_id=PAD: jitted(params, prompts, key, pad_id)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +106,7 @@ def test_the_mask_ends_with_the_stop_token(rolled):
 
 def test_pad_that_is_the_stop_token(params, rolled):
     """The same answers and masks as with a pad of its own."""
-    same = jax.device_get(compiled(pad_id=EOS)(params, make_prompts(), KEY))
+    same = jax.device_get(compiled()(params, make_prompts(), KEY, pad_id=EOS))
     np.testing.assert_array_equal(same.response_mask, rolled.response_mask)
     np.testing.assert_array_equal(same.finished, rolled.finished)
     np.testing.assert_array_equal(same.logprobs, rolled.logprobs)
@@ -172,7 +160,7 @@ def test_the_number_of_devices_changes_no_answer(params, rolled):
 
 def test_greedy_equals_a_loop_without_a_cache(params):
     prompts = make_prompts()
-    got = compiled(answers=1, sampling=GREEDY, eos_id=None)(params, prompts, KEY)
+    got = jax.jit(functools.partial(generate, MODEL, sampling=GREEDY, eos_id=None, pad_id=PAD))(params, prompts, KEY)
     forward = jax.jit(MODEL)
     tokens = np.concatenate([prompts.tokens, np.zeros((ROWS, T), np.int32)], axis=1)
     mask = np.concatenate([prompts.mask, np.ones((ROWS, T), bool)], axis=1)
@@ -187,18 +175,25 @@ def test_greedy_equals_a_loop_without_a_cache(params):
     assert not got.finished.any()
 
 
-def test_decoding_stops_when_every_answer_has(params, decode_steps):
-    """Eight times one prompt. Its greedy first token as the stop: nothing is decoded; without a stop, all columns are."""
-    prompts = jax.tree.map(lambda x: x[:1].repeat(ROWS, axis=0), make_prompts())
-    decode_steps.clear()
-    free = compiled(answers=1, sampling=GREEDY, eos_id=None)(params, prompts, KEY)
+def test_decoding_stops_when_every_answer_has(params, monkeypatch):
+    """With the greedy first token as the stop nothing is decoded; with a stop that never comes all columns are."""
+    decoded, original = [], engine.decode_step
+
+    def counted(*args):
+        jax.debug.callback(lambda t: decoded.append(int(t)), args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(engine, "decode_step", counted)
+    one = jax.tree.map(lambda x: x[:1], make_prompts())
+    run = jax.jit(lambda eos: generate(MODEL, params, one, KEY, sampling=GREEDY, eos_id=eos, pad_id=PAD))
+    free = run(-1)
     jax.effects_barrier()
-    assert sorted(decode_steps) == list(range(T - 1))
-    decode_steps.clear()
-    stopped = compiled(answers=1, sampling=GREEDY, eos_id=int(free.responses[0, 0]))(params, prompts, KEY)
+    assert sorted(decoded) == list(range(T - 1))
+    decoded.clear()
+    stopped = run(free.responses[0, 0])
     jax.effects_barrier()
-    assert decode_steps == []
-    np.testing.assert_array_equal(stopped.response_mask, [[True] + [False] * (T - 1)] * ROWS)
+    assert decoded == []
+    np.testing.assert_array_equal(stopped.response_mask, [[True] + [False] * (T - 1)])
     assert stopped.finished.all()
 
 

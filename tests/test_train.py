@@ -1,0 +1,218 @@
+"""The loop as a person runs it: to the end, killed and resumed, stopped, and fed bad input."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rlaif_jax.metrics import read_metrics, without_time
+from rlaif_jax.run import command_line
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [{"prompt": f"{a} {b} {c}"} for a in "bcde" for b in "fgh" for c in "ijk"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+    return path
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tests" / "tiny.py"), *options]
+
+
+def environment() -> dict[str, str]:
+    """One device, as on a laptop: the resumed process must not depend on this one."""
+    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+
+def numbers(folder: Path) -> list[dict]:
+    return [without_time(line) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def leaves(folder: Path) -> list[np.ndarray]:
+    return list(np.load(folder / "final.npz").values())
+
+
+@pytest.fixture(scope="module")
+def whole(prompts, tmp_path_factory) -> Path:
+    """Twenty steps in one go."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    subprocess.run(command("--prompts", str(prompts), "--out", str(out)), env=environment(), check=True, timeout=300)
+    return out
+
+
+def test_a_run_leaves_what_was_promised(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["steps"] == 20
+    assert set(summary["checks"]) == {
+        "first_minibatch_ratio_is_1", "first_minibatch_clip_fraction_is_0", "first_minibatch_approx_kl_is_0",
+        "sampler_and_trainer_logprobs_agree", "eos_is_kept_in_the_mask", "losses_are_finite", "kl_at_step_0_is_0"}
+    assert all(summary["checks"].values())
+    lines = numbers(whole)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert np.mean([line["reward"] for line in lines[-5:]]) > np.mean([line["reward"] for line in lines[:5]]) + 0.3
+    assert "report.html" in os.listdir(whole)
+    compiled = [line["time/compilations"] for line in read_metrics(whole / "metrics.jsonl")]
+    assert compiled[-1] == compiled[4], "programs are compiled in the first steps only"
+
+
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(whole, prompts, tmp_path):
+    out = tmp_path / "killed"
+    options = ("--prompts", str(prompts), "--out", str(out))
+    process = subprocess.Popen(command(*options), env=environment())
+    for _ in range(3000):
+        if (out / "metrics.jsonl").exists() and len(read_metrics(out / "metrics.jsonl")) >= 12:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = numbers(out)
+    assert 12 <= len(before) < 20, "the run was to be killed in its middle"
+    assert not (out / "final.npz").exists()
+    subprocess.run(command(*options, "--resume"), env=environment(), check=True, timeout=300)
+    assert numbers(out) == numbers(whole)
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(out), leaves(whole)))
+    assert json.loads((out / "summary.json").read_text())["status"] == "done"
+
+
+def test_sigterm_saves_and_leaves_and_resume_goes_on(whole, prompts, tmp_path):
+    out = tmp_path / "stopped"
+    options = ("--prompts", str(prompts), "--out", str(out))
+    process = subprocess.Popen(command(*options), env=environment(), stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if (out / "metrics.jsonl").exists() and len(read_metrics(out / "metrics.jsonl")) >= 3:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "--resume" in errors
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert (out / "checkpoints" / str(summary["steps"])).is_dir()
+    subprocess.run(command(*options, "--resume"), env=environment(), check=True, timeout=300)
+    assert numbers(out) == numbers(whole)
+
+
+# ---- Bad input: each gives one clear message that names the place, exit code 2, and no half-written run
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """Options, how to spoil the files first, and what the message must name."""
+
+    options: tuple[str, ...] = ()
+    prompts: str | None = None
+    spoil: str = ""
+    names: tuple[str, ...] = ()
+
+
+GOOD = "".join(json.dumps(p) + "\n" for p in PROMPTS)
+BAD = {
+    "misspelt option": Bad(("--train.stepz", "5"), names=("train.stepz",)),
+    "wrong type": Bad(("--train.steps", "many"), names=("train.steps",)),
+    "zero steps": Bad(("--train.steps", "0"), names=("train.steps", "0")),
+    "negative learning rate": Bad(("--train.ppo.policy-optimizer.learning-rate", "-1"), names=("learning_rate", "-1")),
+    "missing prompt file": Bad(("--prompts", "nowhere.jsonl"), names=("nowhere.jsonl",)),
+    "empty prompt file": Bad(prompts="", names=("prompts.jsonl",)),
+    "malformed JSONL at line 3": Bad(prompts=GOOD[:42] + '{"prompt": \n' + GOOD[42:], names=("prompts.jsonl:3",)),
+    "record without prompt": Bad(prompts=GOOD + '{"text": "a"}\n', names=(f"prompts.jsonl:{len(PROMPTS) + 1}", "prompt")),
+    "prompt of no tokens": Bad(prompts=GOOD + '{"prompt": ""}\n', names=("prompt", "no tokens")),
+    "prompt longer than prompt_length": Bad(prompts=GOOD + '{"prompt": "a b c d e f g h"}\n', names=("8 tokens", "6")),
+    "longer than the context": Bad(("--train.sampling.max-new-tokens", "40"), names=("46", "context of 16")),
+    "batch larger than the data": Bad(("--train.prompts-per-step", "64"), names=("64", "36")),
+    "K=1 for a group method": Bad(("--train.ppo.advantage", "group"), names=("answers_per_prompt is 1",)),
+    "minibatches that do not divide": Bad(("--train.ppo.num-minibatches", "3"), names=("num_minibatches (3)", "8")),
+    "greedy policy": Bad(("--train.sampling.temperature", "0"), names=("sampling.temperature",)),
+    "top_p out of range": Bad(("--train.sampling.top-p", "1.5"), names=("sampling.top_p", "1.5")),
+    "NaN in a reward": Bad(("--nan-reward",), names=("step 1", "nan")),
+    "missing model folder": Bad(("--model", "no/such/folder"), names=("no/such/folder",)),
+    "truncated safetensors": Bad(spoil="truncate", names=("model.safetensors",)),
+    "missing tensor": Bad(spoil="drop", names=("model.safetensors", "norm.weight")),
+    "tokenizer of another vocabulary": Bad(spoil="tokenizer", names=("vocabulary", "30", "40")),
+    "run folder is a file": Bad(spoil="file", names=("out", "file")),
+    "nothing to resume": Bad(("--resume",), names=("out", "resume")),
+    "mesh larger than the machine": Bad(("--train.parallel.mode", "shard", "--train.parallel.data", "64"), names=("64",)),
+}
+
+
+def saved_model(folder: Path) -> None:
+    from rlaif_jax.config import small_decoder
+    from rlaif_jax.models import LanguageModel
+    from rlaif_jax.models.hf import save_model
+    import jax
+
+    model = LanguageModel(small_decoder(30, num_layers=1, width=16, num_heads=2, context_length=16))
+    save_model(folder, model, model.init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, prompts, tmp_path, monkeypatch, capsys):
+    case = BAD[name]
+    out, options = tmp_path / "out", list(case.options)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(GOOD if case.prompts is None else case.prompts)
+    if "--prompts" not in options:
+        options += ["--prompts", str(file)]
+    if case.spoil in ("truncate", "drop", "tokenizer"):
+        folder = tmp_path / "model"
+        saved_model(folder)
+        options += ["--model", str(folder)]
+        weights = folder / "model.safetensors"
+        if case.spoil == "truncate":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        elif case.spoil == "drop":
+            tensors = load_file(weights)
+            save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, weights)
+        else:
+            from rlaif_jax.data.tokenizers import WordTokenizer
+
+            WordTokenizer(tuple(f"w{i}" for i in range(36))).save(tmp_path / "tokenizer")
+            options += ["--tokenizer", str(tmp_path / "tokenizer")]
+            file.write_text("".join(json.dumps({"prompt": f"w1 w{i}"}) + "\n" for i in range(16)))
+    elif case.spoil == "file":
+        out.write_text("not a folder")
+    monkeypatch.setattr(sys, "argv", ["tiny", *options, "--out", str(out)])
+    with pytest.raises(SystemExit) as exit_:
+        command_line(tiny.main, tiny.TinyConfig())
+    message = " ".join(capsys.readouterr().err.split())
+    assert exit_.value.code == 2, message
+    assert "Traceback" not in message
+    for part in case.names:
+        assert part.replace("_", "-") in message.replace("_", "-"), message
+    assert not out.is_dir() or not any(out.iterdir()), "no half-written run"
+
+
+def test_checkpoint_of_another_config(whole, prompts, tmp_path):
+    done = subprocess.run(command("--prompts", str(prompts), "--out", str(whole), "--resume", "--train.ppo.clip-range", "0.3"),
+                          env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "clip_range was 0.2 and is now 0.3" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((whole / "summary.json").read_text())["status"] == "done", "the old run is left as it was"
+
+
+def test_full_disk_keeps_what_was_computed(prompts, tmp_path):
+    """A real limit on file sizes stands in for a full disk: the checkpoint cannot be written."""
+    out = tmp_path / "full"
+    limited = f"ulimit -f 24; exec {' '.join(command('--prompts', str(prompts), '--out', str(out)))}"
+    done = subprocess.run(["bash", "-c", f"trap '' XFSZ; {limited}"], env=environment() | {"JAX_COMPILATION_CACHE_DIR": ""},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert str(out) in done.stderr
+    assert "Traceback" not in done.stderr
