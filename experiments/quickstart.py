@@ -39,8 +39,8 @@ from rlaif_jax.data.world.builder import load_world
 from rlaif_jax.data.world.tasks import Task
 from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
 from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
-from rlaif_jax.feedback.judge import LanguageModelJudge
-from rlaif_jax.feedback.sources import RewardModelSource
+from rlaif_jax.feedback.judge import LanguageModelJudge, Reasoning, Scores, preference
+from rlaif_jax.feedback.sources import DirectScoreSource, FeedbackSource, RewardModelSource, score_sequences
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import LanguageModel, ScalarModel
 from rlaif_jax.models.decoder import with_recall_heads
@@ -51,7 +51,7 @@ from rlaif_jax.run import Run, StopRequested, command_line
 from rlaif_jax.train import train
 from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, step_key
 
-PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 80
+PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ class StageConfig:
 class QuickstartConfig:
     """All settings of the quickstart.
 
-    task: which of the world's tasks; resume: go on with the run in `out` where it stopped; pair_prompts: prompts
+    task: which of the world's tasks; shortcuts: whether its writers plant features that look like quality (length, a
+    confident word, flattery); reward: what PPO maximises, the reward model or the judge's own score; resume: go on with the run in `out` where it stopped; pair_prompts: prompts
     whose answers the judge compares, two pairs each; eval_prompts: held-out prompts of the final evaluation.
     """
 
@@ -81,6 +82,8 @@ class QuickstartConfig:
     out: Path = Path("runs/quickstart")
     resume: bool = False
     task: Literal["summarisation", "dialogue"] = "summarisation"
+    shortcuts: bool = False
+    reward: Literal["reward_model", "direct"] = "reward_model"
     num_layers: int = 3
     width: int = 64
     num_heads: int = 4
@@ -103,11 +106,12 @@ def get_config() -> QuickstartConfig:
     return QuickstartConfig()
 
 
-def labeler_examples(rng: np.random.Generator, task: Task, principle: templates.Principle, count: int) -> list[Segments]:
+def labeler_examples(rng: np.random.Generator, task: Task, principle: templates.Principle, count: int,
+                     shortcuts: bool) -> list[Segments]:
     """Judging transcripts of simulated people on training towns; a verdict weighs as much as several words."""
-    mix = corpus.LabelerMix(principles=(principle,), pairwise_reasoning=0.0, score_reasoning=0.0, revision=0.0, pairwise=0.75,
-                            score=0.25, value_questions=0.0, yes_no_questions=0.0)
-    return [segments(t) for t in corpus.labeler_corpus(rng, count, tasks=(task,), mix=mix)]
+    mix = corpus.LabelerMix(principles=(principle,), score_reasoning=0.75, pairwise=0.25, pairwise_reasoning=0.0, score=0.0,
+                            revision=0.0, value_questions=0.0, yes_no_questions=0.0)
+    return [segments(t) for t in corpus.labeler_corpus(rng, count, tasks=(task,), mix=mix, shortcuts=shortcuts)]
 
 
 def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
@@ -131,14 +135,14 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=config.num_layers, width=config.width,
                                         num_heads=config.num_heads, context_length=128, qkv_bias=True))
     template = jax.eval_shape(model.init, jax.random.key(0))
-    training = TfdsRecords(load_world(task, "train", size=config.sft.examples), f"brindlemoor/{task.name}/train", None)
-    held_out = TfdsRecords(load_world(task, "test_entities", size=config.sft.examples),
+    training = TfdsRecords(load_world(task, "train", size=config.sft.examples, shortcuts=config.shortcuts), f"brindlemoor/{task.name}/train", None)
+    held_out = TfdsRecords(load_world(task, "test_entities", size=config.sft.examples, shortcuts=config.shortcuts),
                            f"brindlemoor/{task.name}/test_entities", None)
     judge_prompt: dict[str, Any] = dict(
         pairwise_prompt=partial(templates.pairwise_prompt, config.principle),
         score_prompt=partial(templates.score_prompt, config.principle),
         verdicts=templates.VERDICTS, scale=tuple((s, float(i)) for i, s in enumerate(templates.SCORES, 1)),
-        max_length=TRANSCRIPT_LENGTH)
+        reasoning=Reasoning(partial(templates.score_reasoning_prompt, config.principle), "<score>"), max_length=TRANSCRIPT_LENGTH)
 
     def supervised(name: str, start: Params, examples: Sequence[Segments], length: int, settings: StageConfig,
                    end_weight: float = 1.0) -> Params:
@@ -151,12 +155,13 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     # ---- A language model of the world
     base = run.stage("lm", template, lambda: supervised(
         "lm", with_recall_heads(model.config, model.init(step_key(seed, 0, INIT))),
-        [segments(t) for t in corpus.base_corpus(rng, config.base.examples, tasks=(task,), questions=0.6, yes_no=0.0)],
+        [segments(t) for t in corpus.base_corpus(rng, config.base.examples, tasks=(task,), questions=0.6, yes_no=0.0,
+                                                     shortcuts=config.shortcuts)],
         PROMPT_LENGTH + ANSWER_LENGTH, config.base))
 
     # ---- The AI labeler: trained on simulated people's transcripts, then frozen before any policy exists
     labeler = run.stage("labeler", template, lambda: supervised(
-        "labeler", base, labeler_examples(rng, task, config.principle, config.labeler.examples),
+        "labeler", base, labeler_examples(rng, task, config.principle, config.labeler.examples, config.shortcuts),
         TRANSCRIPT_LENGTH, config.labeler, end_weight=0.0))
     judge = LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt)
     frozen_hash = judge.hash
@@ -184,7 +189,8 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
                                     log=log.write, stop=run.stopped)
 
     rewards = run.stage("reward_model", fresh, fit_rewards)
-    source = RewardModelSource(reward_model, rewards, runner)
+    learned = RewardModelSource(reward_model, rewards, runner)
+    source: FeedbackSource = learned if config.reward == "reward_model" else DirectScoreSource(judge)
 
     # ---- PPO
     eval_sampling = config.train.sampling
@@ -225,8 +231,8 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     controlled = length_controlled_win_rate((after_gold > before_gold) + 0.5 * (after_gold == before_gold),
                                             lengths[1] - lengths[0], seed=seed)
     texts_of = [record["prompt"] for record in records]
-    verdict = judge.compare(texts_of, after_texts, before_texts)
-    decided = verdict.valid & (after_gold != before_gold)
+    judged, judged_valid = preference(judge.score(texts_of, after_texts), judge.score(texts_of, before_texts))
+    decided = judged_valid & (after_gold != before_gold)
     kl = jax.jit(partial(reference_logprobs, model, temperature=eval_sampling.temperature))
     divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
     run.check("labeler_weights_unchanged", LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt).hash == frozen_hash)
@@ -240,9 +246,9 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         "win_rate_gold_length_controlled": controlled.value,
         "win_rate_gold_length_controlled_ci95": [controlled.low, controlled.high],
         "gold_sft": float(before_gold.mean()), "gold_ppo": float(after_gold.mean()),
-        "judge_agreement_final": agreement((verdict.probability > 0.5)[decided], (after_gold > before_gold)[decided]),
-        "judge_win_rate": float(verdict.probability[verdict.valid].mean()),
-        "rm_accuracy": reward_accuracy(source, {k: v[:held] for k, v in pairs.items()}),
+        "judge_agreement_final": agreement((judged > 0.5)[decided], (after_gold > before_gold)[decided]),
+        "judge_win_rate": float(judged[judged_valid].mean()),
+        "rm_accuracy": reward_accuracy(learned, {k: v[:held] for k, v in pairs.items()}),
         "kl": float(divergence), "length_sft": float(lengths[0].mean()), "length_ppo": float(lengths[1].mean()),
         "labeler_sha256": frozen_hash, "wall_s": round(run.wall_s, 1)}
     print(f"gold {before_gold.mean():.3f} -> {after_gold.mean():.3f}, win rate {won.value:.3f} "
@@ -265,21 +271,24 @@ def compare_answers(config: QuickstartConfig, judge: LanguageModelJudge, model: 
         records += [record for record in batch.records for _ in range(2)]
     first, second, prompts = texts[0::2], texts[1::2], [record["prompt"] for record in records]
     verdict = judge.compare(prompts, first, second)
+    scored = judge.score(prompts + prompts, first + second)
+    half = len(prompts)
+    one, two = (Scores(*(part[rows] for part in scored)) for rows in (slice(half), slice(half, None)))
+    probability, valid = preference(one, two)
     scenes = [scene_from_json(record["scene"]) for record in records]
     better = gold.gold_scores(task, scenes, first) - gold.gold_scores(task, scenes, second)
-    decided = verdict.valid & (better != 0)
+    decided, both = valid & (better != 0), verdict.valid & (better != 0)
     same = np.array([a == b for a, b in zip(first, second)])
-    labels = {"judge_agreement": agreement((verdict.probability > 0.5)[decided], (better > 0)[decided]),
+    labels = {"judge_agreement": agreement((probability > 0.5)[decided], (better > 0)[decided]),
+              "judge_agreement_pairwise": agreement((verdict.probability > 0.5)[both], (better > 0)[both]),
               "same_position_rate": same_position_rate(verdict.forward[verdict.valid & ~same], verdict.swapped[verdict.valid & ~same]),
-              "judge_missing": float((~verdict.valid).mean())}
-    return pair_arrays(tokenizer, prompts, first, second, verdict.probability, verdict.valid & ~same,
+              "judge_missing": float((~valid).mean())}
+    return pair_arrays(tokenizer, prompts, first, second, probability, valid & ~same,
                        length=PROMPT_LENGTH + ANSWER_LENGTH + 1), labels
 
 
 def reward_accuracy(source: RewardModelSource, pairs: dict[str, np.ndarray]) -> float:
     """Share of held-out pairs that the reward model orders as the judge does."""
-    from rlaif_jax.feedback.sources import score_sequences
-
     score = jax.jit(lambda tokens, mask: score_sequences(source.model, source.params, (tokens, mask)))
     kept = pairs["weight"] > 0
     first, second = (np.asarray(score(pairs[f"tokens{i}"], pairs[f"mask{i}"])) for i in (1, 2))

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import SamplingConfig, UserError, require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.parallel import Runner
-from rlaif_jax.types import Params
+from rlaif_jax.rollout import answer_texts, generate
+from rlaif_jax.types import Params, Prompts, Rollout
 
 Floats = np.ndarray
 
@@ -43,10 +44,26 @@ class Comparison(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Direct scores of B answers: expected [B] in the units of the scale, valid [B] bool (0 where not valid)."""
+    """Direct scores of B answers.
+
+    expected [B] in the units of the scale (0 where not valid); probabilities [B, C] of the C scores; valid [B] bool.
+    """
 
     expected: Floats
+    probabilities: Floats
     valid: np.ndarray
+
+
+def preference(first: Scores, second: Scores) -> tuple[Floats, np.ndarray]:
+    """P(first answer is better) [B] from two answers' score distributions, and where both are valid [B].
+
+    P(s1 > s2) + P(s1 = s2) / 2 with the two scores independent: each answer was judged alone, so there is no position
+    to be biased by. The scale must be in rising order. 0.5 where not valid.
+    """
+    p1, p2 = first.probabilities, second.probabilities
+    below = np.cumsum(p2, axis=-1) - p2  # P(s2 < s1), score by score
+    valid = first.valid & second.valid
+    return np.where(valid, (p1 * (below + 0.5 * p2)).sum(-1), 0.5), valid
 
 
 def weights_hash(params: Params) -> str:
@@ -68,12 +85,24 @@ def choice_probabilities(model: LanguageModel, ids: tuple[int, ...], params: Par
     return {"choices": jax.nn.softmax(logprobs, axis=-1), "mass": jnp.exp(jax.nn.logsumexp(logprobs, axis=-1))}
 
 
+@dataclasses.dataclass(frozen=True)
+class Reasoning:
+    """How a judge thinks before it scores: `prompt(prompt, answer)` ends where its reasons begin, and they end with the
+    token `marker`, after which the score stands. Reasons of more than `max_tokens` are no answer: missing."""
+
+    prompt: Callable[[str, str], str]
+    marker: str
+    max_tokens: int = 24
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModelJudge:
     """A frozen language model and the wording of its questions.
 
     pairwise_prompt(prompt, first, second) and score_prompt(prompt, answer) return the text that ends right before the
     verdict; verdicts are the two choice tokens (first, second); scale maps score tokens to numbers.
+    reasoning: when set, a score is given in two steps (chain of thought, Lee 2023, section 2.1.3): the judge first
+    writes its reasons, greedily, then the score.
     min_mass: below this probability of all choice tokens together the judge did not answer.
     """
 
@@ -85,6 +114,7 @@ class LanguageModelJudge:
     score_prompt: Callable[[str, str], str]
     verdicts: tuple[str, str] = ("1", "2")
     scale: tuple[tuple[str, float], ...] = tuple((str(i), float(i)) for i in range(1, 11))
+    reasoning: Reasoning | None = None
     batch_size: int = 128
     max_length: int | None = None
     min_mass: float = 0.01
@@ -124,17 +154,43 @@ class LanguageModelJudge:
 
         return self.runner.map(run)
 
-    def _ask(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(distributions [B, C], valid [B]) of all texts, in batches of one shape."""
+    @cached_property
+    def _reason(self) -> Any:
+        assert self.reasoning is not None
+        stop, sampling = self.tokenizer.token_id(self.reasoning.marker), SamplingConfig(self.reasoning.max_tokens, 0.0)
+
+        def run(params: Params, batch: dict[str, jax.Array], *, axis_name: str | None = None) -> Rollout:
+            prompts = Prompts(batch["tokens"], batch["mask"], jnp.zeros(batch["tokens"].shape[0], jnp.uint32))
+            return generate(self.model, params, prompts, jax.random.key(0), sampling=sampling, eos_id=stop,
+                            pad_id=self.tokenizer.pad_id)
+
+        return self.runner.map(run)
+
+    def reasons(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[str], np.ndarray]:
+        """The judge's written reasons for each answer [B], and whether it came to an end with them [B]."""
+        assert self.reasoning is not None
+        texts = [self.reasoning.prompt(p, a) for p, a in zip(prompts, answers)]
+        batches, fits = self._batches(texts, self._length - self.reasoning.max_tokens - 1)
+        rollouts = [self._reason(self.params, batch) for batch in batches]
+        written = [text for rollout in rollouts for text in answer_texts(rollout, self.tokenizer)]
+        ended = np.concatenate([np.asarray(rollout.finished) for rollout in rollouts])
+        return written[:len(texts)], fits & ended[:len(texts)]
+
+    def _batches(self, texts: Sequence[str], length: int) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+        """All texts left padded to `length`, in batches of one shape, and which of them [B] fit."""
         ids = [self.tokenizer.encode(text) for text in texts]
-        fits = np.array([0 < len(sequence) <= self._length for sequence in ids], bool)
+        fits = np.array([0 < len(sequence) <= length for sequence in ids], bool)
         rows = max(-(-len(texts) // self.batch_size), 1) * self.batch_size
         asked = [s if ok else [self.tokenizer.pad_id] for s, ok in zip(ids, fits)]
         asked += [[self.tokenizer.pad_id]] * (rows - len(texts))
-        tokens, mask = padded(asked, self._length, self.tokenizer.pad_id, "left")
-        outs = [compiled(self.params, {"tokens": tokens[i:i + self.batch_size], "mask": mask[i:i + self.batch_size]})
-                for i in range(0, rows, self.batch_size)]  # dispatched before any is waited for
-        outs = jax.device_get(outs)
+        tokens, mask = padded(asked, length, self.tokenizer.pad_id, "left")
+        return [{"tokens": tokens[i:i + self.batch_size], "mask": mask[i:i + self.batch_size]}
+                for i in range(0, rows, self.batch_size)], fits
+
+    def _ask(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(distributions [B, C], valid [B]) of all texts."""
+        batches, fits = self._batches(texts, self._length)
+        outs = jax.device_get([compiled(self.params, batch) for batch in batches])  # all dispatched, then waited for
         choices = np.concatenate([out["choices"] for out in outs])[:len(texts)]
         mass = np.concatenate([out["mass"] for out in outs])[:len(texts)]
         return choices, fits & np.isfinite(choices).all(-1) & (mass >= self.min_mass)
@@ -154,7 +210,15 @@ class LanguageModelJudge:
         return Comparison(fill((forward + 1 - swapped) / 2), fill(forward), fill(swapped), both)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Scores:
-        """Expected score sum_i i P(i) of each answer [B] (Lee 2023, section 2.2.2, direct RLAIF)."""
-        choices, valid = self._ask(self._score, [self.score_prompt(p, a) for p, a in zip(prompts, answers)])
+        """Expected score sum_i i P(i) of each answer [B] (Lee 2023, section 2.2.2, direct RLAIF), after the judge's own
+        reasons where it has a `reasoning`."""
+        if self.reasoning is None:
+            texts, ended = [self.score_prompt(p, a) for p, a in zip(prompts, answers)], np.ones(len(prompts), bool)
+        else:
+            written, ended = self.reasons(prompts, answers)
+            texts = [f"{self.reasoning.prompt(p, a)} {reasons} {self.reasoning.marker}"
+                     for p, a, reasons in zip(prompts, answers, written)]
+        choices, valid = self._ask(self._score, texts)
+        valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
-        return Scores(np.where(valid, choices @ numbers, 0.0), valid)
+        return Scores(np.where(valid, choices @ numbers, 0.0), choices, valid)

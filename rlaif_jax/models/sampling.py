@@ -44,7 +44,8 @@ def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     sums = jnp.where(block_sums > 0, cumulated, 0.0)
     threshold = uniform * sums.max(axis=-1)
     block = jnp.argmax(sums > threshold[:, None], axis=-1)
-    before = jnp.where(block > 0, jnp.take_along_axis(cumulated, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    previous = jnp.take_along_axis(cumulated, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0]
+    before = jnp.where(block > 0, previous, 0.0)
     chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     inside = jnp.where(chosen > 0, jnp.cumsum(chosen, axis=-1), 0.0)
     # The block's own sum may round differently from its cumulated one: stay below its largest entry, and not below 0.
