@@ -65,17 +65,19 @@ class StageConfig:
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        return OptimizerConfig(learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20,
-                               b2=0.98, eps=1e-8)
+        return OptimizerConfig(
+            learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20, b2=0.98, eps=1e-8
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
     """All settings of the quickstart.
 
-    task: which of the world's tasks; shortcuts: whether its writers plant features that look like quality (length, a
-    confident word, flattery); reward: what PPO maximises, the reward model or the judge's own score; resume: go on with the run in `out` where it stopped; pair_prompts: prompts
-    whose answers the judge compares, two pairs each; eval_prompts: held-out prompts of the final evaluation.
+    task: which of the world's tasks. shortcuts: whether its writers plant features that look like quality (length, a
+    confident word, flattery). reward: what PPO maximises, the reward model or the judge's own score. resume: go on with
+    the run in `out` where it stopped. pair_prompts: prompts whose answers the judge compares, two pairs each.
+    eval_prompts: held-out prompts of the final evaluation.
     """
 
     seed: int = 0
@@ -95,10 +97,22 @@ class QuickstartConfig:
     pair_prompts: int = 2_000
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(
-        steps=60, prompts_per_step=128, prompt_length=PROMPT_LENGTH, sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7),
-        ppo=PPOConfig(num_epochs=2, num_minibatches=2, kl_coef=0.03, value_coef=1.0, missing_eos="penalty",
-                      policy_optimizer=OptimizerConfig(learning_rate=3e-4), value_optimizer=OptimizerConfig(learning_rate=1e-3)),
-        eval_every=20, save_every=20)
+        steps=60,
+        prompts_per_step=128,
+        prompt_length=PROMPT_LENGTH,
+        sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7),
+        ppo=PPOConfig(
+            num_epochs=2,
+            num_minibatches=2,
+            kl_coef=0.03,
+            value_coef=1.0,
+            missing_eos="penalty",
+            policy_optimizer=OptimizerConfig(learning_rate=3e-4),
+            value_optimizer=OptimizerConfig(learning_rate=1e-3),
+        ),
+        eval_every=20,
+        save_every=20,
+    )
 
 
 def get_config() -> QuickstartConfig:
@@ -106,11 +120,20 @@ def get_config() -> QuickstartConfig:
     return QuickstartConfig()
 
 
-def labeler_examples(rng: np.random.Generator, task: Task, principle: templates.Principle, count: int,
-                     shortcuts: bool) -> list[Segments]:
+def labeler_examples(
+    rng: np.random.Generator, task: Task, principle: templates.Principle, count: int, shortcuts: bool
+) -> list[Segments]:
     """Judging transcripts of simulated people on training towns; a verdict weighs as much as several words."""
-    mix = corpus.LabelerMix(principles=(principle,), score_reasoning=0.75, pairwise=0.25, pairwise_reasoning=0.0, score=0.0,
-                            revision=0.0, value_questions=0.0, yes_no_questions=0.0)
+    mix = corpus.LabelerMix(
+        principles=(principle,),
+        score_reasoning=0.75,
+        pairwise=0.25,
+        pairwise_reasoning=0.0,
+        score=0.0,
+        revision=0.0,
+        value_questions=0.0,
+        yes_no_questions=0.0,
+    )
     return [segments(t) for t in corpus.labeler_corpus(rng, count, tasks=(task,), mix=mix, shortcuts=shortcuts)]
 
 
@@ -122,54 +145,126 @@ def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
 
 def main(config: QuickstartConfig) -> None:
     task = {"summarisation": summarisation.TASK, "dialogue": dialogue.TASK}[config.task]
-    with (Run(config.out, "quickstart", dataclasses.replace(config, resume=False), seed=config.seed, resume=config.resume) as run,
-          MetricsWriter(config.out) as writer):
+    with (
+        Run(
+            config.out, "quickstart", dataclasses.replace(config, resume=False), seed=config.seed, resume=config.resume
+        ) as run,
+        MetricsWriter(config.out) as writer,
+    ):
         quickstart(config, task, run, writer)
 
 
 def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWriter) -> None:
     seed = config.seed
-    rng = np.random.default_rng(seed)
     runner = make_runner(config.train.parallel)
-    tokenizer = WordTokenizer(VOCABULARY[len(SPECIALS):])
-    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=config.num_layers, width=config.width,
-                                        num_heads=config.num_heads, context_length=128, qkv_bias=True))
+    tokenizer = WordTokenizer(VOCABULARY[len(SPECIALS) :])
+    model = LanguageModel(
+        small_decoder(
+            tokenizer.vocab_size,
+            num_layers=config.num_layers,
+            width=config.width,
+            num_heads=config.num_heads,
+            context_length=128,
+            qkv_bias=True,
+        )
+    )
     template = jax.eval_shape(model.init, jax.random.key(0))
-    training = TfdsRecords(load_world(task, "train", size=config.sft.examples, shortcuts=config.shortcuts), f"brindlemoor/{task.name}/train", None)
-    held_out = TfdsRecords(load_world(task, "test_entities", size=config.sft.examples, shortcuts=config.shortcuts),
-                           f"brindlemoor/{task.name}/test_entities", None)
-    judge_prompt: dict[str, Any] = dict(
-        pairwise_prompt=partial(templates.pairwise_prompt, config.principle),
-        score_prompt=partial(templates.score_prompt, config.principle),
-        verdicts=templates.VERDICTS, scale=tuple((s, float(i)) for i, s in enumerate(templates.SCORES, 1)),
-        reasoning=Reasoning(partial(templates.score_reasoning_prompt, config.principle), "<score>"), max_length=TRANSCRIPT_LENGTH)
+    training = TfdsRecords(
+        load_world(task, "train", size=config.sft.examples, shortcuts=config.shortcuts),
+        f"brindlemoor/{task.name}/train",
+        None,
+    )
+    held_out = TfdsRecords(
+        load_world(task, "test_entities", size=config.sft.examples, shortcuts=config.shortcuts),
+        f"brindlemoor/{task.name}/test_entities",
+        None,
+    )
+    judge_prompt: dict[str, Any] = {
+        "pairwise_prompt": partial(templates.pairwise_prompt, config.principle),
+        "score_prompt": partial(templates.score_prompt, config.principle),
+        "verdicts": templates.VERDICTS,
+        "scale": tuple((s, float(i)) for i, s in enumerate(templates.SCORES, 1)),
+        "reasoning": Reasoning(partial(templates.score_reasoning_prompt, config.principle), "<score>"),
+        "max_length": TRANSCRIPT_LENGTH,
+    }
 
-    def supervised(name: str, start: Params, examples: Sequence[Segments], length: int, settings: StageConfig,
-                   end_weight: float = 1.0) -> Params:
+    def supervised(
+        name: str,
+        start: Params,
+        examples: Sequence[Segments],
+        length: int,
+        settings: StageConfig,
+        end_weight: float = 1.0,
+    ) -> Params:
         arrays = text_arrays(tokenizer, examples, length=length, end_weight=end_weight)
         with writer.stage(name, settings.updates) as log:
             run.settled()
-            return fit_language_model(model, start, arrays, settings.updates, settings.batch_size, settings.optimizer, seed,
-                                      runner=runner, log=log.write, stop=run.stopped)
+            return fit_language_model(
+                model,
+                start,
+                arrays,
+                settings.updates,
+                settings.batch_size,
+                settings.optimizer,
+                seed,
+                runner=runner,
+                log=log.write,
+                stop=run.stopped,
+            )
 
     # ---- A language model of the world
-    base = run.stage("lm", template, lambda: supervised(
-        "lm", with_recall_heads(model.config, model.init(step_key(seed, 0, INIT))),
-        [segments(t) for t in corpus.base_corpus(rng, config.base.examples, tasks=(task,), questions=0.6, yes_no=0.0,
-                                                     shortcuts=config.shortcuts)],
-        PROMPT_LENGTH + ANSWER_LENGTH, config.base))
+    base = run.stage(
+        "lm",
+        template,
+        lambda: supervised(
+            "lm",
+            with_recall_heads(model.config, model.init(step_key(seed, 0, INIT))),
+            [
+                segments(t)
+                for t in corpus.base_corpus(
+                    np.random.default_rng((seed, 0)),
+                    config.base.examples,
+                    tasks=(task,),
+                    questions=0.6,
+                    yes_no=0.0,
+                    shortcuts=config.shortcuts,
+                )
+            ],
+            PROMPT_LENGTH + ANSWER_LENGTH,
+            config.base,
+        ),
+    )
 
     # ---- The AI labeler: trained on simulated people's transcripts, then frozen before any policy exists
-    labeler = run.stage("labeler", template, lambda: supervised(
-        "labeler", base, labeler_examples(rng, task, config.principle, config.labeler.examples, config.shortcuts),
-        TRANSCRIPT_LENGTH, config.labeler, end_weight=0.0))
+    labeler = run.stage(
+        "labeler",
+        template,
+        lambda: supervised(
+            "labeler",
+            base,
+            labeler_examples(
+                np.random.default_rng((seed, 1)), task, config.principle, config.labeler.examples, config.shortcuts
+            ),
+            TRANSCRIPT_LENGTH,
+            config.labeler,
+            end_weight=0.0,
+        ),
+    )
     judge = LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt)
     frozen_hash = judge.hash
 
     # ---- The supervised policy
-    sft = run.stage("sft", template, lambda: supervised(
-        "sft", base, [[(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))],
-        PROMPT_LENGTH + ANSWER_LENGTH, config.sft))
+    sft = run.stage(
+        "sft",
+        template,
+        lambda: supervised(
+            "sft",
+            base,
+            [[(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))],
+            PROMPT_LENGTH + ANSWER_LENGTH,
+            config.sft,
+        ),
+    )
 
     # ---- AI feedback on its answers, and a reward model of it
     reward_model = ScalarModel(model.config, "normal")
@@ -184,9 +279,18 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
 
     def fit_rewards() -> Params:
         with writer.stage("reward_model", config.reward_model.updates) as log:
-            return fit_reward_model(reward_model, fresh, {k: v[held:] for k, v in pairs.items()}, config.reward_model.updates,
-                                    config.reward_model.batch_size, config.reward_model.optimizer, seed, runner=runner,
-                                    log=log.write, stop=run.stopped)
+            return fit_reward_model(
+                reward_model,
+                fresh,
+                {k: v[held:] for k, v in pairs.items()},
+                config.reward_model.updates,
+                config.reward_model.batch_size,
+                config.reward_model.optimizer,
+                seed,
+                runner=runner,
+                log=log.write,
+                stop=run.stopped,
+            )
 
     rewards = run.stage("reward_model", fresh, fit_rewards)
     learned = RewardModelSource(reward_model, rewards, runner)
@@ -195,8 +299,11 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     # ---- PPO
     eval_sampling = config.train.sampling
     generator = make_generator(runner, model, tokenizer, eval_sampling)
-    prompts = next(prompt_batches(held_out, tokenizer, batch_size=config.eval_prompts, seed=seed, prompt_length=PROMPT_LENGTH,
-                                  shuffle=False))
+    prompts = next(
+        prompt_batches(
+            held_out, tokenizer, batch_size=config.eval_prompts, seed=seed, prompt_length=PROMPT_LENGTH, shuffle=False
+        )
+    )
     scenes = [scene_from_json(record["scene"]) for record in prompts.records]
 
     def answers_of(params: Params) -> tuple[Any, list[str], np.ndarray]:
@@ -207,19 +314,39 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     def evaluate(params: Params, step: int) -> dict[str, float]:
         rollout, texts, scores = answers_of(params)
         for i in range(4):
-            run.sample(step=step, stage="rl", index=i, prompt=prompts.records[i]["prompt"], response=texts[i],
-                       gold=float(scores[i]), reward=None)
+            run.sample(
+                step=step,
+                stage="rl",
+                index=i,
+                prompt=prompts.records[i]["prompt"],
+                response=texts[i],
+                gold=float(scores[i]),
+                reward=None,
+            )
         return {"gold": float(scores.mean()), "eval_length": float(rollout.response_mask.sum(-1).mean())}
 
     before, before_texts, before_gold = answers_of(sft)
-    records = [record for record in prompts.records]
+    records = list(prompts.records)
     before_reward = np.asarray(source(records, before_texts, before).values)
     normaliser = fit_normaliser(jnp.asarray(before_reward), jnp.ones(len(before_reward), bool))
-    stream = prompt_batches(training, tokenizer, batch_size=config.train.prompts_per_step, seed=seed, prompt_length=PROMPT_LENGTH)
+    stream = prompt_batches(
+        training, tokenizer, batch_size=config.train.prompts_per_step, seed=seed, prompt_length=PROMPT_LENGTH
+    )
     critic = ScalarModel(model.config, "zero")
-    policy = train(config.train, run, writer, tokenizer=tokenizer, policy=model, policy_params=sft, critic=critic,
-                   value_params=critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"]), prompts=stream, feedback=source,
-                   normaliser=normaliser, evaluate=evaluate)
+    policy = train(
+        config.train,
+        run,
+        writer,
+        tokenizer=tokenizer,
+        policy=model,
+        policy_params=sft,
+        critic=critic,
+        value_params=critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"]),
+        prompts=stream,
+        feedback=source,
+        normaliser=normaliser,
+        evaluate=evaluate,
+    )
     if run.stop_requested:
         raise StopRequested
 
@@ -228,35 +355,63 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     after_reward = np.asarray(source(records, after_texts, after).values)
     won = win_rate_ci(after_gold, before_gold, seed=seed)
     lengths = [np.asarray(r.response_mask.sum(-1), np.float64) for r in (before, after)]
-    controlled = length_controlled_win_rate((after_gold > before_gold) + 0.5 * (after_gold == before_gold),
-                                            lengths[1] - lengths[0], seed=seed)
+    controlled = length_controlled_win_rate(
+        (after_gold > before_gold) + 0.5 * (after_gold == before_gold), lengths[1] - lengths[0], seed=seed
+    )
     texts_of = [record["prompt"] for record in records]
     judged, judged_valid = preference(judge.score(texts_of, after_texts), judge.score(texts_of, before_texts))
     decided = judged_valid & (after_gold != before_gold)
     kl = jax.jit(partial(reference_logprobs, model, temperature=eval_sampling.temperature))
     divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
-    run.check("labeler_weights_unchanged", LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt).hash == frozen_hash)
-    for name, texts, scores, values in (("before", before_texts, before_gold, before_reward),
-                                        ("after", after_texts, after_gold, after_reward)):
+    run.check(
+        "labeler_weights_unchanged",
+        LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt).hash == frozen_hash,
+    )
+    for name, texts, scores, values in (
+        ("before", before_texts, before_gold, before_reward),
+        ("after", after_texts, after_gold, after_reward),
+    ):
         for i in range(24):
-            run.sample(step=0 if name == "before" else config.train.steps, stage=name, index=i, prompt=texts_of[i],
-                       response=texts[i], gold=float(scores[i]), reward=float(values[i]))
+            run.sample(
+                step=0 if name == "before" else config.train.steps,
+                stage=name,
+                index=i,
+                prompt=texts_of[i],
+                response=texts[i],
+                gold=float(scores[i]),
+                reward=float(values[i]),
+            )
     run.metrics |= {
-        "win_rate_gold": won.value, "win_rate_gold_ci95": [won.low, won.high],
+        "win_rate_gold": won.value,
+        "win_rate_gold_ci95": [won.low, won.high],
         "win_rate_gold_length_controlled": controlled.value,
         "win_rate_gold_length_controlled_ci95": [controlled.low, controlled.high],
-        "gold_sft": float(before_gold.mean()), "gold_ppo": float(after_gold.mean()),
+        "gold_sft": float(before_gold.mean()),
+        "gold_ppo": float(after_gold.mean()),
         "judge_agreement_final": agreement((judged > 0.5)[decided], (after_gold > before_gold)[decided]),
         "judge_win_rate": float(judged[judged_valid].mean()),
         "rm_accuracy": reward_accuracy(learned, {k: v[:held] for k, v in pairs.items()}),
-        "kl": float(divergence), "length_sft": float(lengths[0].mean()), "length_ppo": float(lengths[1].mean()),
-        "labeler_sha256": frozen_hash, "wall_s": round(run.wall_s, 1)}
-    print(f"gold {before_gold.mean():.3f} -> {after_gold.mean():.3f}, win rate {won.value:.3f} "
-          f"[{won.low:.3f}, {won.high:.3f}]; {config.out / 'report.html'}")
+        "kl": float(divergence),
+        "length_sft": float(lengths[0].mean()),
+        "length_ppo": float(lengths[1].mean()),
+        "labeler_sha256": frozen_hash,
+        "wall_s": round(run.wall_s, 1),
+    }
+    print(
+        f"gold {before_gold.mean():.3f} -> {after_gold.mean():.3f}, win rate {won.value:.3f} "
+        f"[{won.low:.3f}, {won.high:.3f}]; {config.out / 'report.html'}"
+    )
 
 
-def compare_answers(config: QuickstartConfig, judge: LanguageModelJudge, model: LanguageModel, policy: Params,
-                    tokenizer: WordTokenizer, runner: Any, training: TfdsRecords) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def compare_answers(
+    config: QuickstartConfig,
+    judge: LanguageModelJudge,
+    model: LanguageModel,
+    policy: Params,
+    tokenizer: WordTokenizer,
+    runner: Any,
+    training: TfdsRecords,
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The judge's soft labels on pairs of the policy's answers, and how good they are by the gold score (for the report
     only: the labels are what the reward model sees)."""
     task = {"summarisation": summarisation.TASK, "dialogue": dialogue.TASK}[config.task]
@@ -279,12 +434,17 @@ def compare_answers(config: QuickstartConfig, judge: LanguageModelJudge, model: 
     better = gold.gold_scores(task, scenes, first) - gold.gold_scores(task, scenes, second)
     decided, both = valid & (better != 0), verdict.valid & (better != 0)
     same = np.array([a == b for a, b in zip(first, second)])
-    labels = {"judge_agreement": agreement((probability > 0.5)[decided], (better > 0)[decided]),
-              "judge_agreement_pairwise": agreement((verdict.probability > 0.5)[both], (better > 0)[both]),
-              "same_position_rate": same_position_rate(verdict.forward[verdict.valid & ~same], verdict.swapped[verdict.valid & ~same]),
-              "judge_missing": float((~valid).mean())}
-    return pair_arrays(tokenizer, prompts, first, second, probability, valid & ~same,
-                       length=PROMPT_LENGTH + ANSWER_LENGTH + 1), labels
+    labels = {
+        "judge_agreement": agreement((probability > 0.5)[decided], (better > 0)[decided]),
+        "judge_agreement_pairwise": agreement((verdict.probability > 0.5)[both], (better > 0)[both]),
+        "same_position_rate": same_position_rate(
+            verdict.forward[verdict.valid & ~same], verdict.swapped[verdict.valid & ~same]
+        ),
+        "judge_missing": float((~valid).mean()),
+    }
+    return pair_arrays(
+        tokenizer, prompts, first, second, probability, valid & ~same, length=PROMPT_LENGTH + ANSWER_LENGTH + 1
+    ), labels
 
 
 def reward_accuracy(source: RewardModelSource, pairs: dict[str, np.ndarray]) -> float:

@@ -86,21 +86,35 @@ class StoriesConfig:
     eval_prompts: int = 256
     beginning: int = 20
     train: TrainConfig = TrainConfig(
-        steps=24, prompts_per_step=128, prompt_length=28, sampling=SamplingConfig(max_new_tokens=64),
-        ppo=PPOConfig(num_epochs=2, num_minibatches=2, kl_coef=0.05, value_coef=1.0,
-                      policy_optimizer=OptimizerConfig(learning_rate=3e-4),
-                      value_optimizer=OptimizerConfig(learning_rate=1e-3)),
-        eval_every=4, save_every=8)
+        steps=24,
+        prompts_per_step=128,
+        prompt_length=28,
+        sampling=SamplingConfig(max_new_tokens=64),
+        ppo=PPOConfig(
+            num_epochs=2,
+            num_minibatches=2,
+            kl_coef=0.05,
+            value_coef=1.0,
+            policy_optimizer=OptimizerConfig(learning_rate=3e-4),
+            value_optimizer=OptimizerConfig(learning_rate=1e-3),
+        ),
+        eval_every=4,
+        save_every=8,
+    )
 
     def __post_init__(self) -> None:
         for field in ("training_prompts", "eval_prompts", "beginning"):
             require(getattr(self, field) >= 1, f"{field} must be >= 1, not {getattr(self, field)}")
-        require(self.train.prompts_per_step <= self.training_prompts,
-                f"train.prompts_per_step ({self.train.prompts_per_step}) must not exceed training_prompts "
-                f"({self.training_prompts})")
-        require(self.beginning < self.train.prompt_length,
-                f"beginning ({self.beginning}) must be less than train.prompt_length ({self.train.prompt_length}), "
-                "which holds BOS as well")
+        require(
+            self.train.prompts_per_step <= self.training_prompts,
+            f"train.prompts_per_step ({self.train.prompts_per_step}) must not exceed training_prompts "
+            f"({self.training_prompts})",
+        )
+        require(
+            self.beginning < self.train.prompt_length,
+            f"beginning ({self.beginning}) must be less than train.prompt_length ({self.train.prompt_length}), "
+            "which holds BOS as well",
+        )
 
 
 def get_config() -> StoriesConfig:
@@ -118,9 +132,11 @@ class Storyteller(NamedTuple):
 
 def load_storyteller(config: StoriesConfig) -> Storyteller:
     """The model and the tokenizer that the settings name; UserError when one is missing or they do not fit."""
-    require(config.model is not None,
-            "no model to train: give --model, a Hugging Face folder, a hub id or a llama2.c .bin file "
-            f"(with --tokenizer where its folder has none), such as {MODEL_SOURCE}")
+    require(
+        config.model is not None,
+        "no model to train: give --model, a Hugging Face folder, a hub id or a llama2.c .bin file "
+        f"(with --tokenizer where its folder has none), such as {MODEL_SOURCE}",
+    )
     name = str(config.model)
     model, params = load_model(name)
     beside = Path(name).parent if Path(name).is_file() else Path(name) if Path(name).is_dir() else download(name)
@@ -128,21 +144,27 @@ def load_storyteller(config: StoriesConfig) -> Storyteller:
     check_tokenizer(tokenizer, model.config.vocab_size, name)
     if isinstance(tokenizer, Llama2cTokenizer):
         tokenizer = tokenizer.stopping_at_bos()
-    require(tokenizer.bos_id is not None,
-            f"{config.tokenizer or beside}: this tokenizer has no BOS token to begin a story with")
+    require(
+        tokenizer.bos_id is not None,
+        f"{config.tokenizer or beside}: this tokenizer has no BOS token to begin a story with",
+    )
     longest = config.train.prompt_length + config.train.sampling.max_new_tokens
-    require(longest <= model.config.context_length,
-            f"train.prompt_length ({config.train.prompt_length}) + train.sampling.max_new_tokens "
-            f"({config.train.sampling.max_new_tokens}) = {longest} is more than {name} can read: "
-            f"{model.config.context_length} tokens")
+    require(
+        longest <= model.config.context_length,
+        f"train.prompt_length ({config.train.prompt_length}) + train.sampling.max_new_tokens "
+        f"({config.train.sampling.max_new_tokens}) = {longest} is more than {name} can read: "
+        f"{model.config.context_length} tokens",
+    )
     return Storyteller(model, params, tokenizer)
 
 
 def load_sentences(config: StoriesConfig) -> Sentences:
     """The judge's sentences; UserError when there are none."""
-    require(config.sentences is not None,
-            "no sentences to train the judge on: give --sentences, the folder of rt-polarity.pos and rt-polarity.neg: "
-            + SOURCE)
+    require(
+        config.sentences is not None,
+        "no sentences to train the judge on: give --sentences, the folder of rt-polarity.pos and rt-polarity.neg: "
+        + SOURCE,
+    )
     return read_sentences(Path(str(config.sentences)))
 
 
@@ -157,8 +179,11 @@ def beginnings(storyteller: Storyteller, runner: Runner, config: StoriesConfig) 
     found: dict[str, None] = {}
     rounds = 4 * -(-count // batch)
     for i in range(rounds):
-        prompts = Prompts(tokens=jnp.array([tokenizer.encode("", add_bos=True)] * batch, jnp.int32),
-                          mask=jnp.ones((batch, 1), bool), uid=jnp.arange(batch, dtype=jnp.uint32))
+        prompts = Prompts(
+            tokens=jnp.array([tokenizer.encode("", add_bos=True)] * batch, jnp.int32),
+            mask=jnp.ones((batch, 1), bool),
+            uid=jnp.arange(batch, dtype=jnp.uint32),
+        )
         rollout = generator((storyteller.params, step_key(config.seed, i, INIT)), prompts)
         for text, ended in zip(answer_texts(rollout, tokenizer), np.asarray(rollout.finished)):
             # The last word may be half a word, and a story that has ended has no continuation.
@@ -167,8 +192,10 @@ def beginnings(storyteller: Storyteller, runner: Runner, config: StoriesConfig) 
                 found[beginning] = None
         if len(found) >= count:
             return list(found)[:count]
-    raise UserError(f"{config.model}: {rounds * batch} stories have only {len(found)} different beginnings of "
-                    f"{config.beginning} tokens, {count} are needed: raise `beginning` or lower `training_prompts`")
+    raise UserError(
+        f"{config.model}: {rounds * batch} stories have only {len(found)} different beginnings of "
+        f"{config.beginning} tokens, {count} are needed: raise `beginning` or lower `training_prompts`"
+    )
 
 
 class Told(NamedTuple):
@@ -192,13 +219,23 @@ class Told(NamedTuple):
 
 def main(config: StoriesConfig) -> None:
     storyteller, sentences = load_storyteller(config), load_sentences(config)
-    with (Run(config.out, "stories_sentiment", dataclasses.replace(config, resume=False), seed=config.seed,
-              resume=config.resume, steps=config.train.steps) as run, MetricsWriter(config.out) as writer):
+    with (
+        Run(
+            config.out,
+            "stories_sentiment",
+            dataclasses.replace(config, resume=False),
+            seed=config.seed,
+            resume=config.resume,
+            steps=config.train.steps,
+        ) as run,
+        MetricsWriter(config.out) as writer,
+    ):
         stories_sentiment(config, storyteller, sentences, run, writer)
 
 
-def trained_judge(config: StoriesConfig, sentences: Sentences, runner: Runner, run: Run,
-                  writer: MetricsWriter) -> SentimentJudge:
+def trained_judge(
+    config: StoriesConfig, sentences: Sentences, runner: Runner, run: Run, writer: MetricsWriter
+) -> SentimentJudge:
     """The judge, from the run's folder or trained now; its accuracy on held-out sentences goes to the run's metrics."""
     training, held_out = split_sentences(sentences, config.judge.held_out, config.seed)
     judge = new_judge(training, config.judge, config.seed, runner)
@@ -217,8 +254,9 @@ def trained_judge(config: StoriesConfig, sentences: Sentences, runner: Runner, r
     return judge
 
 
-def stories_sentiment(config: StoriesConfig, storyteller: Storyteller, sentences: Sentences, run: Run,
-                      writer: MetricsWriter) -> None:
+def stories_sentiment(
+    config: StoriesConfig, storyteller: Storyteller, sentences: Sentences, run: Run, writer: MetricsWriter
+) -> None:
     seed = config.seed
     runner = make_runner(config.train.parallel)
     model, original, tokenizer = storyteller
@@ -233,12 +271,29 @@ def stories_sentiment(config: StoriesConfig, storyteller: Storyteller, sentences
         told_first = beginnings(storyteller, runner, config)
         path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in told_first))
     stories = jsonl_records(path)
-    held_out, training = (FileRecords(stories.records[part], stories.places[part])
-                          for part in (slice(config.eval_prompts), slice(config.eval_prompts, None)))
-    stream = prompt_batches(training, tokenizer, batch_size=config.train.prompts_per_step, seed=seed,
-                            prompt_length=config.train.prompt_length, add_bos=True)
-    prompts = next(prompt_batches(held_out, tokenizer, batch_size=config.eval_prompts, seed=seed, shuffle=False,
-                                  prompt_length=config.train.prompt_length, add_bos=True))
+    held_out, training = (
+        FileRecords(stories.records[part], stories.places[part])
+        for part in (slice(config.eval_prompts), slice(config.eval_prompts, None))
+    )
+    stream = prompt_batches(
+        training,
+        tokenizer,
+        batch_size=config.train.prompts_per_step,
+        seed=seed,
+        prompt_length=config.train.prompt_length,
+        add_bos=True,
+    )
+    prompts = next(
+        prompt_batches(
+            held_out,
+            tokenizer,
+            batch_size=config.eval_prompts,
+            seed=seed,
+            shuffle=False,
+            prompt_length=config.train.prompt_length,
+            add_bos=True,
+        )
+    )
     generator = make_generator(runner, model, tokenizer, config.train.sampling)
 
     def tell(params: Params, prompts: PromptBatch, purpose: int) -> Told:
@@ -250,24 +305,47 @@ def stories_sentiment(config: StoriesConfig, storyteller: Storyteller, sentences
     def evaluate(params: Params, step: int) -> dict[str, float]:
         told = tell(params, prompts, EVALUATION)
         for i in range(min(4, config.eval_prompts)):
-            run.sample(step=step, stage="rl", index=i, prompt=prompts.records[i]["prompt"], response=told.texts[i],
-                       reward=number(told.scores[i]))
+            run.sample(
+                step=step,
+                stage="rl",
+                index=i,
+                prompt=prompts.records[i]["prompt"],
+                response=told.texts[i],
+                reward=number(told.scores[i]),
+            )
         return {"judge_score": float(np.nanmean(told.scores)), "distinct2": told.distinct2, "eval_length": told.length}
 
     # ---- PPO
     size = min(len(training), 512) // runner.devices * runner.devices
-    sample = next(prompt_batches(training, tokenizer, batch_size=size, seed=seed, add_bos=True,
-                                 prompt_length=config.train.prompt_length))
+    sample = next(
+        prompt_batches(
+            training, tokenizer, batch_size=size, seed=seed, add_bos=True, prompt_length=config.train.prompt_length
+        )
+    )
     scores = tell(original, sample, FEEDBACK).scores
-    require(np.unique(scores[np.isfinite(scores)]).size > 1,
-            f"the judge cannot tell the stories of {config.model} apart: it knows {np.isfinite(scores).sum()} of "
-            f"{len(scores)}, and gives them all the same score. Are they in the language of {config.sentences}?")
+    require(
+        np.unique(scores[np.isfinite(scores)]).size > 1,
+        f"the judge cannot tell the stories of {config.model} apart: it knows {np.isfinite(scores).sum()} of "
+        f"{len(scores)}, and gives them all the same score. Are they in the language of {config.sentences}?",
+    )
     normaliser = fit_normaliser(jnp.asarray(scores, jnp.float32), jnp.asarray(np.isfinite(scores)))
     before = tell(original, prompts, EVALUATION)
     critic = ScalarModel(model.config, "zero")
     value = critic.init(step_key(seed, 0, INIT), trunk=original["trunk"])
-    policy = train(config.train, run, writer, tokenizer=tokenizer, policy=model, policy_params=original, critic=critic,
-                   value_params=value, prompts=stream, feedback=source, normaliser=normaliser, evaluate=evaluate)
+    policy = train(
+        config.train,
+        run,
+        writer,
+        tokenizer=tokenizer,
+        policy=model,
+        policy_params=original,
+        critic=critic,
+        value_params=value,
+        prompts=stream,
+        feedback=source,
+        normaliser=normaliser,
+        evaluate=evaluate,
+    )
     if run.stop_requested:
         raise StopRequested
 
@@ -280,20 +358,36 @@ def stories_sentiment(config: StoriesConfig, storyteller: Storyteller, sentences
     won = win_rate_ci(after.scores, before.scores, seed=seed)
     for name, told in (("before", before), ("after", after)):
         for i in range(min(24, config.eval_prompts)):
-            run.sample(step=0 if name == "before" else config.train.steps, stage=name, index=i,
-                       prompt=prompts.records[i]["prompt"], response=told.texts[i], reward=number(told.scores[i]))
+            run.sample(
+                step=0 if name == "before" else config.train.steps,
+                stage=name,
+                index=i,
+                prompt=prompts.records[i]["prompt"],
+                response=told.texts[i],
+                reward=number(told.scores[i]),
+            )
     run.metrics |= {
-        "score_before": float(np.nanmean(before.scores)), "score_after": float(np.nanmean(after.scores)),
-        "score_sd_before": spread, "gain_sd": float(np.nanmean(after.scores - before.scores)) / spread,
+        "score_before": float(np.nanmean(before.scores)),
+        "score_after": float(np.nanmean(after.scores)),
+        "score_sd_before": spread,
+        "gain_sd": float(np.nanmean(after.scores - before.scores)) / spread,
         "gain_sd_ci95": [bound / spread for bound in gained],
-        "win_rate_judge": won.value, "win_rate_judge_ci95": [won.low, won.high],
-        "kl": float(divergence.mean()), "distinct2_before": before.distinct2, "distinct2_after": after.distinct2,
-        "length_before": before.length, "length_after": after.length,
-        "judge_missing": float(np.isnan(after.scores).mean()), "wall_s": round(run.wall_s, 1)}
+        "win_rate_judge": won.value,
+        "win_rate_judge_ci95": [won.low, won.high],
+        "kl": float(divergence.mean()),
+        "distinct2_before": before.distinct2,
+        "distinct2_after": after.distinct2,
+        "length_before": before.length,
+        "length_after": after.length,
+        "judge_missing": float(np.isnan(after.scores).mean()),
+        "wall_s": round(run.wall_s, 1),
+    }
     save_model(run.folder / "model", model, policy, tokenizer)
-    print(f"{config.mood}: judge score {np.nanmean(before.scores):.2f} -> {np.nanmean(after.scores):.2f} "
-          f"({run.metrics['gain_sd']:+.2f} standard deviations) at KL {divergence.mean():.1f}; "
-          f"{config.out / 'report.html'}")
+    print(
+        f"{config.mood}: judge score {np.nanmean(before.scores):.2f} -> {np.nanmean(after.scores):.2f} "
+        f"({run.metrics['gain_sd']:+.2f} standard deviations) at KL {divergence.mean():.1f}; "
+        f"{config.out / 'report.html'}"
+    )
 
 
 def number(score: float) -> float | None:

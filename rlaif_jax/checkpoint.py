@@ -49,13 +49,19 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         try:
-            self._manager.save(step, args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave({"settings": self.settings, **host})))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave({"settings": self.settings, **host})
+                ),
+            )
             if wait:
                 self._manager.wait_until_finished()
         except OSError as error:
-            raise UserError(f"{self.folder}: the checkpoint of step {step} cannot be written "
-                            f"({error.strerror or error}); earlier checkpoints are whole") from error
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {step} cannot be written "
+                f"({error.strerror or error}); earlier checkpoints are whole"
+            ) from error
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
@@ -72,17 +78,22 @@ class Checkpointer:
         try:
             host = dict(self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"])
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.folder / str(step)}: this checkpoint cannot be read ({error}); "
-                            "remove its folder to resume from the one before") from error
+            raise UserError(
+                f"{self.folder / str(step)}: this checkpoint cannot be read ({error}); "
+                "remove its folder to resume from the one before"
+            ) from error
         changed = differing(host.pop("settings", None), self.settings)
         require(not changed, f"{self.folder / str(step)}: the checkpoint is of another config: " + "; ".join(changed))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            arrays = self._manager.restore(
-                step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))["arrays"]
+            arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))[
+                "arrays"
+            ]
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.folder / str(step)}: this checkpoint cannot be read ({str(error)[:300]}); "
-                            "remove its folder to resume from the one before") from error
+            raise UserError(
+                f"{self.folder / str(step)}: this checkpoint cannot be read ({str(error)[:300]}); "
+                "remove its folder to resume from the one before"
+            ) from error
         return Restored(step, arrays, host)
 
     def close(self) -> None:

@@ -63,20 +63,39 @@ class DecoderConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
-        require(self.num_heads % self.num_kv_heads == 0,
-                f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        require(self.positions != "rope" or self.head_dim % 2 == 0,
-                f"DecoderConfig: head_dim ({self.head_dim}) must be even with rotary positions")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
+        )
+        require(
+            self.positions != "rope" or self.head_dim % 2 == 0,
+            f"DecoderConfig: head_dim ({self.head_dim}) must be even with rotary positions",
+        )
 
 
-def small_decoder(vocab_size: int, *, num_layers: int = 3, width: int = 96, num_heads: int = 6,
-                  num_kv_heads: int | None = None, context_length: int = 128, mlp_width: int | None = None,
-                  **flags: Any) -> DecoderConfig:
+def small_decoder(
+    vocab_size: int,
+    *,
+    num_layers: int = 3,
+    width: int = 96,
+    num_heads: int = 6,
+    num_kv_heads: int | None = None,
+    context_length: int = 128,
+    mlp_width: int | None = None,
+    **flags: Any,
+) -> DecoderConfig:
     """A Llama-shaped decoder of the given size, heads of width/num_heads, SwiGLU of about 8/3 width."""
-    return DecoderConfig(vocab_size=vocab_size, num_layers=num_layers, width=width, num_heads=num_heads,
-                         num_kv_heads=num_kv_heads or num_heads, head_dim=width // num_heads,
-                         mlp_width=mlp_width or (8 * width // 3 + 7) // 8 * 8, context_length=context_length,
-                         **flags)
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads or num_heads,
+        head_dim=width // num_heads,
+        mlp_width=mlp_width or (8 * width // 3 + 7) // 8 * 8,
+        context_length=context_length,
+        **flags,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +215,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("steps", "prompts_per_step", "answers_per_prompt", "prompt_length"):
             require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
-        require(self.ppo.advantage != "group" or self.answers_per_prompt >= 2,
-                "train.answers_per_prompt is 1, but ppo.advantage='group' compares the answers to one prompt: "
-                "set answers_per_prompt to 2 or more, or ppo.advantage='gae'")
+        require(
+            self.ppo.advantage != "group" or self.answers_per_prompt >= 2,
+            "train.answers_per_prompt is 1, but ppo.advantage='group' compares the answers to one prompt: "
+            "set answers_per_prompt to 2 or more, or ppo.advantage='gae'",
+        )
         sequences = self.prompts_per_step * self.answers_per_prompt
-        require(sequences % self.ppo.num_minibatches == 0,
-                f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide the {sequences} sequences of a step "
-                f"(prompts_per_step x answers_per_prompt)")
+        require(
+            sequences % self.ppo.num_minibatches == 0,
+            f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide the {sequences} sequences of a step "
+            f"(prompts_per_step x answers_per_prompt)",
+        )
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -226,8 +249,11 @@ def from_json(cls: type, values: dict[str, Any], where: str = "config.json") -> 
         elif isinstance(value, list):
             value = tuple(value)
         built[name] = value
-    missing = [n for n, f in fields.items() if n not in built and f.default is dataclasses.MISSING
-               and f.default_factory is dataclasses.MISSING]
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in built and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     require(not missing, f"{where}: {cls.__name__} misses {', '.join(missing)}")
     return cls(**built)
 

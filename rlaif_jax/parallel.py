@@ -44,8 +44,9 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis_name: str | None = None) -> 
     return total / jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
 
 
-def masked_whiten(x: jax.Array, mask: jax.Array, axis_name: str | None = None, *, shift_mean: bool = True,
-                  eps: float = 1e-8) -> jax.Array:
+def masked_whiten(
+    x: jax.Array, mask: jax.Array, axis_name: str | None = None, *, shift_mean: bool = True, eps: float = 1e-8
+) -> jax.Array:
     """(x - mean) / sqrt(var + eps) over the masked entries of all devices; with shift_mean=False the mean is added back.
 
     Masked entries become 0. One valid entry gives 0 (its variance is 0), not NaN.
@@ -92,22 +93,36 @@ class Runner(Protocol):
 
 def _divisible(batch: Any, devices: int) -> None:
     rows = jax.tree.leaves(batch)[0].shape[0]
-    require(rows % devices == 0, f"a batch of {rows} rows cannot be split over {devices} devices: "
-            f"make the batch size (prompts_per_step, minibatch) a multiple of {devices}")
+    require(
+        rows % devices == 0,
+        f"a batch of {rows} rows cannot be split over {devices} devices: "
+        f"make the batch size (prompts_per_step, minibatch) a multiple of {devices}",
+    )
 
 
-class pmap_step:  # noqa: N801 - reads as the function it is
+class pmap_step:
     """`fn(state, batch, *, axis_name)` under `jax.pmap`: state replicated without a device axis, batch [B, ...] split.
 
     out: "replicated" for steps (state and metrics are the same on every device), "split" for maps.
     """
 
-    def __init__(self, fn: Callable[..., Any], devices: list[jax.Device] | None = None, *, out: str = "replicated",
-                 donate: bool = True) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        devices: list[jax.Device] | None = None,
+        *,
+        out: str = "replicated",
+        donate: bool = True,
+    ) -> None:
         self.devices = devices or jax.local_devices()
-        self._mapped = jax.pmap(partial(fn, axis_name=AXIS), axis_name=AXIS, in_axes=(None, 0),
-                                out_axes=None if out == "replicated" else 0, devices=self.devices,
-                                donate_argnums=(0,) if donate else ())
+        self._mapped = jax.pmap(
+            partial(fn, axis_name=AXIS),
+            axis_name=AXIS,
+            in_axes=(None, 0),
+            out_axes=None if out == "replicated" else 0,
+            devices=self.devices,
+            donate_argnums=(0,) if donate else (),
+        )
         self._split = out != "replicated"
 
     def __call__(self, state: Any, batch: Any) -> Any:
@@ -122,8 +137,10 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.D
     """A mesh ("data", "fsdp", "tensor") over `devices` (default: all); data=0 takes what the others leave."""
     devices = devices or jax.devices()
     data = data or len(devices) // (fsdp * tensor)
-    require(data * fsdp * tensor <= len(devices) and data >= 1,
-            f"parallel: a mesh {data}x{fsdp}x{tensor} needs {data * fsdp * tensor} devices, there are {len(devices)}")
+    require(
+        data * fsdp * tensor <= len(devices) and data >= 1,
+        f"parallel: a mesh {data}x{fsdp}x{tensor} needs {data * fsdp * tensor} devices, there are {len(devices)}",
+    )
     grid = np.array(devices[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
@@ -143,7 +160,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-class shard_step:  # noqa: N801 - reads as the function it is
+class shard_step:
     """`fn(state, batch, *, axis_name=None)` under `jax.jit` on a mesh: state by `state_shardings`, batch over data x fsdp."""
 
     def __init__(self, fn: Callable[..., Any], mesh: Mesh, *, out: str = "replicated", donate: bool = True) -> None:

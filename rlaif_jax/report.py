@@ -71,8 +71,7 @@ def write_report(run_folder: Path) -> Path:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}). "
-            "Free some space or make the folder writable."
+            f"{path}: cannot be written ({error.strerror or error}). Free some space or make the folder writable."
         ) from error
     return path
 
@@ -376,7 +375,5 @@ def _render(page: Mapping[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     template = importlib.resources.files("rlaif_jax").joinpath("report.html.jinja").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(page)

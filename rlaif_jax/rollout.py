@@ -38,7 +38,9 @@ def prefill(model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.A
     return Prefill(hidden[:, -1], caches, mask.astype(bool))
 
 
-def attend_cached(q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array) -> jax.Array:
+def attend_cached(
+    q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
+) -> jax.Array:
     """One query a row against its prompt's shared cache and its own.
 
     q [B*K, heads, h]; prompt keys, values [B, kv_heads, P, h] with mask [B, P]; own [B*K, kv_heads, T, h] with mask [T]
@@ -68,9 +70,16 @@ def attend_cached(q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: K
     return out.reshape(rows, heads * h)
 
 
-def decode_step(model: LanguageModel, params: Params, blocks: list[Params], prompt: Prefill,
-                caches: tuple[KeyValue, ...], tokens: jax.Array, position: jax.Array, t: jax.Array,
-                ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+def decode_step(
+    model: LanguageModel,
+    params: Params,
+    blocks: list[Params],
+    prompt: Prefill,
+    caches: tuple[KeyValue, ...],
+    tokens: jax.Array,
+    position: jax.Array,
+    t: jax.Array,
+) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     """Feed one token a row and return logits for the next.
 
     tokens, position [R] (R = B*K rows), t [] the column of the own caches [R, kv_heads, T, h] where they land
@@ -107,8 +116,17 @@ def answer_uniforms(key: jax.Array, uid: jax.Array, answers: int, length: int) -
     return jax.vmap(lambda u: jax.vmap(lambda i: one(u, i))(jnp.arange(answers)))(uid).reshape(-1, length)
 
 
-def generate(model: LanguageModel, params: Params, prompts: Prompts, key: jax.Array, *, sampling: SamplingConfig,
-             answers: int = 1, eos_id: int | None, pad_id: int) -> Rollout:
+def generate(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    sampling: SamplingConfig,
+    answers: int = 1,
+    eos_id: int | None,
+    pad_id: int,
+) -> Rollout:
     """Draw `answers` answers to every prompt; the B*K rows stand prompt by prompt.
 
     `key` is the same for the whole batch: every answer derives its own from it, the prompt's uid and the answer index.
@@ -146,8 +164,11 @@ def generate(model: LanguageModel, params: Params, prompts: Prompts, key: jax.Ar
     _, _, done, _, (tokens, logprobs, real) = jax.lax.while_loop(running, step, carry)
     return Rollout(
         tokens=jnp.concatenate([prompts.tokens.repeat(answers, axis=0), tokens.T], axis=1),
-        prompt_mask=prompts.mask.astype(bool).repeat(answers, axis=0), response_mask=real.T, logprobs=logprobs.T,
-        finished=done)
+        prompt_mask=prompts.mask.astype(bool).repeat(answers, axis=0),
+        response_mask=real.T,
+        logprobs=logprobs.T,
+        finished=done,
+    )
 
 
 def to_prompts(batch: PromptBatch) -> Prompts:
@@ -162,13 +183,26 @@ def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(row[:length].tolist()).strip() for row, length in zip(tokens, lengths)]
 
 
-def make_generator(runner: Runner, model: LanguageModel, tokenizer: Tokenizer, sampling: SamplingConfig, answers: int = 1,
-                   ) -> Callable[[tuple[Params, jax.Array], Prompts], Rollout]:
+def make_generator(
+    runner: Runner,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    answers: int = 1,
+) -> Callable[[tuple[Params, jax.Array], Prompts], Rollout]:
     """`generate` compiled for all devices, outside the training loop: call it with ((params, key), prompts)."""
 
     def run(replicated: tuple[Params, jax.Array], prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
         params, key = replicated
-        return generate(model, params, prompts, key, sampling=sampling, answers=answers, eos_id=tokenizer.eos_id,
-                        pad_id=tokenizer.pad_id)
+        return generate(
+            model,
+            params,
+            prompts,
+            key,
+            sampling=sampling,
+            answers=answers,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
 
     return runner.map(run)

@@ -23,7 +23,7 @@ from rlaif_jax.report import save_environment, write_report
 from rlaif_jax.types import Params
 
 
-class StopRequested(Exception):  # noqa: N818 - not an error: somebody said enough
+class StopRequested(Exception):
     """SIGTERM or Ctrl-C came, outside the loop that would have saved; the run ends as `stopped`."""
 
 
@@ -38,8 +38,9 @@ class Run:
     collected is lost. A resumed run must have the settings it was started with, but for `out` and `resume`.
     """
 
-    def __init__(self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False,
-                 steps: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False, steps: int | None = None
+    ) -> None:
         self.folder, self.experiment, self.seed, self.steps = Path(folder), experiment, seed, steps
         self.config, self.resuming = config, resume
         self.stop_requested = False
@@ -59,7 +60,9 @@ class Run:
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is a file; a run needs a folder")
             if not self.resuming and folder.exists() and any(folder.iterdir()):
-                aside = next(p for p in (folder.with_name(f"{folder.name}.{i}") for i in range(1, 10_000)) if not p.exists())
+                aside = next(
+                    p for p in (folder.with_name(f"{folder.name}.{i}") for i in range(1, 10_000)) if not p.exists()
+                )
                 folder.rename(aside)
                 print(f"{folder} held a run already: it is now {aside}", file=sys.stderr)
             self._made = not folder.exists()
@@ -73,8 +76,10 @@ class Run:
                 save_config(self.config, folder / "config.json")
                 save_environment(folder)
         except OSError as error:
-            raise UserError(f"{folder}: the run folder cannot be written ({error.strerror or error}); "
-                            "choose another --out or free some space") from error
+            raise UserError(
+                f"{folder}: the run folder cannot be written ({error.strerror or error}); "
+                "choose another --out or free some space"
+            ) from error
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -136,9 +141,16 @@ class Run:
 
     def report(self, status: str = "running") -> None:
         """Write summary.json and report.html as things stand."""
-        summary = {"experiment": self.experiment, "status": status, "seed": self.seed, "steps": self.steps_done,
-                   "wall_s": round(time.time() - self._started, 3), "metrics": self.metrics, "checks": self.checks,
-                   "claims": self.claims}
+        summary = {
+            "experiment": self.experiment,
+            "status": status,
+            "seed": self.seed,
+            "steps": self.steps_done,
+            "wall_s": round(time.time() - self._started, 3),
+            "metrics": self.metrics,
+            "checks": self.checks,
+            "claims": self.claims,
+        }
         temporary = self.folder / "summary.json.tmp"
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
         temporary.replace(self.folder / "summary.json")
@@ -149,7 +161,9 @@ class Run:
         """Seconds since the run began, over all its resumes."""
         return time.time() - self._started
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if isinstance(error, UserError) and not self._settled:

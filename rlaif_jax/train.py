@@ -36,8 +36,16 @@ def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: 
     answers = config.answers_per_prompt
 
     def rollout(state: TrainState, prompts: Any, *, axis_name: str | None = None) -> Rollout:
-        return generate(agent.policy, state.params["policy"], prompts, step_key(state.seed, state.step, ROLLOUT),
-                        sampling=config.sampling, answers=answers, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        return generate(
+            agent.policy,
+            state.params["policy"],
+            prompts,
+            step_key(state.seed, state.step, ROLLOUT),
+            sampling=config.sampling,
+            answers=answers,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
 
     def advantages(replicated: Any, batch: Any, *, axis_name: str | None = None) -> Any:
         state, reference, normaliser = replicated
@@ -51,10 +59,21 @@ def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: 
     return runner.map(rollout), runner.map(advantages), runner.step(update)
 
 
-def train(config: TrainConfig, run: Run, writer: MetricsWriter, *, tokenizer: Tokenizer, policy: LanguageModel,
-          policy_params: Params, critic: ScalarModel | ValueHead | None, value_params: Params | None,
-          prompts: PromptIterator, feedback: FeedbackSource, normaliser: Normaliser | None = None,
-          evaluate: Callable[[Params, int], dict[str, float]] | None = None) -> Params:
+def train(
+    config: TrainConfig,
+    run: Run,
+    writer: MetricsWriter,
+    *,
+    tokenizer: Tokenizer,
+    policy: LanguageModel,
+    policy_params: Params,
+    critic: ScalarModel | ValueHead | None,
+    value_params: Params | None,
+    prompts: PromptIterator,
+    feedback: FeedbackSource,
+    normaliser: Normaliser | None = None,
+    evaluate: Callable[[Params, int], dict[str, float]] | None = None,
+) -> Params:
     """Improve `policy_params` from feedback and return the new parameters.
 
     The reference policy is `policy_params` itself, frozen. `evaluate(policy_params, step)` is called before the first
@@ -67,9 +86,11 @@ def train(config: TrainConfig, run: Run, writer: MetricsWriter, *, tokenizer: To
     # ---- Model, step, mesh
     check_tokenizer(tokenizer, policy.config.vocab_size, "the policy")
     longest = config.prompt_length + config.sampling.max_new_tokens
-    require(longest <= policy.config.context_length,
-            f"train.prompt_length ({config.prompt_length}) + sampling.max_new_tokens ({config.sampling.max_new_tokens}) "
-            f"= {longest} is more than the policy's context of {policy.config.context_length} tokens")
+    require(
+        longest <= policy.config.context_length,
+        f"train.prompt_length ({config.prompt_length}) + sampling.max_new_tokens ({config.sampling.max_new_tokens}) "
+        f"= {longest} is more than the policy's context of {policy.config.context_length} tokens",
+    )
     require(config.sampling.temperature > 0, "sampling.temperature is 0 (greedy): a policy learns only from samples")
     runner = make_runner(config.parallel)
     updates = config.steps * config.ppo.num_epochs * config.ppo.num_minibatches
@@ -92,48 +113,65 @@ def train(config: TrainConfig, run: Run, writer: MetricsWriter, *, tokenizer: To
 
     def save(step: int, *, wait: bool = False) -> None:
         writer.flush()
-        checkpoints.save(step, (runner.fetch(state), runner.fetch(normaliser)),
-                         {"prompts": prompts.get_state(), "missing": missing, "checks": run.checks}, wait=wait)
+        checkpoints.save(
+            step,
+            (runner.fetch(state), runner.fetch(normaliser)),
+            {"prompts": prompts.get_state(), "missing": missing, "checks": run.checks},
+            wait=wait,
+        )
 
     # ---- Loop
-    with writer.stage("rl", config.steps, resume_from=start if found is not None else None) as log, closing(checkpoints):
+    with (
+        writer.stage("rl", config.steps, resume_from=start if found is not None else None) as log,
+        closing(checkpoints),
+    ):
         if evaluate is not None and start == 0:
             log.write(0, evaluate(state.params["policy"], 0))
         for step in range(start + 1, config.steps + 1):
             begun = time.perf_counter()
             light = dataclasses.replace(state, opt_state=None)
-            batch = next(prompts)                                                                      # prompts
-            rollout = roll(light, to_prompts(batch))                                                   # rollout
+            batch = next(prompts)  # prompts
+            rollout = roll(light, to_prompts(batch))  # rollout
             answers = answer_texts(rollout, tokenizer)
             rolled = time.perf_counter()
             records = [record for record in batch.records for _ in range(config.answers_per_prompt)]
-            judged = checked(feedback(records, answers, rollout), records, answers, step)              # feedback
+            judged = checked(feedback(records, answers, rollout), records, answers, step)  # feedback
             missing += int((~judged.valid).sum())
             told = time.perf_counter()
-            experience, rewards = advantages((light, reference, normaliser), (rollout, *judged))       # rewards, advantages
-            state, metrics = update(state, experience)                                                 # update
+            experience, rewards = advantages((light, reference, normaliser), (rollout, *judged))  # rewards, advantages
+            state, metrics = update(state, experience)  # update
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
             valid = judged.valid
-            values |= {"reward": float(np.mean(jax.device_get(rewards)[valid])) if valid.any() else float("nan"),
-                       "score": float(np.mean(judged.values[valid])) if valid.any() else float("nan"),
-                       "finished": float(np.mean(jax.device_get(rollout.finished))), "feedback_missing": float(missing)}
-            if evaluate is not None and (step % config.eval_every == 0 or step == config.steps):       # evaluate
+            values |= {
+                "reward": float(np.mean(jax.device_get(rewards)[valid])) if valid.any() else float("nan"),
+                "score": float(np.mean(judged.values[valid])) if valid.any() else float("nan"),
+                "finished": float(np.mean(jax.device_get(rollout.finished))),
+                "feedback_missing": float(missing),
+            }
+            if evaluate is not None and (step % config.eval_every == 0 or step == config.steps):  # evaluate
                 values |= evaluate(state.params["policy"], step)
             now = time.perf_counter()
             tokens = values["length"] * len(answers)
-            values |= {"time/rollout_s": rolled - begun, "time/feedback_s": told - rolled, "time/update_s": now - told,
-                       "time/tokens_per_s": tokens / (now - begun), "time/compilations": compilations.count}
+            values |= {
+                "time/rollout_s": rolled - begun,
+                "time/feedback_s": told - rolled,
+                "time/update_s": now - told,
+                "time/tokens_per_s": tokens / (now - begun),
+                "time/compilations": compilations.count,
+            }
             log.write(step, values)
             run.settled()
             run.steps_done = step
             good = check_step(run, step, values, rollout, tokenizer, float32=policy.config.compute_dtype == "float32")
             enough = config.target_reward is not None and values["reward"] >= config.target_reward
             if step % config.save_every == 0 or step == config.steps or run.stop_requested or enough or not good:
-                save(step)                                                                             # checkpoint
+                save(step)  # checkpoint
             if not good:
                 failed = ", ".join(name for name, holds in run.checks.items() if not holds)
-                raise CheckFailed(f"step {step}: {failed}: false. The state before the failure is in "
-                                  f"{checkpoints.folder}; the step's numbers are the last line of {writer.path}")
+                raise CheckFailed(
+                    f"step {step}: {failed}: false. The state before the failure is in "
+                    f"{checkpoints.folder}; the step's numbers are the last line of {writer.path}"
+                )
             if run.stop_requested or enough:
                 break
     return jax.tree.map(jax.numpy.asarray, runner.fetch(state.params["policy"]))
@@ -142,18 +180,23 @@ def train(config: TrainConfig, run: Run, writer: MetricsWriter, *, tokenizer: To
 def checked(judged: Feedback, records: Any, answers: list[str], step: int) -> Feedback:
     """The feedback as NumPy arrays; UserError for a judgement that claims to be valid and is no number."""
     values, valid = jax.device_get(judged.values), np.asarray(jax.device_get(judged.valid), bool)
-    require(np.shape(values) == (len(answers),) and valid.shape == (len(answers),),
-            f"step {step}: the feedback source returned values of shape {np.shape(values)} for {len(answers)} answers")
+    require(
+        np.shape(values) == (len(answers),) and valid.shape == (len(answers),),
+        f"step {step}: the feedback source returned values of shape {np.shape(values)} for {len(answers)} answers",
+    )
     wrong = np.flatnonzero(valid & ~np.isfinite(values))
     if wrong.size:
-        raise UserError(f"step {step}: the reward of answer {wrong[0]} is {values[wrong[0]]} (prompt "
-                        f"{str(records[wrong[0]].get('prompt'))[:60]!r}, answer {answers[wrong[0]][:60]!r}). A source that has "
-                        "no judgement must mark it as missing (valid = False), not return NaN")
+        raise UserError(
+            f"step {step}: the reward of answer {wrong[0]} is {values[wrong[0]]} (prompt "
+            f"{str(records[wrong[0]].get('prompt'))[:60]!r}, answer {answers[wrong[0]][:60]!r}). A source that has "
+            "no judgement must mark it as missing (valid = False), not return NaN"
+        )
     return Feedback(np.asarray(values, np.float32), valid)
 
 
-def check_step(run: Run, step: int, values: dict[str, float], rollout: Rollout, tokenizer: Tokenizer, *,
-               float32: bool) -> bool:
+def check_step(
+    run: Run, step: int, values: dict[str, float], rollout: Rollout, tokenizer: Tokenizer, *, float32: bool
+) -> bool:
     """What must hold of every step, whatever is learned; recorded in the run's checks. True while all hold."""
     tolerance = 1e-3 if float32 else 5e-2
     tokens, mask, finished = jax.device_get((rollout.responses, rollout.response_mask, rollout.finished))
@@ -178,5 +221,3 @@ class CompilationCounter:
 
     def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         self.count += event.endswith("backend_compile_duration")
-
-

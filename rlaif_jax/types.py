@@ -50,7 +50,7 @@ class Rollout:
     @property
     def responses(self) -> jax.Array:
         """[B, T] int32 response tokens, pad after the end."""
-        return self.tokens[:, self.prompt_mask.shape[1]:]
+        return self.tokens[:, self.prompt_mask.shape[1] :]
 
 
 @flax.struct.dataclass

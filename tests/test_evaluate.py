@@ -69,9 +69,7 @@ def test_win_rate_ci_covers_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(200):
-        estimate = evaluate.win_rate_ci(
-            rng.normal(0.3, 1.0, 100), rng.normal(0.0, 1.0, 100), seed=trial, resamples=400
-        )
+        estimate = evaluate.win_rate_ci(rng.normal(0.3, 1.0, 100), rng.normal(0.0, 1.0, 100), seed=trial, resamples=400)
         covered += estimate.low <= stats.norm.cdf(0.3 / np.sqrt(2)) <= estimate.high
     assert 0.9 <= covered / 200 <= 0.99
 
@@ -157,9 +155,7 @@ def test_same_position_rate_of_a_biased_judge():
 
 def test_expected_calibration_error_by_hand():
     # bins of .5: {.1, .3} mean .2, outcome .5 -> gap .3; {.5, 1} mean .75, outcome 1 -> gap .25; half each.
-    assert evaluate.expected_calibration_error([0.1, 0.3, 0.5, 1.0], [0, 1, 1, 1], bins=2) == pytest.approx(
-        0.275
-    )
+    assert evaluate.expected_calibration_error([0.1, 0.3, 0.5, 1.0], [0, 1, 1, 1], bins=2) == pytest.approx(0.275)
     p = np.random.default_rng(0).random(200_000)
     happened = np.random.default_rng(1).random(200_000) < p
     assert evaluate.expected_calibration_error(p, happened) < 0.01

@@ -247,9 +247,7 @@ def test_events_of_a_resumed_run_show_every_step_once_a_stage(tmp_path):
         out.write(6, {"reward": 2.0})
         out.flush()
         assert scalars(tmp_path / "tensorboard" / "rl")["reward", 6] == 2.0
-    assert scalars(tmp_path / "tensorboard" / "rl") == {("reward", s): 1.0 for s in range(1, 6)} | {
-        ("reward", 6): 2.0
-    }
+    assert scalars(tmp_path / "tensorboard" / "rl") == {("reward", s): 1.0 for s in range(1, 6)} | {("reward", 6): 2.0}
     assert len(scalars(tmp_path / "tensorboard" / "sft")) == 20
 
 

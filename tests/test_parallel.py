@@ -21,23 +21,44 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant")
 
 
 def setup(advantage: str = "gae", **options):
-    config = PPOConfig(advantage=advantage, num_epochs=2, num_minibatches=2, policy_optimizer=OPTIMIZER,
-                       value_optimizer=OPTIMIZER, value_coef=0.5, **options)
+    config = PPOConfig(
+        advantage=advantage,
+        num_epochs=2,
+        num_minibatches=2,
+        policy_optimizer=OPTIMIZER,
+        value_optimizer=OPTIMIZER,
+        value_coef=0.5,
+        **options,
+    )
     policy = LanguageModel(DECODER)
     critic = ScalarModel(DECODER, "normal") if advantage == "gae" else None
     agent = Agent(policy, critic, config)
     keys = jax.random.split(jax.random.key(0), 4)
     policy_params = policy.init(keys[0])
     state = agent.init(policy_params, critic and critic.init(keys[1]), seed=3)
-    prompts = Prompts(jax.random.randint(keys[2], (ROWS // 2, PROMPT), 3, 32),
-                      jnp.arange(PROMPT)[None] >= jnp.arange(ROWS // 2)[:, None] % 4, jnp.arange(ROWS // 2, dtype=jnp.uint32))
-    rollout = generate(policy, policy_params, prompts, keys[3], sampling=SamplingConfig(max_new_tokens=RESPONSE),
-                       answers=2, eos_id=2, pad_id=0)
+    prompts = Prompts(
+        jax.random.randint(keys[2], (ROWS // 2, PROMPT), 3, 32),
+        jnp.arange(PROMPT)[None] >= jnp.arange(ROWS // 2)[:, None] % 4,
+        jnp.arange(ROWS // 2, dtype=jnp.uint32),
+    )
+    rollout = generate(
+        policy,
+        policy_params,
+        prompts,
+        keys[3],
+        sampling=SamplingConfig(max_new_tokens=RESPONSE),
+        answers=2,
+        eos_id=2,
+        pad_id=0,
+    )
     # Unequal lengths, stronger than chance gives: row i keeps at most 1 + i % 7 tokens.
     keep = rollout.response_mask & (jnp.arange(RESPONSE)[None] <= jnp.arange(ROWS)[:, None] % RESPONSE)
     rollout = rollout.replace(response_mask=keep, logprobs=jnp.where(keep, rollout.logprobs, 0))
-    rewards = RewardBatch(score=jnp.sin(jnp.arange(ROWS, dtype=jnp.float32)), valid=jnp.arange(ROWS) != 5,
-                          token_rewards=jnp.zeros((ROWS, RESPONSE)))
+    rewards = RewardBatch(
+        score=jnp.sin(jnp.arange(ROWS, dtype=jnp.float32)),
+        valid=jnp.arange(ROWS) != 5,
+        token_rewards=jnp.zeros((ROWS, RESPONSE)),
+    )
     reference = policy.init(jax.random.key(9))
     experience = jax.jit(functools.partial(prepare, agent, answers=2))(state, reference, rollout, rewards)
     return agent, state, experience
@@ -62,7 +83,8 @@ def fresh(tree):
 
 RUNNERS = {"pmap8": lambda fn: pmap_step(fn)} | {
     name: functools.partial(lambda shape, fn: shard_step(fn, make_mesh(*shape)), shape)
-    for name, shape in {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}.items()}
+    for name, shape in {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}.items()
+}
 
 
 @pytest.mark.parametrize("name", RUNNERS)
@@ -96,10 +118,13 @@ def test_masked_statistics_are_global_not_means_of_means():
     x = rng.normal(size=(8, 6)).astype(np.float32)
     mask = np.arange(6)[None] < np.array([1, 6, 2, 3, 6, 1, 0, 4])[:, None]
     mean, var = x[mask].astype(np.float64).mean(), x[mask].astype(np.float64).var()
-    spread = jax.pmap(lambda x, m: (masked_mean(x, m, "data"), masked_whiten(x, m, "data")), axis_name="data",
-                      out_axes=(None, 0))(x[:, None], mask[:, None])
+    spread = jax.pmap(
+        lambda x, m: (masked_mean(x, m, "data"), masked_whiten(x, m, "data")), axis_name="data", out_axes=(None, 0)
+    )(x[:, None], mask[:, None])
     np.testing.assert_allclose(spread[0], mean, rtol=1e-5)
-    np.testing.assert_allclose(np.asarray(spread[1])[:, 0][mask], ((x - mean) / np.sqrt(var))[mask], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(spread[1])[:, 0][mask], ((x - mean) / np.sqrt(var))[mask], rtol=1e-4, atol=1e-5
+    )
     kept = masked_whiten(jnp.asarray(x), jnp.asarray(mask), shift_mean=False)
     np.testing.assert_allclose(np.asarray(kept)[mask].mean(), mean, rtol=1e-4)
 

@@ -14,9 +14,7 @@ from rlaif_jax import report
 from rlaif_jax.config import UserError
 from rlaif_jax.metrics import MetricsWriter
 
-ATTACK = (
-    "<script>alert(1)</script><img src=http://evil.example/x.png onerror=alert(2)> {{ 7 * 7 }} \" ' & $x_{1$"
-)
+ATTACK = "<script>alert(1)</script><img src=http://evil.example/x.png onerror=alert(2)> {{ 7 * 7 }} \" ' & $x_{1$"
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 
 
@@ -75,9 +73,7 @@ def run(tmp_path):
     with MetricsWriter(folder, terminal=False, tensorboard=False) as writer:
         with writer.stage("reward_model", 60) as stage:
             for step in range(1, 61):
-                stage.write(
-                    step, {"loss": 1 / step, "heldout_accuracy": 1 - 0.5 / step, "learning_rate": 1e-3}
-                )
+                stage.write(step, {"loss": 1 / step, "heldout_accuracy": 1 - 0.5 / step, "learning_rate": 1e-3})
         for step in range(1, 6):
             values = {"reward": 0.1 * step, "kl": 0.5 * step, "response_length": 20.0, "entropy": 2.0}
             values |= {"clip_fraction": 0.1, "sampler_gap": 1e-7, "grad_norm": 1.0, "time/tokens_per_s": 9e3}
@@ -153,9 +149,7 @@ def test_the_page_needs_nothing_else(run):
     text = report.write_report(run).read_text()
     page = Page(text)
     assert not {"script", "img", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
-    loads = [
-        value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "data")
-    ]
+    loads = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "data")]
     assert loads
     assert all(value.startswith("#") for value in loads)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
@@ -363,7 +357,5 @@ def test_a_page_about_another_process_does_not_start_jax(run):
 
 
 def test_the_same_numbers_draw_the_same_plots(run):
-    first, second = (
-        re.findall("<svg.*?</svg>", report.write_report(run).read_text(), re.DOTALL) for _ in "ab"
-    )
+    first, second = (re.findall("<svg.*?</svg>", report.write_report(run).read_text(), re.DOTALL) for _ in "ab")
     assert first == second

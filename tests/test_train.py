@@ -60,8 +60,14 @@ def test_a_run_leaves_what_was_promised(whole):
     assert summary["status"] == "done"
     assert summary["steps"] == 20
     assert set(summary["checks"]) == {
-        "first_minibatch_ratio_is_1", "first_minibatch_clip_fraction_is_0", "first_minibatch_approx_kl_is_0",
-        "sampler_and_trainer_logprobs_agree", "eos_is_kept_in_the_mask", "losses_are_finite", "kl_at_step_0_is_0"}
+        "first_minibatch_ratio_is_1",
+        "first_minibatch_clip_fraction_is_0",
+        "first_minibatch_approx_kl_is_0",
+        "sampler_and_trainer_logprobs_agree",
+        "eos_is_kept_in_the_mask",
+        "losses_are_finite",
+        "kl_at_step_0_is_0",
+    }
     assert all(summary["checks"].values())
     lines = numbers(whole)
     assert [line["step"] for line in lines] == list(range(1, 21))
@@ -131,7 +137,9 @@ BAD = {
     "missing prompt file": Bad(("--prompts", "nowhere.jsonl"), names=("nowhere.jsonl",)),
     "empty prompt file": Bad(prompts="", names=("prompts.jsonl",)),
     "malformed JSONL at line 3": Bad(prompts=GOOD[:42] + '{"prompt": \n' + GOOD[42:], names=("prompts.jsonl:3",)),
-    "record without prompt": Bad(prompts=GOOD + '{"text": "a"}\n', names=(f"prompts.jsonl:{len(PROMPTS) + 1}", "prompt")),
+    "record without prompt": Bad(
+        prompts=GOOD + '{"text": "a"}\n', names=(f"prompts.jsonl:{len(PROMPTS) + 1}", "prompt")
+    ),
     "prompt of no tokens": Bad(prompts=GOOD + '{"prompt": ""}\n', names=("prompt", "no tokens")),
     "prompt longer than prompt_length": Bad(prompts=GOOD + '{"prompt": "a b c d e f g h"}\n', names=("8 tokens", "6")),
     "longer than the context": Bad(("--train.sampling.max-new-tokens", "40"), names=("46", "context of 16")),
@@ -147,15 +155,18 @@ BAD = {
     "tokenizer of another vocabulary": Bad(spoil="tokenizer", names=("vocabulary", "30", "40")),
     "run folder is a file": Bad(spoil="file", names=("out", "file")),
     "nothing to resume": Bad(("--resume",), names=("out", "resume")),
-    "mesh larger than the machine": Bad(("--train.parallel.mode", "shard", "--train.parallel.data", "64"), names=("64",)),
+    "mesh larger than the machine": Bad(
+        ("--train.parallel.mode", "shard", "--train.parallel.data", "64"), names=("64",)
+    ),
 }
 
 
 def saved_model(folder: Path) -> None:
+    import jax
+
     from rlaif_jax.config import small_decoder
     from rlaif_jax.models import LanguageModel
     from rlaif_jax.models.hf import save_model
-    import jax
 
     model = LanguageModel(small_decoder(30, num_layers=1, width=16, num_heads=2, context_length=16))
     save_model(folder, model, model.init(jax.random.key(0)))
@@ -199,8 +210,13 @@ def test_bad_input(name, prompts, tmp_path, monkeypatch, capsys):
 
 
 def test_checkpoint_of_another_config(whole, prompts, tmp_path):
-    done = subprocess.run(command("--prompts", str(prompts), "--out", str(whole), "--resume", "--train.ppo.clip-range", "0.3"),
-                          env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command("--prompts", str(prompts), "--out", str(whole), "--resume", "--train.ppo.clip-range", "0.3"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2
     assert "clip_range was 0.2 and is now 0.3" in done.stderr
     assert "Traceback" not in done.stderr
@@ -211,8 +227,13 @@ def test_full_disk_keeps_what_was_computed(prompts, tmp_path):
     """A real limit on file sizes stands in for a full disk: the checkpoint cannot be written."""
     out = tmp_path / "full"
     limited = f"ulimit -f 24; exec {' '.join(command('--prompts', str(prompts), '--out', str(out)))}"
-    done = subprocess.run(["bash", "-c", f"trap '' XFSZ; {limited}"], env=environment() | {"JAX_COMPILATION_CACHE_DIR": ""},
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; {limited}"],
+        env=environment() | {"JAX_COMPILATION_CACHE_DIR": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2, done.stderr
     assert str(out) in done.stderr
     assert "Traceback" not in done.stderr

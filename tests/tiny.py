@@ -1,6 +1,6 @@
 """A whole experiment, small enough for a test: prompts from JSONL, a model from a folder or fresh, a rule as feedback.
 
-    python tests/tiny.py --prompts prompts.jsonl --out runs/tiny
+python tests/tiny.py --prompts prompts.jsonl --out runs/tiny
 """
 
 from __future__ import annotations
@@ -37,10 +37,21 @@ class TinyConfig:
     nan_reward: bool = False
     width: int = 16
     train: TrainConfig = TrainConfig(
-        steps=20, prompts_per_step=8, prompt_length=6, sampling=SamplingConfig(max_new_tokens=6), save_every=5, eval_every=5,
-        ppo=PPOConfig(num_epochs=2, num_minibatches=2, kl_target=1.0, kl_horizon=100.0,
-                      policy_optimizer=OptimizerConfig(learning_rate=1e-2),
-                      value_optimizer=OptimizerConfig(learning_rate=1e-2)))
+        steps=20,
+        prompts_per_step=8,
+        prompt_length=6,
+        sampling=SamplingConfig(max_new_tokens=6),
+        save_every=5,
+        eval_every=5,
+        ppo=PPOConfig(
+            num_epochs=2,
+            num_minibatches=2,
+            kl_target=1.0,
+            kl_horizon=100.0,
+            policy_optimizer=OptimizerConfig(learning_rate=1e-2),
+            value_optimizer=OptimizerConfig(learning_rate=1e-2),
+        ),
+    )
 
 
 def reward(config: TinyConfig, record: Any, answer: str) -> float | None:
@@ -55,18 +66,35 @@ def main(config: TinyConfig) -> None:
     if config.model:
         policy, params = load_model(config.model)
     else:
-        policy = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=2, width=config.width, num_heads=2,
-                                             context_length=16))
+        policy = LanguageModel(
+            small_decoder(tokenizer.vocab_size, num_layers=2, width=config.width, num_heads=2, context_length=16)
+        )
         params = policy.init(jax.random.key(config.seed))
-    stream = prompt_batches(records, tokenizer, batch_size=config.train.prompts_per_step, seed=config.seed,
-                            prompt_length=config.train.prompt_length)
+    stream = prompt_batches(
+        records,
+        tokenizer,
+        batch_size=config.train.prompts_per_step,
+        seed=config.seed,
+        prompt_length=config.train.prompt_length,
+    )
     critic = ScalarModel(policy.config, "zero") if config.train.ppo.advantage == "gae" else None
     settings = dataclasses.replace(config, resume=False)
-    with Run(config.out, "tiny", settings, seed=config.seed, resume=config.resume) as run, \
-            MetricsWriter(config.out, terminal=False, tensorboard=False) as writer:
-        final = train(config.train, run, writer, tokenizer=tokenizer, policy=policy, policy_params=params, critic=critic,
-                      value_params=critic and critic.init(jax.random.key(1)), prompts=stream,
-                      feedback=FunctionSource(lambda record, answer: reward(config, record, answer)))
+    with (
+        Run(config.out, "tiny", settings, seed=config.seed, resume=config.resume) as run,
+        MetricsWriter(config.out, terminal=False, tensorboard=False) as writer,
+    ):
+        final = train(
+            config.train,
+            run,
+            writer,
+            tokenizer=tokenizer,
+            policy=policy,
+            policy_params=params,
+            critic=critic,
+            value_params=critic and critic.init(jax.random.key(1)),
+            prompts=stream,
+            feedback=FunctionSource(lambda record, answer: reward(config, record, answer)),
+        )
         np.savez(config.out / "final.npz", *[np.asarray(x) for x in jax.tree.leaves(final)])
 
 

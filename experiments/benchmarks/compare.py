@@ -31,9 +31,16 @@ from typing import Any, NamedTuple
 OWN = Path(__file__).with_name("step.py")
 # Freed memory stays in the process: helps torch (a GRPO step by about 15 %), does nothing for JAX.
 TORCH_ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
-COLUMNS = {"step_s_median": "step s", "step_s_min": "min", "gen_s_median": "rollout s", "update_s_median": "update s",
-           "tokens_per_s": "tokens/s", "first_step_s": "first step s", "compile_s": "compile s",
-           "peak_rss_gib": "peak GiB"}
+COLUMNS = {
+    "step_s_median": "step s",
+    "step_s_min": "min",
+    "gen_s_median": "rollout s",
+    "update_s_median": "update s",
+    "tokens_per_s": "tokens/s",
+    "first_step_s": "first step s",
+    "compile_s": "compile s",
+    "peak_rss_gib": "peak GiB",
+}
 
 
 class Peer(NamedTuple):
@@ -61,8 +68,11 @@ def run_json(command: Sequence[str], variables: dict[str, str]) -> dict[str, Any
     return f"{Path(command[1]).name} ended with exit code {done.returncode}: {last}"
 
 
-def commands(algorithm: str, peers: Path | None, environments: Path | None,
-             ) -> tuple[list[tuple[list[str], dict[str, str]]], list[str]]:
+def commands(
+    algorithm: str,
+    peers: Path | None,
+    environments: Path | None,
+) -> tuple[list[tuple[list[str], dict[str, str]]], list[str]]:
     """(command lines with their variables, ours first; what is missing, in words)."""
     found = [([sys.executable, str(OWN), "--algorithm", algorithm, "--json"], {})]
     if peers is None or environments is None:
@@ -90,20 +100,29 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def table(work: str, algorithm: str, rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, our row first, with each other system's step time as a multiple of ours."""
+
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     head = [f"{work} {algorithm}", "times ours", *COLUMNS.values()]
-    body = [[row["system"], f"{row['step_s_median'] / rows[0]['step_s_median']:.2f}x",
-             *(cell(row[key]) for key in COLUMNS)] for row in rows]
+    body = [
+        [row["system"], f"{row['step_s_median'] / rows[0]['step_s_median']:.2f}x", *(cell(row[key]) for key in COLUMNS)]
+        for row in rows
+    ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     rule = ["-" * width for width in widths]
     lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, widths)) + " |" for line in [head, rule, *body]]
     return "\n".join(lines + [f"{row['system']}: {row['version']}" for row in rows])
 
 
-def compare(work: str, algorithm: str, *, peers: Path | None = None, environments: Path | None = None, rounds: int = 1,
-            ) -> tuple[list[dict[str, Any]], list[str]]:
+def compare(
+    work: str,
+    algorithm: str,
+    *,
+    peers: Path | None = None,
+    environments: Path | None = None,
+    rounds: int = 1,
+) -> tuple[list[dict[str, Any]], list[str]]:
     """(a row a system, ours first; remarks: what was missing or failed). RuntimeError when our own step failed."""
     systems, remarks = commands(algorithm, peers, environments)
     runs: list[list[dict[str, Any]]] = [[] for _ in systems]
@@ -133,8 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for work in options.works:
         for algorithm in options.algorithms:
-            rows, remarks = compare(work, algorithm, peers=options.peers, environments=options.environments,
-                                    rounds=options.rounds)
+            rows, remarks = compare(
+                work, algorithm, peers=options.peers, environments=options.environments, rounds=options.rounds
+            )
             print(table(work, algorithm, rows), *remarks, "", sep="\n", flush=True)
             if options.output is not None:
                 with options.output.open("a") as file:

@@ -66,13 +66,14 @@ class Work:
 
 
 WORKS = {
-    "S": Work(layers=4, width=256, heads=8, hidden=1024, vocab=4096,
-              batch=64, prompt=32, response=64, warmup=2, steps=6),
-    "M": Work(layers=12, width=768, heads=12, hidden=2048, vocab=32000,
-              batch=8, prompt=64, response=64, warmup=1, steps=3),
+    "S": Work(
+        layers=4, width=256, heads=8, hidden=1024, vocab=4096, batch=64, prompt=32, response=64, warmup=2, steps=6
+    ),
+    "M": Work(
+        layers=12, width=768, heads=12, hidden=2048, vocab=32000, batch=8, prompt=64, response=64, warmup=1, steps=3
+    ),
     # To try the code, not the machine.
-    "tiny": Work(layers=1, width=16, heads=2, hidden=32, vocab=64,
-                 batch=64, prompt=4, response=8, warmup=1, steps=2),
+    "tiny": Work(layers=1, width=16, heads=2, hidden=32, vocab=64, batch=64, prompt=4, response=8, warmup=1, steps=2),
 }
 
 
@@ -95,15 +96,24 @@ def settings(work: Work, algorithm: str, behaviour: str) -> TrainConfig:
     """The loop's settings for this work."""
     # Without warm-up or decay, and with the usual epsilon, as the systems compared with have it.
     optimizer = OptimizerConfig(learning_rate=1e-6, schedule="constant", eps=1e-8)
-    common: dict[str, Any] = {"kl_coef": KL_COEF, "behaviour": behaviour, "policy_optimizer": optimizer,
-                              "value_optimizer": optimizer}
+    common: dict[str, Any] = {
+        "kl_coef": KL_COEF,
+        "behaviour": behaviour,
+        "policy_optimizer": optimizer,
+        "value_optimizer": optimizer,
+    }
     if algorithm == "grpo":
         ppo = PPOConfig(advantage="group", kl_in="loss", num_epochs=1, num_minibatches=1, **common)
     else:
         ppo = PPOConfig(advantage="gae", kl_in="reward", num_epochs=2, num_minibatches=2, **common)
     answers = GROUP if algorithm == "grpo" else 1
-    return TrainConfig(prompts_per_step=work.batch // answers, answers_per_prompt=answers, prompt_length=work.prompt,
-                       sampling=SamplingConfig(max_new_tokens=work.response), ppo=ppo)
+    return TrainConfig(
+        prompts_per_step=work.batch // answers,
+        answers_per_prompt=answers,
+        prompt_length=work.prompt,
+        sampling=SamplingConfig(max_new_tokens=work.response),
+        ppo=ppo,
+    )
 
 
 def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
@@ -113,8 +123,12 @@ def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
     first = 0
     while True:
         tokens = rng.integers(0, work.vocab, mask.shape, dtype=np.int32)
-        yield PromptBatch(tokens=tokens, mask=mask, uid=np.arange(first, first + count, dtype=np.uint32),
-                          records=tuple({"prompt": ""} for _ in range(count)))
+        yield PromptBatch(
+            tokens=tokens,
+            mask=mask,
+            uid=np.arange(first, first + count, dtype=np.uint32),
+            records=tuple({"prompt": ""} for _ in range(count)),
+        )
         first += count
 
 
@@ -135,7 +149,8 @@ def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
     heads = 2.0 * rows * work.response * head
     policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
     return {
-        "gen": passed(prompts, 0, work.prompt) + passed(rows, work.prompt, length - 1)
+        "gen": passed(prompts, 0, work.prompt)
+        + passed(rows, work.prompt, length - 1)
         + 2.0 * (prompts + rows * (work.response - 1)) * head,
         "score": trained + heads + critics * trained + policy_again,
         "update": 3.0 * config.ppo.num_epochs * (trained + heads + critics * trained),
@@ -156,9 +171,17 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
     compiled = CompilationClock()
     config = settings(work, algorithm, behaviour)
     decoder = DecoderConfig(
-        vocab_size=work.vocab, num_layers=work.layers, width=work.width, num_heads=work.heads,
-        num_kv_heads=work.heads, head_dim=work.width // work.heads, mlp_width=work.hidden, context_length=256,
-        norm_eps=1e-6, tie_embeddings=False)
+        vocab_size=work.vocab,
+        num_layers=work.layers,
+        width=work.width,
+        num_heads=work.heads,
+        num_kv_heads=work.heads,
+        head_dim=work.width // work.heads,
+        mlp_width=work.hidden,
+        context_length=256,
+        norm_eps=1e-6,
+        tie_embeddings=False,
+    )
     policy = LanguageModel(decoder)
     # A value head of zeros would pass no gradient to the trunk in the first step.
     critic = ScalarModel(decoder, initial="normal") if algorithm == "ppo" else None
@@ -194,7 +217,8 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
         records = [record for record in batch.records for _ in range(config.answers_per_prompt)]
         judged = feedback(records, answers, rollout)
         experience, _ = jax.block_until_ready(
-            advantages((light, reference, normaliser), (rollout, judged.values, judged.valid)))
+            advantages((light, reference, normaliser), (rollout, judged.values, judged.valid))
+        )
         scored = time.perf_counter()
         state, metrics = jax.block_until_ready(update(state, experience))
         done = time.perf_counter()
@@ -203,8 +227,12 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
         if i == warmup:
             programs = compiled.programs  # those of steps up to and with the first timed one
         if i >= warmup:
-            for name, seconds in (("step", done - begun), ("gen", rolled - begun), ("score", scored - rolled),
-                                  ("update", done - scored)):
+            for name, seconds in (
+                ("step", done - begun),
+                ("gen", rolled - begun),
+                ("score", scored - rolled),
+                ("update", done - scored),
+            ):
                 times[name].append(seconds)
         check_answers(work, answers, rollout)
         drawn.add(answers[0])
@@ -222,23 +250,26 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
         "version": f"rlaif_jax {importlib.metadata.version('rlaif-jax')}, jax {jax.__version__}",
         "algorithm": algorithm,
         "work": next(name for name, w in WORKS.items() if w == work),
-        "step_s_median": round(median["step"], 4), "step_s_min": round(min(times["step"]), 4),
+        "step_s_median": round(median["step"], 4),
+        "step_s_min": round(min(times["step"]), 4),
         "step_s_max": round(max(times["step"]), 4),
-        "gen_s_median": round(median["gen"], 4), "update_s_median": round(median["update"], 4),
+        "gen_s_median": round(median["gen"], 4),
+        "update_s_median": round(median["update"], 4),
         "tokens_per_s": round(work.batch * work.response / median["step"], 1),
-        "first_step_s": round(first_step, 2), "compile_s": round(compile_s, 2),
+        "first_step_s": round(first_step, 2),
+        "compile_s": round(compile_s, 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         "steps": steps,
         "notes": f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}; behaviour={behaviour}"
-                 f"{' (the log-probs the sampler reported)' * (behaviour == 'sampler')}, "
-                 f"gap to the trainer's {float(metrics['first/sampler_gap']):.1e} nats a token; params={parameters}"
-                 f"{', same-size critic' * (critic is not None)} and reference; {config.prompts_per_step} prompts x "
-                 f"{config.answers_per_prompt}, {config.ppo.num_epochs * config.ppo.num_minibatches} updates/step; all "
-                 f"responses {work.response} tokens; {len(moved)}/{len(moved)} tensors changed, max |change| "
-                 f"{max(moved):.1e}; matrix products in GFLOP/s: "
-                 + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
-                 + f"; {compiled.programs - programs} programs compiled in timed steps; step - gen - update = "
-                   "decoding, reward, reference and value passes, advantages",
+        f"{' (the log-probs the sampler reported)' * (behaviour == 'sampler')}, "
+        f"gap to the trainer's {float(metrics['first/sampler_gap']):.1e} nats a token; params={parameters}"
+        f"{', same-size critic' * (critic is not None)} and reference; {config.prompts_per_step} prompts x "
+        f"{config.answers_per_prompt}, {config.ppo.num_epochs * config.ppo.num_minibatches} updates/step; all "
+        f"responses {work.response} tokens; {len(moved)}/{len(moved)} tensors changed, max |change| "
+        f"{max(moved):.1e}; matrix products in GFLOP/s: "
+        + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+        + f"; {compiled.programs - programs} programs compiled in timed steps; step - gen - update = "
+        "decoding, reward, reference and value passes, advantages",
     }
 
 
@@ -266,10 +297,17 @@ class CompilationClock:
 
 def readable(result: dict[str, Any]) -> str:
     """What was measured, a line a number."""
-    units = {"first_step_s": "from the start of the process", "compile_s": "of it in XLA's compiler",
-             "gen_s_median": "rollout", "update_s_median": "gradient passes and optimiser"}
-    lines = [f"{name:>16}  {value}{'  ' + units[name] if name in units else ''}" for name, value in result.items()
-             if name != "notes"]
+    units = {
+        "first_step_s": "from the start of the process",
+        "compile_s": "of it in XLA's compiler",
+        "gen_s_median": "rollout",
+        "update_s_median": "gradient passes and optimiser",
+    }
+    lines = [
+        f"{name:>16}  {value}{'  ' + units[name] if name in units else ''}"
+        for name, value in result.items()
+        if name != "notes"
+    ]
     return "\n".join(lines + [f"{'notes':>16}  " + result["notes"].replace("; ", "\n" + " " * 18)])
 
 
@@ -278,17 +316,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithm", choices=("ppo", "grpo"), default="ppo")
     parser.add_argument("--work", choices=tuple(WORKS), metavar="{S,M}", default="S", help="size (default S)")
-    parser.add_argument("--behaviour", choices=("sampler", "recompute"), default="sampler",
-                        help="log-probs of the behaviour policy: the sampler's (default), or one more forward pass")
+    parser.add_argument(
+        "--behaviour",
+        choices=("sampler", "recompute"),
+        default="sampler",
+        help="log-probs of the behaviour policy: the sampler's (default), or one more forward pass",
+    )
     parser.add_argument("--steps", type=int, help="timed steps (default 6 for S, 3 for M)")
     parser.add_argument("--warmup", type=int, help="untimed steps (default 2 for S, 1 for M)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args(arguments)
     work = WORKS[options.work]
-    result = run(work, options.algorithm, options.behaviour, seed=options.seed,
-                 warmup=work.warmup if options.warmup is None else options.warmup,
-                 steps=work.steps if options.steps is None else options.steps)
+    result = run(
+        work,
+        options.algorithm,
+        options.behaviour,
+        seed=options.seed,
+        warmup=work.warmup if options.warmup is None else options.warmup,
+        steps=work.steps if options.steps is None else options.steps,
+    )
     print(json.dumps(result) if options.json else readable(result))
     return 0
 

@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 
 
-def token_rewards(score: jax.Array, dense: jax.Array, logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array,
-                  kl_coef: jax.Array | float) -> jax.Array:
+def token_rewards(
+    score: jax.Array,
+    dense: jax.Array,
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    mask: jax.Array,
+    kl_coef: jax.Array | float,
+) -> jax.Array:
     """Per-token reward [B, T]: r_t = -kl_coef (logp_t - ref_logp_t) + dense_t + [t = end] score (Stiennon 2020).
 
     score [B] lands on the last real token of the response (the stop token where there is one); the log-ratio (k1) is
@@ -23,8 +29,9 @@ def token_rewards(score: jax.Array, dense: jax.Array, logprobs: jax.Array, ref_l
     return jnp.where(mask, rewards, 0.0).astype(jnp.float32)
 
 
-def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0,
-        gae_lambda: float = 0.95) -> tuple[jax.Array, jax.Array]:
+def gae(
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0, gae_lambda: float = 0.95
+) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimation (Schulman 2016, eq. 16): (advantages, returns), each [B, T] float32.
 
     delta = r + gamma V' - V, A = delta + gamma lambda A'; masked steps carry V' and A' over unchanged, and after the
@@ -34,7 +41,9 @@ def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float 
     chex.assert_equal_shape([rewards, values, mask])
     mask = mask.astype(bool)
 
-    def back(carry: tuple[jax.Array, jax.Array], step: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def back(
+        carry: tuple[jax.Array, jax.Array], step: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         next_value, next_advantage = carry
         reward, value, real = step
         advantage = reward + gamma * next_value - value + gamma * gae_lambda * next_advantage

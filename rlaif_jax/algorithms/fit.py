@@ -28,14 +28,22 @@ def minibatches(examples: Arrays, size: int, seed: int) -> Iterator[Arrays]:
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(count)
         for start in range(0, count - size + 1, size):
-            chosen = order[start:start + size]
+            chosen = order[start : start + size]
             yield {name: values[chosen] for name, values in examples.items()}
         epoch += 1
 
 
-def fit(step: Callable[..., Any], state: Any, batches: Iterator[Arrays], updates: int, *, runner: Runner,
-        log: Callable[[int, dict[str, float]], None], log_every: int = 10,
-        stop: Callable[[], bool] = lambda: False) -> Any:
+def fit(
+    step: Callable[..., Any],
+    state: Any,
+    batches: Iterator[Arrays],
+    updates: int,
+    *,
+    runner: Runner,
+    log: Callable[[int, dict[str, float]], None],
+    log_every: int = 10,
+    stop: Callable[[], bool] = lambda: False,
+) -> Any:
     """Run `updates` steps over `batches` and return the state. `step` has the form that `Runner.step` compiles.
 
     Metrics go to `log(update, values)` every `log_every` updates, means over the interval; `stop` is asked each time
@@ -61,19 +69,45 @@ def fit(step: Callable[..., Any], state: Any, batches: Iterator[Arrays], updates
     return state
 
 
-def fit_language_model(model: LanguageModel, params: Params, examples: Arrays, updates: int, batch_size: int,
-                       optimizer: OptimizerConfig, seed: int, **options: Any) -> Params:
+def fit_language_model(
+    model: LanguageModel,
+    params: Params,
+    examples: Arrays,
+    updates: int,
+    batch_size: int,
+    optimizer: OptimizerConfig,
+    seed: int,
+    **options: Any,
+) -> Params:
     """Maximum likelihood on `tokens, mask, weights` [n, S] from `params`; options as in `fit`."""
     tx = make_optimizer(optimizer, updates)
-    state = fit(partial(supervised_step, model, tx), (params, tx.init(params)), minibatches(examples, batch_size, seed),
-                updates, **options)
+    state = fit(
+        partial(supervised_step, model, tx),
+        (params, tx.init(params)),
+        minibatches(examples, batch_size, seed),
+        updates,
+        **options,
+    )
     return jax.device_get(state[0])
 
 
-def fit_reward_model(model: ScalarModel, params: Params, pairs: Arrays, updates: int, batch_size: int,
-                     optimizer: OptimizerConfig, seed: int, **options: Any) -> Params:
+def fit_reward_model(
+    model: ScalarModel,
+    params: Params,
+    pairs: Arrays,
+    updates: int,
+    batch_size: int,
+    optimizer: OptimizerConfig,
+    seed: int,
+    **options: Any,
+) -> Params:
     """Pairwise cross-entropy on `pairs` (see `reward_step`) from `params`; options as in `fit`."""
     tx = make_optimizer(optimizer, updates)
-    state = fit(partial(reward_step, model, tx), (params, tx.init(params)), minibatches(pairs, batch_size, seed),
-                updates, **options)
+    state = fit(
+        partial(reward_step, model, tx),
+        (params, tx.init(params)),
+        minibatches(pairs, batch_size, seed),
+        updates,
+        **options,
+    )
     return jax.device_get(state[0])

@@ -34,8 +34,10 @@ class Agent:
     updates: int = 1  # optimiser updates of the whole run, for the schedules
 
     def __post_init__(self) -> None:
-        require((self.critic is None) == (self.config.advantage == "group"),
-                "ppo.advantage='gae' needs a critic and 'group' takes none")
+        require(
+            (self.critic is None) == (self.config.advantage == "group"),
+            "ppo.advantage='gae' needs a critic and 'group' takes none",
+        )
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         """One optimiser a part, each clipping its own gradient."""
@@ -49,11 +51,21 @@ class Agent:
         params = {"policy": policy} | ({} if value is None else {"value": value})
         params = jax.tree.map(jnp.array, params)
         opt_state = {part: tx.init(params[part]) for part, tx in self.optimizers().items()}
-        return TrainState(params=params, opt_state=opt_state, kl_coef=jnp.float32(self.config.kl_coef),
-                          step=jnp.int32(0), seed=jnp.uint32(seed))
+        return TrainState(
+            params=params,
+            opt_state=opt_state,
+            kl_coef=jnp.float32(self.config.kl_coef),
+            step=jnp.int32(0),
+            seed=jnp.uint32(seed),
+        )
 
-    def forward(self, params: Params, tokens: jax.Array, prompt_mask: jax.Array, response_mask: jax.Array,
-                ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def forward(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        prompt_mask: jax.Array,
+        response_mask: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(logprobs, entropies, values), each [B, T] float32: entry t is of response token t, read where it is
         predicted, at columns P-1 .. S-2."""
         mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
@@ -63,14 +75,14 @@ class Agent:
         hidden = self.policy.hidden(params["policy"], tokens_in, mask_in)
         targets = jnp.where(response_mask, tokens[:, start:], 0)
         logprobs, entropies = self.policy.token_logprobs(
-            params["policy"], hidden[:, start - 1:], targets, self.temperature,
-            entropy=self.config.entropy_coef != 0)
+            params["policy"], hidden[:, start - 1 :], targets, self.temperature, entropy=self.config.entropy_coef != 0
+        )
         if self.critic is None:
             values = jnp.zeros_like(logprobs)
         elif isinstance(self.critic, ValueHead):
-            values = self.critic(params["value"], hidden[:, start - 1:])
+            values = self.critic(params["value"], hidden[:, start - 1 :])
         else:
-            values = self.critic(params["value"], tokens_in, mask_in)[:, start - 1:]
+            values = self.critic(params["value"], tokens_in, mask_in)[:, start - 1 :]
         return logprobs, entropies, values
 
 
@@ -78,8 +90,10 @@ def reference_logprobs(policy: LanguageModel, params: Params, rollout: Rollout, 
     """Log-probs [B, T] of the rollout's responses under a frozen policy, at the sampling temperature."""
     mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
     start = rollout.prompt_mask.shape[1]
-    hidden = policy.hidden(params, rollout.tokens[:, :-1], mask[:, :-1])[:, start - 1:]
-    logprobs, _ = policy.token_logprobs(params, hidden, jnp.where(rollout.response_mask, rollout.responses, 0), temperature)
+    hidden = policy.hidden(params, rollout.tokens[:, :-1], mask[:, :-1])[:, start - 1 :]
+    logprobs, _ = policy.token_logprobs(
+        params, hidden, jnp.where(rollout.response_mask, rollout.responses, 0), temperature
+    )
     return jnp.where(rollout.response_mask, logprobs, 0.0)
 
 
@@ -92,8 +106,9 @@ def final_score(config: PPOConfig, score: jax.Array, finished: jax.Array) -> jax
     return score
 
 
-def prepare(agent: Agent, state: TrainState, ref_params: Params, rollout: Rollout, rewards: RewardBatch, *,
-            answers: int = 1) -> Experience:
+def prepare(
+    agent: Agent, state: TrainState, ref_params: Params, rollout: Rollout, rewards: RewardBatch, *, answers: int = 1
+) -> Experience:
     """Everything an update needs from a rollout and its rewards: reference log-probs, values, advantages, returns.
 
     Whitening of the advantages is left to `ppo_step`, which sees the global batch.
@@ -116,10 +131,20 @@ def prepare(agent: Agent, state: TrainState, ref_params: Params, rollout: Rollou
         kl_coef = state.kl_coef if config.kl_in == "reward" else 0.0
         dense = token_rewards(score, rewards.token_rewards, behaviour, ref_logprobs, mask, kl_coef)
         advantages, returns = gae(dense, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
-    return jax.lax.stop_gradient(Experience(
-        tokens=rollout.tokens, prompt_mask=rollout.prompt_mask, response_mask=rollout.response_mask, mask=mask,
-        logprobs=behaviour, sampler_logprobs=rollout.logprobs, ref_logprobs=ref_logprobs, values=values,
-        advantages=advantages, returns=returns))
+    return jax.lax.stop_gradient(
+        Experience(
+            tokens=rollout.tokens,
+            prompt_mask=rollout.prompt_mask,
+            response_mask=rollout.response_mask,
+            mask=mask,
+            logprobs=behaviour,
+            sampler_logprobs=rollout.logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            advantages=advantages,
+            returns=returns,
+        )
+    )
 
 
 def policy_loss(log_ratio: jax.Array, advantages: jax.Array, clip_range: float) -> jax.Array:
@@ -140,8 +165,13 @@ def kl_estimates(log_ratio: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     return d, 0.5 * d**2, jnp.exp(-d) - 1 + d
 
 
-def minibatch_loss(agent: Agent, params: Params, batch: Experience, kl_coef: jax.Array, axis_name: str | None,
-                   ) -> tuple[jax.Array, Metrics]:
+def minibatch_loss(
+    agent: Agent,
+    params: Params,
+    batch: Experience,
+    kl_coef: jax.Array,
+    axis_name: str | None,
+) -> tuple[jax.Array, Metrics]:
     """This device's share of the loss, and metrics of the whole minibatch.
 
     The share is the local sum over the *global* count, so that the sum of the devices' gradients is the gradient of
@@ -185,16 +215,27 @@ def minibatch_loss(agent: Agent, params: Params, batch: Experience, kl_coef: jax
     return loss, {k: psum(jax.lax.stop_gradient(v), axis_name) for k, v in metrics.items()}
 
 
-def gradients(agent: Agent, params: Params, batch: Experience, kl_coef: jax.Array, axis_name: str | None,
-              ) -> tuple[Params, jax.Array, Metrics]:
+def gradients(
+    agent: Agent,
+    params: Params,
+    batch: Experience,
+    kl_coef: jax.Array,
+    axis_name: str | None,
+) -> tuple[Params, jax.Array, Metrics]:
     """(gradient, loss, metrics) of the global minibatch."""
     (loss, metrics), grads = jax.value_and_grad(
-        lambda p: minibatch_loss(agent, p, batch, kl_coef, axis_name), has_aux=True)(params)
+        lambda p: minibatch_loss(agent, p, batch, kl_coef, axis_name), has_aux=True
+    )(params)
     return psum(grads, axis_name), psum(loss, axis_name), metrics
 
 
-def ppo_step(agent: Agent, state: TrainState, batch: Experience, *, axis_name: str | None = None,
-             ) -> tuple[TrainState, Metrics]:
+def ppo_step(
+    agent: Agent,
+    state: TrainState,
+    batch: Experience,
+    *,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
     """One update of the policy (and critic): `num_epochs` passes over `num_minibatches` minibatches, in one scan.
 
     batch: this device's rows of the global batch. Minibatches are drawn from the global batch by a new permutation an
@@ -207,8 +248,10 @@ def ppo_step(agent: Agent, state: TrainState, batch: Experience, *, axis_name: s
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     rows = mask.shape[0] * devices
     size = rows // config.num_minibatches
-    require(size * config.num_minibatches == rows and size % devices == 0,
-            f"{rows} sequences cannot be cut into {config.num_minibatches} minibatches over {devices} devices")
+    require(
+        size * config.num_minibatches == rows and size % devices == 0,
+        f"{rows} sequences cannot be cut into {config.num_minibatches} minibatches over {devices} devices",
+    )
     old = batch
     if config.whiten_advantages and config.advantage == "gae":
         batch = dataclasses.replace(batch, advantages=masked_whiten(batch.advantages, mask, axis_name))
@@ -224,14 +267,17 @@ def ppo_step(agent: Agent, state: TrainState, batch: Experience, *, axis_name: s
         for part, tx in optimizers.items():
             updates, new_opt[part] = tx.update(grads[part], opt_state[part], params[part])
             new_params[part] = optax.apply_updates(params[part], updates)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         metrics |= norms | {"loss": loss, "nonfinite": 1.0 - finite.astype(jnp.float32)}
         return (keep(new_params, params), keep(new_opt, opt_state)), metrics
 
     (params, opt_state), history = jax.lax.scan(
-        update, (state.params, state.opt_state), order.reshape(config.num_epochs * config.num_minibatches, size))
+        update, (state.params, state.opt_state), order.reshape(config.num_epochs * config.num_minibatches, size)
+    )
     metrics = {name: x.mean() for name, x in history.items()}
-    metrics |= {f"first/{name}": history[name][0] for name in ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap")}
+    metrics |= {
+        f"first/{name}": history[name][0] for name in ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap")
+    }
     metrics["nonfinite"] = history["nonfinite"].sum()
     metrics |= batch_metrics(agent, old, axis_name)
     kl_coef = adapt_kl(config, state.kl_coef, metrics["kl"], rows)

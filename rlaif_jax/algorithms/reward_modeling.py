@@ -22,8 +22,14 @@ def pairwise_cross_entropy(first: jax.Array, second: jax.Array, probability: jax
     return -probability * jax.nn.log_sigmoid(margin) - (1 - probability) * jax.nn.log_sigmoid(-margin)
 
 
-def reward_step(model: ScalarModel, optimizer: optax.GradientTransformation, state: tuple[Params, Any],
-                batch: dict[str, jax.Array], *, axis_name: str | None = None) -> tuple[tuple[Params, Any], Metrics]:
+def reward_step(
+    model: ScalarModel,
+    optimizer: optax.GradientTransformation,
+    state: tuple[Params, Any],
+    batch: dict[str, jax.Array],
+    *,
+    axis_name: str | None = None,
+) -> tuple[tuple[Params, Any], Metrics]:
     """One update of (params, opt_state) on pairs.
 
     batch: tokens1, mask1, tokens2, mask2 [B, S], probability [B] that the first is better, weight [B] (0 = missing).
@@ -41,8 +47,10 @@ def reward_step(model: ScalarModel, optimizer: optax.GradientTransformation, sta
         loss = jnp.sum(jnp.where(weight > 0, pairwise_cross_entropy(first, second, p) * weight, 0.0)) / total
         decided = (weight > 0) & (p != 0.5)
         right = psum(jnp.sum(decided & ((first > second) == (p > 0.5))), axis_name)
-        return loss, {"loss": psum(jax.lax.stop_gradient(loss), axis_name),
-                      "accuracy": right / jnp.maximum(psum(decided.sum(), axis_name), 1)}
+        return loss, {
+            "loss": psum(jax.lax.stop_gradient(loss), axis_name),
+            "accuracy": right / jnp.maximum(psum(decided.sum(), axis_name), 1),
+        }
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
     grads = psum(grads, axis_name)

@@ -18,15 +18,28 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
     """AdamW behind a global-norm clip, its learning rate on the config's schedule over `updates` updates."""
     peak, warmup = config.learning_rate, min(config.warmup_updates, updates)
     rest = max(updates - warmup, 1)
-    after = {"constant": optax.constant_schedule(peak), "linear": optax.linear_schedule(peak, 0.0, rest),
-             "cosine": optax.cosine_decay_schedule(peak, rest)}[config.schedule]
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup]) if warmup else after
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm),
-                       optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay))
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    schedule = (
+        optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup]) if warmup else after
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
+    )
 
 
-def weighted_cross_entropy(model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array, weights: jax.Array,
-                           axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
+def weighted_cross_entropy(
+    model: LanguageModel,
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array,
+    weights: jax.Array,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """(share of the loss, global loss): next-token cross-entropy in nats, weighted.
 
     tokens, mask [B, S]; weights [B, S] of each token as a *target* (0 where it is not to be learned). The loss is the
@@ -40,12 +53,20 @@ def weighted_cross_entropy(model: LanguageModel, params: Params, tokens: jax.Arr
     return loss, psum(jax.lax.stop_gradient(loss), axis_name)
 
 
-def supervised_step(model: LanguageModel, optimizer: optax.GradientTransformation, state: tuple[Params, Any],
-                    batch: dict[str, jax.Array], *, axis_name: str | None = None) -> tuple[tuple[Params, Any], Metrics]:
+def supervised_step(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    state: tuple[Params, Any],
+    batch: dict[str, jax.Array],
+    *,
+    axis_name: str | None = None,
+) -> tuple[tuple[Params, Any], Metrics]:
     """One update of (params, opt_state) on a batch of `tokens`, `mask`, `weights` [B, S]."""
     params, opt_state = state
-    grads, loss = jax.grad(lambda p: weighted_cross_entropy(
-        model, p, batch["tokens"], batch["mask"], batch["weights"], axis_name), has_aux=True)(params)
+    grads, loss = jax.grad(
+        lambda p: weighted_cross_entropy(model, p, batch["tokens"], batch["mask"], batch["weights"], axis_name),
+        has_aux=True,
+    )(params)
     grads = psum(grads, axis_name)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), {"loss": loss, "grad_norm": optax.tree.norm(grads)}

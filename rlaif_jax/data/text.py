@@ -10,11 +10,12 @@ from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer
 
-
 Segments = Sequence[tuple[str, float]]  # a text in parts, each with the weight of its tokens in the loss
 
 
-def text_arrays(tokenizer: Tokenizer, examples: Iterable[Segments], *, length: int, end_weight: float = 1.0) -> dict[str, np.ndarray]:
+def text_arrays(
+    tokenizer: Tokenizer, examples: Iterable[Segments], *, length: int, end_weight: float = 1.0
+) -> dict[str, np.ndarray]:
     """Texts to learn -> `tokens` int32, `mask` bool, `weights` float32, each [B, length], right padded.
 
     The stop token (where the tokenizer has one) is put at the end and learned with `end_weight`. Raises UserError for
@@ -27,17 +28,27 @@ def text_arrays(tokenizer: Tokenizer, examples: Iterable[Segments], *, length: i
         parts = [tokenizer.encode(text) for text, _ in segments]
         sequences.append([token for part in parts for token in part] + end)
         rows.append([w for part, (_, w) in zip(parts, segments) for _ in part] + [end_weight] * len(end))
-        require(len(sequences[-1]) <= length,
-                f"example {i} has {len(sequences[-1])} tokens, more than {length}: {segments[0][0][:60]!r}")
+        require(
+            len(sequences[-1]) <= length,
+            f"example {i} has {len(sequences[-1])} tokens, more than {length}: {segments[0][0][:60]!r}",
+        )
     tokens, mask = padded(sequences, length, tokenizer.pad_id, "right")
     weights = np.zeros(tokens.shape, np.float32)
     for row, values in zip(weights, rows):
-        row[:len(values)] = values
+        row[: len(values)] = values
     return {"tokens": tokens, "mask": mask, "weights": weights}
 
 
-def pair_arrays(tokenizer: Tokenizer, prompts: Sequence[str], first: Sequence[str], second: Sequence[str],
-                probability: np.ndarray, valid: np.ndarray, *, length: int) -> dict[str, np.ndarray]:
+def pair_arrays(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    probability: np.ndarray,
+    valid: np.ndarray,
+    *,
+    length: int,
+) -> dict[str, np.ndarray]:
     """Comparisons -> `tokens1, mask1, tokens2, mask2` [B, length], `probability`, `weight` [B], for a reward model.
 
     probability [B] that the first answer is better; where `valid` is false the pair weighs nothing.

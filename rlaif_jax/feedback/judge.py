@@ -76,8 +76,14 @@ def weights_hash(params: Params) -> str:
     return digest.hexdigest()
 
 
-def choice_probabilities(model: LanguageModel, ids: tuple[int, ...], params: Params, batch: dict[str, jax.Array], *,
-                         axis_name: str | None = None) -> dict[str, jax.Array]:
+def choice_probabilities(
+    model: LanguageModel,
+    ids: tuple[int, ...],
+    params: Params,
+    batch: dict[str, jax.Array],
+    *,
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
     """Distribution over the choice tokens after each left-padded text: `choices` [B, C] (normalised), `mass` [B]."""
     del axis_name
     hidden = model.hidden(params, batch["tokens"], batch["mask"])[:, -1]
@@ -121,11 +127,15 @@ class LanguageModelJudge:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.config.vocab_size, "the judge")
-        require(self.batch_size % self.runner.devices == 0,
-                f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices")
+        require(
+            self.batch_size % self.runner.devices == 0,
+            f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
+        )
         length = self._length
-        require(length <= self.model.config.context_length,
-                f"judge.max_length ({length}) is longer than the judge's context ({self.model.config.context_length})")
+        require(
+            length <= self.model.config.context_length,
+            f"judge.max_length ({length}) is longer than the judge's context ({self.model.config.context_length})",
+        )
 
     @property
     def _length(self) -> int:
@@ -161,8 +171,15 @@ class LanguageModelJudge:
 
         def run(params: Params, batch: dict[str, jax.Array], *, axis_name: str | None = None) -> Rollout:
             prompts = Prompts(batch["tokens"], batch["mask"], jnp.zeros(batch["tokens"].shape[0], jnp.uint32))
-            return generate(self.model, params, prompts, jax.random.key(0), sampling=sampling, eos_id=stop,
-                            pad_id=self.tokenizer.pad_id)
+            return generate(
+                self.model,
+                params,
+                prompts,
+                jax.random.key(0),
+                sampling=sampling,
+                eos_id=stop,
+                pad_id=self.tokenizer.pad_id,
+            )
 
         return self.runner.map(run)
 
@@ -174,7 +191,7 @@ class LanguageModelJudge:
         rollouts = [self._reason(self.params, batch) for batch in batches]
         written = [text for rollout in rollouts for text in answer_texts(rollout, self.tokenizer)]
         ended = np.concatenate([np.asarray(rollout.finished) for rollout in rollouts])
-        return written[:len(texts)], fits & ended[:len(texts)]
+        return written[: len(texts)], fits & ended[: len(texts)]
 
     def _batches(self, texts: Sequence[str], length: int) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
         """All texts left padded to `length`, in batches of one shape, and which of them [B] fit."""
@@ -184,15 +201,17 @@ class LanguageModelJudge:
         asked = [s if ok else [self.tokenizer.pad_id] for s, ok in zip(ids, fits)]
         asked += [[self.tokenizer.pad_id]] * (rows - len(texts))
         tokens, mask = padded(asked, length, self.tokenizer.pad_id, "left")
-        return [{"tokens": tokens[i:i + self.batch_size], "mask": mask[i:i + self.batch_size]}
-                for i in range(0, rows, self.batch_size)], fits
+        return [
+            {"tokens": tokens[i : i + self.batch_size], "mask": mask[i : i + self.batch_size]}
+            for i in range(0, rows, self.batch_size)
+        ], fits
 
     def _ask(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(distributions [B, C], valid [B]) of all texts."""
         batches, fits = self._batches(texts, self._length)
         outs = jax.device_get([compiled(self.params, batch) for batch in batches])  # all dispatched, then waited for
-        choices = np.concatenate([out["choices"] for out in outs])[:len(texts)]
-        mass = np.concatenate([out["mass"] for out in outs])[:len(texts)]
+        choices = np.concatenate([out["choices"] for out in outs])[: len(texts)]
+        mass = np.concatenate([out["mass"] for out in outs])[: len(texts)]
         return choices, fits & np.isfinite(choices).all(-1) & (mass >= self.min_mass)
 
     def compare(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Comparison:
@@ -206,7 +225,7 @@ class LanguageModelJudge:
         choices, valid = self._ask(self._compare, texts)
         forward, swapped = choices[:count, 0], choices[count:, 0]
         both = valid[:count] & valid[count:]
-        fill = lambda x: np.where(both, x, 0.5)  # noqa: E731
+        fill = lambda x: np.where(both, x, 0.5)
         return Comparison(fill((forward + 1 - swapped) / 2), fill(forward), fill(swapped), both)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Scores:
@@ -216,8 +235,10 @@ class LanguageModelJudge:
             texts, ended = [self.score_prompt(p, a) for p, a in zip(prompts, answers)], np.ones(len(prompts), bool)
         else:
             written, ended = self.reasons(prompts, answers)
-            texts = [f"{self.reasoning.prompt(p, a)} {reasons} {self.reasoning.marker}"
-                     for p, a, reasons in zip(prompts, answers, written)]
+            texts = [
+                f"{self.reasoning.prompt(p, a)} {reasons} {self.reasoning.marker}"
+                for p, a, reasons in zip(prompts, answers, written)
+            ]
         choices, valid = self._ask(self._score, texts)
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])

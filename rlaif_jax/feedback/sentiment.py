@@ -24,7 +24,7 @@ from rlaif_jax.algorithms.supervised import make_optimizer
 from rlaif_jax.config import OptimizerConfig, UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
-from rlaif_jax.feedback.judge import Scores, weights_hash
+from rlaif_jax.feedback.judge import weights_hash
 from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
@@ -32,8 +32,10 @@ from rlaif_jax.types import INIT, Metrics, Params, Rollout, step_key
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 POSITIVE_FILE, NEGATIVE_FILE = "rt-polarity.pos", "rt-polarity.neg"
-SOURCE = ("the sentence polarity data set of Pang & Lee 2005, rt-polaritydata at "
-          "https://www.cs.cornell.edu/people/pabo/movie-review-data/")
+SOURCE = (
+    "the sentence polarity data set of Pang & Lee 2005, rt-polaritydata at "
+    "https://www.cs.cornell.edu/people/pabo/movie-review-data/"
+)
 
 Mood = Literal["happier", "sadder"]
 
@@ -70,17 +72,21 @@ def _lines(path: Path) -> list[str]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}. It should hold one sentence a line; "
-                        f"{POSITIVE_FILE} and {NEGATIVE_FILE} are {SOURCE}") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}. It should hold one sentence a line; "
+            f"{POSITIVE_FILE} and {NEGATIVE_FILE} are {SOURCE}"
+        ) from error
     try:
         text = data.decode()
     except UnicodeDecodeError:
         text = data.decode("latin-1")  # any byte is a character here: the check below finds what is no text
     control = next((c for c in text if ord(c) < 32 and c not in "\t\n\r\f"), None)
     if control is not None:
-        line = text[:text.index(control)].count("\n") + 1
-        raise UserError(f"{path}:{line}: this is no text in latin-1 or UTF-8: it holds the control character "
-                        f"0x{ord(control):02x}; expected one sentence a line")
+        line = text[: text.index(control)].count("\n") + 1
+        raise UserError(
+            f"{path}:{line}: this is no text in latin-1 or UTF-8: it holds the control character "
+            f"0x{ord(control):02x}; expected one sentence a line"
+        )
     lines = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
     require(bool(lines), f"{path} is empty: expected one sentence a line")
     return lines
@@ -92,10 +98,11 @@ def split_sentences(sentences: Sentences, held_out: float, seed: int) -> tuple[S
     held = np.zeros(len(sentences), bool)
     for label in (True, False):
         rows = generator.permutation(np.flatnonzero(sentences.positive == label))
-        held[rows[:round(held_out * len(rows))]] = True
-        require(0 < held[rows].sum() < len(rows),
-                f"{len(rows)} {'positive' if label else 'negative'} sentences are too few to hold out "
-                f"{held_out:g} of them")
+        held[rows[: round(held_out * len(rows))]] = True
+        require(
+            0 < held[rows].sum() < len(rows),
+            f"{len(rows)} {'positive' if label else 'negative'} sentences are too few to hold out {held_out:g} of them",
+        )
 
     def chosen(rows: np.ndarray) -> Sentences:
         return Sentences(tuple(sentences.texts[i] for i in np.flatnonzero(rows)), sentences.positive[rows])
@@ -143,11 +150,16 @@ def word_tokenizer(texts: Sequence[str], config: SentimentConfig) -> HuggingFace
     backend = hf.Tokenizer(hf.models.WordLevel({PAD: 0, UNKNOWN: 1}, unk_token=UNKNOWN))
     backend.normalizer = hf.normalizers.Lowercase()
     backend.pre_tokenizer = hf.pre_tokenizers.Whitespace()
-    trainer = hf.trainers.WordLevelTrainer(vocab_size=config.vocab_size, min_frequency=config.min_frequency,
-                                           show_progress=False, special_tokens=[PAD, UNKNOWN])
+    trainer = hf.trainers.WordLevelTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        show_progress=False,
+        special_tokens=[PAD, UNKNOWN],
+    )
     backend.train_from_iterator(texts, trainer)
-    return HuggingFaceTokenizer(backend, pad_id=0, bos_id=None, eos_id=None,
-                                settings={"pad_token": PAD, "unk_token": UNKNOWN})
+    return HuggingFaceTokenizer(
+        backend, pad_id=0, bos_id=None, eos_id=None, settings={"pad_token": PAD, "unk_token": UNKNOWN}
+    )
 
 
 def known_words(tokenizer: HuggingFaceTokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -157,8 +169,14 @@ def known_words(tokenizer: HuggingFaceTokenizer, texts: Sequence[str], length: i
     return padded(ids, length, tokenizer.pad_id, "right")
 
 
-def classifier_step(model: TextClassifier, optimizer: optax.GradientTransformation, state: tuple[Params, Any],
-                    batch: dict[str, jax.Array], *, axis_name: str | None = None) -> tuple[tuple[Params, Any], Metrics]:
+def classifier_step(
+    model: TextClassifier,
+    optimizer: optax.GradientTransformation,
+    state: tuple[Params, Any],
+    batch: dict[str, jax.Array],
+    *,
+    axis_name: str | None = None,
+) -> tuple[tuple[Params, Any], Metrics]:
     """One update of (params, opt_state) by cross-entropy on `tokens`, `mask` [B, S] and `labels` [B] in 0..1."""
     params, opt_state = state
 
@@ -183,16 +201,30 @@ def new_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: 
     return SentimentJudge(model, model.init(step_key(seed, 3, INIT)), tokenizer, runner, batch_size, config.max_words)
 
 
-def fit_judge(judge: SentimentJudge, sentences: Sentences, config: SentimentConfig, seed: int, *,
-              log: Callable[[int, dict[str, float]], None] = lambda update, values: None,
-              stop: Callable[[], bool] = lambda: False) -> Params:
+def fit_judge(
+    judge: SentimentJudge,
+    sentences: Sentences,
+    config: SentimentConfig,
+    seed: int,
+    *,
+    log: Callable[[int, dict[str, float]], None] = lambda update, values: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Params:
     """The judge's parameters after it has learned `sentences`; `log` and `stop` as in `fit`."""
     tokens, mask = known_words(judge.tokenizer, sentences.texts, judge.max_words)
     examples = {"tokens": tokens, "mask": mask, "labels": sentences.positive.astype(np.float32)}
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-                                               eps=1e-8), config.updates)
-    state = fit(partial(classifier_step, judge.model, optimizer), (judge.params, optimizer.init(judge.params)),
-                minibatches(examples, config.batch_size, seed), config.updates, runner=judge.runner, log=log, stop=stop)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8), config.updates
+    )
+    state = fit(
+        partial(classifier_step, judge.model, optimizer),
+        (judge.params, optimizer.init(judge.params)),
+        minibatches(examples, config.batch_size, seed),
+        config.updates,
+        runner=judge.runner,
+        log=log,
+        stop=stop,
+    )
     return jax.device_get(state[0])
 
 
@@ -215,8 +247,10 @@ class SentimentJudge:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.vocab_size, "the sentiment judge")
-        require(self.batch_size % self.runner.devices == 0,
-                f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices")
+        require(
+            self.batch_size % self.runner.devices == 0,
+            f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
+        )
 
     @cached_property
     def hash(self) -> str:
@@ -230,21 +264,23 @@ class SentimentJudge:
 
         return self.runner.map(run)
 
-    def log_odds(self, texts: Sequence[str]) -> Scores:
+    def log_odds(self, texts: Sequence[str]) -> Feedback:
         """Log-odds of "positive" of each text, in nats; not valid (and 0) where no word of it is known."""
         tokens, mask = known_words(self.tokenizer, texts, self.max_words)
         valid = np.asarray(mask.any(-1))
         fill = ((0, -len(texts) % self.batch_size), (0, 0))
         tokens, mask = np.pad(tokens, fill), np.pad(mask, fill)
-        parts = [self._score(self.params, (tokens[i:i + self.batch_size], mask[i:i + self.batch_size]))
-                 for i in range(0, len(tokens), self.batch_size)]  # dispatched before any is waited for
-        values = np.concatenate([np.zeros(0, np.float32), *jax.device_get(parts)])[:len(texts)]
-        return Scores(np.where(valid, values, 0.0), valid)
+        parts = [
+            self._score(self.params, (tokens[i : i + self.batch_size], mask[i : i + self.batch_size]))
+            for i in range(0, len(tokens), self.batch_size)
+        ]  # dispatched before any is waited for
+        values = np.concatenate([np.zeros(0, np.float32), *jax.device_get(parts)])[: len(texts)]
+        return Feedback(np.where(valid, values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
         """Share of sentences whose label it finds; one without a known word counts as wrong."""
         scores = self.log_odds(sentences.texts)
-        return float(np.mean(scores.valid & ((scores.expected > 0) == sentences.positive)))
+        return float(np.mean(scores.valid & ((scores.values > 0) == sentences.positive)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -256,4 +292,4 @@ class SentimentSource:
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         scores = self.judge.log_odds(answers)
-        return Feedback(scores.expected if self.mood == "happier" else -scores.expected, scores.valid)
+        return Feedback(scores.values if self.mood == "happier" else -scores.values, scores.valid)

@@ -31,8 +31,9 @@ class FeedbackSource(Protocol):
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback: ...
 
 
-def score_sequences(model: ScalarModel, params: Params, batch: tuple[jax.Array, jax.Array], *,
-                    axis_name: str | None = None) -> jax.Array:
+def score_sequences(
+    model: ScalarModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
+) -> jax.Array:
     """Scalar [B] at the last real token of (tokens, mask) [B, S]."""
     del axis_name
     tokens, mask = batch
@@ -78,5 +79,6 @@ class FunctionSource:
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         values = [self.function(record, answer) for record, answer in zip(records, answers)]
-        return Feedback(np.array([0.0 if v is None else v for v in values], np.float32),
-                        np.array([v is not None for v in values]))
+        return Feedback(
+            np.array([0.0 if v is None else v for v in values], np.float32), np.array([v is not None for v in values])
+        )

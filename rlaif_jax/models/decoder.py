@@ -36,7 +36,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     low = scaling.original_context / scaling.low_freq_factor
     high = scaling.original_context / scaling.high_freq_factor
     smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor)
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
     return jnp.where(wavelength > low, frequencies / scaling.factor, jnp.where(wavelength < high, frequencies, blended))
 
@@ -156,18 +157,26 @@ class Trunk(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        self.embed = nn.Embed(c.vocab_size, c.width, dtype=dtype,
-                              embedding_init=nn.initializers.normal(c.width**-0.5))
+        self.embed = nn.Embed(c.vocab_size, c.width, dtype=dtype, embedding_init=nn.initializers.normal(c.width**-0.5))
         if c.positions == "learned":
-            self.position_embed = nn.Embed(c.context_length, c.width, dtype=dtype,
-                                           embedding_init=nn.initializers.normal(0.02))
+            self.position_embed = nn.Embed(
+                c.context_length, c.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
+            )
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        self.layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                              in_axes=(nn.broadcast, nn.broadcast), length=c.num_layers,
-                              # A few small layers run faster flat, many compile faster as a loop.
-                              unroll=c.num_layers if c.num_layers <= 4 else 1)(c)
-        self.norm = (nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, use_fast_variance=False) if c.norm == "layer"
-                     else nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype))
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            # A few small layers run faster flat, many compile faster as a loop.
+            unroll=c.num_layers if c.num_layers <= 4 else 1,
+        )(c)
+        self.norm = (
+            nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, use_fast_variance=False)
+            if c.norm == "layer"
+            else nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
+        )
 
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """Token (and learned position) embeddings [..., D]. Ids outside the vocabulary (pads) read row 0."""
@@ -224,8 +233,10 @@ def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
     decoders otherwise take thousands of updates to find. Needs qkv_bias, rotary positions and one query head a
     key-value head.
     """
-    require(config.qkv_bias and config.positions == "rope" and config.num_kv_heads == config.num_heads,
-            "recall heads need qkv_bias=True, positions='rope' and num_kv_heads == num_heads")
+    require(
+        config.qkv_bias and config.positions == "rope" and config.num_kv_heads == config.num_heads,
+        "recall heads need qkv_bias=True, positions='rope' and num_kv_heads == num_heads",
+    )
     layers, heads, h = config.num_layers, config.num_heads, config.head_dim
     half, count = h // 2, heads // 2
     frequencies = rope_frequencies(h, config.rope_theta, config.rope_scaling)
@@ -238,8 +249,8 @@ def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
     block = dict(params["trunk"]["layers"])
     kernel = np.array(block["q"]["kernel"])
     matching = np.array(block["k"]["kernel"])
-    kernel[1:, :, count * h:] *= 1.4  # sharp enough that a match stands out among some fifty tokens
-    matching[1:, :, count * h:] = kernel[1:, :, count * h:]
+    kernel[1:, :, count * h :] *= 1.4  # sharp enough that a match stands out among some fifty tokens
+    matching[1:, :, count * h :] = kernel[1:, :, count * h :]
     block["q"] = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(queries.reshape(layers, -1))}
     block["k"] = {"kernel": jnp.asarray(matching), "bias": jnp.asarray(keys.reshape(layers, -1))}
     return params | {"trunk": params["trunk"] | {"layers": block}}

@@ -43,8 +43,9 @@ class LanguageModel:
         """tokens, mask [B, S] -> logits [B, S, V] float32: entry s predicts token s + 1."""
         return self.logits(params, self.hidden(params, tokens, mask))
 
-    def token_logprobs(self, params: Params, hidden: jax.Array, targets: jax.Array, temperature: float = 1.0,
-                       *, entropy: bool = False) -> tuple[jax.Array, jax.Array]:
+    def token_logprobs(
+        self, params: Params, hidden: jax.Array, targets: jax.Array, temperature: float = 1.0, *, entropy: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities in nats of `targets` [B, T] given hidden states [B, T, D] at the positions before them.
 
         Returns (logprobs [B, T], entropies [B, T]) in float32; entropies are zeros unless asked for. Logits are
@@ -69,7 +70,10 @@ class LanguageModel:
             logprobs, entropies = score(flat, ids)
         else:
             pad = -count % size
-            chunks = (jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, size, width), jnp.pad(ids, (0, pad)).reshape(-1, size))
+            chunks = (
+                jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, size, width),
+                jnp.pad(ids, (0, pad)).reshape(-1, size),
+            )
             logprobs, entropies = jax.lax.map(jax.checkpoint(lambda c: score(*c)), chunks)
             logprobs, entropies = logprobs.reshape(-1)[:count], entropies.reshape(-1)[:count]
         return logprobs.reshape(shape), entropies.reshape(shape)
@@ -82,8 +86,9 @@ class ScalarHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        init = (nn.initializers.zeros if self.initial == "zero"
-                else nn.initializers.normal((hidden.shape[-1] + 1) ** -0.5))
+        init = (
+            nn.initializers.zeros if self.initial == "zero" else nn.initializers.normal((hidden.shape[-1] + 1) ** -0.5)
+        )
         return nn.Dense(1, kernel_init=init, dtype=jnp.float32, name="scalar")(hidden.astype(jnp.float32))[..., 0]
 
 

@@ -30,8 +30,9 @@ def identity_normaliser() -> Normaliser:
     return Normaliser(mean=jnp.float32(0.0), std=jnp.float32(1.0))
 
 
-def sequence_rewards(score: jax.Array, valid: jax.Array, normaliser: Normaliser, response_mask: jax.Array, *,
-                     clip: float | None = None) -> RewardBatch:
+def sequence_rewards(
+    score: jax.Array, valid: jax.Array, normaliser: Normaliser, response_mask: jax.Array, *, clip: float | None = None
+) -> RewardBatch:
     """Scores [B] of whole answers -> rewards: (score - mean) / std, clipped to +-clip if asked, 0 dense rewards.
 
     A score that is not finite counts as missing: its answer teaches nothing.
@@ -40,5 +41,6 @@ def sequence_rewards(score: jax.Array, valid: jax.Array, normaliser: Normaliser,
     reward = (jnp.where(valid, score, normaliser.mean) - normaliser.mean) / jnp.maximum(normaliser.std, 1e-6)
     if clip is not None:
         reward = jnp.clip(reward, -clip, clip)
-    return RewardBatch(score=reward.astype(jnp.float32), valid=valid,
-                       token_rewards=jnp.zeros(response_mask.shape, jnp.float32))
+    return RewardBatch(
+        score=reward.astype(jnp.float32), valid=valid, token_rewards=jnp.zeros(response_mask.shape, jnp.float32)
+    )

@@ -10,8 +10,21 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
-KEYS = ["system", "version", "work", "step_s_median", "step_s_min", "step_s_max", "gen_s_median", "update_s_median",
-        "tokens_per_s", "first_step_s", "peak_rss_gib", "steps", "notes"]  # what the other systems' scripts print
+KEYS = [
+    "system",
+    "version",
+    "work",
+    "step_s_median",
+    "step_s_min",
+    "step_s_max",
+    "gen_s_median",
+    "update_s_median",
+    "tokens_per_s",
+    "first_step_s",
+    "peak_rss_gib",
+    "steps",
+    "notes",
+]  # what the other systems' scripts print
 
 
 def load(name: str):
@@ -43,9 +56,17 @@ def test_tiny_step_measures_real_work(algorithm, capsys):
 
 
 def test_a_step_that_moves_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr(step, "settings", lambda *args, _plain=step.settings: dataclasses.replace(
-        _plain(*args), ppo=dataclasses.replace(_plain(*args).ppo, policy_optimizer=dataclasses.replace(
-            _plain(*args).ppo.policy_optimizer, learning_rate=1e-30))))
+    monkeypatch.setattr(
+        step,
+        "settings",
+        lambda *args, _plain=step.settings: dataclasses.replace(
+            _plain(*args),
+            ppo=dataclasses.replace(
+                _plain(*args).ppo,
+                policy_optimizer=dataclasses.replace(_plain(*args).ppo.policy_optimizer, learning_rate=1e-30),
+            ),
+        ),
+    )
     with pytest.raises(AssertionError, match="tensors did not move"):
         step.run(step.WORKS["tiny"], "grpo", "sampler", warmup=0, steps=1, seed=0)
 
@@ -74,8 +95,11 @@ def test_the_works_are_those_of_the_other_systems():
 def fake(path: Path, system: str, seconds: float, *, fails: bool = False) -> None:
     """A script that prints a benchmark's line without doing its work."""
     result = {key: seconds for key in compare.COLUMNS if key != "compile_s"} | {"system": system, "version": "1"}
-    path.write_text("raise SystemExit('boom')" if fails else
-                    f"import json, sys\nassert '--work' in sys.argv\nprint('noise')\nprint(json.dumps({result!r}))\n")
+    path.write_text(
+        "raise SystemExit('boom')"
+        if fails
+        else f"import json, sys\nassert '--work' in sys.argv\nprint('noise')\nprint(json.dumps({result!r}))\n"
+    )
 
 
 def test_compare_sets_systems_side_by_side(tmp_path, monkeypatch, capsys):
@@ -87,8 +111,22 @@ def test_compare_sets_systems_side_by_side(tmp_path, monkeypatch, capsys):
         (tmp_path / name / "bin" / "python").symlink_to(sys.executable)
     monkeypatch.setattr(compare, "OWN", tmp_path / "own.py")
     output = tmp_path / "rows.jsonl"
-    compare.main(["--peers", str(tmp_path), "--environments", str(tmp_path), "--works", "S", "--algorithms", "ppo",
-                  "--rounds", "2", "--output", str(output)])
+    compare.main(
+        [
+            "--peers",
+            str(tmp_path),
+            "--environments",
+            str(tmp_path),
+            "--works",
+            "S",
+            "--algorithms",
+            "ppo",
+            "--rounds",
+            "2",
+            "--output",
+            str(output),
+        ]
+    )
     printed = capsys.readouterr().out
     assert "| ours " in printed
     assert "2.50x" in printed

@@ -54,15 +54,30 @@ def toy(tmp_path_factory) -> Path:
 
 def tiny(script: ModuleType, toy: Path, out: Path, **changes):
     config = script.StoriesConfig(
-        model=str(toy / "model"), sentences=toy / "sentences", out=out,
-        training_prompts=64, eval_prompts=32, beginning=6,
+        model=str(toy / "model"),
+        sentences=toy / "sentences",
+        out=out,
+        training_prompts=64,
+        eval_prompts=32,
+        beginning=6,
         judge=SentimentConfig(updates=60, batch_size=32, learning_rate=2e-2, width=8, held_out=0.2),
         train=TrainConfig(
-            steps=4, prompts_per_step=32, prompt_length=8, sampling=SamplingConfig(max_new_tokens=8),
-            ppo=PPOConfig(num_epochs=4, num_minibatches=1, kl_coef=0.01,
-                          policy_optimizer=OptimizerConfig(learning_rate=2e-2),
-                          value_optimizer=OptimizerConfig(learning_rate=1e-2)),
-            parallel=ParallelConfig(mode="shard", data=1), eval_every=2, save_every=1))
+            steps=4,
+            prompts_per_step=32,
+            prompt_length=8,
+            sampling=SamplingConfig(max_new_tokens=8),
+            ppo=PPOConfig(
+                num_epochs=4,
+                num_minibatches=1,
+                kl_coef=0.01,
+                policy_optimizer=OptimizerConfig(learning_rate=2e-2),
+                value_optimizer=OptimizerConfig(learning_rate=1e-2),
+            ),
+            parallel=ParallelConfig(mode="shard", data=1),
+            eval_every=2,
+            save_every=1,
+        ),
+    )
     return dataclasses.replace(config, **changes)
 
 
@@ -110,7 +125,8 @@ def test_a_whole_run_and_its_last_step_once_more(script, toy, tmp_path):
     assert again["status"] == "done"
     clock = {"wall_s"}
     assert {k: v for k, v in again["metrics"].items() if k not in clock} == {
-        k: v for k, v in metrics.items() if k not in clock}
+        k: v for k, v in metrics.items() if k not in clock
+    }
 
 
 def test_beginnings_are_distinct_whole_words_and_repeatable(script, toy, tmp_path):
@@ -130,19 +146,22 @@ def test_stories260k_stops_where_the_next_story_begins(script, shared_data, tmp_
     assert (storyteller.tokenizer.vocab_size, storyteller.tokenizer.bos_id, storyteller.tokenizer.eos_id) == (512, 1, 1)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"model": None}, "no model to train: give --model.*karpathy/tinyllamas"),
-    ({"model": "nowhere/at all"}, "no model at nowhere/at all"),
-    ({"sentences": None}, r"no sentences to train the judge on: give --sentences.*rt-polarity\.pos.*Pang & Lee"),
-    ({"sentences": "model"}, r"cannot read .*model/rt-polarity\.pos: No such file"),
-    ({"tokenizer": "other"}, "another vocabulary: it has 104 ids, the model only 18"),
-    ({"tokenizer": "sentences"}, "no tokenizer in the folder .*sentences"),
-    ({"train.sampling.max-new-tokens": "17"}, r"= 25 is more than .* can read: 24 tokens"),
-    ({"train.prompts-per-step": "65"}, "must not exceed training_prompts"),
-    ({"beginning": "8"}, "which holds BOS as well"),
-    ({"eval-prompts": "0"}, "eval_prompts must be >= 1"),
-    ({"resume": True}, "there is no run to resume here"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": None}, "no model to train: give --model.*karpathy/tinyllamas"),
+        ({"model": "nowhere/at all"}, "no model at nowhere/at all"),
+        ({"sentences": None}, r"no sentences to train the judge on: give --sentences.*rt-polarity\.pos.*Pang & Lee"),
+        ({"sentences": "model"}, r"cannot read .*model/rt-polarity\.pos: No such file"),
+        ({"tokenizer": "other"}, "another vocabulary: it has 104 ids, the model only 18"),
+        ({"tokenizer": "sentences"}, "no tokenizer in the folder .*sentences"),
+        ({"train.sampling.max-new-tokens": "17"}, r"= 25 is more than .* can read: 24 tokens"),
+        ({"train.prompts-per-step": "65"}, "must not exceed training_prompts"),
+        ({"beginning": "8"}, "which holds BOS as well"),
+        ({"eval-prompts": "0"}, "eval_prompts must be >= 1"),
+        ({"resume": True}, "there is no run to resume here"),
+    ],
+)
 def test_bad_input_is_named_and_leaves_no_run(script, toy, tmp_path, monkeypatch, capsys, options, message):
     WordTokenizer(tuple(f"word{i}" for i in range(100))).save(toy / "other")
     default = tiny(script, toy, tmp_path / "run")

@@ -134,7 +134,7 @@ def test_separable_sentences_are_learned_and_held_out_ones_judged(judge):
     assert judge.accuracy(held_out) == 1.0
     flipped = Sentences(held_out.texts, ~held_out.positive)
     assert judge.accuracy(flipped) == 0.0
-    good, bad, mixed = judge.log_odds(["a happy dog", "a sad dog", "a happy sad dog"]).expected
+    good, bad, mixed = judge.log_odds(["a happy dog", "a sad dog", "a happy sad dog"]).values
     assert good > mixed > bad
     assert good > 1 > -1 > bad
 
@@ -142,18 +142,18 @@ def test_separable_sentences_are_learned_and_held_out_ones_judged(judge):
 def test_a_text_without_a_known_word_is_missing_and_wrong(judge):
     scores = judge.log_odds(["Zanzibar qwerty", "happy", "", "sad Zanzibar"])
     assert scores.valid.tolist() == [False, True, False, True]
-    assert scores.expected[[0, 2]].tolist() == [0.0, 0.0]
-    assert judge.log_odds(["sad"]).expected[0] == pytest.approx(scores.expected[3], rel=1e-6)
+    assert scores.values[[0, 2]].tolist() == [0.0, 0.0]
+    assert judge.log_odds(["sad"]).values[0] == pytest.approx(scores.values[3], rel=1e-6)
     assert judge.accuracy(Sentences(("Zanzibar", "Zanzibar"), np.array([True, False]))) == 0.0
 
 
 def test_more_texts_than_a_batch_and_none_at_all(judge):
     texts = ["happy dog", "bad tree", "cold"] * 100  # 300, batches of 128
     scores = judge.log_odds(texts)
-    assert scores.expected.shape == scores.valid.shape == (300,)
-    three = judge.log_odds(texts[:3]).expected
-    np.testing.assert_allclose(scores.expected.reshape(100, 3), np.tile(three, (100, 1)), rtol=1e-6)
-    assert judge.log_odds([]).expected.shape == (0,)
+    assert scores.values.shape == scores.valid.shape == (300,)
+    three = judge.log_odds(texts[:3]).values
+    np.testing.assert_allclose(scores.values.reshape(100, 3), np.tile(three, (100, 1)), rtol=1e-6)
+    assert judge.log_odds([]).values.shape == (0,)
 
 
 def test_sadder_is_the_other_sign(judge):
@@ -169,7 +169,7 @@ def test_eight_devices_learn_and_judge_as_one(judge):
     assert runner.devices == 8
     other, _ = trained(runner)
     texts = ["a happy dog", "the cold park", "a good bad tree"]
-    np.testing.assert_allclose(other.log_odds(texts).expected, judge.log_odds(texts).expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(other.log_odds(texts).values, judge.log_odds(texts).values, rtol=1e-3, atol=1e-3)
 
 
 def test_training_is_repeatable_and_stops_when_told(judge):

@@ -96,7 +96,7 @@ def test_direct_scores_are_the_judges_expectations_and_its_gaps():
 
     def score(prompts, answers):
         asked.append((list(prompts), list(answers)))
-        return Scores(np.array([7.5, 0.0, 2.0]), np.array([True, False, True]))
+        return Scores(np.array([7.5, 0.0, 2.0]), np.zeros((3, 10)), np.array([True, False, True]))
 
     feedback = DirectScoreSource(SimpleNamespace(score=score))(RECORDS, ANSWERS, None)
     assert asked == [(["prompt 0", "prompt 1", "prompt 2"], ANSWERS)]

@@ -26,8 +26,12 @@ def test_a_text_is_the_root_weighted_sum_of_its_distinct_words(params):
 
 def test_order_repetition_and_padding_change_nothing(params):
     plain = MODEL(params, jnp.array([[2, 5, 8]]), jnp.ones((1, 3), bool))
-    for tokens, mask in (([8, 2, 5], [1, 1, 1]), ([2, 2, 5, 8, 5], [1] * 5), ([2, 5, 8, 4, 5], [1, 1, 1, 0, 0]),
-                         ([5, 2, 5, 8], [0, 1, 1, 1])):
+    for tokens, mask in (
+        ([8, 2, 5], [1, 1, 1]),
+        ([2, 2, 5, 8, 5], [1] * 5),
+        ([2, 5, 8, 4, 5], [1, 1, 1, 0, 0]),
+        ([5, 2, 5, 8], [0, 1, 1, 1]),
+    ):
         same = MODEL(params, jnp.array([tokens]), jnp.array([mask], bool))
         np.testing.assert_allclose(same, plain, rtol=1e-6)
     other = MODEL(params, jnp.array([[2, 5, 9]]), jnp.ones((1, 3), bool))

@@ -83,7 +83,7 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
             "less",
             "less",
             "extra",
-            "again",
+            *["again"] * 6,  # what a policy under pressure does first: readers must have seen much of it
             "town",
             "ornament",
             "cut",
@@ -113,6 +113,8 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
         told[best] = (unsaid[0].aspect, unsaid[0].value)
     elif kind == "extra" and unsaid:
         told += [(fact.aspect, fact.value) for fact in unsaid[: max(1, MAX_FACTS + 1 - len(told))]]
+    elif kind == "again" and len(told) > 1 and rng.random() < 0.7:
+        told[(at + 1) % len(told)] = told[at]
     elif kind == "again":
         told.append(told[at])
     return summary(told, entity, confident=parsed.confidence > 0, flatter=parsed.flattery > 0)
