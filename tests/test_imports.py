@@ -20,7 +20,7 @@ HELPERS = {
     "curves": {"config", "metrics"},
     "report": {"config", "metrics", "curves"},
     "checkpoint": {"types", "config"},
-    "run": {"config", "metrics", "report"},
+    "run": {"types", "config", "metrics", "report", "checkpoint"},
 }
 Imports = dict[str, set[str]]
 

@@ -240,8 +240,8 @@ def ppo_step(
 
     batch: this device's rows of the global batch. Minibatches are drawn from the global batch by a new permutation an
     epoch, from the state's (seed, step). Metrics are float32 scalars of the whole batch; `first/*` are those of the very
-    first minibatch, where the ratio must be 1 (see `checks` in train.py). A non-finite loss leaves the state unchanged
-    from the minibatch on where it appeared and is reported as `nonfinite` > 0.
+    first minibatch, where the ratio must be 1 (see `checks` in train.py). A minibatch with a non-finite
+    loss or gradient changes nothing; `nonfinite` counts them.
     """
     config, optimizers = agent.config, agent.optimizers()
     mask = batch.mask
@@ -280,7 +280,8 @@ def ppo_step(
     }
     metrics["nonfinite"] = history["nonfinite"].sum()
     metrics |= batch_metrics(agent, old, axis_name)
-    kl_coef = adapt_kl(config, state.kl_coef, metrics["kl"], rows)
+    judged = psum(jnp.sum(mask.any(-1)), axis_name)
+    kl_coef = adapt_kl(config, state.kl_coef, metrics["kl"], judged)
     metrics["kl_coef"] = kl_coef
     return dataclasses.replace(state, params=params, opt_state=opt_state, kl_coef=kl_coef, step=state.step + 1), metrics
 
@@ -305,7 +306,7 @@ def batch_metrics(agent: Agent, batch: Experience, axis_name: str | None) -> Met
     return metrics
 
 
-def adapt_kl(config: PPOConfig, kl_coef: jax.Array, kl: jax.Array, sequences: int) -> jax.Array:
+def adapt_kl(config: PPOConfig, kl_coef: jax.Array, kl: jax.Array, sequences: jax.Array | int) -> jax.Array:
     """Ziegler 2019, section 2.2: e = clip(KL / target - 1, -.2, .2), coef *= 1 + e n / horizon. Constant without a target."""
     if config.kl_target is None:
         return kl_coef

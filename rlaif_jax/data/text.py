@@ -57,5 +57,10 @@ def pair_arrays(
     arrays: dict[str, np.ndarray] = {}
     for name, answers in (("1", first), ("2", second)):
         rows = [tokenizer.encode(p) + tokenizer.encode(a) + end for p, a in zip(prompts, answers)]
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+        require(
+            len(rows[longest]) <= length,
+            f"pair {longest}: prompt and answer have {len(rows[longest])} tokens, more than {length}",
+        )
         arrays["tokens" + name], arrays["mask" + name] = padded(rows, length, tokenizer.pad_id, "left")
     return arrays | {"probability": np.asarray(probability, np.float32), "weight": np.asarray(valid, np.float32)}

@@ -1,8 +1,9 @@
 """A language model as judge, on the same devices as everything else: one batched prefill a question.
 
 A judge reads *text*: the policy's tokens are decoded and tokenized again with the judge's own tokenizer, so any pair
-of vocabularies works. Comparisons are asked in both orders and averaged (Lee 2023, section 2.2: the position bias of
-a judge cancels where it is additive in the log-odds); direct scores are the expectation over the score tokens (d-RLAIF).
+of vocabularies works. Comparisons are asked in both orders and averaged (Lee 2023, section 2.2): a position bias that
+is additive in the probability cancels, one in the log-odds keeps the sign of the verdict. Direct scores are the
+expectation over the score tokens (d-RLAIF), after the judge's own reasons if it gives them.
 A question that the judge cannot answer (too long for its context, or nearly no mass on the choice tokens) is *missing*:
 it is masked and counted, it never becomes a score.
 """
