@@ -10,7 +10,6 @@ install: .venv/.user
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 .venv/.dev: .venv/.user requirements-dev.txt

@@ -4,7 +4,8 @@
 
 A base language model of the built-in text world is trained, and from it two models: an AI labeler, trained on the
 transcripts of simulated people and then frozen, and a supervised policy that imitates a mediocre writer. The labeler
-compares pairs of the policy's answers in both orders; a reward model learns its soft labels; PPO improves the policy;
+writes its reasons about each of the policy's answers and scores it; from the two score distributions of a pair comes a
+soft label (its verdicts in both orders are reported beside); a reward model learns them; PPO improves the policy;
 held-out towns, with the world's exact gold score, tell by how much. Nothing but the last step knows the gold score.
 
 Expected (seeds 0, 1, 2): see experiments/RESULTS.md.
@@ -29,6 +30,7 @@ from rlaif_jax.config import (
     PPOConfig,
     SamplingConfig,
     TrainConfig,
+    require,
     small_decoder,
 )
 from rlaif_jax.data.prompts import TfdsRecords, prompt_batches
@@ -55,19 +57,28 @@ PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82
 
 
 @dataclasses.dataclass(frozen=True)
-class StageConfig:
-    """A supervised stage: `updates` steps of AdamW on batches of `batch_size` out of `examples`."""
+class FitConfig:
+    """A supervised stage: `updates` steps of AdamW on batches of `batch_size`."""
 
     updates: int
-    examples: int
     batch_size: int = 32
     learning_rate: float = 1.5e-3
+
+    def __post_init__(self) -> None:
+        require(self.updates >= 1 and self.batch_size >= 1, "a stage needs updates >= 1 and batch_size >= 1")
 
     @property
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(
             learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20, b2=0.98, eps=1e-8
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig(FitConfig):
+    """A stage whose `examples` are made for it."""
+
+    examples: int = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +103,7 @@ class QuickstartConfig:
     base: StageConfig = StageConfig(updates=800, examples=25_600)
     labeler: StageConfig = StageConfig(updates=1_500, examples=48_000)
     sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
-    reward_model: StageConfig = StageConfig(updates=200, examples=4_000, learning_rate=1e-3)
+    reward_model: FitConfig = FitConfig(updates=200, learning_rate=1e-3)
     principle: templates.Principle = "<overall>"
     pair_prompts: int = 2_000
     eval_prompts: int = 512
@@ -113,6 +124,15 @@ class QuickstartConfig:
         eval_every=20,
         save_every=20,
     )
+
+    def __post_init__(self) -> None:
+        require(self.pair_prompts >= 20, f"pair_prompts must be >= 20, not {self.pair_prompts}")
+        require(self.eval_prompts >= 8, f"eval_prompts must be >= 8, not {self.eval_prompts}")
+        require(
+            (self.train.prompt_length, self.train.sampling.max_new_tokens) == (PROMPT_LENGTH, ANSWER_LENGTH),
+            f"the world's prompts have {PROMPT_LENGTH} tokens and its answers {ANSWER_LENGTH}: "
+            "train.prompt_length and train.sampling.max_new_tokens cannot be changed here",
+        )
 
 
 def get_config() -> QuickstartConfig:
@@ -193,7 +213,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         start: Params,
         examples: Sequence[Segments],
         length: int,
-        settings: StageConfig,
+        settings: FitConfig,
         end_weight: float = 1.0,
     ) -> Params:
         arrays = text_arrays(tokenizer, examples, length=length, end_weight=end_weight)
@@ -271,8 +291,10 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     pairs_path = run.folder / "feedback.npz"
     if not (run.resuming and pairs_path.exists()):
         pairs, labels = compare_answers(config, judge, model, sft, tokenizer, runner, training)
-        np.savez(pairs_path, **pairs)
         run.metrics |= labels
+        run.report()
+        np.savez(run.folder / "feedback.tmp.npz", **pairs)
+        (run.folder / "feedback.tmp.npz").replace(pairs_path)
     pairs = dict(np.load(pairs_path))
     held = len(pairs["weight"]) // 10
     fresh = reward_model.init(step_key(seed, 1, INIT), trunk=labeler["trunk"])
@@ -313,7 +335,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         rollout, texts, scores = answers_of(params)
-        for i in range(4):
+        for i in range(min(4, len(texts))):
             run.sample(
                 step=step,
                 stage="rl",
@@ -327,12 +349,12 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
 
     before, before_texts, before_gold = answers_of(sft)
     records = list(prompts.records)
-    before_reward = np.asarray(source(records, before_texts, before).values)
-    normaliser = fit_normaliser(jnp.asarray(before_reward), jnp.ones(len(before_reward), bool))
+    before_told = source(records, before_texts, before)
+    normaliser = fit_normaliser(jnp.asarray(before_told.values), jnp.asarray(before_told.valid))
     stream = prompt_batches(
         training, tokenizer, batch_size=config.train.prompts_per_step, seed=seed, prompt_length=PROMPT_LENGTH
     )
-    critic = ScalarModel(model.config, "zero")
+    critic = ScalarModel(model.config, "zero") if config.train.ppo.advantage == "gae" else None
     policy = train(
         config.train,
         run,
@@ -341,7 +363,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         policy=model,
         policy_params=sft,
         critic=critic,
-        value_params=critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"]),
+        value_params=critic and critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"]),
         prompts=stream,
         feedback=source,
         normaliser=normaliser,
@@ -352,7 +374,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
 
     # ---- What it was worth, by the gold score that nobody has seen
     after, after_texts, after_gold = answers_of(policy)
-    after_reward = np.asarray(source(records, after_texts, after).values)
+    after_told = source(records, after_texts, after)
     won = win_rate_ci(after_gold, before_gold, seed=seed)
     lengths = [np.asarray(r.response_mask.sum(-1), np.float64) for r in (before, after)]
     controlled = length_controlled_win_rate(
@@ -367,11 +389,11 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         "labeler_weights_unchanged",
         LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt).hash == frozen_hash,
     )
-    for name, texts, scores, values in (
-        ("before", before_texts, before_gold, before_reward),
-        ("after", after_texts, after_gold, after_reward),
+    for name, texts, scores, told in (
+        ("before", before_texts, before_gold, before_told),
+        ("after", after_texts, after_gold, after_told),
     ):
-        for i in range(24):
+        for i in range(min(24, len(texts))):
             run.sample(
                 step=0 if name == "before" else config.train.steps,
                 stage=name,
@@ -379,7 +401,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
                 prompt=texts_of[i],
                 response=texts[i],
                 gold=float(scores[i]),
-                reward=float(values[i]),
+                reward=float(told.values[i]) if told.valid[i] else None,
             )
     run.metrics |= {
         "win_rate_gold": won.value,
@@ -388,8 +410,8 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         "win_rate_gold_length_controlled_ci95": [controlled.low, controlled.high],
         "gold_sft": float(before_gold.mean()),
         "gold_ppo": float(after_gold.mean()),
-        "judge_agreement_final": agreement((judged > 0.5)[decided], (after_gold > before_gold)[decided]),
-        "judge_win_rate": float(judged[judged_valid].mean()),
+        "judge_agreement_final": agreement_or_none((judged > 0.5)[decided], (after_gold > before_gold)[decided]),
+        "judge_win_rate": float(judged[judged_valid].mean()) if judged_valid.any() else None,
         "rm_accuracy": reward_accuracy(learned, {k: v[:held] for k, v in pairs.items()}),
         "kl": float(divergence),
         "length_sft": float(lengths[0].mean()),
@@ -411,18 +433,21 @@ def compare_answers(
     tokenizer: WordTokenizer,
     runner: Any,
     training: TfdsRecords,
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The judge's soft labels on pairs of the policy's answers, and how good they are by the gold score (for the report
     only: the labels are what the reward model sees)."""
     task = {"summarisation": summarisation.TASK, "dialogue": dialogue.TASK}[config.task]
-    size = 200
+    size = min(200, config.pair_prompts)
     generator = make_generator(runner, model, tokenizer, config.train.sampling, answers=4)
     stream = prompt_batches(training, tokenizer, batch_size=size, seed=config.seed, prompt_length=PROMPT_LENGTH)
     records: list[Any] = []
     texts: list[str] = []
+    finished: list[np.ndarray] = []
     for step in range(config.pair_prompts // size):
         batch = next(stream)
-        texts += answer_texts(generator((policy, step_key(config.seed, step, FEEDBACK)), to_prompts(batch)), tokenizer)
+        rollout = generator((policy, step_key(config.seed, step, FEEDBACK)), to_prompts(batch))
+        texts += answer_texts(rollout, tokenizer)
+        finished.append(np.asarray(rollout.finished))
         records += [record for record in batch.records for _ in range(2)]
     first, second, prompts = texts[0::2], texts[1::2], [record["prompt"] for record in records]
     verdict = judge.compare(prompts, first, second)
@@ -435,24 +460,38 @@ def compare_answers(
     decided, both = valid & (better != 0), verdict.valid & (better != 0)
     same = np.array([a == b for a, b in zip(first, second)])
     labels = {
-        "judge_agreement": agreement((probability > 0.5)[decided], (better > 0)[decided]),
-        "judge_agreement_pairwise": agreement((verdict.probability > 0.5)[both], (better > 0)[both]),
+        "judge_agreement": agreement_or_none((probability > 0.5)[decided], (better > 0)[decided]),
+        "judge_agreement_pairwise": agreement_or_none((verdict.probability > 0.5)[both], (better > 0)[both]),
         "same_position_rate": same_position_rate(
             verdict.forward[verdict.valid & ~same], verdict.swapped[verdict.valid & ~same]
         ),
         "judge_missing": float((~valid).mean()),
     }
-    return pair_arrays(
-        tokenizer, prompts, first, second, probability, valid & ~same, length=PROMPT_LENGTH + ANSWER_LENGTH + 1
-    ), labels
+    ended = np.concatenate(finished)
+    pairs = pair_arrays(
+        tokenizer,
+        prompts,
+        first,
+        second,
+        probability,
+        valid & ~same,
+        length=PROMPT_LENGTH + ANSWER_LENGTH,
+        finished=(ended[0::2], ended[1::2]),
+    )
+    return pairs, labels
 
 
-def reward_accuracy(source: RewardModelSource, pairs: dict[str, np.ndarray]) -> float:
+def agreement_or_none(labels: np.ndarray, truth: np.ndarray) -> float | None:
+    """The share of equal entries, None where there is nothing to compare."""
+    return agreement(labels, truth) if len(labels) else None
+
+
+def reward_accuracy(source: RewardModelSource, pairs: dict[str, np.ndarray]) -> float | None:
     """Share of held-out pairs that the reward model orders as the judge does."""
     score = jax.jit(lambda tokens, mask: score_sequences(source.model, source.params, (tokens, mask)))
     kept = pairs["weight"] > 0
     first, second = (np.asarray(score(pairs[f"tokens{i}"], pairs[f"mask{i}"])) for i in (1, 2))
-    return agreement((first > second)[kept], (pairs["probability"] > 0.5)[kept])
+    return agreement_or_none((first > second)[kept], (pairs["probability"] > 0.5)[kept])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Checkpoints of the complete state by Orbax: after a resume every later number is the same, bit for bit.
 
 A checkpoint holds the train state (policy, critic, both optimisers, KL coefficient, seed and step), the reward
-normaliser, the data iterator's position, the counters of the feedback source and the settings it was made with.
+normaliser, the data iterator's position, the number of missing judgements and the settings it was made with.
 Orbax writes to a temporary folder and renames it: a process killed while saving leaves the previous checkpoint whole.
 """
 
@@ -43,9 +43,8 @@ class Checkpointer:
         except OSError as error:
             raise UserError(f"{folder}: checkpoints cannot be written here ({error.strerror or error})") from error
 
-    def save(self, step: int, arrays: Any, host: dict[str, Any], *, wait: bool = False) -> None:
-        """Save after `step`. `host` is JSON: the data iterator's state, counters. Returns while files are still written
-        unless `wait`."""
+    def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
+        """Save after `step`. `host` is JSON: the data iterator's state, counters. Returns while files are still written."""
         if step in self._manager.all_steps():
             return
         try:
@@ -55,8 +54,6 @@ class Checkpointer:
                     arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave({"settings": self.settings, **host})
                 ),
             )
-            if wait:
-                self._manager.wait_until_finished()
         except OSError as error:
             raise UserError(
                 f"{self.folder}: the checkpoint of step {step} cannot be written "

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 
+class CheckFailed(RuntimeError):
+    """The run contradicts what must hold of any correct run; its numbers would mean nothing."""
+
+
 class UserError(ValueError):
     """Input that a person can mend: the message says what is wrong, where, and what would be right."""
 
@@ -63,6 +67,8 @@ class DecoderConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        for field in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "context_length"):
+            require(getattr(self, field) >= 1, f"DecoderConfig: {field} must be >= 1, not {getattr(self, field)}")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
@@ -91,7 +97,7 @@ def small_decoder(
         width=width,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads or num_heads,
-        head_dim=width // num_heads,
+        head_dim=width // max(num_heads, 1),
         mlp_width=mlp_width or (8 * width // 3 + 7) // 8 * 8,
         context_length=context_length,
         **flags,
@@ -172,6 +178,14 @@ class PPOConfig:
             require(getattr(self, field) >= 1, f"ppo.{field} must be >= 1, not {getattr(self, field)}")
         require(0 <= self.gae_lambda <= 1, f"ppo.gae_lambda must lie in [0, 1], not {self.gae_lambda}")
         require(0 < self.gamma <= 1, f"ppo.gamma must lie in (0, 1], not {self.gamma}")
+        require(
+            self.advantage != "group" or self.kl_in == "loss" or self.kl_coef == 0,
+            "ppo.kl_in='reward' has no place with ppo.advantage='group', whose advantages are of whole answers: "
+            "set ppo.kl_in='loss', or ppo.kl_coef=0",
+        )
+        for field in ("kl_target", "kl_horizon"):
+            value = getattr(self, field)
+            require(value is None or value > 0, f"ppo.{field} must be > 0, not {value}")
         require(self.clip_range > 0, f"ppo.clip_range must be > 0, not {self.clip_range}")
         require(self.kl_coef >= 0, f"ppo.kl_coef must be >= 0, not {self.kl_coef}")
 
@@ -190,13 +204,22 @@ class ParallelConfig:
     fsdp: int = 1
     tensor: int = 1
 
+    def __post_init__(self) -> None:
+        require(
+            self.data >= 0 and self.fsdp >= 1 and self.tensor >= 1, "parallel: data must be >= 0, fsdp and tensor >= 1"
+        )
+        require(
+            self.mode == "shard" or (self.data, self.fsdp, self.tensor) == (0, 1, 1),
+            "parallel.data, fsdp and tensor shape a mesh: set parallel.mode='shard' with them",
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop: how many steps, of what size, and how often it looks up.
 
     One step rolls out `prompts_per_step` x `answers_per_prompt` sequences (over all devices) and updates the policy
-    `ppo.num_epochs` x `ppo.num_minibatches` times on them. Rollouts stop early at `target_reward` (mean reward of a
+    `ppo.num_epochs` x `ppo.num_minibatches` times on them. Training ends early at `target_reward` (mean reward of a
     step) when it is set.
     """
 
@@ -214,6 +237,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in ("steps", "prompts_per_step", "answers_per_prompt", "prompt_length"):
+            require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
+        for field in ("eval_every", "save_every", "keep_checkpoints"):
             require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
         require(
             self.ppo.advantage != "group" or self.answers_per_prompt >= 2,

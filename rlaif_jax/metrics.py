@@ -1,9 +1,10 @@
 """A run's numbers: one JSON line a step, TensorBoard events, a progress bar behind one `write(step, values)`.
 
-    with MetricsWriter(folder, total_steps=200) as writer:
-        with writer.stage("sft", 400) as stage:           # pretraining: own step count, own bar, same file
-            stage.write(1, {"loss": 2.3})
-        writer.write(1, {"reward": .1, "kl": 0.0, "time/tokens_per_s": 5e3})
+    with MetricsWriter(folder) as writer:
+        with writer.stage("sft", 400) as log:  # each stage: own step count, own bar, same file
+            log.write(1, {"loss": 2.3})
+        with writer.stage("rl", 200) as log:
+            log.write(1, {"reward": .1, "kl": 0.0, "time/tokens_per_s": 5e3})
 
 `metrics.jsonl` holds one object a line: `{"step": 1, "stage": "rl", "reward": 0.1, ...}`.
 
@@ -35,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rlaif_jax.config import UserError
 
 RL_STAGE = "rl"
-"""The stage of the reinforcement-learning loop, which `MetricsWriter.write` writes to."""
+"""The stage of the reinforcement-learning loop; also that of a line without "stage"."""
 
 PLAIN_LINE_EVERY_S = 5.0
 """Seconds between two progress lines when the output is no terminal."""
@@ -55,10 +56,6 @@ class MetricsWriter:
 
     Args:
         folder: the run folder; made when missing.
-        total_steps: steps of the RL loop, for the bar and the time left; None when unknown.
-        resume_from: the RL step the run continues from. Lines of stage "rl" beyond it are dropped at once
-            (they came after the checkpoint that is continued); other stages stay. None: the RL loop starts
-            anew, and its first `write` drops what an earlier start of it left.
         terminal: False: no output but the files.
         tensorboard: False: no TensorBoard events.
 
@@ -68,15 +65,7 @@ class MetricsWriter:
             in its last line (a last line cut by `kill -9` is dropped).
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        total_steps: int | None = None,
-        resume_from: int | None = None,
-        terminal: bool = True,
-        tensorboard: bool = True,
-    ) -> None:
+    def __init__(self, folder: Path, *, terminal: bool = True, tensorboard: bool = True) -> None:
         self._folder = Path(folder)
         self.path = self._folder / "metrics.jsonl"
         try:
@@ -88,69 +77,21 @@ class MetricsWriter:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise _unwritable(self.path, error) from error
-        # A resumed run's clock goes on where it stood.
-        elapsed = max((_elapsed(line) for line in lines), default=0.0) if resume_from is not None else 0.0
-        self._started = time.monotonic() - elapsed
+        # A resumed run's clock goes on where it stood; a new run has no lines.
+        self._started = time.monotonic() - max(map(_elapsed, lines), default=0.0)
         self._tensorboard = tensorboard
         self._display = _Display(enabled=terminal)
-        self._total_steps = total_steps
-        self._rl: Stage | None = None
-        if resume_from is not None:
-            self._rl = self._start_stage(RL_STAGE, total_steps, resume_from, show=False)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one step of the RL loop.
-
-        Args:
-            step: counts from 1 (0: before the first update).
-            values: name -> Python, NumPy or JAX scalar; None, NaN and infinity become null.
-        """
-        if self._rl is None:
-            self._rl = self._start_stage(RL_STAGE, self._total_steps, None)
-        self._rl.write(step, values)
 
     @contextmanager
     def stage(self, name: str, total: int | None, *, resume_from: int | None = None) -> Iterator[Stage]:
-        """A stage besides the RL loop ("lm", "labeler", "sft", "reward_model" ...): own steps, own bar.
+        """A stage of the run ("lm", "labeler", "sft", "reward_model", "rl" ...): own steps, own bar.
 
         Args:
             name: goes to each line's key "stage" and names its TensorBoard run.
-            total: steps of the stage; None when unknown.
-            resume_from: lines of this stage beyond this step are dropped; None: all of them.
+            total: steps of the stage, for the bar and the time left; None when unknown.
+            resume_from: the step the stage continues from; its lines beyond it are dropped at once (they came
+                after the checkpoint that is continued). None: all its lines. Other stages' lines stay.
         """
-        stage = self._start_stage(name, total, resume_from)
-        try:
-            yield stage
-        finally:
-            stage.close()
-
-    def flush(self) -> None:
-        """Puts the RL loop's events on the disk; call it with a checkpoint.
-
-        Without it events are up to 10 seconds behind, which a killed process loses (metrics.jsonl never is).
-        """
-        if self._rl is not None and self._rl._events is not None:
-            self._rl._events.flush()
-
-    def close(self) -> None:
-        """Ends the bar and closes the files; a second call does nothing."""
-        rl, self._rl = self._rl, None
-        try:
-            if rl is not None:
-                rl.close()
-        finally:
-            self._display.close()
-            self._file.close()
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _start_stage(self, name: str, total: int | None, resume_from: int | None, show: bool = True) -> Stage:
         keep = -math.inf if resume_from is None else resume_from
         try:
             lines = _read(self.path)
@@ -162,7 +103,24 @@ class MetricsWriter:
         except OSError as error:
             raise _unwritable(self.path, error) from error
         events = _Events(self._folder / "tensorboard" / name, resume_from) if self._tensorboard else None
-        return Stage(self, name, total, resume_from or 0, events, show)
+        stage = Stage(self, name, events, self._display.add(name, total, resume_from or 0))
+        try:
+            yield stage
+        finally:
+            stage.close()
+
+    def close(self) -> None:
+        """Ends the bars and closes the file; a second call does nothing."""
+        self._display.close()
+        self._file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _append(self, stage: str, step: int, values: Mapping[str, float | int | None]) -> None:
         line = {"step": step, "stage": stage, **values}
@@ -178,47 +136,45 @@ class MetricsWriter:
 class Stage:
     """One stage of a run; made by `MetricsWriter.stage`."""
 
-    def __init__(
-        self,
-        writer: MetricsWriter,
-        name: str,
-        total: int | None,
-        start: int,
-        events: _Events | None,
-        show: bool,
-    ) -> None:
+    def __init__(self, writer: MetricsWriter, name: str, events: _Events | None, bar: _Bar) -> None:
         self._writer = writer
         self.name = name
-        self.total = total
-        self._start = start
         self._events = events
-        self._bar: _Bar | None = None
-        if show:
-            self._bar = writer._display.add(name, total, start)
+        self._bar = bar
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one step of this stage; as `MetricsWriter.write`.
+        """Writes one step of this stage.
+
+        Args:
+            step: counts from 1 (0: before the first update).
+            values: name -> Python, NumPy or JAX scalar; None, NaN and infinity become null.
 
         Raises:
-            UserError: metrics.jsonl cannot be written.
+            UserError: metrics.jsonl or the events cannot be written.
             ValueError: a value is no scalar, or a key is one of the writer's own ("step", "stage").
         """
         numbers = {key: _number(key, value) for key, value in values.items()}
         self._writer._append(self.name, int(step), numbers)
         if self._events is not None:
             self._events.write(int(step), numbers)
-        if self._bar is None:
-            self._bar = self._writer._display.add(self.name, self.total, self._start)
         self._bar.update(int(step), numbers)
 
-    def close(self) -> None:
-        """Finishes the bar and closes the events; a second call does nothing."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def flush(self) -> None:
+        """Puts the stage's TensorBoard events on the disk; called with every checkpoint.
+
+        Without it events are up to 10 seconds behind, which a killed process loses (metrics.jsonl never is).
+
+        Raises:
+            UserError: the events cannot be written.
+        """
         if self._events is not None:
-            events, self._events = self._events, None
-            events.close()
+            self._events.flush()
+
+    def close(self) -> None:
+        """Finishes the bar and closes the events; leaving the stage's `with` does it."""
+        self._bar.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(path: Path, stage: str | None = None) -> list[dict[str, Any]]:

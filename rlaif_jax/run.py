@@ -17,8 +17,7 @@ import jax
 import tyro
 
 from rlaif_jax.checkpoint import load_params, save_params
-from rlaif_jax.config import UserError, differing, require, save_config, to_json
-from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.config import CheckFailed, UserError, differing, require, save_config, to_json
 from rlaif_jax.report import save_environment, write_report
 from rlaif_jax.types import Params
 
@@ -38,19 +37,18 @@ class Run:
     collected is lost. A resumed run must have the settings it was started with, but for `out` and `resume`.
     """
 
-    def __init__(
-        self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False, steps: int | None = None
-    ) -> None:
-        self.folder, self.experiment, self.seed, self.steps = Path(folder), experiment, seed, steps
+    def __init__(self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False) -> None:
+        require(0 <= seed < 2**32, f"seed must lie in 0 .. 2**32 - 1, not {seed}")
+        self.folder, self.experiment, self.seed = Path(folder), experiment, seed
         self.config, self.resuming = config, resume
         self.stop_requested = False
         self.metrics: dict[str, Any] = {}
         self.checks: dict[str, bool] = {}
         self.claims: list[dict[str, Any]] = []
         self.steps_done = 0
-        self._status = "done"
         self._started = time.time()
         self._settled = False  # something worth keeping has been computed
+        self._aside: Path | None = None  # where the run that stood here before has gone
 
     def __enter__(self) -> Run:
         folder = self.folder
@@ -60,12 +58,9 @@ class Run:
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is a file; a run needs a folder")
             if not self.resuming and folder.exists() and any(folder.iterdir()):
-                aside = next(
-                    p for p in (folder.with_name(f"{folder.name}.{i}") for i in range(1, 10_000)) if not p.exists()
-                )
-                folder.rename(aside)
-                print(f"{folder} held a run already: it is now {aside}", file=sys.stderr)
-            self._made = not folder.exists()
+                names = (folder.with_name(f"{folder.name}.{i}") for i in range(1, 10_000))
+                self._aside = next(path for path in names if not path.exists())
+                folder.rename(self._aside)
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise UserError(f"{folder}: this folder cannot be written; choose another --out")
@@ -117,10 +112,6 @@ class Run:
         self.stop_requested = True
         print("\nstopping: this step is finished, a checkpoint saved (once more to leave at once)", file=sys.stderr)
 
-    def writer(self, **options: Any) -> MetricsWriter:
-        """The run's metrics writer."""
-        return MetricsWriter(self.folder, total_steps=self.steps, **options)
-
     def settled(self) -> None:
         """From here on the folder is kept whatever happens."""
         self._settled = True
@@ -168,7 +159,11 @@ class Run:
             signal.signal(number, handler)
         if isinstance(error, UserError) and not self._settled:
             shutil.rmtree(self.folder)
+            if self._aside is not None:
+                self._aside.rename(self.folder)
             return False
+        if self._aside is not None:
+            print(f"{self.folder} held a run already: it is now {self._aside}", file=sys.stderr)
         stopped = isinstance(error, (StopRequested, KeyboardInterrupt)) or (error is None and self.stop_requested)
         status = "stopped" if stopped else "done" if error is None else "failed"
         try:
@@ -198,5 +193,8 @@ def command_line(main: Callable[[Any], Any], default: Any, description: str | No
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (CheckFailed, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

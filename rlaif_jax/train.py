@@ -13,7 +13,7 @@ import numpy as np
 
 from rlaif_jax.algorithms.ppo import Agent, ppo_step, prepare
 from rlaif_jax.checkpoint import Checkpointer
-from rlaif_jax.config import TrainConfig, UserError, require, to_json
+from rlaif_jax.config import CheckFailed, TrainConfig, UserError, require, to_json
 from rlaif_jax.data.prompts import PromptIterator
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.sources import Feedback, FeedbackSource
@@ -24,10 +24,6 @@ from rlaif_jax.rewards.shaping import Normaliser, identity_normaliser, sequence_
 from rlaif_jax.rollout import answer_texts, generate, to_prompts
 from rlaif_jax.run import Run
 from rlaif_jax.types import ROLLOUT, Metrics, Params, Rollout, TrainState, step_key
-
-
-class CheckFailed(RuntimeError):
-    """The run contradicts what must hold of any correct run; its numbers would mean nothing."""
 
 
 def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: Tokenizer) -> tuple[Any, Any, Any]:
@@ -77,11 +73,11 @@ def train(
     """Improve `policy_params` from feedback and return the new parameters.
 
     The reference policy is `policy_params` itself, frozen. `evaluate(policy_params, step)` is called before the first
-    step, every `config.eval_every` steps and after the last; what it returns is logged. `run.stop_requested`,
+    step, every `config.eval_every` steps and at `config.steps`; what it returns is logged. `run.stop_requested`,
     `config.target_reward` and `config.steps` end the loop. A resumed run goes on from its newest checkpoint.
 
     Raises UserError for settings that do not fit together and for feedback that is not a number; CheckFailed when
-    a check of DESIGN rule 7 fails, with a checkpoint of the last good state on disk.
+    one of the checks of `check_step` fails; the newest checkpoint is then of a step that passed them.
     """
     # ---- Model, step, mesh
     check_tokenizer(tokenizer, policy.config.vocab_size, "the policy")
@@ -93,31 +89,38 @@ def train(
     )
     require(config.sampling.temperature > 0, "sampling.temperature is 0 (greedy): a policy learns only from samples")
     runner = make_runner(config.parallel)
+    sequences = config.prompts_per_step * config.answers_per_prompt
+    minibatch = sequences // config.ppo.num_minibatches
+    require(
+        config.prompts_per_step % runner.devices == 0 and minibatch % runner.devices == 0,
+        f"train.prompts_per_step ({config.prompts_per_step}) and the minibatch ({sequences} sequences / "
+        f"ppo.num_minibatches {config.ppo.num_minibatches} = {minibatch}) must be multiples of the {runner.devices} devices",
+    )
     updates = config.steps * config.ppo.num_epochs * config.ppo.num_minibatches
     agent = Agent(policy, critic, config.ppo, config.sampling.temperature, updates)
     roll, advantages, update = compile_steps(config, agent, runner, tokenizer)
 
     # ---- State, from a checkpoint or new
-    normaliser = normaliser or identity_normaliser()
-    state = agent.init(policy_params, value_params, run.seed)
+    # Placed before they serve as the template of a restore, so that arrays come back where they belong.
+    normaliser = runner.place(normaliser or identity_normaliser())
+    state = runner.place(agent.init(policy_params, value_params, run.seed))
     reference = runner.place(jax.tree.map(jax.numpy.array, policy_params))
     checkpoints = Checkpointer(run.folder / "checkpoints", to_json(config), keep=config.keep_checkpoints)
     found = checkpoints.restore((runner.fetch(state), runner.fetch(normaliser))) if run.resuming else None
     missing, start = 0, 0
     if found is not None:
-        (state, normaliser), start = found.arrays, found.step
+        (state, normaliser), start = runner.place(found.arrays), found.step
+        run.steps_done = start
         prompts.set_state(found.host["prompts"])
         missing, run.checks = int(found.host["missing"]), dict(found.host["checks"])
-    state = runner.place(state)
     compilations = CompilationCounter()
 
-    def save(step: int, *, wait: bool = False) -> None:
-        writer.flush()
+    def save(step: int) -> None:
+        log.flush()
         checkpoints.save(
             step,
             (runner.fetch(state), runner.fetch(normaliser)),
             {"prompts": prompts.get_state(), "missing": missing, "checks": run.checks},
-            wait=wait,
         )
 
     # ---- Loop
@@ -162,16 +165,15 @@ def train(
             log.write(step, values)
             run.settled()
             run.steps_done = step
-            good = check_step(run, step, values, rollout, tokenizer, float32=policy.config.compute_dtype == "float32")
-            enough = config.target_reward is not None and values["reward"] >= config.target_reward
-            if step % config.save_every == 0 or step == config.steps or run.stop_requested or enough or not good:
-                save(step)  # checkpoint
-            if not good:
+            if not check_step(run, step, values, rollout, tokenizer, float32=policy.config.compute_dtype == "float32"):
                 failed = ", ".join(name for name, holds in run.checks.items() if not holds)
                 raise CheckFailed(
-                    f"step {step}: {failed}: false. The state before the failure is in "
-                    f"{checkpoints.folder}; the step's numbers are the last line of {writer.path}"
+                    f"step {step}: {failed}: false. Nothing of this step was saved: the checkpoint in "
+                    f"{checkpoints.folder} is of before; the step's numbers are the last line of {writer.path}"
                 )
+            enough = config.target_reward is not None and values["reward"] >= config.target_reward
+            if step % config.save_every == 0 or step == config.steps or run.stop_requested or enough:
+                save(step)  # checkpoint
             if run.stop_requested or enough:
                 break
     return jax.tree.map(jax.numpy.asarray, runner.fetch(state.params["policy"]))
@@ -208,7 +210,7 @@ def check_step(
     run.check("eos_is_kept_in_the_mask", bool(np.all(last[finished] == tokenizer.eos_id)))
     run.check("losses_are_finite", values["nonfinite"] == 0)
     if step == 1:
-        run.check("kl_at_step_0_is_0", abs(values["kl"]) < tolerance * values["length"])
+        run.check("kl_at_step_0_is_0", abs(values["kl"]) <= tolerance * values["length"])
     return all(run.checks.values())
 
 

@@ -108,7 +108,11 @@ def test_missing_fields_are_named():
         (lambda: PPOConfig(kl_coef=-0.1), "ppo.kl_coef"),
         (lambda: TrainConfig(steps=0), "train.steps must be >= 1, not 0"),
         (lambda: TrainConfig(prompt_length=0), "train.prompt_length"),
-        (lambda: TrainConfig(ppo=PPOConfig(advantage="group")), "set answers_per_prompt to 2 or more"),
+        (lambda: PPOConfig(advantage="group"), "has no place with ppo.advantage='group'"),
+        (
+            lambda: TrainConfig(ppo=PPOConfig(advantage="group", kl_in="loss")),
+            "set answers_per_prompt to 2 or more",
+        ),
         (
             lambda: TrainConfig(prompts_per_step=6, ppo=PPOConfig(num_minibatches=4)),
             r"ppo.num_minibatches \(4\) must divide the 6",

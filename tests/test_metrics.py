@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,12 @@ def writer(folder, **settings):
     return MetricsWriter(folder, **({"terminal": False, "tensorboard": False} | settings))
 
 
+@contextmanager
+def rl(folder, total=None, resume_from=None, **settings):
+    with writer(folder, **settings) as out, out.stage("rl", total, resume_from=resume_from) as log:
+        yield log
+
+
 def steps(path, stage=None):
     return [line["step"] for line in read_metrics(path, stage)]
 
@@ -36,9 +43,9 @@ def test_a_value_is_read_back_with_the_same_bits(tmp_path):
     rng = np.random.default_rng(0)
     values = list(rng.normal(size=50) * 10.0 ** rng.integers(-300, 300, 50)) + [0.1, 5e-324, -0.0]
     singles = list(rng.normal(size=50).astype(np.float32))
-    with writer(tmp_path) as out:
+    with rl(tmp_path) as log:
         for step, value in enumerate(values + singles):
-            out.write(step, {"x": value})
+            log.write(step, {"x": value})
     back = [line["x"] for line in read_metrics(tmp_path)]
     assert struct.pack("103d", *back) == struct.pack("103d", *map(float, values + singles))
     assert [np.float32(value) for value in back[53:]] == singles
@@ -47,9 +54,9 @@ def test_a_value_is_read_back_with_the_same_bits(tmp_path):
 def test_scalars_of_jax_and_numpy_and_what_is_no_number(tmp_path):
     import jax.numpy as jnp
 
-    with writer(tmp_path) as out:
-        out.write(3, {"a": jnp.float32(0.5), "b": np.int64(7), "c": True, "d": np.array(2.0), "e": None})
-        out.write(4, {"a": math.nan, "b": jnp.inf, "c": -math.inf})
+    with rl(tmp_path) as log:
+        log.write(3, {"a": jnp.float32(0.5), "b": np.int64(7), "c": True, "d": np.array(2.0), "e": None})
+        log.write(4, {"a": math.nan, "b": jnp.inf, "c": -math.inf})
     first, second = read_metrics(tmp_path)
     assert without_time(first) == {"step": 3, "stage": "rl", "a": 0.5, "b": 7, "c": 1, "d": 2.0, "e": None}
     assert without_time(second) == {"step": 4, "stage": "rl", "a": None, "b": None, "c": None}
@@ -58,17 +65,17 @@ def test_scalars_of_jax_and_numpy_and_what_is_no_number(tmp_path):
 
 @pytest.mark.parametrize("values", [{"step": 1.0}, {"stage": 1.0}, {"x": np.zeros(2)}, {"x": "high"}])
 def test_what_is_no_scalar_is_refused_and_leaves_no_line(tmp_path, values):
-    with writer(tmp_path) as out:
+    with rl(tmp_path) as log:
         with pytest.raises(ValueError, match="metrics"):
-            out.write(1, values)
-        out.write(2, {"x": 1.0})
+            log.write(1, values)
+        log.write(2, {"x": 1.0})
     assert steps(tmp_path) == [2]
 
 
 def test_a_line_is_on_the_disk_when_write_returns(tmp_path):
-    with writer(tmp_path) as out:
+    with rl(tmp_path) as log:
         for step in (1, 2, 3):
-            out.write(step, {"x": 1.0})
+            log.write(step, {"x": 1.0})
             assert steps(tmp_path) == list(range(1, step + 1))
 
 
@@ -77,12 +84,13 @@ def test_resume_drops_later_lines_of_the_loop_and_keeps_the_stages(tmp_path):
         with out.stage("sft", 30) as sft:
             for step in range(1, 31):
                 sft.write(step, {"loss": 1 / step})
-        for step in range(1, 16):
-            out.write(step, {"reward": float(step)})
-    with writer(tmp_path, resume_from=10) as out:
+        with out.stage("rl", 20) as log:
+            for step in range(1, 16):
+                log.write(step, {"reward": float(step)})
+    with rl(tmp_path, 20, resume_from=10) as log:
         assert steps(tmp_path, "rl") == list(range(1, 11))
         for step in range(11, 21):
-            out.write(step, {"reward": -float(step)})
+            log.write(step, {"reward": -float(step)})
     assert steps(tmp_path, "sft") == list(range(1, 31))
     assert steps(tmp_path, "rl") == list(range(1, 21))
     assert [line["reward"] for line in read_metrics(tmp_path, "rl")][9:11] == [10.0, -11.0]
@@ -91,41 +99,61 @@ def test_resume_drops_later_lines_of_the_loop_and_keeps_the_stages(tmp_path):
 
 
 def test_a_stage_that_starts_again_replaces_its_own_lines_only(tmp_path):
-    with writer(tmp_path) as out:
-        out.write(1, {"reward": 1.0})
+    with writer(tmp_path) as out, out.stage("rl", 2) as log:
+        log.write(1, {"reward": 1.0})
         for resume_from, expected in ((None, [1, 2]), (None, [1, 2]), (1, [1, 2])):
             with out.stage("lm", 2, resume_from=resume_from) as lm:
                 for step in expected if resume_from is None else [2]:
                     lm.write(step, {"loss": 1.0})
             assert steps(tmp_path, "lm") == expected
-        out.write(2, {"reward": 1.0})
+        log.write(2, {"reward": 1.0})
     with writer(tmp_path):
         pass
-    assert steps(tmp_path, "rl") == [1, 2]  # nothing goes before something new is written
-    with writer(tmp_path) as out:
-        out.write(1, {"reward": 2.0})
+    assert steps(tmp_path, "rl") == [1, 2]  # nothing goes before the stage starts again
+    with rl(tmp_path) as log:
+        log.write(1, {"reward": 2.0})
     assert steps(tmp_path, "rl") == [1]
     assert steps(tmp_path, "lm") == [1, 2]
 
 
+def test_the_clock_goes_on_from_the_largest_elapsed_of_any_stage(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    with writer(tmp_path) as out:
+        for name in ("sft", "rl"):
+            with out.stage(name, None) as log:
+                for step in (1, 2):
+                    clock[0] += 10.0
+                    log.write(step, {"x": 1.0})
+    assert [line["time/elapsed_s"] for line in read_metrics(tmp_path)] == [10.0, 20.0, 30.0, 40.0]
+    clock[0] = 5.0  # another process, perhaps on another machine
+    with rl(tmp_path, resume_from=1) as log:  # the time of the dropped step was spent all the same
+        clock[0] += 1.0
+        log.write(2, {"x": 1.0})
+    assert [line["time/elapsed_s"] for line in read_metrics(tmp_path)] == [10.0, 20.0, 30.0, 41.0]
+    with rl(tmp_path) as log:  # nor does a stage that starts again set the clock back
+        log.write(1, {"x": 1.0})
+    assert [line["time/elapsed_s"] for line in read_metrics(tmp_path)] == [10.0, 20.0, 41.0]
+
+
 @pytest.mark.parametrize("tail", [b'{"step": 4, "rew', b"{", b'{"step": 4, "text": "\xc3', b"\x00\x00\x00"])
 def test_a_half_written_last_line_is_dropped(tmp_path, tail):
-    with writer(tmp_path) as out:
+    with rl(tmp_path) as log:
         for step in (1, 2, 3):
-            out.write(step, {"reward": 1.0})
+            log.write(step, {"reward": 1.0})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(tail)
     assert steps(tmp_path) == [1, 2, 3]
-    with writer(tmp_path, resume_from=3) as out:
-        out.write(4, {"reward": 2.0})
+    with rl(tmp_path, resume_from=3) as log:
+        log.write(4, {"reward": 2.0})
     assert steps(tmp_path) == [1, 2, 3, 4]
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}')
-    with writer(tmp_path, resume_from=2) as out:
-        out.write(3, {"x": 3})
+    with rl(tmp_path, resume_from=2) as log:
+        log.write(3, {"x": 3})
     assert steps(tmp_path) == [1, 2, 3]
 
 
@@ -136,7 +164,7 @@ def test_damage_in_the_middle_names_file_and_line(tmp_path, bad):
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         read_metrics(path)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
-        writer(tmp_path, resume_from=3)
+        writer(tmp_path)
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -147,8 +175,8 @@ def test_no_file_is_no_lines(tmp_path):
 def test_kill_9_at_any_moment_leaves_a_file_that_resumes(tmp_path):
     program = (
         "import sys; from pathlib import Path; from rlaif_jax.metrics import MetricsWriter\n"
-        "out = MetricsWriter(Path(sys.argv[1]), terminal=False)\n"
-        "for step in range(1, 10**9): out.write(step, {f'value_{i}': i / 7 for i in range(40)})"
+        "with MetricsWriter(Path(sys.argv[1]), terminal=False) as out, out.stage('rl', None) as log:\n"
+        "    for step in range(1, 10**9): log.write(step, {f'value_{i}': i / 7 for i in range(40)})"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
     path = tmp_path / "metrics.jsonl"
@@ -160,8 +188,8 @@ def test_kill_9_at_any_moment_leaves_a_file_that_resumes(tmp_path):
     found = steps(tmp_path)
     assert found == list(range(1, len(found) + 1))
     assert len(found) > 50
-    with writer(tmp_path, resume_from=40) as out:
-        out.write(41, {"value_0": 1.0})
+    with rl(tmp_path, resume_from=40) as log:
+        log.write(41, {"value_0": 1.0})
     assert steps(tmp_path) == list(range(1, 42))
 
 
@@ -192,17 +220,17 @@ def test_a_read_only_file_system_is_a_message(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_is_a_message_and_the_lines_before_stay(tmp_path):
     # A limit on the size of files fails in the same places as a full disk, with a real error of the system.
-    def write_on(out):
+    def write_on(log):
         for step in range(2, 1000):
-            out.write(step, {"x": 1.0})
+            log.write(step, {"x": 1.0})
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with MetricsWriter(tmp_path, terminal=False, tensorboard=True) as out:
-        out.write(1, {"x": 1.0})
+    with rl(tmp_path, tensorboard=True) as log:
+        log.write(1, {"x": 1.0})
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
             with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written .*space"):
-                write_on(out)
+                write_on(log)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     found = steps(tmp_path)
@@ -241,13 +269,15 @@ def test_events_of_a_resumed_run_show_every_step_once_a_stage(tmp_path):
         with out.stage("sft", 20) as sft:
             for step in range(1, 21):
                 sft.write(step, {"loss": 0.5})
-        for step in range(1, 8):
-            out.write(step, {"reward": 1.0, "kl": math.nan})
-    with MetricsWriter(tmp_path, terminal=False, resume_from=5) as out:
-        out.write(6, {"reward": 2.0})
-        out.flush()
-        assert scalars(tmp_path / "tensorboard" / "rl")["reward", 6] == 2.0
-    assert scalars(tmp_path / "tensorboard" / "rl") == {("reward", s): 1.0 for s in range(1, 6)} | {("reward", 6): 2.0}
+        with out.stage("rl", 8) as log:
+            for step in range(1, 8):
+                log.write(step, {"reward": 1.0, "kl": math.nan})
+    with rl(tmp_path, 8, resume_from=5, tensorboard=True) as log:
+        log.write(6, {"reward": 2.0})
+        log.write(7, {"reward": 2.0})  # the first write flushes by itself
+        log.flush()
+        assert scalars(tmp_path / "tensorboard" / "rl")["reward", 7] == 2.0
+    assert scalars(tmp_path / "tensorboard" / "rl") == {("reward", s): 1.0 if s < 6 else 2.0 for s in range(1, 8)}
     assert len(scalars(tmp_path / "tensorboard" / "sft")) == 20
 
 
@@ -257,9 +287,9 @@ def test_events_of_a_resumed_run_show_every_step_once_a_stage(tmp_path):
 def test_plain_lines_are_rare_and_include_the_last(tmp_path, capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
-    with writer(tmp_path, terminal=True, total_steps=101) as out:
+    with rl(tmp_path, terminal=True, total=101) as log:
         for step in range(1, 102):
-            out.write(step, {"reward": 0.25, "kl": 1.5, "loss": 3.0, "time/tokens_per_s": 1234.5})
+            log.write(step, {"reward": 0.25, "kl": 1.5, "loss": 3.0, "time/tokens_per_s": 1234.5})
             clock[0] += 0.5
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines] == [f"{step}/101" for step in range(1, 102, 10)]
@@ -276,8 +306,8 @@ def test_the_last_line_is_printed_when_the_run_ends_between_two(tmp_path, capsys
 
 
 def test_no_terminal_no_output(tmp_path, capsys):
-    with writer(tmp_path, terminal=False) as out:
-        out.write(1, {"reward": 1.0})
+    with rl(tmp_path, terminal=False) as log:
+        log.write(1, {"reward": 1.0})
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
 
@@ -286,13 +316,14 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from rlaif_jax.metrics import MetricsWriter
-with MetricsWriter(Path(sys.argv[1]), total_steps=9, tensorboard=False) as out:
+with MetricsWriter(Path(sys.argv[1]), tensorboard=False) as out:
     with out.stage("sft", 2) as sft:
         sft.write(1, {"loss": 0.5}); sft.write(2, {"loss": 0.25})
-    for step in range(1, 10):
-        out.write(step, {"reward": 0.125 * step, "kl": 2.0})
-        print("a line of the program" if step == 5 else "", end="\\n" if step == 5 else "", flush=True)
-        time.sleep(.05)
+    with out.stage("rl", 9) as log:
+        for step in range(1, 10):
+            log.write(step, {"reward": 0.125 * step, "kl": 2.0})
+            print("a line of the program" if step == 5 else "", end="\\n" if step == 5 else "", flush=True)
+            time.sleep(.05)
 print("end")
 """
 
@@ -328,7 +359,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(tmp_path):
     read, write = os.pipe()
     os.close(read)
     process = subprocess.run(
-        [sys.executable, "-c", PROGRAM.split("    for step")[0], str(tmp_path)],
+        [sys.executable, "-c", PROGRAM.split('    with out.stage("rl"')[0], str(tmp_path)],
         stdout=write,
         stderr=subprocess.PIPE,
         cwd=ROOT,
@@ -338,7 +369,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(tmp_path):
 
 
 def test_lines_are_json_objects_of_one_line_each(tmp_path):
-    with writer(tmp_path) as out:
-        out.write(1, {"rm/accuracy": 0.5, "naïve": 1.0})
+    with rl(tmp_path) as log:
+        log.write(1, {"rm/accuracy": 0.5, "naïve": 1.0})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert list(json.loads(line)) == ["step", "stage", "rm/accuracy", "naïve", "time/elapsed_s"]

@@ -74,10 +74,11 @@ def run(tmp_path):
         with writer.stage("reward_model", 60) as stage:
             for step in range(1, 61):
                 stage.write(step, {"loss": 1 / step, "heldout_accuracy": 1 - 0.5 / step, "learning_rate": 1e-3})
-        for step in range(1, 6):
-            values = {"reward": 0.1 * step, "kl": 0.5 * step, "response_length": 20.0, "entropy": 2.0}
-            values |= {"clip_fraction": 0.1, "sampler_gap": 1e-7, "grad_norm": 1.0, "time/tokens_per_s": 9e3}
-            writer.write(step, values | ({"gold": 0.4} if step == 1 else {}))
+        with writer.stage("rl", 5) as stage:
+            for step in range(1, 6):
+                values = {"reward": 0.1 * step, "kl": 0.5 * step, "response_length": 20.0, "entropy": 2.0}
+                values |= {"clip_fraction": 0.1, "sampler_gap": 1e-7, "grad_norm": 1.0, "time/tokens_per_s": 9e3}
+                stage.write(step, values | ({"gold": 0.4} if step == 1 else {}))
     write_json(folder, "config.json", {"seed": 0, "ppo": {"clip_range": 0.2, "policy": {"lr": 3e-6}}})
     write_samples(
         folder,
@@ -174,7 +175,8 @@ def test_ids_are_unique_and_every_reference_has_its_target(run):
 
 def test_hostile_text_is_shown_as_text_wherever_it_comes_from(tmp_path):
     with MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer:
-        writer.write(1, {ATTACK: 1.0, "reward": 1.0, f"{ATTACK}/kl": 1.0})
+        with writer.stage("rl", 1) as stage:
+            stage.write(1, {ATTACK: 1.0, "reward": 1.0, f"{ATTACK}/kl": 1.0})
         with writer.stage(ATTACK, 1) as stage:
             stage.write(1, {f"{ATTACK} loss": 1.0})
     samples = [sample(stage, 0, ATTACK, prompt=ATTACK) for stage in ("before", "after", "rl")]
@@ -246,9 +248,12 @@ def test_samples_of_one_index_and_prompt_stand_side_by_side_and_the_newest_count
 
 
 def test_values_that_are_not_finite_leave_gaps_not_errors(tmp_path):
-    with MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer:
+    with (
+        MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer,
+        writer.stage("rl", 100) as stage,
+    ):
         for step in range(1, 101):
-            writer.write(step, {"reward": float("nan"), "kl": float("nan") if step % 3 else step / 7})
+            stage.write(step, {"reward": float("nan"), "kl": float("nan") if step % 3 else step / 7})
     page = make(tmp_path)
     assert "Reward no finite value" in page.text
     assert "KL to the reference 14.14" in page.text

@@ -116,7 +116,7 @@ def test_pad_that_is_the_stop_token(params, rolled):
 @pytest.fixture(scope="module")
 def scored():
     """Log-probs of a rollout's answers by the trainer's forward pass."""
-    agent = Agent(MODEL, None, PPOConfig(advantage="group"), temperature=0.8)
+    agent = Agent(MODEL, None, PPOConfig(advantage="group", kl_in="loss"), temperature=0.8)
     forward = jax.jit(lambda params, r: agent.forward({"policy": params}, r.tokens, r.prompt_mask, r.response_mask)[0])
     return lambda params, rollout: np.where(rollout.response_mask, forward(params, rollout), 0)
 

@@ -38,7 +38,7 @@ class TinyConfig:
     width: int = 16
     train: TrainConfig = TrainConfig(
         steps=20,
-        prompts_per_step=8,
+        prompts_per_step=16,
         prompt_length=6,
         sampling=SamplingConfig(max_new_tokens=6),
         save_every=5,

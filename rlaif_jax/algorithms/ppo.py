@@ -7,7 +7,6 @@ comments are the points of Huang 2024, "The N+ implementation details of RLHF wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -312,6 +311,3 @@ def adapt_kl(config: PPOConfig, kl_coef: jax.Array, kl: jax.Array, sequences: ja
         return kl_coef
     error = jnp.clip(kl / config.kl_target - 1, -0.2, 0.2)
     return kl_coef * (1 + error * sequences / config.kl_horizon)
-
-
-Step = Callable[[TrainState, Experience], tuple[TrainState, Metrics]]

@@ -377,6 +377,8 @@ def prompt_batches(
     for name, value in (("batch_size", batch_size), ("prompt_length", prompt_length), ("epochs", epochs)):
         if value is not None and value < 1:
             raise UserError(f"{name} should be at least 1, not {value}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed should be from 0 to 2**32 - 1, not {seed}")
     count = len(records)
     if count == 0:
         raise UserError("there are no prompts: the source is empty")

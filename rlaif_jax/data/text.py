@@ -48,19 +48,23 @@ def pair_arrays(
     valid: np.ndarray,
     *,
     length: int,
+    finished: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Comparisons -> `tokens1, mask1, tokens2, mask2` [B, length], `probability`, `weight` [B], for a reward model.
 
-    probability [B] that the first answer is better; where `valid` is false the pair weighs nothing.
+    probability [B] that the first answer is better; where `valid` is false the pair weighs nothing. finished: whether
+    the first and second answers [B] came to their stop token (None: all did); a cut answer gets none, as in a rollout.
+    Raises UserError for a pair longer than `length`.
     """
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     arrays: dict[str, np.ndarray] = {}
-    for name, answers in (("1", first), ("2", second)):
-        rows = [tokenizer.encode(p) + tokenizer.encode(a) + end for p, a in zip(prompts, answers)]
-        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-        require(
-            len(rows[longest]) <= length,
-            f"pair {longest}: prompt and answer have {len(rows[longest])} tokens, more than {length}",
-        )
+    ended = finished or (np.ones(len(prompts), bool),) * 2
+    for name, answers, stops in (("1", first, ended[0]), ("2", second, ended[1])):
+        rows = [
+            tokenizer.encode(prompt) + tokenizer.encode(answer) + (end if stop else [])
+            for prompt, answer, stop in zip(prompts, answers, stops)
+        ]
+        for i, row in enumerate(rows):
+            require(len(row) <= length, f"pair {i}: prompt and answer have {len(row)} tokens, more than {length}")
         arrays["tokens" + name], arrays["mask" + name] = padded(rows, length, tokenizer.pad_id, "left")
     return arrays | {"probability": np.asarray(probability, np.float32), "weight": np.asarray(valid, np.float32)}

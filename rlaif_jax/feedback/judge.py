@@ -148,6 +148,11 @@ class LanguageModelJudge:
         return weights_hash(self.params)
 
     @cached_property
+    def _placed(self) -> Params:
+        """The weights where the compiled functions want them, moved once."""
+        return self.runner.place(self.params)
+
+    @cached_property
     def _compare(self) -> Any:
         return self._compiled(self.verdicts)
 
@@ -189,7 +194,7 @@ class LanguageModelJudge:
         assert self.reasoning is not None
         texts = [self.reasoning.prompt(p, a) for p, a in zip(prompts, answers)]
         batches, fits = self._batches(texts, self._length - self.reasoning.max_tokens - 1)
-        rollouts = [self._reason(self.params, batch) for batch in batches]
+        rollouts = [self._reason(self._placed, batch) for batch in batches]
         written = [text for rollout in rollouts for text in answer_texts(rollout, self.tokenizer)]
         ended = np.concatenate([np.asarray(rollout.finished) for rollout in rollouts])
         return written[: len(texts)], fits & ended[: len(texts)]
@@ -210,7 +215,7 @@ class LanguageModelJudge:
     def _ask(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(distributions [B, C], valid [B]) of all texts."""
         batches, fits = self._batches(texts, self._length)
-        outs = jax.device_get([compiled(self.params, batch) for batch in batches])  # all dispatched, then waited for
+        outs = jax.device_get([compiled(self._placed, batch) for batch in batches])  # all dispatched, then waited for
         choices = np.concatenate([out["choices"] for out in outs])[: len(texts)]
         mass = np.concatenate([out["mass"] for out in outs])[: len(texts)]
         return choices, fits & np.isfinite(choices).all(-1) & (mass >= self.min_mass)

@@ -49,6 +49,11 @@ class RewardModelSource:
     runner: Runner
 
     @cached_property
+    def _placed(self) -> Params:
+        """The weights where the compiled function wants them, moved once."""
+        return self.runner.place(self.params)
+
+    @cached_property
     def _score(self) -> Any:
         def run(params: Params, batch: Any, *, axis_name: str | None = None) -> jax.Array:
             return score_sequences(self.model, params, batch, axis_name=axis_name)
@@ -57,7 +62,7 @@ class RewardModelSource:
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        return Feedback(self._score(self.params, (rollout.tokens, mask)), np.ones(len(answers), bool))
+        return Feedback(self._score(self._placed, (rollout.tokens, mask)), np.ones(len(answers), bool))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -49,5 +49,5 @@ def test_pair_arrays():
 
 
 def test_a_pair_that_is_too_long_is_refused():
-    with pytest.raises(ValueError, match="5 tokens, more than the length 4"):
+    with pytest.raises(UserError, match="5 tokens, more than 4"):
         pair_arrays(TOKENIZER, ["a b"], ["a b"], ["c"], np.array([0.5]), np.array([True]), length=4)
