@@ -1,0 +1,52 @@
+"""The quickstart, small enough for a test: every stage, the summary that was promised, a page that needs no network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--base.updates=20",
+    "--base.examples=700",
+    "--labeler.updates=20",
+    "--labeler.examples=700",
+    "--sft.updates=20",
+    "--sft.examples=700",
+    "--reward-model.updates=10",
+    "--pair-prompts=60",
+    "--train.steps=2",
+    "--train.prompts-per-step=16",
+    "--eval-prompts=32",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["summarisation", "dialogue"])
+def test_every_stage_runs_and_leaves_what_was_promised(task, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "experiments" / "quickstart.py"), "--out", str(out), "--task", task, *SMALL]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert all(summary["checks"].values())
+    promised = {
+        "win_rate_gold", "win_rate_gold_ci95", "gold_sft", "gold_ppo", "judge_agreement", "same_position_rate",
+        "rm_accuracy", "kl", "length_sft", "length_ppo", "wall_s",
+    }  # fmt: skip
+    assert promised <= set(summary["metrics"])
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert 'src="http' not in page
+    stages = {json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()}
+    assert stages == {"lm", "labeler", "sft", "reward_model", "rl"}
+    # A finished run that is resumed has nothing left to do and says the same.
+    subprocess.run([*command, "--resume"], env=environment, check=True, timeout=300)
+    again = json.loads((out / "summary.json").read_text())["metrics"]
+    assert {k: v for k, v in again.items() if k != "wall_s"} == {
+        k: v for k, v in summary["metrics"].items() if k != "wall_s"
+    }
