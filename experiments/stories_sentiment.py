@@ -226,7 +226,6 @@ def main(config: StoriesConfig) -> None:
             dataclasses.replace(config, resume=False),
             seed=config.seed,
             resume=config.resume,
-            steps=config.train.steps,
         ) as run,
         MetricsWriter(config.out) as writer,
     ):
