@@ -293,7 +293,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         pairs, labels = compare_answers(config, judge, model, sft, tokenizer, runner, training)
         run.metrics |= labels
         run.report()
-        np.savez(run.folder / "feedback.tmp.npz", **pairs)
+        np.savez(run.folder / "feedback.tmp.npz", **pairs)  # type: ignore[arg-type]
         (run.folder / "feedback.tmp.npz").replace(pairs_path)
     pairs = dict(np.load(pairs_path))
     held = len(pairs["weight"]) // 10

@@ -74,7 +74,9 @@ def commands(
     environments: Path | None,
 ) -> tuple[list[tuple[list[str], dict[str, str]]], list[str]]:
     """(command lines with their variables, ours first; what is missing, in words)."""
-    found = [([sys.executable, str(OWN), "--algorithm", algorithm, "--json"], {})]
+    found: list[tuple[list[str], dict[str, str]]] = [
+        ([sys.executable, str(OWN), "--algorithm", algorithm, "--json"], {})
+    ]
     if peers is None or environments is None:
         return found, ["no other systems: --peers and --environments were not given"]
     missing = []

@@ -290,9 +290,9 @@ class CompilationClock:
         self.seconds, self.programs = 0.0, 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, name: str, seconds: float, **details: Any) -> None:
-        if name.endswith("backend_compile_duration"):
-            self.seconds, self.programs = self.seconds + seconds, self.programs + 1
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.seconds, self.programs = self.seconds + duration_secs, self.programs + 1
 
 
 def readable(result: dict[str, Any]) -> str:
