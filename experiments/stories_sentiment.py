@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.algorithms.ppo import reference_logprobs
-from rlaif_jax.checkpoint import load_params, save_params
 from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig, UserError, require
 from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.prompts import FileRecords, PromptBatch, jsonl_records, prompt_batches
@@ -238,17 +237,13 @@ def trained_judge(
     """The judge, from the run's folder or trained now; its accuracy on held-out sentences goes to the run's metrics."""
     training, held_out = split_sentences(sentences, config.judge.held_out, config.seed)
     judge = new_judge(training, config.judge, config.seed, runner)
-    folder = run.folder / "checkpoints" / "stage_judge"
-    if run.resuming and folder.exists():
-        judge = dataclasses.replace(judge, params=load_params(folder, judge.params))
-    else:
+
+    def learn() -> Params:
         run.settled()
         with writer.stage("judge", config.judge.updates) as log:
-            params = fit_judge(judge, training, config.judge, config.seed, log=log.write, stop=run.stopped)
-        if run.stop_requested:
-            raise StopRequested
-        save_params(folder, params)
-        judge = dataclasses.replace(judge, params=params)
+            return fit_judge(judge, training, config.judge, config.seed, log=log.write, stop=run.stopped)
+
+    judge = dataclasses.replace(judge, params=run.stage("judge", judge.params, learn))
     run.metrics |= {"judge_accuracy": judge.accuracy(held_out), "judge_sha256": judge.hash}
     return judge
 

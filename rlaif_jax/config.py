@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,16 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_choices(config: Any, name: str) -> None:
+    """UserError when a field whose type is a Literal holds another value; `name` is how messages call the config."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        choices = typing.get_args(hints[field.name])
+        if typing.get_origin(hints[field.name]) is Literal and getattr(config, field.name) not in choices:
+            named = ", ".join(map(str, choices))
+            raise UserError(f"{name}.{field.name} is {getattr(config, field.name)!r}; it is one of {named}")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pretraining context.
@@ -35,6 +46,9 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        check_choices(self, "rope_scaling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +81,7 @@ class DecoderConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self, "DecoderConfig")
         for field in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "context_length"):
             require(getattr(self, field) >= 1, f"DecoderConfig: {field} must be >= 1, not {getattr(self, field)}")
         require(
@@ -134,6 +149,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        check_choices(self, "optimizer")
         require(self.learning_rate > 0, f"optimizer.learning_rate must be > 0, not {self.learning_rate}")
 
 
@@ -174,6 +190,7 @@ class PPOConfig:
     value_optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
+        check_choices(self, "ppo")
         for field in ("num_epochs", "num_minibatches"):
             require(getattr(self, field) >= 1, f"ppo.{field} must be >= 1, not {getattr(self, field)}")
         require(0 <= self.gae_lambda <= 1, f"ppo.gae_lambda must lie in [0, 1], not {self.gae_lambda}")
@@ -205,6 +222,7 @@ class ParallelConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        check_choices(self, "parallel")
         require(
             self.data >= 0 and self.fsdp >= 1 and self.tensor >= 1, "parallel: data must be >= 0, fsdp and tensor >= 1"
         )
@@ -260,8 +278,6 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(cls: type, values: dict[str, Any], where: str = "config.json") -> Any:
     """Rebuild a config dataclass from `to_json`'s output; unknown or missing fields are named."""
-    import typing
-
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))

@@ -245,3 +245,15 @@ def make_runner(config: ParallelConfig) -> Runner:
     if config.mode == "pmap":
         return PmapRunner() if jax.local_device_count() > 1 else JitRunner()
     return ShardRunner(make_mesh(config.data, config.fsdp, config.tensor))
+
+
+class CompilationClock:
+    """Seconds that XLA compiled, and how many programs, since it was made: after the first steps both must stand still."""
+
+    def __init__(self) -> None:
+        self.seconds, self.programs = 0.0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.seconds, self.programs = self.seconds + duration_secs, self.programs + 1

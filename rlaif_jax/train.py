@@ -19,7 +19,7 @@ from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.sources import Feedback, FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.heads import LanguageModel, ScalarModel, ValueHead
-from rlaif_jax.parallel import Runner, make_runner
+from rlaif_jax.parallel import CompilationClock, Runner, make_runner
 from rlaif_jax.rewards.shaping import Normaliser, identity_normaliser, sequence_rewards
 from rlaif_jax.rollout import answer_texts, generate, to_prompts
 from rlaif_jax.run import Run
@@ -28,7 +28,7 @@ from rlaif_jax.types import ROLLOUT, Metrics, Params, Rollout, TrainState, step_
 
 def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: Tokenizer) -> tuple[Any, Any, Any]:
     """(rollout, advantages, update), compiled: `rollout(state, prompts)`, `advantages((state, reference, normaliser),
-    (rollout, values, valid))`, `update(state, experience)`; the first two take a state without optimiser."""
+    (rollout, feedback))`, `update(state, experience)`; the first two take a state without optimiser."""
     answers = config.answers_per_prompt
 
     def rollout(state: TrainState, prompts: Any, *, axis_name: str | None = None) -> Rollout:
@@ -45,9 +45,12 @@ def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: 
 
     def advantages(replicated: Any, batch: Any, *, axis_name: str | None = None) -> Any:
         state, reference, normaliser = replicated
-        rolled, values, valid = batch
-        rewards = sequence_rewards(values, valid, normaliser, rolled.response_mask)
-        return prepare(agent, state, reference, rolled, rewards, answers=answers), rewards.score
+        rolled, judged = batch
+        rewards = sequence_rewards(
+            judged.values, judged.valid, normaliser, rolled.response_mask, token_rewards=judged.token_rewards
+        )
+        total = rewards.score + rewards.token_rewards.sum(-1)
+        return prepare(agent, state, reference, rolled, rewards, answers=answers), total
 
     def update(state: TrainState, experience: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
         return ppo_step(agent, state, experience, axis_name=axis_name)
@@ -113,7 +116,7 @@ def train(
         run.steps_done = start
         prompts.set_state(found.host["prompts"])
         missing, run.checks = int(found.host["missing"]), dict(found.host["checks"])
-    compilations = CompilationCounter()
+    compilations = CompilationClock()
 
     def save(step: int) -> None:
         log.flush()
@@ -141,7 +144,7 @@ def train(
             judged = checked(feedback(records, answers, rollout), records, answers, step)  # feedback
             missing += int((~judged.valid).sum())
             told = time.perf_counter()
-            experience, rewards = advantages((light, reference, normaliser), (rollout, *judged))  # rewards, advantages
+            experience, rewards = advantages((light, reference, normaliser), (rollout, judged))  # rewards, advantages
             state, metrics = update(state, experience)  # update
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
             valid = judged.valid
@@ -160,7 +163,7 @@ def train(
                 "time/feedback_s": told - rolled,
                 "time/update_s": now - told,
                 "time/tokens_per_s": tokens / (now - begun),
-                "time/compilations": compilations.count,
+                "time/compilations": compilations.programs,
             }
             log.write(step, values)
             run.settled()
@@ -182,18 +185,21 @@ def train(
 def checked(judged: Feedback, records: Any, answers: list[str], step: int) -> Feedback:
     """The feedback as NumPy arrays; UserError for a judgement that claims to be valid and is no number."""
     values, valid = jax.device_get(judged.values), np.asarray(jax.device_get(judged.valid), bool)
+    dense = None if judged.token_rewards is None else np.asarray(jax.device_get(judged.token_rewards), np.float32)
+    finite = np.isfinite(values) if dense is None else np.isfinite(values) & np.isfinite(dense).all(-1)
     require(
         np.shape(values) == (len(answers),) and valid.shape == (len(answers),),
         f"step {step}: the feedback source returned values of shape {np.shape(values)} for {len(answers)} answers",
     )
-    wrong = np.flatnonzero(valid & ~np.isfinite(values))
+    wrong = np.flatnonzero(valid & ~finite)
     if wrong.size:
         raise UserError(
-            f"step {step}: the reward of answer {wrong[0]} is {values[wrong[0]]} (prompt "
+            f"step {step}: the reward of answer {wrong[0]} is {values[wrong[0]]}"
+            f"{'' if dense is None else f' with dense rewards {dense[wrong[0]]}'} (prompt "
             f"{str(records[wrong[0]].get('prompt'))[:60]!r}, answer {answers[wrong[0]][:60]!r}). A source that has "
             "no judgement must mark it as missing (valid = False), not return NaN"
         )
-    return Feedback(np.asarray(values, np.float32), valid)
+    return Feedback(np.asarray(values, np.float32), valid, dense)
 
 
 def check_step(
@@ -212,14 +218,3 @@ def check_step(
     if step == 1:
         run.check("kl_at_step_0_is_0", abs(values["kl"]) <= tolerance * values["length"])
     return all(run.checks.values())
-
-
-class CompilationCounter:
-    """How many programs were compiled since it was made: after the first steps the number must stand still."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        self.count += event.endswith("backend_compile_duration")

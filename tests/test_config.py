@@ -100,6 +100,13 @@ def test_missing_fields_are_named():
         (lambda: SamplingConfig(top_p=0.0), r"sampling.top_p must lie in \(0, 1\], not 0.0"),
         (lambda: SamplingConfig(top_p=1.1), "sampling.top_p"),
         (lambda: OptimizerConfig(learning_rate=0), "optimizer.learning_rate"),
+        (
+            lambda: OptimizerConfig(schedule="cosin"),
+            "optimizer.schedule is 'cosin'; it is one of linear, constant, cos",
+        ),
+        (lambda: PPOConfig(advantage="gea"), "ppo.advantage is 'gea'; it is one of gae, group"),
+        (lambda: ParallelConfig(mode="mesh"), "parallel.mode is 'mesh'"),
+        (lambda: small_decoder(9, norm="batch"), "DecoderConfig.norm is 'batch'"),
         (lambda: PPOConfig(num_epochs=0), "ppo.num_epochs must be >= 1, not 0"),
         (lambda: PPOConfig(num_minibatches=0), "ppo.num_minibatches"),
         (lambda: PPOConfig(gae_lambda=1.01), "ppo.gae_lambda"),

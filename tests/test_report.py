@@ -77,7 +77,7 @@ def run(tmp_path):
         with writer.stage("rl", 5) as stage:
             for step in range(1, 6):
                 values = {"reward": 0.1 * step, "kl": 0.5 * step, "response_length": 20.0, "entropy": 2.0}
-                values |= {"clip_fraction": 0.1, "sampler_gap": 1e-7, "grad_norm": 1.0, "time/tokens_per_s": 9e3}
+                values |= {"clip_fraction": 0.1, "first/sampler_gap": 1e-7, "grad_norm": 1.0, "time/tokens_per_s": 9e3}
                 stage.write(step, values | ({"gold": 0.4} if step == 1 else {}))
     write_json(folder, "config.json", {"seed": 0, "ppo": {"clip_range": 0.2, "policy": {"lr": 3e-6}}})
     write_samples(

@@ -11,9 +11,10 @@ import pytest
 from rlaif_jax import rollout as engine
 from rlaif_jax.algorithms.ppo import Agent, reference_logprobs
 from rlaif_jax.config import PPOConfig, SamplingConfig, small_decoder
+from rlaif_jax.data.prompts import FileRecords, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.models import LanguageModel
-from rlaif_jax.parallel import PmapRunner
+from rlaif_jax.parallel import CompilationClock, JitRunner, PmapRunner
 from rlaif_jax.rollout import answer_texts, generate, make_generator, to_prompts
 from rlaif_jax.types import Prompts
 
@@ -34,6 +35,27 @@ def random_params(model, seed=0, scale=0.3):
         return (centre + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def test_one_compilation_a_prompt_length_bucket(params):
+    records = [{"prompt": " ".join("abcde"[: 1 + i % 5])} for i in (0, 1, 3, 2, 4, 0, 3)]
+    stream = prompt_batches(
+        FileRecords(tuple(records), tuple("" for _ in records)),
+        TOKENIZER,
+        batch_size=1,
+        seed=0,
+        prompt_length=5,
+        shuffle=False,
+        epochs=1,
+        buckets=(2, 5),
+    )
+    generator = make_generator(JitRunner(), MODEL, TOKENIZER, SAMPLING)
+    clock, lengths = CompilationClock(), []
+    for batch in stream:
+        before = clock.programs
+        generator((params, KEY), to_prompts(batch))
+        lengths.append((batch.tokens.shape[1], clock.programs - before > 0))
+    assert lengths == [(2, True), (2, False), (5, True), (5, False), (5, False), (2, False), (5, False)]
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,26 @@ def test_sigterm_saves_and_leaves_and_resume_goes_on(whole, prompts, tmp_path):
     assert numbers(out) == numbers(whole)
 
 
+@pytest.mark.slow
+def test_a_killed_run_on_a_mesh_resumes_bit_for_bit(prompts, tmp_path):
+    mesh = ("--train.parallel.mode", "shard", "--train.parallel.fsdp", "2", "--train.parallel.tensor", "2")
+    options = ("--prompts", str(prompts), "--train.steps", "9", "--train.save-every", "3", *mesh)
+    eight = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(*options, "--out", str(whole)), env=eight, check=True, timeout=300)
+    process = subprocess.Popen(command(*options, "--out", str(killed)), env=eight)
+    for _ in range(6000):
+        if (killed / "metrics.jsonl").exists() and len(read_metrics(killed / "metrics.jsonl")) >= 5:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 5 <= len(numbers(killed)) < 9, "the run was to be killed in its middle"
+    subprocess.run(command(*options, "--out", str(killed), "--resume"), env=eight, check=True, timeout=300)
+    assert numbers(killed) == numbers(whole)
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(killed), leaves(whole)))
+
+
 # ---- Bad input: each gives one clear message that names the place, exit code 2, and no half-written run
 
 

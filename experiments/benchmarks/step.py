@@ -40,7 +40,7 @@ from rlaif_jax.config import DecoderConfig, OptimizerConfig, PPOConfig, Sampling
 from rlaif_jax.data.prompts import PromptBatch  # noqa: E402
 from rlaif_jax.feedback.sources import FunctionSource  # noqa: E402
 from rlaif_jax.models.heads import LanguageModel, ScalarModel  # noqa: E402
-from rlaif_jax.parallel import make_runner  # noqa: E402
+from rlaif_jax.parallel import CompilationClock, make_runner  # noqa: E402
 from rlaif_jax.rewards.shaping import identity_normaliser  # noqa: E402
 from rlaif_jax.rollout import answer_texts, to_prompts  # noqa: E402
 from rlaif_jax.train import compile_steps  # noqa: E402
@@ -216,9 +216,7 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
         answers = answer_texts(rollout, tokenizer)  # type: ignore[arg-type]
         records = [record for record in batch.records for _ in range(config.answers_per_prompt)]
         judged = feedback(records, answers, rollout)
-        experience, _ = jax.block_until_ready(
-            advantages((light, reference, normaliser), (rollout, judged.values, judged.valid))
-        )
+        experience, _ = jax.block_until_ready(advantages((light, reference, normaliser), (rollout, judged)))
         scored = time.perf_counter()
         state, metrics = jax.block_until_ready(update(state, experience))
         done = time.perf_counter()
@@ -281,18 +279,6 @@ def check_answers(work: Work, answers: list[str], rollout: Any) -> None:
     assert mask.all()
     assert tokens.shape == (work.batch, work.prompt + work.response)
     assert 0 <= tokens.min() <= tokens.max() < work.vocab
-
-
-class CompilationClock:
-    """Seconds that XLA compiled, and how many programs, since it was made."""
-
-    def __init__(self) -> None:
-        self.seconds, self.programs = 0.0, 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            self.seconds, self.programs = self.seconds + duration_secs, self.programs + 1
 
 
 def readable(result: dict[str, Any]) -> str:

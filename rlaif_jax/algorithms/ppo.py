@@ -277,6 +277,8 @@ def ppo_step(
     metrics |= {
         f"first/{name}": history[name][0] for name in ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap")
     }
+    # Of the later minibatches it would be the policy's own movement, not a gap.
+    del metrics["sampler_gap"]
     metrics["nonfinite"] = history["nonfinite"].sum()
     metrics |= batch_metrics(agent, old, axis_name)
     judged = psum(jnp.sum(mask.any(-1)), axis_name)

@@ -19,10 +19,16 @@ from rlaif_jax.types import Params, Rollout
 
 
 class Feedback(NamedTuple):
-    """Judgements of B answers at the border to the device side: values [B], and valid [B], false where one is missing."""
+    """Judgements of B answers at the border to the device side.
+
+    values [B]: scores of whole answers. valid [B]: false where a judgement is missing. token_rewards [B, T]: dense
+    rewards of the response tokens, added where they belong beside the score; None = none. The scores are normalised by
+    the run, dense rewards by whoever gives them.
+    """
 
     values: np.ndarray | jax.Array
     valid: np.ndarray | jax.Array
+    token_rewards: np.ndarray | jax.Array | None = None
 
 
 class FeedbackSource(Protocol):

@@ -31,16 +31,25 @@ def identity_normaliser() -> Normaliser:
 
 
 def sequence_rewards(
-    score: jax.Array, valid: jax.Array, normaliser: Normaliser, response_mask: jax.Array, *, clip: float | None = None
+    score: jax.Array,
+    valid: jax.Array,
+    normaliser: Normaliser,
+    response_mask: jax.Array,
+    *,
+    token_rewards: jax.Array | None = None,
+    clip: float | None = None,
 ) -> RewardBatch:
-    """Scores [B] of whole answers -> rewards: (score - mean) / std, clipped to +-clip if asked, 0 dense rewards.
+    """Scores [B] of whole answers -> rewards: (score - mean) / std, clipped to +-clip if asked.
 
-    A score that is not finite counts as missing: its answer teaches nothing.
+    token_rewards [B, T]: dense rewards, kept as they are where response_mask and the answer's judgement is valid, else
+    0; None = none. A score that is not finite counts as missing: its answer teaches nothing.
     """
     valid = valid.astype(bool) & jnp.isfinite(score)
     reward = (jnp.where(valid, score, normaliser.mean) - normaliser.mean) / jnp.maximum(normaliser.std, 1e-6)
     if clip is not None:
         reward = jnp.clip(reward, -clip, clip)
-    return RewardBatch(
-        score=reward.astype(jnp.float32), valid=valid, token_rewards=jnp.zeros(response_mask.shape, jnp.float32)
-    )
+    if token_rewards is None:
+        dense = jnp.zeros(response_mask.shape, jnp.float32)
+    else:
+        dense = jnp.where(response_mask & valid[:, None], token_rewards, 0.0).astype(jnp.float32)
+    return RewardBatch(score=reward.astype(jnp.float32), valid=valid, token_rewards=dense)
