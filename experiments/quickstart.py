@@ -14,7 +14,6 @@ Expected (seeds 0, 1, 2): see experiments/RESULTS.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +21,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from world_models import ANSWER_LENGTH, PROMPT_LENGTH, FitConfig, ModelsConfig, WorldModels
 
-from rlaif_jax.algorithms.fit import fit_language_model, fit_reward_model
+from rlaif_jax.algorithms.fit import fit_reward_model
 from rlaif_jax.algorithms.ppo import reference_logprobs
 from rlaif_jax.config import (
     OptimizerConfig,
@@ -31,54 +31,22 @@ from rlaif_jax.config import (
     SamplingConfig,
     TrainConfig,
     require,
-    small_decoder,
 )
-from rlaif_jax.data.prompts import TfdsRecords, prompt_batches
-from rlaif_jax.data.text import Segments, pair_arrays, text_arrays
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.prompts import TfdsRecords
+from rlaif_jax.data.text import pair_arrays
 from rlaif_jax.data.world import corpus, dialogue, gold, scene_from_json, summarisation, templates
-from rlaif_jax.data.world.builder import load_world
 from rlaif_jax.data.world.tasks import Task
-from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
 from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
-from rlaif_jax.feedback.judge import LanguageModelJudge, Reasoning, Scores, preference
+from rlaif_jax.feedback.judge import LanguageModelJudge, Scores, preference
 from rlaif_jax.feedback.sources import DirectScoreSource, FeedbackSource, RewardModelSource, score_sequences
 from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.models import LanguageModel, ScalarModel
-from rlaif_jax.models.decoder import with_recall_heads
+from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.rewards.shaping import fit_normaliser
 from rlaif_jax.rollout import answer_texts, make_generator, to_prompts
 from rlaif_jax.run import Run, StopRequested, command_line
 from rlaif_jax.train import train
 from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, step_key
-
-PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82
-
-
-@dataclasses.dataclass(frozen=True)
-class FitConfig:
-    """A supervised stage: `updates` steps of AdamW on batches of `batch_size`."""
-
-    updates: int
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-
-    def __post_init__(self) -> None:
-        require(self.updates >= 1 and self.batch_size >= 1, "a stage needs updates >= 1 and batch_size >= 1")
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        return OptimizerConfig(
-            learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20, b2=0.98, eps=1e-8
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class StageConfig(FitConfig):
-    """A stage whose `examples` are made for it."""
-
-    examples: int = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +65,7 @@ class QuickstartConfig:
     task: Literal["summarisation", "dialogue"] = "summarisation"
     shortcuts: bool = False
     reward: Literal["reward_model", "direct"] = "reward_model"
-    num_layers: int = 3
-    width: int = 64
-    num_heads: int = 4
-    base: StageConfig = StageConfig(updates=800, examples=25_600)
-    labeler: StageConfig = StageConfig(updates=1_500, examples=48_000)
-    sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
+    models: ModelsConfig = ModelsConfig()
     reward_model: FitConfig = FitConfig(updates=200, learning_rate=1e-3)
     principle: templates.Principle = "<overall>"
     pair_prompts: int = 2_000
@@ -140,11 +103,9 @@ def get_config() -> QuickstartConfig:
     return QuickstartConfig()
 
 
-def labeler_examples(
-    rng: np.random.Generator, task: Task, principle: templates.Principle, count: int, shortcuts: bool
-) -> list[Segments]:
-    """Judging transcripts of simulated people on training towns; a verdict weighs as much as several words."""
-    mix = corpus.LabelerMix(
+def labeler_mix(principle: templates.Principle) -> corpus.LabelerMix:
+    """What the labeler is trained on: scores after reasons, and comparisons."""
+    return corpus.LabelerMix(
         principles=(principle,),
         score_reasoning=0.75,
         pairwise=0.25,
@@ -154,13 +115,6 @@ def labeler_examples(
         value_questions=0.0,
         yes_no_questions=0.0,
     )
-    return [segments(t) for t in corpus.labeler_corpus(rng, count, tasks=(task,), mix=mix, shortcuts=shortcuts)]
-
-
-def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
-    """A transcript's words with their weights: targets 1, all else `context`."""
-    targets = set(transcript.targets)
-    return [(word, 1.0 if i in targets else context) for i, word in enumerate(transcript.text.split())]
 
 
 def main(config: QuickstartConfig) -> None:
@@ -177,120 +131,22 @@ def main(config: QuickstartConfig) -> None:
 def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWriter) -> None:
     seed = config.seed
     runner = make_runner(config.train.parallel)
-    tokenizer = WordTokenizer(VOCABULARY[len(SPECIALS) :])
-    model = LanguageModel(
-        small_decoder(
-            tokenizer.vocab_size,
-            num_layers=config.num_layers,
-            width=config.width,
-            num_heads=config.num_heads,
-            context_length=128,
-            qkv_bias=True,
-        )
-    )
-    template = jax.eval_shape(model.init, jax.random.key(0))
-    training = TfdsRecords(
-        load_world(task, "train", size=config.sft.examples, shortcuts=config.shortcuts),
-        f"brindlemoor/{task.name}/train",
-        None,
-    )
-    held_out = TfdsRecords(
-        load_world(task, "test_entities", size=config.sft.examples, shortcuts=config.shortcuts),
-        f"brindlemoor/{task.name}/test_entities",
-        None,
-    )
-    judge_prompt: dict[str, Any] = {
-        "pairwise_prompt": partial(templates.pairwise_prompt, config.principle),
-        "score_prompt": partial(templates.score_prompt, config.principle),
-        "verdicts": templates.VERDICTS,
-        "scale": tuple((s, float(i)) for i, s in enumerate(templates.SCORES, 1)),
-        "reasoning": Reasoning(partial(templates.score_reasoning_prompt, config.principle), "<score>"),
-        "max_length": TRANSCRIPT_LENGTH,
-    }
+    world = WorldModels(task, config.shortcuts, config.models, run, writer, runner)
+    model, tokenizer = world.model, world.tokenizer
+    training, held_out = world.records("train"), world.records("test_entities")
 
-    def supervised(
-        name: str,
-        start: Params,
-        examples: Sequence[Segments],
-        length: int,
-        settings: FitConfig,
-        end_weight: float = 1.0,
-    ) -> Params:
-        arrays = text_arrays(tokenizer, examples, length=length, end_weight=end_weight)
-        with writer.stage(name, settings.updates) as log:
-            run.settled()
-            return fit_language_model(
-                model,
-                start,
-                arrays,
-                settings.updates,
-                settings.batch_size,
-                settings.optimizer,
-                seed,
-                runner=runner,
-                log=log.write,
-                stop=run.stopped,
-            )
-
-    # ---- A language model of the world
-    base = run.stage(
-        "lm",
-        template,
-        lambda: supervised(
-            "lm",
-            with_recall_heads(model.config, model.init(step_key(seed, 0, INIT))),
-            [
-                segments(t)
-                for t in corpus.base_corpus(
-                    np.random.default_rng((seed, 0)),
-                    config.base.examples,
-                    tasks=(task,),
-                    questions=0.6,
-                    yes_no=0.0,
-                    shortcuts=config.shortcuts,
-                )
-            ],
-            PROMPT_LENGTH + ANSWER_LENGTH,
-            config.base,
-        ),
-    )
-
-    # ---- The AI labeler: trained on simulated people's transcripts, then frozen before any policy exists
-    labeler = run.stage(
-        "labeler",
-        template,
-        lambda: supervised(
-            "labeler",
-            base,
-            labeler_examples(
-                np.random.default_rng((seed, 1)), task, config.principle, config.labeler.examples, config.shortcuts
-            ),
-            TRANSCRIPT_LENGTH,
-            config.labeler,
-            end_weight=0.0,
-        ),
-    )
-    judge = LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt)
+    # ---- A language model, an AI labeler frozen before any policy exists, a supervised policy
+    base = world.base()
+    labeler = world.labeler(base, labeler_mix(config.principle))
+    judge = world.judge(labeler, config.principle)
     frozen_hash = judge.hash
-
-    # ---- The supervised policy
-    sft = run.stage(
-        "sft",
-        template,
-        lambda: supervised(
-            "sft",
-            base,
-            [[(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))],
-            PROMPT_LENGTH + ANSWER_LENGTH,
-            config.sft,
-        ),
-    )
+    sft = world.sft(base, training)
 
     # ---- AI feedback on its answers, and a reward model of it
     reward_model = ScalarModel(model.config, "normal")
     pairs_path = run.folder / "feedback.npz"
     if not (run.resuming and pairs_path.exists()):
-        pairs, labels = compare_answers(config, judge, model, sft, tokenizer, runner, training)
+        pairs, labels = compare_answers(config, world, judge, sft, training)
         run.metrics |= labels
         run.report()
         np.savez(run.folder / "feedback.tmp.npz", **pairs)  # type: ignore[arg-type]
@@ -321,11 +177,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     # ---- PPO
     eval_sampling = config.train.sampling
     generator = make_generator(runner, model, tokenizer, eval_sampling)
-    prompts = next(
-        prompt_batches(
-            held_out, tokenizer, batch_size=config.eval_prompts, seed=seed, prompt_length=PROMPT_LENGTH, shuffle=False
-        )
-    )
+    prompts = world.first_prompts(held_out, config.eval_prompts)
     scenes = [scene_from_json(record["scene"]) for record in prompts.records]
 
     def answers_of(params: Params) -> tuple[Any, list[str], np.ndarray]:
@@ -351,9 +203,6 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     records = list(prompts.records)
     before_told = source(records, before_texts, before)
     normaliser = fit_normaliser(jnp.asarray(before_told.values), jnp.asarray(before_told.valid))
-    stream = prompt_batches(
-        training, tokenizer, batch_size=config.train.prompts_per_step, seed=seed, prompt_length=PROMPT_LENGTH
-    )
     critic = ScalarModel(model.config, "zero") if config.train.ppo.advantage == "gae" else None
     policy = train(
         config.train,
@@ -364,7 +213,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         policy_params=sft,
         critic=critic,
         value_params=critic and critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"]),
-        prompts=stream,
+        prompts=world.prompts(training, config.train.prompts_per_step),
         feedback=source,
         normaliser=normaliser,
         evaluate=evaluate,
@@ -387,7 +236,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
     run.check(
         "labeler_weights_unchanged",
-        LanguageModelJudge(model, labeler, tokenizer, runner, **judge_prompt).hash == frozen_hash,
+        world.judge(labeler, config.principle).hash == frozen_hash,
     )
     for name, texts, scores, told in (
         ("before", before_texts, before_gold, before_told),
@@ -426,20 +275,14 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
 
 
 def compare_answers(
-    config: QuickstartConfig,
-    judge: LanguageModelJudge,
-    model: LanguageModel,
-    policy: Params,
-    tokenizer: WordTokenizer,
-    runner: Any,
-    training: TfdsRecords,
+    config: QuickstartConfig, world: WorldModels, judge: LanguageModelJudge, policy: Params, training: TfdsRecords
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The judge's soft labels on pairs of the policy's answers, and how good they are by the gold score (for the report
     only: the labels are what the reward model sees)."""
-    task = {"summarisation": summarisation.TASK, "dialogue": dialogue.TASK}[config.task]
+    tokenizer = world.tokenizer
     size = min(200, config.pair_prompts)
-    generator = make_generator(runner, model, tokenizer, config.train.sampling, answers=4)
-    stream = prompt_batches(training, tokenizer, batch_size=size, seed=config.seed, prompt_length=PROMPT_LENGTH)
+    generator = make_generator(world.runner, world.model, tokenizer, config.train.sampling, answers=4)
+    stream = world.prompts(training, size)
     records: list[Any] = []
     texts: list[str] = []
     finished: list[np.ndarray] = []
@@ -456,7 +299,7 @@ def compare_answers(
     one, two = (Scores(*(part[rows] for part in scored)) for rows in (slice(half), slice(half, None)))
     probability, valid = preference(one, two)
     scenes = [scene_from_json(record["scene"]) for record in records]
-    better = gold.gold_scores(task, scenes, first) - gold.gold_scores(task, scenes, second)
+    better = gold.gold_scores(world.task, scenes, first) - gold.gold_scores(world.task, scenes, second)
     decided, both = valid & (better != 0), verdict.valid & (better != 0)
     same = np.array([a == b for a, b in zip(first, second)])
     labels = {

@@ -293,8 +293,8 @@ def stories_sentiment(
     def tell(params: Params, prompts: PromptBatch, purpose: int) -> Told:
         rollout = generator((params, step_key(seed, 0, purpose)), to_prompts(prompts))
         texts = answer_texts(rollout, tokenizer)
-        values, valid = source(prompts.records, texts, rollout)
-        return Told(rollout, texts, np.where(valid, values, np.nan))
+        judged = source(prompts.records, texts, rollout)
+        return Told(rollout, texts, np.where(judged.valid, judged.values, np.nan))
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         told = tell(params, prompts, EVALUATION)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -161,7 +161,43 @@ def _extremes(values: np.ndarray[Any, np.dtype[np.float64]], bins: int = 500) ->
     return np.array(sorted(kept))
 
 
+def draw_reliability(bins: Sequence[tuple[float, float, float]], name: str) -> str:
+    """An SVG element: share right over confidence of each bin (confidence, right, count); larger bins, larger dots. On
+    the diagonal a judge is as often right as it says. `name` keeps the ids of a page's plots apart."""
+    confidence, right, count = np.array(bins, np.float64).reshape(-1, 3).T
+
+    def plot(axes: Any) -> None:
+        from matplotlib.ticker import MultipleLocator
+
+        axes.plot([0.5, 1], [0.5, 1], color="#9aa1ad", linewidth=1, linestyle="--")
+        axes.plot(confidence, right, color="#4453c8", linewidth=1)
+        axes.scatter(confidence, right, s=8 + 60 * count / max(count.max(initial=1), 1), color="#4453c8", alpha=0.75)
+        axes.set_xlim(0.48, 1.02)
+        axes.set_ylim(min(0.45, right.min(initial=0.5) - 0.05), 1.05)
+        axes.xaxis.set_major_locator(MultipleLocator(0.1))
+
+    return _figure(plot, "confidence", "share right", name)
+
+
 def _draw(steps: Any, values: Any, smooth: Any, unit: str, color: str, name: str) -> str:
+    def plot(axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        if smooth is None:
+            marker = "o" if len(steps) <= 25 else ""
+            axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=3.2)
+        else:
+            axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+            axes.plot(steps, smooth, color=color, linewidth=1.7)
+        if not np.isfinite(values).any():
+            axes.set_ylim(0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.margins(x=0.02, y=0.1)
+
+    return _figure(plot, "step", unit, name)
+
+
+def _figure(plot: Callable[[Any], None], xlabel: str, ylabel: str, name: str) -> str:
     """An SVG element; made without pyplot, so nothing is shared with plots of the caller's own."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -177,24 +213,15 @@ def _draw(steps: Any, values: Any, smooth: Any, unit: str, color: str, name: str
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.7, 2.0))
         axes = figure.add_axes((0.18, 0.2, 0.8, 0.73))  # an automatic layout measures every text first
-        if smooth is None:
-            marker = "o" if len(steps) <= 25 else ""
-            axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=3.2)
-        else:
-            axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
-            axes.plot(steps, smooth, color=color, linewidth=1.7)
-        if not np.isfinite(values).any():
-            axes.set_ylim(0, 1)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        plot(axes)
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel("step", color="#6b7280")
-        axes.set_ylabel(unit, color="#6b7280", labelpad=2)
+        axes.set_xlabel(xlabel, color="#6b7280")
+        axes.set_ylabel(ylabel, color="#6b7280", labelpad=2)
         axes.grid(axis="y", color="#e8eaee", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color("#c9cdd5")
         axes.tick_params(colors="#6b7280", length=0)
-        axes.margins(x=0.02, y=0.1)
         buffer = io.StringIO()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)

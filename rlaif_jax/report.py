@@ -24,6 +24,7 @@ from typing import Any
 from rlaif_jax.config import UserError
 from rlaif_jax.curves import MAIN_CURVES, Curves, curve_title, is_number, number_text, stage_title, words
 from rlaif_jax.metrics import RL_STAGE, read_jsonl, read_metrics
+from rlaif_jax.quality.page import FeedbackPage, feedback_page
 
 MAX_PAIRS = 12
 """Sample pairs that are shown; more would bury the page."""
@@ -48,7 +49,8 @@ _PACKAGES = ("rlaif_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 def write_report(run_folder: Path) -> Path:
     """Writes `run_folder/report.html`, in one go; call it early and often.
 
-    It shows what there is of config.json, metrics.jsonl, samples.jsonl, summary.json and environment.json.
+    It shows what there is of config.json, metrics.jsonl, samples.jsonl, summary.json, environment.json and the quality of
+    the judgements in feedback.sqlite.
 
     Settings whose name contains key, token, secret or password (apart from "tokenizer") are shown as
     "(hidden)" unless they are a number, true, false or null, as max_tokens is. A user name and password
@@ -190,6 +192,7 @@ def _collect(folder: Path) -> dict[str, Any]:
         "hidden_pairs": max(0, len(pairs) - MAX_PAIRS),
         "rl_samples": _latest(samples),
         "checks": _checks(summary.get("checks")),
+        "feedback": _feedback(folder / "feedback.sqlite"),
         "settings": _flatten(config),
         "made_here": made_here,
         "environment": [
@@ -199,6 +202,18 @@ def _collect(folder: Path) -> dict[str, Any]:
         ],
         "empty": not (rows or samples or numbers),
     }
+
+
+def _feedback(path: Path) -> FeedbackPage | None:
+    """What the page says about the judgements; nothing where there are none."""
+    if not path.exists():
+        return None
+    try:
+        # The rater model runs on JAX, which a page about another process must not start.
+        page = feedback_page(path, reliability="jax" in sys.modules)
+    except UserError as error:  # a page without this section is better than no page
+        return FeedbackPage(0, str(error), (), ())
+    return page if page.records else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

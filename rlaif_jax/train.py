@@ -72,12 +72,14 @@ def train(
     feedback: FeedbackSource,
     normaliser: Normaliser | None = None,
     evaluate: Callable[[Params, int], dict[str, float]] | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Params:
     """Improve `policy_params` from feedback and return the new parameters.
 
     The reference policy is `policy_params` itself, frozen. `evaluate(policy_params, step)` is called before the first
     step, every `config.eval_every` steps and at `config.steps`; what it returns is logged. `run.stop_requested`,
-    `config.target_reward` and `config.steps` end the loop. A resumed run goes on from its newest checkpoint.
+    `config.target_reward`, `config.steps` and `enough` (asked after each step: a person may say so on the annotation
+    page) end the loop. A resumed run goes on from its newest checkpoint.
 
     Raises UserError for settings that do not fit together and for feedback that is not a number; CheckFailed when
     one of the checks of `check_step` fails; the newest checkpoint is then of a step that passed them.
@@ -174,10 +176,11 @@ def train(
                     f"step {step}: {failed}: false. Nothing of this step was saved: the checkpoint in "
                     f"{checkpoints.folder} is of before; the step's numbers are the last line of {writer.path}"
                 )
-            enough = config.target_reward is not None and values["reward"] >= config.target_reward
-            if step % config.save_every == 0 or step == config.steps or run.stop_requested or enough:
+            reached = config.target_reward is not None and values["reward"] >= config.target_reward
+            over = run.stop_requested or reached or enough()
+            if step % config.save_every == 0 or step == config.steps or over:
                 save(step)  # checkpoint
-            if run.stop_requested or enough:
+            if over:
                 break
     return jax.tree.map(jax.numpy.asarray, runner.fetch(state.params["policy"]))
 

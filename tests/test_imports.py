@@ -10,7 +10,7 @@ LEVELS = [
     {"types", "config"},
     {"models", "data", "rewards", "parallel"},
     {"rollout", "feedback", "algorithms"},
-    {"train", "evaluate", "report"},
+    {"train", "evaluate", "report", "quality"},
     {"ui", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -18,7 +18,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 HELPERS = {
     "metrics": {"config"},
     "curves": {"config", "metrics"},
-    "report": {"config", "metrics", "curves"},
+    "report": {"config", "metrics", "curves", "quality"},
     "checkpoint": {"types", "config"},
     "run": {"types", "config", "metrics", "report", "checkpoint"},
 }

@@ -12,6 +12,8 @@ import pytest
 
 from rlaif_jax import report
 from rlaif_jax.config import UserError
+from rlaif_jax.feedback.forms import Ranking, Rater
+from rlaif_jax.feedback.store import Store
 from rlaif_jax.metrics import MetricsWriter
 
 ATTACK = "<script>alert(1)</script><img src=http://evil.example/x.png onerror=alert(2)> {{ 7 * 7 }} \" ' & $x_{1$"
@@ -364,3 +366,66 @@ def test_a_page_about_another_process_does_not_start_jax(run):
 def test_the_same_numbers_draw_the_same_plots(run):
     first, second = (re.findall("<svg.*?</svg>", report.write_report(run).read_text(), re.DOTALL) for _ in "ab")
     assert first == second
+
+
+# ---- Feedback
+
+
+def add_feedback(folder, count=40):
+    people, judge = Rater(f"ann {ATTACK}", "person"), Rater(f"judge {ATTACK}", "ai")
+    records = []
+    for i in range(count):
+        shared = {
+            "prompt": f"{ATTACK} {i}",
+            "answers": (f"a{i} {ATTACK}", f"b{i}"),
+            "generators": (f"new {ATTACK}", "old"),
+        }
+        first = i % 3 == 0
+        ranks = (1, 2) if first else (2, 1)
+        records.append(Ranking(**shared, rater=people, ranks=ranks))
+        for shown, p in (((0, 1), 0.9 if first else 0.3), ((1, 0), 0.7 if first else 0.1)):
+            records.append(Ranking(**shared, rater=judge, ranks=ranks, probability=p, shown=shown, raw=ATTACK))
+    with Store(folder / "feedback.sqlite") as store:
+        store.add(records)
+
+
+def test_the_quality_of_the_feedback_is_on_the_page(run):
+    assert "Feedback" not in make(run).text
+    before = make(run).tags.count("svg")
+    add_feedback(run)
+    page = make(run)
+    for words in (
+        "120 judgements about 40 prompts. Brackets: 95 % intervals",
+        "is it as often right as it says?",
+        "Agreement of sources on comparisons",
+        "Both orders",
+        "Win rates of the judge, debiased by people's labels",
+        "1.000 [0.912, 1.000]",  # they always agree: Wilson's interval of 40
+    ):
+        assert words in page.text, words
+    assert page.tags.count("svg") == before + 1
+    text = (run / "report.html").read_text()
+    (svg,) = re.findall(r"as often right as it says\?.*?(<svg.*?</svg>)", text, re.DOTALL)
+    labels = set(re.findall(r"<text[^>]*>\s*([^<]*?)\s*</text>", svg))
+    assert {"confidence", "share right"} <= labels
+
+
+def test_names_in_the_feedback_are_shown_as_text(run):
+    add_feedback(run)
+    page = make(run)
+    assert not {"script", "img"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count("ann <script>alert(1)") >= 2
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_store_that_is_empty_or_none_does_not_stop_the_page(run):
+    Store(run / "feedback.sqlite").close()
+    assert "Feedback" not in make(run).text
+    for file in run.glob("feedback.sqlite*"):
+        file.unlink()
+    (run / "feedback.sqlite").write_bytes(b"this is no database" * 100)
+    text = make(run).text
+    assert "no feedback store can be opened here" in text
+    assert "0.412 → 0.741" in text

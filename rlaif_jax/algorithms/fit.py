@@ -94,19 +94,22 @@ def fit_language_model(
 def fit_reward_model(
     model: ScalarModel,
     params: Params,
-    pairs: Arrays,
+    examples: Arrays,
     updates: int,
     batch_size: int,
     optimizer: OptimizerConfig,
     seed: int,
+    *,
+    step: Callable[..., Any] = reward_step,
     **options: Any,
 ) -> Params:
-    """Pairwise cross-entropy on `pairs` (see `reward_step`) from `params`; options as in `fit`."""
+    """A reward model of `examples` from `params`, by one of the steps of `reward_modeling`: `reward_step` (pairs),
+    `ranking_step` (lists); options as in `fit`."""
     tx = make_optimizer(optimizer, updates)
     state = fit(
-        partial(reward_step, model, tx),
+        partial(step, model, tx),
         (params, tx.init(params)),
-        minibatches(pairs, batch_size, seed),
+        minibatches(examples, batch_size, seed),
         updates,
         **options,
     )

@@ -1,8 +1,9 @@
-"""Learning a reward model from comparisons."""
+"""Learning a reward model from comparisons and rankings."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,8 @@ import optax
 
 from rlaif_jax.models.heads import ScalarModel, last_real
 from rlaif_jax.parallel import psum
+from rlaif_jax.rewards.rankings import bradley_terry, mean_loss, plackett_luce
 from rlaif_jax.types import Metrics, Params
-
-
-def pairwise_cross_entropy(first: jax.Array, second: jax.Array, probability: jax.Array) -> jax.Array:
-    """-p log sigmoid(r1 - r2) - (1 - p) log sigmoid(r2 - r1), per pair [B], for soft labels p = P(first is better).
-
-    Bradley-Terry with soft labels (Lee 2023, section 2.1.2: cross-entropy to softmax(r1, r2)).
-    """
-    margin = first - second
-    return -probability * jax.nn.log_sigmoid(margin) - (1 - probability) * jax.nn.log_sigmoid(-margin)
 
 
 def reward_step(
@@ -35,23 +28,66 @@ def reward_step(
     batch: tokens1, mask1, tokens2, mask2 [B, S], probability [B] that the first is better, weight [B] (0 = missing).
     The reward is read at the last real token. Accuracy counts pairs whose label is not a tie.
     """
-    params, opt_state = state
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
         tokens = jnp.concatenate([batch["tokens1"], batch["tokens2"]])
         mask = jnp.concatenate([batch["mask1"], batch["mask2"]])
         first, second = jnp.split(last_real(model(params, tokens, mask), mask), 2)
         weight = batch["weight"]
-        p = jnp.where(weight > 0, batch["probability"], 0.5)  # a missing label may hold anything, and NaN x 0 is NaN
-        total = jnp.maximum(psum(weight.sum(), axis_name), 1e-8)
-        loss = jnp.sum(jnp.where(weight > 0, pairwise_cross_entropy(first, second, p) * weight, 0.0)) / total
-        decided = (weight > 0) & (p != 0.5)
+        p, seen = batch["probability"], weight > 0  # a missing label may hold anything, and NaN x 0 is NaN
+        loss = mean_loss(bradley_terry(first, second, p, seen), weight, axis_name)
+        decided = seen & (p != 0.5)
         right = psum(jnp.sum(decided & ((first > second) == (p > 0.5))), axis_name)
         return loss, {
             "loss": psum(jax.lax.stop_gradient(loss), axis_name),
             "accuracy": right / jnp.maximum(psum(decided.sum(), axis_name), 1),
         }
 
+    return _update(loss_fn, optimizer, state, axis_name)
+
+
+def ranking_step(
+    model: ScalarModel,
+    optimizer: optax.GradientTransformation,
+    state: tuple[Params, Any],
+    batch: dict[str, jax.Array],
+    *,
+    unplaced: Literal["out", "below"] = "out",
+    axis_name: str | None = None,
+) -> tuple[tuple[Params, Any], Metrics]:
+    """One update of (params, opt_state) on lists of answers, by the Plackett-Luce loss.
+
+    batch: tokens, mask [B, K, S]; ranks [B, K] int, 1 = best, equal = tied, 0 = not placed or no answer (then its mask
+    is all false); weight [B] (0 = missing). `unplaced` and ties: see `plackett_luce`. The reward is read at the last
+    real token. Accuracy counts the pairs whose places differ.
+    """
+    weight, mask, ranks = batch["weight"], batch["mask"].astype(bool), batch["ranks"]
+    there = mask.any(axis=-1) & (weight > 0)[:, None]  # [B, K]
+
+    def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+        rows = mask.reshape(-1, mask.shape[-1])
+        tokens = batch["tokens"].reshape(rows.shape)
+        scores = last_real(model(params, tokens, rows), rows).reshape(ranks.shape)
+        loss = mean_loss(plackett_luce(scores, ranks, there, unplaced=unplaced), weight, axis_name)
+        placed = there & (ranks > 0)
+        better = (ranks[:, :, None] < ranks[:, None, :]) & placed[:, :, None] & placed[:, None, :]
+        right = psum(jnp.sum(better & (scores[:, :, None] > scores[:, None, :])), axis_name)
+        return loss, {
+            "loss": psum(jax.lax.stop_gradient(loss), axis_name),
+            "accuracy": right / jnp.maximum(psum(better.sum(), axis_name), 1),
+        }
+
+    return _update(loss_fn, optimizer, state, axis_name)
+
+
+def _update(
+    loss_fn: Callable[[Params], tuple[jax.Array, Metrics]],
+    optimizer: optax.GradientTransformation,
+    state: tuple[Params, Any],
+    axis_name: str | None,
+) -> tuple[tuple[Params, Any], Metrics]:
+    """One step down the sum over the devices of `loss_fn`."""
+    params, opt_state = state
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
     grads = psum(grads, axis_name)
     updates, opt_state = optimizer.update(grads, opt_state, params)

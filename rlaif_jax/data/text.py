@@ -68,3 +68,50 @@ def pair_arrays(
             require(len(row) <= length, f"pair {i}: prompt and answer have {len(row)} tokens, more than {length}")
         arrays["tokens" + name], arrays["mask" + name] = padded(rows, length, tokenizer.pad_id, "left")
     return arrays | {"probability": np.asarray(probability, np.float32), "weight": np.asarray(valid, np.float32)}
+
+
+def token_spans(
+    tokenizer: Tokenizer, ids: Sequence[int], spans: Iterable[tuple[int, int]], *, text: str | None = None
+) -> list[tuple[int, int]]:
+    """Spans of characters -> the spans of the tokens `ids` that they touch; (start, end), end exclusive.
+
+    text: what the characters number, a part of the tokens' text, such as an answer without the blanks around it; None:
+    the tokens' whole text. A token's own blanks at either side do not count: "b" of " b" is that token, the blank
+    before it is not, unless nothing but blanks is marked. Special tokens have no text; a character of several byte
+    tokens touches them all.
+
+    Raises:
+        UserError: `text` is not what the tokens say, or a span does not lie in it.
+    """
+    whole = tokenizer.decode(ids)
+    offset = 0 if text is None else whole.find(text)
+    require(offset >= 0, f"these spans are of another text: {str(text)[:60]!r} is not in {whole[:60]!r}")
+    length = len(whole if text is None else text)
+    # Where each token's text ends: what the tokens up to it say and the whole text says, too. (A token of some of a
+    # character's bytes decodes to a replacement character, some tokenizers mend blanks at the end.)
+    ends = [_shared(whole, tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    ends = [*np.maximum.accumulate(ends)[:-1].tolist(), len(whole)] if ends else []
+    starts = [0, *ends[:-1]]
+    for i in range(len(ids)):
+        if ends[i] == starts[i] and ends[i] < len(whole) and tokenizer.decode(ids[i : i + 1]):
+            ends[i] += 1  # the first bytes of a character
+    bare = []
+    for start, end in zip(starts, ends):
+        part = whole[start:end]
+        bare.append((start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())))
+
+    def touched(start: int, end: int, places: Sequence[tuple[int, int]]) -> list[int]:
+        return [i for i, (first, behind) in enumerate(places) if first < end and start < behind and first < behind]
+
+    found = []
+    for start, end in spans:
+        require(0 <= start < end <= length, f"span {start} .. {end} does not lie in the text of {length} characters")
+        place = start + offset, end + offset
+        hits = touched(*place, bare) or touched(*place, list(zip(starts, ends)))
+        found.append((hits[0], hits[-1] + 1))
+    return found
+
+
+def _shared(first: str, second: str) -> int:
+    """How many characters both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

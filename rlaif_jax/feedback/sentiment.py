@@ -1,4 +1,7 @@
-"""A sentiment judge, trained on labelled sentences, as a source of feedback.
+"""A sentiment judge, trained on labelled texts, as a source of feedback and as the reader of comments.
+
+It learns from whatever is at hand: sentences marked positive or negative, comments with a score given beside them (soft
+labels), and texts with a label for each of several aspects (`Sentences`).
 
 The judge reads *text* with a vocabulary of its own, learned from its sentences: the policy's tokens are decoded and
 split into words again, so any policy fits. What it returns is the log-odds of "positive"; a text without a single
@@ -8,7 +11,7 @@ word that it knows is *missing*, not neutral.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -45,13 +48,48 @@ Mood = Literal["happier", "sadder"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sentences:
-    """Labelled sentences: texts [n], positive [n] bool."""
+    """Labelled texts.
+
+    Attributes:
+        texts: n of them.
+        labels: how positive each is, [n] in 0..1 or bool; a score on a scale becomes (score - low) / (high - low).
+          [n, A] for a label in each of A aspects.
+        weights: how much each label counts, shaped as `labels`; 0 = not labelled. None = all alike.
+    """
 
     texts: tuple[str, ...]
-    positive: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.labels)
+        require(
+            len(shape) in (1, 2) and shape[0] == len(self.texts),
+            f"labels of shape {shape} for {len(self.texts)} texts: expected one a text, or one a text and aspect",
+        )
+        weights = self.label_weights
+        require(weights.shape == shape, f"weights of shape {weights.shape} for labels of shape {shape}")
+        require(bool(np.all(np.isfinite(weights) & (weights >= 0))), "weights must be finite and not negative")
+        used = self.labels[weights > 0]
+        require(bool(np.all((used >= 0) & (used <= 1))), "labels must lie between 0 and 1")
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def positive(self) -> np.ndarray:
+        """Which labels are above a half."""
+        return self.labels > 0.5
+
+    @property
+    def label_weights(self) -> np.ndarray:
+        """The weights, ones where none were given; float32, shaped as `labels`."""
+        return np.ones(self.labels.shape, np.float32) if self.weights is None else self.weights.astype(np.float32)
+
+    def rows(self, chosen: np.ndarray) -> Sentences:
+        """The texts where `chosen` [n] bool."""
+        weights = None if self.weights is None else self.weights[chosen]
+        return Sentences(tuple(self.texts[i] for i in np.flatnonzero(chosen)), self.labels[chosen], weights)
 
 
 def read_sentences(folder: Path) -> Sentences:
@@ -93,7 +131,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def split_sentences(sentences: Sentences, held_out: float, seed: int) -> tuple[Sentences, Sentences]:
-    """(training, held-out) sentences; the share `held_out` is drawn by `seed` alone, from each class alike."""
+    """(training, held-out) sentences; the share `held_out` is drawn by `seed` alone, from each class alike.
+
+    UserError where a class has too few sentences, or where there is more than one label a text.
+    """
+    require(sentences.labels.ndim == 1, "texts with labels by aspect have no two classes to split evenly")
     generator = np.random.default_rng(seed)
     held = np.zeros(len(sentences), bool)
     for label in (True, False):
@@ -103,11 +145,7 @@ def split_sentences(sentences: Sentences, held_out: float, seed: int) -> tuple[S
             0 < held[rows].sum() < len(rows),
             f"{len(rows)} {'positive' if label else 'negative'} sentences are too few to hold out {held_out:g} of them",
         )
-
-    def chosen(rows: np.ndarray) -> Sentences:
-        return Sentences(tuple(sentences.texts[i] for i in np.flatnonzero(rows)), sentences.positive[rows])
-
-    return chosen(~held), chosen(held)
+    return sentences.rows(~held), sentences.rows(held)
 
 
 # ---- Training
@@ -124,6 +162,8 @@ class SentimentConfig:
         weight_decay: of AdamW.
         held_out: share of the sentences on which its accuracy is measured.
         width: of its word embeddings.
+        repeats: whether a word counts as often as it occurs: right for what raters write ("vital" said of three things is
+          more than of one), wrong for what a policy writes, which would learn to say it again and again.
         vocab_size: words that it knows, at most.
         min_frequency: how often a word must occur to be known.
         max_words: known words of a text that are read; the rest is not.
@@ -135,6 +175,7 @@ class SentimentConfig:
     weight_decay: float = 0.0
     held_out: float = 0.1
     width: int = 32
+    repeats: bool = False
     vocab_size: int = 20_000
     min_frequency: int = 2
     max_words: int = 96
@@ -177,15 +218,18 @@ def classifier_step(
     *,
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """One update of (params, opt_state) by cross-entropy on `tokens`, `mask` [B, S] and `labels` [B] in 0..1."""
+    """One update of (params, opt_state) by cross-entropy on `tokens`, `mask` [B, S], `labels` in 0..1 and `weights`, both
+    [B] or [B, A]; what has weight 0 is not read. Accuracy counts a label above a half as positive."""
     params, opt_state = state
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
-        labels = batch["labels"]
+        weights = batch["weights"]
+        labels = jnp.where(weights > 0, batch["labels"], 0.0)
         logits = model(params, batch["tokens"], batch["mask"])
-        count = psum(jnp.float32(labels.shape[0]), axis_name)
-        loss = jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels)) / count
-        right = jnp.sum((logits > 0) == (labels > 0.5)) / count
+        total = psum(weights.sum(), axis_name)
+        total = jnp.where(total > 0, total, 1.0)
+        loss = jnp.sum(weights * optax.sigmoid_binary_cross_entropy(logits, labels)) / total
+        right = jnp.sum(weights * ((logits > 0) == (labels > 0.5))) / total
         return loss, {"loss": psum(jax.lax.stop_gradient(loss), axis_name), "accuracy": psum(right, axis_name)}
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
@@ -194,9 +238,10 @@ def classifier_step(
 
 
 def new_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
-    """A judge that knows the words of `sentences` and nothing about them yet."""
+    """A judge that knows the words of `sentences` and nothing about them yet; with an output for each of their aspects."""
     tokenizer = word_tokenizer(sentences.texts, config)
-    model = TextClassifier(tokenizer.vocab_size, config.width)
+    aspects = None if sentences.labels.ndim == 1 else sentences.labels.shape[1]
+    model = TextClassifier(tokenizer.vocab_size, config.width, aspects, config.repeats)
     batch_size = -(-128 // runner.devices) * runner.devices
     return SentimentJudge(model, model.init(step_key(seed, 3, INIT)), tokenizer, runner, batch_size, config.max_words)
 
@@ -210,22 +255,67 @@ def fit_judge(
     log: Callable[[int, dict[str, float]], None] = lambda update, values: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Params:
-    """The judge's parameters after it has learned `sentences`; `log` and `stop` as in `fit`."""
+    """The judge's parameters after it has learned `sentences`; `log` and `stop` as in `fit`.
+
+    Where there are fewer sentences than a batch holds, a batch is all of them (a multiple of the devices).
+    """
     tokens, mask = known_words(judge.tokenizer, sentences.texts, judge.max_words)
-    examples = {"tokens": tokens, "mask": mask, "labels": sentences.positive.astype(np.float32)}
+    weights = sentences.label_weights
+    labels = np.where(weights > 0, sentences.labels, 0.0).astype(np.float32)
+    examples = {"tokens": tokens, "mask": mask, "labels": labels, "weights": weights}
+    devices = judge.runner.devices
+    require(len(sentences) >= devices, f"{len(sentences)} sentences are too few to learn from on {devices} devices")
+    batch_size = min(config.batch_size, len(sentences) // devices * devices)
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8), config.updates
     )
     state = fit(
         partial(classifier_step, judge.model, optimizer),
         (judge.params, optimizer.init(judge.params)),
-        minibatches(examples, config.batch_size, seed),
+        minibatches(examples, batch_size, seed),
         config.updates,
         runner=judge.runner,
         log=log,
         stop=stop,
     )
     return jax.device_get(state[0])
+
+
+def train_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
+    """A judge of texts that has learned `sentences`: `new_judge`, then `fit_judge`."""
+    judge = new_judge(sentences, config, seed, runner)
+    return dataclasses.replace(judge, params=fit_judge(judge, sentences, config, seed))
+
+
+def cross_fitted(
+    sentences: Sentences,
+    config: SentimentConfig,
+    seed: int,
+    runner: Runner,
+    *,
+    folds: int = 5,
+    groups: Sequence[Hashable] | None = None,
+) -> Feedback:
+    """Log-odds of every text from a judge that never saw it: `folds` judges, each trained on the other folds.
+
+    What a sentiment reader is worth on the data at hand: compare these with the labels. groups [n]: texts of one group
+    (comments on the same answer, or by the same rater) stay in one fold. The folds are drawn by `seed`.
+
+    Raises:
+        UserError: fewer groups than folds.
+    """
+    names: dict[Hashable, int] = {}
+    group = np.array([names.setdefault(name, len(names)) for name in (groups or range(len(sentences)))], int)
+    require(len(group) == len(sentences), f"{len(group)} groups for {len(sentences)} texts: expected one a text")
+    require(2 <= folds <= len(names), f"{folds} folds of {len(names)} groups of texts: expected 2 to {len(names)}")
+    fold = (np.random.default_rng(seed).permutation(len(names)) % folds)[group]
+    values, valid = np.zeros(sentences.labels.shape, np.float32), np.zeros(len(sentences), bool)
+    for number in range(folds):
+        held = fold == number
+        judge = train_judge(sentences.rows(~held), config, seed, runner)
+        scores = judge.log_odds(sentences.rows(held).texts)
+        values[held], valid[held] = scores.values, scores.valid
+    return Feedback(values, valid)
 
 
 # ---- Judging
@@ -265,7 +355,8 @@ class SentimentJudge:
         return self.runner.map(run)
 
     def log_odds(self, texts: Sequence[str]) -> Feedback:
-        """Log-odds of "positive" of each text, in nats; not valid (and 0) where no word of it is known."""
+        """Log-odds of "positive" of each text, in nats: [B], or [B, A] by aspect; valid [B], false (and 0) where no word
+        of a text is known."""
         tokens, mask = known_words(self.tokenizer, texts, self.max_words)
         valid = np.asarray(mask.any(-1))
         fill = ((0, -len(texts) % self.batch_size), (0, 0))
@@ -274,13 +365,16 @@ class SentimentJudge:
             self._score(self.params, (tokens[i : i + self.batch_size], mask[i : i + self.batch_size]))
             for i in range(0, len(tokens), self.batch_size)
         ]  # dispatched before any is waited for
-        values = np.concatenate([np.zeros(0, np.float32), *jax.device_get(parts)])[: len(texts)]
-        return Feedback(np.where(valid, values, 0.0), valid)
+        aspects = () if self.model.aspects is None else (self.model.aspects,)
+        values = np.concatenate([np.zeros((0, *aspects), np.float32), *jax.device_get(parts)])[: len(texts)]
+        return Feedback(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
-        """Share of sentences whose label it finds; one without a known word counts as wrong."""
+        """Weighted share of the labels that it finds; those of a text without a known word count as not found."""
         scores = self.log_odds(sentences.texts)
-        return float(np.mean(scores.valid & ((scores.values > 0) == sentences.positive)))
+        found = (np.asarray(scores.values) > 0) == sentences.positive
+        found &= np.asarray(scores.valid).reshape(-1, *[1] * (found.ndim - 1))
+        return float(np.average(found, weights=sentences.label_weights))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""A small classifier of texts: which words occur, each counted once."""
+"""A small classifier of texts: which words occur."""
 
 from __future__ import annotations
 
@@ -13,45 +13,59 @@ from rlaif_jax.types import Params
 
 
 class WordSet(nn.Module):
-    """Embeddings of a text's distinct words, summed over the root of their number, under one linear unit.
+    """Embeddings of a text's words, summed over the root of their number, under linear units.
 
-    A word counts once however often it occurs: Pang, Lee & Vaithyanathan 2002 ("Thumbs up?", section 6.1) found
-    presence better than frequency for sentiment, and a policy cannot earn more by saying one word again and again.
+    Without `repeats` a word counts once however often it occurs: Pang, Lee & Vaithyanathan 2002 ("Thumbs up?", section
+    6.1) found presence better than frequency for sentiment, and a policy cannot earn more by saying one word again and
+    again.
     The root keeps texts of different length comparable: one word among many says less, many words say more.
     """
 
     vocab_size: int
     width: int
+    outputs: int
+    repeats: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """tokens, mask [B, S] -> [B] float32; 0 words give the bias alone."""
-        length = tokens.shape[1]
-        mask = mask.astype(bool)
-        seen_before = jnp.tril(jnp.ones((length, length), bool), -1) & mask[:, None, :]
-        repeated = jnp.any((tokens[:, :, None] == tokens[:, None, :]) & seen_before, axis=-1)
-        counted = (mask & ~repeated).astype(jnp.float32)
+        """tokens, mask [B, S] -> [B, outputs] float32; 0 words give the bias alone."""
+        counted = mask.astype(bool)
+        if not self.repeats:
+            length = tokens.shape[1]
+            seen_before = jnp.tril(jnp.ones((length, length), bool), -1) & counted[:, None, :]
+            counted &= ~jnp.any((tokens[:, :, None] == tokens[:, None, :]) & seen_before, axis=-1)
+        count = counted.astype(jnp.float32)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.1), name="embed")
-        total = jnp.einsum("bsd,bs->bd", embed(tokens), counted)
-        return nn.Dense(1, name="out")(total / jnp.sqrt(jnp.maximum(counted.sum(-1), 1.0))[:, None])[:, 0]
+        total = jnp.einsum("bsd,bs->bd", embed(tokens), count)
+        return nn.Dense(self.outputs, name="out")(total / jnp.sqrt(jnp.maximum(count.sum(-1), 1.0))[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
 class TextClassifier:
-    """Log-odds of a text being of the positive class, from its words. Pure: may be jitted.
+    """Log-odds of a text being of the positive class, or of each of `aspects` classes, from its words. Pure: may be jitted.
 
-    Tokens must be ids below `vocab_size` also where masked.
+    aspects: None = one class, without an axis of its own. repeats: whether a word counts as often as it occurs. Tokens
+    must be ids below `vocab_size` also where masked.
     """
 
     vocab_size: int
     width: int = 32
+    aspects: int | None = None
+    repeats: bool = False
+
+    @property
+    def _module(self) -> WordSet:
+        return WordSet(self.vocab_size, self.width, 1 if self.aspects is None else self.aspects, self.repeats)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters."""
         one = jnp.zeros((1, 1), jnp.int32)
-        return WordSet(self.vocab_size, self.width).init(key, one, one.astype(bool))["params"]
+        return self._module.init(key, one, one.astype(bool))["params"]
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """tokens, mask [B, S] -> log-odds [B] float32, in nats; the order and the repetition of words do not matter."""
-        logits: Any = WordSet(self.vocab_size, self.width).apply({"params": params}, tokens, mask)
-        return logits
+        """tokens, mask [B, S] -> log-odds [B] or [B, aspects] float32, in nats.
+
+        The order of words does not matter.
+        """
+        logits: Any = self._module.apply({"params": params}, tokens, mask)
+        return logits[:, 0] if self.aspects is None else logits

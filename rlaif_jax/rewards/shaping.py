@@ -1,12 +1,36 @@
-"""Scores to rewards: normalise, clip, mask. Pure jnp; scores keep their floats."""
+"""Scores to rewards: normalise, clip, penalise, combine. Pure jnp: masked throughout, float32 inside, floats stay floats.
+
+What is missing teaches nothing: it is never read (not even a NaN in its place), and a result without anything to rest
+on is marked as missing in its turn.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from rlaif_jax.parallel import masked_mean, masked_whiten
 from rlaif_jax.types import RewardBatch
+
+
+class Masked(NamedTuple):
+    """values [...] float32 and valid [...] bool of the same shape; where not valid the value is 0 and means nothing."""
+
+    values: jax.Array
+    valid: jax.Array
+
+
+def masked(values: jax.Array, valid: jax.Array) -> Masked:
+    """Values in float32, 0 where they are missing; a value that is not finite counts as missing."""
+    valid = valid.astype(bool) & jnp.isfinite(values)
+    return Masked(jnp.where(valid, values, 0).astype(jnp.float32), valid)
+
+
+# ---- Normalise
 
 
 @flax.struct.dataclass
@@ -17,12 +41,18 @@ class Normaliser:
     std: jax.Array
 
 
-def fit_normaliser(scores: jax.Array, valid: jax.Array) -> Normaliser:
-    """Mean and standard deviation of the valid scores [B], so that they become 0 and 1 (Ziegler 2019, section 2.1)."""
-    count = jnp.maximum(valid.sum(), 1)
-    mean = jnp.where(valid, scores, 0.0).sum() / count
-    variance = jnp.where(valid, (scores - mean) ** 2, 0.0).sum() / count
-    return Normaliser(mean=mean, std=jnp.sqrt(variance))
+def fit_normaliser(scores: jax.Array, valid: jax.Array, axis_name: str | None = None) -> Normaliser:
+    """Mean and standard deviation of the valid scores [B], so that they become 0 and 1 (Ziegler 2019, section 2.1).
+
+    Over all devices of `axis_name`. Scores that do not differ (a spread below a millionth of their size, which is
+    rounding), a single score and no score at all have no scale of their own: their std is 1, not 0, so that the
+    rewards are the scores less their mean and never a difference blown up.
+    """
+    scores, valid = masked(scores, valid)
+    mean = masked_mean(scores, valid, axis_name)
+    std = jnp.sqrt(masked_mean((scores - mean) ** 2, valid, axis_name))
+    size = jnp.sqrt(masked_mean(scores**2, valid, axis_name))
+    return Normaliser(mean=mean, std=jnp.where(std > 1e-6 * size, std, 1.0))
 
 
 def identity_normaliser() -> Normaliser:
@@ -53,3 +83,100 @@ def sequence_rewards(
     else:
         dense = jnp.where(response_mask & valid[:, None], token_rewards, 0.0).astype(jnp.float32)
     return RewardBatch(score=reward.astype(jnp.float32), valid=valid, token_rewards=dense)
+
+
+def whiten(scores: jax.Array, valid: jax.Array, axis_name: str | None = None, *, shift_mean: bool = True) -> Masked:
+    """(score - mean) / std over the valid scores [...] of all devices; the mean added back with shift_mean=False.
+
+    The statistics are global sums over a global count, never a mean of the devices' means. Scores that do not differ
+    become 0.
+    """
+    scores, valid = masked(scores, valid)
+    return Masked(masked_whiten(scores, valid, axis_name, shift_mean=shift_mean), valid)
+
+
+def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked:
+    """Scores [...] held between `low` and `high`."""
+    scores, valid = masked(scores, valid)
+    return Masked(jnp.where(valid, jnp.clip(scores, low, high), 0.0), valid)
+
+
+# ---- Penalise
+
+
+def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array, coef: jax.Array | float) -> jax.Array:
+    """Dense rewards [B, T]: -coef (logp_t - ref_logp_t) per token in nats, clamped to +-20 (Stiennon 2020, section 3.4).
+
+    PPO subtracts this itself (`kl_coef`); this is for other algorithms and for a second reference: not for both at once.
+    """
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    mask = mask.astype(bool)
+    log_ratio = jnp.where(mask, logprobs, 0).astype(jnp.float32) - jnp.where(mask, ref_logprobs, 0).astype(jnp.float32)
+    return -coef * jnp.clip(log_ratio, -20.0, 20.0)
+
+
+def length_penalty(
+    response_mask: jax.Array, *, per_token: float, free: float = 0.0, most: float = jnp.inf
+) -> jax.Array:
+    """A term of the reward [B], <= 0: -per_token (length - free) for answers [B, T] longer than `free` tokens.
+
+    It falls no lower than -most. DAPO's soft overlong punishment (Yu 2025, eq. 13) is free = L_max - L_cache,
+    per_token = 1 / L_cache, most = 1.
+    """
+    length = response_mask.astype(jnp.float32).sum(-1)
+    return -jnp.minimum(per_token * jnp.maximum(length - free, 0.0), most)
+
+
+# ---- Combine
+
+
+def combine(rewards: jax.Array, valid: jax.Array, weights: jax.Array, *, least_share: float = 0.0) -> Masked:
+    """The weighted sum [...] of R rewards [..., R], some of them missing.
+
+    The present ones speak for the missing ones: sum_present w r times (sum of all |w| / sum of the present |w|), so that
+    the scale does not fall with each reward that is absent; with none absent it is sum w r. weights [R] or [..., R] may
+    be negative.
+
+    least_share: the share of the weight, sum_present |w| / sum |w|, that must be exceeded. By default any present reward
+    of a weight other than 0 makes the result valid.
+    """
+    rewards, valid = masked(rewards, valid)
+    weights = jnp.broadcast_to(jnp.asarray(weights).astype(jnp.float32), rewards.shape)
+    total = jnp.abs(weights).sum(-1)
+    present = jnp.where(valid, jnp.abs(weights), 0.0).sum(-1)
+    some = present > least_share * total
+    scale = total / jnp.where(some, present, 1.0)
+    return Masked(jnp.where(some, (weights * rewards).sum(-1) * scale, 0.0), some)
+
+
+# ---- Ensembles of M reward models (Coste 2023, section 3.3)
+
+
+def _enough(valid: jax.Array, least: int) -> jax.Array:
+    return valid.sum(-1) >= max(least, 1)
+
+
+def ensemble_mean(scores: jax.Array, valid: jax.Array, *, least: int = 1) -> Masked:
+    """The mean [...] of the present scores [..., M]; valid where at least `least` members are present."""
+    scores, valid = masked(scores, valid)
+    some = _enough(valid, least)
+    return Masked(jnp.where(some, scores.sum(-1) / jnp.maximum(valid.sum(-1), 1), 0.0), some)
+
+
+def ensemble_worst(scores: jax.Array, valid: jax.Array, *, least: int = 1) -> Masked:
+    """Worst case: the smallest present score of [..., M] (Coste 2023, eq. 3)."""
+    scores, valid = masked(scores, valid)
+    some = _enough(valid, least)
+    return Masked(jnp.where(some, jnp.where(valid, scores, jnp.inf).min(-1), 0.0), some)
+
+
+def ensemble_cautious(scores: jax.Array, valid: jax.Array, coef: jax.Array | float, *, least: int = 1) -> Masked:
+    """mean - coef * variance of the present scores [..., M], the variance over their number (Coste 2023, eq. 4).
+
+    A single present score has no variance and passes unpunished: `least` = 2 calls it missing.
+    """
+    mean, some = ensemble_mean(scores, valid, least=least)
+    scores, valid = masked(scores, valid)
+    deviation = jnp.where(valid, scores - mean[..., None], 0.0)
+    variance = (deviation**2).sum(-1) / jnp.maximum(valid.sum(-1), 1)
+    return Masked(jnp.where(some, mean - coef * variance, 0.0), some)

@@ -1,16 +1,17 @@
-"""Learning from comparisons: numbers by hand, NumPy in float64, and a task that can be learned."""
+"""Learning from comparisons and rankings: NumPy in float64, and tasks that can be learned."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from rlaif_jax.algorithms.reward_modeling import pairwise_cross_entropy, reward_step
+from rlaif_jax.algorithms.reward_modeling import ranking_step, reward_step
 from rlaif_jax.algorithms.supervised import make_optimizer
 from rlaif_jax.config import OptimizerConfig, small_decoder
 from rlaif_jax.models import ScalarModel
+from rlaif_jax.parallel import make_mesh, pmap_step, shard_step
 
 V, S, B = 9, 6, 8
 MODEL = ScalarModel(small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16), "normal")
@@ -60,27 +61,6 @@ def make_batch(rng, pad_side="left", count=B, junk=0):
     for i in (0, 1):
         batch[f"tokens{i + 1}"], batch[f"mask{i + 1}"] = side(filler, tokens[i], lengths[i], pad_side)
     return batch
-
-
-def test_soft_labels_by_hand():
-    first, second = jnp.array([1.0, 0.0, 2.0, -1.0]), jnp.array([0.0, 1.0, 2.0, 2.0])
-    p = jnp.array([1.0, 1.0, 0.3, 0.8])
-    # softplus(-1), softplus(1), log 2 whatever the label, .8 softplus(3) + .2 softplus(-3)
-    np.testing.assert_allclose(
-        pairwise_cross_entropy(first, second, p), [0.31326169, 1.31326169, 0.69314718, 2.44858735], rtol=1e-6
-    )
-
-
-def test_the_optimum_is_the_label():
-    slope = jax.vmap(jax.grad(lambda m, p: pairwise_cross_entropy(m, 0.0, p)))
-    p = jnp.array([0.1, 0.5, 0.9])
-    np.testing.assert_allclose(slope(jnp.log(p / (1 - p)), p), 0, atol=1e-6)
-    np.testing.assert_allclose(slope(jnp.array([200.0, -200.0]), jnp.array([0.25, 0.25])), [0.75, -0.25])
-
-
-def test_both_orders_of_a_pair_cost_the_same():
-    a, b, p = jnp.array([0.3]), jnp.array([-1.2]), jnp.array([0.7])
-    np.testing.assert_allclose(pairwise_cross_entropy(a, b, p), pairwise_cross_entropy(b, a, 1 - p), rtol=1e-6)
 
 
 def numpy_metrics(params, batch):
@@ -138,6 +118,109 @@ def test_it_learns_what_separates_the_pairs(params, step):
     state, accuracies = (params, OPTIMIZER.init(params)), []
     for _ in range(60):
         state, metrics = step(state, make_batch(rng, count=64))
+        accuracies.append(float(metrics["accuracy"]))
+    assert np.mean(accuracies[:3]) < 0.75
+    assert np.mean(accuracies[-5:]) > 0.9, accuracies
+
+
+# ---- rankings
+
+K = 4
+
+
+@pytest.fixture(scope="module")
+def rank():
+    return jax.jit(functools.partial(ranking_step, MODEL, OPTIMIZER))
+
+
+def make_lists(rng, pad_side="left", count=B, junk=0):
+    """Lists of answers, ordered by how many tokens 5 they hold, equal numbers tied; some answers not placed or absent."""
+    tokens, lengths = rng.integers(1, V, (count * K, S)), rng.integers(2, S + 1, count * K)
+    fives = ((tokens == 5) & (np.arange(S) < lengths[:, None])).sum(-1).reshape(count, K)
+    ranks = 1 + (fives[:, :, None] < fives[:, None, :]).sum(-1)
+    ranks[rng.random(ranks.shape) < 0.1] = 0
+    tokens, mask = side(np.random.default_rng(junk), tokens, lengths, pad_side)
+    mask = mask.reshape(count, K, S)
+    absent = rng.random(ranks.shape) < 0.1
+    ranks[absent], mask[absent] = 0, False
+    return {
+        "tokens": tokens.reshape(count, K, S),
+        "mask": mask,
+        "ranks": ranks.astype(np.int32),
+        "weight": np.ones(count, np.float32),
+    }
+
+
+@pytest.mark.parametrize("pad_side", ["left", "right"])
+def test_a_list_costs_what_its_choices_cost(params, rank, pad_side):
+    batch = make_lists(np.random.default_rng(0), pad_side)
+    batch["ranks"] = np.where(batch["mask"].any(-1), np.tile([3, 1, 0, 7], (B, 1)), 0).astype(np.int32)  # no ties
+    batch["weight"] = np.float32([1, 0.5, 2, 0, 1, 1, 0, 1])
+    (new, _), metrics = rank((params, OPTIMIZER.init(params)), batch)
+    flat = batch["tokens"].reshape(-1, S), batch["mask"].reshape(-1, S)
+    per_token = np.asarray(jax.jit(MODEL)(params, *flat), np.float64)
+    last = [np.flatnonzero(m)[-1] if m.any() else 0 for m in flat[1]]
+    scores = per_token[np.arange(B * K), last].reshape(B, K)
+    total, right, decided = 0.0, 0, 0
+    for row, ranks, weight in zip(scores, batch["ranks"], batch["weight"]):
+        order = [row[i] for i in np.argsort(ranks) if ranks[i] > 0]
+        total += weight * sum(np.log(np.exp(order[i:]).sum()) - order[i] for i in range(len(order)))
+        if weight > 0:
+            pairs = [order[i] > order[j] for i in range(len(order)) for j in range(i + 1, len(order))]
+            right, decided = right + sum(pairs), decided + len(pairs)
+    np.testing.assert_allclose(metrics["loss"], total / batch["weight"].sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], right / decided, rtol=1e-6)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(new))
+
+
+def test_a_list_of_two_is_a_pair(params, step, rank):
+    pair = make_batch(np.random.default_rng(3))
+    pair["probability"] = np.float32([1, 0, 0.5, 1, 0, 0.5, 1, 0])
+    lists = {
+        "tokens": np.stack([pair["tokens1"], pair["tokens2"]], axis=1),
+        "mask": np.stack([pair["mask1"], pair["mask2"]], axis=1),
+        "ranks": np.stack([1 + (pair["probability"] < 0.5), 1 + (pair["probability"] > 0.5)], axis=1),
+        "weight": pair["weight"],
+    }
+    (a, _), one = step((params, OPTIMIZER.init(params)), pair)
+    (b, _), two = rank((params, OPTIMIZER.init(params)), lists)
+    np.testing.assert_allclose([one["loss"], one["accuracy"]], [two["loss"], two["accuracy"]], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_allclose(x, y, atol=2e-4)  # Adam's first step: the sign of a gradient near zero
+
+
+def test_a_missing_ranking_teaches_nothing(params, rank):
+    batch = make_lists(np.random.default_rng(0))
+    batch["weight"][[2, 5]] = 0
+    clean, _ = rank((params, OPTIMIZER.init(params)), batch)
+    other = {name: x.copy() for name, x in batch.items()}
+    other["ranks"][[2, 5]] = [9, -3, 0, 1]
+    other["tokens"][[2, 5]] = 3
+    dirty, metrics = rank((params, OPTIMIZER.init(params)), other)
+    assert np.isfinite(metrics["loss"])
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_ranking_step_is_the_same_on_eight_devices(params, rank):
+    batch = make_lists(np.random.default_rng(4), count=16)
+    batch["weight"] = np.random.default_rng(5).random(16).astype(np.float32)
+    one = functools.partial(ranking_step, MODEL, optax.sgd(0.1))
+    state = params, optax.sgd(0.1).init(params)
+    expected = jax.jit(one)(state, batch)
+    for wrapped in (pmap_step(one, donate=False), shard_step(one, make_mesh(2, 2, 2), donate=False)):
+        got = wrapped(state, batch)
+        np.testing.assert_allclose(got[1]["loss"], expected[1]["loss"], rtol=1e-5)
+        np.testing.assert_allclose(got[1]["accuracy"], expected[1]["accuracy"], rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(got[0][0]), jax.tree.leaves(expected[0][0])):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_it_learns_what_orders_the_lists(params, rank):
+    rng = np.random.default_rng(1)
+    state, accuracies = (params, OPTIMIZER.init(params)), []
+    for _ in range(60):
+        state, metrics = rank(state, make_lists(rng, count=32))
         accuracies.append(float(metrics["accuracy"]))
     assert np.mean(accuracies[:3]) < 0.75
     assert np.mean(accuracies[-5:]) > 0.9, accuracies

@@ -1,13 +1,14 @@
 """Texts as arrays, by hand."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.text import pair_arrays, text_arrays
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.text import pair_arrays, text_arrays, token_spans
+from rlaif_jax.data.tokenizers import WordTokenizer, load_tokenizer
 
 TOKENIZER = WordTokenizer(("a", "b", "c"))  # ids 4, 5, 6; pad 0, stop 2, unknown 3
 ENDLESS = SimpleNamespace(encode=TOKENIZER.encode, eos_id=None, pad_id=0)
@@ -51,3 +52,38 @@ def test_pair_arrays():
 def test_a_pair_that_is_too_long_is_refused():
     with pytest.raises(UserError, match="5 tokens, more than 4"):
         pair_arrays(TOKENIZER, ["a b"], ["a b"], ["c"], np.array([0.5]), np.array([True]), length=4)
+
+
+# ---- spans
+
+
+def test_spans_of_words():
+    ids = [*TOKENIZER.encode("a b c b"), TOKENIZER.eos_id, TOKENIZER.pad_id]
+    spans = [(0, 1), (2, 3), (2, 5), (0, 7), (1, 2), (1, 3), (0, 2)]
+    # "a", "b", "b c", everything (the stop token says nothing), the blank that goes with "b", " b", "a ".
+    assert token_spans(TOKENIZER, ids, spans) == [(0, 1), (1, 2), (1, 3), (0, 4), (1, 2), (1, 2), (0, 1)]
+    assert token_spans(TOKENIZER, ids, [(0, 1), (2, 3)], text="b c") == [(1, 2), (2, 3)]
+    assert token_spans(TOKENIZER, [], []) == []
+
+
+def test_spans_of_another_text_are_refused():
+    with pytest.raises(UserError, match="another text: 'a c'"):
+        token_spans(TOKENIZER, TOKENIZER.encode("a b c"), [], text="a c")
+    for span in ((0, 6), (2, 2), (-1, 1)):
+        with pytest.raises(UserError, match="does not lie in the text of 5 characters"):
+            token_spans(TOKENIZER, TOKENIZER.encode("a b c"), [span])
+
+
+@pytest.mark.parametrize("name", ["lm_stories260k/tok512.bin", "tok_gpt2/gpt2_vocab.json", "tok_sentencepiece"])
+def test_spans_of_real_tokenizers(shared_data, name):
+    """Every word of a text: its tokens say the word, no token more; letters of several bytes and tokens included."""
+    path = shared_data(name)
+    tokenizer = load_tokenizer(path if path.is_file() else next(path.glob("*.model")))
+    ids = [*tokenizer.encode("Once upon a time, the caf\u00e9 \U0001f642 was na\u00efve and old ."), tokenizer.eos_id]
+    text = tokenizer.decode(ids)
+    spans = [(text.index(f" {word}") + 1, text.index(f" {word}") + 1 + len(word)) for word in text.split()[1:]]
+    found = token_spans(tokenizer, ids, spans)
+    said = [tokenizer.decode(ids[start:end]).strip() for start, end in found]
+    assert said[:2] == ["upon", "a"]
+    assert all(a[1] <= b[0] for a, b in pairwise(found))
+    assert said == text.split()[1:]

@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
-    "--base.updates=20",
-    "--base.examples=700",
-    "--labeler.updates=20",
-    "--labeler.examples=700",
-    "--sft.updates=20",
-    "--sft.examples=700",
+    "--models.base.updates=20",
+    "--models.base.examples=700",
+    "--models.labeler.updates=20",
+    "--models.labeler.examples=700",
+    "--models.sft.updates=20",
+    "--models.sft.examples=700",
     "--reward-model.updates=10",
     "--pair-prompts=60",
     "--train.steps=2",

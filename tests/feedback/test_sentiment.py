@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from rlaif_jax.feedback.sentiment import (
     SentimentConfig,
     SentimentJudge,
     SentimentSource,
+    cross_fitted,
     fit_judge,
     known_words,
     new_judge,
     read_sentences,
     split_sentences,
+    train_judge,
     word_tokenizer,
 )
 from rlaif_jax.parallel import JitRunner, make_runner
@@ -192,6 +195,111 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(judge):
     many = word_tokenizer([f"word{i} word{i}" for i in range(judge.model.vocab_size)], SentimentConfig())
     with pytest.raises(UserError, match="the sentiment judge: this tokenizer is of another vocabulary"):
         dataclasses.replace(judge, tokenizer=many)
+
+
+# ---- Any labels
+
+
+def test_soft_labels_are_learned_as_probabilities():
+    """The log-odds of a word go to those of its mean label: regression, not classification."""
+    texts, labels = ("good",) * 60 + ("mixed",) * 60 + ("bad",) * 60, [0.9] * 60 + [1.0, 0.0, 0.4] * 20 + [0.2] * 60
+    config = dataclasses.replace(CONFIG, updates=250, batch_size=60)
+    judge = train_judge(Sentences(texts, np.array(labels)), config, 0, JitRunner())
+    found = 1 / (1 + np.exp(-judge.log_odds(["good", "mixed", "bad"]).values))
+    np.testing.assert_allclose(found, [0.9, 1.4 / 3, 0.2], atol=0.06)
+
+
+def test_weights_say_whom_to_believe_and_weight_zero_is_not_read():
+    texts, labels = ("warm",) * 80 + ("cold",) * 80, np.tile([1.0, 0.0], 80)
+    labels[80:] = 1 - labels[80:]
+    right = np.tile([1.0, 0.0], 80)  # every second label is a lie
+    labels[1::4] = np.nan  # and some of the lies are no labels at all
+    sentences = Sentences(texts, labels, right)
+    judge = train_judge(sentences, CONFIG, 0, JitRunner())
+    warm, cold = judge.log_odds(["warm", "cold"]).values
+    assert warm > 1 > -1 > cold
+    assert judge.accuracy(sentences) == 1.0
+
+
+def aspect_sentences(count: int = 160) -> Sentences:
+    """Two aspects, each with words of its own; half of the labels of the second are missing."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (count, 2))
+    words = np.array([["dull", "funny"], ["rude", "kind"]])
+    texts = tuple(" ".join(rng.permutation([words[a, row[a]] for a in (0, 1)] + ["the"])) for row in labels)
+    weights = np.ones((count, 2))
+    weights[::2, 1] = 0
+    return Sentences(texts, np.where(weights > 0, labels, 1 - labels).astype(float), weights)
+
+
+def test_an_output_for_each_aspect():
+    sentences = aspect_sentences()
+    judge = train_judge(sentences, CONFIG, 0, JitRunner())
+    scores = judge.log_odds(["funny", "rude", "dull kind", "Zanzibar"])
+    assert scores.values.shape == (4, 2)
+    assert scores.valid.tolist() == [True, True, True, False]
+    assert scores.values[0, 0] > 1
+    assert scores.values[1, 1] < -1
+    assert scores.values[2, 0] < -1 < 1 < scores.values[2, 1]
+    np.testing.assert_array_equal(scores.values[3], 0)
+    assert judge.accuracy(sentences) == 1.0
+    assert judge.log_odds([]).values.shape == (0, 2)
+    with pytest.raises(UserError, match="labels by aspect"):
+        split_sentences(sentences, 0.2, 0)
+
+
+def test_fewer_texts_than_a_batch_are_one_batch():
+    few = toy_sentences(12)
+    judge = train_judge(few, dataclasses.replace(CONFIG, min_frequency=1), 0, JitRunner())
+    assert judge.accuracy(few) == 1.0
+    with pytest.raises(UserError, match="7 sentences are too few to learn from on 8 devices"):
+        train_judge(toy_sentences(7), CONFIG, 0, make_runner(ParallelConfig()))
+
+
+def test_cross_fitting_never_judges_what_it_learned():
+    """Labels drawn at random, each text ten times: whoever has seen a text knows its label, others must guess."""
+    texts = tuple(f"word{i // 10}a word{i // 10}b" for i in range(200))
+    labels = np.repeat(np.random.default_rng(0).integers(0, 2, 20), 10)
+    sentences = Sentences(texts, labels.astype(float))
+    config = dataclasses.replace(CONFIG, updates=40)
+    seen = cross_fitted(sentences, config, 0, JitRunner(), folds=2)
+    assert np.mean((seen.values > 0) == labels) == 1.0
+    unseen = cross_fitted(sentences, config, 0, JitRunner(), folds=2, groups=[i // 10 for i in range(200)])
+    assert not unseen.valid.any()  # no word of a text was ever read
+    with pytest.raises(UserError, match="3 folds of 2 groups"):
+        cross_fitted(sentences, config, 0, JitRunner(), folds=3, groups=[i % 2 for i in range(200)])
+    with pytest.raises(UserError, match="2 groups for 200 texts"):
+        cross_fitted(sentences, config, 0, JitRunner(), groups=[0, 1])
+
+
+@pytest.mark.parametrize(
+    "labels, weights, message",
+    [
+        ([0.5], None, r"labels of shape \(1,\) for 2 texts"),
+        ([0.5, 1.5], None, "labels must lie between 0 and 1"),
+        ([0.5, np.nan], None, "labels must lie between 0 and 1"),
+        ([0.5, 0.5], [1.0], r"weights of shape \(1,\) for labels of shape \(2,\)"),
+        ([0.5, 0.5], [1.0, -1.0], "weights must be finite and not negative"),
+        ([0.5, 0.5], [1.0, np.inf], "weights must be finite and not negative"),
+    ],
+)
+def test_labels_that_are_none(labels, weights, message):
+    with pytest.raises(UserError, match=message):
+        Sentences(("a", "b"), np.array(labels), None if weights is None else np.array(weights))
+
+
+@pytest.mark.slow
+def test_comments_with_a_score_beside_them_rank_new_ones(shared_data):
+    """Comments on answers with GPT-4's scores 1..5: judges of the other questions' comments rank them."""
+    scipy = pytest.importorskip("scipy.stats")
+    rows = json.loads(shared_data("prometheus/vicuna_eval.json").read_text())
+    found = [(t, s, row["idx"]) for row in rows for t, s in zip(row["gpt4_feedback"], row["gpt4_score"], strict=True)]
+    texts, scores, questions = zip(*found, strict=True)
+    sentences = Sentences(texts, (np.array(scores, float) - 1) / 4)
+    config = SentimentConfig(updates=150)
+    predicted = cross_fitted(sentences, config, 0, JitRunner(), groups=questions)
+    assert predicted.valid.all()
+    assert scipy.spearmanr(predicted.values, scores).statistic > 0.6
 
 
 @pytest.mark.slow

@@ -1,11 +1,29 @@
 """Scores to rewards: numbers by hand; a missing judgement is masked, never zero; the same under every transform."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser, identity_normaliser, sequence_rewards
+from rlaif_jax.parallel import make_mesh
+from rlaif_jax.rewards.shaping import (
+    Normaliser,
+    clip,
+    combine,
+    ensemble_cautious,
+    ensemble_mean,
+    ensemble_worst,
+    fit_normaliser,
+    identity_normaliser,
+    kl_penalty,
+    length_penalty,
+    sequence_rewards,
+    whiten,
+)
+from tests.rewards.everywhere import close, same_everywhere
 
 NAN, INF = float("nan"), float("inf")
 MASK = jnp.ones((4, 3), bool)
@@ -21,10 +39,25 @@ def test_fit_normaliser_gives_mean_zero_and_std_one():
     np.testing.assert_allclose([rewards.mean(), rewards.std()], [0, 1], atol=1e-6)
 
 
-def test_fit_normaliser_without_scores_is_finite():
-    normaliser = fit_normaliser(jnp.array([NAN, NAN]), jnp.zeros(2, bool))
-    assert float(normaliser.mean) == 0
-    assert float(normaliser.std) == 0
+def test_scores_that_do_not_differ_have_std_one():
+    for scores, valid, mean in (
+        ([NAN, NAN], [False, False], 0.0),
+        ([0.1] * 7, [True] * 7, 0.1),  # float32: the mean of seven 0.1 is not quite 0.1
+        ([1e6 + 0.1] * 3, [True] * 3, 1e6 + 0.1),
+        ([5.0, NAN, 7.0], [True, True, False], 5.0),
+        ([0.0, 0.0], [True, True], 0.0),
+    ):
+        normaliser = fit_normaliser(jnp.array(scores), jnp.array(valid))
+        np.testing.assert_allclose(normaliser.mean, mean, rtol=1e-6)
+        assert float(normaliser.std) == 1, scores
+    # What differs little, but does differ, keeps its scale.
+    small = fit_normaliser(jnp.array([1e-7, -1e-7]), jnp.ones(2, bool))
+    np.testing.assert_allclose(small.std, 1e-7, rtol=1e-5)
+    # A new score far from the constant one is a reward of its distance, not of a million times that.
+    rewards = sequence_rewards(
+        jnp.array([0.1, 0.6]), jnp.ones(2, bool), fit_normaliser(jnp.full(7, 0.1), jnp.ones(7, bool)), MASK[:2]
+    )
+    np.testing.assert_allclose(rewards.score, [0.0, 0.5], atol=1e-6)
 
 
 def test_identity_keeps_floats():
@@ -79,3 +112,142 @@ def test_no_gradient_is_poisoned_by_a_missing_score():
         lambda s: sequence_rewards(s, jnp.array([True, True, False, True]), NORMALISER, MASK).score.sum()
     )(jnp.array([1.0, NAN, NAN, 3.0]))
     np.testing.assert_allclose(gradient, [0.25, 0, 0, 0.25])
+
+
+# ---- Whiten and clip
+
+
+def test_whiten_is_over_the_valid_scores_of_all_devices():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(3, 2, size=16).astype(np.float32)
+    valid = rng.random(16) > 0.4
+    scores[~valid] = NAN
+    got = whiten(jnp.asarray(scores), jnp.asarray(valid))
+    real = scores[valid].astype(np.float64)
+    np.testing.assert_allclose(got.values[valid], (real - real.mean()) / real.std(), rtol=1e-5)
+    np.testing.assert_array_equal(got.values[~valid], 0)
+    np.testing.assert_array_equal(got.valid, valid)
+    kept = whiten(jnp.asarray(scores), jnp.asarray(valid), shift_mean=False)
+    np.testing.assert_allclose(kept.values[valid], (real - real.mean()) / real.std() + real.mean(), rtol=1e-5)
+
+    split = jnp.asarray(scores).reshape(8, 2), jnp.asarray(valid).reshape(8, 2)
+    mapped = jax.pmap(partial(whiten, axis_name="data"), axis_name="data")(*split)
+    close(jax.tree.map(jnp.ravel, mapped), got, "pmap", 1e-5)
+    normaliser = jax.pmap(partial(fit_normaliser, axis_name="data"), axis_name="data")(*split)
+    close(jax.tree.map(lambda x: x[3], normaliser), fit_normaliser(scores, jnp.asarray(valid)), "pmap", 1e-5)
+    sharding = NamedSharding(make_mesh(), PartitionSpec("data"))
+    placed = [jax.device_put(x, sharding) for x in (jnp.asarray(scores), jnp.asarray(valid))]
+    close(jax.jit(whiten)(*placed), got, "sharded", 1e-5)
+    low = whiten(jnp.asarray(scores, jnp.bfloat16), jnp.asarray(valid))
+    assert low.values.dtype == jnp.float32
+    close(low, got, "bfloat16", 0.03, 0.03)
+
+
+def test_one_score_whitens_to_nothing_and_no_nan_reaches_the_gradient():
+    one = whiten(jnp.array([NAN, 4.0]), jnp.array([False, True]))
+    np.testing.assert_array_equal(one.values, 0.0)
+    gradient = jax.grad(lambda s: (whiten(s, jnp.array([True, False, True])).values ** 3).sum())(
+        jnp.array([1.0, NAN, 4.0])
+    )
+    assert np.isfinite(gradient).all()
+
+
+def test_clip_holds_what_is_there():
+    got = clip(jnp.array([-9.0, 0.5, 9.0, NAN]), jnp.array([True, True, True, True]), -1.0, 2.0)
+    np.testing.assert_array_equal(got.values, [-1, 0.5, 2, 0])
+    assert got.valid.tolist() == [True, True, True, False]
+    assert float(clip(jnp.array([NAN]), jnp.array([False]), 1.0, 2.0).values[0]) == 0
+
+
+# ---- Penalties
+
+
+def test_kl_penalty_is_the_log_ratio_in_nats():
+    logprobs = jnp.array([[-1.0, -2.0, -50.0, NAN]])
+    reference = jnp.array([[-1.5, -1.0, -1.0, -3.0]])
+    mask = jnp.array([[1, 1, 1, 0]])
+    np.testing.assert_allclose(kl_penalty(logprobs, reference, mask, 0.1), [[-0.05, 0.1, 2.0, 0.0]], rtol=1e-6)
+
+
+def test_length_penalty_by_hand_and_as_dapo_has_it():
+    lengths = np.array([0, 5, 8, 9, 10, 12])
+    mask = jnp.asarray(np.arange(12) < lengths[:, None])
+    np.testing.assert_allclose(length_penalty(mask, per_token=0.5, free=8), [0, 0, 0, -0.5, -1, -2])
+    # Yu 2025, eq. 13 with L_max = 10, L_cache = 4: 0 up to 6, then (6 - length) / 4, -1 from 10 on.
+    np.testing.assert_allclose(
+        length_penalty(mask, per_token=1 / 4, free=10 - 4, most=1.0), [0, 0, -0.5, -0.75, -1, -1]
+    )
+
+
+# ---- Combinations
+
+REWARDS = jnp.array([[1.0, 2.0, -1.0], [1.0, NAN, -1.0], [NAN, NAN, 4.0], [NAN, NAN, NAN], [3.0, 1.0, 0.0]])
+PRESENT = jnp.isfinite(REWARDS)
+WEIGHTS = jnp.array([1.0, 2.0, -0.5])
+
+
+def test_present_rewards_speak_for_missing_ones():
+    got = combine(REWARDS, PRESENT, WEIGHTS)
+    np.testing.assert_allclose(got.values, [5.5, 1.5 * 3.5 / 1.5, -2.0 * 3.5 / 0.5, 0.0, 5.0], rtol=1e-6)
+    assert got.valid.tolist() == [True, True, True, False, True]
+
+
+def test_a_share_of_the_weight_can_be_asked_for():
+    got = combine(REWARDS, PRESENT, WEIGHTS, least_share=0.4)
+    assert got.valid.tolist() == [True, True, False, False, True]
+    nothing = combine(jnp.ones((2, 2)), jnp.array([[True, False], [True, True]]), jnp.array([0.0, 1.0]))
+    assert nothing.valid.tolist() == [False, True]  # a reward of weight 0 says nothing
+    np.testing.assert_array_equal(nothing.values, [0, 1])
+
+
+def test_weights_may_differ_by_answer_and_learn():
+    weights = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(combine(REWARDS[:2], PRESENT[:2], weights).values, [1.0, -1.0])
+    gradient = jax.grad(lambda r: combine(r, PRESENT, WEIGHTS).values.sum())(REWARDS)
+    np.testing.assert_allclose(gradient[:3], [[1, 2, -0.5], [3.5 / 1.5, 0, -0.5 * 3.5 / 1.5], [0, 0, -3.5]], rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda w: combine(REWARDS, PRESENT, w).values.sum())(WEIGHTS)).all()
+
+
+def test_ensembles():
+    scores = jnp.array([[1.0, 2.0, 6.0], [4.0, NAN, 2.0], [NAN, 5.0, NAN], [NAN, NAN, NAN]])
+    present = jnp.isfinite(scores)
+    variance = np.array([14 / 3, 1.0, 0.0])
+    for got, expected in (
+        (ensemble_mean(scores, present), [3.0, 3.0, 5.0]),
+        (ensemble_worst(scores, present), [1.0, 2.0, 5.0]),
+        (ensemble_cautious(scores, present, 0.5), np.array([3.0, 3.0, 5.0]) - 0.5 * variance),
+    ):
+        np.testing.assert_allclose(got.values, [*expected, 0.0], rtol=1e-6)
+        assert got.valid.tolist() == [True, True, True, False]
+    for got in (
+        ensemble_mean(scores, present, least=2),
+        ensemble_worst(scores, present, least=2),
+        ensemble_cautious(scores, present, 0.5, least=2),
+    ):
+        assert got.valid.tolist() == [True, True, False, False]
+        assert float(got.values[2]) == 0
+    np.testing.assert_allclose(
+        ensemble_cautious(scores, present, 0.5).values[0], scores[0].mean() - 0.5 * scores[0].var()
+    )
+    np.testing.assert_array_equal(jax.grad(lambda s: ensemble_worst(s, present).values.sum())(scores)[0], [1, 0, 0])
+
+
+def test_all_of_it_everywhere():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(8, 3)).astype(np.float32)
+    valid = rng.random((8, 3)) > 0.3
+    valid[4] = False
+    scores[~valid] = NAN
+
+    def everything(scores, valid):
+        return (
+            combine(scores, valid, WEIGHTS),
+            ensemble_mean(scores, valid),
+            ensemble_worst(scores, valid),
+            ensemble_cautious(scores, valid, 0.3, least=2),
+            clip(scores, valid, -0.5, 0.5),
+            kl_penalty(scores, -scores, valid, 0.2),
+            length_penalty(valid, per_token=0.1),
+        )
+
+    same_everywhere(everything, scores, valid, rtol=1e-5)

@@ -1,0 +1,219 @@
+"""The models that experiments on the text world begin with: a base language model, an AI labeler, a supervised policy.
+
+Each is a stage of a run: made once, kept in its checkpoints, read back on `--resume`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlaif_jax.algorithms.fit import fit_language_model
+from rlaif_jax.config import OptimizerConfig, require, small_decoder
+from rlaif_jax.data.prompts import PromptBatch, TfdsRecords, prompt_batches
+from rlaif_jax.data.text import Segments, text_arrays
+from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.world import corpus, templates
+from rlaif_jax.data.world.builder import load_world
+from rlaif_jax.data.world.scenes import Split
+from rlaif_jax.data.world.tasks import Task
+from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
+from rlaif_jax.feedback.judge import LanguageModelJudge, Reasoning
+from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.models import LanguageModel
+from rlaif_jax.models.decoder import with_recall_heads
+from rlaif_jax.parallel import Runner
+from rlaif_jax.run import Run
+from rlaif_jax.types import INIT, Params, step_key
+
+PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """A supervised stage: `updates` steps of AdamW on batches of `batch_size`."""
+
+    updates: int
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
+
+    def __post_init__(self) -> None:
+        require(self.updates >= 1 and self.batch_size >= 1, "a stage needs updates >= 1 and batch_size >= 1")
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(
+            learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20, b2=0.98, eps=1e-8
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig(FitConfig):
+    """A stage whose `examples` are made for it."""
+
+    examples: int = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelsConfig:
+    """The size of the models and how they are trained."""
+
+    num_layers: int = 3
+    width: int = 64
+    num_heads: int = 4
+    base: StageConfig = StageConfig(updates=800, examples=25_600)
+    labeler: StageConfig = StageConfig(updates=1_500, examples=48_000)
+    sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
+
+
+def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
+    """A transcript's words with their weights: targets 1, all else `context`."""
+    targets = set(transcript.targets)
+    return [(word, 1.0 if i in targets else context) for i, word in enumerate(transcript.text.split())]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WorldModels:
+    """One task of the world, the shape of its models, and the run that keeps them."""
+
+    task: Task
+    shortcuts: bool
+    config: ModelsConfig
+    run: Run
+    writer: MetricsWriter
+    runner: Runner
+    tokenizer: WordTokenizer = WordTokenizer(VOCABULARY[len(SPECIALS) :])
+
+    @property
+    def model(self) -> LanguageModel:
+        return LanguageModel(
+            small_decoder(
+                self.tokenizer.vocab_size,
+                num_layers=self.config.num_layers,
+                width=self.config.width,
+                num_heads=self.config.num_heads,
+                context_length=128,
+                qkv_bias=True,
+            )
+        )
+
+    @property
+    def template(self) -> Params:
+        """The shapes of the model's parameters."""
+        return jax.eval_shape(self.model.init, jax.random.key(0))
+
+    def records(self, split: Split) -> TfdsRecords:
+        """The scenes of a split."""
+        return TfdsRecords(
+            load_world(self.task, split, size=self.config.sft.examples, shortcuts=self.shortcuts),
+            f"brindlemoor/{self.task.name}/{split}",
+            None,
+        )
+
+    def prompts(self, records: TfdsRecords, batch_size: int, *, shuffle: bool = True) -> Any:
+        """The prompt iterator over a split."""
+        return prompt_batches(
+            records,
+            self.tokenizer,
+            batch_size=batch_size,
+            seed=self.run.seed,
+            prompt_length=PROMPT_LENGTH,
+            shuffle=shuffle,
+        )
+
+    def first_prompts(self, records: TfdsRecords, count: int) -> PromptBatch:
+        """The first `count` prompts of a split, for evaluation."""
+        return next(self.prompts(records, count, shuffle=False))
+
+    def supervised(
+        self,
+        name: str,
+        start: Params,
+        examples: Sequence[Segments],
+        length: int,
+        settings: FitConfig,
+        end_weight: float = 1.0,
+    ) -> Params:
+        """`start` after maximum likelihood on the examples."""
+        arrays = text_arrays(self.tokenizer, examples, length=length, end_weight=end_weight)
+        with self.writer.stage(name, settings.updates) as log:
+            self.run.settled()
+            return fit_language_model(
+                self.model,
+                start,
+                arrays,
+                settings.updates,
+                settings.batch_size,
+                settings.optimizer,
+                self.run.seed,
+                runner=self.runner,
+                log=log.write,
+                stop=self.run.stopped,
+            )
+
+    def base(self) -> Params:
+        """A language model of the world: scenes, demonstrations, questions about facts."""
+
+        def learn() -> Params:
+            lines = corpus.base_corpus(
+                np.random.default_rng((self.run.seed, 0)),
+                self.config.base.examples,
+                tasks=(self.task,),
+                questions=0.6,
+                yes_no=0.0,
+                shortcuts=self.shortcuts,
+            )
+            fresh = with_recall_heads(self.model.config, self.model.init(step_key(self.run.seed, 0, INIT)))
+            length = PROMPT_LENGTH + ANSWER_LENGTH
+            return self.supervised("lm", fresh, [segments(t) for t in lines], length, self.config.base)
+
+        return self.run.stage("lm", self.template, learn)
+
+    def labeler(self, base: Params, mix: corpus.LabelerMix) -> Params:
+        """The AI labeler: trained on simulated people's transcripts of training towns."""
+
+        def learn() -> Params:
+            lines = corpus.labeler_corpus(
+                np.random.default_rng((self.run.seed, 1)),
+                self.config.labeler.examples,
+                tasks=(self.task,),
+                mix=mix,
+                shortcuts=self.shortcuts,
+            )
+            examples = [segments(t) for t in lines]
+            # A score is the last word of its transcript; a revision has to learn where it ends.
+            length, end = (corpus.MAX_TRANSCRIPT_WORDS + 1, 1.0) if mix.revision else (TRANSCRIPT_LENGTH, 0.0)
+            return self.supervised("labeler", base, examples, length, self.config.labeler, end_weight=end)
+
+        return self.run.stage("labeler", self.template, learn)
+
+    def judge(self, labeler: Params, principle: templates.Principle) -> LanguageModelJudge:
+        """The labeler as a judge by one principle, which writes its reasons before a score."""
+        return LanguageModelJudge(
+            self.model,
+            labeler,
+            self.tokenizer,
+            self.runner,
+            pairwise_prompt=partial(templates.pairwise_prompt, principle),
+            score_prompt=partial(templates.score_prompt, principle),
+            verdicts=(templates.VERDICTS[0], templates.VERDICTS[1]),
+            scale=tuple((s, float(i)) for i, s in enumerate(templates.SCORES, 1)),
+            reasoning=Reasoning(partial(templates.score_reasoning_prompt, principle), "<score>"),
+            max_length=TRANSCRIPT_LENGTH,
+        )
+
+    def sft(self, base: Params, training: TfdsRecords) -> Params:
+        """The supervised policy: imitates the demonstrations of a mediocre writer."""
+
+        def learn() -> Params:
+            examples: list[Segments] = [
+                [(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))
+            ]
+            return self.supervised("sft", base, examples, PROMPT_LENGTH + ANSWER_LENGTH, self.config.sft)
+
+        return self.run.stage("sft", self.template, learn)

@@ -1,0 +1,58 @@
+"""`python -m rlaif_jax TOOL`: the tools for feedback on the command line."""
+
+from __future__ import annotations
+
+import sys
+
+TOOLS = """\
+usage: python -m rlaif_jax TOOL [options]
+
+  judge      ask a model behind an API about answers, or report how good the feedback in a store is
+  annotate   serve the page on which people annotate
+
+`python -m rlaif_jax TOOL --help` lists a tool's options.
+"""
+
+
+def judge() -> None:
+    """Ask an API judge; exit 1 if a judgement is missing."""
+    from rlaif_jax.feedback import judge_tool
+    from rlaif_jax.run import command_line
+
+    def run(config: judge_tool.JudgeConfig) -> None:
+        missing = judge_tool.main(config)
+        if config.report and not config.show_template:
+            from rlaif_jax.quality import quality_of_store, quality_text
+
+            print(quality_text(quality_of_store(config.store)))
+        if missing:
+            sys.exit(1)
+
+    command_line(run, judge_tool.JudgeConfig())
+
+
+def annotate() -> None:
+    """Serve the annotation page."""
+    from rlaif_jax.run import command_line
+    from rlaif_jax.ui.annotate import AnnotateConfig, main
+
+    command_line(main, AnnotateConfig())
+
+
+def tool(arguments: list[str]) -> None:
+    """Run the tool that the first argument names on the rest; exit 2 with the list of tools if there is none such."""
+    name = arguments[0] if arguments else ""
+    sys.argv = [f"python -m rlaif_jax {name}", *arguments[1:]]
+    if name == "judge":
+        judge()
+    elif name == "annotate":
+        annotate()
+    elif name in ("", "-h", "--help"):
+        print(TOOLS, end="")
+    else:
+        print(f"error: there is no tool {name!r}\n\n{TOOLS}", end="", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    tool(sys.argv[1:])

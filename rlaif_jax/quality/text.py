@@ -1,0 +1,229 @@
+"""The quality report for people: the same tables as plain text and for the run's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+MAX_NAME = 40
+"""Names of raters and generators are cut to so many characters."""
+
+
+class Table(NamedTuple):
+    """A title, a sentence of explanation, the heads of the columns, and rows of text."""
+
+    title: str
+    note: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def quality_text(report: Mapping[str, Any]) -> str:
+    """The report of `quality` as plain text: tables with a blank line between, no colour, nothing to install.
+
+    Names come from outside: characters that a terminal would obey are shown as "?".
+    """
+    share = f"{100 * report['level']:g} %"
+    lines = [
+        f"Feedback: {report['used']:,} of {report['records']:,} records count (the others are superseded or retracted); "
+        f"{report['prompts']:,} prompts. Brackets: {share} interval, whole prompts resampled.",
+        *_people(report),
+    ]
+    for table in tables(report):
+        widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
+        lines += ["", table.title, *([table.note] if table.note else [])]
+        for row in (table.head, tuple("-" * width for width in widths), *table.rows):
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _people(report: Mapping[str, Any]) -> list[str]:
+    if report["people"] == "simulated":
+        return ['No person has compared answers: "people" below are SIMULATED people.']
+    return []
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """The tables of a report that have rows."""
+    found = [
+        _table(
+            "Records", "", report["counts"],
+            source="source", form="form", raters="raters", records="records", answered="answered",
+        ),
+        *_agreement(report["agreement"]),
+        _table(
+            "Verdicts of each rater",
+            "Of the verdicts on pairs: ties; of the rest the share for the longer answer and for the one shown first.",
+            report["habits"],
+            rater="rater", source="source", count="verdicts", ties="ties", longer="the longer", first="the first",
+        ),
+        _table(
+            "Both orders",
+            "Same verdict in both; same position in both; position bias b in nats, 0 = none, + = for what is shown first.",
+            report["order"],
+            rater="rater", count="pairs", consistent="consistent", same_position="same position", bias="bias b",
+        ),
+        _table(
+            "Asked again",
+            "How often the same question has the same answer; of ratings the mean difference, as a share of the scale.",
+            report["repeats"],
+            rater="rater", form="form", count="questions", same="same", distance="distance",
+        ),
+        _table(
+            "Length",
+            "How much more than people a judge prefers an answer that is longer by one standard deviation.",
+            report["length_slope"],
+            rater="rater", count="pairs", characters="characters", slope="slope",
+        ),
+        _table(
+            "Probabilities against people's verdicts",
+            "Brier: 0 is perfect, .25 is always saying one half. ECE: mean distance of confidence and share right.",
+            report["calibration"],
+            rater="rater", count="pairs", brier="Brier", ece="ECE",
+        ),
+        *_wins(report["win_rates"]),
+        _reliability(report["raters"]),
+        *_missing(report["missing"]),
+        _table(
+            "Cost",
+            "Over all records, the superseded too.",
+            [row | {"failed": _failures(row["failures"])} for row in report["cost"]],
+            rater="rater", source="source", records="records", answered="answered", failed="failed", cost="cost",
+            prompt_tokens="tokens in", completion_tokens="tokens out", median_latency_s="median s",
+        ),
+    ]  # fmt: skip
+    return [table for table in found if table.rows]
+
+
+def _agreement(parts: Mapping[str, Any]) -> list[Table]:
+    found = []
+    for form, part in parts.items():
+        columns = {"a": "one", "b": "other", "count": form, "agreement": "agree", "kappa": "kappa"}
+        if form == "comparisons":
+            columns |= {"longer": "always the longer", "first": "always the first"}
+            note = (
+                "Kappa: 0 is chance. Beside it, how often the other is met by always taking the longer "
+                "answer, or the one shown first."
+            )
+        else:
+            columns |= {"correlation": "correlation"}
+            note = "Agree: the same value. Kappa with quadratic weights."
+        left = part["raters_left_out"]
+        more = f" {left:,} pairs of raters with fewer in common are left out." if left else ""
+        found += [
+            _table(f"Agreement of sources on {form}", note, part["sources"], **columns),
+            _table(f"Agreement of raters on {form}", more.strip(), part["raters"], **columns),
+            _table(
+                f"Krippendorff's alpha on {form}",
+                "1 is agreement, 0 chance; among the raters of a source, and of all.",
+                part["alpha"],
+                source="source",
+                count="judged twice or more",
+                nominal="nominal",
+                ordinal="ordinal",
+                interval="interval",
+            ),
+        ]
+    return found
+
+
+def _wins(part: Mapping[str, Any]) -> list[Table]:
+    left = f" {part['left_out']} further matches are left out." if part["left_out"] else ""
+    rows = [
+        row | {"name": f"{clean(row['a'])} against {clean(row['b'])}", "of": row.get("labelled", "")}
+        for row in part["rows"]
+    ]
+    debiased = [row for row in rows if "budget" in row]
+    budget = [
+        {"name": row["name"], **entry, "alone": f"± {entry['alone']:.3f}", "powered": f"± {entry['powered']:.3f}"}
+        | {"worth": f"{entry['worth']:.0f}"}
+        for row in debiased
+        for entry in row["budget"]
+    ]
+    return [
+        _table(
+            "Win rates",
+            "(wins + ties / 2) / n; and at equal lengths (logistic in the length difference)." + left,
+            [row for row in rows if "budget" not in row],
+            name="match", source="by", count="pairs", rate="win rate", length_controlled="at equal lengths",
+        ),
+        _table(
+            "Win rates of the judge, debiased by people's labels",
+            "Right if the labelled pairs are a random part: not those that were chosen because they are hard.",
+            debiased,
+            name="match", source="by", count="pairs", of="labelled", rate="win rate", alone="labels alone",
+            weight="judge's weight",
+        ),
+        _table(
+            "What labels would buy",
+            "Half-width of the interval: of labels alone, and with the judge; worth: labels alone that would be as good.",
+            budget,
+            name="match", labels="labels", alone="alone", powered="with the judge", worth="worth",
+        ),
+    ]  # fmt: skip
+
+
+def _reliability(part: Mapping[str, Any]) -> Table:
+    return _table(
+        "Reliability of raters, people and judges in one model",
+        part.get("note", "") or part.get("reason", ""),
+        part["rows"],
+        rater="rater",
+        source="source",
+        count="verdicts",
+        accuracy="accuracy (Dawid-Skene)",
+        eta="right in pairs (Crowd-BT)",
+    )
+
+
+def _missing(parts: Sequence[Mapping[str, Any]]) -> list[Table]:
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        rows.append(dict(part) | {"what": "all"})
+        if part["unanswered"]["value"]:
+            rows += [
+                dict(row) | {"source": "", "what": f"{row['low']}-{row['high']} characters"}
+                for row in part["by_length"]
+            ]
+            rows += [
+                dict(row) | {"source": "", "what": f"by {clean(row['generator'])}"} for row in part["by_generator"]
+            ]
+    return [
+        _table(
+            "Questions without an answer",
+            "",
+            rows,
+            source="source", what="answers", count="asked", unanswered="without", unparsed="unparsed", refused="refused",
+            error="error", abstained="abstained",
+        )
+    ]  # fmt: skip
+
+
+def _failures(failures: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in failures.items()) or "0"
+
+
+def _table(title: str, note: str, rows: Sequence[Mapping[str, Any]], **columns: str) -> Table:
+    """Columns: key of the rows = head; those that no row has are left out."""
+    kept = {key: head for key, head in columns.items() if any(row.get(key) not in (None, "") for row in rows)}
+    return Table(title, note, tuple(kept.values()), tuple(tuple(cell(row.get(key)) for key in kept) for row in rows))
+
+
+def cell(value: Any) -> str:
+    """A value of the report as short text; None and what is absent are "-"."""
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        if value["value"] is None:
+            return "-"
+        whole = f"{value['value']:.3f}"
+        return whole if value["low"] is None else f"{whole} [{value['low']:.3f}, {value['high']:.3f}]"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else clean(str(value))
+
+
+def clean(name: str) -> str:
+    """A name from outside, printable and short."""
+    text = "".join(c if c.isprintable() else "?" for c in name)
+    return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…"

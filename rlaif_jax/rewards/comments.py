@@ -1,0 +1,213 @@
+"""What comments are worth: their valence, the aspects they are about, and what that tells of the aspects' weights.
+
+A comment reaches this file as two things: its valence v in [-1, 1], how good it says the answer is, and its aspects x
+[A] in [0, 1], how much it is about each topic. Both come from classifiers (`feedback.sentiment`) or from the rater.
+A comment that could not be had is missing; one that is about no aspect still has a valence.
+Letters: C comments, A aspects, B answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rlaif_jax.parallel import psum
+from rlaif_jax.rewards.shaping import Masked, masked
+
+
+def valence(log_odds: jax.Array, valid: jax.Array) -> Masked:
+    """Valence [...] in [-1, 1] from log-odds of "positive" in nats: P(positive) - P(negative) = tanh(l / 2)."""
+    log_odds, valid = masked(log_odds, valid)
+    return Masked(jnp.tanh(0.5 * log_odds), valid)
+
+
+class CommentRewards(NamedTuple):
+    """What comments say of their answers.
+
+    overall [C]: the scalar reward, in [-1, 1]. by_aspect [C, A]: the reward in each aspect, valid where the comment is
+    about it.
+    """
+
+    overall: Masked
+    by_aspect: Masked
+
+
+def comment_rewards(
+    valence: jax.Array, aspects: jax.Array, valid: jax.Array, *, threshold: float = 0.5
+) -> CommentRewards:
+    """Scalar and per-aspect rewards of C comments.
+
+    valence [C]: one for the whole comment, the reward overall and in each aspect that the comment is about. A comment
+    about no aspect has an overall reward and none by aspect.
+    valence [C, A]: one an aspect (aspect-based sentiment). The overall reward is their mean over the aspects that the
+    comment is about, weighted by how much it is about them; without any it is missing.
+
+    aspects [C, A]; those of `threshold` and more are what the comment is about. valid is shaped as valence: false where
+    the comment, or its word on an aspect, is missing.
+    """
+    chex.assert_rank(aspects, 2)
+    chex.assert_equal_shape([valence, valid])
+    values, valid = masked(valence, valid)
+    aspects = aspects.astype(jnp.float32)
+    about = aspects >= threshold  # false for NaN
+    if valence.ndim == 1:
+        by_aspect = masked(jnp.broadcast_to(values[:, None], aspects.shape), valid[:, None] & about)
+        return CommentRewards(Masked(values, valid), by_aspect)
+    by_aspect = masked(values, valid & about)
+    weights = jnp.where(by_aspect.valid, aspects, 0.0)
+    total = weights.sum(-1)
+    mean = (weights * by_aspect.values).sum(-1) / jnp.where(total > 0, total, 1.0)
+    return CommentRewards(masked(mean, total > 0), by_aspect)
+
+
+def pool_comments(
+    values: jax.Array,
+    valid: jax.Array,
+    answer: jax.Array,
+    answers: int,
+    *,
+    weights: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> Masked:
+    """The weighted mean of the comments on each answer: values [C, ...] -> [B, ...]; missing where there is none.
+
+    answer [C] int: which of the `answers` = B answers a comment is on; weights [C] >= 0, such as a rater's reliability.
+    With `axis_name` the comments are split over devices and every device has the means over all of them.
+    """
+    values, valid = masked(values, valid)
+    weight = jnp.ones(values.shape[0]) if weights is None else weights.astype(jnp.float32)
+    weight = jnp.where(valid, weight.reshape(-1, *[1] * (values.ndim - 1)), 0.0)
+    total = psum(jax.ops.segment_sum(weight * values, answer, answers), axis_name)
+    mass = psum(jax.ops.segment_sum(weight, answer, answers), axis_name)
+    return masked(total / jnp.where(mass > 0, mass, 1.0), mass > 0)
+
+
+# ---- The weights of the aspects (Sumers 2021)
+
+
+@flax.struct.dataclass
+class AspectPosterior:
+    """A Gaussian over the weights of A aspects: mean [A] (valence per unit of aspect) and precision [A, A]."""
+
+    mean: jax.Array
+    precision: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Pragmatic:
+    """What a comment says by leaving an aspect out: people speak of what matters, and of the best first.
+
+    Every aspect that a comment does not mention is observed with this slightly negative valence, at `precision` times
+    the comment's own precision. The idea is Sumers 2021's pragmatic learner; the two numbers are ours and small, so
+    that what is said outweighs what is not.
+    """
+
+    valence: float = -0.1
+    precision: float = 0.1
+
+
+def aspect_prior(aspects: int, precision: float = 1.0) -> AspectPosterior:
+    """Mean 0 and the same precision for each aspect, before any comment."""
+    return AspectPosterior(mean=jnp.zeros(aspects), precision=precision * jnp.eye(aspects))
+
+
+class _Evidence(NamedTuple):
+    """What comments add to the precision and to precision x mean: outer [C, A, A] or summed, shift [C, A] or summed."""
+
+    outer: jax.Array
+    shift: jax.Array
+
+
+def _observed(
+    valence: jax.Array,
+    aspects: jax.Array,
+    valid: jax.Array,
+    precision: jax.Array | float,
+    pragmatic: Pragmatic | None,
+    summed: bool,
+) -> _Evidence:
+    chex.assert_shape(aspects, (*valence.shape, None))
+    v, valid = masked(valence, valid & jnp.isfinite(aspects).all(-1))
+    x = jnp.where(valid[:, None], aspects, 0).astype(jnp.float32)
+    p = jnp.where(valid, jnp.asarray(precision).astype(jnp.float32), 0.0)
+    out = "" if summed else "c"
+    exact = jax.lax.Precision.HIGHEST  # a TPU would multiply in bfloat16, and a precision matrix feels it
+    outer = jnp.einsum(f"c,ca,cb->{out}ab", p, x, x, precision=exact)
+    shift = jnp.einsum(f"c,c,ca->{out}a", p, v, x, precision=exact)
+    if pragmatic is not None:
+        said = jnp.clip(x, 0.0, 1.0)
+        left_out = (
+            pragmatic.precision * (p * said.max(-1))[:, None] * (1.0 - said)
+        )  # a comment about nothing implies nothing
+        left_out = left_out.sum(0) if summed else left_out
+        outer += left_out[..., None] * jnp.eye(x.shape[-1])
+        shift += pragmatic.valence * left_out
+    return _Evidence(outer, shift)
+
+
+def aspect_posterior(
+    prior: AspectPosterior,
+    valence: jax.Array,
+    aspects: jax.Array,
+    valid: jax.Array,
+    *,
+    precision: jax.Array | float = 1.0,
+    pragmatic: Pragmatic | None = None,
+    axis_name: str | None = None,
+) -> AspectPosterior:
+    """The posterior over aspect weights after C comments, all at once (Sumers 2021; Bayesian linear regression).
+
+    L' = L + sum_c p_c x_c x_c^T,  mu' = L'^-1 (L mu + sum_c p_c v_c x_c), for v_c = w . x_c + noise of variance 1 / p_c.
+    The order of the comments does not matter: `aspect_posterior_scan` comes to the same.
+
+    valence [C], aspects [C, A], valid [C]; precision: p, one number or [C] (a rater's reliability); a comment that is
+    missing, or is about no aspect, changes nothing. With `axis_name` the comments are split over devices and every
+    device has the posterior of all. `vmap` over a leading axis keeps a posterior for each rater.
+    """
+    evidence = psum(_observed(valence, aspects, valid, precision, pragmatic, summed=True), axis_name)
+    new = prior.precision + evidence.outer
+    shift = jnp.einsum("ab,b->a", prior.precision, prior.mean, precision=jax.lax.Precision.HIGHEST) + evidence.shift
+    return AspectPosterior(mean=_solve(new, shift), precision=new)
+
+
+def aspect_posterior_scan(
+    prior: AspectPosterior,
+    valence: jax.Array,
+    aspects: jax.Array,
+    valid: jax.Array,
+    *,
+    precision: jax.Array | float = 1.0,
+    pragmatic: Pragmatic | None = None,
+) -> tuple[AspectPosterior, jax.Array]:
+    """(posterior, means [C, A] after each comment): `aspect_posterior` one comment at a time, for learning online."""
+
+    def step(state: AspectPosterior, evidence: _Evidence) -> tuple[AspectPosterior, jax.Array]:
+        new = state.precision + evidence.outer
+        shift = jnp.einsum("ab,b->a", state.precision, state.mean, precision=jax.lax.Precision.HIGHEST)
+        mean = _solve(new, shift + evidence.shift)
+        return AspectPosterior(mean=mean, precision=new), mean
+
+    return jax.lax.scan(step, prior, _observed(valence, aspects, valid, precision, pragmatic, summed=False))
+
+
+def aspect_rewards(posterior: AspectPosterior, features: jax.Array, valid: jax.Array) -> tuple[Masked, jax.Array]:
+    """(reward mu . x, its variance x^T L^-1 x), each [B], of answers with aspect features x [B, A].
+
+    valid [B]: false where an answer's features are missing; variance 0 there.
+    """
+    chex.assert_shape(features, (None, *posterior.mean.shape))
+    valid = valid.astype(bool) & jnp.isfinite(features).all(-1)
+    x = jnp.where(valid[:, None], features, 0).astype(jnp.float32)
+    exact = jax.lax.Precision.HIGHEST
+    reward = jnp.einsum("ba,a->b", x, posterior.mean, precision=exact)
+    variance = jnp.einsum("ba,ba->b", x, _solve(posterior.precision, x.T).T, precision=exact)
+    return Masked(reward, valid), variance
+
+
+def _solve(precision: jax.Array, right: jax.Array) -> jax.Array:
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(precision, lower=True), right)

@@ -1,0 +1,98 @@
+"""The model that a rater talks to: a server that speaks the OpenAI API, or weights in a local folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import TypeAlias
+
+from rlaif_jax.config import SamplingConfig, UserError
+from rlaif_jax.feedback.queue import Turn
+from rlaif_jax.ui.answers import dialogue
+
+ChatModel: TypeAlias = Callable[[str, Sequence[Turn]], str]
+"""(what the chat is about, the turns so far; the last one has no reply yet) -> the reply. May be slow, may fail with a
+UserError; runs in a thread of its own."""
+
+
+def open_chat_model(model: str, name: str = "", tokenizer: Path | None = None) -> ChatModel:
+    """The model at a URL (`http://localhost:8000/v1`, its key in OPENAI_API_KEY) or in a folder.
+
+    name: of the model on the server. tokenizer: of the folder's model, if it lies elsewhere. UserError if it cannot be
+    used.
+    """
+    if model.startswith(("http://", "https://")):
+        return _served(model, name)
+    return local_model(Path(model), tokenizer)
+
+
+def _served(url: str, name: str) -> ChatModel:
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError(f"talking to {url} needs the package `openai`: pip install openai") from error
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=120, max_retries=2)
+
+    def reply(prompt: str, turns: Sequence[Turn]) -> str:
+        messages = [{"role": "system", "content": prompt}] if prompt else []
+        for turn in turns:
+            messages.append({"role": "user", "content": turn.message})
+            if turn.reply is not None:
+                messages.append({"role": "assistant", "content": turn.reply})
+        try:
+            found = client.chat.completions.create(model=name or "default", messages=messages)  # type: ignore[arg-type]
+        except openai.OpenAIError as error:
+            raise UserError(
+                f"the model does not answer ({type(error).__name__}); your message is kept, try again"
+            ) from error
+        return (found.choices[0].message.content or "").strip()
+
+    return reply
+
+
+def local_model(
+    folder: Path, tokenizer_file: Path | None = None, sampling: SamplingConfig = SamplingConfig(64, 0.8), seed: int = 0
+) -> ChatModel:
+    """The language model of a Hugging Face folder; sees the conversation's last tokens as its context allows.
+
+    tokenizer_file: where its tokenizer is, if not in the folder. A reply is drawn with a key of (seed, conversation): the
+    same conversation gets the same reply.
+    """
+    import jax
+
+    from rlaif_jax.data.tokenizers import check_tokenizer, load_tokenizer
+    from rlaif_jax.feedback.forms import sha256
+    from rlaif_jax.models.hf import load_model
+    from rlaif_jax.parallel import JitRunner
+    from rlaif_jax.rollout import answer_texts, make_generator
+    from rlaif_jax.types import Prompts
+
+    tokenizer = load_tokenizer(tokenizer_file or folder)
+    model, params = load_model(folder)
+    check_tokenizer(tokenizer, model.config.vocab_size, "the chat model")
+    length = min(model.config.context_length - sampling.max_new_tokens, 512)
+    if length < 16:
+        raise UserError(f"{folder}: a context of {model.config.context_length} tokens is too short for a conversation")
+    generate = make_generator(JitRunner(), model, tokenizer, sampling)
+    lock = Lock()  # one compiled program on one set of devices
+
+    def reply(prompt: str, turns: Sequence[Turn]) -> str:
+        import jax.numpy as jnp
+        import numpy as np
+
+        from rlaif_jax.data.prompts import padded
+
+        text = dialogue(prompt, turns)
+        ids = tokenizer.encode(text, add_bos=True)
+        ids = ids if len(ids) <= length else [*ids[:1], *ids[-(length - 1) :]]
+        tokens, mask = padded([ids], length, tokenizer.pad_id, "left")
+        uid = np.array([int(sha256([seed, text])[:8], 16)], np.uint32)
+        with lock:
+            rollout = generate(
+                (params, jax.random.key(seed)), Prompts(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(uid))
+            )
+            return answer_texts(rollout, tokenizer)[0].split("\n\nHuman:")[0].strip() or "(no words)"
+
+    return reply

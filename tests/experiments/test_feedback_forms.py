@@ -1,0 +1,46 @@
+"""Every form of feedback through the whole loop, small enough for a test; the page's server and its clients are real."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlaif_jax.feedback.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--models.base.updates=20",
+    "--models.base.examples=700",
+    "--models.labeler.updates=20",
+    "--models.labeler.examples=700",
+    "--models.sft.updates=20",
+    "--models.sft.examples=700",
+    "--calibration-prompts=24",
+    "--eval-prompts=16",
+    "--train.steps=1",
+    "--train.prompts-per-step=8",
+)
+
+
+@pytest.mark.slow
+def test_every_form_reaches_the_policy(tmp_path):
+    pytest.importorskip("fastapi", reason="the annotation page needs the extra `ui`")
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "experiments" / "feedback_forms.py"), "--out", str(out), *SMALL]
+    options = ("--origins", "rule", "page")
+    subprocess.run([*command, *options], env=os.environ | {"XLA_FLAGS": ""}, check=True, timeout=300)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "done"
+    forms = ("comment", "rating", "correction", "ranking")
+    assert set(summary["metrics"]["results"]) == {f"{form}-{origin}" for form in forms for origin in ("rule", "page")}
+    for form in forms:
+        with Store(out / f"{form}-page" / "feedback.sqlite") as store:
+            told = store.judgements(form=form)
+        assert len(told) >= 8
+        assert {judgement.rater.source for judgement in told} == {"simulated"}
+        assert all(judgement.time is not None for judgement in told), "the page writes down when"
+        assert json.loads((out / f"{form}-page" / "summary.json").read_text())["status"] == "done"
+        assert "Feedback" in (out / f"{form}-page" / "report.html").read_text()

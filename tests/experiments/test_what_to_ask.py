@@ -1,0 +1,106 @@
+"""The experiment on choosing, in small: its reward model, its reading of curves, and a whole run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import what_to_ask as ask  # noqa: E402
+
+from rlaif_jax.config import UserError  # noqa: E402
+
+
+def test_features_see_what_matters_in_a_summary():
+    prompt = "summarise sel mor : vital market damp minor river narrow ="
+    names = {word: ask._WORD[word] for word in ("vital", "minor", "market")}
+    size = len(ask.VOCABULARY)
+    x = ask.features(prompt, "in sel mor the market damp and the market damp .")
+    assert x[names["market"]] == 2
+    assert x[size + names["vital"]] == 1  # once, though it is said twice
+    assert x[size + names["minor"]] == 0
+    assert x[2 * size] == 11
+    assert x[2 * size + 2] == 1  # "market damp" again
+    assert x[2 * size + 6] == 1
+    assert not ask.features(prompt, "").any()
+
+
+def test_the_reward_model_is_scikit_learns_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 5)).astype(np.float32)
+    wins = (rng.random(80) < 1 / (1 + np.exp(-2 * x[:, 0]))).astype(np.float32)
+    weights = rng.exponential(size=(2, 80)).astype(np.float32)
+    found = np.asarray(ask.fit_rewards(x, wins, weights, 3.0))
+    for w, c in zip(weights, found):
+        oracle = LogisticRegression(C=1 / 3.0, fit_intercept=False, tol=1e-10).fit(x, wins, sample_weight=w)
+        np.testing.assert_allclose(c, oracle.coef_[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "accuracies, expected",
+    [
+        ([0.5, 0.7, 0.9], 200.0),
+        ([0.5, 0.6, 0.8], 282.8427),  # half-way between 200 and 400, in the logarithm
+        ([0.5, 0.8, 0.6], None),  # it fell below again
+        ([0.8, 0.6, 0.8], 282.8427),
+        ([0.7, 0.7, 0.7], 100.0),
+    ],
+)
+def test_labels_to_reach(accuracies, expected):
+    found = ask.labels_to_reach(0.7, [100, 200, 400], accuracies)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_the_interval_is_students():
+    from scipy.stats import ttest_1samp
+
+    values = [0.3, 0.5, 0.4, 0.45, 0.6]
+    interval = ttest_1samp(values, 0).confidence_interval()
+    assert ask.t_interval(values) == pytest.approx((np.mean(values), interval.low, interval.high))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seeds": 1}, {"start": 4}, {"growth": 1.0}, {"budget": 5000}, {"ridge": 0.0}], ids=str
+)
+def test_bad_settings_are_refused(wrong):
+    with pytest.raises(UserError):
+        ask.AskConfig(**wrong)
+
+
+def test_a_whole_small_run(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "experiments" / "what_to_ask.py"), "--out", str(out), "--seeds", "2"]
+    command += [
+        "--prompts",
+        "60",
+        "--test-prompts",
+        "40",
+        "--start",
+        "16",
+        "--budget",
+        "64",
+        "--growth",
+        "2",
+        "--models",
+        "3",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": ""}, check=True, timeout=300, capture_output=True, text=True
+    )
+    assert "fewer [" in done.stdout
+    result = json.loads((out / "what_to_ask.json").read_text())
+    assert result["labels"] == [16, 32, 64]
+    assert all(len(c) == 3 for curves in result["accuracy"].values() for c in curves)
+    starts = {tuple(c[0] for c in curves) for curves in result["accuracy"].values()}
+    assert len(starts) == 1  # every order begins with the same labels
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["claims"][0]["ci95"][0] <= summary["claims"][0]["ours"] <= summary["claims"][0]["ci95"][1]

@@ -1,0 +1,154 @@
+"""The queue of tasks: who gets what, nothing twice, nothing lost."""
+
+import json
+
+import pytest
+
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.forms import Rater, Rating
+from rlaif_jax.feedback.queue import Conflict, Post, TaskQueue
+from rlaif_jax.feedback.store import Store
+from rlaif_jax.feedback.tasks import Task, read_tasks, task_from_json, task_to_json
+
+
+def task(n=0, **more):
+    return Task(kind="rate", prompt=f"p{n}", answers=(f"a{n}",), **more)
+
+
+def rating(task, rater="anna", value=3.0, time=1.0):
+    return Rating(
+        prompt=task.prompt, answers=task.answers, rater=Rater(rater, "person"), value=value, high=5.0, time=time
+    )
+
+
+def answer(asked, rater="anna", **more):
+    return Post(rater, "answer", asked.id, {"value": 3}, (rating(asked, rater, **more),), 2.0, False)
+
+
+@pytest.fixture
+def desk(tmp_path):
+    with Store(tmp_path / "f.sqlite") as store, TaskQueue(tmp_path / "f.sqlite", lease_s=100) as queue:
+        yield store, queue
+
+
+def test_a_task_goes_to_as_many_raters_as_wanted_and_to_none_twice(desk):
+    store, queue = desk
+    assert queue.put([task(0), task(1)], overlap=2) == 2
+    assert queue.put([task(0)], overlap=1) == 0
+    first = queue.lease("anna", at=0)
+    assert first == queue.lease("anna", at=1) == queue.lease("ben", at=2) == task(0)
+    assert queue.lease("eve", at=3) == task(1)  # two have the first in hand
+    queue.post(answer(task(0)), "r1", "body", store)
+    assert queue.lease("anna", at=4) == task(1)
+    assert queue.lease("finn", at=5) is None
+    assert queue.lease("finn", at=102.5) == task(0)  # ben's lease is over, anna's answer stays
+
+
+def test_priority_first_and_what_is_withdrawn_last_never(desk):
+    _, queue = desk
+    queue.put([task(0)])
+    queue.put([task(1)], priority=1.0)
+    assert queue.lease("anna") == task(1)
+    queue.withdraw([task(0).id, task(1).id])
+    assert queue.lease("ben") is None and queue.lease("anna") is None
+    queue.put([task(0)])
+    assert queue.lease("ben") == task(0)
+
+
+def test_the_same_post_twice_is_one_and_another_with_its_id_is_refused(desk):
+    store, queue = desk
+    queue.put([task(0)])
+    queue.post(answer(task(0)), "r1", "body", store)
+    again = queue.posted("anna", "r1", "body")
+    assert again is not None and again.records == answer(task(0)).records
+    with pytest.raises(Conflict, match="used before for something else"):
+        queue.posted("anna", "r1", "other")
+    assert queue.posted("ben", "r1", "other") is None  # ids are a rater's own
+    with pytest.raises(Conflict, match="has your answer already"):
+        queue.post(answer(task(0), value=4.0), "r2", "body 2", store)
+    assert len(store) == 1
+
+
+def test_a_crash_between_queue_and_store_loses_nothing(desk, monkeypatch):
+    store, queue = desk
+    queue.put([task(0)])
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "add", lambda records: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            queue.post(answer(task(0)), "r1", "body", store)
+    assert len(store) == 0
+    assert queue.deliver(store) == 1 and len(store) == 1
+    queue._db.execute("UPDATE page_post SET is_delivered = 0")  # killed after the store had it
+    assert queue.deliver(store) == 1 and len(store) == 1
+    assert queue.deliver(store) == 0
+
+
+def test_undo_gives_the_task_back_to_the_same_hands(desk):
+    store, queue = desk
+    queue.put([task(0), task(1)])
+    queue.post(answer(task(0)), "r1", "b", store)
+    assert queue.lease("anna") == task(1)
+    sequence, last = queue.last("anna")
+    queue.post(Post("anna", "undo", last.task, {}, (), 0.0, False), "r2", "b2", store, undoes=sequence)
+    assert queue.last("anna") is None
+    assert queue.undone("anna", task(0).id).payload == {"value": 3}
+    assert queue.lease("ben") is None  # anna holds both
+    queue.post(answer(task(0), value=4.0), "r3", "b3", store)
+    assert queue.answered([task(0).id, task(1).id]) == 1
+
+
+def test_a_skip_passes_the_task_on(desk):
+    store, queue = desk
+    queue.put([task(0)])
+    queue.post(Post("anna", "skip", task(0).id, {"skip": "?"}, (), 1.0, False), "r1", "b", store)
+    assert queue.lease("anna") is None and queue.lease("ben") == task(0)
+    anna, ben = queue.progress(["anna", "ben"])
+    assert (anna.skipped, anna.left, ben.left, ben.in_hand) == (1, 0, 1, 1)
+
+
+def test_stop_is_heard_by_those_who_came_before_it(desk):
+    _, queue = desk
+    assert not queue.stop_requested()
+    queue.stop("anna")
+    early, late = 0, queue.stops
+    assert queue.stop_requested(early) and not queue.stop_requested(late)
+    queue.stop("anna", False)
+    assert not queue.stop_requested(early)
+
+
+def test_tasks_are_the_same_whatever_the_order_of_their_answers():
+    one = Task(kind="compare", prompt="p", answers=("a", "b"))
+    other = Task(kind="compare", prompt="p", answers=("b", "a"))
+    assert one.id == other.id != Task(kind="compare", prompt="p", answers=("a", "c")).id
+    assert task_from_json(json.loads(json.dumps(task_to_json(one)))) == one
+
+
+def test_bad_lines_are_named_and_the_good_ones_kept(tmp_path):
+    path = tmp_path / "items.jsonl"
+    lines = [
+        {"kind": "rate", "prompt": "p", "answers": ["a"]},
+        {"kind": "guess", "prompt": "p"},
+        {"kind": "compare", "prompt": "p", "answers": ["a"]},
+        {"kind": "compare", "prompt": "p", "answers": ["a", "a"]},
+        {"kind": "rate", "prompt": "p", "answers": ["a"], "high": "5"},
+        {"prompt": "p"},
+        {"kind": "rate", "prompt": "p", "answers": ["a"], "answer": 1},
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"kind": "rate", "pro')
+    good, bad = read_tasks(path)
+    assert len(good) == 1 and len(bad) == 7
+    for message, words in zip(
+        bad,
+        [
+            ":2: unknown kind 'guess'",
+            ":3: a task to compare shows 2 answers, not 1",
+            ":4: two of the answers are the same",
+            ":5: high must be a whole number",
+            ":6: a task needs kind",
+            ":7: a task has no field answer",
+            ":8: no valid JSON",
+        ],
+    ):
+        assert words in message
+    with pytest.raises(UserError, match="cannot read"):
+        read_tasks(tmp_path / "none.jsonl")

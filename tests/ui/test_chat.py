@@ -1,0 +1,30 @@
+"""The models that a rater talks to."""
+
+import pytest
+
+from rlaif_jax.config import SamplingConfig, UserError
+from rlaif_jax.feedback.queue import Turn
+from rlaif_jax.ui.chat import local_model, open_chat_model
+
+
+@pytest.mark.slow
+def test_a_local_model_replies_and_says_the_same_again(shared_data):
+    reply = local_model(
+        shared_data("lm_stories260k_hf"), shared_data("lm_stories260k/tok512.bin"), SamplingConfig(8, 0.8)
+    )
+    turns = [Turn("Once upon a time there was a mill.", None)]
+    first = reply("", turns)
+    assert first and first == reply("", turns)
+    long = [Turn("word " * 100, "reply " * 100) for _ in range(5)] + turns
+    assert reply("a topic", long)  # more than its context holds: the end is what it sees
+
+
+def test_a_server_that_does_not_answer_is_a_message():
+    pytest.importorskip("openai", reason="served models are reached with the package openai")
+    with pytest.raises(UserError, match="your message is kept"):
+        open_chat_model("http://127.0.0.1:9/v1")("", [Turn("hello", None)])
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        open_chat_model(str(tmp_path))
