@@ -36,7 +36,7 @@ from world_feedback import (
     pool_of,
     simulated,
 )
-from world_models import ANSWER_LENGTH, PROMPT_LENGTH, ModelsConfig, WorldModels
+from world_models import ANSWER_LENGTH, PROMPT_LENGTH, ModelsConfig, StageConfig, WorldModels
 
 from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig, require
 from rlaif_jax.data.world import corpus, gold, scene_from_json, summarisation
@@ -83,8 +83,8 @@ class FormsConfig:
     resume: bool = False
     forms: tuple[Form, ...] = FORMS
     origins: tuple[Origin, ...] = ("ai", "rule", "simulated", "page")
-    models: ModelsConfig = ModelsConfig()
-    calibration_prompts: int = 96
+    models: ModelsConfig = ModelsConfig(labeler=StageConfig(updates=3_000, examples=96_000))
+    calibration_prompts: int = 256
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(
         steps=40,
@@ -146,12 +146,8 @@ def learned_valence(
     ]
     require(len(taught) >= 64, f"only {len(taught)} comments could be had on rated answers: too few to learn from")
     texts, units = zip(*taught)
-    return train_judge(
-        Sentences(texts, np.array(units, np.float32)),
-        SentimentConfig(updates=400, min_frequency=1, repeats=True),
-        seed,
-        runner,
-    )
+    settings = SentimentConfig(updates=1200, learning_rate=1e-2, min_frequency=5, repeats=True)
+    return train_judge(Sentences(texts, np.array(units, np.float32)), settings, seed, runner)
 
 
 def main(config: FormsConfig) -> None:
@@ -290,7 +286,7 @@ def improve(
         elif form == "ranking":
             worth = RankingUtility(most=config.train.answers_per_prompt)
         elif form == "correction":
-            worth = CorrectionRewards(world.tokenizer, length=ANSWER_LENGTH + 8)
+            worth = CorrectionRewards(world.tokenizer, length=ANSWER_LENGTH + 8, dense=0.3, kept=0.2)
         else:
             nothing = lambda records, answers, rollout, judgements: Feedback(np.zeros(0), np.zeros(0, bool))
             for asked in ("comment", "rating"):

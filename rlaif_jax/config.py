@@ -238,12 +238,14 @@ class TrainConfig:
 
     One step rolls out `prompts_per_step` x `answers_per_prompt` sequences (over all devices) and updates the policy
     `ppo.num_epochs` x `ppo.num_minibatches` times on them. Training ends early at `target_reward` (mean reward of a
-    step) when it is set.
+    step) when it is set. With `rollout_parts` a step's prompts are rolled out in so many parts, and a feedback source
+    that can `prefetch` (a judge behind an API) judges each while the next ones are generated; the answers are the same.
     """
 
     steps: int = 100
     prompts_per_step: int = 64
     answers_per_prompt: int = 1
+    rollout_parts: int = 1
     prompt_length: int = 64
     sampling: SamplingConfig = SamplingConfig()
     ppo: PPOConfig = PPOConfig()
@@ -254,7 +256,7 @@ class TrainConfig:
     target_reward: float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("steps", "prompts_per_step", "answers_per_prompt", "prompt_length"):
+        for field in ("steps", "prompts_per_step", "answers_per_prompt", "prompt_length", "rollout_parts"):
             require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
         for field in ("eval_every", "save_every", "keep_checkpoints"):
             require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
@@ -262,6 +264,10 @@ class TrainConfig:
             self.ppo.advantage != "group" or self.answers_per_prompt >= 2,
             "train.answers_per_prompt is 1, but ppo.advantage='group' compares the answers to one prompt: "
             "set answers_per_prompt to 2 or more, or ppo.advantage='gae'",
+        )
+        require(
+            self.prompts_per_step % self.rollout_parts == 0,
+            f"train.rollout_parts ({self.rollout_parts}) must divide train.prompts_per_step ({self.prompts_per_step})",
         )
         sequences = self.prompts_per_step * self.answers_per_prompt
         require(

@@ -14,7 +14,7 @@ import numpy as np
 from rlaif_jax.algorithms.ppo import Agent, ppo_step, prepare
 from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.config import CheckFailed, TrainConfig, UserError, require, to_json
-from rlaif_jax.data.prompts import PromptIterator
+from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.sources import Feedback, FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
@@ -97,8 +97,9 @@ def train(
     sequences = config.prompts_per_step * config.answers_per_prompt
     minibatch = sequences // config.ppo.num_minibatches
     require(
-        config.prompts_per_step % runner.devices == 0 and minibatch % runner.devices == 0,
-        f"train.prompts_per_step ({config.prompts_per_step}) and the minibatch ({sequences} sequences / "
+        config.prompts_per_step % (config.rollout_parts * runner.devices) == 0 and minibatch % runner.devices == 0,
+        f"train.prompts_per_step ({config.prompts_per_step}) / train.rollout_parts ({config.rollout_parts}) and the "
+        f"minibatch ({sequences} sequences / "
         f"ppo.num_minibatches {config.ppo.num_minibatches} = {minibatch}) must be multiples of the {runner.devices} devices",
     )
     updates = config.steps * config.ppo.num_epochs * config.ppo.num_minibatches
@@ -139,10 +140,8 @@ def train(
             begun = time.perf_counter()
             light = dataclasses.replace(state, opt_state=None)
             batch = next(prompts)  # prompts
-            rollout = roll(light, to_prompts(batch))  # rollout
-            answers = answer_texts(rollout, tokenizer)
+            rollout, records, answers = roll_out(config, roll, light, batch, tokenizer, feedback)  # rollout
             rolled = time.perf_counter()
-            records = [record for record in batch.records for _ in range(config.answers_per_prompt)]
             judged = checked(feedback(records, answers, rollout), records, answers, step)  # feedback
             missing += int((~judged.valid).sum())
             told = time.perf_counter()
@@ -183,6 +182,32 @@ def train(
             if over:
                 break
     return jax.tree.map(jax.numpy.asarray, runner.fetch(state.params["policy"]))
+
+
+def roll_out(
+    config: TrainConfig,
+    roll: Any,
+    state: TrainState,
+    batch: PromptBatch,
+    tokenizer: Tokenizer,
+    feedback: FeedbackSource,
+) -> tuple[Rollout, list[Record], list[str]]:
+    """(rollout, records, answers) of a step, in `config.rollout_parts` parts. All are dispatched at once: while the devices
+    work on the later ones, a source that can `prefetch` has the earlier ones' answers already."""
+    size = config.prompts_per_step // config.rollout_parts
+    parts = [batch.rows(slice(at, at + size)) for at in range(0, config.prompts_per_step, size)]
+    rollouts = [roll(state, to_prompts(part)) for part in parts]
+    prefetch = getattr(feedback, "prefetch", None)
+    records: list[Record] = []
+    answers: list[str] = []
+    for part, rollout in zip(parts, rollouts):
+        told = [record for record in part.records for _ in range(config.answers_per_prompt)]
+        texts = answer_texts(rollout, tokenizer)
+        if prefetch is not None:
+            prefetch(told, texts)
+        records, answers = records + told, answers + texts
+    whole = rollouts[0] if len(rollouts) == 1 else jax.tree.map(lambda *x: jax.numpy.concatenate(x), *rollouts)
+    return whole, records, answers
 
 
 def checked(judged: Feedback, records: Any, answers: list[str], step: int) -> Feedback:

@@ -1,6 +1,7 @@
 """The loop as a person runs it: to the end, killed and resumed, stopped, and fed bad input."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -9,12 +10,22 @@ import sys
 import time
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rlaif_jax.config import SamplingConfig, TrainConfig, small_decoder
+from rlaif_jax.data.prompts import jsonl_records, prompt_batches
+from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import read_metrics, without_time
+from rlaif_jax.models import LanguageModel
+from rlaif_jax.parallel import JitRunner
+from rlaif_jax.rollout import make_generator
 from rlaif_jax.run import command_line
+from rlaif_jax.train import roll_out
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
@@ -135,6 +146,42 @@ def test_a_killed_run_on_a_mesh_resumes_bit_for_bit(prompts, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(leaves(killed), leaves(whole)))
 
 
+def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(prompts):
+    tokenizer = WordTokenizer(tiny.WORDS)
+    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+    state = model.init(jax.random.key(0)), jax.random.key(1)
+    roll = make_generator(JitRunner(), model, tokenizer, SamplingConfig(max_new_tokens=5), answers=2)
+    batch = next(prompt_batches(jsonl_records(prompts), tokenizer, batch_size=8, seed=0, prompt_length=6))
+    handed: list[list[str]] = []
+
+    class Judge:
+        def prefetch(self, records, answers):
+            assert [record["prompt"] for record in records][::2] == [r["prompt"] for r in batch.records][
+                len(handed) * 4 :
+            ][:4]
+            handed.append(list(answers))
+
+    def rolled(parts, judge):
+        config = TrainConfig(prompts_per_step=8, answers_per_prompt=2, rollout_parts=parts)
+        return roll_out(config, roll, state, batch, tokenizer, judge)
+
+    whole, records, answers = rolled(1, FunctionSource(lambda record, answer: 0.0))
+    again, records_again, answers_again = rolled(2, Judge())
+    assert (records_again, answers_again) == (records, answers)
+    assert len(records) == len(answers) == 16
+    assert handed == [answers[:8], answers[8:]]
+    chex.assert_trees_all_close(again, whole, atol=1e-6)
+
+
+def test_a_person_may_say_enough(prompts, tmp_path, monkeypatch):
+    asked = iter([False, True])
+    monkeypatch.setattr(tiny, "train", functools.partial(tiny.train, enough=lambda: next(asked)))
+    tiny.main(tiny.TinyConfig(prompts=prompts, out=tmp_path / "out"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("done", 2)
+    assert (tmp_path / "out" / "checkpoints" / "2").is_dir()
+
+
 # ---- Bad input: each gives one clear message that names the place, exit code 2, and no half-written run
 
 
@@ -172,6 +219,7 @@ BAD = {
     "negative seed": Bad(("--seed", "-1"), names=("seed", "-1")),
     "mesh options without a mesh": Bad(("--train.parallel.fsdp", "2"), names=("parallel.mode",)),
     "batch that the devices do not divide": Bad(("--train.prompts-per-step", "12"), names=("12", "8 devices")),
+    "parts that do not divide": Bad(("--train.rollout-parts", "3"), names=("rollout_parts (3)", "16")),
     "minibatches that do not divide": Bad(("--train.ppo.num-minibatches", "3"), names=("num_minibatches (3)", "16")),
     "greedy policy": Bad(("--train.sampling.temperature", "0"), names=("sampling.temperature",)),
     "top_p out of range": Bad(("--train.sampling.top-p", "1.5"), names=("sampling.top_p", "1.5")),

@@ -301,6 +301,10 @@ class PromptBatch:
     uid: npt.NDArray[np.uint32]
     records: tuple[dict[str, Any], ...]
 
+    def rows(self, chosen: slice) -> PromptBatch:
+        """Some of the prompts, as padded as all."""
+        return PromptBatch(self.tokens[chosen], self.mask[chosen], self.uid[chosen], self.records[chosen])
+
 
 class PromptIterator(Iterator[PromptBatch]):
     """Made by `prompt_batches`; its position is `get_state()`, a small JSON-serialisable dict."""

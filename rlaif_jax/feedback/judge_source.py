@@ -32,14 +32,8 @@ class JudgeSource:
     template: of a rating (the value is on its scale), or of a ranking whose question shows the answer first and another
     one second (the value is the debiased probability, both orders). question: what is asked about (record, answer).
 
-    A call waits for its judgements; `prefetch` does not. Whoever has some of a step's answers earlier than all of them
-    (answers come in parts, or the next step's are sampled before this step's update) prefetches them, and the judge
-    works while the devices do:
-
-        for part in parts:                       # each part: some prompts' answers
-            rollout = roll(part)                 # the devices work on this part ...
-            source.prefetch(records, answers)    # ... and the judge already on those before it
-        judged = source(all_records, all_answers, all_rollouts)   # waits only for what is still missing
+    A call waits for its judgements; `prefetch` does not: with `train.rollout_parts` > 1 the loop hands over each part's
+    answers while the devices generate the next ones, and the judge works while they do.
 
     The same question is never asked twice, so a call finds what was prefetched. A judgement that failed is missing
     (`valid` is false) and recorded as such in the client's store.

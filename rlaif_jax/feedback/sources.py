@@ -32,7 +32,10 @@ class Feedback(NamedTuple):
 
 
 class FeedbackSource(Protocol):
-    """Judges a step's answers. records [B] are the source records of the prompts, answers [B] the decoded texts."""
+    """Judges a step's answers. records [B] are the source records of the prompts, answers [B] the decoded texts.
+
+    A source that may be slow can also have `prefetch(records, answers)`, which begins to judge and returns at once.
+    """
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback: ...
 

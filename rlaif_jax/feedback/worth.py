@@ -169,13 +169,15 @@ class CommentValence:
 class CorrectionRewards:
     """Minus the edit rate of each answer as its score, and blame of single tokens as dense rewards (`rewards.corrections`).
 
-    length: tokens of a correction that are read. dense: what a token that had to go costs; an insertion costs half.
-    A rater's last correction of an answer counts.
+    length: tokens of a correction that are read. dense: what a token that had to go costs; an insertion costs half. kept:
+    what a token that stayed earns, as a share of that: without it the safest answer is the shortest, for whoever says
+    little is seldom corrected. A rater's last correction of an answer counts.
     """
 
     tokenizer: Tokenizer
     length: int
     dense: float = 0.1
+    kept: float = 0.0
 
     def __call__(
         self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows
@@ -191,13 +193,13 @@ class CorrectionRewards:
             for given, ended in zip(edits, np.asarray(rollout.finished))
         ]
         corrected, mask = padded(rows, self.length, self.tokenizer.pad_id, "right")
-        rewards = _corrected(rollout.responses, rollout.response_mask, corrected, mask, valid, self.dense)
+        rewards = _corrected(rollout.responses, rollout.response_mask, corrected, mask, valid, self.dense, self.kept)
         return Feedback(np.asarray(rewards.score), np.asarray(rewards.valid), np.asarray(rewards.token_rewards))
 
 
 @jax.jit
-def _corrected(answer, answer_mask, corrected, corrected_mask, valid, dense):  # type: ignore[no-untyped-def]
-    return correction_rewards(answer, answer_mask, corrected, corrected_mask, valid, dense=dense, kept=0.0)
+def _corrected(answer, answer_mask, corrected, corrected_mask, valid, dense, kept):  # type: ignore[no-untyped-def]
+    return correction_rewards(answer, answer_mask, corrected, corrected_mask, valid, dense=dense, kept=kept)
 
 
 # ---- A source of any form

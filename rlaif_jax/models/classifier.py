@@ -13,11 +13,12 @@ from rlaif_jax.types import Params
 
 
 class WordSet(nn.Module):
-    """Embeddings of a text's words, summed over the root of their number, under linear units.
+    """Embeddings of a text's words, summed, under linear units.
 
-    Without `repeats` a word counts once however often it occurs: Pang, Lee & Vaithyanathan 2002 ("Thumbs up?", section
+    repeats: a word counts as often as it occurs, and the sum stays a sum: logistic regression on word counts.
+    Without, a word counts once however often it occurs: Pang, Lee & Vaithyanathan 2002 ("Thumbs up?", section
     6.1) found presence better than frequency for sentiment, and a policy cannot earn more by saying one word again and
-    again.
+    again. The sum is then over the root of their number.
     The root keeps texts of different length comparable: one word among many says less, many words say more.
     """
 
@@ -37,7 +38,9 @@ class WordSet(nn.Module):
         count = counted.astype(jnp.float32)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.1), name="embed")
         total = jnp.einsum("bsd,bs->bd", embed(tokens), count)
-        return nn.Dense(self.outputs, name="out")(total / jnp.sqrt(jnp.maximum(count.sum(-1), 1.0))[:, None])
+        if not self.repeats:
+            total /= jnp.sqrt(jnp.maximum(count.sum(-1), 1.0))[:, None]
+        return nn.Dense(self.outputs, name="out")(total)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,10 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_OPENING = "<!doctype html><meta charset=utf-8><meta http-equiv=refresh content='0; url=/'><title>Opening</title>"
+_OPENING = (
+    "<!doctype html><meta charset=utf-8><link rel=icon href=/static/icon.svg>"
+    "<meta http-equiv=refresh content='0; url=/'><title>Opening</title>"
+)
 
 
 def create_app(
