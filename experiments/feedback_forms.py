@@ -286,14 +286,18 @@ def improve(
         elif form == "ranking":
             worth = RankingUtility(most=config.train.answers_per_prompt)
         elif form == "correction":
-            worth = CorrectionRewards(world.tokenizer, length=ANSWER_LENGTH + 8, dense=0.3, kept=0.2)
+            worth = CorrectionRewards(world.tokenizer, length=ANSWER_LENGTH + 8, dense=0.3, kept=1.0)
         else:
-            nothing = lambda records, answers, rollout, judgements: Feedback(np.zeros(0), np.zeros(0, bool))
-            for asked in ("comment", "rating"):
-                source_of(asked, nothing)(records, texts, rollout)
-            worth = CommentValence(
-                learned_valence(store.judgements(form="comment"), store.judgements(form="rating"), seed, runner)
-            )
+            taught: dict[Form, list[Judgement]] = {"comment": [], "rating": []}
+
+            def keep(asked: Form, *step: Any) -> Feedback:
+                taught[asked] = [judgement for given in step[-1] for judgement in given]
+                return Feedback(np.zeros(0), np.zeros(0, bool))
+
+            for asked in taught:
+                source_of(asked, partial(keep, asked))(records, texts, rollout)
+            # Not from the store: after a resume that holds the comments of the steps, too.
+            worth = CommentValence(learned_valence(taught["comment"], taught["rating"], seed, runner))
         source = source_of(form, worth)
         told = source(records, texts, rollout)
         critic = ScalarModel(world.model.config, "zero")

@@ -332,7 +332,7 @@ def agreement_or_none(labels: np.ndarray, truth: np.ndarray) -> float | None:
 def reward_accuracy(source: RewardModelSource, pairs: dict[str, np.ndarray]) -> float | None:
     """Share of held-out pairs that the reward model orders as the judge does."""
     score = jax.jit(lambda tokens, mask: score_sequences(source.model, source.params, (tokens, mask)))
-    kept = pairs["weight"] > 0
+    kept = (pairs["weight"] > 0) & (pairs["probability"] != 0.5)
     first, second = (np.asarray(score(pairs[f"tokens{i}"], pairs[f"mask{i}"])) for i in (1, 2))
     return agreement_or_none((first > second)[kept], (pairs["probability"] > 0.5)[kept])
 

@@ -124,7 +124,9 @@ def prepare(
     behaviour = jnp.where(rollout.response_mask, logprobs, 0.0) if config.behaviour == "recompute" else rollout.logprobs
     score = final_score(config, rewards.score.astype(jnp.float32), rollout.finished)
     if config.advantage == "group":
-        advantages = jnp.where(mask, group_normalised(score, rewards.valid, answers)[:, None], 0.0)
+        # A group compares whole answers: dense rewards count by their sum.
+        total = score + jnp.where(mask, rewards.token_rewards, 0.0).sum(-1)
+        advantages = jnp.where(mask, group_normalised(total, rewards.valid, answers)[:, None], 0.0)
         returns = jnp.zeros_like(advantages)
     else:
         kl_coef = state.kl_coef if config.kl_in == "reward" else 0.0

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.data.prompts import Record, padded
+from rlaif_jax.data.text import token_spans
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.forms import Comment, Correction, Judgement, Ranking, Rating
 from rlaif_jax.feedback.sentiment import SentimentJudge
 from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.feedback.store import Store
 from rlaif_jax.rewards.comments import pool_comments, valence
-from rlaif_jax.rewards.corrections import correction_rewards
+from rlaif_jax.rewards.corrections import correction_rewards, span_rewards
 from rlaif_jax.rewards.rankings import fit_plackett_luce
 from rlaif_jax.rewards.ratings import z_score_mean
 from rlaif_jax.types import Rollout
@@ -108,15 +109,16 @@ class RankingUtility:
             by_prompt.setdefault(ranking.prompt, []).append(ranking)
         texts = {p: sorted({a for ranking in given for a in ranking.answers}) for p, given in by_prompt.items()}
         longest = max((len(given) for given in by_prompt.values()), default=1)
-        shape = (len(answers), _power(longest), self.most)  # never more prompts than answers: one compiled program
+        width = max([self.most, *(_power(len(given)) for given in texts.values() if len(given) > self.most)])
+        shape = (len(answers), _power(longest), width)  # never more prompts than answers: one compiled program
         items, ranks, weight = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape[:2], np.float32)
         for number, (prompt, given) in enumerate(by_prompt.items()):
             for place, ranking in enumerate(given):
                 weight[number, place] = 1.0
                 for k, (answer, rank) in enumerate(zip(ranking.answers, ranking.ranks)):
                     items[number, place, k], ranks[number, place, k] = texts[prompt].index(answer), rank or 0
-        fitted = np.asarray(_utilities(items, ranks, weight, self.most, self.ridge))
-        placed = np.zeros((len(answers), self.most), bool)
+        fitted = np.asarray(_utilities(items, ranks, weight, width, self.ridge))
+        placed = np.zeros((len(answers), width), bool)
         for number, given in enumerate(by_prompt.values()):
             for place in range(len(given)):
                 placed[number, items[number, place][ranks[number, place] > 0]] = True
@@ -169,9 +171,14 @@ class CommentValence:
 class CorrectionRewards:
     """Minus the edit rate of each answer as its score, and blame of single tokens as dense rewards (`rewards.corrections`).
 
-    length: tokens of a correction that are read. dense: what a token that had to go costs; an insertion costs half. kept:
-    what a token that stayed earns, as a share of that: without it the safest answer is the shortest, for whoever says
-    little is seldom corrected. A rater's last correction of an answer counts.
+    Of several corrections of an answer the last one counts. One with marked spans only has no edits: its score is 0,
+    and each span's value is paid at the span's last token (Wu 2023).
+
+    Attributes:
+        length: tokens of a correction that are read.
+        dense: what a token that had to go costs, and what a span of value 1 earns; an insertion costs half.
+        kept: what a token that stayed earns, as a share of that. Without it the safest answer is the shortest, for
+          whoever says little is seldom corrected.
     """
 
     tokenizer: Tokenizer
@@ -182,24 +189,45 @@ class CorrectionRewards:
     def __call__(
         self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows
     ) -> Feedback:
-        edits = [
-            [j.edited for j in g if isinstance(j, Correction) and j.answered and j.edited is not None]
-            for g in judgements
-        ]
-        valid = np.array([bool(given) for given in edits])
-        ends = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        rows = [
-            ([*self.tokenizer.encode(given[-1]), *(ends if ended else [])] if given else [])[: self.length]
-            for given, ended in zip(edits, np.asarray(rollout.finished))
-        ]
-        corrected, mask = padded(rows, self.length, self.tokenizer.pad_id, "right")
-        rewards = _corrected(rollout.responses, rollout.response_mask, corrected, mask, valid, self.dense, self.kept)
-        return Feedback(np.asarray(rewards.score), np.asarray(rewards.valid), np.asarray(rewards.token_rewards))
+        found = [[j for j in given if isinstance(j, Correction) and j.answered] for given in judgements]
+        ids, masks = np.asarray(rollout.responses), np.asarray(rollout.response_mask, bool)
+        finished = np.asarray(rollout.finished)
+        rows: list[list[int]] = []
+        marks: list[list[tuple[int, int, float]]] = []
+        for given, answer, own, mask, ended in zip(found, answers, ids, masks, finished):
+            written = own[mask].tolist()
+            rows.append(self._corrected(given[-1], answer, written, bool(ended))[: self.length] if given else [])
+            marks.append(self._marked(given[-1], answer, written) if given else [])
+        corrected, corrected_mask = padded(rows, self.length, self.tokenizer.pad_id, "right")
+        valid = np.array([bool(given) for given in found])
+        most = _power(max(map(len, marks), default=1))
+        spans = np.zeros((3, len(answers), most), np.float32)
+        for row, places in enumerate(marks):
+            for k, place in enumerate(places):
+                spans[:, row, k] = place
+        rewards = _corrected(ids, masks, corrected, corrected_mask, valid, spans, self.dense, self.kept)
+        return Feedback(*map(np.asarray, rewards))
+
+    def _corrected(self, correction: Correction, answer: str, written: list[int], ended: bool) -> list[int]:
+        """The tokens of the answer as it should have been; the answer's own where nothing was edited."""
+        if correction.edited is None or correction.edited == answer:
+            return written
+        text = self.tokenizer.decode(written)
+        blank = text[: len(text) - len(text.lstrip())]  # records have the answer without the blanks around it
+        ends = [] if self.tokenizer.eos_id is None or not ended else [self.tokenizer.eos_id]
+        return [*self.tokenizer.encode(blank + correction.edited), *ends]
+
+    def _marked(self, correction: Correction, answer: str, written: list[int]) -> list[tuple[int, int, float]]:
+        places = token_spans(self.tokenizer, written, [(s.start, s.end) for s in correction.spans], text=answer)
+        return [(start, end, span.value) for (start, end), span in zip(places, correction.spans)]
 
 
 @jax.jit
-def _corrected(answer, answer_mask, corrected, corrected_mask, valid, dense, kept):  # type: ignore[no-untyped-def]
-    return correction_rewards(answer, answer_mask, corrected, corrected_mask, valid, dense=dense, kept=kept)
+def _corrected(answer, mask, corrected, corrected_mask, valid, spans, dense, kept):  # type: ignore[no-untyped-def]
+    rewards = correction_rewards(answer, mask, corrected, corrected_mask, valid, dense=dense, kept=kept)
+    starts, ends = spans[:2].astype(jnp.int32)
+    marked = dense * span_rewards(starts, ends, spans[2], ends > starts, mask)
+    return rewards.score, rewards.valid, rewards.token_rewards + marked
 
 
 # ---- A source of any form

@@ -210,8 +210,9 @@ def truth(
     Reichenbach's implication 1 - a + ab, which unlike the residuum has a gradient everywhere (van Krieken 2022, section
     5). On {0, 1} each is Boolean logic, exactly.
 
-    valid [..., P]: false where a predicate is missing. The truth is valid where the missing ones, whatever they might
-    be, leave it no more than 1e-6 of room. A predicate that is NaN is missing; one off [0, 1] is held to it.
+    valid [..., P]: false where a predicate is missing. The truth is valid where the missing ones leave its interval no
+    more than 1e-6 of room; an atom that occurs twice counts as two, so `a | !a` is missing where `a` is. A predicate
+    that is NaN is missing; one off [0, 1] is held to it.
 
     Raises:
         UserError: the formula has an atom that `names` does not.

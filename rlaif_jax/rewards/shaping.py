@@ -92,7 +92,11 @@ def whiten(scores: jax.Array, valid: jax.Array, axis_name: str | None = None, *,
     become 0.
     """
     scores, valid = masked(scores, valid)
-    return Masked(masked_whiten(scores, valid, axis_name, shift_mean=shift_mean), valid)
+    mean = masked_mean(scores, valid, axis_name)
+    # What is left of equal scores is rounding: whitened it would be a difference blown up.
+    offset = jnp.where(jnp.abs(scores - mean) <= 1e-6 * jnp.abs(mean), 0.0, scores - mean)
+    white = masked_whiten(offset, valid, axis_name)
+    return Masked(jnp.where(valid, white if shift_mean else white + mean, 0.0), valid)
 
 
 def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked:

@@ -541,13 +541,15 @@ def test_advantages_are_whitened_over_the_whole_batch(gae_case, group_case, mini
 
 
 def test_group_advantages(group_case):
-    """Pairs (1, -.5), (.7, .2), (missing, 2), (-1, .3): of a pair each is one standard deviation from the mean; an
-    answer without its partner says nothing."""
+    """Pairs (1, -.5), (.7, .2), (missing, 2), (-1, .3) and the sums of their dense rewards: of a pair each is one
+    standard deviation from the mean; an answer without its partner says nothing."""
     e = group_case.experience
-    expected = np.array(
-        [0.75 / 0.7501, -0.75 / 0.7501, 0.25 / 0.2501, -0.25 / 0.2501, 0, 0, -0.65 / 0.6501, 0.65 / 0.6501]
-    )
-    np.testing.assert_allclose(e.advantages, np.where(e.mask, expected[:, None], 0), rtol=1e-5)
+    dense = np.where(e.mask, group_case.rewards.token_rewards, 0).sum(-1, dtype=np.float64)
+    scores = np.array([1, -0.5, 0.7, 0.2, 0, 2, -1, 0.3]) + dense
+    half = (scores[0::2] - scores[1::2]) / 2
+    expected = np.stack([half, -half], axis=1) / (np.abs(half) + 1e-4)[:, None]
+    expected[2] = 0
+    np.testing.assert_allclose(e.advantages, np.where(e.mask, expected.reshape(-1)[:, None], 0), rtol=1e-5)
     np.testing.assert_array_equal(e.values, 0)
 
 

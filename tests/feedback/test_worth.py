@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.feedback.forms import Comment, Correction, Ranking, Rater, Rating
+from rlaif_jax.feedback.forms import Comment, Correction, Ranking, Rater, Rating, Span
 from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.feedback.store import Store
 from rlaif_jax.feedback.worth import (
@@ -114,6 +114,35 @@ def test_corrections_are_worth_their_edits_and_blame_single_tokens():
     np.testing.assert_allclose(feedback.token_rewards[0], [0, -0.5, 0, 0, 0])
     assert feedback.token_rewards[1].sum() == pytest.approx(-0.5)
     assert not feedback.token_rewards[2:].any()
+
+
+def test_a_correction_of_nothing_is_no_edit_however_the_answer_was_written():
+    # A tokenizer may write one text in several ways: what was not edited is compared with what was sampled.
+    letters = {"a": 3, "b": 4, "ab": 5}
+    names = {number: name for name, number in letters.items()}
+    tokenizer = SimpleNamespace(
+        eos_id=1,
+        pad_id=0,
+        encode=lambda text: [letters[text]] if text in letters else [letters[c] for c in text if c in letters],
+        decode=lambda ids: "".join(" " if i == 2 else names.get(i, "") for i in ids),
+    )
+    ids = np.array([[2, 3, 4, 1], [2, 3, 4, 1]], np.int32)
+    rollout = SimpleNamespace(responses=ids, response_mask=np.ones((2, 4), bool), finished=np.ones(2, bool))
+    told = [
+        Correction(prompt="p", answers=("ab",), rater=ANNA, edited="ab"),
+        Correction(prompt="q", answers=("ab",), rater=ANNA, spans=(Span(1, 2, -2.0),)),
+    ]
+    records = [{"prompt": "p"}, {"prompt": "q"}]
+    feedback = worth_of(CorrectionRewards(tokenizer, length=6, dense=0.5, kept=0.0), told, records, ["ab"] * 2, rollout)
+    np.testing.assert_array_equal(feedback.values, [0, 0])
+    assert feedback.valid.all()
+    np.testing.assert_allclose(feedback.token_rewards, [[0, 0, 0, 0], [0, 0, -1, 0]])
+
+
+def test_more_answers_than_expected_are_ranked_all_the_same():
+    told = [Ranking(prompt="p", answers=("one", "two", "three"), rater=ANNA, ranks=(1, 2, 3))]
+    feedback = worth_of(RankingUtility(most=2), told, [{"prompt": "p"}] * 3, ["one", "two", "three"])
+    assert feedback.values[0] > feedback.values[1] > feedback.values[2]
 
 
 def test_a_source_of_records_keeps_them(tmp_path):

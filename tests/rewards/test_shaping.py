@@ -251,3 +251,9 @@ def test_all_of_it_everywhere():
         )
 
     same_everywhere(everything, scores, valid, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, 100.7, 1000.1])
+def test_whitened_equal_scores_are_zero_and_no_rounding_is_blown_up(value):
+    scores, valid = jnp.full(48, value), jnp.ones(48, bool)
+    np.testing.assert_array_equal(whiten(scores, valid).values, 0)
