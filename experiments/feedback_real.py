@@ -243,8 +243,9 @@ def ratings(config: RealConfig, *archives: Path) -> Findings:
         each: dict[str, list[float]] = defaultdict(list)
         for person in large:
             worth = _ranked(item, rater, value, rater != person, len(items), len(raters))
+            mine = (rater == person) & np.isfinite(worth["raw means"][item])
             for name, scores in worth.items():
-                each[name].append(spearman(scores[item[rater == person]], value[rater == person]))
+                each[name].append(spearman(scores[item[mine]], value[mine]))
         for name, correlations in each.items():
             mean = float(np.average(correlations, weights=count[large]))
             yield Finding(
@@ -265,12 +266,17 @@ def _utilities(item: Any, rater: Any, value: Any, weight: Any, items: int, rater
 def _ranked(
     item: np.ndarray, rater: np.ndarray, value: np.ndarray, weight: np.ndarray, items: int, raters: int
 ) -> dict[str, np.ndarray]:
+    """What each item is worth by each way; NaN for an item that no rating is left of."""
     found = _utilities(item, rater, value, weight.astype(np.float32), items, raters)
-    return {name: np.asarray(found[name]) for name in ("raw means", "z-scores", "rating model")}
+    rated = np.bincount(item, weight, items) > 0
+    return {name: np.where(rated, found[name], np.nan) for name in ("raw means", "z-scores", "rating model")}
 
 
 def _compared(worth: dict[str, np.ndarray], truth: np.ndarray, seed: int, note: str) -> Findings:
-    """Spearman of each ranking with the left-out ratings, and the model's gain over raw means on the same items."""
+    """Spearman of each ranking with the left-out ratings, and the model's gain over raw means on the same items; items
+    that only the left-out rated have no worth and stay out."""
+    rated = np.isfinite(worth["raw means"])
+    worth, truth = {name: scores[rated] for name, scores in worth.items()}, truth[rated]
     for name, scores in worth.items():
         yield Finding(f"{name}, Spearman", spearman(scores, truth), *_spearman_interval(scores, truth, seed), "", note)
     raw, model = worth["raw means"], worth["rating model"]
@@ -397,30 +403,33 @@ def comments(config: RealConfig, graded: Path) -> Findings:
 
 
 def squality(config: RealConfig, responses: Path) -> Findings:
-    """How far the workers of SQuALITY agree, and whether a worker's rank follows his rating."""
+    """How far the workers of SQuALITY agree in ratings and in ranks; the intervals draw whole questions."""
     records = kept(read_squality(responses))
+    number, questions = index(j.prompt for j in records)
+    question = {j.item: n for j, n in zip(records, number.tolist())}
     for name in ("correctness", "selection", "overall"):
         given: dict[str, dict[str, float]] = defaultdict(dict)
         for j in records:
             if isinstance(j, Rating) and j.principle == name:
                 given[j.item][j.rater.name] = j.value
         moments = np.array([interval_moments(list(by_rater.values())) for by_rater in given.values()])
-        estimate = Bootstrap(len(moments), seed=config.seed).estimate(moments, interval_alpha)
+        sums = summed(moments, [question[item] for item in given], len(questions))
+        estimate = Bootstrap(len(questions), seed=config.seed).estimate(sums, interval_alpha)
         note = f"{name}: {sum(map(len, given.values()))} ratings of {len(given)} answers"
         yield Finding("Krippendorff's alpha (interval)", **estimate, note=note)
     for name in ("correctness", "selection", "overall"):
-        agree, pairs = [], Counter[tuple[str, int, int, bool]]()
+        agree, asked, pairs = [], [], Counter[tuple[str, int, int, bool]]()
         for j in records:
             if isinstance(j, Ranking) and j.principle == name:
                 pairs.update((j.item, a, b, p > 0.5) for a, b, p in j.pairs() if p != 0.5)
-        for item, a, b in {key[:3] for key in pairs}:
+        for item, a, b in sorted({key[:3] for key in pairs}):
             yes, no = pairs[item, a, b, True], pairs[item, a, b, False]
             if yes + no >= 2:
+                asked.append(question[item])
                 agree.append((math.comb(yes, 2) + math.comb(no, 2)) / math.comb(yes + no, 2))
         note = f"{name}: {len(agree)} pairs of answers"
-        yield Finding(
-            "two workers rank a pair alike", float(np.mean(agree)), *bootstrap_ci(agree, seed=config.seed), "", note
-        )
+        interval = bootstrap_ci(agree, seed=config.seed, groups=asked)
+        yield Finding("two workers rank a pair alike", float(np.mean(agree)), *interval, "", note)
 
 
 SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Findings]], ...] = (

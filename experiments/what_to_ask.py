@@ -8,9 +8,11 @@ labels so far, and its accuracy against the world's gold score is measured on pa
 orders of asking, each from as many labels drawn at random, by feedback/selection.py: random; where an ensemble of reward
 models disagrees (this is the claim); and where it is undecided as a whole, which asks for toss-ups, too.
 
-The question: how many labels does a chosen order need for the accuracy that the random order ends with? A curve has
-reached it where it never falls below again; between budgets it is interpolated in the logarithm. One that never gets
-there has saved nothing.
+The question: how many labels does a chosen order need for the accuracy that the random order ends with, and how many did
+the random order itself need for it? Both are read off their curves by one rule. A curve is the mean of several times of
+asking, each with answers and draws of its own, smoothed to the nearest one that never falls (isotonic regression: more
+labels do not hurt, on average), so that no single dip decides. Between budgets it is interpolated in the logarithm. An
+order that never gets there is charged the whole budget.
 
 The reward model is linear in what the words of an answer are and share with its prompt (`features`), fitted by Newton's
 method on the device; the ensemble is its Bayesian bootstrap. Expected: see experiments/RESULTS.md.
@@ -49,17 +51,19 @@ _WIDTH = 2 * len(VOCABULARY) + 7
 class AskConfig:
     """All settings.
 
-    seed: the first of `seeds` seeds; each draws its own towns, answers, labels and orders. prompts: of the pool, four
-    answers each, six pairs. test_prompts: of held-out towns. budget: labels at the end; start: labels drawn at random
+    seed: the first of `seeds` seeds; each draws its own towns, held-out ones too, answers, labels and orders. repeats: of
+    the asking for each seed, with labels and orders of their own. prompts: of the pool, four answers each, six pairs.
+    test_prompts: of held-out towns. budget: labels at the end; start: labels drawn at random
     before anything is chosen; growth: each round's budget over the last one's. models: of the ensemble. ridge: penalty of
     the reward model. temperature: of the simulated person (see `Comparer`).
     """
 
     seed: int = 0
     seeds: int = 5
+    repeats: int = 4
     out: Path = Path("runs/what_to_ask")
     prompts: int = 1500
-    test_prompts: int = 1000
+    test_prompts: int = 4000
     start: int = 64
     budget: int = 2000
     growth: float = 1.33
@@ -69,6 +73,7 @@ class AskConfig:
 
     def __post_init__(self) -> None:
         require(self.seeds >= 2, f"seeds must be >= 2 for an interval, not {self.seeds}")
+        require(self.repeats >= 1, f"repeats must be >= 1, not {self.repeats}")
         require(8 <= self.start < self.budget, f"start must lie in 8 .. budget ({self.budget}), not {self.start}")
         require(self.growth > 1, f"growth must be > 1, not {self.growth}")
         require(self.models >= 2 and self.ridge > 0, "an ensemble needs models >= 2, the reward model a ridge > 0")
@@ -125,8 +130,8 @@ def make_pairs(rng: np.random.Generator, task: Task, split: Any, count: int, sca
     """All six pairs of four answers to each of `count` prompts: two writers' and a corruption of each. Pairs of equal
     answers are none. scale [F]: what features are divided by; None: not at all."""
     rows, gaps, prompts, items = [], [], [], []
-    for index in range(count):
-        scene = sample_scene(0, split, int(rng.integers(1_000_000)) if split == "train" else index)
+    for _ in range(count):
+        scene = sample_scene(0, split, int(rng.integers(1_000_000)))
         prompt = task.prompt(scene)
         written = [task.demonstration(rng, scene, shortcuts=False) for _ in range(2)]
         answers = written + [task.corrupt(rng, scene, text) for text in written]
@@ -184,11 +189,13 @@ def budgets(config: AskConfig) -> list[int]:
     return found
 
 
-def curve(config: AskConfig, order: str, seed: int, pool: Pairs, test: Pairs) -> list[float]:
-    """Accuracy of the reward model at each budget when questions are asked in this order."""
-    answers = Comparer(config.temperature).compare(np.random.default_rng((seed, 1)), pool.gap, np.zeros(len(pool.gap)))
+def curve(config: AskConfig, order: str, seed: int, repeat: int, pool: Pairs, test: Pairs) -> list[float]:
+    """Accuracy of the reward model at each budget when questions are asked in this order. All orders of a seed and repeat
+    hear the same answers."""
+    rng = np.random.default_rng((seed, 1, repeat))
+    answers = Comparer(config.temperature).compare(rng, pool.gap, np.zeros(len(pool.gap)))
     wins = (answers == 1).astype(np.float32)  # what the person would say of each pair; told only when asked
-    resampling = np.random.default_rng((seed, 2))
+    resampling = np.random.default_rng((seed, 2, repeat))
     asked: list[int] = []
     found = []
     margins: np.ndarray | None = None
@@ -205,7 +212,7 @@ def curve(config: AskConfig, order: str, seed: int, pool: Pairs, test: Pairs) ->
             prompts=[pool.prompts[i] for i in left],
             items=[pool.items[i] for i in left],
             asked=Counter(pool.items[i] for i in asked),
-            seed=seed * 1000 + number,
+            seed=(seed * config.repeats + repeat) * 1000 + number,
             selection=Selection(hard=0.9),
         )
         asked += left[[choice.index for choice in chosen]].tolist()
@@ -215,6 +222,13 @@ def curve(config: AskConfig, order: str, seed: int, pool: Pairs, test: Pairs) ->
             weights = resampling.exponential(size=(config.models, len(y))).astype(np.float32)
             margins = np.asarray(fit_rewards(x, y, weights, config.ridge)) @ pool.x.T
     return found
+
+
+def smoothed(curves: list[list[float]]) -> list[float]:
+    """The mean of curves of accuracy, made the nearest one that never falls."""
+    from scipy.optimize import isotonic_regression
+
+    return [float(value) for value in isotonic_regression(np.mean(curves, 0)).x]
 
 
 def labels_to_reach(target: float, labels: list[int], accuracies: list[float]) -> float | None:
@@ -228,6 +242,12 @@ def labels_to_reach(target: float, labels: list[int], accuracies: list[float]) -
     low, high = accuracies[last], accuracies[last + 1]
     share = (target - low) / (high - low)
     return math.exp((1 - share) * math.log(labels[last]) + share * math.log(labels[last + 1]))
+
+
+def saving(needed: float | None, random: float, budget: int) -> float:
+    """Share of the random order's labels that another one did without. None: it did not get there in the whole budget, so
+    this is the most that it can have saved, 0 or less."""
+    return 1 - (budget if needed is None else needed) / random
 
 
 def t_interval(values: list[float]) -> tuple[float, float, float]:
@@ -246,7 +266,7 @@ def main(config: AskConfig) -> None:
 
 def what_to_ask(config: AskConfig, run: Run) -> None:
     task, labels = summarisation.TASK, budgets(config)
-    curves: dict[str, list[list[float]]] = {order: [] for order in ORDERS}
+    curves: dict[str, list[list[list[float]]]] = {order: [] for order in ORDERS}
     for seed in range(config.seed, config.seed + config.seeds):
         rng = np.random.default_rng((seed, 0))
         raw = make_pairs(rng, task, "train", config.prompts, None)
@@ -254,27 +274,36 @@ def what_to_ask(config: AskConfig, run: Run) -> None:
         pool = raw._replace(x=raw.x * scale)
         test = make_pairs(rng, task, "test_entities", config.test_prompts, scale)
         for order in ORDERS:
-            curves[order].append(curve(config, order, seed, pool, test))
+            repeats = range(config.repeats)
+            curves[order].append([curve(config, order, seed, repeat, pool, test) for repeat in repeats])
             run.settled()
-        print(f"seed {seed}: " + ", ".join(f"{order} {curves[order][-1][-1]:.3f}" for order in ORDERS), flush=True)
+        ends = {order: np.mean([c[-1] for c in curves[order][-1]]) for order in ORDERS}
+        print(f"seed {seed}: " + ", ".join(f"{order} {end:.3f}" for order, end in ends.items()), flush=True)
 
     # ---- Labels to the accuracy that the random order ends with
     saved: dict[str, list[float]] = {order: [] for order in ORDERS[1:]}
-    reached: dict[str, list[float | None]] = {order: [] for order in ORDERS[1:]}
+    reached: dict[str, list[float | None]] = {order: [] for order in ORDERS}
     for number in range(config.seeds):
-        target = curves["random"][number][-1]
+        smooth = {order: smoothed(curves[order][number]) for order in ORDERS}
+        needs = {order: labels_to_reach(smooth["random"][-1], labels, smooth[order]) for order in ORDERS}
+        random = needs["random"]
+        assert random is not None  # its own last value is the target
+        for order in ORDERS:
+            reached[order].append(needs[order])
         for order in ORDERS[1:]:
-            needed = labels_to_reach(target, labels, curves[order][number])
-            reached[order].append(needed)
-            saved[order].append(0.0 if needed is None else 1 - needed / config.budget)
+            saved[order].append(saving(needs[order], random, config.budget))
     print(f"\naccuracy, mean of {config.seeds} seeds\nlabels  " + "  ".join(f"{order:>9}" for order in ORDERS))
+    means = {order: np.mean(curves[order], (0, 1)) for order in ORDERS}
     for i, count in enumerate(labels):
-        print(f"{count:6d}  " + "  ".join(f"{np.mean([c[i] for c in curves[order]]):9.3f}" for order in ORDERS))
-    print(f"\nlabels to the random order's accuracy at {config.budget}")
-    for order in ORDERS[1:]:
+        print(f"{count:6d}  " + "  ".join(f"{means[order][i]:9.3f}" for order in ORDERS))
+    print(f"\nlabels to the random order's accuracy at {config.budget}, of each seed")
+    for order in ORDERS:
+        line = f"{order:>9}: " + ", ".join("not reached" if n is None else f"{n:.0f}" for n in reached[order])
+        if order == "random":
+            print(line)
+            continue
         mean, low, high = t_interval(saved[order])
-        needs = ", ".join("not reached" if n is None else f"{n:.0f}" for n in reached[order])
-        print(f"{order:>9}: {needs}: {100 * mean:.0f} % fewer [{100 * low:.0f}, {100 * high:.0f}]")
+        print(f"{line}: {100 * mean:.0f} % fewer [{100 * low:.0f}, {100 * high:.0f}]")
         run.metrics |= {f"labels_saved_{order}": mean, f"labels_saved_{order}_ci95": [low, high]}
     mean, low, high = t_interval(saved["ensemble"])
     run.claims.append(
@@ -286,7 +315,7 @@ def what_to_ask(config: AskConfig, run: Run) -> None:
             "verdict": "reproduced" if low >= 0.3 else "not reproduced" if high < 0.3 else "inconclusive",
         }
     )
-    run.metrics |= {f"accuracy_{order}": float(np.mean([c[-1] for c in curves[order]])) for order in ORDERS}
+    run.metrics |= {f"accuracy_{order}": float(means[order][-1]) for order in ORDERS}
     result = {
         "labels": labels,
         "accuracy": curves,

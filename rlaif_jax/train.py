@@ -201,7 +201,7 @@ def roll_out(
     records: list[Record] = []
     answers: list[str] = []
     for part, rollout in zip(parts, rollouts):
-        told = [record for record in part.records for _ in range(config.answers_per_prompt)]
+        told: list[Record] = [record for record in part.records for _ in range(config.answers_per_prompt)]
         texts = answer_texts(rollout, tokenizer)
         if prefetch is not None:
             prefetch(told, texts)

@@ -85,7 +85,7 @@ class Judgement:
           the record `supersedes` back.
         confidence: the rater's own, in [0, 1].
         time: when, Unix seconds; None = not known.
-        shown: the order in which the answers were shown, as indices into `answers`; () = as they are.
+        shown: the order in which the answers were shown, as indices into `answers`; () = not recorded.
         probabilities: the judge's distribution over its choices or scores; () = none.
         label_mass: probability of all choice tokens together, before renormalising.
         raw: what the judge wrote.

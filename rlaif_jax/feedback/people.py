@@ -41,7 +41,8 @@ class PeopleSource:
         labels: kinds of mistakes or aspects, for `edit` and `comment`.
         worth: judgements -> rewards; default: the mean rating, or the share of comparisons won.
         overlap: raters an answer.
-        enough: the share of judgements after which the step goes on, in (0, 1].
+        enough: the share of judgements after which the step goes on, in (0, 1]. Of an answer that every rater of the page
+          has judged or skipped no more is waited for; what was skipped is missing.
         timeout_s: seconds after which it goes on with what there is.
         limit: at most that many tasks a step; the rest is missing, for another source to fill (`MixedSource`).
         poll_s: seconds between two looks.
@@ -131,25 +132,30 @@ class PeopleSource:
     def _wait(self, store: Store, queue: TaskQueue, tasks: Sequence[Task]) -> None:
         """Ask what the store does not know yet; return when enough has come, at the timeout, or when told to stop."""
         until = time.monotonic() + self.timeout_s
+        raters: frozenset[str] = frozenset()  # while no page has named them, anyone may still answer
 
         def count(task: Task) -> int:
             names = {j.rater.name for j in self._judgements(store, task)}
             settled = any(name.startswith(ADJUDICATED) for name in names)
-            return self.overlap if settled else min(len(names), self.overlap)
+            nobody_left = bool(raters) and raters <= names | queue.handled(task.id)
+            return self.overlap if settled or nobody_left else min(len(names), self.overlap)
 
         open_tasks = {task.id: task for task in tasks if count(task) < self.overlap}
         known = self.overlap * (len(tasks) - len(open_tasks))
         wanted = math.ceil(self.enough * self.overlap * len(tasks) - 1e-9)
         queue.put(open_tasks.values(), overlap=self.overlap, priority=1.0, origin="training")
-        cursor = -1
-        while open_tasks:
-            if cursor != (cursor := store.cursor) and known + sum(map(count, open_tasks.values())) >= wanted:
-                break
-            told = self.interrupted is not None and self.interrupted()
-            if told or time.monotonic() >= until or queue.stop_requested(self._since):
-                break
-            time.sleep(min(self.poll_s, max(until - time.monotonic(), 0.0)))
-        queue.withdraw(open_tasks)
+        seen: tuple[int, frozenset[str]] | None = None
+        try:
+            while open_tasks:
+                raters = queue.raters
+                if seen != (seen := (store.cursor, raters)) and known + sum(map(count, open_tasks.values())) >= wanted:
+                    break
+                told = self.interrupted is not None and self.interrupted()
+                if told or time.monotonic() >= until or queue.stop_requested(self._since):
+                    break
+                time.sleep(min(self.poll_s, max(until - time.monotonic(), 0.0)))
+        finally:
+            queue.withdraw(open_tasks, origin="training")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import time as now
 from types import TracebackType
@@ -43,7 +44,8 @@ CREATE TABLE IF NOT EXISTS page_turn (
     message TEXT NOT NULL, reply TEXT, UNIQUE (rater, request));
 CREATE TABLE IF NOT EXISTS page_passed (rater TEXT NOT NULL, questions TEXT NOT NULL, PRIMARY KEY (rater, questions));
 CREATE TABLE IF NOT EXISTS page_stop (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, rater TEXT NOT NULL, stop INTEGER NOT NULL)
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, rater TEXT NOT NULL, stop INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS page_rater (name TEXT PRIMARY KEY)
 """
 
 # Of one task: the posts that count.
@@ -128,8 +130,29 @@ class TaskQueue:
         """Release the file."""
         self._db.close()
 
-    def _write(self) -> _Transaction:
-        return _Transaction(self._db)
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        """BEGIN IMMEDIATE .. COMMIT: writers wait for each other here, and a failure leaves nothing behind."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:  # after an error, or a commit that failed
+                    self._db.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: this could not be kept ({error}); nothing was") from error
+
+    def _rows(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: the tasks cannot be read ({error})") from error
+
+    def _row(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
+        """The first row; None if there is none."""
+        return next(iter(self._rows(query, values)), None)
 
     # ---- Asking
 
@@ -147,16 +170,38 @@ class TaskQueue:
             )
             return self._db.execute("SELECT count(*) FROM page_task").fetchone()[0] - before
 
-    def withdraw(self, ids: Iterable[str]) -> None:
-        """Offer these tasks no longer; what was answered stays."""
+    def withdraw(self, ids: Iterable[str], *, origin: str | None = None) -> None:
+        """Offer these tasks no longer, of an `origin` only those that it was the first to put; what was answered stays."""
         with self._write():
-            self._db.executemany("UPDATE page_task SET is_open = 0 WHERE id = ?", [(i,) for i in ids])
+            self._db.executemany(
+                "UPDATE page_task SET is_open = 0 WHERE id = ? AND origin = coalesce(?, origin)",
+                [(identifier, origin) for identifier in ids],
+            )
+
+    def register(self, raters: Iterable[str]) -> None:
+        """Name those who answer from now on, in place of those named before."""
+        with self._write():
+            self._db.execute("DELETE FROM page_rater")
+            self._db.executemany("INSERT OR IGNORE INTO page_rater VALUES (?)", [(name,) for name in raters])
+
+    @property
+    def raters(self) -> frozenset[str]:
+        """Those who answer, as the page named them when it was last started; empty if none ever was."""
+        return frozenset(row[0] for row in self._rows("SELECT name FROM page_rater"))
+
+    def handled(self, task: str) -> frozenset[str]:
+        """The raters who have answered or skipped the task."""
+        query = "SELECT rater FROM page_post WHERE task = ? AND act IN ('answer', 'skip') AND is_undone = 0"
+        return frozenset(row[0] for row in self._rows(query, (task,)))
 
     def task(self, identifier: str) -> Task:
         """The task of that id; UserError if there is none."""
-        row = self._db.execute("SELECT task FROM page_task WHERE id = ?", (identifier,)).fetchone()
+        row = self._row("SELECT task FROM page_task WHERE id = ?", (identifier,))
         require(row is not None, f"there is no task {str(identifier)[:64]!r}")
-        return task_from_json(json.loads(row[0]), f"{self.path}: task {identifier[:12]}")
+        return self._task(identifier, row[0])
+
+    def _task(self, identifier: str, text: str) -> Task:
+        return task_from_json(json.loads(text), f"{self.path}: task {identifier[:12]}", surrogates=True)
 
     # ---- Answering
 
@@ -164,12 +209,12 @@ class TaskQueue:
         """The rater's next task, its own unexpired one first; None when there is nothing to do for now."""
         at = now() if at is None else at
         with self._write():
-            row = self._db.execute(
+            row = self._row(
                 "SELECT t.id, t.task FROM page_task t LEFT JOIN page_lease mine ON mine.task = t.id AND mine.rater = :rater "
                 f"AND mine.expires > :now WHERE t.is_open AND NOT EXISTS ({_MINE}) AND ({_DONE}) + ({_HELD}) < t.overlap "
                 "ORDER BY mine.rater IS NULL, t.priority DESC, t.sequence LIMIT 1",
                 {"rater": rater, "now": at},
-            ).fetchone()
+            )
             if row is None:
                 return None
             self._db.execute(
@@ -177,19 +222,19 @@ class TaskQueue:
                 "granted = CASE WHEN expires > :now THEN granted ELSE :now END, expires = :until",
                 {"task": row[0], "rater": rater, "now": at, "until": at + self.lease_s},
             )
-        return task_from_json(json.loads(row[1]), f"{self.path}: task {row[0][:12]}")
+        return self._task(*row)
 
     def held_since(self, task: str, rater: str) -> float | None:
         """When the rater took the task (Unix seconds); None if it is not in the rater's hands."""
-        row = self._db.execute("SELECT granted FROM page_lease WHERE task = ? AND rater = ?", (task, rater)).fetchone()
+        row = self._row("SELECT granted FROM page_lease WHERE task = ? AND rater = ?", (task, rater))
         return None if row is None else row[0]
 
     def posted(self, rater: str, request: str, body: str) -> Post | None:
         """The rater's post of that request id, if it came before. Conflict if it said something else then."""
-        row = self._db.execute(
+        row = self._row(
             "SELECT body, rater, act, task, payload, records, seconds, informed FROM page_post WHERE rater = ? AND request = ?",
             (rater, request),
-        ).fetchone()
+        )
         if row is None:
             return None
         if row[0] != hashlib.sha256(body.encode()).hexdigest():
@@ -203,10 +248,10 @@ class TaskQueue:
         """
         with self._write():
             if post.act in ("answer", "skip"):
-                again = self._db.execute(
+                again = self._row(
                     "SELECT 1 FROM page_post WHERE task = ? AND rater = ? AND act IN ('answer', 'skip') AND is_undone = 0",
                     (post.task, post.rater),
-                ).fetchone()
+                )
                 if again:
                     raise Conflict("this task has your answer already; undo it first")
             records = canonical([to_json(record) for record in post.records])
@@ -240,32 +285,36 @@ class TaskQueue:
 
     def deliver(self, store: Store) -> int:
         """Records of posts that the store has not been given for sure, once more; the number of posts. Call at start."""
-        rows = self._db.execute(
-            "SELECT sequence, records FROM page_post WHERE is_delivered = 0 ORDER BY sequence"
-        ).fetchall()
+        rows = self._rows("SELECT sequence, records FROM page_post WHERE is_delivered = 0 ORDER BY sequence")
         for sequence, records in rows:
             store.add(from_json(record, f"{self.path}: post {sequence}") for record in json.loads(records))
-            self._db.execute("UPDATE page_post SET is_delivered = 1 WHERE sequence = ?", (sequence,))
+            with self._write():
+                self._db.execute("UPDATE page_post SET is_delivered = 1 WHERE sequence = ?", (sequence,))
         return len(rows)
 
     def last(self, rater: str, acts: Sequence[Act] = ("answer", "skip")) -> tuple[int, Post] | None:
         """The rater's newest post that stands, with its number; None if there is none."""
         marks = ", ".join("?" * len(acts))
-        row = self._db.execute(
+        row = self._row(
             "SELECT sequence, rater, act, task, payload, records, seconds, informed FROM page_post "
             f"WHERE rater = ? AND is_undone = 0 AND act IN ({marks}) ORDER BY sequence DESC LIMIT 1",
             (rater, *acts),
-        ).fetchone()
+        )
         return None if row is None else (row[0], self._post(row[1:]))
 
     def undone(self, rater: str, task: str) -> Post | None:
         """The rater's newest answer to the task that was taken back."""
-        row = self._db.execute(
+        row = self._row(
             "SELECT rater, act, task, payload, records, seconds, informed FROM page_post WHERE rater = ? AND task = ? "
             "AND is_undone = 1 ORDER BY sequence DESC LIMIT 1",
             (rater, task),
-        ).fetchone()
+        )
         return None if row is None else self._post(row)
+
+    def has_answered(self, rater: str, task: str) -> bool:
+        """Whether the rater has ever answered the task, taken back or not."""
+        query = "SELECT 1 FROM page_post WHERE rater = ? AND task = ? AND act = 'answer' LIMIT 1"
+        return self._row(query, (rater, task)) is not None
 
     def _post(self, row: Sequence[Any]) -> Post:
         rater, act, task, payload, records, seconds, informed = row
@@ -280,26 +329,26 @@ class TaskQueue:
         for rater in raters:
             values = {"rater": rater, "now": at}
             counted = dict(
-                self._db.execute(
+                self._rows(
                     "SELECT act, count(*) FROM page_post WHERE rater = :rater AND is_undone = 0 GROUP BY act", values
-                ).fetchall()
+                )
             )
-            left = self._db.execute(
+            left = self._row(
                 f"SELECT count(*) FROM page_task t WHERE t.is_open AND NOT EXISTS ({_MINE}) AND ({_DONE}) < t.overlap",
                 values,
-            ).fetchone()[0]
-            in_hand, seconds = self._db.execute(
+            )[0]
+            in_hand, seconds = self._row(
                 "SELECT (SELECT count(*) FROM page_lease WHERE rater = :rater AND expires > :now), "
                 "(SELECT coalesce(sum(seconds), 0) FROM page_post WHERE rater = :rater)",
                 values,
-            ).fetchone()
+            )
             found.append(Progress(rater, counted.get("answer", 0), counted.get("skip", 0), left, in_hand, seconds))
         return found
 
     def tasks(self, *, only_open: bool = True) -> list[Waiting]:
         """The tasks in their order, and who has answered or skipped each."""
         by_task: dict[str, dict[str, list[str]]] = {}
-        for task, act, rater in self._db.execute(
+        for task, act, rater in self._rows(
             "SELECT DISTINCT task, act, rater FROM page_post WHERE is_undone = 0 AND act IN ('answer', 'skip') "
             "ORDER BY sequence"
         ):
@@ -308,20 +357,20 @@ class TaskQueue:
             f"SELECT id, task, overlap, origin FROM page_task {'WHERE is_open' if only_open else ''} ORDER BY sequence"
         )
         found = []
-        for identifier, task, overlap, origin in self._db.execute(query):
+        for identifier, task, overlap, origin in self._rows(query):
             acts = by_task.get(identifier, {})
             done, skipped = tuple(acts.get("answer", ())), tuple(acts.get("skip", ()))
-            found.append(Waiting(task_from_json(json.loads(task)), overlap, done, skipped, origin))
+            found.append(Waiting(self._task(identifier, task), overlap, done, skipped, origin))
         return found
 
     def posts(self, task: str | None = None, acts: Sequence[Act] = ("answer", "adjudicate")) -> list[Post]:
         """The posts that stand, of one task or of all, oldest first."""
         marks = ", ".join("?" * len(acts))
-        rows = self._db.execute(
+        rows = self._rows(
             "SELECT rater, act, task, payload, records, seconds, informed FROM page_post "
             f"WHERE is_undone = 0 AND act IN ({marks}) AND (? IS NULL OR task = ?) ORDER BY sequence",
             (*acts, task, task),
-        ).fetchall()
+        )
         return [self._post(row) for row in rows]
 
     def answered(self, ids: Sequence[str]) -> int:
@@ -329,7 +378,7 @@ class TaskQueue:
         total = 0
         for identifier in ids:
             query = f"SELECT min(t.overlap, ({_DONE})) FROM page_task t WHERE t.id = ?"
-            row = self._db.execute(query, (identifier,)).fetchone()
+            row = self._row(query, (identifier,))
             total += row[0] if row else 0
         return total
 
@@ -337,7 +386,7 @@ class TaskQueue:
 
     def turns(self, task: str, rater: str) -> list[Turn]:
         """The rater's conversation, oldest first."""
-        rows = self._db.execute(
+        rows = self._rows(
             "SELECT message, reply FROM page_turn WHERE task = ? AND rater = ? ORDER BY sequence", (task, rater)
         )
         return [Turn(*row) for row in rows]
@@ -360,8 +409,8 @@ class TaskQueue:
 
     def passed(self, rater: str, questions: str) -> bool:
         """Whether the rater has passed the check whose hash is `questions`."""
-        row = self._db.execute("SELECT 1 FROM page_passed WHERE rater = ? AND questions = ?", (rater, questions))
-        return row.fetchone() is not None
+        query = "SELECT 1 FROM page_passed WHERE rater = ? AND questions = ?"
+        return self._row(query, (rater, questions)) is not None
 
     def passes(self, rater: str, questions: str) -> None:
         """The rater has passed the check."""
@@ -376,23 +425,9 @@ class TaskQueue:
     @property
     def stops(self) -> int:
         """The number of the newest press of stop or go on; 0 if there was none."""
-        return self._db.execute("SELECT coalesce(max(sequence), 0) FROM page_stop").fetchone()[0]
+        return self._row("SELECT coalesce(max(sequence), 0) FROM page_stop")[0]
 
     def stop_requested(self, after: int = 0) -> bool:
         """Whether the newest press behind the number `after` says stop."""
-        row = self._db.execute("SELECT stop FROM page_stop WHERE sequence > ? ORDER BY sequence DESC LIMIT 1", (after,))
-        found = row.fetchone()
+        found = self._row("SELECT stop FROM page_stop WHERE sequence > ? ORDER BY sequence DESC LIMIT 1", (after,))
         return found is not None and bool(found[0])
-
-
-class _Transaction:
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")

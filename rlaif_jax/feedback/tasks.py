@@ -83,8 +83,11 @@ def task_to_json(task: Task) -> dict[str, Any]:
     return json.loads(json.dumps(values)) | ({"suggestion": to_json(task.suggestion)} if task.suggestion else {})
 
 
-def task_from_json(values: Any, where: str = "") -> Task:
-    """A task from `task_to_json`'s shape. UserError, beginning with `where`, for anything else."""
+def task_from_json(values: Any, where: str = "", *, surrogates: bool = False) -> Task:
+    """A task from `task_to_json`'s shape. UserError, beginning with `where`, for anything else.
+
+    surrogates: let halves of characters through (lone surrogates, which JSON can carry and UTF-8 cannot).
+    """
     try:
         require(isinstance(values, Mapping), f"a task is a JSON object, not {str(values)[:60]!r}")
         fields = [field.name for field in dataclasses.fields(Task)]
@@ -106,9 +109,19 @@ def task_from_json(values: Any, where: str = "") -> Task:
             else:
                 require(isinstance(value, str), f"{name} must be text, not {str(value)[:60]!r}")
                 built[name] = value
+            require(surrogates or _is_whole(value), f"{name} holds half a character (a lone surrogate)")
         return Task(**built)
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether UTF-8 can hold all texts of a JSON value."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_tasks(path: Path) -> tuple[list[Task], list[str]]:

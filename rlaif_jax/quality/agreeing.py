@@ -28,19 +28,20 @@ MAX_LEVELS = 40
 
 def comparison_agreement(votes: Votes, shares: Shares, bootstrap: Bootstrap) -> Any:
     """Row of a pair of raters: 9 cells of the confusion matrix; the longer answer's and the first shown's share of the
-    second rater's verdict; 1."""
-    first_shown = _first_shown(votes)
+    second rater's verdict; 1; 1 if it is recorded what was shown first."""
+    shown = _first_shown(votes)
+    first_shown = lambda pair, rater: (shown.get((pair, rater), 0.0), 1.0, float((pair, rater) in shown))
     groups, alpha = Groups(votes.count), Groups(votes.count)
     for index, by in shares.items():
         pair = votes.pairs[index]
         longer = np.array([1.0, 0, 0]) if pair.longer > 0 else np.array([0, 0, 1.0])
         longer = longer if pair.longer else np.array([0.5, 0, 0.5])
         for one, two in itertools.combinations(by_source(votes, by), 2):
-            row = [*np.outer(by[one], by[two]).ravel(), longer @ by[two], first_shown[index, two], 1.0]
+            row = [*np.outer(by[one], by[two]).ravel(), longer @ by[two], *first_shown(index, two)]
             groups.add(("raters", one, two), pair.cluster, row)
             sources = votes.raters[one][1], votes.raters[two][1]
             if sources[0] == sources[1]:  # neither is the rows': count both ways
-                back = [*np.outer(by[two], by[one]).ravel(), longer @ by[one], first_shown[index, one], 1.0]
+                back = [*np.outer(by[two], by[one]).ravel(), longer @ by[one], *first_shown(index, one)]
                 row = list((np.array(row) + back) / 2)
             groups.add(("sources", *sources), pair.cluster, row)
         for source in (*SOURCES, "all"):
@@ -56,7 +57,7 @@ def comparison_agreement(votes: Votes, shares: Shares, bootstrap: Bootstrap) -> 
             "agreement": bootstrap.estimate(confusion, stats.observed_agreement, share=True),
             "kappa": bootstrap.estimate(confusion, stats.cohen_kappa, reason="both used one and the same category"),
             "longer": bootstrap.estimate(sums[:, [9, 11]], ratio(0, 1), share=True),
-            "first": bootstrap.estimate(sums[:, [10, 11]], ratio(0, 1), share=True),
+            "first": bootstrap.estimate(sums[:, [10, 12]], ratio(0, 1), share=True, reason="the order is not recorded"),
         }
 
     return _agreement(groups, described) | {"alpha": _alphas(alpha, bootstrap, np.arange(3.0))}
@@ -90,10 +91,11 @@ def _alphas(groups: Groups, bootstrap: Bootstrap, values: Floats) -> list[dict[s
 
 
 def _first_shown(votes: Votes) -> dict[tuple[int, int], float]:
-    """(pair, rater) -> the share of its verdicts for the answer shown first."""
+    """(pair, rater) -> the share for the answer shown first, of its verdicts whose order was recorded."""
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for vote in votes.votes:
-        found[vote.pair, vote.rater].append(float(vote.category == (FIRST if vote.front else SECOND)))
+        if vote.front is not None:
+            found[vote.pair, vote.rater].append(float(vote.category == (FIRST if vote.front else SECOND)))
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 

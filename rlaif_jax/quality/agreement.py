@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -218,29 +219,52 @@ def powered_mean(sums: ArrayLike) -> Floats:
     return y + power_lambda(sums) * (f - g)
 
 
-def label_budget(sums: ArrayLike, labels: Sequence[int], z: float = 1.959964) -> list[dict[str, float | None]]:
-    """What so many `labels` would buy: half-widths of the interval of labels alone and of `powered_mean`.
+def label_budget(sums: ArrayLike, labels: Sequence[int], *, level: float = 0.95) -> list[dict[str, float | None]]:
+    """What so many `labels`, drawn at random, would buy: half-widths of the interval of labels alone and of `powered_mean`.
 
-    With rho the correlation of judge and people: alone z s / sqrt(n); powered z s sqrt((1 - rho^2) / n + rho^2 / N), n
-    of the N pairs labelled; `worth`: the number of labels that would be as good alone.
+    With rho the correlation of judge and people: alone z s sqrt(d / n); powered z s sqrt(d (1 - rho^2) / n + d rho^2 / N),
+    n of the N pairs labelled; `worth`: the number of labels that would be as good alone at the same d. Each d is a design
+    effect (Kish 1965): of people, of what the judge leaves unexplained, and of the judge, for pairs of one prompt may be
+    alike.
+
+    sums: [G, 8], `powered_columns` summed by prompt. level: coverage.
     """
-    count, _, _, _, _, covariance, variance, spread = (float(x) for x in _powered(sums))
+    groups = np.asarray(sums, np.float64)
+    pairs, _, n, y, g, *_ = groups.T
+    count, _, _, mean_y, mean_g, covariance, variance, spread = (float(x) for x in _powered(groups.sum(0)))
     if not (spread > 0 and count > 0):
         return []
-    rho2 = min(1.0, covariance**2 / (spread * variance)) if variance > 1e-12 else 0.0
+    weight = covariance / variance if variance > 1e-12 else 0.0
+    explained = min(spread, weight * covariance)
+    left = spread - explained
+    errors_y, errors_f = y - n * mean_y, g - n * mean_g
+    alike_y, alike_f = _alike(errors_y, n, spread), _alike(errors_f, n, variance)
+    alike_left = _alike(errors_y - weight * errors_f, n, left)
+    company = float((pairs * (pairs - 1)).sum()) / max(count * (count - 1), 1.0)  # chance that two pairs share a prompt
+    design = lambda alike, size: 1 + alike * company * (size - 1)
+    z = NormalDist().inv_cdf((1 + level) / 2)
     rows: list[dict[str, float | None]] = []
-    for n in labels:
-        if n <= count:
-            powered = (1 - rho2) / n + rho2 / count
+    for size in labels:
+        if size <= count:
+            alone = spread * design(alike_y, size) / size
+            powered = left * design(alike_left, size) / size + explained * design(alike_f, count) / count
             rows.append(
                 {
-                    "labels": n,
-                    "alone": z * math.sqrt(spread / n),
-                    "powered": z * math.sqrt(spread * powered),
-                    "worth": 1 / powered,
+                    "labels": size,
+                    "alone": z * math.sqrt(alone),
+                    "powered": z * math.sqrt(powered),
+                    "worth": size * alone / powered,
                 }
             )
     return rows
+
+
+def _alike(errors: Floats, counts: Floats, variance: float) -> float:
+    """Intraclass correlation, 0 .. 1, from errors [G] summed by group: how alike two values of one group are."""
+    couples, total = float((counts * (counts - 1)).sum()), float(counts.sum())
+    if couples <= 0 or variance <= 1e-12:
+        return 0.0
+    return min(1.0, max(0.0, (float(errors @ errors) / variance - total) / couples))
 
 
 class Powered(NamedTuple):
@@ -347,7 +371,5 @@ class Bootstrap:
 
 def _wilson_edge(n: int, level: float) -> float:
     """Upper end of Wilson's interval for 0 of n."""
-    from statistics import NormalDist
-
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     return z2 / (n + z2)

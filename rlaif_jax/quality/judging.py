@@ -24,21 +24,25 @@ from rlaif_jax.quality.votes import FIRST, SECOND, TIE, Votes
 
 
 def habits(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Of each rater's verdicts on pairs: ties, and of the rest the share for the longer and for the first shown."""
+    """Of each rater's verdicts on pairs: ties, and of the rest the share for the longer and for the first shown (where the
+    order was recorded)."""
     groups = Groups(votes.count)
     for vote in votes.votes:
         pair, decided = votes.pairs[vote.pair], vote.category != TIE
-        first = vote.category == (FIRST if vote.front else SECOND)
+        placed = decided and vote.front is not None
+        first = placed and vote.category == (FIRST if vote.front else SECOND)
         longer = decided and pair.longer != 0
         chosen = longer and (vote.category == FIRST) == (pair.longer > 0)
-        groups.add(vote.rater, pair.cluster, [not decided, 1, longer, chosen, decided, first])
+        groups.add(vote.rater, pair.cluster, [not decided, 1, longer, chosen, placed, first])
     return [
         who(votes, rater)
         | {
             "count": groups.size(rater),
             "ties": bootstrap.estimate(sums, ratio(0, 1), share=True),
             "longer": bootstrap.estimate(sums, ratio(3, 2), share=True, reason="no verdict between unequal lengths"),
-            "first": bootstrap.estimate(sums, ratio(5, 4), share=True, reason="nothing but ties"),
+            "first": bootstrap.estimate(
+                sums, ratio(5, 4), share=True, reason="nothing but ties, or the order is not recorded"
+            ),
         }
         for rater in groups.names()
         for sums in (groups.sums(rater),)
@@ -55,7 +59,8 @@ def orders(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
     b = (logit p12 + logit p21) / 2, in nats, 0 without bias, positive for what is shown first."""
     seen: dict[tuple[int, int], tuple[list[Any], list[Any]]] = defaultdict(lambda: ([], []))
     for vote in votes.votes:
-        seen[vote.pair, vote.rater][0 if vote.front else 1].append(vote)
+        if vote.front is not None:
+            seen[vote.pair, vote.rater][0 if vote.front else 1].append(vote)
     groups = Groups(votes.count)
     for (pair, rater), (front, back) in seen.items():
         rows = []
@@ -82,7 +87,7 @@ def orders(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
 def repeats(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
     """Raters that were asked the same again (in the same order): how often they say the same, and of ratings by how much
     they differ, as a share of the scale."""
-    asked: dict[tuple[str, int, int, bool], list[float]] = defaultdict(list)
+    asked: dict[tuple[str, int, int, bool | None], list[float]] = defaultdict(list)
     for vote in votes.votes:
         asked["comparison", vote.pair, vote.rater, vote.front].append(vote.category)
     for mark in votes.marks:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,10 +17,11 @@ FIRST, TIE, SECOND = 0, 1, 2
 
 
 class Pair(NamedTuple):
-    """Two answers to a prompt under a principle; which of them is called first has no meaning (the order of the texts).
+    """Two answers of two writers to a prompt under a principle; which of them is called first has no meaning (the order of
+    the texts).
 
     cluster: index of the prompt. answers: of the two texts, under this prompt and principle. longer: characters of the
-    first minus those of the second. generators: who wrote them.
+    first minus those of the second. generators: who wrote them, ("", "") where that is not known of both.
     """
 
     cluster: int
@@ -28,13 +31,14 @@ class Pair(NamedTuple):
 
 
 class Vote(NamedTuple):
-    """One verdict on a pair. chance: P(the first is better), NaN if not given. front: the first answer was shown first."""
+    """One verdict on a pair. chance: P(the first is better), NaN if not given. front: the first answer was shown first;
+    None where the order was not recorded."""
 
     pair: int
     rater: int
     category: int
     chance: float
-    front: bool
+    front: bool | None
 
 
 class Mark(NamedTuple):
@@ -50,7 +54,8 @@ class Votes:
     """All that records say, indexed.
 
     used: the records that count (not superseded, not retracted), `clusters` [used] their prompts' indices; pairs and
-    votes of rankings; answers (the prompt's index of each) and marks of ratings; raters: (name, source) of each.
+    votes of rankings; equal: (pair, rater) where two generators wrote the same text, which is no verdict but their tie;
+    answers (the prompt's index of each) and marks of ratings; raters: (name, source) of each.
     """
 
     used: tuple[Judgement, ...]
@@ -58,6 +63,7 @@ class Votes:
     count: int
     pairs: tuple[Pair, ...]
     votes: tuple[Vote, ...]
+    equal: tuple[tuple[int, int], ...]
     answers: tuple[int, ...]
     marks: tuple[Mark, ...]
     raters: tuple[tuple[str, str], ...]
@@ -77,14 +83,29 @@ def read_votes(judgements: Sequence[Judgement], items: Sequence[str] | None = No
     """The votes of records. items: what is resampled together, a name for each record; None: its prompt."""
     clusters: dict[str, int] = {}
     raters: dict[tuple[str, str], int] = {}
-    pairs: dict[tuple[str, str, str, str], int] = {}
+    pairs: dict[tuple[str, ...], int] = {}
     described: list[Pair] = []
     texts_known: dict[tuple[str, str, str], int] = {}
     answers: dict[tuple[str, str, str], int] = {}
     homes: list[int] = []
     votes: list[Vote] = []
+    equal: dict[tuple[int, int], None] = {}
     marks: list[Mark] = []
     kept = current(judgements)
+    writers = _writers(judgements[index] for index in kept)
+
+    def pair_of(record: Ranking, first: int, second: int, cluster: int) -> int:
+        key = _key(record, first, second)
+        names = _names(record, first, second)
+        if not all(names) and len(writers[key]) == 1:  # whoever names no writers speaks of the only ones
+            (names,) = writers[key]
+        pair = pairs.setdefault((*key, *names), len(pairs))
+        if pair == len(described):
+            texts = record.answers[first], record.answers[second]
+            one, two = (texts_known.setdefault((record.prompt, t, record.principle), len(texts_known)) for t in texts)
+            described.append(Pair(cluster, (one, two), len(texts[0]) - len(texts[1]), names))
+        return pair
+
     for index in kept:
         record = judgements[index]
         cluster = clusters.setdefault(record.prompt if items is None else items[index], len(clusters))
@@ -97,16 +118,7 @@ def read_votes(judgements: Sequence[Judgement], items: Sequence[str] | None = No
             marks.append(Mark(answer, rater, record.unit))
         elif isinstance(record, Ranking):
             for first, second, chance in _oriented(record):
-                texts = record.answers[first], record.answers[second]
-                pair = pairs.setdefault((record.prompt, *texts, record.principle), len(pairs))
-                writers = (record.generators[first], record.generators[second]) if record.generators else ("", "")
-                if pair == len(described):
-                    places = [
-                        texts_known.setdefault((record.prompt, t, record.principle), len(texts_known)) for t in texts
-                    ]
-                    described.append(Pair(cluster, (places[0], places[1]), len(texts[0]) - len(texts[1]), writers))
-                elif not all(described[pair].generators) and all(writers):
-                    described[pair] = described[pair]._replace(generators=writers)
+                pair = pair_of(record, first, second, cluster)
                 tie = chance == 0.5 or (record.status == "tie" and len(record.answers) == 2)
                 votes.append(
                     Vote(
@@ -114,15 +126,18 @@ def read_votes(judgements: Sequence[Judgement], items: Sequence[str] | None = No
                         rater,
                         TIE if tie else FIRST if chance > 0.5 else SECOND,
                         chance if record.probability is not None else np.nan,
-                        _place(record, first) < _place(record, second),
+                        record.shown.index(first) < record.shown.index(second) if record.shown else None,
                     )
                 )
+            for first, second in _equal(record):
+                equal[pair_of(record, first, second, cluster), rater] = None
     return Votes(
         used=tuple(judgements[index] for index in kept),
         clusters=tuple(clusters[judgements[i].prompt if items is None else items[i]] for i in kept),
         count=len(clusters),
         pairs=tuple(described),
         votes=tuple(votes),
+        equal=tuple(equal),
         answers=tuple(homes),
         marks=tuple(marks),
         raters=tuple(raters),
@@ -138,5 +153,30 @@ def _oriented(record: Ranking) -> Iterable[tuple[int, int, float]]:
             yield j, i, 1 - chance
 
 
-def _place(record: Ranking, answer: int) -> int:
-    return record.shown.index(answer) if record.shown else answer
+def _equal(record: Ranking) -> Iterable[tuple[int, int]]:
+    """The equal answers of two known generators in a ranking, the generator whose name comes first first."""
+    for i, j in itertools.permutations(range(len(record.answers)), 2):
+        one, two = _names(record, i, j)
+        if record.answers[i] == record.answers[j] and one and one < two:
+            yield i, j
+
+
+def _writers(records: Iterable[Judgement]) -> dict[tuple[str, ...], set[tuple[str, str]]]:
+    """The generators known of every two texts."""
+    found: dict[tuple[str, ...], set[tuple[str, str]]] = defaultdict(set)
+    for record in records:
+        if isinstance(record, Ranking) and record.answered:
+            for first, second, _ in _oriented(record):
+                names = _names(record, first, second)
+                if all(names):
+                    found[_key(record, first, second)].add(names)
+    return found
+
+
+def _key(record: Ranking, first: int, second: int) -> tuple[str, ...]:
+    return record.prompt, record.answers[first], record.answers[second], record.principle
+
+
+def _names(record: Ranking, first: int, second: int) -> tuple[str, str]:
+    names = (record.generators[first], record.generators[second]) if record.generators else ("", "")
+    return names if all(names) else ("", "")

@@ -36,9 +36,13 @@ def win_rates(
     seed: int,
 ) -> dict[str, Any]:
     """Of every two generators by every source: (wins + ties / 2) / n, the same at equal lengths, and by the AI judges
-    debiased with the people's labels. `a` against `b`; `b` is the reference if there is one."""
-    sources = [s for s in SOURCES if any(votes.raters[v.rater][1] == s for v in votes.votes)]
-    worth = {source: mean_worth(votes, shares, source) for source in sources}
+    debiased with the people's labels. Equal answers of the two are a tie. `a` against `b`; `b` is the reference if there
+    is one."""
+    equal: dict[str, dict[int, float]] = defaultdict(dict)
+    for index, rater in votes.equal:
+        equal[votes.raters[rater][1]][index] = 0.5
+    sources = [s for s in SOURCES if s in equal or any(votes.raters[v.rater][1] == s for v in votes.votes)]
+    worth = {source: mean_worth(votes, shares, source) | equal[source] for source in sources}
     matches: dict[tuple[str, str], list[tuple[int, bool]]] = defaultdict(list)
     for index, pair in enumerate(votes.pairs):
         first, second = pair.generators
@@ -55,9 +59,7 @@ def win_rates(
                 value = np.array([worth[source][i] if straight else 1 - worth[source][i] for i, straight in of])
                 longer = np.array([votes.pairs[i].longer * (1 if straight else -1) for i, straight in of], float)
                 member = [votes.pairs[i].cluster for i, _ in of]
-                ties = np.array(
-                    [np.mean([v[TIE] for r, v in shares[i].items() if votes.raters[r][1] == source]) for i, _ in of]
-                )
+                ties = np.array([1.0 if i in equal[source] else _tied(votes, shares[i], source) for i, _ in of])
                 sums = summed(np.stack([value, np.ones(len(of))], 1), member, votes.count)
                 rows.append(
                     {"a": names[0], "b": names[1], "source": source, "count": len(of)}
@@ -67,9 +69,14 @@ def win_rates(
                     | {"length_controlled": _controlled(value, longer, member, bootstrap, seed)}
                 )
         judge = next((s for s in ("ai", "rule") if s in worth), None)
-        if judge is not None and people is not None:
+        if judge is not None and people in worth:
             rows += _debiased(votes, names, mine, worth[judge], worth[people], judge, bootstrap)
     return {"rows": rows, "left_out": max(0, len(most) - MAX_ROWS)}
+
+
+def _tied(votes: Votes, by: Mapping[int, Floats], source: str) -> float:
+    """The share of ties in the verdicts of a source on a pair."""
+    return float(np.mean([vote[TIE] for rater, vote in by.items() if votes.raters[rater][1] == source]))
 
 
 def _controlled(value: Floats, longer: Floats, member: Sequence[int], bootstrap: Bootstrap, seed: int) -> Estimate:
@@ -104,13 +111,12 @@ def _debiased(
         few = f"{labelled} of these pairs have a person's label; {MIN_LABELS} are needed"
         return [row | {"rate": nothing(few), "alone": nothing(few), "weight": None, "budget": []}]
     sums = summed(stats.powered_columns(f, y), [votes.pairs[i].cluster for i, _ in of], votes.count)
-    total = sums.sum(0)
     return [
         row
         | {
             "rate": bootstrap.estimate(sums, stats.powered_mean),
             "alone": bootstrap.estimate(sums, ratio(3, 2)),
-            "weight": float(stats.power_lambda(total)),
-            "budget": stats.label_budget(total, _BUDGETS),
+            "weight": float(stats.power_lambda(sums.sum(0))),
+            "budget": stats.label_budget(sums, _BUDGETS, level=bootstrap.level),
         }
     ]

@@ -64,7 +64,8 @@ class AnnotateConfig:
         model_name: its name on that server.
         model_tokenizer: the tokenizer of the model in the folder, if it lies elsewhere.
         title: of the page.
-        host: address to listen on. Any but a loopback address sends the raters' tokens over the network in the clear.
+        host: address or name to listen on; under it and the loopback ones the page is reached, under no other. Any but a
+          loopback address sends the raters' tokens over the network in the clear.
         port: to listen on; 0 takes a free one.
         seed: of the order in which answers are shown.
         lease_minutes: after which a task that was taken and not answered goes to others.
@@ -144,7 +145,7 @@ def main(config: AnnotateConfig) -> None:
         import uvicorn
         from starlette.concurrency import run_in_threadpool
 
-        from rlaif_jax.ui.server import LOOPBACK, create_app
+        from rlaif_jax.ui.server import LOOPBACK, create_app, names_let_in
     except ImportError as error:
         raise UserError(f"the annotation page needs an extra ({error}): pip install 'rlaif-jax[ui]'") from error
 
@@ -162,6 +163,7 @@ def main(config: AnnotateConfig) -> None:
     with ExitStack() as closing:
         store = closing.enter_context(Store(config.store))
         queue = closing.enter_context(TaskQueue(config.store, lease_s=60 * config.lease_minutes))
+        queue.register(config.raters)
         if delivered := queue.deliver(store):
             print(f"finished {delivered} posts that a crash had cut short")
         for path, (tasks, bad) in zip(config.items, added):
@@ -193,6 +195,10 @@ def main(config: AnnotateConfig) -> None:
                 f"warning: {config.host} is not loopback: tokens cross the network in the clear. Safer: keep the default "
                 "host and reach the page through `ssh -L`.",
                 file=sys.stderr,
+            )
+            names = ", ".join(names_let_in(config.host))
+            print(
+                f"the page is reached under these names only: {names}; under another with --host NAME", file=sys.stderr
             )
         name = f"[{config.host}]" if ":" in config.host else config.host
         for rater in config.raters:

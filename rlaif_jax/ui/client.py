@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -59,13 +61,19 @@ def _printed_urls(process: subprocess.Popen[str], raters: Sequence[str], timeout
     urls: dict[str, str] = {}
     started = time.monotonic()
     assert process.stdout is not None
-    while len(urls) < len(raters):
-        line = process.stdout.readline()
-        if not line or time.monotonic() - started > timeout_s:
-            raise UserError(f"the page did not start (exit code {process.poll()}); what it printed tells why")
-        name, separator, url = line.strip().partition(": http")
-        if separator and name in raters:
-            urls[name] = "http" + url
+    timer = threading.Timer(timeout_s, process.kill)  # ends the wait for a line that never comes
+    timer.start()
+    try:
+        while len(urls) < len(raters):
+            line = process.stdout.readline()
+            if not line:
+                late = f" within {timeout_s:g} s" if time.monotonic() - started >= timeout_s else ""
+                raise UserError(f"the page did not start{late} (exit code {process.poll()}); what it printed tells why")
+            name, separator, url = line.strip().partition(": http")
+            if separator and name in raters:
+                urls[name] = "http" + url
+    finally:
+        timer.cancel()
     return urls
 
 
@@ -92,12 +100,15 @@ class PageClient:
         request = urllib.request.Request(self.base + path, data, headers)
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                with error:
-                    raise UserError(f"{path}: {error.code} {error.read().decode(errors='replace').strip()}") from error
-            except OSError as error:
+                try:
+                    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                    with opener.open(request, timeout=60) as response:
+                        return json.load(response)
+                except urllib.error.HTTPError as error:
+                    with error:
+                        words = error.read().decode(errors="replace").strip()
+                    raise UserError(f"{path}: {error.code} {words}") from error
+            except (OSError, http.client.HTTPException) as error:  # the latter when an answer breaks off
                 if attempt == self.retries:
                     raise UserError(f"{self.base} does not answer ({error})") from error
                 time.sleep(min(0.2 * 2**attempt, 1.0))

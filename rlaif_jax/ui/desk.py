@@ -140,7 +140,6 @@ class Desk:
         if posted is None:
             payload, reason = body.get("payload"), body.get("skip")
             seconds = self._seconds(rater, task, body.get("seconds"))
-            before = self.queue.undone(rater, task.id)
             sheet = Sheet(
                 task,
                 Rater(rater, self._source(rater)),
@@ -148,7 +147,7 @@ class Desk:
                 seconds,
                 now(),
                 tuple(self.queue.turns(task.id, rater)) if task.kind == "chat" else (),
-                informed=before is not None and before.act == "answer" and task.suggestion is not None,
+                informed=task.suggestion is not None and self.queue.has_answered(rater, task.id),
             )
             records = tuple(_recorded(sheet, payload, reason))
             act: Literal["answer", "skip"] = "answer" if reason is None else "skip"

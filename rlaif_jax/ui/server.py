@@ -47,14 +47,26 @@ _OPENING = (
 )
 
 
+class AsciiJson(JSONResponse):
+    """JSON in ASCII: half a character (a lone surrogate), which UTF-8 cannot hold, is an escape like any other."""
+
+    def render(self, content: Any) -> bytes:
+        return canonical(content).encode()
+
+
+def names_let_in(host: str) -> tuple[str, ...]:
+    """Under which names a page that listens on `host` is reached."""
+    return tuple(dict.fromkeys((*LOOPBACK, host.lower())))  # as a request's Host is compared: in small letters
+
+
 def create_app(
     desk: Desk, tokens: Mapping[str, str], *, instructions: str, title: str = "Annotation", host: str = LOOPBACK[0]
 ) -> FastAPI:
     """The application. tokens: rater -> secret. host: the name, beside the loopback ones, under which it is reached."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, default_response_class=AsciiJson)
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
     cookie = f"annotate_{sha256(str(desk.store.path.resolve()))[:12]}"  # cookies do not know ports
-    hosts = {*LOOPBACK, host}
+    hosts = names_let_in(host)
 
     def rater_of(token: str | None) -> str | None:
         given = (token or "").encode()
@@ -68,7 +80,7 @@ def create_app(
         """Why a request is not let in, before anything looks at it."""
         own = urlsplit(f"//{request.headers.get('host', '')}")
         if own.hostname not in hosts:  # another name that points here: DNS rebinding
-            return _error(403, "this page is not reached under that name")
+            return _error(403, "this page is not reached under that name: start it with --host NAME")
         header = request.headers.get("authorization", "")
         token = header.removeprefix("Bearer ") if header.startswith("Bearer ") else request.cookies.get(cookie)
         if request.url.path == "/" and "token" in request.query_params:
@@ -220,4 +232,4 @@ def _request_id(body: Mapping[str, Any]) -> str:
 
 
 def _error(status: int, message: str, *, text: bool = False) -> Response:
-    return PlainTextResponse(message + "\n", status) if text else JSONResponse({"error": message}, status)
+    return PlainTextResponse(message + "\n", status) if text else AsciiJson({"error": message}, status)

@@ -59,6 +59,29 @@ def test_labels_to_reach(accuracies, expected):
     assert found == (None if expected is None else pytest.approx(expected))
 
 
+def test_an_order_that_is_the_random_one_saves_nothing():
+    labels, level = [100, 200, 400], [0.5, 0.7, 0.7]  # at its end 200 labels early
+    needed = ask.labels_to_reach(level[-1], labels, level)
+    assert ask.saving(needed, needed, 400) == 0
+    assert ask.saving(100, 200, 400) == 0.5
+    assert ask.saving(None, 200, 400) == -1.0  # at least the whole budget
+
+
+def test_a_late_dip_decides_nothing():
+    labels = [100, 200, 400, 800]
+    curves = [[0.5, 0.8, 0.8, 0.79], [0.5, 0.8, 0.8, 0.79]]
+    smooth = ask.smoothed(curves)
+    assert smooth == pytest.approx([0.5, 2.39 / 3, 2.39 / 3, 2.39 / 3])
+    assert ask.labels_to_reach(0.795, labels, smooth) < 200
+    assert ask.labels_to_reach(0.795, labels, curves[0]) is None
+
+
+def test_every_seed_has_held_out_towns_of_its_own():
+    task = ask.summarisation.TASK
+    pairs = [ask.make_pairs(np.random.default_rng(seed), task, "test_entities", 20, None) for seed in (0, 1)]
+    assert not set(pairs[0].prompts) & set(pairs[1].prompts)
+
+
 def test_the_interval_is_students():
     from scipy.stats import ttest_1samp
 
@@ -68,7 +91,7 @@ def test_the_interval_is_students():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"seeds": 1}, {"start": 4}, {"growth": 1.0}, {"budget": 5000}, {"ridge": 0.0}], ids=str
+    "wrong", [{"seeds": 1}, {"repeats": 0}, {"start": 4}, {"growth": 1.0}, {"budget": 5000}, {"ridge": 0.0}], ids=str
 )
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(UserError):
@@ -91,6 +114,8 @@ def test_a_whole_small_run(tmp_path):
         "2",
         "--models",
         "3",
+        "--repeats",
+        "2",
     ]
     done = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": ""}, check=True, timeout=300, capture_output=True, text=True
@@ -98,9 +123,15 @@ def test_a_whole_small_run(tmp_path):
     assert "fewer [" in done.stdout
     result = json.loads((out / "what_to_ask.json").read_text())
     assert result["labels"] == [16, 32, 64]
-    assert all(len(c) == 3 for curves in result["accuracy"].values() for c in curves)
-    starts = {tuple(c[0] for c in curves) for curves in result["accuracy"].values()}
-    assert len(starts) == 1  # every order begins with the same labels
+    curves = {order: np.array(found) for order, found in result["accuracy"].items()}
+    assert all(found.shape == (2, 2, 3) for found in curves.values())  # seeds, repeats, budgets
+    for found in curves.values():
+        np.testing.assert_array_equal(found[..., 0], curves["random"][..., 0])  # all begin with the same labels
+    for number in range(2):
+        target, needed = ask.smoothed(result["accuracy"]["random"][number])[-1], result["labels_needed"]
+        ensemble = ask.labels_to_reach(target, result["labels"], ask.smoothed(result["accuracy"]["ensemble"][number]))
+        assert needed["ensemble"][number] == ensemble
+        assert result["saved"]["ensemble"][number] == ask.saving(ensemble, needed["random"][number], 64)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "done"
     assert summary["claims"][0]["ci95"][0] <= summary["claims"][0]["ours"] <= summary["claims"][0]["ci95"][1]

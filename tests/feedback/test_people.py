@@ -1,5 +1,6 @@
 """People as a source: what they are asked, what is waited for, what is missing, and how they are mixed with judges."""
 
+import dataclasses
 import threading
 import time
 from types import SimpleNamespace
@@ -50,7 +51,9 @@ class Crowd:
                 for rater in self.raters:
                     if (task := queue.lease(rater)) is not None:
                         self.seen.append(task)
-                        post = Post(rater, "answer", task.id, {}, (self.judge(task, rater),), 1.0, False)
+                        record = self.judge(task, rater)
+                        act = "answer" if record.answered else "skip"
+                        post = Post(rater, act, task.id, {}, (record,), 1.0, False)
                         queue.post(post, f"{rater} {task.id}", "", store)
                 time.sleep(0.005)
 
@@ -90,6 +93,60 @@ def test_what_does_not_come_in_time_is_missing(tmp_path):
     assert judged.valid.tolist() == [True, False, False, False] and judged.values.tolist() == [1, 0, 0, 0]
     with TaskQueue(people.store) as queue:
         assert queue.lease("anna") is None  # nobody works on what no run waits for
+
+
+def test_what_nobody_is_left_to_answer_is_not_waited_for(tmp_path):
+    people = source(tmp_path, overlap=2, timeout_s=30.0)
+    with TaskQueue(people.store) as queue:
+        queue.register(["anna", "ben"])
+
+    def judge(task, who):
+        skipped = {"anna": ("long one", "x"), "ben": ("x",)}[who]
+        return rating(task, 5, who, status="abstained" if task.answers[0] in skipped else "ok")
+
+    started = time.monotonic()
+    with Crowd(people.store, judge, ("anna", "ben")) as crowd:
+        for _ in range(2):  # the second time everything is known
+            judged = people(RECORDS, ANSWERS, ROLLOUT)
+            assert judged.valid.tolist() == [True, False, True, True] and judged.values.tolist() == [1, 0, 1, 1]
+    assert len(crowd.seen) == 6 and time.monotonic() - started < 15
+
+
+def test_a_skip_is_waited_for_while_another_may_answer(tmp_path):
+    people = source(tmp_path, timeout_s=0.3, limit=1)
+    (task,) = people.tasks(RECORDS, ANSWERS)
+    with Store(people.store) as store, TaskQueue(people.store) as queue:
+        queue.put([task])
+        queue.post(Post("anna", "skip", task.id, {}, (), 1.0, False), "r1", "", store)
+        for raters in ((), ("anna", "ben")):
+            queue.register(raters)
+            started = time.monotonic()
+            assert not people(RECORDS, ANSWERS, ROLLOUT).valid.any()
+            assert time.monotonic() - started >= 0.3
+        timer = threading.Timer(0.2, register, (people.store, "anna"))  # the page is started anew, without ben
+        timer.start()
+        started = time.monotonic()
+        assert not dataclasses.replace(people, timeout_s=30.0)(RECORDS, ANSWERS, ROLLOUT).valid.any()
+        assert time.monotonic() - started < 15
+        timer.join()
+
+
+def register(store, *raters):
+    with TaskQueue(store) as queue:
+        queue.register(raters)
+
+
+def test_a_run_withdraws_what_it_asked_and_nothing_else(tmp_path):
+    def broken():
+        raise RuntimeError("lost")
+
+    people = source(tmp_path, interrupted=broken)
+    first, *_ = people.tasks(RECORDS, ANSWERS)
+    with TaskQueue(people.store) as queue:
+        queue.put([first], origin="items.jsonl")
+        with pytest.raises(RuntimeError, match="lost"):
+            people(RECORDS, ANSWERS, ROLLOUT)
+        assert [waiting.task for waiting in queue.tasks()] == [first]
 
 
 def test_enough_is_enough(tmp_path):

@@ -1,6 +1,7 @@
 """The queue of tasks: who gets what, nothing twice, nothing lost."""
 
 import json
+import sqlite3
 
 import pytest
 
@@ -152,3 +153,83 @@ def test_bad_lines_are_named_and_the_good_ones_kept(tmp_path):
         assert words in message
     with pytest.raises(UserError, match="cannot read"):
         read_tasks(tmp_path / "none.jsonl")
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prompt": HALF}, {"answers": ["a" + HALF]}, {"labels": [HALF]}, {"principle": HALF}, {"generators": [HALF]}],
+)
+def test_half_a_character_is_refused_where_tasks_are_read(tmp_path, wrong):
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"kind": "rate", "prompt": "p 🎉", "answers": ["a"]} | wrong))
+    good, (message,) = read_tasks(path)
+    assert good == [] and f"{path}:1: {next(iter(wrong))} holds half a character" in message
+
+
+def test_half_a_character_that_a_run_asks_about_is_asked(desk):
+    _, queue = desk
+    asked = Task(kind="rate", prompt="p", answers=(HALF,))
+    queue.put([asked])
+    assert queue.lease("anna") == queue.task(asked.id) == queue.tasks()[0].task == asked
+
+
+class Failing:
+    """A connection on which one statement fails, once."""
+
+    def __init__(self, db, statement):
+        self.db, self.statement = db, statement
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+    def execute(self, statement, *values):
+        if statement == self.statement:
+            self.statement = None
+            raise sqlite3.OperationalError("disk full")
+        return self.db.execute(statement, *values)
+
+
+@pytest.mark.parametrize("statement", ["BEGIN IMMEDIATE", "COMMIT"])
+def test_what_fails_leaves_nothing_behind_and_says_where(desk, monkeypatch, statement):
+    _, queue = desk
+    monkeypatch.setattr(queue, "_db", Failing(queue._db, statement))
+    with pytest.raises(UserError, match=r"f\.sqlite: .*disk full"):
+        queue.put([task(0)])
+    assert queue.tasks() == [] and queue.put([task(1)]) == 1
+
+
+def test_a_rollback_hides_no_error(desk):
+    _, queue = desk
+    queue.put([task(0)])
+    queue._db.execute(
+        "CREATE TRIGGER full BEFORE INSERT ON page_lease BEGIN SELECT raise(ROLLBACK, 'disk full'); END"
+    )  # SQLite itself has rolled back by then
+    with pytest.raises(UserError, match=r"f\.sqlite: .*disk full"):
+        queue.lease("anna")
+
+
+def test_a_file_that_cannot_be_read_is_named(desk):
+    _, queue = desk
+    queue._db.execute("DROP TABLE page_post")
+    for ask in (lambda: queue.lease("anna"), lambda: queue.progress(["anna"]), queue.tasks, queue.posts):
+        with pytest.raises(UserError, match=r"f\.sqlite: .*page_post"):
+            ask()
+
+
+def test_of_an_origin_only_its_own_tasks_are_withdrawn(desk):
+    _, queue = desk
+    queue.put([task(0)], origin="items.jsonl")
+    queue.put([task(0), task(1)], origin="training")
+    queue.withdraw([task(0).id, task(1).id], origin="training")
+    assert [waiting.task for waiting in queue.tasks()] == [task(0)]
+
+
+def test_those_who_answer_are_those_named_last(desk):
+    _, queue = desk
+    assert queue.raters == frozenset()
+    queue.register(["anna", "ben"])
+    queue.register(["ben", "eve"])
+    assert queue.raters == {"ben", "eve"}

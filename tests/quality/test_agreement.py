@@ -170,7 +170,7 @@ def test_the_powered_mean_by_hand_and_its_weight_by_search():
 def test_what_labels_buy_is_what_they_bought():
     rng = np.random.default_rng(5)
     f, y = simulated(rng, n=4000, labelled=4000)
-    sums = stats.powered_columns(f, y).sum(0)
+    sums = stats.powered_columns(f, y)
     rows = {row["labels"]: row for row in stats.label_budget(sums, (50, 200, 10_000))}
     assert set(rows) == {50, 200}
     draws = []
@@ -179,10 +179,33 @@ def test_what_labels_buy_is_what_they_bought():
         seen = np.where(np.arange(400) < 50, y[sample], np.nan)
         s = stats.powered_columns(f[sample], seen).sum(0)
         draws.append((float(stats.powered_mean(s)), y[sample[:50]].mean()))
-    (row,) = stats.label_budget(stats.powered_columns(f[:400], y[:400]).sum(0), (50,))
+    (row,) = stats.label_budget(stats.powered_columns(f[:400], y[:400]), (50,))
     assert row["powered"] == pytest.approx(1.96 * np.std([d[0] for d in draws]), rel=0.12)
     assert row["alone"] == pytest.approx(1.96 * np.std([d[1] for d in draws]), rel=0.12)
     assert row["worth"] == pytest.approx(50 * (row["alone"] / row["powered"]) ** 2)
+
+
+def test_what_labels_buy_counts_prompts_whose_pairs_are_alike():
+    rng = np.random.default_rng(8)
+    f, y = (np.repeat(values, 4) for values in simulated(rng, n=500, labelled=500))  # every prompt has four equal pairs
+    single = stats.powered_columns(f, y)
+    sums = stats.summed(single, np.repeat(np.arange(500), 4), 500)
+    (alike,), (apart,) = stats.label_budget(sums, (2000,)), stats.label_budget(single, (2000,))
+    for name in ("alone", "powered"):
+        assert alike[name] == pytest.approx(2 * apart[name])  # four times the variance
+    draws = []
+    for _ in range(2000):
+        world = rng.integers(0, 500, 500)  # of prompts; 300 of their 2,000 pairs are labelled
+        draws.append(np.repeat(y[::4][world], 4)[rng.permutation(2000)[:300]].mean())
+    (row,) = stats.label_budget(sums, (300,))
+    assert row["alone"] == pytest.approx(1.96 * np.std(draws), rel=0.07)
+
+
+def test_what_labels_buy_is_said_at_the_level_asked_for():
+    f, y = simulated(np.random.default_rng(9), n=200, labelled=200)
+    sums = stats.powered_columns(f, y)
+    (wide,), (narrow,) = stats.label_budget(sums, (50,), level=0.99), stats.label_budget(sums, (50,), level=0.8)
+    assert wide["alone"] / narrow["alone"] == pytest.approx(2.575829 / 1.281552, rel=1e-5)
 
 
 def test_a_judge_that_says_nothing_leaves_the_labels_alone():

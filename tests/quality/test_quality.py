@@ -146,7 +146,7 @@ def test_agreement_and_kappa_by_hand():
     """Ann and Bob on 10 pairs: 4 + 2 + 1 on the diagonal (first, second, tie); alike in orientation as "a" < "b"."""
     cells = [(0, 0)] * 4 + [(1, 1)] * 2 + [(None, None)] + [(0, 1)] * 2 + [(1, 0)]
     records = [
-        verdict(f"p{i}", ("a", "bb"), rater, winner)
+        verdict(f"p{i}", ("a", "bb"), rater, winner, shown=(0, 1))
         for i, pair in enumerate(cells)
         for rater, winner in zip((ANN, BOB), pair)
     ]
@@ -238,6 +238,45 @@ def test_an_order_conflict_is_half_a_vote_for_each_side_and_no_tie():
     assert only(report["habits"], rater="judge")["first"]["value"] == 1
 
 
+def test_models_that_wrote_the_same_texts_have_their_own_wins():
+    """Judged first on behalf of m and n, then of n and m: each won once."""
+    records = [
+        verdict("p", ("a", "b"), JUDGE, 0, generators=("m", "n")),
+        verdict("p", ("b", "a"), JUDGE, 1, generators=("m", "n")),
+        verdict("p", ("a", "b"), JUDGE, 0, generators=("k", "n")),
+    ]
+    rows = quality(records, **LESS)["win_rates"]["rows"]
+    row = only(rows, a="m", b="n")
+    assert (row["count"], row["wins"], row["losses"], row["rate"]["value"]) == (2, 1, 1, 0.5)
+    assert only(rows, a="k", b="n")["wins"] == 1
+
+
+def test_records_without_writers_speak_of_the_only_ones():
+    records = [
+        verdict("p", ("a", "b"), ANN, 0),
+        verdict("p", ("b", "a"), JUDGE, 1, generators=("n", "m")),
+    ]
+    report = quality(records, **LESS)
+    assert only(report["win_rates"]["rows"], source="person", a="m", b="n")["wins"] == 1
+    assert report["agreement"]["comparisons"]["raters"][0]["agreement"]["value"] == 1
+
+
+def test_equal_answers_of_two_models_are_a_tie():
+    records = [
+        verdict("p", ("a", "b"), JUDGE, 0, generators=("m", "n")),
+        verdict("q", ("c", "c"), JUDGE, 0, generators=("n", "m")),
+        verdict("q", ("c", "c"), JUDGE, 1, generators=("m", "n")),  # the same again
+        verdict("r", ("c", "c"), JUDGE, 0, generators=("m", "m")),  # one model's twice: no match
+    ]
+    report = quality(records, **LESS)
+    (row,) = report["win_rates"]["rows"]
+    assert (row["count"], row["wins"], row["ties"], row["losses"]) == (2, 1, 1, 0)
+    assert row["rate"]["value"] == 0.75
+    assert only(report["habits"], rater="judge")["count"] == 1  # a verdict on equal answers shows no habit
+    (only_ties,) = quality(records[1:2], **LESS)["win_rates"]["rows"]
+    assert (only_ties["ties"], only_ties["rate"]["value"]) == (1, 0.5)
+
+
 def test_principles_and_prompts_are_kept_apart():
     records = [
         verdict("p", ("a", "b"), ANN, 0, principle="kind"),
@@ -257,6 +296,20 @@ def test_a_long_ranking_is_its_pairs():
 
 
 # ---- Order, repeats, length, calibration
+
+
+def test_an_order_that_was_not_recorded_is_no_order():
+    """As in HH and distilabel, whose records name the better answer first."""
+    records = [verdict(f"p{i}", ("b", "a"), rater, 0) for i in range(8) for rater in (ANN, BOB)]
+    records += [verdict("q", ("b", "a"), ANN, 1, shown=(1, 0))]
+    report = quality(records, **LESS)
+    assert only(report["habits"], rater="bob")["first"]["value"] is None
+    assert only(report["habits"], rater="ann")["first"]["value"] == 1  # of the one verdict whose order is known
+    (row,) = report["agreement"]["comparisons"]["raters"]
+    assert row["agreement"]["value"] == 1
+    assert row["first"]["value"] is None
+    mixed = [verdict("p", ("a", "b"), JUDGE, 0), verdict("p", ("a", "b"), JUDGE, 0, shown=(1, 0))]
+    assert quality(mixed, **LESS)["order"] == []
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.8, -1.5])

@@ -85,7 +85,7 @@ def browser():
 
 
 @contextmanager
-def opened(browser, running, rater, tasks, *, width=1280, check=True, expected="nothing"):
+def opened(browser, running, rater, tasks, *, width=1280, check=True, expected="nothing", **more):
     """(the page in the browser, a function that gives the rater's standing judgements); asserts that nothing went wrong."""
     store, urls = running
     with TaskQueue(store) as queue:
@@ -93,7 +93,7 @@ def opened(browser, running, rater, tasks, *, width=1280, check=True, expected="
         queue.put(tasks, overlap=len(RATERS))
     if check:
         PageClient(urls[rater]).call("/api/check", {"answers": [1, 2]})
-    context = browser.new_context(viewport={"width": width, "height": 844})
+    context = browser.new_context(viewport={"width": width, "height": 844}, **more)
     page = context.new_page()
     page.set_default_timeout(8000)
     base, problems, asked = urls[rater].split("/?")[0], [], []
@@ -402,6 +402,28 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, running):
         assert len(skipped) == len(TASKS) - 1 and {j.raw for j in skipped} == {
             "I cannot tell"
         }  # a chat leaves no record
+
+
+def test_a_finger_marks_what_it_selects(browser, running):
+    task = Task(kind="edit", prompt="touched", answers=("The old mill is new.",))
+    with opened(browser, running, "phone", [task], width=390, has_touch=True) as (page, judgements):
+        select = """([from, to]) => getSelection().setBaseAndExtent(
+            document.querySelector(".words span:nth-child(3)").firstChild, from,
+            document.querySelector(".words span:nth-child(5)").firstChild, to)"""
+        page.tap(".words")
+        page.evaluate(select, [0, 2])  # a handle is dragged: no pointer event
+        page.evaluate(select, [0, 4])
+        button = page.get_by_role("button", name="Mark the selection")
+        playwright.expect(button).to_be_enabled()
+        assert page.evaluate("String(getSelection())") == "old mill"  # the handles are still there
+        page.evaluate("getSelection().removeAllRanges()")  # as a tap elsewhere does
+        page.wait_for_selector(".words .selected")
+        assert "".join(page.locator(".words .selected").all_text_contents()) == "old mill"
+        button.tap()
+        assert page.inner_text(".marks li span") == "old mill"
+        page.tap("#submit")
+        settled(page, page.evaluate("document.getElementById('bar').max"))
+        assert [(s.start, s.end) for s in one(judgements(), Correction).spans] == [(4, 12)]
 
 
 def test_an_answer_whose_acknowledgement_is_lost_counts_once(browser, running):

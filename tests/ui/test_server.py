@@ -1,12 +1,16 @@
 """The page over HTTP, in a process of its own: who is let in, what a post needs, what is on disk when it is acknowledged."""
 
+import asyncio
+import dataclasses
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -22,7 +26,7 @@ from rlaif_jax.feedback.queue import TaskQueue
 from rlaif_jax.feedback.store import Store
 from rlaif_jax.feedback.tasks import Task
 from rlaif_jax.ui.annotate import AnnotateConfig, read_questions
-from rlaif_jax.ui.client import PageClient, answer_through_page, running_page
+from rlaif_jax.ui.client import PageClient, _printed_urls, answer_through_page, running_page
 from rlaif_jax.ui.tokens import csrf_token, rater_tokens, token_file
 
 PAIRS = [Task(kind="compare", prompt=f"p{i}", answers=(f"good {i}", f"bad {i}")) for i in range(4)]
@@ -74,13 +78,17 @@ def raw(url, path, *, method="GET", body=None, **headers):
             return error.code, error.headers, error.read().decode()
 
 
-def routes():
+def empty_app(**more):
     from rlaif_jax.ui.server import create_app
 
     class Nothing:
         store = type("S", (), {"path": Path("x")})
 
-    app = create_app(Nothing(), {}, instructions="")
+    return create_app(Nothing(), {}, instructions="", **more)
+
+
+def routes():
+    app = empty_app()
     return [(method, route.path) for route in app.routes if hasattr(route, "methods") for method in route.methods]
 
 
@@ -115,6 +123,35 @@ def test_under_another_name_nothing_is_served(page):
     token = urls["anna"].partition("token=")[2]
     assert raw(urls["anna"], "/api/me", Authorization=f"Bearer {token}")[0] == 200
     assert raw(urls["anna"], "/api/me", Authorization=f"Bearer {token}", Host="evil.example")[0] == 403
+
+
+def test_it_is_reached_under_the_name_of_its_host_in_any_case():
+    def status(app, name):
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": b""}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": [(b"host", name)]}
+        asyncio.run(app(scope, receive, send))
+        return sent[0]["status"]
+
+    app = empty_app(host="MyBox.example")
+    assert [status(app, name) for name in (b"mybox.example:80", b"MYBOX.example", b"localhost")] == [401] * 3
+    assert status(app, b"example") == 403
+
+
+def test_a_page_on_the_network_says_under_which_names_it_is_reached(tmp_path, capfd):
+    with running_page(tmp_path / "f.sqlite", ("anna",), "--host", "0.0.0.0") as running:
+        base = running.urls["anna"].replace("0.0.0.0", "127.0.0.1")
+        status, _, text = raw(base, "/", Host="mybox")
+    assert status == 403 and "--host NAME" in text
+    assert (
+        "these names only: 127.0.0.1, localhost, ::1, 0.0.0.0; under another with --host NAME" in capfd.readouterr().err
+    )
 
 
 def test_the_door_takes_the_token_out_of_the_address(page):
@@ -192,6 +229,37 @@ def test_the_view_is_blind_and_the_suggestion_comes_after(fresh):
     with Store(store) as kept:
         (record,) = [j for j in kept.judgements() if j.id in again["recorded"]]
     assert record.raw == "[after seeing the suggestion]" and record.generators == ("writer-one", "writer-two")
+
+
+def test_who_has_once_seen_the_suggestion_is_informed_for_good(fresh):
+    store, urls = fresh
+    asked = dataclasses.replace(SUGGESTED, principle="kind?", suggestion=dataclasses.replace(SUGGESTED.suggestion))
+    put(store, [asked])
+    client = PageClient(urls["anna"])
+    task = client.next()
+    client.answer(task, "not yet")  # a skip shows nothing
+    client.undo()
+    blind = client.answer(task, {"choice": "first"})
+    client.undo()
+    client.answer(task, "cannot tell")
+    client.undo()
+    seeing = client.answer(task, {"choice": "first"})
+    with Store(store) as kept:
+        notes = {e.judgement.id: e.judgement.raw for e in kept.read(superseded=True)}
+    assert notes[blind["recorded"][0]] == "" and notes[seeing["recorded"][0]] == "[after seeing the suggestion]"
+
+
+def test_half_a_character_locks_nobody_out(fresh):
+    store, urls = fresh
+    half = "\ud83d"
+    put(store, [Task(kind="edit", prompt=half, answers=("x" + half,), labels=(half,))])
+    client = PageClient(urls["anna"])
+    task = client.next()
+    assert (task["prompt"], task["answers"], task["labels"]) == (half, ["x" + half], [half])
+    with pytest.raises(UserError, match=r"400.*unknown kind"):
+        client.answer(task, {"edited": "x", "spans": [{"start": 0, "end": 1, "category": "y" + half}]})
+    client.answer(task, {"edited": "x", "note": half})
+    assert client.undo()["task"]["before"]["note"] == half
 
 
 def test_a_post_counts_once_and_is_on_disk_before_it_is_acknowledged(fresh):
@@ -298,6 +366,41 @@ def test_disagreement_is_counted_adjudicated_and_exported(fresh):
             anna.call(path)
     with pytest.raises(UserError, match=r"403.*only the coordinator"):
         anna.call("/api/stop", {"stop": True})
+
+
+def test_the_page_says_who_answers(page):
+    store, _ = page
+    with TaskQueue(store) as queue:
+        assert queue.raters == {"anna", "ben", "robot"}
+
+
+@pytest.mark.parametrize("status", ["200 OK", "400 Bad Request"])
+def test_an_answer_that_breaks_off_is_asked_for_again(status):
+    body = b'{"task": null}'
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            for sent in (body[:5], body):
+                with listening.accept()[0] as connection:
+                    connection.recv(65_536)
+                    connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + sent)
+
+        threading.Thread(target=serve, daemon=True).start()
+        client = PageClient(f"http://127.0.0.1:{listening.getsockname()[1]}/?token=x")
+        if status.startswith("200"):
+            assert client.call("/api/me") == {"task": None}
+        else:
+            with pytest.raises(UserError, match=r'/api/me: 400 \{"task": null\}'):
+                client.call("/api/me")
+
+
+def test_a_page_that_says_nothing_is_not_waited_for():
+    started = time.monotonic()
+    command = [sys.executable, "-c", "import time; time.sleep(20)"]
+    words = pytest.raises(UserError, match=r"did not start within 0\.2 s")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as silent, words:
+        _printed_urls(silent, ("anna",), 0.2)
+    assert time.monotonic() - started < 15
 
 
 def test_the_check_is_asked_first_and_explained(tmp_path):

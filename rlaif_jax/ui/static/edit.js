@@ -96,15 +96,37 @@ function markPassages(text, labels, given) {
     const span = node.nodeType === Node.TEXT_NODE ? node.parentElement : node.children?.[inside] ?? node;
     return span?.dataset?.start === undefined ? null : Number(span.dataset.start) + (node.nodeType === Node.TEXT_NODE ? inside : 0);
   }
-  area.addEventListener("mouseup", () => {
-    const chosen = getSelection();
-    if (chosen.isCollapsed || !area.contains(chosen.anchorNode) || !area.contains(chosen.focusNode)) return;
-    const ends = [offset(chosen.anchorNode, chosen.anchorOffset), offset(chosen.focusNode, chosen.focusOffset)];
-    if (ends.includes(null) || ends[0] === ends[1]) return;
-    selection = ends.sort((a, b) => a - b);
-    chosen.removeAllRanges();
+  /** What the document's selection holds of the text, as [start, end]; null if nothing. */
+  function chosen() {
+    const { isCollapsed, anchorNode, anchorOffset, focusNode, focusOffset } = getSelection();
+    if (isCollapsed || !area.contains(anchorNode) || !area.contains(focusNode)) return null;
+    const ends = [offset(anchorNode, anchorOffset), offset(focusNode, focusOffset)];
+    return ends.includes(null) || ends[0] === ends[1] ? null : ends.sort((a, b) => a - b);
+  }
+  // A mouse has selected when its button is up. A finger drags the selection's handles, of which no pointer event tells:
+  // then the selection is followed, and the text drawn anew, which would take the handles away, only once it is gone.
+  let mouse = false, followed = false;
+  area.addEventListener("pointerdown", (event) => { mouse = event.pointerType === "mouse"; });
+  area.addEventListener("pointerup", () => {
+    const ends = mouse ? chosen() : null;
+    if (!ends) return;
+    selection = ends;
+    getSelection().removeAllRanges();
     draw();
   });
+  function follow() {
+    if (!area.isConnected) {
+      document.removeEventListener("selectionchange", follow);
+      return;
+    }
+    const ends = mouse ? null : chosen();
+    if (ends) {
+      selection = ends;
+      button.disabled = false;
+    } else if (followed) draw();
+    followed = ends !== null;
+  }
+  document.addEventListener("selectionchange", follow);
   area.addEventListener("focus", () => {
     if (!selection && tokens.length && area.matches(":focus-visible")) {
       selection = [...tokens[cursor]];

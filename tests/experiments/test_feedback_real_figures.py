@@ -1,0 +1,101 @@
+"""The experiment on published feedback, on small files: what its intervals draw, and what has no worth stays out."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlaif_jax.evaluate import bootstrap_ci
+from rlaif_jax.quality.agreement import Bootstrap, interval_alpha, interval_moments
+
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "feedback_real.py"
+PROPERTIES = ("correctness", "selection", "overall")
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("feedback_real_figures", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_squality(folder, *orders):
+    """12 questions, 3 answers; orders: a worker each, question -> the places of the answers."""
+    questions = {}
+    for q in range(12):
+        review = lambda worker, place: (
+            {"worker_id": worker, "annotations": []}
+            | {
+                f"{name}-{what}": value
+                for name in PROPERTIES
+                for what, value in (("rating", 90.0 - 30 * place), ("rank", place + 1))
+            }
+        )
+        questions[str(q)] = {
+            f"system {k}": {
+                "response": f"answer {k} to {q}",
+                "reviews": [review(str(worker), order(q)[k]) for worker, order in enumerate(orders)],
+            }
+            for k in range(3)
+        }
+    path = folder / "squality" / "all-responses.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"passage-id": "7", "questions": questions}) + "\n")
+    return path
+
+
+def upwards(q):
+    return (0, 1, 2)
+
+
+def turning(q):
+    return (2, 1, 0) if q % 2 else (0, 1, 2)
+
+
+def test_workers_agreement_is_resampled_by_question(script, tmp_path):
+    """In even questions the second worker agrees in everything, in odd ones in nothing."""
+    rows = list(script.squality(script.RealConfig(), write_squality(tmp_path, upwards, turning)))
+    alphas, alike = rows[:3], rows[3:]
+    moments = [
+        sum(interval_moments([90.0 - 30 * k, 90.0 - 30 * (2 - k if q % 2 else k)]) for k in range(3)) for q in range(12)
+    ]
+    expected = Bootstrap(12).estimate(np.array(moments), interval_alpha)
+    for row in alphas:
+        assert (row.value, row.low, row.high) == pytest.approx(tuple(expected[k] for k in ("value", "low", "high")))
+    by_question = [float(q % 2 == 0) for q in range(12)]
+    for row in alike:
+        assert row.value == 0.5
+        low, high = bootstrap_ci(by_question, seed=0)
+        assert row.high - row.low == pytest.approx(high - low, abs=0.1)
+
+
+def test_figures_do_not_depend_on_the_order_of_sets(tmp_path):
+    write_squality(tmp_path, upwards, turning, lambda q: ((0, 1, 2), (1, 2, 0), (2, 0, 1))[q % 3])
+    told = [
+        subprocess.run(
+            [sys.executable, str(SCRIPT), "--data", str(tmp_path), "--json"],
+            env=os.environ | {"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert told[0] == told[1]
+
+
+def test_an_item_that_no_rating_is_left_of_is_not_compared(script):
+    item, rater = np.array([0, 0, 1, 1, 2, 2, 3], np.int32), np.array([0, 1, 0, 1, 0, 1, 0], np.int32)
+    value = np.array([1, 2, 2, 3, 3, 4, 9], np.float32)
+    worth = script._ranked(item, rater, value, np.arange(7) != 6, 4, 2)
+    assert all(np.isnan(scores).tolist() == [False, False, False, True] for scores in worth.values())
+    rows = list(script._compared(worth, np.array([1.0, 2, 3, 9]), 0, ""))
+    assert [row.value for row in rows[:3]] == pytest.approx([1, 1, 1])  # with item 3 as 0 it would be less
