@@ -38,7 +38,8 @@ class ApiConfig:
         tokens_per_minute: the limit of your account; None = none.
         timeout_s: of one call, from its start to the last byte.
         attempts: of a call that fails; "too many requests" does not count.
-        max_wait_s: pauses of one call together; a server that wants longer pauses gets no call.
+        max_wait_s: pauses of one call together, and how long it is told "too many requests" while no call at all is
+          answered; a server that wants longer pauses gets no call.
         usd_per_million_prompt: the price of a million tokens of prompts.
         usd_per_million_completion: the price of a million tokens of replies.
         budget_usd: stop before more is spent; None = no limit.

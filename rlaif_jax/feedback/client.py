@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.api import ApiConfig
@@ -139,13 +139,32 @@ class JudgeClient:
     def submit(self, questions: Sequence[Question], template: Template) -> list[Future[Outcome]]:
         """Start asking; a future for each question, in their order. The same question twice is asked once.
 
-        Raises UserError at once for a question that the template cannot ask, naming it.
+        Raises UserError at once for a question that the template cannot ask, naming it. (Of [direct] and [reasons] the
+        server's log-probabilities may decide; a question that only the ending in use cannot ask is an `error`.)
         """
         require(not self._closed, "this judge is closed")
         orders = ((0, 1), (1, 0)) if template.form == "ranking" else ((0,),)
         for question in questions:
-            template.ask(question, orders[0])
+            self._require_askable(question, template, orders[0])
         return [self._on_loop(self._judge(question, template, orders)) for question in questions]
+
+    def _direct(self, template: Template, logprobs: bool) -> bool:
+        """Whether the reply is to begin with a label, of a server with or without log-probabilities."""
+        reading = self.config.reading
+        wanted = reading == "direct" or (reading == "auto" and logprobs and template.scorable)
+        return template.choices and (not template.reasoned or (wanted and bool(template.direct)))
+
+    def _ending(self, template: Template, logprobs: bool) -> Literal["direct", "reasons", ""]:
+        if not template.choices:
+            return ""
+        return "direct" if self._direct(template, logprobs) else "reasons"
+
+    def _require_askable(self, question: Question, template: Template, order: tuple[int, ...]) -> None:
+        """UserError if neither of the endings that may be used can ask this."""
+        try:
+            template.ask(question, order, ending=self._ending(template, True))
+        except UserError:
+            template.ask(question, order, ending=self._ending(template, False))
 
     def judge(self, questions: Sequence[Question], template: Template) -> list[Outcome]:
         """`submit`, and wait for all."""
@@ -192,8 +211,8 @@ class JudgeClient:
                 time=answers[-1].time,
                 call=_call(answers),
             )
-        except (CallFailed, BudgetSpent) as failed:
-            made = make(Reading("error"), raw=str(failed), time=time.time())
+        except (CallFailed, BudgetSpent, ValueError, sqlite3.Error) as failed:  # of this question, not of all
+            made = make(Reading("error"), raw=self._server.scrub(str(failed)), time=time.time())
         recorded: Judgement = await self._loop.run_in_executor(self._disk, self._recorder.record, made)
         if self._listener is not None:
             self._listener(recorded)
@@ -206,11 +225,8 @@ class JudgeClient:
         config, server = self.config, self._server
         facts = await server.facts()
         logprobs = facts.top_logprobs > 0
-        direct = bool(template.choices and template.direct) and (
-            config.reading == "direct" or (config.reading == "auto" and logprobs and template.scorable)
-        )
-        direct = direct or (template.choices and not template.reasoned)
-        asked = template.ask(question, order, ending="direct" if direct else "reasons" if template.choices else "")
+        direct = self._direct(template, logprobs)
+        asked = template.ask(question, order, ending=self._ending(template, logprobs))
         scored = logprobs and template.choices and template.scorable
         length = (1 if scored else 8) if direct else config.max_tokens or template.max_tokens
         read = lambda reply: read_verdict(reply, template, asked, direct=direct, min_mass=config.min_mass)
@@ -243,10 +259,6 @@ class Recorder:
 
     def __init__(self, store: Path | None) -> None:
         self._store = Store(store) if store is not None else None
-        self._known: dict[str, Judgement] = {}
-        if self._store is not None:
-            for entry in self._store.read(source="ai"):
-                self._known[_subject(entry.judgement)] = entry.judgement
 
     def close(self) -> None:
         """Release the file."""
@@ -258,16 +270,16 @@ class Recorder:
         if self._store is None:
             return made
         subject = _subject(made)
-        known = self._known.get(subject)
-        if known is not None:
-            if (known.answered and not made.answered) or _content(known) == _content(made):
-                return known
-            made = dataclasses.replace(made, supersedes=known.id)
-        try:
+        try:  # looked up now: another process may have recorded the same meanwhile
+            about = [entry.judgement for entry in self._store.read(source="ai", item=made.item)]
+            known = next((entry for entry in reversed(about) if _subject(entry) == subject), None)
+            if known is not None:
+                if (known.answered and not made.answered) or _content(known) == _content(made):
+                    return known
+                made = dataclasses.replace(made, supersedes=known.id)
             self._store.add([made])
         except sqlite3.Error as error:
             raise UserError(f"{self._store.path}: a judgement cannot be recorded ({error})") from error
-        self._known[subject] = made
         return made
 
 

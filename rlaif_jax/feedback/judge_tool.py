@@ -90,6 +90,10 @@ def _question(values: Any, where: str) -> Question:
         elif value is not None:
             require(isinstance(value, str), f"{name} must be text, not {str(value)[:60]!r}")
             built[name] = value
+        try:
+            "".join(value or ()).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name} holds half of a Unicode surrogate pair") from error
     require(bool(built["answers"]), "answers is empty")
     generators = built.get("generators", ())
     require(

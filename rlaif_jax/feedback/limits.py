@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 Clock = Callable[[], float]
 
@@ -61,7 +61,7 @@ class Gate:
             self.limit, self._calm = min(self.limit + 1, float(self._widest)), 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Use:
     """A call in the window: when, and how many tokens (the most it can use, then what it did use)."""
 
@@ -79,16 +79,27 @@ class Window:
         self._uses: deque[Use] = deque()
         self._turn = asyncio.Lock()
 
-    async def enter(self, tokens: int) -> Use:
-        """Wait until a call of up to `tokens` fits. BudgetSpent if it never will. Set the use's tokens afterwards."""
+    async def enter(self, tokens: int, check: Callable[[], None] = lambda: None) -> Use:
+        """Wait until a call of up to `tokens` fits. BudgetSpent if it never will. Set the use's tokens afterwards.
+
+        check: called again and again meanwhile; what it raises ends the waiting.
+        """
         if self._tokens is not None and tokens > self._tokens:
             raise BudgetSpent(f"a call of up to {tokens} tokens never fits tokens_per_minute = {self._tokens}")
+        check()
         async with self._turn:  # first come, first served
+            check()
             while (pause := self._pause(tokens)) > 0:
                 await asyncio.sleep(min(pause, 0.25))  # a call that used less than it might makes room earlier
+                check()
             use = Use(self._clock(), tokens)
             self._uses.append(use)
             return use
+
+    def leave(self, use: Use) -> None:
+        """The call was not made."""
+        with suppress(ValueError):  # it is out of the window already
+            self._uses.remove(use)
 
     def _pause(self, tokens: int) -> float:
         now = self._clock()
@@ -149,10 +160,9 @@ class Budget:
         Raises BudgetSpent before anything is used if there is none.
         """
         async with self._changed:
-            while (short := self._short(tokens, usd)) and self._under_way and self.seconds_left > 0:
+            while self._short(tokens, usd):
+                self.check(tokens, usd)
                 await self._changed.wait()
-            if short:
-                raise BudgetSpent(short)
             self._reserved_tokens += tokens
             self._reserved_usd += usd
             self._under_way += 1
@@ -167,6 +177,12 @@ class Budget:
                 self.tokens += charge.tokens
                 self.usd += charge.usd
                 self._changed.notify_all()
+
+    def check(self, tokens: int, usd: float) -> None:
+        """BudgetSpent if there is no room for such a call and what is under way cannot make any."""
+        short = self._short(tokens, usd)
+        if short and (self.seconds_left <= 0 or not self._under_way):
+            raise BudgetSpent(short)
 
     def _short(self, tokens: int, usd: float) -> str:
         """Which limit the call might pass; "" = none."""

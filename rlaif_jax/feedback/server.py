@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -27,7 +29,7 @@ OVERHEAD_TOKENS = 64  # what a chat template may add to a message
 
 
 class CallFailed(Exception):
-    """A call without a usable reply, after all its attempts. The message holds no key."""
+    """A call without a usable reply, after all its attempts. The message holds no key. fatal: no other will have one."""
 
     def __init__(
         self,
@@ -38,9 +40,11 @@ class CallFailed(Exception):
         retry_after: float | None = None,
         status: int | None = None,
         free: bool = False,
+        fatal: bool = False,
     ) -> None:
         super().__init__(message)
         self.retry, self.throttled, self.retry_after, self.status = retry, throttled, retry_after, status
+        self.fatal = fatal
         self.free = free or status is not None  # nobody charges for an error, or for what was never sent
 
 
@@ -101,6 +105,7 @@ class Server:
         self._window = Window(config.requests_per_minute, config.tokens_per_minute)
         self._budget = Budget(config.budget_tokens, config.budget_usd, config.budget_s)
         self._not_before = 0.0  # the server's Retry-After holds for all calls
+        self._answered = -math.inf  # when a call was last answered
         self._overhead = OVERHEAD_TOKENS
         self._facts: Facts | None = None
         self._no_facts: tuple[float, CallFailed] | None = None
@@ -168,7 +173,7 @@ class Server:
                 ):
                     field = "max_completion_tokens"
                     continue
-                if len(tops) == 1 or failed.status in (None, 401, 403, 404):
+                if len(tops) == 1 or failed.status in (None, 401, 403, 404, 429):
                     raise
                 certain = certain and failed.status in (400, 422, 501)
                 tops.pop(0)
@@ -265,22 +270,23 @@ class Server:
 
     async def _persist(self, body: dict[str, Any]) -> str:
         """The text of a good response, after as many attempts as it takes and is allowed."""
-        failures, waited = 0, 0.0
+        failures, throttles, waited, throttled_at = 0, 0, 0.0, math.inf
         while True:
-            if self._fatal is not None:
-                raise self._fatal
             try:
                 return await self._attempt(body)
             except CallFailed as failed:
-                failures += not failed.throttled
-                if failed.status in (401, 403, 404):
+                failures, throttles = failures + (not failed.throttled), throttles + failed.throttled
+                if failed.fatal or failed.status == 401 or (failed.status in (403, 404) and self._answered < 0):
                     self._fatal = failed
                 jitter = self._random.uniform(0.5, 1.0)
+                pause = min(30.0, 0.25 * 2.0 ** (failures + throttles)) * jitter
                 if failed.retry_after is not None:
-                    pause = failed.retry_after * (1.5 - jitter / 2) + 0.01  # never earlier than asked
-                else:
-                    pause = min(30.0, 0.25 * 2.0**failures) * jitter
-                more = failed.retry and failures < self.config.attempts and waited + pause <= self.config.max_wait_s
+                    pause = max(pause, failed.retry_after * (1.5 - jitter / 2) + 0.01)  # never earlier than asked
+                wait = waited + pause
+                if failed.throttled:  # a queue in which calls are answered is no such wait, one of throttled calls is
+                    throttled_at = min(throttled_at, time.monotonic())
+                    wait = max(wait, time.monotonic() + pause - max(throttled_at, self._answered))
+                more = failed.retry and failures < self.config.attempts and wait <= self.config.max_wait_s
                 if not more or pause >= self._budget.seconds_left:
                     times = f" ({failures} attempts)" if failures > 1 else ""
                     raise CallFailed(f"{failed}{times}", status=failed.status) from None
@@ -295,42 +301,52 @@ class Server:
         # A token is at least one byte of the text, so this is the most that a prompt can be.
         prompt = len(json.dumps(body.get("messages") or body["prompt"], ensure_ascii=False).encode()) + self._overhead
         worst, usd = prompt + completion, self._price(prompt, completion)
-        async with self._gate.enter():
+        async with self._gate.enter(), AsyncExitStack() as stack:
+            if self._fatal is not None:
+                raise self._fatal
             while (pause := self._not_before - time.monotonic()) > 0:
+                if pause > self.config.max_wait_s or pause >= self._budget.seconds_left:
+                    told = f"the server wants no call for {pause:.0f} s, longer than this one may wait"
+                    raise CallFailed(told, throttled=True, free=True)
                 await asyncio.sleep(pause)
-            use = await self._window.enter(worst)
-            async with self._budget.reserve(worst, usd) as charge:
-                self._counts.requests += 1
-                generation = self._gate.generation
-                try:
-                    async with asyncio.timeout(min(self.config.timeout_s, self._budget.seconds_left)):
-                        text = self.scrub(await self._post(body))
-                except CallFailed as failed:
-                    if failed.free:
-                        charge.settle(0, 0.0)
-                        use.tokens = 0
-                    if failed.throttled:
-                        self._counts.throttled += 1
-                        self._gate.shrink(generation)
-                        if failed.retry_after is not None:
-                            self._not_before = max(self._not_before, time.monotonic() + failed.retry_after)
-                    raise
-                except TimeoutError:
-                    if self._budget.seconds_left <= 0:
-                        raise BudgetSpent("the time budget was over before the server answered") from None
-                    raise CallFailed(f"no answer within {self.config.timeout_s:g} s", retry=True) from None
-                self._gate.answered()
-                try:
-                    reply = read_reply(json.loads(text))
-                except ValueError as error:  # cut or wrong
-                    kind = str(error) if isinstance(error, BadReply) else f"the response is no valid JSON ({error})"
-                    raise CallFailed(self.scrub(kind)[:300], retry=True) from None
-                if reply.prompt_tokens is not None and reply.completion_tokens is not None:
-                    used = reply.prompt_tokens + reply.completion_tokens
-                    self._overhead = max(self._overhead, self._overhead + reply.prompt_tokens - prompt)
-                    charge.settle(used, self._price(reply.prompt_tokens, reply.completion_tokens))
-                    use.tokens = used
-                return text
+            use = await self._window.enter(worst, lambda: self._budget.check(worst, usd))
+            try:
+                charge = await stack.enter_async_context(self._budget.reserve(worst, usd))
+            except BaseException:
+                self._window.leave(use)
+                raise
+            self._counts.requests += 1
+            generation = self._gate.generation
+            try:
+                async with asyncio.timeout(min(self.config.timeout_s, self._budget.seconds_left)):
+                    text = self.scrub(await self._post(body))
+            except CallFailed as failed:
+                if failed.free:
+                    charge.settle(0, 0.0)
+                    use.tokens = 0
+                if failed.throttled:
+                    self._counts.throttled += 1
+                    self._gate.shrink(generation)
+                    if failed.retry_after is not None:
+                        self._not_before = max(self._not_before, time.monotonic() + failed.retry_after)
+                raise
+            except TimeoutError:
+                if self._budget.seconds_left <= 0:
+                    raise BudgetSpent("the time budget was over before the server answered") from None
+                raise CallFailed(f"no answer within {self.config.timeout_s:g} s", retry=True) from None
+            self._gate.answered()
+            self._answered = time.monotonic()
+            try:
+                reply = read_reply(json.loads(text))
+            except ValueError as error:  # cut or wrong
+                kind = str(error) if isinstance(error, BadReply) else f"the response is no valid JSON ({error})"
+                raise CallFailed(self.scrub(kind)[:300], retry=True) from None
+            if reply.prompt_tokens is not None and reply.completion_tokens is not None:
+                used = reply.prompt_tokens + reply.completion_tokens
+                self._overhead = max(self._overhead, self._overhead + reply.prompt_tokens - prompt)
+                charge.settle(used, self._price(reply.prompt_tokens, reply.completion_tokens))
+                use.tokens = used
+            return text
 
     async def _post(self, body: dict[str, Any]) -> str:
         """The body of the response; every failure as CallFailed, without the key."""
@@ -347,6 +363,8 @@ class Server:
             message = self.scrub(f"status {status}: {_told(error.response)}")
             retry = status in (408, 409, 425, 429) or status >= 500
             after = _retry_after(headers)
+            if "insufficient_quota" in (error.code, error.type):  # a 429 that no waiting ends
+                raise CallFailed(message, status=status, fatal=True) from None
             raise CallFailed(
                 message, retry=retry, throttled=status == 429, retry_after=after if retry else None, status=status
             ) from None

@@ -51,7 +51,11 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 }
 _FIRST = {"first": 1.0, "second": 0.0, "tie": 0.5}
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}\n]*)\}|[{}]")
-_CONTROL = re.compile(r"<\|([^|<>\n]{1,40})\|>|<(/?s)>|\[(/?INST)\]")
+_CONTROL = re.compile(
+    r"<([|\uff5c])[^|\uff5c<>\n]{1,40}\1>"  # ChatML, Llama 3, Phi; DeepSeek with full-width bars
+    r"|<(?:/?s|bos|eos|unk|pad|(?:start|end)_of_[a-z]{1,20})>"  # Llama 2, Gemma
+    r"|<</?SYS>>|\[/?[A-Z][A-Z_]{2,30}\]"  # Llama 2, Mistral
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,9 +120,9 @@ def choice_distribution(
     """(P(label) over `labels`, renormalised; their mass before) from the most probable tokens.
 
     A label's variants ("A", " A", and "Ye" where only "Yes" begins so) are summed. A label that is not among the tokens
-    has a probability of at most the smallest one shown and at most what is left over: it is given that, shared among such
-    labels, not 0. (Servers add the `sampled` token to the most probable ones, so its probability is no such bound.) The
-    mass counts only what was shown; () where it is 0.
+    has a probability of at most the smallest one shown and at most what is left over (1e-7 where rounding leaves less):
+    it is given that, shared among such labels, not 0. (Servers add the `sampled` token to the most probable ones, so its
+    probability is no such bound.) The mass counts only what was shown; () where it is 0.
     """
     shown = [math.exp(min(logprob, 0.0)) for _, logprob in top]
     found = dict.fromkeys(labels, 0.0)
@@ -137,7 +137,7 @@ def choice_distribution(
     missing = [label for label, probability in found.items() if probability == 0]
     if missing:
         others = [probability for (text, _), probability in zip(top, shown) if text != sampled]
-        bound = min(min(others or shown), max(1.0 - sum(shown), 0.0) / len(missing))
+        bound = min(min(others or shown), max(1.0 - sum(shown), 1e-7) / len(missing))
         found |= dict.fromkeys(missing, bound)
     total = sum(found.values())
     return tuple(found[label] / total for label in labels), mass

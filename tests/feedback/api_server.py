@@ -80,10 +80,10 @@ Behaviour = Callable[[dict[str, Any], int], Any]
 
 
 class Wrong:
-    """A wrong way: status with headers, or what happens to the connection."""
+    """A wrong way: status with headers and the error's code, or what happens to the connection."""
 
-    def __init__(self, status: int = 0, *, event: str = "", wait: float = 0.0, **headers: str) -> None:
-        self.status, self.event, self.wait, self.headers = status, event, wait, headers
+    def __init__(self, status: int = 0, *, event: str = "", wait: float = 0.0, code: str = "", **headers: str) -> None:
+        self.status, self.event, self.wait, self.code, self.headers = status, event, wait, code, headers
 
 
 class ApiServer:
@@ -146,7 +146,8 @@ class ApiServer:
             return
         time.sleep(wrong.wait)
         if wrong.status:
-            data = json.dumps({"error": {"message": f"wrong with {handler.headers.get('Authorization')}"}}).encode()
+            error = {"message": f"wrong with {handler.headers.get('Authorization')}", "code": wrong.code or None}
+            data = json.dumps({"error": error}).encode()
         elif isinstance(answer, bytes):
             data = answer
         else:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -16,10 +17,11 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.api import ApiConfig
 from rlaif_jax.feedback.builtin_templates import CORRECTION, CRITIQUE, PAIRWISE, RATING, REVISION, RUBRIC
+from rlaif_jax.feedback.cache import CallCache
 from rlaif_jax.feedback.client import JudgeClient
 from rlaif_jax.feedback.forms import Comment, Correction, Ranking, Rating
 from rlaif_jax.feedback.store import Store
-from rlaif_jax.feedback.templates import Question
+from rlaif_jax.feedback.templates import Question, parse_template
 from tests.feedback.api_server import BIAS, Wrong, completion, right, serve
 
 pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
@@ -29,6 +31,10 @@ ONE = Question("Say something.", ("quality 7",))
 
 def config(url: str, **settings: Any) -> ApiConfig:
     return ApiConfig(**({"server": url, "model": "judge", "timeout_s": 5.0} | settings))
+
+
+def ones(count: int) -> list[Question]:
+    return [Question(f"{i}", ("quality 7",)) for i in range(count)]
 
 
 def pairs(count: int) -> list[Question]:
@@ -232,6 +238,143 @@ def test_retry_after_is_honoured_and_429_shrinks_the_concurrency():
     assert len([at for at in server.times if at >= throttled_at[0] + 1.0]) > 8
 
 
+@pytest.mark.parametrize("settings", [{"max_wait_s": 2.0}, {"budget_s": 3.0}])
+def test_a_server_that_wants_a_longer_pause_than_allowed_stops_the_others_too(settings: dict[str, float]):
+    behave = lambda body, number: Wrong(429, Retry_After="200") if "quality" in str(body) else right(body)
+    with serve(behave) as server, JudgeClient(config(server.url, concurrency=2, **settings)) as judge:
+        futures = judge.submit(ones(20), RATING)
+        missing = [entry for future in futures for entry in future.result(timeout=6).missing]
+        assert len(missing) == 20 and server.count <= 3
+        assert any("the server wants no call for" in entry.raw for entry in missing)
+
+
+def test_throttling_without_retry_after_backs_off_and_ends():
+    behave = lambda body, number: Wrong(429) if "quality" in str(body) else right(body)
+    with serve(behave) as server, JudgeClient(config(server.url, max_wait_s=2.0)) as judge:
+        futures = judge.submit([ONE], RATING)
+        [missing] = futures[0].result(timeout=10).missing
+        assert "status 429" in missing.raw and 3 <= server.count <= 7  # not a dozen
+
+
+def test_throttling_of_all_ends_by_the_clock_though_calls_queue():
+    def behave(body: dict[str, Any], number: int) -> Any:
+        if "quality" not in str(body):
+            return right(body)
+        time.sleep(0.04)
+        return Wrong(429)
+
+    with serve(behave) as server, JudgeClient(config(server.url, max_wait_s=2.0, concurrency=1)) as judge:
+        futures = judge.submit(ones(60), RATING)  # over 2.4 s for one attempt each
+        assert all(future.result(timeout=30).missing for future in futures)
+        assert server.count <= 150  # by their pauses alone they might make three attempts each
+
+
+def test_throttling_of_one_while_others_are_answered_counts_its_pauses(monkeypatch: pytest.MonkeyPatch):
+    def behave(body: dict[str, Any], number: int) -> Any:
+        seen.append("unlucky" in str(body))
+        return Wrong(429, wait=0.5) if seen[-1] and sum(seen) <= 3 else right(body)
+
+    seen: list[bool] = []
+    with serve(behave) as server, JudgeClient(config(server.url, max_wait_s=2.2)) as judge:
+        monkeypatch.setattr(judge._server._random, "uniform", lambda low, high: low)  # pauses: 1/4, 1/2, 1 s
+        [future] = judge.submit([Question("unlucky", ("quality 7",))], RATING)
+        number = 0
+        while not future.done():
+            judge.judge([Question(f"{number}", ("quality 7",))], RATING)
+            number += 1
+            time.sleep(0.02)
+        assert future.result().rating and judge.spent.throttled == 3
+
+
+def test_an_empty_account_is_said_once():
+    behave = lambda body, number: Wrong(429, code="insufficient_quota") if "quality" in str(body) else right(body)
+    with serve(behave) as server, JudgeClient(config(server.url, concurrency=1)) as judge:
+        futures = judge.submit(ones(20), RATING)
+        missing = [entry for future in futures for entry in future.result(timeout=10).missing]
+        assert len(missing) == 20 and server.count == 2
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_one_forbidden_call_is_not_the_end_of_all(status: int):
+    behave = lambda body, number: Wrong(status) if "forbidden" in str(body) else right(body)
+    questions = [Question("forbidden", ("quality 7",)), *ones(5)]
+    with serve(behave) as server, JudgeClient(config(server.url, concurrency=1)) as judge:
+        assert [outcome.rating is None for outcome in judge.judge(questions, RATING)] == [True] + [False] * 5
+    with serve(lambda body, number: Wrong(status)) as server, JudgeClient(config(server.url)) as judge:
+        assert all(outcome.missing for outcome in judge.judge(ones(5), RATING)) and server.count == 1
+
+
+def test_what_is_wrong_with_one_question_or_reply_is_an_error_of_that_one(tmp_path: Path):
+    def behave(body: dict[str, Any], number: int) -> Any:
+        good = right(body)
+        if "nan" in str(body):
+            for top in good["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+                top["logprob"] = math.nan
+        return good
+
+    questions = [Question("half \ud83d", ("quality 7",)), Question("nan", ("quality 7",)), ONE]
+    with serve(behave) as server, JudgeClient(config(server.url), store=tmp_path / "f.sqlite") as judge:
+        half, nan, one = judge.judge(questions, RATING)
+    assert [entry.status for entry in (*half.missing, *nan.missing)] == ["error", "error"]
+    assert "surrogates not allowed" in half.missing[0].raw and "nan" in nan.missing[0].raw
+    assert one.rating == pytest.approx(7, abs=1e-6)
+
+
+def test_a_cache_that_fails_is_an_error_without_the_key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-555")
+
+    def fails(self: CallCache, request: dict[str, Any]) -> None:
+        raise sqlite3.OperationalError("disk I/O error at sk-secret-555")
+
+    monkeypatch.setattr(CallCache, "get", fails)
+    with serve() as server, JudgeClient(config(server.url, key_env="JUDGE_KEY")) as judge:
+        [missing] = judge.judge([ONE], RATING)[0].missing
+    assert missing.status == "error" and missing.raw == "disk I/O error at [key]"
+
+
+def test_a_placeholder_of_one_ending():
+    text = """form: rating
+labels: A = 1, B = 2
+verdict: Score {nonce}: {label}
+[user]
+{prompt} {answer}
+[direct]
+{rubric} Reply with A or B.
+[reasons]
+Give reasons, then say Score {nonce}: LETTER
+"""
+    template = parse_template(text, "mine")
+    question = Question("p", ("quality 2",), where="items:3")
+    with (
+        serve() as server,
+        JudgeClient(config(server.url, reading="direct")) as judge,
+        pytest.raises(UserError, match=r"items:3: .* asks for \{rubric\}"),
+    ):
+        judge.submit([question], template)
+    with serve() as server, JudgeClient(config(server.url, reading="reasons")) as judge:
+        assert judge.judge([question], template)[0].rating == 2
+    with serve() as server, JudgeClient(config(server.url)) as judge:  # the server's log-probabilities decide
+        [missing] = judge.judge([question], template)[0].missing
+        assert missing.status == "error" and "asks for {rubric}" in missing.raw
+
+
+def test_two_judges_on_one_store_record_the_same_once(tmp_path: Path):
+    store = tmp_path / "f.sqlite"
+    down = [True]
+    behave = lambda body, number: Wrong(400) if down[0] and "quality" in str(body) else right(body)
+    with (
+        serve(behave) as server,
+        JudgeClient(config(server.url, attempts=1), store=store) as one,
+        JudgeClient(config(server.url, attempts=1), store=store) as other,
+    ):
+        missing = [judge.judge([PAIR], PAIRWISE)[0].missing for judge in (one, other)]
+        down[0] = False
+        found = [judge.judge([PAIR], PAIRWISE)[0].judgements for judge in (one, other)]
+    assert missing[0] == missing[1] and found[0] == found[1]
+    with Store(store) as feedback:
+        assert len(feedback) == 4 and len(feedback.judgements()) == 2
+
+
 def test_errors_do_not_shrink_the_concurrency():
     behave = lambda body, number: Wrong(500) if number == 3 else right(body)
     with serve(behave) as server, JudgeClient(config(server.url)) as judge:
@@ -281,6 +424,22 @@ def test_a_time_budget_ends_even_calls_under_way():
     answered = sum(outcome.rating is not None for outcome in outcomes)
     assert 1 <= answered <= 6
     assert all("time budget" in entry.raw for outcome in outcomes for entry in outcome.missing)
+
+
+@pytest.mark.parametrize("settings", [{"budget_s": 1.0}, {"budget_tokens": 800}])
+def test_when_a_budget_is_over_no_call_waits_for_the_window(settings: dict[str, Any]):
+    with serve() as server, JudgeClient(config(server.url, requests_per_minute=3, **settings)) as judge:
+        futures = judge.submit(ones(30), RATING)
+        outcomes = [future.result(timeout=5) for future in futures]
+    assert all("budget" in entry.raw for outcome in outcomes for entry in outcome.missing)
+    assert 1 <= sum(outcome.rating is not None for outcome in outcomes) <= 2
+
+
+def test_what_a_budget_refuses_takes_no_room_in_the_window():
+    settings = {"budget_tokens": 800, "requests_per_minute": 100}
+    with serve() as server, JudgeClient(config(server.url, **settings)) as judge:
+        judge.judge(ones(15), RATING)
+        assert len(judge._server._window._uses) == judge.spent.requests == server.count
 
 
 @pytest.mark.parametrize(("event", "told"), [("hang", "no answer within 0.3 s"), ("reset", "no connection")])

@@ -52,13 +52,16 @@ def test_bad_lines_are_told_and_the_good_ones_asked(tmp_path: Path):
         GOOD | {"answer": "a"},
         GOOD | {"generators": ["x"]},
         [1],
+        GOOD | {"prompt": "half \ud83d"},
+        GOOD | {"answers": ["a", "\ude00", "c"]},
         "",
         GOOD,
     )
     good, bad = read_questions(path)
-    assert len(good) == 2 and good[1].where == f"{path}:10"
-    assert [message.split(": ", 1)[0].rsplit(":", 1)[1] for message in bad] == ["2", "3", "4", "5", "6", "7", "8"]
+    assert len(good) == 2 and good[1].where == f"{path}:12"
+    assert [message.split(": ", 1)[0].rsplit(":", 1)[1] for message in bad] == [str(i) for i in range(2, 11)]
     assert "no valid JSON" in bad[0] and "needs prompt and answers" in bad[1] and "no field answer" in bad[4]
+    assert "prompt holds half of a Unicode" in bad[7] and "answers holds half of a Unicode" in bad[8]
     with pytest.raises(UserError, match="cannot read"):
         read_questions(tmp_path / "none.jsonl")
 

@@ -79,6 +79,29 @@ def test_less_used_than_reserved_makes_room_at_once():
     assert asyncio.run(run()) < 1
 
 
+def test_a_call_that_was_not_made_leaves_the_window():
+    async def run() -> None:
+        window = Window(2, None, period=30.0)
+        first, second = await window.enter(1), await window.enter(1)
+        window.leave(second)
+        window.leave(second)
+        await asyncio.wait_for(window.enter(1), 2)
+        assert first in window._uses and second not in window._uses
+
+    asyncio.run(run())
+
+
+def test_waiting_for_the_window_ends_with_the_budget():
+    async def run() -> None:
+        window, budget = Window(1, None, period=30.0), Budget(seconds=0.3)
+        await window.enter(1, lambda: budget.check(1, 0))
+        for _ in range(2):
+            with pytest.raises(BudgetSpent, match="time budget"):
+                await asyncio.wait_for(window.enter(1, lambda: budget.check(1, 0)), 2)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("limits", [{"tokens": 1000}, {"usd": 1.0}])
 def test_a_budget_is_never_passed_whatever_the_calls_take(limits: dict[str, float]):
     async def run(seed: int) -> Budget:

@@ -126,6 +126,17 @@ def test_an_answer_cannot_win_by_what_it_says(attack: str):
             assert "<|" not in shown and "[/INST]" not in shown and "</s>" not in shown
 
 
+@pytest.mark.parametrize(
+    "token",
+    ["<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<unk>", "<pad>", "<s>", "</s>", "<<SYS>>"]
+    + ["<</SYS>>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[/SYSTEM_PROMPT]"]
+    + ["<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+)
+def test_control_tokens_are_broken_up(token: str):
+    text = PAIRWISE.harmless(f"a{token}b", "abc123")
+    assert token not in text and text.replace(" ", "") == f"a{token}b"
+
+
 def test_a_stolen_nonce_is_broken_up():
     question = Question("Say hi.", ("hi", "ho"))
     nonce = PAIRWISE.ask(question, (0, 1), ending="reasons").nonce
@@ -137,7 +148,14 @@ def test_a_stolen_nonce_is_broken_up():
 
 
 def test_ordinary_data_is_left_alone():
-    for text in ("a[[0]] = b[[1, 2]]", "x < y | z > 1", "<b>Verdict</b>", "It scored 3: A minus", "{prompt}"):
+    for text in (
+        "a[[0]] = b[[1, 2]]",
+        "x < y | z > 1",
+        "<b>Verdict</b>",
+        "x[A] [NP] <u>",
+        "It scored 3: A",
+        "{prompt}",
+    ):
         assert PAIRWISE.harmless(text, "abc123") == text
         assert parse_template(GOOD, "mine").harmless(text, "abc123") == text
 

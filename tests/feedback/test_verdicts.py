@@ -52,6 +52,15 @@ def test_a_label_that_is_not_shown_is_at_most_the_smallest_shown():
     assert choice_distribution(top(The=0.9), ["A", "B"]) == ((), 0.0)
 
 
+def test_a_label_that_is_not_shown_is_never_impossible():
+    for rounded_up in (1.0, 1.0 + 1e-9):  # what is shown has all the mass, by rounding
+        shown = [("A", math.log(0.75)), ("The", math.log(rounded_up - 0.75))]
+        probabilities, _ = choice_distribution(shown, ["A", "B", "C"])
+        assert probabilities[1] == probabilities[2] == pytest.approx(0.5e-7 / (0.75 + 1e-7))
+    tiny = [("A", 0.0), ("The", math.log(1e-12))]
+    assert choice_distribution(tiny, ["A", "B"])[0][1] == pytest.approx(1e-12)
+
+
 def test_words_as_labels_are_told_by_how_they_begin():
     probabilities, mass = choice_distribution(top(Ye=0.5, _Yes=0.1, N=0.2, yes=0.1), ["Yes", "No"])
     assert probabilities == pytest.approx((0.75, 0.25)) and mass == pytest.approx(0.8)
