@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.parallel import Runner
+from rlaif_jax.rewards.rankings import both_orders
 from rlaif_jax.rollout import answer_texts, generate
 from rlaif_jax.types import Params, Prompts, Rollout
 
@@ -110,6 +111,7 @@ class LanguageModelJudge:
     verdict; verdicts are the two choice tokens (first, second); scale maps score tokens to numbers.
     reasoning: when set, a score is given in two steps (chain of thought, Lee 2023, section 2.1.3): the judge first
     writes its reasons, greedily, then the score.
+    debias: how the two orders of a comparison become one (`rewards.rankings.both_orders`).
     min_mass: below this probability of all choice tokens together the judge did not answer.
     """
 
@@ -124,6 +126,7 @@ class LanguageModelJudge:
     reasoning: Reasoning | None = None
     batch_size: int = 128
     max_length: int | None = None
+    debias: Literal["mean", "logit"] = "mean"
     min_mass: float = 0.01
 
     def __post_init__(self) -> None:
@@ -223,7 +226,7 @@ class LanguageModelJudge:
     def compare(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Comparison:
         """Which of two answers [B] to each prompt is better: asked in both orders, averaged.
 
-        P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2.
+        P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2, or by log-odds: `debias`.
         """
         count = len(prompts)
         texts = [self.pairwise_prompt(p, a, b) for p, a, b in zip(prompts, first, second)]
@@ -231,8 +234,9 @@ class LanguageModelJudge:
         choices, valid = self._ask(self._compare, texts)
         forward, swapped = choices[:count, 0], choices[count:, 0]
         both = valid[:count] & valid[count:]
+        better, _ = both_orders(jnp.asarray(forward), jnp.asarray(swapped), how=self.debias)
         fill = lambda x: np.where(both, x, 0.5)
-        return Comparison(fill((forward + 1 - swapped) / 2), fill(forward), fill(swapped), both)
+        return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Scores:
         """Expected score sum_i i P(i) of each answer [B] (Lee 2023, section 2.2.2, direct RLAIF), after the judge's own

@@ -28,10 +28,19 @@ MAX_CELLS = 20_000_000
 # ---- Chance-corrected agreement
 
 
-def divide(a: ArrayLike, b: ArrayLike) -> Floats:
+def _numbers(x: Any) -> tuple[Any, Any]:
+    """(the array module of x, x as its floats): float64 on the host; float32 for JAX arrays, which stay on the device."""
+    if type(x).__module__.startswith("jax"):
+        import jax.numpy as jnp
+
+        return jnp, jnp.asarray(x, jnp.float32)
+    return np, np.asarray(x, np.float64)
+
+
+def divide(a: Any, b: Any) -> Any:
     """a / b, NaN where b is 0; shapes broadcast."""
-    top, bottom = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.where(bottom == 0, np.nan, top / np.where(bottom == 0, 1.0, bottom))
+    (_, top), (xp, bottom) = _numbers(a), _numbers(b)
+    return xp.where(bottom == 0, np.nan, top / xp.where(bottom == 0, 1.0, bottom))
 
 
 def observed_agreement(confusion: ArrayLike) -> Floats:
@@ -57,41 +66,42 @@ def cohen_kappa(confusion: ArrayLike, values: ArrayLike | None = None) -> Floats
     return 1 - divide((counts * weights).sum((-2, -1)) * total, expected)
 
 
-def coincidences(votes: ArrayLike) -> Floats:
-    """Krippendorff's coincidence matrix [C, C] of one unit that A raters judged.
+def coincidences(votes: Any) -> Any:
+    """Krippendorff's coincidence matrix [C, C] of one unit that A raters judged. Pure, of NumPy or JAX arrays.
 
     votes [A, C]: each rater's choice as a distribution over the categories; one of certainty is one-hot, one that
-    changed its mind has its vote split. With fewer than two raters nothing can coincide: zeros.
+    changed its mind has its vote split, one that is missing is all 0. With fewer than two raters nothing can coincide:
+    zeros.
     """
-    given = np.asarray(votes, np.float64)
-    if len(given) < 2:
-        return np.zeros((given.shape[1],) * 2)
+    xp, given = _numbers(votes)
+    count = (given.sum(-1) > 0).sum()
     total = given.sum(0)
-    return (np.outer(total, total) - given.T @ given) / (len(given) - 1)
+    pairs = total[:, None] * total[None, :] - given.T @ given
+    return xp.where(count < 2, 0.0, pairs / xp.maximum(count - 1, 1))
 
 
-def krippendorff_alpha(coincidence: ArrayLike, level: Level, values: ArrayLike | None = None) -> Floats:
+def krippendorff_alpha(coincidence: Any, level: Level, values: ArrayLike | None = None) -> Any:
     """Krippendorff's alpha from summed `coincidences` [..., C, C] (Krippendorff 2011, "Computing Krippendorff's
     Alpha-Reliability"): 1 is agreement, 0 what chance gives.
 
     Categories must be in rising order for "ordinal"; values [C] are their numbers for "interval" (default 0, 1, ...).
     Ordinal distances are differences of mid-ranks, which is Krippendorff's sum of the counts in between.
-    NaN where fewer than two values can be paired, or all are the same.
+    NaN where fewer than two values can be paired, or all are the same. Pure, of NumPy or JAX arrays.
     """
-    counts = np.asarray(coincidence, np.float64)
+    xp, counts = _numbers(coincidence)
     marginal = counts.sum(-1)
     categories = counts.shape[-1]
     if level == "nominal":
-        distance = np.broadcast_to(1 - np.eye(categories), counts.shape)
+        distance = xp.broadcast_to(1 - xp.eye(categories), counts.shape)
     else:
         if level == "ordinal":
-            place = np.cumsum(marginal, -1) - marginal / 2
+            place = xp.cumsum(marginal, -1) - marginal / 2
         else:
-            place = np.asarray(np.arange(categories) if values is None else values, np.float64)
+            place = xp.asarray(np.arange(categories) if values is None else values, counts.dtype)
         distance = (place[..., :, None] - place[..., None, :]) ** 2
     total = marginal.sum(-1)
     observed = (counts * distance).sum((-2, -1))
-    expected = np.einsum("...i,...j,...ij->...", marginal, marginal, distance)
+    expected = xp.einsum("...i,...j,...ij->...", marginal, marginal, distance)
     return 1 - divide(observed * (total - 1), expected)
 
 

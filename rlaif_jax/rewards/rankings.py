@@ -29,6 +29,25 @@ def mean_loss(losses: jax.Array, weight: jax.Array, axis_name: str | None = None
     return jnp.sum(jnp.where(weight > 0, losses * weight, 0.0)) / total
 
 
+# ---- one comparison in both orders
+
+
+def both_orders(
+    forward: jax.Array, swapped: jax.Array, *, how: Literal["logit", "mean"] = "logit"
+) -> tuple[jax.Array, jax.Array]:
+    """(P(the first answer is better), position bias), each [...] float32, of a judge asked in both orders.
+
+    forward, swapped [...]: P(the answer shown first is better) in each order. logit: sigmoid((logit forward - logit
+    swapped) / 2); a bias that is additive in the log-odds cancels exactly. mean: (forward + 1 - swapped) / 2 (Lee 2023,
+    section 2.2); one that is additive in the probability does. The bias (logit forward + logit swapped) / 2, in nats, is
+    above 0 for whoever stands first. Probabilities closer than 1e-6 to 0 or 1 are taken for that close.
+    """
+    forward, swapped = _float(forward), _float(swapped)
+    first, second = (jax.scipy.special.logit(jnp.clip(p, 1e-6, 1 - 1e-6)) for p in (forward, swapped))
+    better = jax.nn.sigmoid((first - second) / 2) if how == "logit" else (forward + 1 - swapped) / 2
+    return better, (first + second) / 2
+
+
 # ---- losses
 
 

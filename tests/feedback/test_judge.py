@@ -137,6 +137,8 @@ def test_a_bias_in_the_log_odds_never_turns_a_verdict(make_judge, monkeypatch):
     np.testing.assert_allclose(verdict.probability, (sigmoid(m + 2) + sigmoid(m - 2)) / 2, atol=1e-6)
     np.testing.assert_array_equal(np.sign(np.round(verdict.probability - 0.5, 6)), np.sign(m))
     assert (verdict.forward > 0.5).all(), "every single verdict says the first place"
+    exact = make_judge(debias="logit").compare(["d"] * 5, first, second)
+    np.testing.assert_allclose(exact.probability, sigmoid(m), atol=1e-5)
 
 
 def test_the_expected_score(judge, params):

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import krippendorff
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
 
 from rlaif_jax.quality import agreement as stats
+from tests.rewards.everywhere import same_everywhere
 
 
 def ratings(seed, raters=5, units=40, categories=5, missing=0.3):
@@ -33,6 +35,21 @@ def test_alpha_is_krippendorffs(seed, level):
     given = ratings(seed, raters=2 + seed, missing=0.1 * seed)
     expected = krippendorff.alpha(reliability_data=given, level_of_measurement=level)
     assert float(stats.krippendorff_alpha(coincidence_sum(given, 5), level)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("level", ["nominal", "ordinal", "interval"])
+def test_alpha_on_devices_is_the_same_everywhere(level):
+    given = [ratings(seed, raters=4, missing=0.3) for seed in range(8)]
+    one_hot = [np.where(np.isnan(g)[..., None], 0, np.eye(5)[np.nan_to_num(g).astype(int)]) for g in given]
+    units = np.stack(one_hot).swapaxes(1, 2).astype(np.float32)  # [8, units, raters, categories]
+
+    def alpha(votes):
+        together = jax.vmap(jax.vmap(stats.coincidences))(votes.reshape(-1, *units.shape[1:]))
+        return stats.krippendorff_alpha(together.sum(1), level).reshape(votes.shape[:-3])
+
+    found = same_everywhere(alpha, units, atol=1e-5)
+    expected = [krippendorff.alpha(reliability_data=g, level_of_measurement=level) for g in given]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_alpha_of_uneven_values_and_unused_categories():

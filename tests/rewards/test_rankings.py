@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 
 from rlaif_jax.parallel import AXIS, make_mesh, pmap_step, shard_step
 from rlaif_jax.rewards.rankings import (
+    both_orders,
     bradley_terry,
     davidson,
     fit_bradley_terry,
@@ -23,6 +24,7 @@ from rlaif_jax.rewards.rankings import (
     mean_loss,
     plackett_luce,
 )
+from tests.rewards.everywhere import same_everywhere
 
 NAN = float("nan")
 ITEMS, LISTS, K = 7, 160, 4
@@ -454,3 +456,23 @@ def test_fits_under_transforms(pairs, lists, dtype):
         for a, b in zip(expected, got):
             assert b.dtype == jnp.float32
             np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.7, -2.0])
+def test_a_bias_for_a_position_cancels_in_both_orders(bias):
+    rng = np.random.default_rng(0)
+    margin = rng.normal(0, 1.5, (8, 5))
+    forward, swapped = 1 / (1 + np.exp(-(margin + bias))), 1 / (1 + np.exp(-(bias - margin)))
+    better, found = same_everywhere(both_orders, forward, swapped, atol=1e-5)
+    np.testing.assert_allclose(better, 1 / (1 + np.exp(-margin)), atol=1e-5)
+    np.testing.assert_allclose(found, bias, atol=1e-4)
+    shift = 0.1 * np.sign(bias)
+    truth = rng.uniform(0.2, 0.8, (8, 5))
+    better, _ = same_everywhere(partial(both_orders, how="mean"), truth + shift, 1 - truth + shift, atol=1e-5)
+    np.testing.assert_allclose(better, truth, atol=1e-6)
+
+
+def test_both_orders_of_a_certain_judge_stay_finite():
+    better, bias = both_orders(jnp.array([1.0, 0.0, 1.0]), jnp.array([0.0, 1.0, 1.0]))
+    np.testing.assert_allclose(better, [1, 0, 0.5], atol=1e-5)
+    assert np.all(np.isfinite(bias))
