@@ -36,9 +36,9 @@ from world_feedback import (
     pool_of,
     simulated,
 )
-from world_models import ANSWER_LENGTH, PROMPT_LENGTH, ModelsConfig, StageConfig, WorldModels
+from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, StageConfig, WorldModels
 
-from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig, require
+from rlaif_jax.config import TrainConfig, require
 from rlaif_jax.data.world import corpus, gold, scene_from_json, summarisation
 from rlaif_jax.data.world.scenes import Scene
 from rlaif_jax.evaluate import bootstrap_ci, win_rate_ci
@@ -91,16 +91,8 @@ class FormsConfig:
         prompts_per_step=32,
         answers_per_prompt=4,
         prompt_length=PROMPT_LENGTH,
-        sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7),
-        ppo=PPOConfig(
-            num_epochs=2,
-            num_minibatches=2,
-            kl_coef=0.03,
-            value_coef=1.0,
-            missing_eos="penalty",
-            policy_optimizer=OptimizerConfig(learning_rate=3e-4),
-            value_optimizer=OptimizerConfig(learning_rate=1e-3),
-        ),
+        sampling=SAMPLING,
+        ppo=PPO,
         eval_every=20,
         save_every=20,
         keep_checkpoints=1,

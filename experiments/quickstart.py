@@ -21,14 +21,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from world_models import ANSWER_LENGTH, PROMPT_LENGTH, FitConfig, ModelsConfig, WorldModels
+from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, FitConfig, ModelsConfig, WorldModels
 
 from rlaif_jax.algorithms.fit import fit_reward_model
 from rlaif_jax.algorithms.ppo import reference_logprobs
 from rlaif_jax.config import (
-    OptimizerConfig,
-    PPOConfig,
-    SamplingConfig,
     TrainConfig,
     require,
 )
@@ -74,16 +71,8 @@ class QuickstartConfig:
         steps=60,
         prompts_per_step=128,
         prompt_length=PROMPT_LENGTH,
-        sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7),
-        ppo=PPOConfig(
-            num_epochs=2,
-            num_minibatches=2,
-            kl_coef=0.03,
-            value_coef=1.0,
-            missing_eos="penalty",
-            policy_optimizer=OptimizerConfig(learning_rate=3e-4),
-            value_optimizer=OptimizerConfig(learning_rate=1e-3),
-        ),
+        sampling=SAMPLING,
+        ppo=PPO,
         eval_every=20,
         save_every=20,
     )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rlaif_jax.algorithms.fit import fit_language_model
-from rlaif_jax.config import OptimizerConfig, require, small_decoder
+from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, require, small_decoder
 from rlaif_jax.data.prompts import PromptBatch, TfdsRecords, prompt_batches
 from rlaif_jax.data.text import Segments, text_arrays
 from rlaif_jax.data.tokenizers import WordTokenizer
@@ -32,6 +32,18 @@ from rlaif_jax.run import Run
 from rlaif_jax.types import INIT, Params, step_key
 
 PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82
+
+
+SAMPLING = SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7)
+PPO = PPOConfig(
+    num_epochs=2,
+    num_minibatches=2,
+    kl_coef=0.03,
+    value_coef=1.0,
+    missing_eos="penalty",
+    policy_optimizer=OptimizerConfig(learning_rate=3e-4),
+    value_optimizer=OptimizerConfig(learning_rate=1e-3),
+)
 
 
 @dataclasses.dataclass(frozen=True)

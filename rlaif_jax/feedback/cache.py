@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.forms import canonical, sha256
+from rlaif_jax.feedback.sqlite import connect
 
 SCHEMA = 1
 
@@ -31,11 +32,7 @@ class CallCache:
 
     def __init__(self, path: Path | None) -> None:
         try:
-            if path is not None:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path or ":memory:", timeout=60.0, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
+            self._db = connect(path)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             require(version in (0, SCHEMA), f"{path}: a cache of version {version}; this program reads {SCHEMA}")
             self._db.execute(

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.forms import Judgement, canonical, from_json, to_json
+from rlaif_jax.feedback.sqlite import connect, transaction
 from rlaif_jax.feedback.store import Store
 from rlaif_jax.feedback.tasks import Task, task_from_json, task_to_json
 
@@ -108,10 +109,7 @@ class TaskQueue:
     def __init__(self, path: Path, *, lease_s: float = 900.0) -> None:
         self.path, self.lease_s = Path(path), lease_s
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=60.0, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
+            self._db = connect(self.path)
             with self._write():
                 for statement in _TABLES.split(";"):
                     self._db.execute(statement)
@@ -132,15 +130,10 @@ class TaskQueue:
 
     @contextmanager
     def _write(self) -> Iterator[None]:
-        """BEGIN IMMEDIATE .. COMMIT: writers wait for each other here, and a failure leaves nothing behind."""
+        """A transaction; what SQLite says against it as a UserError."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(self._db):
                 yield
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:  # after an error, or a commit that failed
-                    self._db.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: this could not be kept ({error}); nothing was") from error
 

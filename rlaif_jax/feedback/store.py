@@ -11,17 +11,17 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.forms import Judgement, Source, canonical, from_json, read_jsonl, to_json
+from rlaif_jax.feedback.sqlite import connect, transaction
 
 SCHEMA = 1
-PATIENCE = 60.0  # seconds that a writer waits for the others
 _TABLES = """
 CREATE TABLE IF NOT EXISTS judgement (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -55,10 +55,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
-            self._write_ahead()
-            self._db.execute("PRAGMA synchronous = FULL")  # an acknowledged record survives a power cut, too
+            self._db = connect(self.path)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             require(
                 version in (0, SCHEMA), f"{path}: a feedback store of version {version}; this program reads {SCHEMA}"
@@ -83,20 +80,8 @@ class Store:
         """Release the file."""
         self._db.close()
 
-    def _write_ahead(self) -> None:
-        """Switch the file to the write-ahead log; SQLite does not wait here by itself when several open a new file."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-
-    def _write(self) -> _Transaction:
-        return _Transaction(self._db)
+    def _write(self) -> AbstractContextManager[None]:
+        return transaction(self._db)
 
     def add(self, judgements: Iterable[Judgement]) -> int:
         """Append all in one transaction, on disk before this returns; the number that was not there already.
@@ -216,23 +201,3 @@ def _column(text: str) -> str:
     """Text that SQLite can hold: half a surrogate pair, which JSON can carry, is a question mark in the columns that
     are searched; the record keeps it."""
     return text.encode(errors="replace").decode()
-
-
-class _Transaction:
-    """BEGIN IMMEDIATE .. COMMIT: writers wait for each other here, and a failure leaves nothing behind."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._db.execute("COMMIT")
-        finally:
-            if self._db.in_transaction:  # after an error, or a commit that failed
-                self._db.execute("ROLLBACK")
