@@ -1,4 +1,4 @@
-"""What an evaluation's numbers say: win rates and their intervals, length control, agreement, calibration.
+"""What an evaluation's numbers say: win rates and their intervals, length control, agreement.
 
 Plain NumPy on host arrays of one number a pair or answer (n of them). A NaN means "not judged": it is left
 out, never counted as a loss. `groups` names the prompt of every value: answers to one prompt are not
@@ -197,33 +197,6 @@ def same_position_rate(p_first_order: ArrayLike, p_swapped: ArrayLike) -> float:
     first, swapped = _pairs(p_first_order, p_swapped, "p_first_order", "p_swapped")
     product = (first - 0.5) * (swapped - 0.5)
     return float(np.mean(_judged(np.where(np.isnan(product), np.nan, product > 0))))
-
-
-def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> float:
-    """Mean distance of prediction and outcome over equally wide bins (Guo et al. 2017, eq. 3).
-
-    Args:
-        probabilities: [n], in [0, 1]; a bin holds its lower edge, the last one both.
-        outcomes: [n], 0 / 1 (or soft); pairs with a NaN are left out.
-        bins: number of bins.
-
-    Returns:
-        sum over bins of (share of pairs in the bin) * |mean probability - mean outcome|, in [0, 1].
-
-    Raises:
-        ValueError: the shapes differ, a probability outside [0, 1], bins < 1, or no pair is left.
-    """
-    predicted, happened = _pairs(probabilities, outcomes, "probabilities", "outcomes")
-    if bins < 1:
-        raise ValueError(f"bins should be at least 1, got {bins}")
-    kept = ~(np.isnan(predicted) | np.isnan(happened))
-    predicted, happened = _judged(np.where(kept, predicted, np.nan)), happened[kept]
-    if predicted.min() < 0 or predicted.max() > 1:
-        raise ValueError(f"probabilities should be in [0, 1], got {predicted.min():g} to {predicted.max():g}")
-    edges = np.arange(1, bins) / bins
-    place = np.searchsorted(edges, predicted, side="right")
-    gap = np.bincount(place, weights=predicted - happened, minlength=bins)
-    return float(np.sum(np.abs(gap)) / len(predicted))
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:

@@ -153,21 +153,6 @@ def test_same_position_rate_of_a_biased_judge():
     assert evaluate.same_position_rate([0.9, 0.9, 0.5], [0.1, 0.8, 0.9]) == pytest.approx(1 / 3)
 
 
-def test_expected_calibration_error_by_hand():
-    # bins of .5: {.1, .3} mean .2, outcome .5 -> gap .3; {.5, 1} mean .75, outcome 1 -> gap .25; half each.
-    assert evaluate.expected_calibration_error([0.1, 0.3, 0.5, 1.0], [0, 1, 1, 1], bins=2) == pytest.approx(0.275)
-    p = np.random.default_rng(0).random(200_000)
-    happened = np.random.default_rng(1).random(200_000) < p
-    assert evaluate.expected_calibration_error(p, happened) < 0.01
-    assert evaluate.expected_calibration_error(p**2, happened) == pytest.approx(1 / 6, abs=0.01)
-
-
-def test_a_probability_on_an_edge_belongs_to_the_upper_bin():
-    # .3 and .7 in ten bins: int(.3 * 10) and 3 / 10 disagree about rounding, so look at the bins' gaps.
-    got = evaluate.expected_calibration_error([0.3, 0.29, 0.7, 0.69], [1, 0, 1, 0])
-    assert got == pytest.approx((0.7 + 0.29 + 0.3 + 0.69) / 4)
-
-
 def test_distinct_n_by_hand():
     assert evaluate.distinct_n([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4
     assert evaluate.distinct_n([[1, 2, 3]], 1) == 1.0
@@ -194,7 +179,6 @@ def test_spearman_equals_scipy_with_ties():
         (lambda: evaluate.bootstrap_ci([], seed=0), "none of 0"),
         (lambda: evaluate.bootstrap_ci([1.0], seed=0, level=95), "got 95"),
         (lambda: evaluate.bootstrap_ci([1.0], seed=0, groups=[1, 2]), r"groups should have shape \[1\]"),
-        (lambda: evaluate.expected_calibration_error([1.2], [1]), "got 1.2"),
         (lambda: evaluate.length_controlled_win_rate([2.0], [0], seed=0), r"in \[0, 1\]"),
         (lambda: evaluate.length_controlled_win_rate([1.0], [0], seed=0, ridge=0), "ridge"),
         (lambda: evaluate.distinct_n([[1]], 0), "at least 1"),

@@ -47,7 +47,7 @@ def command(*options: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One device, as on a laptop: the resumed process must not depend on this one."""
-    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
 
 
 def numbers(folder: Path) -> list[dict]:
