@@ -22,8 +22,9 @@ OUT ?= runs/quickstart
 quickstart: install
 	$(BIN)/python experiments/quickstart.py --seed $(SEED) --out $(OUT)
 
+# The order of tests/conftest.py is kept: slow files first, not those with the most tests.
 test: .venv/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from rlaif_jax.parallel import make_mesh, masked_mean, masked_whiten, pmap_step,
 from rlaif_jax.rollout import generate
 from rlaif_jax.types import Prompts, RewardBatch
 
+pytestmark = pytest.mark.slow  # as a whole: many programs to compile
+
 ROWS, PROMPT, RESPONSE = 16, 5, 7
 DECODER = small_decoder(32, num_layers=2, width=16, num_heads=4, num_kv_heads=2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant")

@@ -26,6 +26,8 @@ from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead
 from rlaif_jax.rollout import generate
 from rlaif_jax.types import Experience, Prompts, RewardBatch, Rollout
 
+pytestmark = pytest.mark.slow  # as a whole: many programs to compile
+
 NAN = float("nan")
 V, P, T, B, TEMPERATURE = 10, 4, 5, 8, 0.7
 DECODER = small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16)

@@ -26,6 +26,8 @@ from rlaif_jax.rewards.rankings import (
 )
 from tests.rewards.everywhere import same_everywhere
 
+pytestmark = pytest.mark.slow  # as a whole: many programs to compile
+
 NAN = float("nan")
 ITEMS, LISTS, K = 7, 160, 4
 

@@ -21,6 +21,8 @@ from rlaif_jax.rewards.raters import (
     vote_shares,
 )
 
+pytestmark = pytest.mark.slow  # as a whole: many programs to compile
+
 
 def labels(seed=0, items=120, workers=12, classes=3, count=600):
     """item, worker, label, truth, confusion of simulated workers, from guessers to near perfect ones."""

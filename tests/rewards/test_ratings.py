@@ -18,6 +18,8 @@ from scipy.stats import norm, spearmanr
 from rlaif_jax.rewards import ratings
 from rlaif_jax.rewards.ratings import bin_values, fit_gaussian, fit_ordinal, ordinal_log_prob, raw_mean, z_score_mean
 
+pytestmark = pytest.mark.slow  # as a whole: many programs to compile
+
 NAN = float("nan")
 
 
