@@ -29,7 +29,6 @@ from rlaif_jax.types import ROLLOUT, Metrics, Params, Rollout, TrainState, step_
 def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: Tokenizer) -> tuple[Any, Any, Any]:
     """(rollout, advantages, update), compiled: `rollout(state, prompts)`, `advantages((state, reference, normaliser),
     (rollout, feedback))`, `update(state, experience)`; the first two take a state without optimiser."""
-    answers = config.answers_per_prompt
 
     def rollout(state: TrainState, prompts: Any, *, axis_name: str | None = None) -> Rollout:
         return generate(
@@ -38,7 +37,7 @@ def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: 
             prompts,
             step_key(state.seed, state.step, ROLLOUT),
             sampling=config.sampling,
-            answers=answers,
+            answers=agent.answers,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
@@ -50,7 +49,7 @@ def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: 
             judged.values, judged.valid, normaliser, rolled.response_mask, token_rewards=judged.token_rewards
         )
         total = rewards.score + rewards.token_rewards.sum(-1)
-        return prepare(agent, state, reference, rolled, rewards, answers=answers), total
+        return prepare(agent, state, reference, rolled, rewards), total
 
     def update(state: TrainState, experience: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
         return ppo_step(agent, state, experience, axis_name=axis_name)
@@ -103,7 +102,7 @@ def train(
         f"ppo.num_minibatches {config.ppo.num_minibatches} = {minibatch}) must be multiples of the {runner.devices} devices",
     )
     updates = config.steps * config.ppo.num_epochs * config.ppo.num_minibatches
-    agent = Agent(policy, critic, config.ppo, config.sampling.temperature, updates)
+    agent = Agent(policy, critic, config.ppo, config.sampling.temperature, updates, config.answers_per_prompt)
     roll, advantages, update = compile_steps(config, agent, runner, tokenizer)
 
     # ---- State, from a checkpoint or new

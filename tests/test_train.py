@@ -130,7 +130,8 @@ def test_sigterm_saves_and_leaves_and_resume_goes_on(whole, prompts, tmp_path):
 def test_a_killed_run_on_a_mesh_resumes_bit_for_bit(prompts, tmp_path):
     mesh = ("--train.parallel.mode", "shard", "--train.parallel.fsdp", "2", "--train.parallel.tensor", "2")
     options = ("--prompts", str(prompts), "--train.steps", "9", "--train.save-every", "3", *mesh)
-    eight = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = environment()["XLA_FLAGS"]
+    eight = environment() | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(*options, "--out", str(whole)), env=eight, check=True, timeout=300)
     process = subprocess.Popen(command(*options, "--out", str(killed)), env=eight)
@@ -176,6 +177,7 @@ def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(p
 def test_a_person_may_say_enough(prompts, tmp_path, monkeypatch):
     asked = iter([False, True])
     monkeypatch.setattr(tiny, "train", functools.partial(tiny.train, enough=lambda: next(asked)))
+    monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel: JitRunner())
     tiny.main(tiny.TinyConfig(prompts=prompts, out=tmp_path / "out"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("done", 2)
@@ -304,7 +306,7 @@ def test_full_disk_keeps_what_was_computed(prompts, tmp_path):
     limited = f"ulimit -f 24; exec {' '.join(command('--prompts', str(prompts), '--out', str(out)))}"
     done = subprocess.run(
         ["bash", "-c", f"trap '' XFSZ; {limited}"],
-        env=environment() | {"JAX_COMPILATION_CACHE_DIR": ""},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

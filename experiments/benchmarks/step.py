@@ -185,7 +185,7 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
     policy = LanguageModel(decoder)
     # A value head of zeros would pass no gradient to the trunk in the first step.
     critic = ScalarModel(decoder, initial="normal") if algorithm == "ppo" else None
-    agent = Agent(policy, critic, config.ppo, config.sampling.temperature)
+    agent = Agent(policy, critic, config.ppo, config.sampling.temperature, answers=config.answers_per_prompt)
     runner = make_runner(config.parallel)
     tokenizer = Words(work.vocab)
     roll, advantages, update = compile_steps(config, agent, runner, tokenizer)  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ class Agent:
     config: PPOConfig
     temperature: float = 1.0
     updates: int = 1  # optimiser updates of the whole run, for the schedules
+    answers: int = 1  # rows of a batch that stand together and answer the same prompt
 
     def __post_init__(self) -> None:
         require(
@@ -64,32 +65,30 @@ class Agent:
         tokens: jax.Array,
         prompt_mask: jax.Array,
         response_mask: jax.Array,
+        answers: int = 1,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(logprobs, entropies, values), each [B, T] float32: entry t is of response token t, read where it is
-        predicted, at columns P-1 .. S-2."""
-        mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
-        start = prompt_mask.shape[1]
-        # The last token predicts nothing here: it is not fed.
-        tokens_in, mask_in = tokens[:, :-1], mask[:, :-1]
-        hidden = self.policy.hidden(params["policy"], tokens_in, mask_in)
-        targets = jnp.where(response_mask, tokens[:, start:], 0)
+        predicted, at columns P-1 .. S-2. Groups of `answers` rows share their prompt, which is then fed once."""
+        rows = (tokens, prompt_mask, response_mask, answers)
+        hidden = self.policy.response_hidden(params["policy"], *rows)
+        targets = jnp.where(response_mask, tokens[:, prompt_mask.shape[1] :], 0)
         logprobs, entropies = self.policy.token_logprobs(
-            params["policy"], hidden[:, start - 1 :], targets, self.temperature, entropy=self.config.entropy_coef != 0
+            params["policy"], hidden, targets, self.temperature, entropy=self.config.entropy_coef != 0
         )
         if self.critic is None:
             values = jnp.zeros_like(logprobs)
         elif isinstance(self.critic, ValueHead):
-            values = self.critic(params["value"], hidden[:, start - 1 :])
+            values = self.critic(params["value"], hidden)
         else:
-            values = self.critic(params["value"], tokens_in, mask_in)[:, start - 1 :]
+            values = self.critic.responses(params["value"], *rows)
         return logprobs, entropies, values
 
 
-def reference_logprobs(policy: LanguageModel, params: Params, rollout: Rollout, temperature: float) -> jax.Array:
+def reference_logprobs(
+    policy: LanguageModel, params: Params, rollout: Rollout, temperature: float, answers: int = 1
+) -> jax.Array:
     """Log-probs [B, T] of the rollout's responses under a frozen policy, at the sampling temperature."""
-    mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-    start = rollout.prompt_mask.shape[1]
-    hidden = policy.hidden(params, rollout.tokens[:, :-1], mask[:, :-1])[:, start - 1 :]
+    hidden = policy.response_hidden(params, rollout.tokens, rollout.prompt_mask, rollout.response_mask, answers)
     logprobs, _ = policy.token_logprobs(
         params, hidden, jnp.where(rollout.response_mask, rollout.responses, 0), temperature
     )
@@ -106,18 +105,20 @@ def final_score(config: PPOConfig, score: jax.Array, finished: jax.Array) -> jax
 
 
 def prepare(
-    agent: Agent, state: TrainState, ref_params: Params, rollout: Rollout, rewards: RewardBatch, *, answers: int = 1
+    agent: Agent, state: TrainState, ref_params: Params, rollout: Rollout, rewards: RewardBatch
 ) -> Experience:
     """Everything an update needs from a rollout and its rewards: reference log-probs, values, advantages, returns.
 
     Whitening of the advantages is left to `ppo_step`, which sees the global batch.
     """
-    config = agent.config
+    config, answers = agent.config, agent.answers
     mask = rollout.response_mask & rewards.valid.astype(bool)[:, None]
     chex.assert_equal_shape([mask, rollout.logprobs, rewards.token_rewards])
-    ref_logprobs = reference_logprobs(agent.policy, ref_params, rollout, agent.temperature)
+    ref_logprobs = reference_logprobs(agent.policy, ref_params, rollout, agent.temperature, answers)
     if config.behaviour == "recompute" or agent.critic is not None:
-        logprobs, _, values = agent.forward(state.params, rollout.tokens, rollout.prompt_mask, rollout.response_mask)
+        logprobs, _, values = agent.forward(
+            state.params, rollout.tokens, rollout.prompt_mask, rollout.response_mask, answers
+        )
         values = jnp.where(mask, values, 0.0)
     else:
         values = jnp.zeros_like(rollout.logprobs)
@@ -172,6 +173,7 @@ def minibatch_loss(
     batch: Experience,
     kl_coef: jax.Array,
     axis_name: str | None,
+    answers: int = 1,
 ) -> tuple[jax.Array, Metrics]:
     """This device's share of the loss, and metrics of the whole minibatch.
 
@@ -179,7 +181,9 @@ def minibatch_loss(
     the masked mean over all tokens of the minibatch, whatever the lengths.
     """
     config = agent.config
-    logprobs, entropies, values = agent.forward(params, batch.tokens, batch.prompt_mask, batch.response_mask)
+    logprobs, entropies, values = agent.forward(
+        params, batch.tokens, batch.prompt_mask, batch.response_mask, answers
+    )
     mask = batch.mask
     count = jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
 
@@ -222,10 +226,11 @@ def gradients(
     batch: Experience,
     kl_coef: jax.Array,
     axis_name: str | None,
+    answers: int = 1,
 ) -> tuple[Params, jax.Array, Metrics]:
-    """(gradient, loss, metrics) of the global minibatch."""
+    """(gradient, loss, metrics) of the global minibatch, in which `answers` rows in a row share their prompt."""
     (loss, metrics), grads = jax.value_and_grad(
-        lambda p: minibatch_loss(agent, p, batch, kl_coef, axis_name), has_aux=True
+        lambda p: minibatch_loss(agent, p, batch, kl_coef, axis_name, answers), has_aux=True
     )(params)
     return psum(grads, axis_name), psum(loss, axis_name), metrics
 
@@ -240,7 +245,8 @@ def ppo_step(
     """One update of the policy (and critic): `num_epochs` passes over `num_minibatches` minibatches, in one scan.
 
     batch: this device's rows of the global batch. Minibatches are drawn from the global batch by a new permutation an
-    epoch, from the state's (seed, step). Metrics are float32 scalars of the whole batch; `first/*` are those of the very
+    epoch, from the state's (seed, step): of whole groups where they fit, so that a prompt is computed once for its
+    answers, else of rows. Metrics are float32 scalars of the whole batch; `first/*` are those of the very
     first minibatch, where the ratio must be 1 (see `checks` in train.py). A minibatch with a non-finite
     loss or gradient changes nothing; `nonfinite` counts them.
     """
@@ -257,11 +263,15 @@ def ppo_step(
     if config.whiten_advantages and config.advantage == "gae":
         batch = dataclasses.replace(batch, advantages=masked_whiten(batch.advantages, mask, axis_name))
     key = step_key(state.seed, state.step, PERMUTATION)
-    order = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, config.num_epochs))
+    group = agent.answers if size % agent.answers == 0 else 1
+    order = jax.vmap(lambda k: jax.random.permutation(k, rows // group))(jax.random.split(key, config.num_epochs))
+    order = order[..., None] * group + jnp.arange(group)
+    shared = group if size // devices % group == 0 else 1  # a device may hold a part of a group only
 
     def update(carry: tuple[Params, Any], chosen: jax.Array) -> tuple[tuple[Params, Any], Metrics]:
         params, opt_state = carry
-        grads, loss, metrics = gradients(agent, params, global_rows(batch, chosen, axis_name), state.kl_coef, axis_name)
+        minibatch = global_rows(batch, chosen, axis_name)
+        grads, loss, metrics = gradients(agent, params, minibatch, state.kl_coef, axis_name, shared)
         norms = {f"grad_norm/{part}": optax.tree.norm(grads[part]) for part in grads}
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
         new_params, new_opt = {}, {}

@@ -6,7 +6,7 @@ apart once and runs the blocks unrolled, each with its own key-value cache (`rol
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -59,10 +59,18 @@ def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+class GroupVisible(NamedTuple):
+    """Which keys a query sees where a row is a prompt followed by its K answers: prompts [G, P, P] (query, key) among
+    the prompt's columns, answers [G, K, T, P + T] from an answer's columns to the prompt's and its own."""
+
+    prompts: jax.Array
+    answers: jax.Array
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
     """Grouped-query attention over whole sequences.
 
-    q [B, S, heads, h], k and v [B, kv_heads, S, h], visible [B, S, S] bool (query, key) -> [B, S, heads * h].
+    q [B, S, heads, h], k and v [B, kv_heads, C, h], visible [B, S, C] bool (query, key) -> [B, S, heads * h].
     Scores and softmax in float32.
     """
     batch, length, heads, h = q.shape
@@ -73,6 +81,26 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
     attended = jnp.einsum("bgrst,bgth->bgrsh", weights, v)
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * h)
+
+
+def attend_groups(q: jax.Array, k: jax.Array, v: jax.Array, visible: GroupVisible) -> jax.Array:
+    """`attend` for rows of a prompt and its K answers: q [G, P + K T, heads, h], k and v [G, kv_heads, P + K T, h]
+    -> [G, P + K T, heads * h]. An answer sees its prompt and itself, no other answer."""
+    groups, answers, length, seen = visible.answers.shape
+    prompt = seen - length
+    rows = groups * answers
+
+    def keys(x: jax.Array) -> jax.Array:
+        """[G, kv_heads, P + K T, h] -> [G K, kv_heads, P + T, h]: every answer's own columns behind its prompt's."""
+        heads, h = x.shape[1], x.shape[-1]
+        shared = jnp.broadcast_to(x[:, None, :, :prompt], (groups, answers, heads, prompt, h))
+        own = x[:, :, prompt:].reshape(groups, heads, answers, length, h).swapaxes(1, 2)
+        return jnp.concatenate([shared, own], axis=3).reshape(rows, heads, seen, h)
+
+    first = attend(q[:, :prompt], k[:, :, :prompt], v[:, :, :prompt], visible.prompts)
+    queries = q[:, prompt:].reshape(rows, length, *q.shape[2:])
+    own = attend(queries, keys(k), keys(v), visible.answers.reshape(rows, length, seen))
+    return jnp.concatenate([first, own.reshape(groups, answers * length, -1)], axis=1)
 
 
 def flat_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
@@ -142,11 +170,14 @@ class Block(nn.Module):
             return x + self.down(nn.silu(self.gate(y)) * self.up(y))
         return x + self.down(nn.gelu(self.up(y), approximate=True))
 
-    def __call__(self, x: jax.Array, rope: KeyValue | None, visible: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def __call__(
+        self, x: jax.Array, rope: KeyValue | None, visible: jax.Array | GroupVisible
+    ) -> tuple[jax.Array, KeyValue]:
         """x [B, S, D] -> (x, (keys, values) [B, kv_heads, S, h])."""
         q, k, v = self.qkv(x, rope)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return self.finish(x, attend(q, k, v, visible)), (k, v)
+        attention = attend_groups if isinstance(visible, GroupVisible) else attend
+        return self.finish(x, attention(q, k, v, visible)), (k, v)
 
 
 class Trunk(nn.Module):
@@ -196,6 +227,27 @@ class Trunk(nn.Module):
         x, cache = self.layers(x, rope_table(self.config, positions), visible)
         return self.norm(x), cache
 
+    def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:
+        """Hidden states [G, K, T, D] of answers [G, K, T] (right padded) that follow prompts [G, P] (left padded).
+
+        A prompt's columns are computed once for its K answers, which takes P (K - 1) of K (P + T) columns away.
+        """
+        count, each, length = answers.shape
+        start = prompt_mask.astype(jnp.int32).sum(-1)
+        after = jnp.broadcast_to(start[:, None, None] + jnp.arange(length), answers.shape)
+        positions = jnp.concatenate([positions_from_mask(prompt_mask), after.reshape(count, -1)], axis=1)
+        tokens = jnp.concatenate([prompts, answers.reshape(count, -1)], axis=1)
+        real = prompt_mask.astype(bool)
+        width = prompts.shape[1]
+        own = jnp.tril(jnp.ones((length, length), bool)) & mask.astype(bool)[:, :, None, :]
+        shared = jnp.broadcast_to(real[:, None, None], (count, each, length, width))
+        visible = GroupVisible(
+            prompts=jnp.tril(jnp.ones((width, width), bool)) & real[:, None, :],
+            answers=jnp.concatenate([shared, own], axis=-1),
+        )
+        x, _ = self.layers(self.embedded(tokens, positions), rope_table(self.config, positions), visible)
+        return self.norm(x[:, width:]).reshape(*answers.shape, -1)
+
 
 class Decoder(nn.Module):
     """The language model: a trunk and, unless the embeddings are tied, an output matrix."""
@@ -216,6 +268,39 @@ class Decoder(nn.Module):
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, mask [B, S] -> logits [B, S, V] float32."""
         return self.logits(self.trunk(tokens, mask)[0])
+
+
+def response_hidden(
+    config: DecoderConfig,
+    trunk: Any,
+    tokens: jax.Array,
+    prompt_mask: jax.Array,
+    response_mask: jax.Array,
+    answers: int = 1,
+) -> jax.Array:
+    """Hidden states [B, T, D] from which the response tokens are predicted: entry t stands one column before token t.
+
+    tokens [B, P + T], prompt_mask [B, P], response_mask [B, T]; `trunk` are a `Trunk`'s parameters. With answers = K > 1
+    the rows stand in groups of K with the same prompt, whose columns are then computed once.
+    """
+    start = prompt_mask.shape[1]
+    # The last token predicts nothing here: it is not fed.
+    if answers == 1:
+        mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
+        return apply(Trunk(config), trunk, tokens[:, :-1], mask[:, :-1])[0][:, start - 1 :]
+    # The prompt's last token, which predicts the first of each answer, is fed once an answer.
+    mask = jnp.concatenate([prompt_mask[:, -1:], response_mask[:, :-1]], axis=1)
+    grouped = (-1, answers, mask.shape[1])
+    hidden = apply(
+        Trunk(config),
+        trunk,
+        tokens[::answers, : start - 1],
+        prompt_mask[::answers, :-1],
+        tokens[:, start - 1 : -1].reshape(grouped),
+        mask.reshape(grouped),
+        method="groups",
+    )
+    return hidden.reshape(*mask.shape, -1)
 
 
 def block_params(params: Any, layer: int) -> Any:

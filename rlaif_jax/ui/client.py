@@ -143,7 +143,7 @@ def answer_through_page(
     that many. wait_s: how long to look for new tasks before giving up; a training run puts them step by step. over: asked
     before every look; True ends it at once (an Event's `is_set` where this runs in a thread beside the training).
     """
-    client, count, idle = PageClient(url), 0, time.monotonic()
+    client, count, idle, pause = PageClient(url), 0, time.monotonic(), 0.0
     me = client.call("/api/me")
     if not me["passed"]:
         marked = client.call("/api/check", {"answers": list(check)})
@@ -154,9 +154,11 @@ def answer_through_page(
         if task is None:
             if time.monotonic() - idle >= wait_s:
                 break
-            time.sleep(min(0.05, wait_s))
+            # A training run is at work meanwhile: look less and less often.
+            pause = min(0.02 + 1.5 * pause, 0.5, wait_s)
+            time.sleep(pause)
             continue
         started = time.monotonic()
         client.answer(task, answer(task), time.monotonic() - started)
-        count, idle = count + 1, time.monotonic()
+        count, idle, pause = count + 1, time.monotonic(), 0.0
     return count

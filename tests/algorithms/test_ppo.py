@@ -120,7 +120,7 @@ class Case:
     rewards: RewardBatch
 
     def __post_init__(self):
-        self.prepare = jax.jit(functools.partial(prepare, self.agent, answers=2))
+        self.prepare = jax.jit(functools.partial(prepare, self.agent))
         self.step = jax.jit(functools.partial(ppo_step, self.agent))
         self.loss = jax.jit(lambda params, batch, kl: minibatch_loss(self.agent, params, batch, kl, None))
 
@@ -141,12 +141,14 @@ def random_params(model, seed=0, scale=0.3):
 
 
 def make_case(config: PPOConfig) -> Case:
-    agent = Agent(POLICY, CRITIC if config.advantage == "gae" else None, config, temperature=TEMPERATURE)
+    critic = CRITIC if config.advantage == "gae" else None
+    agent = Agent(POLICY, critic, config, temperature=TEMPERATURE, answers=2)
     state = agent.init(random_params(POLICY, 0), random_params(CRITIC, 1) if agent.critic else None, seed=3)
     rng = np.random.default_rng(0)
     lengths = np.array([5, 1, 3, 5, 2, 4, 1, 5])
     mask = np.arange(T) < lengths[:, None]
     tokens = rng.integers(0, V, (B, P + T)).astype(np.int32)
+    tokens[1::2, :P] = tokens[::2, :P]
     prompt_mask = np.arange(P) >= np.array([0, 0, 2, 2, 1, 1, 3, 3])[:, None]
     rollout = Rollout(
         tokens=tokens,
@@ -499,7 +501,7 @@ def minibatches():
         jax.debug.callback(lambda r, a: seen.append((np.array(r), np.array(a))), rows, batch.advantages, ordered=True)
         return batch
 
-    def still(agent, params, batch, kl_coef, axis_name):
+    def still(agent, params, batch, kl_coef, axis_name, answers):
         names = ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap")
         return jax.tree.map(jnp.zeros_like, params), jnp.float32(0), {name: jnp.float32(0) for name in names}
 
@@ -527,6 +529,7 @@ def test_every_epoch_of_every_step_has_its_own_permutation(gae_case, minibatches
         epochs = rows.reshape(2, B)
         for epoch in epochs:
             assert sorted(epoch) == list(range(B)), "each sequence once an epoch"
+            assert (epoch[1::2] == epoch[::2] + 1).all(), "the answers to a prompt stay together"
         orders += [tuple(epoch) for epoch in epochs]
     assert len(set(orders[:6])) == 6
     assert orders[6:] == orders[:2], "the same seed and step, the same order"
@@ -558,7 +561,7 @@ def test_group_advantages(group_case):
 def test_without_a_critic_the_samplers_logprobs_need_no_forward_pass(group_case):
     agent = dataclasses.replace(group_case.agent, config=dataclasses.replace(GROUP, behaviour="sampler"))
     shapes = jax.eval_shape(
-        functools.partial(prepare, agent, answers=2),
+        functools.partial(prepare, agent),
         group_case.state,
         group_case.reference,
         group_case.rollout,
@@ -587,7 +590,7 @@ def test_it_learns_to_say_the_word_that_is_rewarded(name):
     critic = {"own_trunk": ScalarModel(DECODER), "shared_trunk": ValueHead(DECODER.width), "group": None}[name]
     if name == "group":
         config, answers = dataclasses.replace(LEARN, advantage="group", kl_in="loss", kl_coef=0.01), 4
-    agent = Agent(POLICY, critic, config)
+    agent = Agent(POLICY, critic, config, answers=answers)
     policy = random_params(POLICY, scale=0.1)
     state = agent.init(policy, critic and random_params(critic, 1, scale=0.1), seed=0)
     count = 64 // answers
@@ -602,7 +605,7 @@ def test_it_learns_to_say_the_word_that_is_rewarded(name):
         )
         score = (rollout.responses == 5).mean(-1, dtype=jnp.float32)
         rewards = RewardBatch(score=score, valid=jnp.ones(64, bool), token_rewards=jnp.zeros((64, 3)))
-        experience = prepare(agent, state, policy, rollout, rewards, answers=answers)
+        experience = prepare(agent, state, policy, rollout, rewards)
         state, metrics = ppo_step(agent, state, experience)
         return state, score.mean(), metrics
 

@@ -12,6 +12,7 @@ from rlaif_jax.feedback.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
+    "--models.num-layers=1",
     "--models.base.updates=20",
     "--models.base.examples=700",
     "--models.labeler.updates=20",

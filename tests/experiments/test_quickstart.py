@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
+    "--models.num-layers=1",
     "--models.base.updates=20",
     "--models.base.examples=700",
     "--models.labeler.updates=20",
@@ -25,10 +26,11 @@ SMALL = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["summarisation", "dialogue"])
-def test_every_stage_runs_and_leaves_what_was_promised(task, tmp_path):
+def test_every_stage_runs_and_leaves_what_was_promised(tmp_path):
+    """On dialogues; the test of feedback_forms.py goes through summarisation."""
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "experiments" / "quickstart.py"), "--out", str(out), "--task", task, *SMALL]
+    script = str(ROOT / "experiments" / "quickstart.py")
+    command = [sys.executable, script, "--out", str(out), "--task", "dialogue", *SMALL]
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     subprocess.run(command, env=environment, check=True, timeout=300)
     summary = json.loads((out / "summary.json").read_text())
@@ -44,8 +46,6 @@ def test_every_stage_runs_and_leaves_what_was_promised(task, tmp_path):
     assert 'src="http' not in page
     stages = {json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()}
     assert stages == {"lm", "labeler", "sft", "reward_model", "rl"}
-    if task == "dialogue":
-        return
     # A finished run that is resumed has nothing left to do and says the same.
     subprocess.run([*command, "--resume"], env=environment, check=True, timeout=300)
     again = json.loads((out / "summary.json").read_text())["metrics"]

@@ -25,7 +25,7 @@ def same_everywhere(fn: Callable[..., Any], *arrays: Any, rtol: float = 1e-6, at
     sharding = NamedSharding(make_mesh(), PartitionSpec("data"))
     ways = {
         "jit": jax.jit(fn)(*arrays),
-        "vmap": jax.tree.map(lambda x: x[:, 0], jax.vmap(fn)(*rows)),
+        "vmap": jax.tree.map(lambda x: x[:, 0], jax.jit(jax.vmap(fn))(*rows)),
         "pmap": jax.tree.map(lambda x: x[:, 0], jax.pmap(fn)(*rows)),
         "sharded": jax.jit(fn)(*(jax.device_put(a, sharding) for a in arrays)),
     }
@@ -33,7 +33,7 @@ def same_everywhere(fn: Callable[..., Any], *arrays: Any, rtol: float = 1e-6, at
         close(result, plain, way, rtol, atol)
     low = tuple(a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arrays)
     rounded = tuple(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in low)
-    close(fn(*low), fn(*rounded), "bfloat16", rtol, atol)
+    close(jax.jit(fn)(*low), jax.jit(fn)(*rounded), "bfloat16", rtol, atol)
     return plain
 
 

@@ -44,6 +44,19 @@ def categories(seed=0, items=150, raters=15, count=1500, thresholds=(-1.5, -0.5,
     return item, rater, (felt > np.array(thresholds)[:, None]).sum(0), utility, bias, scale, noise
 
 
+SMALL = {"num_items": 22, "num_raters": 5}
+FITS = {  # one program each for small data: rows are filled up to 123 with weight 0
+    "gaussian": jax.jit(partial(fit_gaussian, **SMALL)),
+    "ordinal": jax.jit(partial(fit_ordinal, num_categories=5, **SMALL)),
+}
+
+
+def filled(*columns):
+    """The columns with rows of weight 0 up to 123 rows, and the weights."""
+    rest = 123 - len(columns[0])
+    return *(np.r_[x, np.zeros(rest, x.dtype)] for x in columns), np.r_[np.ones(len(columns[0])), np.zeros(rest)]
+
+
 def r(a, b):
     return np.corrcoef(a, b)[0, 1]
 
@@ -135,7 +148,7 @@ def test_ordinal_fit_of_one_rater_is_statsmodels():
 
 def test_ordinal_evidence_is_the_integral():
     item, rater, category, *_ = categories(items=6, raters=2, count=30)
-    fit = jax.jit(partial(fit_ordinal, num_items=6, num_raters=2, num_categories=5))(item, rater, category)
+    fit = FITS["ordinal"](*filled(item, rater, category.astype(np.float32)))
     cuts = np.r_[-np.inf, fit.thresholds, np.inf]
     cdf = lambda x: 1 / (1 + np.exp(-x))
 
@@ -151,13 +164,13 @@ def test_ordinal_evidence_is_the_integral():
         mean = [quad(lambda s, i=i: s * density(s, i), -8, 8)[0] / total[i] for i in range(6)]
         square = [quad(lambda s, i=i: s * s * density(s, i), -8, 8)[0] / total[i] for i in range(6)]
     np.testing.assert_allclose(fit.log_likelihood, np.log(total).sum(), rtol=1e-4)
-    np.testing.assert_allclose(fit.items.value, mean, atol=2e-3)
-    np.testing.assert_allclose(fit.items.stderr, np.sqrt(np.subtract(square, np.square(mean))), atol=2e-3)
+    np.testing.assert_allclose(fit.items.value[:6], mean, atol=2e-3)
+    np.testing.assert_allclose(fit.items.stderr[:6], np.sqrt(np.subtract(square, np.square(mean))), atol=2e-3)
 
 
 def test_gaussian_evidence_and_posterior_are_the_multivariate_normal():
     item, rater, value, *_ = continuous(items=7, raters=3, count=40)
-    fit = jax.jit(partial(fit_gaussian, num_items=7, num_raters=3))(item, rater, value)
+    fit = FITS["gaussian"](*filled(item, rater, value))
     loading, noise = float(fit.unit) * np.asarray(fit.rater_scale)[rater], float(fit.unit) * fit.rater_noise[rater]
     centre = float(fit.centre) + float(fit.unit) * np.asarray(fit.rater_bias)[rater]
     same = item[:, None] == item
@@ -166,7 +179,7 @@ def test_gaussian_evidence_and_posterior_are_the_multivariate_normal():
     evidence = -0.5 * ((value - centre) @ residual + np.linalg.slogdet(2 * np.pi * covariance)[1])
     np.testing.assert_allclose(fit.log_likelihood, evidence, rtol=1e-4)
     np.testing.assert_allclose(
-        fit.items.value, [(loading * residual)[item == i].sum() for i in range(7)], rtol=2e-3, atol=1e-3
+        fit.items.value[:7], [(loading * residual)[item == i].sum() for i in range(7)], rtol=2e-3, atol=1e-3
     )
 
 
@@ -200,10 +213,12 @@ def test_the_fit_is_a_maximum_of_the_posterior(model, monkeypatch):
 
 # ---- recovery
 
+gaussian_of_150 = jax.jit(partial(fit_gaussian, num_items=150, num_raters=15))
+
 
 def test_gaussian_finds_planted_raters():
     item, rater, value, utility, bias, scale, noise = continuous()
-    fit = jax.jit(partial(fit_gaussian, num_items=150, num_raters=15))(item, rater, value)
+    fit = gaussian_of_150(item, rater, value)
     assert r(fit.items.value, utility) > 0.96
     assert r(fit.items.value, utility) > r(raw_mean(item, rater, value, num_items=150).value, utility) + 0.03
     assert r(fit.rater_bias, bias) > 0.97
@@ -230,9 +245,9 @@ def test_ordinal_finds_planted_raters():
 def test_a_reversed_rater_is_turned_round():
     item, rater, value, utility, *_ = continuous(raters=6)
     value = np.where(rater == 2, 100 - value, value)
-    fit = jax.jit(partial(fit_gaussian, num_items=150, num_raters=6))(item, rater, value)
+    fit = gaussian_of_150(item, rater, value)
     assert fit.rater_scale[2] < -0.3
-    assert (np.delete(fit.rater_scale, 2) > 0.3).all()
+    assert (np.delete(fit.rater_scale[:6], 2) > 0.3).all()
     assert r(fit.items.value, utility) > 0.95
 
 
@@ -242,11 +257,7 @@ def test_a_reversed_rater_is_turned_round():
 @pytest.mark.parametrize("model", ["gaussian", "ordinal"])
 def test_missing_is_not_zero(model):
     item, rater, category, *_ = categories(items=20, raters=4, count=120)
-    fit = jax.jit(
-        partial(fit_gaussian, num_items=22, num_raters=5)
-        if model == "gaussian"
-        else partial(fit_ordinal, num_items=22, num_raters=5, num_categories=5)
-    )
+    fit = FITS[model]
     pad = lambda x, *values: np.r_[x, values]
     clean = fit(
         pad(item, 0, 0, 0), pad(rater, 0, 0, 0), pad(category.astype(np.float32), 0, 0, 0), pad(np.ones(120), 0, 0, 0)
@@ -297,19 +308,19 @@ def test_one_device_vmap_pmap_and_eight_shards_agree(method):
     data = [categories(seed, items=12, raters=4, count=64)[:3] for seed in (0, 1)]
     with jax.enable_x64(True):
         data = [(item, rater, value.astype(float)) for item, rater, value in data]
-        alone = [jax.jit(fit)(*d) for d in data]
+        alone = jax.jit(fit)(*data[0])
         mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
         shard = NamedSharding(mesh, PartitionSpec("data"))
         sharded = jax.jit(fit)(*(jax.device_put(x, shard) for x in data[0]))
         parts = [x.reshape(8, -1) for x in data[0]]
         pmapped = jax.pmap(partial(fit, axis_name="d"), axis_name="d", out_axes=None)(*parts)
-        batched = jax.vmap(fit)(*(np.stack(x) for x in zip(*data)))
-        for a, *others in zip(*(jax.tree.leaves(x) for x in (alone[0], sharded, pmapped))):
+        batched = jax.jit(jax.vmap(fit))(*(np.stack(x) for x in zip(*data)))
+        first = jax.tree.map(lambda x: x[0], batched)
+        for a, *others in zip(*(jax.tree.leaves(x) for x in (alone, sharded, pmapped, first))):
             for b in others:
                 np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
-        for k in range(2):
-            for a, b in zip(jax.tree.leaves(alone[k]), jax.tree.leaves(batched)):
-                np.testing.assert_allclose(a, b[k], rtol=1e-6, atol=1e-8)
+        assert any((x[0] != x[1]).any() for x in jax.tree.leaves(batched)), "each problem of a batch is its own"
+
 
 
 # ---- real ratings
