@@ -240,12 +240,15 @@ class TrainConfig:
     `ppo.num_epochs` x `ppo.num_minibatches` times on them. Training ends early at `target_reward` (mean reward of a
     step) when it is set. With `rollout_parts` a step's prompts are rolled out in so many parts, and a feedback source
     that can `prefetch` (a judge behind an API) judges each while the next ones are generated; the answers are the same.
+    `decode_slots` answers are decoded at a time on each device, and whenever some have ended the next ones take their
+    places: faster where answers are many and of uneven length, and the same answers. 0 decodes all at once.
     """
 
     steps: int = 100
     prompts_per_step: int = 64
     answers_per_prompt: int = 1
     rollout_parts: int = 1
+    decode_slots: int = 0
     prompt_length: int = 64
     sampling: SamplingConfig = SamplingConfig()
     ppo: PPOConfig = PPOConfig()
@@ -260,6 +263,7 @@ class TrainConfig:
             require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
         for field in ("eval_every", "save_every", "keep_checkpoints"):
             require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
+        require(self.decode_slots >= 0, f"train.decode_slots must be >= 0 (0: all at once), not {self.decode_slots}")
         require(
             self.ppo.advantage != "group" or self.answers_per_prompt >= 2,
             "train.answers_per_prompt is 1, but ppo.advantage='group' compares the answers to one prompt: "

@@ -1,13 +1,18 @@
 """The engine: prompts in, answers with their log-probabilities out, in one jitted call.
 
-A prompt is prefilled once and its keys and values are shared by its K answers: queries of the K answers meet one copy
-of the prompt's cache, and each answer keeps a cache for its own T tokens only. Decoding runs the blocks unrolled and
-stops when every answer has stopped.
+A prompt is prefilled once for its K answers. Decoding runs the blocks unrolled, each with its own cache, in one of two
+ways that give the same answers:
+
+- all at once (`slots=0`): queries of the K answers meet one copy of their prompt's keys and values, each answer keeps a
+  cache for its own T tokens only, and the loop stops when every answer has;
+- in slots: so many answers at a time, and the slot of one that has stopped goes to the next in the queue. The work is
+  then that of the tokens there are, not that of the longest answer, and the cache is that of the slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +26,8 @@ from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import sample
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params, Prompts, Rollout
+
+Drawn = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # tokens, logprobs, mask [R, T], finished [R]
 
 
 class Prefill(NamedTuple):
@@ -43,8 +50,8 @@ def attend_cached(
 ) -> jax.Array:
     """One query a row against its prompt's shared cache and its own.
 
-    q [B*K, heads, h]; prompt keys, values [B, kv_heads, P, h] with mask [B, P]; own [B*K, kv_heads, T, h] with mask [T]
-    -> [B*K, heads * h].
+    q [B*K, heads, h]; prompt keys, values [B, kv_heads, P, h] with mask [B, P]; own [B*K, kv_heads, T, h] with mask
+    [B*K or 1, T] -> [B*K, heads * h].
     """
     rows, heads, h = q.shape
     batch, groups, length, _ = prompt[0].shape
@@ -59,7 +66,7 @@ def attend_cached(
     scores_prompt = scores_prompt.reshape(rows, groups, per_group, length)
     single = q.reshape(rows, groups, per_group, h)
     scores_own = jnp.einsum("bgrh,bgth->bgrt", single, own[0], preferred_element_type=jnp.float32)
-    scores_own = jnp.where(own_mask, scores_own, MASKED)
+    scores_own = jnp.where(own_mask[:, None, None], scores_own, MASKED)
     top = jnp.maximum(scores_prompt.max(-1, keepdims=True), scores_own.max(-1, keepdims=True))
     e_prompt, e_own = jnp.exp(scores_prompt - top), jnp.exp(scores_own - top)
     total = e_prompt.sum(-1, keepdims=True) + e_own.sum(-1, keepdims=True)
@@ -78,12 +85,14 @@ def decode_step(
     caches: tuple[KeyValue, ...],
     tokens: jax.Array,
     position: jax.Array,
-    t: jax.Array,
+    column: jax.Array,
+    own_mask: jax.Array,
 ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     """Feed one token a row and return logits for the next.
 
-    tokens, position [R] (R = B*K rows), t [] the column of the own caches [R, kv_heads, T, h] where they land
-    -> (logits [R, V] float32, new caches). `blocks` are the layers' parameters, taken apart once outside the loop.
+    tokens, position [R] (R = B*K rows), column [] of the own caches [R, kv_heads, T, h] where they land, own_mask
+    [R or 1, T] the columns that a row may see -> (logits [R, V] float32, new caches). `blocks` are the layers'
+    parameters, taken apart once outside the loop.
     """
     config = model.config
     x = apply(Trunk(config), params["trunk"], tokens, position, method="embedded")
@@ -91,9 +100,9 @@ def decode_step(
     updated = []
     for block, shared, (keys, values) in zip(blocks, prompt.caches, caches):
         q, k, v = apply(Block(config), block, x, rope, method="qkv")
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], t, axis=2)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], t, axis=2)
-        attended = attend_cached(q, shared, prompt.mask, (keys, values), jnp.arange(keys.shape[2]) <= t)
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], column, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], column, axis=2)
+        attended = attend_cached(q, shared, prompt.mask, (keys, values), own_mask)
         x = apply(Block(config), block, x, attended, method="finish")
         updated.append((keys, values))
     hidden = apply(Trunk(config), params["trunk"], x, method="final")
@@ -126,17 +135,43 @@ def generate(
     answers: int = 1,
     eos_id: int | None,
     pad_id: int,
+    slots: int = 0,
 ) -> Rollout:
     """Draw `answers` answers to every prompt; the B*K rows stand prompt by prompt.
 
     `key` is the same for the whole batch: every answer derives its own from it, the prompt's uid and the answer index.
     A row stops with `eos_id` (None: never) or at sampling.max_new_tokens; columns after the stop hold `pad_id`.
+    `slots` answers are decoded at a time, 0 or more than there are: all. It changes no answer.
     """
-    length = sampling.max_new_tokens
+    rows = prompts.tokens.shape[0] * answers
+    decode = partial(decode_all, model, params, prompts, key, sampling, answers, eos_id, pad_id)
+    if 0 < slots < rows:
+        decode = partial(decode_in_slots, model, params, prompts, key, sampling, answers, eos_id, pad_id, slots)
+    tokens, logprobs, real, finished = decode()
+    return Rollout(
+        tokens=jnp.concatenate([prompts.tokens.repeat(answers, axis=0), tokens], axis=1),
+        prompt_mask=prompts.mask.astype(bool).repeat(answers, axis=0),
+        response_mask=real,
+        logprobs=logprobs,
+        finished=finished,
+    )
+
+
+def decode_all(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    sampling: SamplingConfig,
+    answers: int,
+    eos_id: int | None,
+    pad_id: int,
+) -> Drawn:
+    """All answers side by side, column by column, until every one has stopped."""
+    rows, length = prompts.tokens.shape[0] * answers, sampling.max_new_tokens
     prompt = prefill(model, params, prompts.tokens, prompts.mask)
     uniforms = answer_uniforms(key, prompts.uid, answers, length).T
     blocks = [block_params(params, layer) for layer in range(model.config.num_layers)]
-    rows = prompts.tokens.shape[0] * answers
     first = prompts.mask.astype(jnp.int32).sum(-1).repeat(answers)
 
     def draw(t: jax.Array, logits: jax.Array, done: jax.Array, out: tuple[jax.Array, ...]) -> Any:
@@ -156,19 +191,143 @@ def generate(
 
     def step(carry: Any) -> Any:
         t, tokens, done, caches, out = carry
-        logits, caches = decode_step(model, params, blocks, prompt, caches, tokens, first + t - 1, t - 1)
+        seen = jnp.arange(caches[0][0].shape[2])[None] <= t - 1
+        logits, caches = decode_step(model, params, blocks, prompt, caches, tokens, first + t - 1, t - 1, seen)
         tokens, done, out = draw(t, logits, done, out)
         return t + 1, tokens, done, caches, out
 
     carry = (jnp.int32(1), tokens, done, empty_caches(model.config, rows, max(length - 1, 1)), out)
     _, _, done, _, (tokens, logprobs, real) = jax.lax.while_loop(running, step, carry)
-    return Rollout(
-        tokens=jnp.concatenate([prompts.tokens.repeat(answers, axis=0), tokens.T], axis=1),
-        prompt_mask=prompts.mask.astype(bool).repeat(answers, axis=0),
-        response_mask=real.T,
-        logprobs=logprobs.T,
-        finished=done,
+    return tokens.T, logprobs.T, real.T, done
+
+
+class Slots(NamedTuple):
+    """The state of `decode_in_slots`: N slots, R answers to draw.
+
+    step [] counts decoding steps, queue [] the answers handed out; row [N] the answer that a slot works on (R: idle),
+    drawn [N] how many of its tokens there are, token [N] the one to feed next; prompt: the slots' prompts; caches
+    [N, kv_heads, T, h] a layer; tokens, logprobs [R + 1, T] and lengths, finished [R + 1], whose last row takes what
+    idle slots write.
+    """
+
+    step: jax.Array
+    queue: jax.Array
+    row: jax.Array
+    drawn: jax.Array
+    token: jax.Array
+    prompt: Prefill
+    caches: tuple[KeyValue, ...]
+    tokens: jax.Array
+    logprobs: jax.Array
+    lengths: jax.Array
+    finished: jax.Array
+
+
+def decode_in_slots(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    sampling: SamplingConfig,
+    answers: int,
+    eos_id: int | None,
+    pad_id: int,
+    slots: int,
+) -> Drawn:
+    """`slots` answers at a time; free slots are filled from the queue, an eighth of them (one at least) in one go.
+
+    All slots write into the same column, step mod T, of their caches. A slot that began t steps ago sees the last t + 1
+    columns: no longer answer than T is drawn, so none of them has been overwritten.
+    """
+    config, length = model.config, sampling.max_new_tokens
+    rows = prompts.tokens.shape[0] * answers
+    if prompts.tokens.shape[1] == 1:  # at least one column is prefilled
+        left = lambda x: jnp.pad(x, ((0, 0), (1, 0)))
+        prompts = prompts.replace(tokens=left(prompts.tokens), mask=left(prompts.mask))
+    some = max(1, slots // 8)
+    # The last token of a prompt is the first that its answers feed.
+    whole = prefill(model, params, prompts.tokens[:, :-1], prompts.mask[:, :-1])
+    before = prompts.mask[:, :-1].astype(jnp.int32).sum(-1)
+    uniforms = answer_uniforms(key, prompts.uid, answers, length)
+    blocks = [block_params(params, layer) for layer in range(config.num_layers)]
+
+    def fill(state: Slots) -> Slots:
+        free = state.row == rows
+        rank = jnp.cumsum(free) - 1
+        taken = free & (rank < some) & (state.queue + rank < rows)
+        row = jnp.where(taken, state.queue + rank, state.row)
+        chosen = jnp.nonzero(taken, size=some, fill_value=slots)[0]  # `slots` is out of bounds: dropped
+        source = row.at[chosen].get(mode="clip") // answers
+        put = lambda mine, theirs: mine.at[chosen].set(theirs[source], mode="drop")
+        return state._replace(
+            queue=state.queue + taken.sum(),
+            row=row,
+            drawn=jnp.where(taken, 0, state.drawn),
+            token=put(state.token, prompts.tokens[:, -1]),
+            prompt=Prefill(
+                state.prompt.hidden,
+                jax.tree.map(put, state.prompt.caches, whole.caches),
+                put(state.prompt.mask, whole.mask),
+            ),
+        )
+
+    def step(state: Slots) -> Slots:
+        row, drawn = state.row, state.drawn
+        column = state.step % length
+        age = (column - jnp.arange(length)) % length
+        position = before[jnp.minimum(row, rows - 1) // answers] + drawn
+        logits, caches = decode_step(
+            model,
+            params,
+            blocks,
+            state.prompt,
+            state.caches,
+            state.token,
+            position,
+            column,
+            age[None] <= drawn[:, None],
+        )
+        token, logprobs = sample(logits, uniforms[jnp.minimum(row, rows - 1), drawn], sampling)
+        stopped = token == eos_id if eos_id is not None else jnp.zeros(slots, bool)
+        over = stopped | (drawn + 1 == length)
+        return state._replace(
+            step=state.step + 1,
+            row=jnp.where(over, rows, row),
+            drawn=jnp.where(over, 0, drawn + 1),
+            token=token,
+            caches=caches,
+            tokens=state.tokens.at[row, drawn].set(token),
+            logprobs=state.logprobs.at[row, drawn].set(logprobs),
+            lengths=state.lengths.at[row].set(drawn + 1),
+            finished=state.finished.at[row].set(stopped),
+        )
+
+    def waiting(state: Slots) -> jax.Array:
+        return state.queue < rows
+
+    def busy(state: Slots) -> jax.Array:
+        idle = jnp.sum(state.row == rows)
+        return (idle < slots) & ~(waiting(state) & (idle >= some))
+
+    state = Slots(
+        step=jnp.int32(0),
+        queue=jnp.int32(0),
+        row=jnp.full(slots, rows),
+        drawn=jnp.zeros(slots, jnp.int32),
+        token=jnp.zeros(slots, jnp.int32),
+        prompt=jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), whole),
+        caches=empty_caches(config, slots, length),
+        tokens=jnp.full((rows + 1, length), pad_id, jnp.int32),
+        logprobs=jnp.zeros((rows + 1, length)),
+        lengths=jnp.zeros(rows + 1, jnp.int32),
+        finished=jnp.zeros(rows + 1, bool),
     )
+    # A loop in a loop and no `cond`, whose two branches would each need a copy of the caches.
+    state = jax.lax.while_loop(
+        lambda s: waiting(s) | jnp.any(s.row < rows), lambda s: jax.lax.while_loop(busy, step, fill(s)), state
+    )
+    real = jnp.arange(length) < state.lengths[:rows, None]
+    return state.tokens[:rows], state.logprobs[:rows], real, state.finished[:rows]
 
 
 def to_prompts(batch: PromptBatch) -> Prompts:

@@ -40,6 +40,7 @@ def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: 
             answers=agent.answers,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
+            slots=config.decode_slots,
         )
 
     def advantages(replicated: Any, batch: Any, *, axis_name: str | None = None) -> Any:

@@ -14,7 +14,7 @@ from rlaif_jax.config import PPOConfig, SamplingConfig, small_decoder
 from rlaif_jax.data.prompts import FileRecords, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.models import LanguageModel
-from rlaif_jax.parallel import CompilationClock, JitRunner, PmapRunner
+from rlaif_jax.parallel import CompilationClock, JitRunner, PmapRunner, ShardRunner, make_mesh
 from rlaif_jax.rollout import answer_texts, generate, make_generator, to_prompts
 from rlaif_jax.types import Prompts
 
@@ -74,9 +74,9 @@ def make_prompts(pads: int = 0) -> Prompts:
 
 
 @functools.cache
-def compiled(answers=2, sampling=SAMPLING):
+def compiled(answers=2, sampling=SAMPLING, slots=0):
     """`generate`, compiled once for any pad."""
-    run = functools.partial(generate, MODEL, sampling=sampling, answers=answers)
+    run = functools.partial(generate, MODEL, sampling=sampling, answers=answers, slots=slots)
     jitted = jax.jit(lambda params, prompts, key, pad_id: run(params, prompts, key, eos_id=EOS, pad_id=pad_id))
     return lambda params, prompts, key, pad_id=PAD: jitted(params, prompts, key, pad_id)
 
@@ -180,6 +180,57 @@ def test_the_number_of_devices_changes_no_answer(params, rolled):
     np.testing.assert_allclose(spread.logprobs, rolled.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("slots", [1, 5])
+def test_slots_change_no_answer(params, rolled, slots):
+    """Sixteen answers, one or five at a time: each slot works for several answers of unequal lengths, one after another."""
+    got = jax.device_get(compiled(slots=slots)(params, make_prompts(), KEY))
+    assert_same_answers(rows(got, slice(None)), rows(rolled, slice(None)))
+    np.testing.assert_array_equal(got.tokens, rolled.tokens)
+    np.testing.assert_allclose(got.logprobs, rolled.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("runner", [PmapRunner, lambda: ShardRunner(make_mesh(2, 2, 2))], ids=["pmap", "mesh"])
+def test_slots_on_many_devices_change_no_answer(params, rolled, runner):
+    run = functools.partial(
+        generate,
+        MODEL,
+        key=KEY,
+        sampling=SAMPLING,
+        answers=2,
+        eos_id=EOS,
+        pad_id=PAD,
+        slots=1 if runner is PmapRunner else 5,
+    )
+    spread = runner().map(lambda params, prompts, *, axis_name: run(params, prompts))(params, make_prompts())
+    assert_same_answers(rows(spread, slice(None)), rows(rolled, slice(None)))
+    np.testing.assert_allclose(spread.logprobs, rolled.logprobs, atol=1e-5)
+
+
+def test_a_free_slot_is_filled_at_once(params, rolled, monkeypatch):
+    """Five slots decode no longer than it takes to share the tokens out, and a last answer that began late."""
+    decoded, original = [], engine.decode_step
+
+    def counted(*args):
+        jax.debug.callback(lambda column: decoded.append(int(column)), args[-2])
+        return original(*args)
+
+    monkeypatch.setattr(engine, "decode_step", counted)
+    run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=5)
+    jax.block_until_ready(jax.jit(run)(params, make_prompts(), KEY))
+    jax.effects_barrier()
+    tokens = int(rolled.response_mask.sum())
+    assert tokens / 5 <= len(decoded) <= tokens / 5 + T
+    assert len(decoded) < 4 * T, "less than four batches of five or fewer, each as long as its longest"
+
+
+def test_prompts_of_one_token(params):
+    """A beginning-of-text token alone, as for text without a prompt."""
+    one = Prompts(jnp.full((ROWS, 1), 4), jnp.ones((ROWS, 1), bool), jnp.arange(ROWS, dtype=jnp.uint32))
+    together, in_slots = (jax.device_get(compiled(slots=slots)(params, one, KEY)) for slots in (0, 5))
+    assert_same_answers(rows(in_slots, slice(None)), rows(together, slice(None)))
+    assert len({tuple(row) for row in together.responses.tolist()}) > ROWS
+
+
 def test_greedy_equals_a_loop_without_a_cache(params):
     prompts = make_prompts()
     got = jax.jit(functools.partial(generate, MODEL, sampling=GREEDY, eos_id=None, pad_id=PAD))(params, prompts, KEY)
@@ -202,7 +253,7 @@ def test_decoding_stops_when_every_answer_has(params, monkeypatch):
     decoded, original = [], engine.decode_step
 
     def counted(*args):
-        jax.debug.callback(lambda t: decoded.append(int(t)), args[-1])
+        jax.debug.callback(lambda column: decoded.append(int(column)), args[-2])
         return original(*args)
 
     monkeypatch.setattr(engine, "decode_step", counted)

@@ -104,9 +104,7 @@ def final_score(config: PPOConfig, score: jax.Array, finished: jax.Array) -> jax
     return score
 
 
-def prepare(
-    agent: Agent, state: TrainState, ref_params: Params, rollout: Rollout, rewards: RewardBatch
-) -> Experience:
+def prepare(agent: Agent, state: TrainState, ref_params: Params, rollout: Rollout, rewards: RewardBatch) -> Experience:
     """Everything an update needs from a rollout and its rewards: reference log-probs, values, advantages, returns.
 
     Whitening of the advantages is left to `ppo_step`, which sees the global batch.
@@ -181,9 +179,7 @@ def minibatch_loss(
     the masked mean over all tokens of the minibatch, whatever the lengths.
     """
     config = agent.config
-    logprobs, entropies, values = agent.forward(
-        params, batch.tokens, batch.prompt_mask, batch.response_mask, answers
-    )
+    logprobs, entropies, values = agent.forward(params, batch.tokens, batch.prompt_mask, batch.response_mask, answers)
     mask = batch.mask
     count = jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
 

@@ -176,8 +176,11 @@ class Block(nn.Module):
         """x [B, S, D] -> (x, (keys, values) [B, kv_heads, S, h])."""
         q, k, v = self.qkv(x, rope)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        attention = attend_groups if isinstance(visible, GroupVisible) else attend
-        return self.finish(x, attention(q, k, v, visible)), (k, v)
+        if isinstance(visible, GroupVisible):
+            attended = attend_groups(q, k, v, visible)
+        else:
+            attended = attend(q, k, v, visible)
+        return self.finish(x, attended), (k, v)
 
 
 class Trunk(nn.Module):
@@ -285,7 +288,7 @@ def response_hidden(
     """
     start = prompt_mask.shape[1]
     # The last token predicts nothing here: it is not fed.
-    if answers == 1:
+    if answers == 1 or start == 1:  # nothing to share
         mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
         return apply(Trunk(config), trunk, tokens[:, :-1], mask[:, :-1])[0][:, start - 1 :]
     # The prompt's last token, which predicts the first of each answer, is fed once an answer.

@@ -9,7 +9,14 @@ import pytest
 
 from rlaif_jax.config import DecoderConfig, UserError, small_decoder
 from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead, heads, last_real
-from rlaif_jax.models.decoder import Block, apply, block_params, rope_table, with_recall_heads
+from rlaif_jax.models.decoder import (
+    Block,
+    apply,
+    block_params,
+    response_hidden,
+    rope_table,
+    with_recall_heads,
+)
 from rlaif_jax.models.heads import ScalarHead
 
 V, S = 50, 13
@@ -147,6 +154,36 @@ def test_chunks_have_the_same_gradient_and_hold_no_full_logits(
     assert f"f32[7,{V}]" in chunked_jaxpr
     for held in (f"f32[{count},{V}]", f"f32[4,7,{V}]"):
         assert held not in chunked_jaxpr
+
+
+@pytest.mark.parametrize(
+    "config", [dataclasses.replace(LLAMA, qk_norm=True), dataclasses.replace(GPT2, remat=True)], ids=["rope", "learned"]
+)
+@pytest.mark.parametrize("prompt", [4, 1])
+def test_answers_that_share_their_prompts_columns(config: DecoderConfig, prompt: int) -> None:
+    """Three answers to each of two prompts: hidden states and gradients are those of six rows on their own, whatever
+    stands in padding; a prompt's columns are computed once."""
+    params = random_model(config)[1]
+    rng = np.random.default_rng(4)
+    length = S - prompt
+    prompt_mask = (np.arange(prompt) >= np.array([[0], [min(2, prompt - 1)]])).repeat(3, axis=0)
+    response_mask = np.arange(length) < np.array([length, 1, 3, 5, length, 2])[:, None]
+    tokens = random_tokens((6, S))
+    tokens[:, :prompt] = tokens[::3, :prompt].repeat(3, axis=0)
+    junk = np.where(np.concatenate([prompt_mask, response_mask], axis=1), tokens, rng.integers(0, V, tokens.shape))
+    weights = np.where(response_mask, rng.standard_normal((6, length)), 0)[..., None]
+
+    def loss(params: dict, tokens: np.ndarray, answers: int) -> tuple[jax.Array, jax.Array]:
+        hidden = response_hidden(config, params["trunk"], tokens, prompt_mask, response_mask, answers)
+        return jnp.sum(weights * jnp.cos(3 * hidden)), hidden
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
+    (_, alone), want = run(params, tokens, 1)
+    (_, together), got = run(params, junk, 3)
+    np.testing.assert_allclose(together[response_mask], alone[response_mask], atol=1e-5)
+    assert_same_gradients(got, want, 1e-5)
+    shared = f"2,{prompt - 1 + 3 * length},{config.width}"
+    assert (shared in str(run.trace(params, tokens, 3).jaxpr)) == (prompt > 1)
 
 
 def test_remat_gives_the_same_gradients() -> None:

@@ -167,9 +167,7 @@ def test_a_stranger_is_taken_for_a_typical_worker_of_its_kind():
     label = np.where(right, truth[item], 1 - truth[item])
     item, worker, label = (np.r_[x, y] for x, y in ((item, [0, 1]), (worker, [12, 13]), (label, [0, 1])))
     group = np.r_[(np.arange(12) % 6 >= 4).astype(int), 0, 1]
-    found = jitted_pooled(
-        item, worker, label, num_items=300, num_workers=14, num_classes=2, group=group, num_groups=2
-    )
+    found = jitted_pooled(item, worker, label, num_items=300, num_workers=14, num_classes=2, group=group, num_groups=2)
     assert accuracy(found.posterior, truth) > 0.93
     assert found.accuracy[12] > 0.8
     assert 0.5 < found.accuracy[13] < 0.75

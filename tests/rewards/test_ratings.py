@@ -322,7 +322,6 @@ def test_one_device_vmap_pmap_and_eight_shards_agree(method):
         assert any((x[0] != x[1]).any() for x in jax.tree.leaves(batched)), "each problem of a batch is its own"
 
 
-
 # ---- real ratings
 
 

@@ -429,23 +429,24 @@ def test_a_finger_marks_what_it_selects(browser, running):
 def test_an_answer_whose_acknowledgement_is_lost_counts_once(browser, running):
     task = Task(kind="rate", prompt="lost", answers=("x",))
     with opened(browser, running, "other", [task], expected="net::ERR_FAILED") as (page, judgements):
-        lost = []
+        lost, held = [], []
 
         def lose(route):
-            if len(lost) < 2:
-                lost.append(route.request.post_data)
-                if len(lost) == 2:
-                    route.fetch()  # arrives, but its answer does not
-                route.abort()
-            else:
-                lost.append(route.request.post_data)
-                route.continue_()
+            lost.append(route.request.post_data)
+            if len(lost) == 3:
+                return held.append(route)
+            if len(lost) == 2:
+                route.fetch()  # arrives, but its answer does not
+            route.abort()
 
         page.wait_for_selector("text=lost")
         page.route("**/api/answer", lose)
         page.keyboard.press("4")
         page.keyboard.press("Enter")
+        while not held:
+            page.wait_for_timeout(20)
         page.wait_for_selector("text=Trying again")
+        held[0].continue_()
         settled(page, 1)
         assert len(lost) == 3 and len(set(lost)) == 1
         assert one(judgements(), Rating).value == 4
