@@ -243,7 +243,7 @@ def decode_in_slots(
     rows = prompts.tokens.shape[0] * answers
     if prompts.tokens.shape[1] == 1:  # at least one column is prefilled
         left = lambda x: jnp.pad(x, ((0, 0), (1, 0)))
-        prompts = prompts.replace(tokens=left(prompts.tokens), mask=left(prompts.mask))
+        prompts = Prompts(tokens=left(prompts.tokens), mask=left(prompts.mask), uid=prompts.uid)
     some = max(1, slots // 8)
     # The last token of a prompt is the first that its answers feed.
     whole = prefill(model, params, prompts.tokens[:, :-1], prompts.mask[:, :-1])

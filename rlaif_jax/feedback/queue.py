@@ -393,7 +393,9 @@ class TaskQueue:
             )
 
     def reply(self, rater: str, request: str, reply: str) -> None:
-        """Keep what the model answered; the first reply stays."""
+        """Keep what the model answered; the first reply stays. Half a character (a lone surrogate), which SQLite cannot
+        hold, becomes a question mark."""
+        reply = reply.encode(errors="replace").decode()
         with self._write():
             self._db.execute(
                 "UPDATE page_turn SET reply = ? WHERE rater = ? AND request = ? AND reply IS NULL",

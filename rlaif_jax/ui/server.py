@@ -10,7 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
@@ -54,6 +54,16 @@ class AsciiJson(JSONResponse):
         return canonical(content).encode()
 
 
+def address(text: str) -> SplitResult:
+    """The parts of an address from a request; none of one that is no address."""
+    try:
+        parts = urlsplit(text)
+        parts.hostname  # noqa: B018  # raises like urlsplit does
+    except ValueError:
+        return urlsplit("")
+    return parts
+
+
 def names_let_in(host: str) -> tuple[str, ...]:
     """Under which names a page that listens on `host` is reached."""
     return tuple(dict.fromkeys((*LOOPBACK, host.lower())))  # as a request's Host is compared: in small letters
@@ -78,7 +88,7 @@ def create_app(
 
     def refusal(request: Request) -> Response | None:
         """Why a request is not let in, before anything looks at it."""
-        own = urlsplit(f"//{request.headers.get('host', '')}")
+        own = address(f"//{request.headers.get('host', '')}")
         if own.hostname not in hosts:  # another name that points here: DNS rebinding
             return _error(403, "this page is not reached under that name: start it with --host NAME")
         header = request.headers.get("authorization", "")
@@ -93,7 +103,7 @@ def create_app(
             return None
         if request.method != "POST":
             return _error(405, "only GET and POST")
-        origin = urlsplit(request.headers.get("origin", ""))
+        origin = address(request.headers.get("origin", ""))
         if origin.scheme not in ("http", "https") or origin.netloc != own.netloc:
             return _error(403, "a post from another site is refused (Origin)")
         if not hmac.compare_digest(request.headers.get("x-csrf-token", "").encode(), request.state.csrf.encode()):

@@ -169,6 +169,16 @@ def test_half_a_character_is_refused_where_tasks_are_read(tmp_path, wrong):
     assert good == [] and f"{path}:1: {next(iter(wrong))} holds half a character" in message
 
 
+def test_a_reply_with_half_a_character_is_kept_and_the_first_one_stays(desk):
+    _, queue = desk
+    chat = Task(kind="chat", prompt="talk")
+    queue.put([chat])
+    queue.say(chat.id, "anna", "r1", "hello")
+    queue.reply("anna", "r1", "half \ud83d of it")
+    queue.reply("anna", "r1", "another")
+    assert [turn.reply for turn in queue.turns(chat.id, "anna")] == ["half ? of it"]
+
+
 def test_half_a_character_that_a_run_asks_about_is_asked(desk):
     _, queue = desk
     asked = Task(kind="rate", prompt="p", answers=(HALF,))

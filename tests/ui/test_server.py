@@ -181,6 +181,8 @@ def test_the_door_takes_the_token_out_of_the_address(page):
         ({"X-CSRF-Token": "0" * 64}, 403),
         ({"X-CSRF-Token": "é"}, 403),
         ({"Content-Type": "text/plain"}, 415),
+        ({"Origin": "http://[::1"}, 403),
+        ({"Host": "[::1"}, 403),
         ({"Host": "evil.example"}, 403),
         ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),  # a name that was pointed at this machine
         ({"Host": "localhost:8888", "Origin": "http://localhost:8888"}, 200),  # through a tunnel
