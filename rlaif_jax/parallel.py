@@ -73,6 +73,21 @@ def global_rows(batch: Any, rows: jax.Array, axis_name: str | None) -> Any:
     return taken
 
 
+def on_own_rows(fn: Callable[[Any, Any], Any], replicated: Any, batch: Any) -> Any:
+    """`fn(replicated, batch)`, whose result is split like the batch, on each device's own rows.
+
+    Under `jax.jit` over a mesh every group of tensor devices runs `fn` by itself: what is split over "fsdp" is gathered
+    once, before; loops in `fn` end when this group's rows are done, and no row is sent anywhere. Elsewhere (one device,
+    pmap) it is `fn`. Matrices stay split over "tensor".
+    """
+    if "fsdp" not in jax.sharding.get_abstract_mesh().axis_names:  # pmap's own mesh has a data axis only
+        return fn(replicated, batch)
+    split = jax.shard_map(
+        fn, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH, axis_names={"data", "fsdp"}, check_vma=False
+    )
+    return split(replicated, batch)
+
+
 class Runner(Protocol):
     """Runs pure functions on all devices. `devices` is the number of shares a batch is split into."""
 

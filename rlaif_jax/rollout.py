@@ -24,7 +24,7 @@ from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.models.decoder import MASKED, Block, KeyValue, Trunk, apply, block_params, rope_table
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import sample
-from rlaif_jax.parallel import Runner
+from rlaif_jax.parallel import Runner, on_own_rows
 from rlaif_jax.types import Params, Prompts, Rollout
 
 Drawn = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # tokens, logprobs, mask [R, T], finished [R]
@@ -141,20 +141,31 @@ def generate(
 
     `key` is the same for the whole batch: every answer derives its own from it, the prompt's uid and the answer index.
     A row stops with `eos_id` (None: never) or at sampling.max_new_tokens; columns after the stop hold `pad_id`.
-    `slots` answers are decoded at a time, 0 or more than there are: all. It changes no answer.
+    `slots` answers are decoded at a time on each device, 0 or more than it has: all. It changes no answer.
     """
-    rows = prompts.tokens.shape[0] * answers
-    decode = partial(decode_all, model, params, prompts, key, sampling, answers, eos_id, pad_id)
-    if 0 < slots < rows:
-        decode = partial(decode_in_slots, model, params, prompts, key, sampling, answers, eos_id, pad_id, slots)
-    tokens, logprobs, real, finished = decode()
-    return Rollout(
-        tokens=jnp.concatenate([prompts.tokens.repeat(answers, axis=0), tokens], axis=1),
-        prompt_mask=prompts.mask.astype(bool).repeat(answers, axis=0),
-        response_mask=real,
-        logprobs=logprobs,
-        finished=finished,
-    )
+
+    def on_device(replicated: tuple[Params, jax.Array], prompts: Prompts) -> Rollout:
+        params, key = replicated
+        rows = prompts.tokens.shape[0] * answers
+        decode = partial(decode_in_slots, slots=slots) if 0 < slots < rows else decode_all
+        tokens, logprobs, real, finished = decode(model, params, prompts, key, sampling, answers, eos_id, pad_id)
+        return Rollout(
+            tokens=jnp.concatenate([prompts.tokens.repeat(answers, axis=0), tokens], axis=1),
+            prompt_mask=prompts.mask.astype(bool).repeat(answers, axis=0),
+            response_mask=real,
+            logprobs=logprobs,
+            finished=finished,
+        )
+
+    return on_own_rows(on_device, (for_decoding(model, params), key), prompts)
+
+
+def for_decoding(model: LanguageModel, params: Params) -> Params:
+    """The parameters with their matrices in the dtype that they are multiplied in, so that no step casts them and a mesh
+    gathers half the bytes. The layers would cast them in the same way; norms and biases stay as they are."""
+    dtype = jnp.dtype(model.config.compute_dtype)
+    matrix = lambda path: path[-1].key in ("kernel", "embedding")
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
 
 
 def decode_all(
