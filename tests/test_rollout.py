@@ -1,12 +1,15 @@
 """The engine against the trainer's forward pass, a cache-free loop, and itself in another batch, order or layout."""
 
+import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from rlaif_jax import rollout as engine
 from rlaif_jax.algorithms.ppo import Agent, reference_logprobs
@@ -14,7 +17,15 @@ from rlaif_jax.config import PPOConfig, SamplingConfig, small_decoder
 from rlaif_jax.data.prompts import FileRecords, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.models import LanguageModel
-from rlaif_jax.parallel import CompilationClock, JitRunner, PmapRunner, ShardRunner, make_mesh
+from rlaif_jax.parallel import (
+    BATCH,
+    CompilationClock,
+    JitRunner,
+    PmapRunner,
+    ShardRunner,
+    make_mesh,
+    state_shardings,
+)
 from rlaif_jax.rollout import answer_texts, generate, make_generator, to_prompts
 from rlaif_jax.types import Prompts
 
@@ -204,6 +215,33 @@ def test_slots_on_many_devices_change_no_answer(params, rolled, runner):
     spread = runner().map(lambda params, prompts, *, axis_name: run(params, prompts))(params, make_prompts())
     assert_same_answers(rows(spread, slice(None)), rows(rolled, slice(None)))
     np.testing.assert_allclose(spread.logprobs, rolled.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_the_decoding_loop_copies_no_cache_and_gathers_no_weights(slots):
+    """In the compiled program for a mesh 2x2x2, of which each group of two tensor devices has 2 prompts, 4 answers."""
+    mesh = make_mesh(2, 2, 2)
+    # Of two key-value heads a device: with one, XLA on CPUs drops the axis and updates a copy of the cache for that.
+    model = LanguageModel(dataclasses.replace(MODEL.config, num_kv_heads=4))
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(place, params, state_shardings(params, mesh))
+    prompts = jax.tree.map(lambda x: place(x, NamedSharding(mesh, BATCH)), make_prompts())
+    run = functools.partial(generate, model, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=slots)
+    with jax.set_mesh(mesh):
+        program = jax.jit(run).lower(params, prompts, KEY).compile().as_text()
+    computations = {c.split()[0]: c for c in re.split(r"\n(?=%|ENTRY )", program)}
+    steps = [computations[name] for name in re.findall(r"body=(%[\w.-]+)", program)]
+    steps = [step for step in steps if "dynamic-update-slice" in step and "dot" in step]
+    assert len(steps) == 1, "one loop decodes"
+    rows, columns = (slots, T) if slots else (4, T - 1)
+    cache = f"f32[{rows},2,{columns},{model.config.head_dim}]"
+    assert steps[0].count(cache) >= 4, "keys and values of two layers"
+    copied = re.findall(rf"= {re.escape(cache)}\S* copy\(", steps[0])
+    gathered = re.findall(r"= (\S+) all-gather(?:-start)?\(", steps[0])
+    assert not copied
+    # Only the logits of this group's rows: the vocabulary is split over the tensor devices.
+    assert all(x.startswith((f"f32[{rows},{V}]", f"f32[{rows},1,{V}]")) for x in gathered), gathered
 
 
 def test_a_free_slot_is_filled_at_once(params, rolled, monkeypatch):

@@ -570,6 +570,29 @@ def test_without_a_critic_the_samplers_logprobs_need_no_forward_pass(group_case)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, group_case.experience)
 
 
+def test_no_logits_of_a_whole_batch_are_held_at_a_large_vocabulary():
+    """64 answers of 64 tokens over 152,000 words: 2.5 GB of logits in float32, scored and updated in less than half."""
+    rows, vocab = 64, 152_000
+    agent = Agent(LanguageModel(dataclasses.replace(DECODER, vocab_size=vocab)), None, GROUP, answers=2)
+    shape = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
+    rollout = Rollout(
+        tokens=shape(rows, P + 64, dtype=jnp.int32),
+        prompt_mask=shape(rows, P, dtype=bool),
+        response_mask=shape(rows, 64, dtype=bool),
+        logprobs=shape(rows, 64),
+        finished=shape(rows, dtype=bool),
+    )
+    rewards = RewardBatch(score=shape(rows), valid=shape(rows, dtype=bool), token_rewards=shape(rows, 64))
+    policy = jax.eval_shape(agent.policy.init, jax.random.key(0))
+    state = jax.eval_shape(lambda p: agent.init(p, None, 0), policy)
+    score = jax.jit(functools.partial(prepare, agent))
+    experience = score.eval_shape(state, policy, rollout, rewards)
+    update = jax.jit(functools.partial(ppo_step, agent), donate_argnums=0)
+    for program in (score.lower(state, policy, rollout, rewards), update.lower(state, experience)):
+        held = program.compile().memory_analysis().temp_size_in_bytes
+        assert held < rows * 64 * vocab * 4 / 2, f"{held / 1e9:.2f} GB"
+
+
 # ---- It learns
 
 
