@@ -117,12 +117,13 @@ def empty_caches(config: DecoderConfig, rows: int, length: int) -> tuple[KeyValu
 
 
 def answer_uniforms(key: jax.Array, uid: jax.Array, answers: int, length: int) -> jax.Array:
-    """Uniform numbers [B*K, T] that depend on (key, prompt uid, answer index) only: not on slot, batch or device."""
+    """Uniform numbers [B*K, T, 2] that depend on (key, prompt uid, answer index) only: not on slot, batch or device."""
 
     def one(uid: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, uid), index), (length,))
+        own = jax.random.fold_in(jax.random.fold_in(key, uid), index)
+        return jnp.stack([jax.random.uniform(k, (length,)) for k in (own, jax.random.fold_in(own, 1))], axis=-1)
 
-    return jax.vmap(lambda u: jax.vmap(lambda i: one(u, i))(jnp.arange(answers)))(uid).reshape(-1, length)
+    return jax.vmap(lambda u: jax.vmap(lambda i: one(u, i))(jnp.arange(answers)))(uid).reshape(-1, length, 2)
 
 
 def generate(
@@ -181,7 +182,7 @@ def decode_all(
     """All answers side by side, column by column, until every one has stopped."""
     rows, length = prompts.tokens.shape[0] * answers, sampling.max_new_tokens
     prompt = prefill(model, params, prompts.tokens, prompts.mask)
-    uniforms = answer_uniforms(key, prompts.uid, answers, length).T
+    uniforms = answer_uniforms(key, prompts.uid, answers, length).swapaxes(0, 1)
     blocks = [block_params(params, layer) for layer in range(model.config.num_layers)]
     first = prompts.mask.astype(jnp.int32).sum(-1).repeat(answers)
 

@@ -145,7 +145,8 @@ def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
         attention = 2 * work.layers * work.width * (last * (last + 1) - first * (first + 1)) / 2
         return 2.0 * sequences * ((last - first) * block + attention)
 
-    trained = passed(rows, 0, length - 1)
+    # A prompt's columns but the last are computed once for its answers.
+    trained = passed(prompts, 0, work.prompt - 1) + passed(rows, work.prompt - 1, length - 1)
     heads = 2.0 * rows * work.response * head
     policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
     return {

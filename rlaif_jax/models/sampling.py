@@ -1,4 +1,4 @@
-"""Drawing a token from logits: one uniform number a row, exact inverse CDF."""
+"""Drawing a token from logits: two uniform numbers a row, exact inverse CDF."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rlaif_jax.config import SamplingConfig
 
-BLOCK = 256  # vocabularies past two blocks are searched in two levels: block sums first, then inside one block
+BLOCK = 256  # vocabularies past two blocks are drawn from in two levels: a block by its sum, then a token of it
 
 
 def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
@@ -28,33 +28,34 @@ def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
     return logits
 
 
-def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first index whose cumulated weight exceeds uniform x total; weights [B, V] >= 0, uniform [B] in [0, 1).
+def first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first index whose cumulated weight exceeds uniform x total; weights [B, N] >= 0, uniform [B] in [0, 1).
 
-    Never returns an index of weight 0. A parallel cumulated sum may rise by a rounding where nothing is added, so the
-    sums at such places are left out of the comparison, and the total is the largest of those that stay.
+    Never an index of weight 0. A parallel cumulated sum may rise by a rounding where nothing is added, so the sums at
+    such places are left out of the comparison, and the total is the largest of those that stay.
+    """
+    cumulated = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    return jnp.argmax(cumulated > uniform[:, None] * cumulated.max(axis=-1, keepdims=True), axis=-1)
+
+
+def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """An index drawn with probability weight / total; weights [B, V] >= 0, uniform [B, 2] in [0, 1).
+
+    A large vocabulary is drawn from in two levels: the first number picks a block by its sum, the second a token of it.
+    One number of 24 bits could not tell the tokens of 152,000 apart, and every token's bound is a place where a rounding
+    of the logits changes the draw: two levels have a few hundred of them.
     """
     vocab = weights.shape[-1]
     if vocab <= 2 * BLOCK:
-        cumulated = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
-        return jnp.argmax(cumulated > uniform[:, None] * cumulated.max(axis=-1, keepdims=True), axis=-1)
+        return first_above(weights, uniform[:, 0])
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(weights.shape[0], -1, BLOCK)
-    block_sums = blocks.sum(axis=-1)
-    cumulated = jnp.cumsum(block_sums, axis=-1)
-    sums = jnp.where(block_sums > 0, cumulated, 0.0)
-    threshold = uniform * sums.max(axis=-1)
-    block = jnp.argmax(sums > threshold[:, None], axis=-1)
-    previous = jnp.take_along_axis(cumulated, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0]
-    before = jnp.where(block > 0, previous, 0.0)
+    block = first_above(blocks.sum(axis=-1), uniform[:, 0])
     chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    inside = jnp.where(chosen > 0, jnp.cumsum(chosen, axis=-1), 0.0)
-    # The block's own sum may round differently from its cumulated one: stay below its largest entry, and not below 0.
-    rest = jnp.clip(threshold - before, 0.0, inside.max(axis=-1) * (1 - 1e-7))
-    return block * BLOCK + jnp.argmax(inside > rest[:, None], axis=-1)
+    return block * BLOCK + first_above(chosen, uniform[:, 1])
 
 
 def sample(logits: jax.Array, uniform: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
-    """logits [B, V] float32, uniform [B] -> (tokens [B] int32, logprobs [B] float32 in nats).
+    """logits [B, V] float32, uniform [B, 2] -> (tokens [B] int32, logprobs [B] float32 in nats).
 
     The log-prob is that of the full distribution at the sampling temperature (at temperature 1 when greedy), also
     under top-k or top-p: it is comparable with the trainer's, which knows no truncation.

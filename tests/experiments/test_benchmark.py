@@ -35,7 +35,7 @@ def load(name: str):
     return module
 
 
-step, compare = load("step"), load("compare")
+step, compare, tail = load("step"), load("compare"), load("tail")
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
@@ -73,13 +73,14 @@ def test_a_step_that_moves_nothing_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_flops_against_a_count_by_hand(algorithm):
-    work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=8, prompt=1, response=2, warmup=0, steps=1)
+    work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=8, prompt=2, response=2, warmup=0, steps=1)
     flops = step.matmul_flops(work, step.settings(work, algorithm, "sampler"))
     # A token through the block: 4 + 3 multiply-adds and 2 for each token it attends to; through the head: 10.
-    first, second, head = 2 * (7 + 2), 2 * (7 + 4), 2 * 10
+    first, second, third, head = 2 * (7 + 2), 2 * (7 + 4), 2 * (7 + 6), 2 * 10
     prompts = 1 if algorithm == "grpo" else 8
-    assert flops["gen"] == prompts * first + 8 * second + (prompts + 8) * head
-    scored, critic = 8 * (first + second + 2 * head), 8 * (first + second)
+    assert flops["gen"] == prompts * (first + second) + 8 * third + (prompts + 8) * head
+    critic = prompts * first + 8 * (second + third)  # the last token of a prompt is fed once an answer
+    scored = critic + 8 * 2 * head
     assert flops["score"] == scored + (critic if algorithm == "ppo" else 0)
     assert flops["update"] == 3 * (2 * (scored + critic) if algorithm == "ppo" else scored)
 
@@ -90,6 +91,17 @@ def test_the_works_are_those_of_the_other_systems():
     batch = next(step.prompt_batches(step.WORKS["S"], 64, 0))
     assert batch.tokens.shape == (64, 32)
     assert len(np.unique(batch.tokens)) > 1000
+
+
+def test_the_tail_is_that_of_the_stop_token_and_slots_draw_the_same_lengths(capsys):
+    command = ["--prompts", "2", "--mean", "8", "--cap", "48", "--slots", "4", "--rounds", "1", "--json"]
+    assert tail.main(command) == 0
+    rows = {row["way"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(rows)[:2] == ["all at once", "slots=4"]
+    for row in rows.values():
+        assert 4 < row["length_mean"] < 16
+        assert 10 < row["length_max"] <= 48
+    assert rows["slots=4"]["length_mean"] == rows["all at once"]["length_mean"]
 
 
 def fake(path: Path, system: str, seconds: float, *, fails: bool = False) -> None:

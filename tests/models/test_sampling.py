@@ -14,7 +14,7 @@ from rlaif_jax.models.sampling import BLOCK, inverse_cdf, sample, truncate
 ROWS = 64
 draw = jax.jit(
     lambda weights, uniforms: jax.lax.map(
-        lambda u: inverse_cdf(jnp.broadcast_to(weights, (ROWS, weights.shape[0])), u), uniforms.reshape(-1, ROWS)
+        lambda u: inverse_cdf(jnp.broadcast_to(weights, (ROWS, weights.shape[0])), u), uniforms.reshape(-1, ROWS, 2)
     ).reshape(-1)
 )
 pick = jax.jit(inverse_cdf)
@@ -38,9 +38,9 @@ def chi_square(tokens, probabilities):
 
 
 def spread(vocab):
-    """Weights: all of five, a skewed thousand, or a few points of thirty thousand, some at the edges of blocks."""
+    """Weights: all of five, a skewed thousand, or a few points of 152,000, some at the edges of blocks."""
     rng = np.random.default_rng(vocab)
-    if vocab < 30_000:
+    if vocab < 152_000:
         return softmax(1.5 * rng.normal(size=vocab))
     weights = np.zeros(vocab)
     support = [0, 1, BLOCK - 1, BLOCK, 7 * BLOCK + 13, 100 * BLOCK - 1, 100 * BLOCK, vocab - 1]
@@ -48,19 +48,29 @@ def spread(vocab):
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("vocab", [5, 300, 1000, 30_000])
+@pytest.mark.parametrize("vocab", [5, 300, 1000, 152_000])
 def test_inverse_cdf_draws_from_the_weights(vocab):
     weights = spread(vocab)
-    uniforms = jax.random.uniform(jax.random.key(vocab), (ROWS * (60 if vocab == 30_000 else 400),))
+    uniforms = jax.random.uniform(jax.random.key(vocab), (ROWS * (60 if vocab == 152_000 else 400), 2))
     tokens = np.asarray(draw(jnp.asarray(7 * weights, jnp.float32), uniforms))
     assert chi_square(tokens, weights) > 1e-3
-    # and one by one it is the inverse CDF, where float32 can tell
-    u, cumulated = np.asarray(uniforms, np.float64), np.cumsum(weights)
-    clear = (
-        np.abs(u[:, None] - cumulated[cumulated.searchsorted(u)[:, None].clip(0, vocab - 1) + [-1, 0]]).min(1) > 2e-6
-    )
+    # and one by one it is the inverse CDF, where float32 can tell: of the tokens, or of blocks and then of their tokens
+    first, second = np.asarray(uniforms, np.float64).T
+    if vocab <= 2 * BLOCK:
+        found, clear = exact(np.broadcast_to(weights, (len(first), vocab)), first)
+    else:
+        blocks = np.pad(weights, (0, -vocab % BLOCK)).reshape(-1, BLOCK)
+        block, clear = exact(np.broadcast_to(blocks.sum(-1), (len(first), len(blocks))), first)
+        inside, clear_inside = exact(blocks[block], second)
+        found, clear = block * BLOCK + inside, clear & clear_inside
     assert clear.mean() > 0.9
-    np.testing.assert_array_equal(tokens[clear], cumulated.searchsorted(u[clear], side="right"))
+    np.testing.assert_array_equal(tokens[clear], found[clear])
+
+
+def exact(weights, u):
+    """The inverse CDF in float64, a row of weights a number, and where no bound is too near for float32 to tell."""
+    cumulated = np.cumsum(weights, axis=1) / weights.sum(1, keepdims=True)
+    return (cumulated <= u[:, None]).sum(1), np.abs(cumulated - u[:, None]).min(1) > 2e-6
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +86,7 @@ def test_a_token_of_weight_zero_is_never_drawn(vocab, seed, zeros, uniform):
     weights[rng.uniform(size=weights.shape) < zeros] = 0
     weights[np.arange(8), rng.integers(vocab, size=8)] = 1e-3  # at least one
     u = rng.uniform(size=8).astype(np.float32) if uniform is None else np.full(8, uniform, np.float32)
-    tokens = np.asarray(pick(weights, np.minimum(u, np.float32(1 - 2**-24))))
+    tokens = np.asarray(pick(weights, np.minimum(u, np.float32(1 - 2**-24))[:, None].repeat(2, 1)))
     assert (weights[np.arange(8), tokens] > 0).all()
 
 
@@ -100,7 +110,11 @@ def test_a_rounding_of_the_cumulated_sum_draws_no_token_of_weight_zero(vocab):
         for row, at in np.argwhere(rises)[:40]:
             between = np.float32(cumulated[row, at].astype(np.float64) / cumulated[row, -1])
             u = np.array([np.nextafter(between, s, dtype=np.float32) for s in (0, 0, 1, 1)] + [between] * 4, np.float32)
-            tokens = np.asarray(pick(np.repeat(weights[row : row + 1], 8, 0), np.minimum(u, np.float32(1 - 2**-24))))
+            tokens = np.asarray(
+                pick(
+                    np.repeat(weights[row : row + 1], 8, 0), np.minimum(u, np.float32(1 - 2**-24))[:, None].repeat(2, 1)
+                )
+            )
             assert (weights[row, tokens] > 0).all()
 
 
@@ -124,7 +138,7 @@ def test_sample_draws_from_the_truncated_distribution_and_reports_the_full_one(o
     kept = kept[: 1 + np.searchsorted(mass, sampling.top_p)]  # up to and with the token that reaches p
     expected = np.zeros(40)
     expected[kept] = softmax(scaled[kept])
-    uniforms = jax.random.uniform(jax.random.key(1), (20_000,))
+    uniforms = jax.random.uniform(jax.random.key(1), (20_000, 2))
     tokens, logprobs = jax.jit(lambda u: sample(jnp.broadcast_to(logits, (20_000, 40)), u, sampling))(uniforms)
     assert tokens.dtype == jnp.int32
     assert chi_square(np.asarray(tokens), expected) > 1e-3
@@ -133,7 +147,7 @@ def test_sample_draws_from_the_truncated_distribution_and_reports_the_full_one(o
 
 def test_greedy_takes_the_first_maximum_and_reports_temperature_one():
     logits = jnp.array([[1.0, 3.0, 3.0, 0.0], [0.5, 0.1, 0.2, 0.9]])
-    tokens, logprobs = sample(logits, jnp.array([0.999, 0.0]), SamplingConfig(temperature=0))
+    tokens, logprobs = sample(logits, jnp.array([[0.999] * 2, [0.0] * 2]), SamplingConfig(temperature=0))
     np.testing.assert_array_equal(tokens, [1, 3])
     np.testing.assert_allclose(logprobs, [np.log(softmax(logits[0]))[1], np.log(softmax(logits[1]))[3]], rtol=1e-6)
 
@@ -149,6 +163,7 @@ def test_truncation_keeps_the_token_that_reaches_p_and_never_nothing():
 
 def test_logits_of_minus_infinity_are_never_drawn_and_change_no_logprob():
     logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0]]).repeat(6, 0)
-    tokens, logprobs = sample(logits, jnp.array([0, 0.1, 0.26, 0.27, 0.5, 1 - 2**-24]), SamplingConfig())
+    uniforms = jnp.array([0, 0.1, 0.26, 0.27, 0.5, 1 - 2**-24])[:, None].repeat(2, 1)
+    tokens, logprobs = sample(logits, uniforms, SamplingConfig())
     np.testing.assert_array_equal(tokens, [1, 1, 1, 3, 3, 3])  # P(1) = 1 / (1 + e) = 0.2689
     np.testing.assert_allclose(logprobs, np.log(softmax([0, 1]))[[0, 0, 0, 1, 1, 1]], rtol=1e-5)
