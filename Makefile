@@ -33,3 +33,4 @@ lint: .venv/.dev
 bench: install
 	$(BIN)/python experiments/benchmarks/step.py --algorithm ppo --work S
 	$(BIN)/python experiments/benchmarks/step.py --algorithm grpo --work S
+	$(BIN)/python experiments/benchmarks/tail.py
