@@ -174,7 +174,7 @@ def test_logits_equal_transformers_token_by_token_through_the_cache(reference: R
     @jax.jit
     def step(params: Any, caches: Any, token: jax.Array, position: jax.Array, t: jax.Array) -> Any:
         blocks = [block_params(params, layer) for layer in range(model.config.num_layers)]
-        return decode_step(model, params, blocks, first, caches, token, position, t)
+        return decode_step(model, params, blocks, first, caches, token, position, t, jnp.arange(8)[None] <= t)
 
     caches = empty_caches(model.config, rows=4, length=8)
     for t in range(7):
