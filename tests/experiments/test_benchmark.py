@@ -94,13 +94,13 @@ def test_the_works_are_those_of_the_other_systems():
 
 
 def test_the_tail_is_that_of_the_stop_token_and_slots_draw_the_same_lengths(capsys):
-    command = ["--prompts", "2", "--mean", "8", "--cap", "48", "--slots", "4", "--rounds", "1", "--json"]
+    command = ["--prompts", "2", "--mean", "8", "--cap", "32", "--slots", "4", "--rounds", "1", "--json"]
     assert tail.main(command) == 0
     rows = {row["way"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert list(rows)[:2] == ["all at once", "slots=4"]
     for row in rows.values():
         assert 4 < row["length_mean"] < 16
-        assert 10 < row["length_max"] <= 48
+        assert 10 < row["length_max"] <= 32
     assert rows["slots=4"]["length_mean"] == rows["all at once"]["length_mean"]
 
 
