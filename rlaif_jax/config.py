@@ -241,7 +241,7 @@ class TrainConfig:
     step) when it is set. With `rollout_parts` a step's prompts are rolled out in so many parts, and a feedback source
     that can `prefetch` (a judge behind an API) judges each while the next ones are generated; the answers are the same.
     `decode_slots` answers are decoded at a time on each device, and whenever some have ended the next ones take their
-    places: faster where answers are many and of uneven length, and the same answers. 0 decodes all at once.
+    places: faster where answers are many and of uneven length, and the same answers up to rounding. 0: all at once.
     """
 
     steps: int = 100

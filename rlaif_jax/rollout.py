@@ -1,7 +1,7 @@
 """The engine: prompts in, answers with their log-probabilities out, in one jitted call.
 
 A prompt is prefilled once for its K answers. Decoding runs the blocks unrolled, each with its own cache, in one of two
-ways that give the same answers:
+ways that give the same answers up to rounding:
 
 - all at once (`slots=0`): queries of the K answers meet one copy of their prompt's keys and values, each answer keeps a
   cache for its own T tokens only, and the loop stops when every answer has;
@@ -142,7 +142,8 @@ def generate(
 
     `key` is the same for the whole batch: every answer derives its own from it, the prompt's uid and the answer index.
     A row stops with `eos_id` (None: never) or at sampling.max_new_tokens; columns after the stop hold `pad_id`.
-    `slots` answers are decoded at a time on each device, 0 or more than it has: all. It changes no answer.
+    `slots` answers are decoded at a time on each device, 0 or more than it has: all. It
+    changes no answer but where a matrix product of another shape rounds a draw to the other side of a bound.
     """
 
     def on_device(replicated: tuple[Params, jax.Array], prompts: Prompts) -> Rollout:
