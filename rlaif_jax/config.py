@@ -56,6 +56,8 @@ class DecoderConfig:
     """Shape of a causal decoder: GPT-2, Llama, Qwen2 and Qwen3 differ only in these flags.
 
     `mlp="swiglu"` has a gate matrix; `mlp="gelu"` is GPT-2's two-layer perceptron with the tanh approximation.
+    `attention` names who computes it over whole sequences (`models/attention.py`); "auto" is the backend's fused kernel
+    where there is one for this shape.
     """
 
     vocab_size: int
@@ -79,6 +81,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
     def __post_init__(self) -> None:
         check_choices(self, "DecoderConfig")
@@ -163,6 +166,11 @@ class PPOConfig:
       gradient of k2), never both.
     behaviour: whose log-probs the ratio is measured against: `recompute` scores the answers once more with the
       trainer's forward pass, `sampler` takes what the sampler reported; the gap between the two is logged always.
+      With `recompute` a token counts by its importance weight min(trainer's / sampler's probability, `importance_cap`),
+      which is 1 up to rounding where both compute alike; with `sampler` the ratio itself corrects.
+    packed_rows: 0 computes the sequences of a minibatch side by side, padded to one length. Else every device packs its
+      answers into rows of prompt_length + max_new_tokens - 1 columns and adds up the gradient over so many rows at a
+      time: the same gradient with less work where lengths are uneven, and in the memory of so many rows.
     missing_eos: what an answer cut by the length limit gets: its `score`, its score minus `missing_eos_value`
       (`penalty`), or the constant `missing_eos_value` instead of its score (`constant`).
     A cut answer is treated like a finished one in its last value: no bootstrap (V = 0 after the last token).
@@ -184,6 +192,8 @@ class PPOConfig:
     kl_target: float | None = None
     kl_horizon: float = 10_000.0
     behaviour: Literal["recompute", "sampler"] = "recompute"
+    importance_cap: float = 2.0
+    packed_rows: int = 0
     missing_eos: Literal["score", "penalty", "constant"] = "score"
     missing_eos_value: float = 1.0
     policy_optimizer: OptimizerConfig = OptimizerConfig()
@@ -203,6 +213,8 @@ class PPOConfig:
         for field in ("kl_target", "kl_horizon"):
             value = getattr(self, field)
             require(value is None or value > 0, f"ppo.{field} must be > 0, not {value}")
+        require(self.importance_cap >= 1, f"ppo.importance_cap must be >= 1, not {self.importance_cap}")
+        require(self.packed_rows >= 0, f"ppo.packed_rows must be >= 0 (0: not packed), not {self.packed_rows}")
         require(self.clip_range > 0, f"ppo.clip_range must be > 0, not {self.clip_range}")
         require(self.kl_coef >= 0, f"ppo.kl_coef must be >= 0, not {self.kl_coef}")
 

@@ -67,10 +67,24 @@ def global_rows(batch: Any, rows: jax.Array, axis_name: str | None) -> Any:
         share = rows.shape[0] // jax.lax.axis_size(axis_name)
         rows = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis_name) * share, share)
         return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True)[rows], batch)
-    taken = jax.tree.map(lambda x: x[rows], batch)
-    if AXIS in jax.sharding.get_abstract_mesh().axis_names:
-        return jax.lax.with_sharding_constraint(taken, BATCH)
-    return taken
+    return over_mesh(jax.tree.map(lambda x: x[rows], batch))
+
+
+def over_mesh(batch: Any) -> Any:
+    """`batch` marked as split over the mesh's batch axes, where there is a mesh."""
+    return jax.lax.with_sharding_constraint(batch, BATCH) if mesh_shares() > 1 else batch
+
+
+def mesh_shares() -> int:
+    """Into how many shares a batch is split within this very program: under `jax.jit` over a mesh data x fsdp, else 1
+    (pmap runs a program for each device's own share)."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return shape["data"] * shape["fsdp"] if "fsdp" in shape else 1
+
+
+def pmax(x: Any, axis_name: str | None) -> Any:
+    """Maximum over the devices of `axis_name`; the value itself without one."""
+    return x if axis_name is None else jax.lax.pmax(x, axis_name)
 
 
 def on_own_rows(fn: Callable[[Any, Any], Any], replicated: Any, batch: Any) -> Any:
@@ -80,7 +94,7 @@ def on_own_rows(fn: Callable[[Any, Any], Any], replicated: Any, batch: Any) -> A
     once, before; loops in `fn` end when this group's rows are done, and no row is sent anywhere. Elsewhere (one device,
     pmap) it is `fn`. Matrices stay split over "tensor".
     """
-    if "fsdp" not in jax.sharding.get_abstract_mesh().axis_names:  # pmap's own mesh has a data axis only
+    if "fsdp" not in jax.sharding.get_abstract_mesh().axis_names:
         return fn(replicated, batch)
     split = jax.shard_map(
         fn, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH, axis_names={"data", "fsdp"}, check_vma=False

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from rlaif_jax.config import DecoderConfig, SamplingConfig
 from rlaif_jax.data.prompts import PromptBatch
 from rlaif_jax.data.tokenizers import Tokenizer
-from rlaif_jax.models.decoder import MASKED, Block, KeyValue, Trunk, apply, block_params, rope_table
+from rlaif_jax.models.attention import MASKED
+from rlaif_jax.models.decoder import Block, KeyValue, Trunk, apply, block_params, rope_table
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import sample
 from rlaif_jax.parallel import Runner, on_own_rows

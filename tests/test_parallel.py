@@ -64,9 +64,17 @@ def relative(a, b) -> float:
     return float(jnp.linalg.norm(flat[0] - flat[1]) / jnp.linalg.norm(flat[1]))
 
 
-@pytest.fixture(scope="module", params=["gae", "group"])
+KINDS = {
+    "gae": {},
+    "group": {"advantage": "group", "kl_in": "loss"},
+    # a device has rows of its own to pack, in turns of one
+    "packed": {"advantage": "group", "kl_in": "loss", "packed_rows": 1},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def single(request):
-    agent, state, experience = setup(request.param, kl_in="loss" if request.param == "group" else "reward")
+    agent, state, experience = setup(**KINDS[request.param])
     new_state, metrics = jax.jit(functools.partial(ppo_step, agent))(state, experience)
     return agent, state, experience, jax.device_get(new_state), jax.device_get(metrics)
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from rlaif_jax import rollout as engine
-from rlaif_jax.algorithms.ppo import Agent, reference_logprobs
+from rlaif_jax.algorithms.ppo import Agent, reference_logprobs, side_by_side
 from rlaif_jax.config import PPOConfig, SamplingConfig, small_decoder
 from rlaif_jax.data.prompts import FileRecords, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
@@ -150,7 +150,7 @@ def test_pad_that_is_the_stop_token(params, rolled):
 def scored():
     """Log-probs of a rollout's answers by the trainer's forward pass."""
     agent = Agent(MODEL, None, PPOConfig(advantage="group", kl_in="loss"), temperature=0.8)
-    forward = jax.jit(lambda params, r: agent.forward({"policy": params}, r.tokens, r.prompt_mask, r.response_mask)[0])
+    forward = jax.jit(lambda params, r: agent.forward({"policy": params}, *side_by_side(r))[0])
     return lambda params, rollout: np.where(rollout.response_mask, forward(params, rollout), 0)
 
 

@@ -7,6 +7,8 @@ comments are the points of Huang 2024, "The N+ implementation details of RLHF wi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -15,11 +17,16 @@ import jax.numpy as jnp
 import optax
 
 from rlaif_jax.algorithms.advantages import gae, group_normalised, token_rewards
+from rlaif_jax.algorithms.packing import Packed, pack
 from rlaif_jax.algorithms.supervised import make_optimizer
-from rlaif_jax.config import PPOConfig, require
+from rlaif_jax.config import DecoderConfig, PPOConfig, require
+from rlaif_jax.models.decoder import packed_hidden, response_hidden
 from rlaif_jax.models.heads import LanguageModel, ScalarModel, ValueHead
-from rlaif_jax.parallel import global_rows, masked_mean, masked_whiten, psum
+from rlaif_jax.parallel import global_rows, masked_mean, masked_whiten, mesh_shares, over_mesh, pmax, psum
 from rlaif_jax.types import PERMUTATION, Experience, Metrics, Params, RewardBatch, Rollout, TrainState, step_key
+
+# How the hidden states that predict the response tokens are read off a trunk, given its shape and parameters.
+Read = Callable[[DecoderConfig, Params], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +66,10 @@ class Agent:
             seed=jnp.uint32(seed),
         )
 
-    def forward(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        prompt_mask: jax.Array,
-        response_mask: jax.Array,
-        answers: int = 1,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(logprobs, entropies, values), each [B, T] float32: entry t is of response token t, read where it is
-        predicted, at columns P-1 .. S-2. Groups of `answers` rows share their prompt, which is then fed once."""
-        rows = (tokens, prompt_mask, response_mask, answers)
-        hidden = self.policy.response_hidden(params["policy"], *rows)
-        targets = jnp.where(response_mask, tokens[:, prompt_mask.shape[1] :], 0)
+    def forward(self, params: Params, read: Read, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(logprobs, entropies, values) of response tokens `targets`, of its shape, float32: each read where the token is
+        predicted."""
+        hidden = read(self.policy.config, params["policy"]["trunk"])
         logprobs, entropies = self.policy.token_logprobs(
             params["policy"], hidden, targets, self.temperature, entropy=self.config.entropy_coef != 0
         )
@@ -80,19 +78,96 @@ class Agent:
         elif isinstance(self.critic, ValueHead):
             values = self.critic(params["value"], hidden)
         else:
-            values = self.critic.responses(params["value"], *rows)
+            values = self.critic.head(params["value"], read(self.critic.config, params["value"]["trunk"]))
         return logprobs, entropies, values
+
+
+def side_by_side(batch: Rollout | Experience, answers: int = 1) -> tuple[Read, jax.Array]:
+    """Padded sequences as they are: how to read them, and their targets [B, T]. Groups of `answers` rows share their prompt,
+    which is then fed once."""
+    targets = jnp.where(batch.response_mask, batch.tokens[:, batch.prompt_mask.shape[1] :], 0)
+    read = partial(
+        response_hidden,
+        tokens=batch.tokens,
+        prompt_mask=batch.prompt_mask,
+        response_mask=batch.response_mask,
+        answers=answers,
+    )
+    return read, targets
+
+
+def in_rows(batch: Rollout | Experience, rows: Packed, answers: int) -> tuple[Read, jax.Array]:
+    """Packed rows [R, C] of the sequences of `batch`, up to `answers` to a prompt: how to read them, and their targets
+    [R, C]."""
+    responses = batch.tokens[:, batch.prompt_mask.shape[1] :]
+    read = partial(
+        packed_hidden,
+        tokens=batch.tokens.reshape(-1)[rows.tokens],
+        positions=rows.positions,
+        segments=rows.segments,
+        answers=rows.answers if answers > 1 else None,
+    )
+    return read, taken(responses, rows)
+
+
+def taken(x: jax.Array, rows: Packed) -> jax.Array:
+    """What x [M, T] says of the token that each column of the packed rows [R, C] predicts; 0 or False where none."""
+    return x.reshape(-1).at[rows.targets].get(mode="fill", fill_value=0)
+
+
+def fold_rows(config: PPOConfig, packed: Packed, used: jax.Array, fn: Callable[[Any, Packed], Any], carry: Any) -> Any:
+    """`carry` after `fn(carry, rows)` for the rows in use, `config.packed_rows` a device at a time.
+
+    The number of turns is that of this step's tokens, the program the same for all."""
+    size = config.packed_rows * mesh_shares()
+    nothing = Packed(tokens=0, targets=jnp.iinfo(jnp.int32).max, positions=0, segments=0, answers=0)  # type: ignore[arg-type]
+
+    def turn(i: jax.Array, carry: Any) -> Any:
+        rows = i * size + jnp.arange(size)
+        part = jax.tree.map(lambda x, fill: x.at[rows].get(mode="fill", fill_value=fill), packed, nothing)
+        return fn(carry, over_mesh(part))
+
+    return jax.lax.fori_loop(0, (used + size - 1) // size, turn, carry)
 
 
 def reference_logprobs(
     policy: LanguageModel, params: Params, rollout: Rollout, temperature: float, answers: int = 1
 ) -> jax.Array:
     """Log-probs [B, T] of the rollout's responses under a frozen policy, at the sampling temperature."""
-    hidden = policy.response_hidden(params, rollout.tokens, rollout.prompt_mask, rollout.response_mask, answers)
-    logprobs, _ = policy.token_logprobs(
-        params, hidden, jnp.where(rollout.response_mask, rollout.responses, 0), temperature
-    )
+    read, targets = side_by_side(rollout, answers)
+    logprobs, _ = policy.token_logprobs(params, read(policy.config, params["trunk"]), targets, temperature)
     return jnp.where(rollout.response_mask, logprobs, 0.0)
+
+
+def scored(agent: Agent, state: TrainState, ref_params: Params, rollout: Rollout) -> dict[str, jax.Array]:
+    """What an update needs of the models, each [B, T] float32 and 0 where masked: `ref_logprobs`; `logprobs` of the policy
+    unless the sampler's are taken; `values` where there is a critic."""
+    config = agent.config
+
+    def score(read: Read, targets: jax.Array) -> dict[str, jax.Array]:
+        frozen = read(agent.policy.config, ref_params["trunk"])
+        out = {"ref_logprobs": agent.policy.token_logprobs(ref_params, frozen, targets, agent.temperature)[0]}
+        logprobs, _, values = agent.forward(state.params, read, targets)
+        if config.behaviour == "recompute":
+            out["logprobs"] = logprobs
+        if agent.critic is not None:
+            out["values"] = values
+        return out
+
+    shape = rollout.logprobs.shape
+    if not config.packed_rows:
+        out = score(*side_by_side(rollout, agent.answers))
+        return {name: jnp.where(rollout.response_mask, x, 0.0) for name, x in out.items()}
+    group = jnp.arange(shape[0]) // agent.answers
+    packed, used = pack(rollout.prompt_mask, rollout.response_mask, group)
+
+    def one(carry: dict[str, jax.Array], rows: Packed) -> dict[str, jax.Array]:
+        out = score(*in_rows(rollout, rows, agent.answers))
+        return {name: x.at[rows.targets].set(out[name], mode="drop") for name, x in carry.items()}
+
+    names = jax.eval_shape(lambda: score(*in_rows(rollout, packed, agent.answers)))
+    flat = fold_rows(config, packed, used, one, {name: jnp.zeros(rollout.logprobs.size) for name in names})
+    return {name: x.reshape(shape) for name, x in flat.items()}
 
 
 def final_score(config: PPOConfig, score: jax.Array, finished: jax.Array) -> jax.Array:
@@ -109,23 +184,17 @@ def prepare(agent: Agent, state: TrainState, ref_params: Params, rollout: Rollou
 
     Whitening of the advantages is left to `ppo_step`, which sees the global batch.
     """
-    config, answers = agent.config, agent.answers
+    config = agent.config
     mask = rollout.response_mask & rewards.valid.astype(bool)[:, None]
     chex.assert_equal_shape([mask, rollout.logprobs, rewards.token_rewards])
-    ref_logprobs = reference_logprobs(agent.policy, ref_params, rollout, agent.temperature, answers)
-    if config.behaviour == "recompute" or agent.critic is not None:
-        logprobs, _, values = agent.forward(
-            state.params, rollout.tokens, rollout.prompt_mask, rollout.response_mask, answers
-        )
-        values = jnp.where(mask, values, 0.0)
-    else:
-        values = jnp.zeros_like(rollout.logprobs)
-    behaviour = jnp.where(rollout.response_mask, logprobs, 0.0) if config.behaviour == "recompute" else rollout.logprobs
+    told = scored(agent, state, ref_params, rollout)
+    ref_logprobs, behaviour = told["ref_logprobs"], told.get("logprobs", rollout.logprobs)
+    values = jnp.where(mask, told["values"], 0.0) if agent.critic is not None else jnp.zeros_like(behaviour)
     score = final_score(config, rewards.score.astype(jnp.float32), rollout.finished)
     if config.advantage == "group":
         # A group compares whole answers: dense rewards count by their sum.
         total = score + jnp.where(mask, rewards.token_rewards, 0.0).sum(-1)
-        advantages = jnp.where(mask, group_normalised(total, rewards.valid, answers)[:, None], 0.0)
+        advantages = jnp.where(mask, group_normalised(total, rewards.valid, agent.answers)[:, None], 0.0)
         returns = jnp.zeros_like(advantages)
     else:
         kl_coef = state.kl_coef if config.kl_in == "reward" else 0.0
@@ -166,45 +235,50 @@ def kl_estimates(log_ratio: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
 
 
 def minibatch_loss(
-    agent: Agent,
-    params: Params,
-    batch: Experience,
-    kl_coef: jax.Array,
-    axis_name: str | None,
-    answers: int = 1,
+    agent: Agent, params: Params, read: Read, targets: jax.Array, told: Experience, kl_coef: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """This device's share of the loss, and metrics of the whole minibatch.
+    """The share of some tokens of a minibatch in its loss and in its metrics.
 
-    The share is the local sum over the *global* count, so that the sum of the devices' gradients is the gradient of
-    the masked mean over all tokens of the minibatch, whatever the lengths.
+    `told` says of every target what the batch knows of it. The share is a sum over `count`, the number of tokens of the whole
+    minibatch, so that the gradients of all shares, on whatever device and in whatever order, add up to that of the
+    masked mean. Metrics add up too, but those named `*_max`, of which the greatest is the minibatch's.
     """
     config = agent.config
-    logprobs, entropies, values = agent.forward(params, batch.tokens, batch.prompt_mask, batch.response_mask, answers)
-    mask = batch.mask
-    count = jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
+    logprobs, entropies, values = agent.forward(params, read, targets)
+    mask = told.mask
 
     def share(x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(mask, x, 0.0)) / count
 
     # `where` comes before `exp`: a masked slot may hold anything, and NaN x 0 is NaN.
-    log_ratio = jnp.where(mask, logprobs - batch.logprobs, 0.0)
-    advantages = jnp.where(mask, batch.advantages, 0.0)
-    pg = share(policy_loss(log_ratio, advantages, config.clip_range))
+    log_ratio = jnp.where(mask, logprobs - told.logprobs, 0.0)
+    advantages = jnp.where(mask, told.advantages, 0.0)
+    objective = policy_loss(log_ratio, advantages, config.clip_range)
+    if config.behaviour == "recompute":
+        objective = objective * importance_weights(
+            jnp.where(mask, told.logprobs - told.sampler_logprobs, 0.0), config.importance_cap
+        )
+    pg = share(objective)
     loss = pg
+    gap = jnp.where(mask, logprobs - told.sampler_logprobs, 0.0)
+    weight = jnp.exp(jnp.clip(gap, -20.0, 20.0))
     metrics = {
         "policy_loss": pg,
         "approx_kl": share(kl_estimates(-log_ratio)[2]),
         "clip_fraction": share((jnp.abs(jnp.exp(log_ratio) - 1) > config.clip_range).astype(jnp.float32)),
         "ratio_error": share(jnp.abs(jnp.exp(log_ratio) - 1)),
-        "sampler_gap": share(jnp.abs(jnp.where(mask, logprobs - batch.sampler_logprobs, 0.0))),
+        "sampler_gap": share(jnp.abs(gap)),
+        "sampler_gap_max": jnp.max(jnp.abs(gap)),
+        "sampler_weight": share(weight),
+        "sampler_weight_squared": share(weight**2),
     }
     if agent.critic is not None:
-        vf = share(value_loss(jnp.where(mask, values, 0.0), batch.values, batch.returns, config.value_clip_range))
+        vf = share(value_loss(jnp.where(mask, values, 0.0), told.values, told.returns, config.value_clip_range))
         # The critic's own trunk has its own optimiser, on a shared one the coefficient balances the two losses.
         loss = loss + config.value_coef * vf
         metrics["value_loss"] = vf
     if config.kl_in == "loss":
-        _, k2, k3 = kl_estimates(jnp.where(mask, logprobs - batch.ref_logprobs, 0.0))
+        _, k2, k3 = kl_estimates(jnp.where(mask, logprobs - told.ref_logprobs, 0.0))
         # k3's value with k2's gradient: k3 differentiated is not the KL's gradient (Schulman 2020; Tang & Munos 2025).
         kl = share(jax.lax.stop_gradient(k3 - k2) + k2)
         loss = loss + kl_coef * kl
@@ -213,7 +287,17 @@ def minibatch_loss(
         entropy = share(entropies)
         loss = loss - config.entropy_coef * entropy
         metrics["entropy_exact"] = entropy
-    return loss, {k: psum(jax.lax.stop_gradient(v), axis_name) for k, v in metrics.items()}
+    return loss, jax.lax.stop_gradient(metrics)
+
+
+def importance_weights(log_weight: jax.Array, cap: float) -> jax.Array:
+    """min(pi_old / pi_sampler, cap) per token, a constant to the gradient.
+
+    It corrects for tokens that another policy has drawn than the one the ratio is measured against: the same weights in the
+    sampler's own arithmetic (Yao 2025, truncated importance sampling), or older ones (the decoupled objective of
+    Hilton 2022, eq. 5, with pi_old as the proximal policy).
+    """
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(log_weight, -20.0, 20.0)), cap))
 
 
 def gradients(
@@ -223,11 +307,41 @@ def gradients(
     kl_coef: jax.Array,
     axis_name: str | None,
     answers: int = 1,
+    group: jax.Array | None = None,
 ) -> tuple[Params, jax.Array, Metrics]:
-    """(gradient, loss, metrics) of the global minibatch, in which `answers` rows in a row share their prompt."""
-    (loss, metrics), grads = jax.value_and_grad(
-        lambda p: minibatch_loss(agent, p, batch, kl_coef, axis_name, answers), has_aux=True
-    )(params)
+    """(gradient, loss, metrics) of the global minibatch, in which `answers` rows in a row share their prompt.
+
+    With `packed_rows`, rows of the same number in `group` [B] do, and the gradient is summed up over so many rows at a time.
+    """
+    config = agent.config
+    count = jnp.maximum(psum(jnp.sum(batch.mask.astype(jnp.float32)), axis_name), 1.0)
+
+    def shares(read: Read, targets: jax.Array, told: Experience) -> tuple[tuple[jax.Array, Metrics], Params]:
+        return jax.value_and_grad(
+            lambda p: minibatch_loss(agent, p, read, targets, told, kl_coef, count), has_aux=True
+        )(params)
+
+    def added(a: Any, b: Any) -> Any:
+        ((loss, metrics), grads), ((more, others), further) = a, b
+        add = lambda name, x, y: jnp.maximum(x, y) if name.endswith("_max") else x + y
+        together = {name: add(name, x, others[name]) for name, x in metrics.items()}
+        return (loss + more, together), jax.tree.map(jnp.add, grads, further)
+
+    if not config.packed_rows:
+        (loss, metrics), grads = shares(*side_by_side(batch, answers), batch)
+    else:
+        if group is None:
+            group = jnp.arange(batch.mask.shape[0]) // answers
+        packed, used = pack(batch.prompt_mask, batch.mask, group)
+
+        def part(rows: Packed) -> tuple[tuple[jax.Array, Metrics], Params]:
+            fields = ("mask", "logprobs", "sampler_logprobs", "ref_logprobs", "values", "advantages", "returns")
+            told = dataclasses.replace(batch, **{name: taken(getattr(batch, name), rows) for name in fields})
+            return shares(*in_rows(batch, rows, agent.answers), told)
+
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, packed))
+        (loss, metrics), grads = fold_rows(config, packed, used, lambda sums, rows: added(sums, part(rows)), zero)
+    metrics = {name: (pmax if name.endswith("_max") else psum)(x, axis_name) for name, x in metrics.items()}
     return psum(grads, axis_name), psum(loss, axis_name), metrics
 
 
@@ -263,11 +377,13 @@ def ppo_step(
     order = jax.vmap(lambda k: jax.random.permutation(k, rows // group))(jax.random.split(key, config.num_epochs))
     order = order[..., None] * group + jnp.arange(group)
     shared = group if size // devices % group == 0 else 1  # a device may hold a part of a group only
+    above = 0 if axis_name is None else jax.lax.axis_index(axis_name) * mask.shape[0]
+    prompt = (above + jnp.arange(mask.shape[0])) // agent.answers
 
     def update(carry: tuple[Params, Any], chosen: jax.Array) -> tuple[tuple[Params, Any], Metrics]:
         params, opt_state = carry
-        minibatch = global_rows(batch, chosen, axis_name)
-        grads, loss, metrics = gradients(agent, params, minibatch, state.kl_coef, axis_name, shared)
+        minibatch, of_prompt = global_rows((batch, prompt), chosen, axis_name)
+        grads, loss, metrics = gradients(agent, params, minibatch, state.kl_coef, axis_name, shared, of_prompt)
         norms = {f"grad_norm/{part}": optax.tree.norm(grads[part]) for part in grads}
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
         new_params, new_opt = {}, {}
@@ -281,12 +397,14 @@ def ppo_step(
     (params, opt_state), history = jax.lax.scan(
         update, (state.params, state.opt_state), order.reshape(config.num_epochs * config.num_minibatches, size)
     )
-    metrics = {name: x.mean() for name, x in history.items()}
+    # What the sampler said is compared with what the trainer says before it has moved: later it would be no gap.
+    metrics = {name: x.mean() for name, x in history.items() if not name.startswith("sampler_")}
+    first = {name: x[0] for name, x in history.items()}
     metrics |= {
-        f"first/{name}": history[name][0] for name in ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap")
+        f"first/{name}": first[name]
+        for name in ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap", "sampler_gap_max")
     }
-    # Of the later minibatches it would be the policy's own movement, not a gap.
-    del metrics["sampler_gap"]
+    metrics["first/effective_sample_size"] = first["sampler_weight"] ** 2 / first["sampler_weight_squared"]
     metrics["nonfinite"] = history["nonfinite"].sum()
     metrics |= batch_metrics(agent, old, axis_name)
     judged = psum(jnp.sum(mask.any(-1)), axis_name)

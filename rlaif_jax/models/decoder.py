@@ -6,7 +6,7 @@ apart once and runs the blocks unrolled, each with its own key-value cache (`rol
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import DecoderConfig, RopeScaling, require
+from rlaif_jax.models.attention import GroupVisible, Visible, attend, attend_groups, made_visible
 
-MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 KeyValue = tuple[jax.Array, jax.Array]
 
 
@@ -57,50 +57,6 @@ def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
     cos, sin = rope
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-class GroupVisible(NamedTuple):
-    """Which keys a query sees where a row is a prompt followed by its K answers: prompts [G, P, P] (query, key) among
-    the prompt's columns, answers [G, K, T, P + T] from an answer's columns to the prompt's and its own."""
-
-    prompts: jax.Array
-    answers: jax.Array
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """Grouped-query attention over whole sequences.
-
-    q [B, S, heads, h], k and v [B, kv_heads, C, h], visible [B, S, C] bool (query, key) -> [B, S, heads * h].
-    Scores and softmax in float32.
-    """
-    batch, length, heads, h = q.shape
-    groups = k.shape[1]
-    # Keys lie as [B, kv_heads, S, h] in the cache already; queries in the same order make plain matrix products.
-    q = (q * h**-0.5).reshape(batch, length, groups, heads // groups, h).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bgrsh,bgth->bgrst", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-    attended = jnp.einsum("bgrst,bgth->bgrsh", weights, v)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * h)
-
-
-def attend_groups(q: jax.Array, k: jax.Array, v: jax.Array, visible: GroupVisible) -> jax.Array:
-    """`attend` for rows of a prompt and its K answers: q [G, P + K T, heads, h], k and v [G, kv_heads, P + K T, h]
-    -> [G, P + K T, heads * h]. An answer sees its prompt and itself, no other answer."""
-    groups, answers, length, seen = visible.answers.shape
-    prompt = seen - length
-    rows = groups * answers
-
-    def keys(x: jax.Array) -> jax.Array:
-        """[G, kv_heads, P + K T, h] -> [G K, kv_heads, P + T, h]: every answer's own columns behind its prompt's."""
-        heads, h = x.shape[1], x.shape[-1]
-        shared = jnp.broadcast_to(x[:, None, :, :prompt], (groups, answers, heads, prompt, h))
-        own = x[:, :, prompt:].reshape(groups, heads, answers, length, h).swapaxes(1, 2)
-        return jnp.concatenate([shared, own], axis=3).reshape(rows, heads, seen, h)
-
-    first = attend(q[:, :prompt], k[:, :, :prompt], v[:, :, :prompt], visible.prompts)
-    queries = q[:, prompt:].reshape(rows, length, *q.shape[2:])
-    own = attend(queries, keys(k), keys(v), visible.answers.reshape(rows, length, seen))
-    return jnp.concatenate([first, own.reshape(groups, answers * length, -1)], axis=1)
 
 
 def flat_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
@@ -170,17 +126,12 @@ class Block(nn.Module):
             return x + self.down(nn.silu(self.gate(y)) * self.up(y))
         return x + self.down(nn.gelu(self.up(y), approximate=True))
 
-    def __call__(
-        self, x: jax.Array, rope: KeyValue | None, visible: jax.Array | GroupVisible
-    ) -> tuple[jax.Array, KeyValue]:
-        """x [B, S, D] -> (x, (keys, values) [B, kv_heads, S, h])."""
+    def __call__(self, x: jax.Array, rope: KeyValue | None, visible: Any) -> tuple[jax.Array, KeyValue]:
+        """x [B, S, D], visible from `made_visible` -> (x, (keys, values) [B, kv_heads, S, h])."""
         q, k, v = self.qkv(x, rope)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if isinstance(visible, GroupVisible):
-            attended = attend_groups(q, k, v, visible)
-        else:
-            attended = attend(q, k, v, visible)
-        return self.finish(x, attended), (k, v)
+        attention = attend_groups if isinstance(visible, GroupVisible) else attend
+        return self.finish(x, attention(self.config, q, k, v, visible)), (k, v)
 
 
 class Trunk(nn.Module):
@@ -224,10 +175,15 @@ class Trunk(nn.Module):
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
         """tokens, mask [B, S] -> hidden [B, S, D] after the final norm, keys and values [L, B, kv_heads, S, h]."""
-        positions = positions_from_mask(mask)
-        visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask.astype(bool)[:, None, :]
+        real = mask.astype(jnp.int32)
+        return self.columns(tokens, positions_from_mask(mask), Visible(real, real))
+
+    def columns(
+        self, tokens: jax.Array, positions: jax.Array, visible: Visible | GroupVisible
+    ) -> tuple[jax.Array, KeyValue]:
+        """tokens, positions [B, S], in whatever order they stand, with what each may see; returns as `__call__`."""
         x = self.embedded(tokens, positions)
-        x, cache = self.layers(x, rope_table(self.config, positions), visible)
+        x, cache = self.layers(x, rope_table(self.config, positions), made_visible(self.config, visible))
         return self.norm(x), cache
 
     def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:
@@ -240,16 +196,15 @@ class Trunk(nn.Module):
         after = jnp.broadcast_to(start[:, None, None] + jnp.arange(length), answers.shape)
         positions = jnp.concatenate([positions_from_mask(prompt_mask), after.reshape(count, -1)], axis=1)
         tokens = jnp.concatenate([prompts, answers.reshape(count, -1)], axis=1)
-        real = prompt_mask.astype(bool)
-        width = prompts.shape[1]
-        own = jnp.tril(jnp.ones((length, length), bool)) & mask.astype(bool)[:, :, None, :]
-        shared = jnp.broadcast_to(real[:, None, None], (count, each, length, width))
+        real = prompt_mask.astype(jnp.int32)
+        own = mask.astype(jnp.int32).reshape(-1, length)
         visible = GroupVisible(
-            prompts=jnp.tril(jnp.ones((width, width), bool)) & real[:, None, :],
-            answers=jnp.concatenate([shared, own], axis=-1),
+            prompts=Visible(real, real),
+            # The prompt's last token is an answer's first column: real, as all that may be read here.
+            answers=Visible(own, jnp.concatenate([real.repeat(each, axis=0), own], axis=1)),
         )
-        x, _ = self.layers(self.embedded(tokens, positions), rope_table(self.config, positions), visible)
-        return self.norm(x[:, width:]).reshape(*answers.shape, -1)
+        hidden, _ = self.columns(tokens, positions, visible)
+        return hidden[:, prompts.shape[1] :].reshape(*answers.shape, -1)
 
 
 class Decoder(nn.Module):
@@ -304,6 +259,21 @@ def response_hidden(
         method="groups",
     )
     return hidden.reshape(*mask.shape, -1)
+
+
+def packed_hidden(
+    config: DecoderConfig,
+    trunk: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    answers: jax.Array | None,
+) -> jax.Array:
+    """Hidden states [R, C, D] of rows in which prompts and answers stand one behind the other, all arguments [R, C]:
+    segments number a row's prompts (0: nothing), answers the answers to each (0: the prompt itself). None: one answer a
+    prompt, for which the segments say it all."""
+    visible = Visible(segments, segments, answers, answers)
+    return apply(Trunk(config), trunk, tokens, positions, visible, method="columns")[0]
 
 
 def block_params(params: Any, layer: int) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlaif_jax.config import DecoderConfig
-from rlaif_jax.models.decoder import Decoder, Trunk, apply, response_hidden
+from rlaif_jax.models.decoder import Decoder, Trunk, apply
 from rlaif_jax.types import Params
 
 CHUNK_ELEMENTS = 2**26  # logits of more elements than this (256 MiB in float32) are computed chunk by chunk
@@ -34,13 +34,6 @@ class LanguageModel:
     def hidden(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, mask [B, S] -> hidden states [B, S, D]."""
         return apply(Trunk(self.config), params["trunk"], tokens, mask)[0]
-
-    def response_hidden(
-        self, params: Params, tokens: jax.Array, prompt_mask: jax.Array, response_mask: jax.Array, answers: int = 1
-    ) -> jax.Array:
-        """tokens [B, P + T], prompt_mask [B, P], response_mask [B, T] -> hidden [B, T, D] that predict the response
-        tokens; `answers` rows in a row share their prompt."""
-        return response_hidden(self.config, params["trunk"], tokens, prompt_mask, response_mask, answers)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] float32."""
@@ -117,15 +110,10 @@ class ScalarModel:
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, mask [B, S] -> one scalar a token [B, S] float32; entry s has seen tokens 0..s."""
-        hidden = apply(Trunk(self.config), params["trunk"], tokens, mask)[0]
-        return apply(ScalarHead(self.initial), params["head"], hidden)
+        return self.head(params, apply(Trunk(self.config), params["trunk"], tokens, mask)[0])
 
-    def responses(
-        self, params: Params, tokens: jax.Array, prompt_mask: jax.Array, response_mask: jax.Array, answers: int = 1
-    ) -> jax.Array:
-        """tokens [B, P + T], prompt_mask [B, P], response_mask [B, T] -> values [B, T] float32, entry t of the state in
-        which response token t is chosen; `answers` rows in a row share their prompt."""
-        hidden = response_hidden(self.config, params["trunk"], tokens, prompt_mask, response_mask, answers)
+    def head(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] of this model's own trunk -> scalars [...] float32."""
         return apply(ScalarHead(self.initial), params["head"], hidden)
 
 

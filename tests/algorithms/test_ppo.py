@@ -14,11 +14,14 @@ from rlaif_jax.algorithms.ppo import (
     Agent,
     adapt_kl,
     final_score,
+    gradients,
+    importance_weights,
     kl_estimates,
     minibatch_loss,
     policy_loss,
     ppo_step,
     prepare,
+    side_by_side,
     value_loss,
 )
 from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, UserError, small_decoder
@@ -85,6 +88,12 @@ def test_kl_estimates_are_unbiased_as_said():
     assert abs(k2 - exact) > 1e-3
 
 
+def test_importance_weights():
+    weights = importance_weights(jnp.log(jnp.array([0.5, 1.0, 1.9, 8.0])), 2.0)
+    np.testing.assert_allclose(weights, [0.5, 1, 1.9, 2], rtol=1e-6)
+    assert jax.grad(lambda x: importance_weights(x, 2.0))(0.3) == 0
+
+
 def test_adapt_kl():
     config = dataclasses.replace(GAE, kl_target=4.0, kl_horizon=1000.0)
     for kl, factor in ((4.0, 1), (40.0, 1 + 0.2 * 64 / 1000), (0.0, 1 - 0.2 * 64 / 1000), (4.4, 1 + 0.1 * 64 / 1000)):
@@ -109,6 +118,12 @@ def test_an_agent_needs_what_its_advantage_needs():
 # ---- An update, against NumPy in float64
 
 
+def loss_of(agent, params, batch, kl_coef, count=None):
+    """(loss, metrics) of padded sequences as one share."""
+    count = batch.mask.sum(dtype=jnp.float32) if count is None else count
+    return minibatch_loss(agent, params, *side_by_side(batch), batch, kl_coef, count)
+
+
 @dataclasses.dataclass
 class Case:
     """An agent, its state, a reference, a rollout with rewards, and compiled functions of the agent."""
@@ -122,7 +137,7 @@ class Case:
     def __post_init__(self):
         self.prepare = jax.jit(functools.partial(prepare, self.agent))
         self.step = jax.jit(functools.partial(ppo_step, self.agent))
-        self.loss = jax.jit(lambda params, batch, kl: minibatch_loss(self.agent, params, batch, kl, None))
+        self.loss = jax.jit(functools.partial(loss_of, self.agent))
 
     @functools.cached_property
     def experience(self) -> Experience:
@@ -275,6 +290,9 @@ def numpy_loss(e, logprobs, entropies, values, config, rows):
         "clip_fraction": (np.abs(ratio - 1) > 0.2).mean(),
         "ratio_error": np.abs(ratio - 1).mean(),
         "sampler_gap": np.abs(new - e.sampler_logprobs[rows][m]).mean(),
+        "sampler_gap_max": np.abs(new - e.sampler_logprobs[rows][m]).max(),
+        "sampler_weight": np.exp(new - e.sampler_logprobs[rows][m]).mean(),
+        "sampler_weight_squared": np.exp(2 * (new - e.sampler_logprobs[rows][m])).mean(),
         "entropy_exact": entropies[rows][m].mean(),
     }
     loss = out["policy_loss"] - config.entropy_coef * out["entropy_exact"]
@@ -318,17 +336,18 @@ def test_the_loss_is_a_global_sum_over_a_global_count(request, moved, name):
 
 
 def test_the_devices_shares_add_up(gae_case, moved):
-    """Two halves under one axis name, of unequal lengths: the shares' sum is the loss, the metrics are the whole's."""
+    """Two halves of unequal lengths: the shares' sums are the loss and the metrics of the whole."""
     e = gae_case.experience
     whole, metrics = gae_case.loss(moved, e, jnp.float32(0.1))
     halves = jax.tree.map(lambda x: x.reshape(2, B // 2, *x.shape[1:]), e)
     assert len(set(halves.mask.sum((1, 2)))) == 2
     shares, spread = jax.jit(
-        jax.vmap(lambda b: minibatch_loss(gae_case.agent, moved, b, jnp.float32(0.1), "data"), axis_name="data")
+        jax.vmap(lambda b: loss_of(gae_case.agent, moved, b, jnp.float32(0.1), e.mask.sum(dtype=np.float32)))
     )(halves)
     np.testing.assert_allclose(shares.sum(), whole, rtol=1e-5)
     for key, value in metrics.items():
-        np.testing.assert_allclose(spread[key], [value] * 2, rtol=1e-4, atol=1e-6, err_msg=key)
+        together = spread[key].max() if key.endswith("_max") else spread[key].sum()
+        np.testing.assert_allclose(together, value, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 # ---- Gradients
@@ -363,7 +382,7 @@ def test_the_kl_loss_has_the_gradient_of_the_exact_kl():
     weights = jnp.exp(logprobs)  # the expectations are over the fixed sampling distribution
 
     def ours(x):
-        return weights @ jax.vmap(lambda row: minibatch_loss(agent, unravel(x), row, jnp.float32(1.0), None)[0])(rows)
+        return weights @ jax.vmap(lambda row: loss_of(agent, unravel(x), row, jnp.float32(1.0))[0])(rows)
 
     def exact_kl(x):
         new = distribution(unravel(x)["policy"])
@@ -387,7 +406,7 @@ def test_the_entropy_bonus_raises_the_entropy(group_case):
     e = group_case.experience
     silent = jax.tree.map(np.asarray, e).replace(advantages=np.zeros_like(e.advantages))
     entropy = lambda p: float(group_case.loss(p, silent, jnp.float32(0.0))[1]["entropy_exact"])
-    gradient = jax.jit(jax.grad(lambda p: minibatch_loss(group_case.agent, p, silent, jnp.float32(0.0), None)[0]))(
+    gradient = jax.jit(jax.grad(lambda p: loss_of(group_case.agent, p, silent, jnp.float32(0.0))[0]))(
         group_case.state.params
     )
     moved = jax.tree.map(lambda p, g: p - 0.01 * g, group_case.state.params, gradient)
@@ -498,11 +517,12 @@ def minibatches():
     seen = []
 
     def recorded(batch, rows, axis_name):
-        jax.debug.callback(lambda r, a: seen.append((np.array(r), np.array(a))), rows, batch.advantages, ordered=True)
+        advantages = batch[0].advantages
+        jax.debug.callback(lambda r, a: seen.append((np.array(r), np.array(a))), rows, advantages, ordered=True)
         return batch
 
-    def still(agent, params, batch, kl_coef, axis_name, answers):
-        names = ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap")
+    def still(agent, params, batch, kl_coef, axis_name, answers, group):
+        names = jax.eval_shape(lambda: gradients(agent, params, batch, kl_coef, axis_name))[2]
         return jax.tree.map(jnp.zeros_like, params), jnp.float32(0), {name: jnp.float32(0) for name in names}
 
     @functools.cache
@@ -591,6 +611,36 @@ def test_no_logits_of_a_whole_batch_are_held_at_a_large_vocabulary():
     for program in (score.lower(state, policy, rollout, rewards), update.lower(state, experience)):
         held = program.compile().memory_analysis().temp_size_in_bytes
         assert held < rows * 64 * vocab * 4 / 2, f"{held / 1e9:.2f} GB"
+
+
+# ---- Packed rows
+
+
+@pytest.mark.parametrize("name", ["gae", "group"])
+def test_packed_rows_give_the_same_numbers(request, moved, name):
+    """Scores, gradient, loss and metrics with two rows at a time, on prompts that are shared, padded and left alone."""
+    case = request.getfixturevalue(f"{name}_case")
+    shared = 1 if name == "gae" else 2  # answers that stand with their prompt
+    config = dataclasses.replace(case.agent.config, packed_rows=2)
+    packed = dataclasses.replace(case.agent, config=config, answers=shared)
+    args = (case.state, case.reference, case.rollout, case.rewards)
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(jax.jit(functools.partial(prepare, packed))(*args)),
+        jax.tree.leaves(case.experience),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    params = {part: moved[part] for part in case.state.params}
+    compute = lambda agent: jax.jit(lambda p, e: gradients(agent, p, e, jnp.float32(0.1), None, agent.answers))
+    (grads, loss, metrics), (want, whole, parts) = (
+        compute(agent)(params, case.experience) for agent in (packed, case.agent)
+    )
+    got, want = ravel_pytree(grads)[0], ravel_pytree(want)[0]
+    assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
+    np.testing.assert_allclose(loss, whole, rtol=1e-5)
+    assert set(metrics) == set(parts)
+    for key, value in parts.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 # ---- It learns

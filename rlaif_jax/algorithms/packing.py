@@ -1,0 +1,92 @@
+"""Answers of uneven length side by side in rows of one length, so that an update computes the tokens there are.
+
+A row holds, one behind the other, prompts and answers to them; attention goes by segment and answer
+(`models.attention.Visible`). Which answer stands where is found on the device by first-fit-decreasing (Johnson 1973; for
+language models Krell 2021), prompt by prompt: answers to a prompt that come to stand in the same row share its columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Packed(NamedTuple):
+    """Where the columns of M sequences [M, P + T] stand in M rows of C = P - 1 + T columns, all [M, C] int32.
+
+    tokens: index into the flat [M * (P + T)] tokens; targets: index into the flat [M * T] response tokens of the one that
+    is predicted here, M * T where none is; positions; segments: 0 where nothing stands, else the number of a prompt within
+    its row; answers: 0 for the prompt's columns, else the number of the answer. An answer's columns are the last token of
+    its prompt and all its own but the last.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    answers: jax.Array
+
+
+def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array) -> tuple[Packed, jax.Array]:
+    """(where everything stands, [] int32 how many rows are in use, which are the first).
+
+    prompt_mask [M, P] left padded, mask [M, T] right padded, group [M] int32: equal numbers have the same prompt. A row of
+    `mask` without a true entry is left out.
+    """
+    count, width = prompt_mask.shape
+    length = mask.shape[1]
+    columns = width - 1 + length
+    prompts = prompt_mask[:, :-1].astype(jnp.int32).sum(-1)  # without the last token, which each answer feeds itself
+    lengths = mask.astype(jnp.int32).sum(-1)
+    same = group[:, None] == group[None, :]
+    leader = jnp.argmax(same, axis=1)
+    total = jnp.where(same, lengths[None, :], 0).sum(-1)
+    # The groups with most to place first, within a group the longest answers.
+    order = jnp.lexsort((-lengths, leader, -total))
+
+    def place(carry: Any, item: jax.Array) -> Any:
+        fill, row, segment, before = carry
+        prompt, answer = prompts[item], lengths[item]
+        shared = (leader[item] == before) & (fill[row] + answer <= columns)
+        row = jnp.where(shared, row, jnp.argmax(fill + prompt + answer <= columns))
+        segment = jnp.where(shared, segment, item + 1)
+        start = fill[row] + jnp.where(shared, 0, prompt)
+        # An answer without tokens takes no place, and nobody shares what it did not bring.
+        fill = jnp.where(answer > 0, fill.at[row].set(start + answer), fill)
+        before = jnp.where(answer > 0, leader[item], -1)
+        return (fill, row, segment, before), (row, start, segment, shared)
+
+    empty = (jnp.zeros(count, jnp.int32), jnp.int32(0), jnp.int32(0), jnp.int32(-1))
+    (fill, *_), placed = jax.lax.scan(place, empty, order)
+    row, start, segment, shared = (x[jnp.argsort(order)] for x in placed)
+
+    item = jnp.arange(count)[:, None]
+    of_answer, of_prompt = jnp.arange(length)[None], jnp.arange(width - 1)[None]
+    there = of_answer < lengths[:, None]
+    brought = (of_prompt < prompts[:, None]) & ~shared[:, None] & (lengths > 0)[:, None]
+    places = jnp.concatenate(
+        [
+            jnp.where(there, row[:, None] * columns + start[:, None] + of_answer, count * columns),
+            jnp.where(brought, row[:, None] * columns + (start - prompts)[:, None] + of_prompt, count * columns),
+        ],
+        axis=1,
+    )
+
+    def put(answer: jax.Array, prompt: jax.Array, nothing: int) -> jax.Array:
+        """[M, C] of what [M, T] and [M, P - 1] say of each column of the answers and of the prompts."""
+        values = jnp.concatenate(
+            [jnp.broadcast_to(answer, (count, length)), jnp.broadcast_to(prompt, (count, width - 1))], axis=1
+        )
+        flat = jnp.full(count * columns, nothing, jnp.int32).at[places].set(values, mode="drop")
+        return flat.reshape(count, columns)
+
+    whole = item * (width + length)
+    return Packed(
+        tokens=put(whole + width - 1 + of_answer, whole + width - 1 - prompts[:, None] + of_prompt, 0),
+        targets=put(item * length + of_answer, jnp.int32(count * length), count * length),
+        positions=put(prompts[:, None] + of_answer, of_prompt, 0),
+        segments=put(segment[:, None], segment[:, None], 0),
+        answers=put(item + 1, jnp.int32(0), 0),
+    ), jnp.sum(fill > 0)

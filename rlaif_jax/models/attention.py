@@ -1,0 +1,183 @@
+"""Attention over whole sequences: one meaning (`Visible`), three ways to compute it.
+
+`xla` is plain `jnp` and runs anywhere; `cudnn` is cuDNN's fused kernel on NVIDIA GPUs; `splash` the Pallas kernel of TPUs,
+which skips the blocks that nobody sees. `auto` takes the fused kernel of the backend where it fits the shape.
+Decoding has its own attention, over caches (`rollout.py`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rlaif_jax.config import DecoderConfig, require
+
+MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
+LANES = 128  # the splash kernel's blocks are multiples of this
+
+
+class Visible(NamedTuple):
+    """Which keys a query sees: those of its own segment, up to its own column.
+
+    queries [B, S], keys [B, C] int32 segments, pads one of their own; the queries are the last S of the C columns.
+    Where answers share their prompt within a segment, query_answers [B, S] and key_answers [B, C] number them from 1, with
+    0 for the prompt: an answer sees the prompt and itself.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    query_answers: jax.Array | None = None
+    key_answers: jax.Array | None = None
+
+    def dense(self) -> jax.Array:
+        """The same as [B, S, C] bool (query, key)."""
+        length, columns = self.queries.shape[1], self.keys.shape[1]
+        seen = jnp.tril(jnp.ones((length, columns), bool), columns - length)
+        seen = seen & (self.queries[:, :, None] == self.keys[:, None, :])
+        if self.query_answers is None or self.key_answers is None:
+            return seen
+        mine = self.query_answers[:, :, None] == self.key_answers[:, None, :]
+        return seen & (mine | (self.key_answers == 0)[:, None, :])
+
+
+class GroupVisible(NamedTuple):
+    """Where a row is a prompt of P columns followed by its K answers of T: among the prompt's columns [G, P, P], and from
+    each answer's columns to the prompt's and its own [G K, T, P + T]."""
+
+    prompts: Visible | jax.Array
+    answers: Visible | jax.Array
+
+
+def implementation(config: DecoderConfig) -> str:
+    """xla, cudnn or splash: what `config.attention` means on this backend."""
+    if config.attention != "auto":
+        return config.attention
+    if jax.default_backend() == "gpu":
+        fits = config.compute_dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
+        return "cudnn" if fits else "xla"
+    return "splash" if jax.default_backend() == "tpu" and config.head_dim % LANES == 0 else "xla"
+
+
+def made_visible(config: DecoderConfig, visible: Visible | GroupVisible) -> Visible | GroupVisible | jax.Array:
+    """`visible` as the implementation reads it, made once for all layers: splash goes by segments, the others by a mask."""
+
+    def one(part: Visible) -> Visible | jax.Array:
+        splash = implementation(config) == "splash" and part.query_answers is None
+        return part if splash else part.dense()
+
+    if isinstance(visible, GroupVisible):
+        return GroupVisible(one(visible.prompts), one(visible.answers))  # type: ignore[arg-type]
+    return one(visible)
+
+
+def attend(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible | jax.Array) -> jax.Array:
+    """Grouped-query attention.
+
+    q [B, S, heads, h], k and v [B, kv_heads, C, h], visible as `made_visible` gave it -> [B, S, heads * h]. Scores and
+    softmax in float32.
+    """
+    if isinstance(visible, Visible):
+        return attend_splash(q, k, v, visible)
+    if implementation(config) == "cudnn":
+        return attend_library(q, k, v, visible, "cudnn")
+    batch, length, heads, h = q.shape
+    groups = k.shape[1]
+    # Keys lie as [B, kv_heads, S, h] in the cache already; queries in the same order make plain matrix products.
+    q = (q * h**-0.5).reshape(batch, length, groups, heads // groups, h).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("bgrsh,bgth->bgrst", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+    attended = jnp.einsum("bgrst,bgth->bgrsh", weights, v)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * h)
+
+
+def attend_groups(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: GroupVisible) -> jax.Array:
+    """`attend` for rows of a prompt and its K answers: q [G, P + K T, heads, h], k and v
+    [G, kv_heads, P + K T, h] -> [G, P + K T, heads * h]. An answer sees its prompt and itself, no other answer."""
+    groups = q.shape[0]
+    prompt = jax.tree.leaves(visible.prompts)[0].shape[1]
+    rows, length = jax.tree.leaves(visible.answers)[0].shape[:2]
+    answers = rows // groups
+
+    def keys(x: jax.Array) -> jax.Array:
+        """[G, kv_heads, P + K T, h] -> [G K, kv_heads, P + T, h]: every answer's own columns behind its prompt's."""
+        heads, h = x.shape[1], x.shape[-1]
+        shared = jnp.broadcast_to(x[:, None, :, :prompt], (groups, answers, heads, prompt, h))
+        own = x[:, :, prompt:].reshape(groups, heads, answers, length, h).swapaxes(1, 2)
+        return jnp.concatenate([shared, own], axis=3).reshape(rows, heads, prompt + length, h)
+
+    of_prompts = attend(config, q[:, :prompt], k[:, :, :prompt], v[:, :, :prompt], visible.prompts)
+    queries = q[:, prompt:].reshape(rows, length, *q.shape[2:])
+    own = attend(config, queries, keys(k), keys(v), visible.answers)
+    return jnp.concatenate([of_prompts, own.reshape(groups, answers * length, -1)], axis=1)
+
+
+def attend_library(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, kernel: Literal["xla", "cudnn"]
+) -> jax.Array:
+    """`attend` by `jax.nn.dot_product_attention`, whose cuDNN kernel takes even lengths only."""
+    length, columns = visible.shape[1:]
+    queries, keys = (length % 2, columns % 2)
+    require(
+        kernel != "cudnn" or jax.default_backend() == "gpu",
+        "attention='cudnn' needs an NVIDIA GPU; 'auto' takes what the machine has",
+    )
+    padded = lambda x, n: jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
+    out = jax.nn.dot_product_attention(
+        padded(q, queries),
+        padded(k.swapaxes(1, 2), keys),
+        padded(v.swapaxes(1, 2), keys),
+        mask=jnp.pad(visible, ((0, 0), (0, queries), (0, keys)))[:, None],
+        implementation=kernel,
+    )
+    return out[:, :length].reshape(*q.shape[:2], -1)
+
+
+def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
+    """`attend` by the TPU's splash kernel (interpreted elsewhere, for tests), in columns padded to multiples of 128."""
+    # Pallas takes a second to import, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import CausalMask, MultiHeadMask
+
+    length, columns = visible.queries.shape[1], visible.keys.shape[1]
+    after, behind = -length % LANES, -columns % LANES
+    causal = CausalMask((length + after, columns + behind), offset=columns - length)
+    block = lambda n: next(size for size in (512, 384, 256, 128) if n % size == 0)
+    rows, seen = block(length + after), block(columns + behind)
+    sizes = splash.BlockSizes(
+        block_q=rows, block_kv=seen, block_q_dkv=rows, block_kv_dkv=seen, block_q_dq=rows, block_kv_dq=seen
+    )
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        kernel = splash.make_splash_mha(
+            MultiHeadMask([causal] * q.shape[1]),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=jax.default_backend() != "tpu",
+        )
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(queries, keys))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    if "tensor" in free:
+        # The compiler cannot split a kernel of its own accord: rows go over data and fsdp, heads over tensor.
+        over = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
+        heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
+        arrays, ids = PartitionSpec(over, heads), PartitionSpec(over)
+        run = jax.shard_map(
+            run, in_specs=(arrays, arrays, arrays, ids, ids), out_specs=arrays, axis_names=free, check_vma=False
+        )
+    put_behind = lambda x, n: jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0)))
+    pads = partial(jnp.pad, constant_values=-1)  # a segment of their own
+    out = run(
+        put_behind(q.swapaxes(1, 2) * q.shape[-1] ** -0.5, after),
+        put_behind(k, behind),
+        put_behind(v, behind),
+        pads(visible.queries, ((0, 0), (0, after))),
+        pads(visible.keys, ((0, 0), (0, behind))),
+    )
+    return out[:, :, :length].swapaxes(1, 2).reshape(*q.shape[:2], -1).astype(v.dtype)

@@ -1,0 +1,82 @@
+"""Packing: every token once and in its place, rows that nobody overfills, and few of them."""
+
+import jax
+import numpy as np
+import pytest
+
+from rlaif_jax.algorithms.packing import pack
+
+P, T = 4, 6
+COLUMNS = P - 1 + T
+PACK = jax.jit(pack)
+
+
+def masks(prompts, lengths):
+    return np.arange(P) >= P - np.array(prompts)[:, None], np.arange(T) < np.array(lengths)[:, None]
+
+
+def test_by_hand():
+    """Two answers to one prompt share its columns; a third answer, to another prompt, stands behind them."""
+    prompt_mask, mask = masks([3, 3, 2], [2, 3, 1])
+    packed, used = PACK(prompt_mask, mask, np.int32([0, 0, 1]))
+    assert used == 1
+    token = lambda item, column: item * (P + T) + column
+    # prompt 1 without its last token, answer 1, answer 0; prompt 2, answer 2
+    assert packed.tokens[0].tolist() == [
+        *(token(1, 1), token(1, 2)),
+        *(token(1, 3), token(1, 4), token(1, 5)),
+        *(token(0, 3), token(0, 4)),
+        *(token(2, 2), token(2, 3)),
+    ]
+    assert packed.targets[0].tolist() == [18, 18, 6, 7, 8, 0, 1, 18, 12]
+    assert packed.positions[0].tolist() == [0, 1, 2, 3, 4, 2, 3, 0, 1]
+    assert packed.segments[0].tolist() == [2, 2, 2, 2, 2, 2, 2, 3, 3]
+    assert packed.answers[0].tolist() == [0, 0, 2, 2, 2, 1, 1, 0, 3]
+    assert (np.asarray(packed.targets)[1:] == 18).all()
+    assert not np.asarray(packed.segments)[1:].any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_everything_is_somewhere_once(seed):
+    rng = np.random.default_rng(seed)
+    count = 24
+    group = rng.permutation(count) // [1, 2, 4, 24][seed]
+    prompts = rng.integers(1, P + 1, count)[group]
+    lengths = rng.integers(0, T + 1, count)
+    prompt_mask, mask = masks(prompts, lengths)
+    packed, used = PACK(prompt_mask, mask, group.astype(np.int32))
+    tokens, targets, positions, segments, answers = (np.asarray(x) for x in packed)
+    there = segments > 0
+    assert sorted(targets[targets < count * T]) == list(np.flatnonzero(mask)), "every response token is predicted once"
+    assert (there.any(-1) == (np.arange(count) < used)).all(), "the rows in use are the first"
+    for row in range(int(used)):
+        for segment in np.unique(segments[row][there[row]]):
+            columns = np.flatnonzero(segments[row] == segment)
+            assert (np.diff(columns) == 1).all(), "a segment stands together"
+            items = tokens[row, columns] // (P + T)
+            assert len(set(group[items])) == 1
+            prompt = columns[answers[row, columns] == 0]
+            shown = prompts[items[0]] - 1
+            assert prompt.tolist() == columns[:shown].tolist(), "a prompt stands once, before its answers"
+            assert positions[row, prompt].tolist() == list(range(shown))
+            for answer in set(answers[row, columns]) - {0}:
+                own = columns[answers[row, columns] == answer]
+                item = answer - 1
+                assert len(own) == lengths[item]
+                assert (tokens[row, own] == item * (P + T) + P - 1 + np.arange(len(own))).all()
+                assert (targets[row, own] == item * T + np.arange(len(own))).all()
+                assert (positions[row, own] == shown + np.arange(len(own))).all()
+
+
+def test_first_fit_decreasing_fills_the_rows():
+    """Prompts of one token, lengths 5, 4, 4, 3, 2 in rows of nine: 5 + 4 and 4 + 3 + 2 fit, one row more would be waste."""
+    prompt_mask, mask = masks([1] * 5, [3, 4, 5, 2, 4])
+    packed, used = PACK(prompt_mask, mask, np.arange(5, dtype=np.int32))
+    assert used == 2
+    rows = [sorted(set(row[row > 0] - 1)) for row in np.asarray(packed.answers)]
+    assert rows[:2] == [[1, 2], [0, 3, 4]]
+
+
+def test_nothing_to_pack():
+    prompt_mask, mask = masks([2, 3], [0, 0])
+    assert PACK(prompt_mask, mask, np.int32([0, 1]))[1] == 0
