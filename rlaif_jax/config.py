@@ -254,6 +254,8 @@ class TrainConfig:
     that can `prefetch` (a judge behind an API) judges each while the next ones are generated; the answers are the same.
     `decode_slots` answers are decoded at a time on each device, and whenever some have ended the next ones take their
     places: faster where answers are many and of uneven length, and the same answers up to rounding. 0: all at once.
+    With `staleness` 1 a step's answers are drawn by the policy of one update before, so that the devices generate while
+    feedback for the step before is waited for; the loss is then the decoupled one (`ppo.importance_cap`). 0: never stale.
     """
 
     steps: int = 100
@@ -261,6 +263,7 @@ class TrainConfig:
     answers_per_prompt: int = 1
     rollout_parts: int = 1
     decode_slots: int = 0
+    staleness: int = 0
     prompt_length: int = 64
     sampling: SamplingConfig = SamplingConfig()
     ppo: PPOConfig = PPOConfig()
@@ -276,6 +279,12 @@ class TrainConfig:
         for field in ("eval_every", "save_every", "keep_checkpoints"):
             require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
         require(self.decode_slots >= 0, f"train.decode_slots must be >= 0 (0: all at once), not {self.decode_slots}")
+        require(self.staleness in (0, 1), f"train.staleness must be 0 or 1 (one step off-policy), not {self.staleness}")
+        require(
+            not self.staleness or self.ppo.behaviour == "recompute",
+            "train.staleness=1 corrects for the older policy by importance weights and needs the current one's "
+            "log-probs beside the sampler's: set ppo.behaviour='recompute'",
+        )
         require(
             self.ppo.advantage != "group" or self.answers_per_prompt >= 2,
             "train.answers_per_prompt is 1, but ppo.advantage='group' compares the answers to one prompt: "

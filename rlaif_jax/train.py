@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -112,21 +112,32 @@ def train(
     state = runner.place(agent.init(policy_params, value_params, run.seed))
     reference = runner.place(jax.tree.map(jax.numpy.array, policy_params))
     checkpoints = Checkpointer(run.folder / "checkpoints", to_json(config), keep=config.keep_checkpoints)
-    found = checkpoints.restore((runner.fetch(state), runner.fetch(normaliser))) if run.resuming else None
+    nothing = runner.place(no_rollouts(config))
+    found = checkpoints.restore(runner.fetch((state, normaliser, *nothing))) if run.resuming else None
     missing, start = 0, 0
+    ahead: Sent | None = None  # the next step's rollout, where it is made before this step's update
     if found is not None:
-        (state, normaliser), start = runner.place(found.arrays), found.step
+        (state, normaliser, *rolled_out), start = found.arrays, found.step
+        state, normaliser = runner.place((state, normaliser))
         run.steps_done = start
         prompts.set_state(found.host["prompts"])
+        if config.staleness and start < config.steps:
+            ahead = Sent(found.host["prompts"], next(prompts), list(rolled_out))
         missing, run.checks = int(found.host["missing"]), dict(found.host["checks"])
     compilations = CompilationClock()
+
+    def send(step: int) -> Sent:
+        """Start the rollout of `step` by the policy there is now; nobody waits for it yet."""
+        position, batch = prompts.get_state(), next(prompts)
+        light = dataclasses.replace(state, opt_state=None, step=jax.numpy.int32(step - 1))
+        return Sent(position, batch, dispatch(config, roll, light, batch))
 
     def save(step: int) -> None:
         log.flush()
         checkpoints.save(
             step,
-            (runner.fetch(state), runner.fetch(normaliser)),
-            {"prompts": prompts.get_state(), "missing": missing, "checks": run.checks},
+            runner.fetch((state, normaliser, *(ahead.rollouts if ahead and config.staleness else nothing))),
+            {"prompts": ahead.position if ahead else prompts.get_state(), "missing": missing, "checks": run.checks},
         )
 
     # ---- Loop
@@ -138,13 +149,16 @@ def train(
             log.write(0, evaluate(state.params["policy"], 0))
         for step in range(start + 1, config.steps + 1):
             begun = time.perf_counter()
-            light = dataclasses.replace(state, opt_state=None)
-            batch = next(prompts)  # prompts
-            rollout, records, answers = roll_out(config, roll, light, batch, tokenizer, feedback)  # rollout
+            stale = ahead is not None
+            sent = ahead or send(step)  # prompts
+            rollout, records, answers = collect(sent.batch, sent.rollouts, tokenizer, feedback)  # rollout
+            # One step off-policy: while the judge thinks, the devices are at the next step's answers.
+            ahead = send(step + 1) if config.staleness and step < config.steps else None
             rolled = time.perf_counter()
             judged = checked(feedback(records, answers, rollout), records, answers, step)  # feedback
             missing += int((~judged.valid).sum())
             told = time.perf_counter()
+            light = dataclasses.replace(state, opt_state=None)
             experience, rewards = advantages((light, reference, normaliser), (rollout, judged))  # rewards, advantages
             state, metrics = update(state, experience)  # update
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
@@ -154,6 +168,7 @@ def train(
                 "score": float(np.mean(judged.values[valid])) if valid.any() else float("nan"),
                 "finished": float(np.mean(jax.device_get(rollout.finished))),
                 "feedback_missing": float(missing),
+                "staleness": float(stale),
             }
             if evaluate is not None and (step % config.eval_every == 0 or step == config.steps):  # evaluate
                 values |= evaluate(state.params["policy"], step)
@@ -184,25 +199,49 @@ def train(
     return jax.tree.map(jax.numpy.asarray, runner.fetch(state.params["policy"]))
 
 
-def roll_out(
-    config: TrainConfig,
-    roll: Any,
-    state: TrainState,
-    batch: PromptBatch,
-    tokenizer: Tokenizer,
-    feedback: FeedbackSource,
-) -> tuple[Rollout, list[Record], list[str]]:
-    """(rollout, records, answers) of a step, in `config.rollout_parts` parts. All are dispatched at once: while the devices
-    work on the later ones, a source that can `prefetch` has the earlier ones' answers already."""
+class Sent(NamedTuple):
+    """A rollout on its way: its prompts, where their iterator stood before them, and the parts."""
+
+    position: Any
+    batch: PromptBatch
+    rollouts: list[Rollout]
+
+
+def no_rollouts(config: TrainConfig) -> list[Rollout]:
+    """What stands in a checkpoint where no rollout is on its way: the parts of a step, empty. None in synchronous runs."""
+    if not config.staleness:
+        return []
+    rows = config.prompts_per_step // config.rollout_parts * config.answers_per_prompt
+    prompt, length = config.prompt_length, config.sampling.max_new_tokens
+    part = Rollout(
+        tokens=jax.numpy.zeros((rows, prompt + length), jax.numpy.int32),
+        prompt_mask=jax.numpy.zeros((rows, prompt), bool),
+        response_mask=jax.numpy.zeros((rows, length), bool),
+        logprobs=jax.numpy.zeros((rows, length)),
+        finished=jax.numpy.zeros(rows, bool),
+    )
+    return [part] * config.rollout_parts
+
+
+def dispatch(config: TrainConfig, roll: Any, state: TrainState, batch: PromptBatch) -> list[Rollout]:
+    """The rollout of a step in `config.rollout_parts` parts, all of them handed to the devices at once."""
     size = config.prompts_per_step // config.rollout_parts
-    parts = [batch.rows(slice(at, at + size)) for at in range(0, config.prompts_per_step, size)]
-    rollouts = [roll(state, to_prompts(part)) for part in parts]
+    return [roll(state, to_prompts(batch.rows(slice(at, at + size)))) for at in range(0, config.prompts_per_step, size)]
+
+
+def collect(
+    batch: PromptBatch, rollouts: list[Rollout], tokenizer: Tokenizer, feedback: FeedbackSource
+) -> tuple[Rollout, list[Record], list[str]]:
+    """(rollout, records, answers) of a step. While the devices work on the later parts, a source that can `prefetch` has
+    the earlier ones' answers already."""
     prefetch = getattr(feedback, "prefetch", None)
     records: list[Record] = []
     answers: list[str] = []
-    for part, rollout in zip(parts, rollouts):
-        told: list[Record] = [record for record in part.records for _ in range(config.answers_per_prompt)]
+    each = len(batch.records) // len(rollouts)
+    for i, rollout in enumerate(rollouts):
         texts = answer_texts(rollout, tokenizer)
+        of_part = batch.records[i * each : (i + 1) * each]
+        told: list[Record] = [record for record in of_part for _ in range(len(texts) // each)]
         if prefetch is not None:
             prefetch(told, texts)
         records, answers = records + told, answers + texts
@@ -240,7 +279,8 @@ def check_step(
     run.check("first_minibatch_ratio_is_1", values["first/ratio_error"] < tolerance)
     run.check("first_minibatch_clip_fraction_is_0", values["first/clip_fraction"] == 0)
     run.check("first_minibatch_approx_kl_is_0", abs(values["first/approx_kl"]) < tolerance)
-    run.check("sampler_and_trainer_logprobs_agree", values["first/sampler_gap"] < tolerance)
+    if not values["staleness"]:  # else the sampler was another policy
+        run.check("sampler_and_trainer_logprobs_agree", values["first/sampler_gap"] < tolerance)
     run.check("eos_is_kept_in_the_mask", bool(np.all(last[finished] == tokenizer.eos_id)))
     run.check("losses_are_finite", values["nonfinite"] == 0)
     if step == 1:

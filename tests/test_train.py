@@ -25,7 +25,7 @@ from rlaif_jax.models import LanguageModel
 from rlaif_jax.parallel import JitRunner
 from rlaif_jax.rollout import make_generator
 from rlaif_jax.run import command_line
-from rlaif_jax.train import roll_out
+from rlaif_jax.train import collect, dispatch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
@@ -147,6 +147,30 @@ def test_a_killed_run_on_a_mesh_resumes_bit_for_bit(prompts, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(leaves(killed), leaves(whole)))
 
 
+def test_one_step_off_policy_learns_and_resumes_bit_for_bit(whole, prompts, tmp_path):
+    """The answers of step k are those of the policy of step k - 2; a checkpoint keeps those that are on their way."""
+    options = ("--prompts", str(prompts), "--train.staleness", "1", "--train.rollout-parts", "2")
+    done, killed = tmp_path / "done", tmp_path / "killed"
+    subprocess.run(command(*options, "--out", str(done)), env=environment(), check=True, timeout=300)
+    lines = numbers(done)
+    assert [line["staleness"] for line in lines] == [0.0] + [1.0] * 19
+    assert lines[0]["first/effective_sample_size"] > 1 - 1e-5
+    assert all(0.3 < line["first/effective_sample_size"] < 1 - 1e-5 for line in lines[1:])
+    assert lines[0]["score"] == numbers(whole)[0]["score"], "the first step is the synchronous one"
+    assert np.mean([line["reward"] for line in lines[-5:]]) > np.mean([line["reward"] for line in lines[:5]]) + 0.3
+    process = subprocess.Popen(command(*options, "--out", str(killed)), env=environment())
+    for _ in range(3000):
+        if (killed / "metrics.jsonl").exists() and len(read_metrics(killed / "metrics.jsonl")) >= 7:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 7 <= len(numbers(killed)) < 20, "the run was to be killed in its middle"
+    subprocess.run(command(*options, "--out", str(killed), "--resume"), env=environment(), check=True, timeout=300)
+    assert numbers(killed) == lines
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(killed), leaves(done)))
+
+
 def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(prompts):
     tokenizer = WordTokenizer(tiny.WORDS)
     model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
@@ -164,7 +188,7 @@ def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(p
 
     def rolled(parts, judge):
         config = TrainConfig(prompts_per_step=8, answers_per_prompt=2, rollout_parts=parts)
-        return roll_out(config, roll, state, batch, tokenizer, judge)
+        return collect(batch, dispatch(config, roll, state, batch), tokenizer, judge)
 
     whole, records, answers = rolled(1, FunctionSource(lambda record, answer: 0.0))
     again, records_again, answers_again = rolled(2, Judge())
@@ -215,6 +239,10 @@ BAD = {
     "batch larger than the data": Bad(("--train.prompts-per-step", "64"), names=("64", "36")),
     "K=1 for a group method": Bad(
         ("--train.ppo.advantage", "group", "--train.ppo.kl-in", "loss"), names=("answers_per_prompt is 1",)
+    ),
+    "two steps off-policy": Bad(("--train.staleness", "2"), names=("train.staleness", "2")),
+    "off-policy by the sampler's log-probs": Bad(
+        ("--train.staleness", "1", "--train.ppo.behaviour", "sampler"), names=("ppo.behaviour",)
     ),
     "KL of a group method in the reward": Bad(("--train.ppo.advantage", "group"), names=("ppo.kl_in",)),
     "never saved": Bad(("--train.save-every", "0"), names=("train.save_every", "0")),
