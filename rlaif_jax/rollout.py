@@ -199,10 +199,6 @@ def decode_all(
     logits = model.logits(params, prompt.hidden).repeat(answers, axis=0)
     tokens, done, out = draw(jnp.int32(0), logits, jnp.zeros(rows, bool), out)
 
-    def running(carry: Any) -> jax.Array:
-        t, _, done, *_ = carry
-        return (t < length) & ~done.all()
-
     def step(carry: Any) -> Any:
         t, tokens, done, caches, out = carry
         seen = jnp.arange(caches[0][0].shape[2])[None] <= t - 1
@@ -210,9 +206,25 @@ def decode_all(
         tokens, done, out = draw(t, logits, done, out)
         return t + 1, tokens, done, caches, out
 
-    carry = (jnp.int32(1), tokens, done, empty_caches(model.config, rows, max(length - 1, 1)), out)
-    _, _, done, _, (tokens, logprobs, real) = jax.lax.while_loop(running, step, carry)
-    return tokens.T, logprobs.T, real.T, done
+    t, caches = jnp.int32(1), empty_caches(model.config, rows, 0)
+    for bound in length_buckets(length):
+        room = ((0, 0), (0, 0), (0, max(bound - 1, 1) - caches[0][0].shape[2]), (0, 0))  # the last token is not fed
+        caches = jax.tree.map(partial(jnp.pad, pad_width=room), caches)
+        running = lambda carry, bound=bound: (carry[0] < bound) & ~carry[2].all()  # t, tokens, done, caches, out
+        t, tokens, done, caches, out = jax.lax.while_loop(running, step, (t, tokens, done, caches, out))
+    return out[0].T, out[1].T, out[2].T, done
+
+
+FIRST_BUCKET = 128
+
+
+def length_buckets(length: int) -> list[int]:
+    """The lengths up to which answers of at most `length` tokens are decoded in one loop, with caches of just that length: a
+    step reads the whole of its caches. Each is a loop to compile, so they double."""
+    buckets = [length]
+    while buckets[0] > FIRST_BUCKET:
+        buckets.insert(0, max(FIRST_BUCKET, (buckets[0] + 1) // 2))
+    return buckets
 
 
 class Slots(NamedTuple):

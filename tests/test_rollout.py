@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from rlaif_jax import rollout as engine
-from rlaif_jax.algorithms.ppo import Agent, reference_logprobs, side_by_side
+from rlaif_jax.algorithms.ppo import Agent, ppo_step, prepare, reference_logprobs, side_by_side
 from rlaif_jax.config import PPOConfig, SamplingConfig, small_decoder
 from rlaif_jax.data.prompts import FileRecords, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
@@ -27,7 +27,7 @@ from rlaif_jax.parallel import (
     state_shardings,
 )
 from rlaif_jax.rollout import answer_texts, generate, make_generator, to_prompts
-from rlaif_jax.types import Prompts
+from rlaif_jax.types import Prompts, RewardBatch
 
 TOKENIZER = WordTokenizer(("a", "b", "c", "d", "e"))
 V, EOS, PAD, P, T, ROWS = TOKENIZER.vocab_size, TOKENIZER.eos_id, TOKENIZER.pad_id, 6, 8, 8
@@ -189,6 +189,57 @@ def test_the_number_of_devices_changes_no_answer(params, rolled):
     spread = jax.device_get(generator((params, KEY), to_prompts(batch)))
     assert_same_answers(rows(spread, slice(None)), rows(rolled, slice(None)))
     np.testing.assert_allclose(spread.logprobs, rolled.logprobs, atol=1e-5)
+
+
+def test_caches_that_grow_change_no_answer(params, rolled, monkeypatch):
+    """One program with a loop a bucket, each over caches of its own length."""
+    monkeypatch.setattr(engine, "FIRST_BUCKET", 2)
+    assert engine.length_buckets(T) == [2, 4, 8]
+    run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD)
+    program = jax.jit(lambda params, prompts, key: run(params, prompts, key))
+    assert_same_answers(
+        rows(jax.device_get(program(params, make_prompts(), KEY)), slice(None)), rows(rolled, slice(None))
+    )
+    loops = program.lower(params, make_prompts(), KEY).as_text().count("stablehlo.while")
+    plain = jax.jit(lambda params, prompts, key: run(params, prompts, key))
+    monkeypatch.undo()
+    assert loops == plain.lower(params, make_prompts(), KEY).as_text().count("stablehlo.while") + 2
+
+
+def test_length_buckets():
+    assert [engine.length_buckets(n) for n in (1, 128, 129, 300, 512)] == [
+        [1],
+        [128],
+        [128, 129],
+        [128, 150, 300],
+        [128, 256, 512],
+    ]
+
+
+def test_bfloat16_reports_its_mismatch(params):
+    """Sampler and trainer round differently: the greatest gap and the effective sample size say by how much."""
+    model = LanguageModel(dataclasses.replace(MODEL.config, compute_dtype="bfloat16"))
+    agent = Agent(model, None, PPOConfig(advantage="group", kl_in="loss", num_epochs=1), 0.8, answers=2)
+    run = functools.partial(generate, model, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD)
+
+    @jax.jit
+    def step(params, prompts, key):
+        rollout = run(params, prompts, key)
+        ones = jnp.ones(2 * ROWS)
+        rewards = RewardBatch(score=ones, valid=ones > 0, token_rewards=jnp.zeros((2 * ROWS, T)))
+        state = agent.init(params, None, 0)
+        experience = prepare(agent, state, params, rollout, rewards)
+        return experience, ppo_step(agent, state, experience)[1]
+
+    experience, metrics = jax.device_get(step(params, make_prompts(), KEY))
+    gap = (experience.logprobs - experience.sampler_logprobs)[experience.mask].astype(np.float64)
+    weights = np.exp(gap)
+    size = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    # the update's own forward pass rounds in a third way
+    np.testing.assert_allclose(metrics["first/sampler_gap_max"], np.abs(gap).max(), rtol=0.3)
+    np.testing.assert_allclose(1 - metrics["first/effective_sample_size"], 1 - size, rtol=0.3)
+    assert 1e-4 < np.abs(gap).max() < 0.2
+    assert 0.99 < size < 1 - 1e-6
 
 
 @pytest.mark.parametrize("slots", [1, 5])

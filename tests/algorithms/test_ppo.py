@@ -422,6 +422,8 @@ def test_the_first_minibatch_is_on_policy(stepped):
     assert abs(metrics["first/approx_kl"]) < 1e-6
     assert metrics["first/clip_fraction"] == 0
     assert metrics["first/sampler_gap"] < 1e-5
+    assert metrics["first/sampler_gap_max"] < 1e-5
+    assert metrics["first/effective_sample_size"] > 1 - 1e-6
     assert metrics["ratio_error"] > 1e-3, "later minibatches have moved away"
     assert metrics["nonfinite"] == 0
 
