@@ -386,13 +386,17 @@ def ppo_step(
         grads, loss, metrics = gradients(agent, params, minibatch, state.kl_coef, axis_name, shared, of_prompt)
         norms = {f"grad_norm/{part}": optax.tree.norm(grads[part]) for part in grads}
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
-        new_params, new_opt = {}, {}
-        for part, tx in optimizers.items():
-            updates, new_opt[part] = tx.update(grads[part], opt_state[part], params[part])
-            new_params[part] = optax.apply_updates(params[part], updates)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        def learn(carry: tuple[Params, Any]) -> tuple[Params, Any]:
+            new_params, new_opt = {}, {}
+            for part, tx in optimizers.items():
+                updates, new_opt[part] = tx.update(grads[part], carry[1][part], carry[0][part])
+                new_params[part] = optax.apply_updates(carry[0][part], updates)
+            return new_params, new_opt
+
         metrics |= norms | {"loss": loss, "nonfinite": 1.0 - finite.astype(jnp.float32)}
-        return (keep(new_params, params), keep(new_opt, opt_state)), metrics
+        # A branch works in place; choosing between old and new numbers one by one would hold both.
+        return jax.lax.cond(finite, learn, lambda carry: carry, (params, opt_state)), metrics
 
     (params, opt_state), history = jax.lax.scan(
         update, (state.params, state.opt_state), order.reshape(config.num_epochs * config.num_minibatches, size)
