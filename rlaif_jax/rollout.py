@@ -11,6 +11,7 @@ ways that give the same answers up to rounding:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,31 +52,42 @@ def attend_cached(
 ) -> jax.Array:
     """One query a row against its prompt's shared cache and its own.
 
-    q [B*K, heads, h]; prompt keys, values [B, kv_heads, P, h] with mask [B, P]; own [B*K, kv_heads, T, h] with mask
-    [B*K or 1, T] -> [B*K, heads * h].
+    q [B*K, heads, h]; prompt keys, values [B, kv_heads, P, h] with mask [B, P]; own, as `empty_caches` makes them, with
+    mask [B*K or 1, T] -> [B*K, heads * h].
     """
     rows, heads, h = q.shape
-    batch, groups, length, _ = prompt[0].shape
+    batch, groups, _, _ = prompt[0].shape
     per_prompt, per_group = rows // batch, heads // groups
+    side = groups // own[0].shape[1]  # heads side by side in the own caches
+
+    def by_prompt(x: jax.Array) -> jax.Array:
+        """[B*K, heads, ...] -> [B, kv_heads, K * heads of a group, ...]: one matrix product reads the cache once."""
+        x = x.reshape(batch, per_prompt, groups, per_group, -1).swapaxes(1, 2)
+        return x.reshape(batch, groups, per_prompt * per_group, -1)
+
+    def by_row(x: jax.Array) -> jax.Array:
+        """[B, kv_heads, K * heads of a group, ...] -> [B*K, kv_heads / side, side * heads of a group, ...]."""
+        x = x.reshape(batch, groups, per_prompt, per_group, -1).swapaxes(1, 2)
+        return x.reshape(rows, groups // side, side * per_group, -1)
+
     q = q * h**-0.5
-    # The K answers of a prompt and the heads of a group stand side by side: one matrix product reads the cache once.
-    shared = q.reshape(batch, per_prompt, groups, per_group, h).swapaxes(1, 2)
-    shared = shared.reshape(batch, groups, per_prompt * per_group, h)
-    scores_prompt = jnp.einsum("bgrh,bgph->bgrp", shared, prompt[0], preferred_element_type=jnp.float32)
+    scores_prompt = jnp.einsum("bgrh,bgph->bgrp", by_prompt(q), prompt[0], preferred_element_type=jnp.float32)
     scores_prompt = jnp.where(prompt_mask[:, None, None], scores_prompt, MASKED)
-    scores_prompt = scores_prompt.reshape(batch, groups, per_prompt, per_group, length).swapaxes(1, 2)
-    scores_prompt = scores_prompt.reshape(rows, groups, per_group, length)
-    single = q.reshape(rows, groups, per_group, h)
+    # Side by side with other heads, a query is zero where they are, and of the values it keeps its own head's.
+    place = jnp.eye(side, dtype=q.dtype)[:, None, :, None]
+    single = q.reshape(rows, groups // side, side, per_group, 1, h) * place
+    single = single.reshape(rows, groups // side, side * per_group, side * h)
     scores_own = jnp.einsum("bgrh,bgth->bgrt", single, own[0], preferred_element_type=jnp.float32)
     scores_own = jnp.where(own_mask[:, None, None], scores_own, MASKED)
-    top = jnp.maximum(scores_prompt.max(-1, keepdims=True), scores_own.max(-1, keepdims=True))
-    e_prompt, e_own = jnp.exp(scores_prompt - top), jnp.exp(scores_own - top)
-    total = e_prompt.sum(-1, keepdims=True) + e_own.sum(-1, keepdims=True)
-    w = (e_prompt / total).astype(prompt[1].dtype).reshape(batch, per_prompt, groups, per_group, length).swapaxes(1, 2)
-    out = jnp.einsum("bgrp,bgph->bgrh", w.reshape(batch, groups, per_prompt * per_group, length), prompt[1])
-    out = out.reshape(batch, groups, per_prompt, per_group, h).swapaxes(1, 2).reshape(rows, groups, per_group, h)
-    out = out + jnp.einsum("bgrt,bgth->bgrh", (e_own / total).astype(own[1].dtype), own[1])
-    return out.reshape(rows, heads * h)
+    # Each part's scores stay as its product leaves them: only their maxima and sums meet.
+    top = jnp.maximum(by_row(scores_prompt.max(-1, keepdims=True)), scores_own.max(-1, keepdims=True))
+    e_prompt, e_own = jnp.exp(scores_prompt - by_prompt(top)), jnp.exp(scores_own - top)
+    total = by_row(e_prompt.sum(-1, keepdims=True)) + e_own.sum(-1, keepdims=True)
+    w_prompt = (e_prompt / by_prompt(total)).astype(prompt[1].dtype)
+    out = by_row(jnp.einsum("bgrp,bgph->bgrh", w_prompt, prompt[1]))
+    out_own = jnp.einsum("bgrt,bgth->bgrh", (e_own / total).astype(own[1].dtype), own[1])
+    out_own = (out_own.reshape(rows, groups // side, side, per_group, side, h) * place).sum(-2)
+    return (out + out_own.reshape(out.shape)).reshape(rows, heads * h)
 
 
 def decode_step(
@@ -91,9 +103,9 @@ def decode_step(
 ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     """Feed one token a row and return logits for the next.
 
-    tokens, position [R] (R = B*K rows), column [] of the own caches [R, kv_heads, T, h] where they land, own_mask
-    [R or 1, T] the columns that a row may see -> (logits [R, V] float32, new caches). `blocks` are the layers'
-    parameters, taken apart once outside the loop.
+    tokens, position [R] (R = B*K rows), column [] of the own caches where they land, own_mask [R or 1, T] the columns
+    that a row may see -> (logits [R, V] float32, new caches). `blocks` are the layers' parameters, taken apart once
+    outside the loop.
     """
     config = model.config
     x = apply(Trunk(config), params["trunk"], tokens, position, method="embedded")
@@ -101,8 +113,9 @@ def decode_step(
     updated = []
     for block, shared, (keys, values) in zip(blocks, prompt.caches, caches):
         q, k, v = apply(Block(config), block, x, rope, method="qkv")
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], column, axis=2)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], column, axis=2)
+        one = (*keys.shape[:2], 1, keys.shape[3])
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k.reshape(one), column, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v.reshape(one), column, axis=2)
         attended = attend_cached(q, shared, prompt.mask, (keys, values), own_mask)
         x = apply(Block(config), block, x, attended, method="finish")
         updated.append((keys, values))
@@ -110,9 +123,22 @@ def decode_step(
     return model.logits(params, hidden), tuple(updated)
 
 
+def lanes() -> int:
+    """How many numbers of a cache's last axis move at once: 128 on a TPU, where a shorter axis would be padded."""
+    return 128 if jax.default_backend() == "tpu" else 1
+
+
 def empty_caches(config: DecoderConfig, rows: int, length: int) -> tuple[KeyValue, ...]:
-    """Zeroed own caches [rows, kv_heads, length, h], one pair a layer."""
-    shape = (rows, config.num_kv_heads, length, config.head_dim)
+    """Zeroed own caches [rows, kv_heads / side, length, side * h], one pair a layer.
+
+    `side` heads stand side by side where a head is narrower than the lanes. By itself such a cache would be laid out
+    with its columns on the lanes, and to write one column 128 would be read and written. Heads of different tensor
+    devices stay apart.
+    """
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    heads = config.num_kv_heads
+    side = math.gcd(heads, heads // tensor or 1, lanes() // config.head_dim or 1)
+    shape = (rows, heads // side, length, side * config.head_dim)
     zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
     return tuple((zeros, zeros) for _ in range(config.num_layers))
 
@@ -232,7 +258,7 @@ class Slots(NamedTuple):
 
     step [] counts decoding steps, queue [] the answers handed out; row [N] the answer that a slot works on (R: idle),
     drawn [N] how many of its tokens there are, token [N] the one to feed next; prompt: the slots' prompts; caches
-    [N, kv_heads, T, h] a layer; tokens, logprobs [R + 1, T] and lengths, finished [R + 1], whose last row takes what
+    as `empty_caches` makes them; tokens, logprobs [R + 1, T] and lengths, finished [R + 1], whose last row takes what
     idle slots write.
     """
 

@@ -251,6 +251,17 @@ def test_slots_change_no_answer(params, rolled, slots):
     np.testing.assert_allclose(got.logprobs, rolled.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("slots", [0, 5])
+def test_heads_side_by_side_in_the_caches_change_no_answer(params, rolled, monkeypatch, slots):
+    """As on a TPU, whose 128 lanes both key-value heads share."""
+    monkeypatch.setattr(engine, "lanes", lambda: 128)
+    assert engine.empty_caches(MODEL.config, 3, 5)[0][0].shape == (3, 1, 5, 2 * MODEL.config.head_dim)
+    run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=slots)
+    got = jax.device_get(jax.jit(run)(params, make_prompts(), KEY))
+    np.testing.assert_array_equal(got.tokens, rolled.tokens)
+    np.testing.assert_allclose(got.logprobs, rolled.logprobs, atol=1e-5)
+
+
 @pytest.mark.parametrize("runner", [PmapRunner, lambda: ShardRunner(make_mesh(2, 2, 2))], ids=["pmap", "mesh"])
 def test_slots_on_many_devices_change_no_answer(params, rolled, runner):
     run = functools.partial(
