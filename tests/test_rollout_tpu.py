@@ -169,6 +169,7 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     from rlaif_jax.types import Prompts
 
     rollout.lanes = lambda: 128  # the process itself has CPUs only
+    rollout.FIRST_BUCKET = T  # one loop, with the whole caches
     data, fsdp, tensor = shape
     mesh = make_mesh(*shape, devices=list(topologies.get_topology_desc(topology, platform="tpu").devices))
     model = LanguageModel(
