@@ -30,7 +30,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# PEERS and ENVIRONMENTS: folders of other systems' scripts and of what they run in (experiments/benchmarks/compare.py).
 bench: install
-	$(BIN)/python experiments/benchmarks/step.py --algorithm ppo --work S
-	$(BIN)/python experiments/benchmarks/step.py --algorithm grpo --work S
-	$(BIN)/python experiments/benchmarks/tail.py
+	$(BIN)/python experiments/benchmarks/compare.py --works S --rollouts F T1 T2 P1 V32k V152k G \
+		$(if $(PEERS),--peers $(PEERS)) $(if $(ENVIRONMENTS),--environments $(ENVIRONMENTS))

@@ -1,7 +1,8 @@
-"""Set our step beside those of other systems: same work, same machine, one process at a time, in turn.
+"""Set our steps and rollouts beside those of other systems: same work, same machine, one process at a time, in turn.
 
     python experiments/benchmarks/compare.py --peers PEERS --environments ENVIRONMENTS
     python experiments/benchmarks/compare.py --works S --algorithms grpo --rounds 3 --peers ... --environments ...
+    python experiments/benchmarks/compare.py --works --rollouts G --slots 8 16 32
 
 PEERS is a folder of scripts that time the same work in other systems and print one line of JSON with the keys of
 `step.py --json`; ENVIRONMENTS holds the virtual environments they run in:
@@ -12,13 +13,16 @@ PEERS is a folder of scripts that time the same work in other systems and print 
     Tunix   tunix_grpo.py     tun/bin/python     google-tunix 0.1.7, jax 0.10.2, flax 0.12.8
     Tunix   tunix_ppo.py      tun/bin/python
 
-Without the two options, or where one of these files is missing, the table has our own numbers alone and says so.
-A round runs every system once; with several rounds a system's number is the median over them. The ratio is the other
-system's time over ours: 2.0x means that we take half its time. Run on an idle machine only: timings of threads that
-share their cores with other work say nothing.
+Without the two options, or where one of these files is missing, the table has our own steps alone and says so.
+A case of `rollouts.py` is decoded all at once, in slots, and by transformers where it is installed beside us.
+A round runs every system once; with several rounds a system's number is the median over them. The ratio is a system's
+time over that of the case's first row, which is ours: 2.0x means that we take half its time. `roof` is the share of the
+speed that the machine's ceilings allow (`ceilings.py`), of our own systems and of rollouts. Run on an idle machine only:
+timings of threads that share their cores with other work say nothing.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -28,19 +32,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OWN = Path(__file__).with_name("step.py")
+STEP, ROLLOUTS = (Path(__file__).with_name(name) for name in ("step.py", "rollouts.py"))
 # Freed memory stays in the process: helps torch (a GRPO step by about 15 %), does nothing for JAX.
 TORCH_ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 COLUMNS = {
-    "step_s_median": "step s",
+    "step_s_median": "s",
     "step_s_min": "min",
     "gen_s_median": "rollout s",
     "update_s_median": "update s",
     "tokens_per_s": "tokens/s",
-    "first_step_s": "first step s",
+    "gen_roofline": "rollout roof",
+    "score_roofline": "score roof",
+    "update_roofline": "update roof",
+    "occupancy": "occupancy",
+    "padding": "padding",
+    "first_step_s": "first s",
     "compile_s": "compile s",
     "peak_rss_gib": "peak GiB",
 }
+Command = tuple[list[str], dict[str, str]]  # a command line, and the variables that its process finds
 
 
 class Peer(NamedTuple):
@@ -68,14 +78,15 @@ def run_json(command: Sequence[str], variables: dict[str, str]) -> dict[str, Any
     return f"{Path(command[1]).name} ended with exit code {done.returncode}: {last}"
 
 
-def commands(
+def step_commands(
+    work: str,
     algorithm: str,
     peers: Path | None,
     environments: Path | None,
-) -> tuple[list[tuple[list[str], dict[str, str]]], list[str]]:
-    """(command lines with their variables, ours first; what is missing, in words)."""
-    found: list[tuple[list[str], dict[str, str]]] = [
-        ([sys.executable, str(OWN), "--algorithm", algorithm, "--json"], {})
+) -> tuple[list[Command], list[str]]:
+    """(what times a step, ours first; what is missing, in words)."""
+    found: list[Command] = [
+        ([sys.executable, str(STEP), "--algorithm", algorithm, "--json", "--work", work], {}),
     ]
     if peers is None or environments is None:
         return found, ["no other systems: --peers and --environments were not given"]
@@ -86,8 +97,17 @@ def commands(
         if absent:
             missing.append(f"{peer.script} not run: {' and '.join(absent)} not found")
         else:
-            found.append(([str(python), str(script)], peer.variables))
+            found.append(([str(python), str(script), "--work", work], peer.variables))
     return found, missing
+
+
+def rollout_commands(case: str, slots: Sequence[int]) -> tuple[list[Command], list[str]]:
+    """(what times the ways of decoding a case, all at once first; what is missing, in words)."""
+    command = [sys.executable, str(ROLLOUTS), "--case", case, "--json"]
+    found: list[Command] = [(command, {}), *(([*command, "--slots", str(n)], {}) for n in slots)]
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        return found, ["no generate of transformers: torch or transformers is not installed here"]
+    return [*found, ([*command, "--system", "transformers"], {"GLIBC_TUNABLES": TORCH_ALLOCATOR})], []
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -100,46 +120,39 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def table(work: str, algorithm: str, rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, our row first, with each other system's step time as a multiple of ours."""
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the rows in their order, without the columns that none has a value for; versions below."""
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    head = [f"{work} {algorithm}", "times ours", *COLUMNS.values()]
+    keys = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
+    head = ["case", "system", "times ours", *(COLUMNS[key] for key in keys)]
     body = [
-        [row["system"], f"{row['step_s_median'] / rows[0]['step_s_median']:.2f}x", *(cell(row[key]) for key in COLUMNS)]
-        for row in rows
+        [row["case"], row["system"], f"{row['times_ours']:.2f}x", *(cell(row[key]) for key in keys)] for row in rows
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     rule = ["-" * width for width in widths]
     lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, widths)) + " |" for line in [head, rule, *body]]
-    return "\n".join(lines + [f"{row['system']}: {row['version']}" for row in rows])
+    return "\n".join([*lines, *dict.fromkeys(f"{row['system']}: {row['version']}" for row in rows)])
 
 
-def compare(
-    work: str,
-    algorithm: str,
-    *,
-    peers: Path | None = None,
-    environments: Path | None = None,
-    rounds: int = 1,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a row a system, ours first; remarks: what was missing or failed). RuntimeError when our own step failed."""
-    systems, remarks = commands(algorithm, peers, environments)
+def compare(case: str, systems: Sequence[Command], rounds: int = 1) -> tuple[list[dict[str, Any]], list[str]]:
+    """(a row a system, ours first, none when that one failed; what failed, in words)."""
     runs: list[list[dict[str, Any]]] = [[] for _ in systems]
+    remarks = []
     for turn in range(rounds):
         for i, (command, variables) in enumerate(systems):
-            name = Path(command[1]).name
-            print(f"{work} {algorithm}, round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-            result = run_json([*command, "--work", work], variables)
+            print(f"{case}, round {turn + 1} of {rounds}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+            result = run_json(command, variables)
             if isinstance(result, str):
                 remarks.append(result)
             else:
                 runs[i].append(result)
     if not runs[0]:
-        raise RuntimeError(remarks[-1])
-    return [summary(r) for r in runs if r], remarks
+        return [], remarks
+    rows = [{"case": case} | summary(r) for r in runs if r]
+    return [row | {"times_ours": row["step_s_median"] / rows[0]["step_s_median"]} for row in rows], remarks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,21 +160,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder of the other systems' scripts")
     parser.add_argument("--environments", type=Path, help="folder with their virtual environments: trl/, ppo/ and tun/")
-    parser.add_argument("--works", nargs="+", default=["S", "M"], metavar="WORK", help="sizes (default: S M)")
+    parser.add_argument("--works", nargs="*", default=["S", "M"], metavar="WORK", help="sizes (default: S M)")
     parser.add_argument("--algorithms", nargs="+", choices=tuple(PEERS), default=["ppo", "grpo"])
+    parser.add_argument(
+        "--rollouts", nargs="+", default=[], metavar="CASE", help="cases of rollouts.py (default: none)"
+    )
+    parser.add_argument("--slots", nargs="+", type=int, default=[16], help="answers at a time (default 16)")
     parser.add_argument("--rounds", type=int, default=1, help="how often every system takes its turn (default 1)")
     parser.add_argument("--output", type=Path, help="also write all rows as JSON lines to this file")
     options = parser.parse_args(arguments)
-    for work in options.works:
-        for algorithm in options.algorithms:
-            rows, remarks = compare(
-                work, algorithm, peers=options.peers, environments=options.environments, rounds=options.rounds
-            )
-            print(table(work, algorithm, rows), *remarks, "", sep="\n", flush=True)
-            if options.output is not None:
-                with options.output.open("a") as file:
-                    file.writelines(json.dumps({"work": work, "algorithm": algorithm, **row}) + "\n" for row in rows)
-    return 0
+    cases = {
+        f"{work} {algorithm}": step_commands(work, algorithm, options.peers, options.environments)
+        for work in options.works
+        for algorithm in options.algorithms
+    } | {case: rollout_commands(case, options.slots) for case in options.rollouts}
+    table_rows, remarks, whole = [], [], True
+    for case, (systems, missing) in cases.items():
+        rows, failed = compare(case, systems, options.rounds)
+        table_rows += rows
+        remarks += missing + failed
+        whole &= bool(rows)
+        if options.output is not None:
+            with options.output.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+    if table_rows:
+        print(table(table_rows))
+    print(*dict.fromkeys(remarks), sep="\n")
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ PPO: one answer a prompt, a separate value model of the same size, 2 epochs x 2 
 model in the reward. GRPO: 8 answers a prompt, KL (0.05) in the loss, one update over the batch. AdamW at 1e-6.
 Every run checks that every answer has its full length and that every weight tensor moved.
 
+`*_roofline` is the share that a phase reached of the speed that this machine's ceilings (`ceilings.py`, measured after the
+steps) allow: scoring and update are bounded by their matrix products; a rollout also by reading the weights once a step,
+and the keys and values of every token before.
+
 Run it on an idle machine; `compare.py` sets it beside other systems.
 """
 
@@ -30,10 +34,11 @@ import resource  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Iterator, Sequence  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NamedTuple  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from ceilings import Ceilings, measure  # noqa: E402
 
 from rlaif_jax.algorithms.ppo import Agent  # noqa: E402
 from rlaif_jax.config import DecoderConfig, OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig  # noqa: E402
@@ -132,30 +137,85 @@ def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
         first += count
 
 
+def block_flops(work: Work, sequences: int, first: int, last: int) -> float:
+    """FLOPs of the matrix products of the blocks over columns first .. last - 1 of so many sequences: 2 a multiply-add,
+    causal attention."""
+    block = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden)
+    attention = 2 * work.layers * work.width * (last * (last + 1) - first * (first + 1)) / 2
+    return 2.0 * sequences * ((last - first) * block + attention)
+
+
+class RolloutCost(NamedTuple):
+    """What a rollout cannot do without, whatever draws it.
+
+    prefill, decode, attention: FLOPs of the prompts' pass with the first token's logits, of the decoded tokens' products
+    with weights, of their attention. steps: how often the weights are read, once for each token of the longest answer but
+    the first. weights: bytes of a step's weights. cache: bytes of keys and values read in all steps.
+    """
+
+    prefill: float
+    decode: float
+    attention: float
+    steps: int
+    weights: float
+    cache: float
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """The least time at these ceilings, in whatever order the answers are drawn: products with weights either compute
+        or wait for the weights, attention for its cache."""
+        return (
+            self.prefill / ceilings.flops
+            + max(self.decode / ceilings.flops, self.steps * self.weights / ceilings.read)
+            + max(self.attention / ceilings.flops, self.cache / ceilings.read)
+        )
+
+
+def rollout_cost(work: Work, lengths: np.ndarray, itemsize: int = 4) -> RolloutCost:
+    """The cost of answers of `lengths` [prompts, K] tokens, weights and caches having `itemsize` bytes a number.
+
+    A prompt is computed once for its K answers, and its cache is read once a step for those of them that still run.
+    """
+    prompts, column = lengths.shape[0], work.layers * work.width  # numbers in a column's keys
+    fed = lengths - 1  # no answer's last token is fed
+    weights = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden) + work.width * work.vocab
+    own = float((fed * (fed + 1) / 2).sum())  # answer columns seen
+    return RolloutCost(
+        prefill=block_flops(work, prompts, 0, work.prompt) + 2.0 * prompts * work.width * work.vocab,
+        decode=2.0 * float(fed.sum()) * weights,
+        attention=4.0 * column * (work.prompt * float(fed.sum()) + own),
+        steps=int(fed.max()),
+        weights=float(itemsize * weights),
+        cache=2.0 * itemsize * column * (work.prompt * float(fed.max(-1).sum()) + own),
+    )
+
+
 def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
-    """Floating-point operations of the matrix products of one step, per phase: 2 a multiply-add, causal attention,
-    a backward pass counted as two forward passes, nothing for what XLA computes twice."""
+    """Floating-point operations of the matrix products of one step, per phase: a backward pass counted as two forward
+    passes, nothing for what XLA computes twice."""
     prompts, rows, length = config.prompts_per_step, work.batch, work.prompt + work.response
     critics = int(config.ppo.advantage == "gae")
-    block = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden)
-    head = work.width * work.vocab
-
-    def passed(sequences: int, first: int, last: int) -> float:
-        """The blocks over columns first .. last - 1 of so many sequences."""
-        attention = 2 * work.layers * work.width * (last * (last + 1) - first * (first + 1)) / 2
-        return 2.0 * sequences * ((last - first) * block + attention)
-
     # A prompt's columns but the last are computed once for its answers.
-    trained = passed(prompts, 0, work.prompt - 1) + passed(rows, work.prompt - 1, length - 1)
-    heads = 2.0 * rows * work.response * head
+    trained = block_flops(work, prompts, 0, work.prompt - 1) + block_flops(work, rows, work.prompt - 1, length - 1)
+    heads = 2.0 * rows * work.response * work.width * work.vocab
     policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
+    rollout = full_length(work, config)
     return {
-        "gen": passed(prompts, 0, work.prompt)
-        + passed(rows, work.prompt, length - 1)
-        + 2.0 * (prompts + rows * (work.response - 1)) * head,
+        "gen": rollout.prefill + rollout.decode + rollout.attention,
         "score": trained + heads + critics * trained + policy_again,
         "update": 3.0 * config.ppo.num_epochs * (trained + heads + critics * trained),
     }
+
+
+def full_length(work: Work, config: TrainConfig) -> RolloutCost:
+    """The cost of a step's rollout, in which every answer has its full length."""
+    return rollout_cost(work, np.full((config.prompts_per_step, config.answers_per_prompt), work.response))
+
+
+def rooflines(work: Work, config: TrainConfig, took: dict[str, float], ceilings: Ceilings) -> dict[str, float]:
+    """The share of the roofline that each phase reached, given the seconds it took: 1 is the least time there can be."""
+    least = {name: flops / ceilings.flops for name, flops in matmul_flops(work, config).items()}
+    least["gen"] = full_length(work, config).seconds(ceilings)
+    return {f"{name}_roofline": round(seconds / took[name], 3) for name, seconds in least.items()}
 
 
 def thin(x: Any) -> np.ndarray:
@@ -243,7 +303,9 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
 
     median = {name: statistics.median(x) for name, x in times.items()}
     rates = {name: flops / median[name] / 1e9 for name, flops in matmul_flops(work, config).items()}
-    devices = jax.device_count()
+    devices, late = jax.device_count(), compiled.programs - programs
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before the ceilings' own arrays
+    ceilings = measure(decoder.compute_dtype)
     return {
         "system": f"rlaif_jax-{algorithm}",
         "version": f"rlaif_jax {importlib.metadata.version('rlaif-jax')}, jax {jax.__version__}",
@@ -255,9 +317,10 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
         "gen_s_median": round(median["gen"], 4),
         "update_s_median": round(median["update"], 4),
         "tokens_per_s": round(work.batch * work.response / median["step"], 1),
+        **rooflines(work, config, median, ceilings),
         "first_step_s": round(first_step, 2),
         "compile_s": round(compile_s, 2),
-        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "peak_rss_gib": round(peak / 2**20, 3),
         "steps": steps,
         "notes": f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}; behaviour={behaviour}"
         f"{' (the log-probs the sampler reported)' * (behaviour == 'sampler')}, "
@@ -267,7 +330,7 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
         f"responses {work.response} tokens; {len(moved)}/{len(moved)} tensors changed, max |change| "
         f"{max(moved):.1e}; matrix products in GFLOP/s: "
         + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
-        + f"; {compiled.programs - programs} programs compiled in timed steps; step - gen - update = "
+        + f"; ceilings: {ceilings}; {late} programs compiled in timed steps; step - gen - update = "
         "decoding, reward, reference and value passes, advantages",
     }
 
@@ -289,6 +352,7 @@ def readable(result: dict[str, Any]) -> str:
         "compile_s": "of it in XLA's compiler",
         "gen_s_median": "rollout",
         "update_s_median": "gradient passes and optimiser",
+        "gen_roofline": "of the speed that the ceilings allow",
     }
     lines = [
         f"{name:>16}  {value}{'  ' + units[name] if name in units else ''}"

@@ -1,13 +1,17 @@
-"""The step benchmark on a tiny work, through the same code; the comparison on made-up systems."""
+"""The benchmarks on tiny works, through the same code; the comparison on made-up systems."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+from rlaif_jax import rollout
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 KEYS = [
@@ -27,15 +31,17 @@ KEYS = [
 ]  # what the other systems' scripts print
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(FOLDER))  # they import each other
+ceilings, compare, rollouts, step = map(importlib.import_module, ("ceilings", "compare", "rollouts", "step"))
+
+TINY = step.Work(layers=1, width=16, heads=2, hidden=32, vocab=64, batch=512, prompt=4, response=32, warmup=1, steps=3)
 
 
-step, compare, tail = load("step"), load("compare"), load("tail")
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch):
+    known = ceilings.Ceilings(flops=1e12, read=1e11, copy=1e10)
+    for module in (step, rollouts):
+        monkeypatch.setattr(module, "measure", lambda dtype: known)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
@@ -44,7 +50,9 @@ def test_tiny_step_measures_real_work(algorithm, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     result = json.loads(lines[0])
-    assert set(result) == {*KEYS, "compile_s", "algorithm"}
+    roofs = {"gen_roofline", "score_roofline", "update_roofline"}
+    assert set(result) == {*KEYS, *roofs, "compile_s", "algorithm"}
+    assert all(0 <= result[name] < 1 for name in roofs)
     assert result["algorithm"] == algorithm
     assert result["steps"] == 2
     assert 0 < result["gen_s_median"] + result["update_s_median"] < result["step_s_median"] * 1.5
@@ -93,20 +101,113 @@ def test_the_works_are_those_of_the_other_systems():
     assert len(np.unique(batch.tokens)) > 1000
 
 
-def test_the_tail_is_that_of_the_stop_token_and_slots_draw_the_same_lengths(capsys):
-    command = ["--prompts", "2", "--mean", "8", "--cap", "32", "--slots", "4", "--rounds", "1", "--json"]
-    assert tail.main(command) == 0
-    rows = {row["way"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert list(rows)[:2] == ["all at once", "slots=4"]
-    for row in rows.values():
-        assert 4 < row["length_mean"] < 16
-        assert 10 < row["length_max"] <= 32
-    assert rows["slots=4"]["length_mean"] == rows["all at once"]["length_mean"]
+def test_the_cost_of_a_rollout_against_a_count_by_hand():
+    work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=4, prompt=2, response=3, warmup=0, steps=1)
+    cost = step.rollout_cost(work, np.array([[1, 3], [2, 2]]))
+    # Two prompts: a token through the block, 7 multiply-adds, sees 1 and then 2 columns at 2 each; the head takes 10.
+    assert cost.prefill == 2 * (2 * (7 + 2) + 2 * (7 + 4) + 2 * 10)
+    assert cost.decode == 4 * 2 * (7 + 10)  # the last token of an answer is not fed: 0 + 2 + 1 + 1
+    assert cost.attention == 2 * 2 * (3 + 4 + 3 + 3)  # columns seen
+    assert cost.steps == 2
+    assert cost.weights == 4 * (7 + 10)
+    # The first prompt's two columns are read in two steps, the second's in one, for both of its answers.
+    assert cost.cache == 4 * 2 * ((2 + 2) + 2 + (1 + 2) + 1 + 1)
+    assert cost.seconds(ceilings.Ceilings(flops=2, read=1, copy=1)) == 120 / 2 + max(136 / 2, 2 * 68) + max(52 / 2, 88)
+    assert cost.seconds(ceilings.Ceilings(flops=1, read=4, copy=1)) == 120 + max(136, 2 * 68 / 4) + max(52, 88 / 4)
+
+
+def test_rooflines_are_the_least_time_over_the_time_taken():
+    work = step.WORKS["tiny"]
+    config = step.settings(work, "grpo", "sampler")
+    flops = step.matmul_flops(work, config)
+    took = {"step": 8.0, "gen": 4.0, "score": 2.0, "update": 2.0}
+    shares = step.rooflines(work, config, took, ceilings.Ceilings(flops=flops["score"], read=1e30, copy=1))
+    assert shares["score_roofline"] == 0.5
+    assert shares["update_roofline"] == pytest.approx(3 * 0.5)
+    assert shares["gen_roofline"] == pytest.approx(flops["gen"] / flops["score"] / 4, abs=1e-3)
+
+
+def test_ceilings_are_measured():
+    measured = ceilings.measure("bfloat16", side=64, size=2**20)
+    assert all(x > 0 for x in measured)
+    assert "GFLOP/s, read" in str(measured)
+
+
+def test_the_wished_lengths():
+    t = np.arange(1, 257)
+    chances = {name: rollouts.distribution(rollouts.CASES[name]) for name in ("F", "T1", "T2", "G")}
+    for p in chances.values():
+        assert p.min() >= 0 and p.sum() == pytest.approx(1)
+    assert chances["F"][-1] == 1 and len(chances["F"]) == 64
+    assert chances["T1"][:18].sum() == pytest.approx(0.46, abs=0.01)  # the median of exp(N) is 32 / sqrt(e) = 19.4
+    assert chances["T1"] @ t == pytest.approx(32, rel=0.02)
+    assert chances["T2"][-1] == pytest.approx(0.1)
+    assert chances["T2"] @ t == pytest.approx(0.9 * 16.5 + 0.1 * 256)
+    assert chances["G"][1] / chances["G"][0] == pytest.approx(1 - 1 / 64)
+
+
+@pytest.mark.parametrize("lengths, mean", [("mixed", math.nan), ("lognormal", 8)])
+def test_the_policy_draws_the_wished_lengths(lengths, mean):
+    case = rollouts.Case(TINY, lengths, mean)
+    chances = rollouts.distribution(case)
+    model, params = rollouts.stopping_policy(TINY, chances)
+    draw = rollouts.ours(model, params, TINY, 64)
+    drawn = np.concatenate([draw(turn).sum(-1) for turn in range(8)])  # 4096 answers
+    wished = chances @ np.arange(1, 33)
+    spread = math.sqrt(chances @ (np.arange(1, 33) - wished) ** 2)
+    assert drawn.mean() == pytest.approx(wished, abs=4 * spread / 64)
+    assert (drawn == 32).mean() == pytest.approx(chances[-1], abs=4 * math.sqrt(chances[-1] / 4096))
+    rollouts.check_lengths(chances, drawn)
+    with pytest.raises(AssertionError, match="mean length"):
+        rollouts.check_lengths(chances, drawn + 1)
+    with pytest.raises(AssertionError, match="share at the cap"):
+        rollouts.check_lengths(chances, np.where(drawn == 32, 31, drawn))
+
+
+def test_transformers_draws_them_from_the_same_weights():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    work = dataclasses.replace(TINY, batch=128, steps=2)
+    result = rollouts.run("T2", rollouts.Case(work, "mixed"), "transformers")  # checks them
+    assert result["system"] == "transformers" and result["length_max"] == 32
+    assert result["occupancy"] == pytest.approx(1 - result["padding"], abs=2e-3)
+
+
+@pytest.mark.parametrize("slots", [8, 16])
+def test_steps_in_slots_are_those_of_the_engine(slots, monkeypatch):
+    steps, plain = [], rollout.decode_step
+
+    def counted(*args, **options):
+        jax.debug.callback(lambda: steps.append(1))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(rollout, "decode_step", counted)
+    work = dataclasses.replace(TINY, batch=40)
+    model, params = rollouts.stopping_policy(work, rollouts.distribution(rollouts.Case(work, "geometric", 8)))
+    lengths = rollouts.ours(model, params, work, slots)(0).sum(-1)
+    jax.effects_barrier()
+    assert len(set(lengths)) > 8
+    assert len(steps) == rollouts.steps_in_slots(lengths.tolist(), slots)
+
+
+def test_the_rollouts_of_a_case(capsys):
+    command = ["--case", "V32k", "--prompts", "1", "--prompt", "3", "--cap", "4", "--rounds", "1", "--json"]
+    assert rollouts.main(command) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {*KEYS, "compile_s", "gen_roofline", "occupancy", "padding"} - {"update_s_median"} <= set(row)
+    assert (row["system"], row["length_mean"], row["occupancy"], row["padding"]) == ("all at once", 4, 1, 0)
+    assert "1 prompts x 8, 3 + at most 4 tokens" in row["notes"]
+    for wrong in (["--case", "F", "--mean", "3"], ["--system", "transformers", "--slots", "4"]):
+        with pytest.raises(SystemExit):
+            rollouts.main(wrong)
+
+
+OWN_KEYS = ("compile_s", "gen_roofline", "score_roofline", "update_roofline", "occupancy", "padding")
 
 
 def fake(path: Path, system: str, seconds: float, *, fails: bool = False) -> None:
     """A script that prints a benchmark's line without doing its work."""
-    result = {key: seconds for key in compare.COLUMNS if key != "compile_s"} | {"system": system, "version": "1"}
+    result = {key: seconds for key in compare.COLUMNS if key not in OWN_KEYS} | {"system": system, "version": "1"}
     path.write_text(
         "raise SystemExit('boom')"
         if fails
@@ -121,7 +222,7 @@ def test_compare_sets_systems_side_by_side(tmp_path, monkeypatch, capsys):
     for name in ("ppo", "tun"):
         (tmp_path / name / "bin").mkdir(parents=True)
         (tmp_path / name / "bin" / "python").symlink_to(sys.executable)
-    monkeypatch.setattr(compare, "OWN", tmp_path / "own.py")
+    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
     output = tmp_path / "rows.jsonl"
     compare.main(
         [
@@ -140,18 +241,49 @@ def test_compare_sets_systems_side_by_side(tmp_path, monkeypatch, capsys):
         ]
     )
     printed = capsys.readouterr().out
-    assert "| ours " in printed
+    assert "| S ppo | ours " in printed
+    assert "occupancy" not in printed  # no rollouts
     assert "2.50x" in printed
     assert "tunix_ppo.py ended with exit code 1: boom" in printed
     assert [json.loads(line)["system"] for line in output.read_text().splitlines()] == ["ours", "trl"]
 
 
-def test_compare_without_peers_says_so(tmp_path, monkeypatch):
+def test_compare_without_peers_says_so(tmp_path):
+    systems, missing = compare.step_commands("S", "grpo", None, None)
+    assert len(systems) == 1
+    assert "not given" in missing[0]
+    systems, missing = compare.step_commands("S", "grpo", tmp_path, tmp_path)
+    assert len(systems) == 1 and len(missing) == 2
+    assert "trl_grpo.py not run" in missing[0]
+
+
+def test_one_table_of_steps_and_rollouts(tmp_path, monkeypatch, capsys):
     fake(tmp_path / "own.py", "ours", 2.0)
-    monkeypatch.setattr(compare, "OWN", tmp_path / "own.py")
-    rows, remarks = compare.compare("S", "grpo")
-    assert [row["system"] for row in rows] == ["ours"]
-    assert "not given" in remarks[0]
-    _, remarks = compare.compare("S", "grpo", peers=tmp_path, environments=tmp_path)
-    assert len(remarks) == 2
-    assert "trl_grpo.py not run" in remarks[0]
+    result = {"system": "made up", "version": "1", "step_s_median": 3.0, "occupancy": 0.25}
+    (tmp_path / "rollouts.py").write_text(
+        "import json, sys\n"
+        "slots = '--slots' in sys.argv\n"
+        f"print(json.dumps({result!r} | {{'system': 'slots' if slots else 'all', 'step_s_median': 1 + slots}}))\n"
+    )
+    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
+    monkeypatch.setattr(compare, "ROLLOUTS", tmp_path / "rollouts.py")
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    assert compare.main(["--works", "S", "--algorithms", "ppo", "--rollouts", "T1", "--slots", "4"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:4] for line in printed if line.startswith("| ")][2:] == [
+        [" S ppo ", " ours   ", " 1.00x      "],
+        [" T1    ", " all    ", " 1.00x      "],
+        [" T1    ", " slots  ", " 2.00x      "],
+    ]
+    assert "no generate of transformers" in printed[-1]
+
+
+def test_compare_keeps_the_table_when_a_case_fails(tmp_path, monkeypatch, capsys):
+    fake(tmp_path / "own.py", "ours", 2.0)
+    fake(tmp_path / "rollouts.py", "", 0.0, fails=True)
+    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
+    monkeypatch.setattr(compare, "ROLLOUTS", tmp_path / "rollouts.py")
+    assert compare.main(["--works", "S", "--algorithms", "ppo", "--rollouts", "T1"]) == 1
+    printed = capsys.readouterr().out
+    assert "| S ppo | ours " in printed
+    assert "rollouts.py ended with exit code 1: boom" in printed

@@ -1,0 +1,76 @@
+"""Measure what this machine can do: the ceilings of a roofline.
+
+    python experiments/benchmarks/ceilings.py --dtype bfloat16
+
+A big matrix product gives FLOP/s, a big matrix times a vector the bytes read a second, an elementwise pass over the same
+matrix the bytes that a copy reads and writes. Decoding reads weights and caches and writes next to nothing, so that its
+bound is the read: on a CPU the copy, which also pays for the pages of its result, is several times slower. Medians of five
+after one untimed call, on one device: other accelerators are taken to be equal, and CPU devices to share one CPU. What fits
+in a cache is read faster than these say, so that a small model may pass its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Ceilings(NamedTuple):
+    """flops: FLOP/s of a big matrix product, 2 a multiply-add; read and copy: bytes a second, a copy's counted twice."""
+
+    flops: float
+    read: float
+    copy: float
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e9:.0f} GFLOP/s, read {self.read / 1e9:.1f} GB/s, copy {self.copy / 1e9:.1f} GB/s"
+
+
+def seconds(function: Callable[..., jax.Array], *arrays: jax.Array) -> float:
+    """Median time of the compiled `function`."""
+    compiled: Any = jax.jit(function)
+    jax.block_until_ready(compiled(*arrays))
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        jax.block_until_ready(compiled(*arrays))
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def measure(dtype: str, *, side: int | None = None, size: int | None = None) -> Ceilings:
+    """The ceilings in `dtype`: a product of two [side, side] matrices, a read and a copy of about `size` bytes.
+
+    By default 2048 and 256 MiB on a CPU, 8192 and 2 GiB on an accelerator.
+    """
+    cpu = jax.default_backend() == "cpu"
+    side = side or (2048 if cpu else 8192)
+    size = size or (2**28 if cpu else 2**31)
+    square = jnp.ones((side, side), dtype)
+    large = jnp.ones((size // square.itemsize // 4096, 4096), dtype)
+    devices = 1 if cpu else jax.device_count()
+    return Ceilings(
+        flops=devices * 2 * side**3 / seconds(jnp.matmul, square, square),
+        read=devices * large.nbytes / seconds(jnp.matmul, large, large[0]),
+        copy=devices * 2 * large.nbytes / seconds(lambda x: x + 1, large),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = parser.parse_args(arguments)
+    print(f"{jax.devices()[0].device_kind}, {options.dtype}: {measure(options.dtype)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
