@@ -84,12 +84,12 @@ WORKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Word i is `t<i>`. No stop token, so that every answer runs to its length limit."""
+    """Word i is `t<i>`. Without a stop token every answer runs to its length limit."""
 
     vocab_size: int
     pad_id: int = 0
     bos_id: None = None
-    eos_id: None = None
+    eos_id: int | None = None
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The words of `ids`, a space between two."""

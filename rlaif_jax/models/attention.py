@@ -95,12 +95,16 @@ def attend(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visi
 
 
 def attend_groups(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: GroupVisible) -> jax.Array:
-    """`attend` for rows of a prompt and its K answers: q [G, P + K T, heads, h], k and v
-    [G, kv_heads, P + K T, h] -> [G, P + K T, heads * h]. An answer sees its prompt and itself, no other answer."""
+    """`attend` for rows of a prompt and its K answers: q [G, P + K T, heads, h], k and v [G, kv_heads, P + K T, h]
+    -> [G, P + K T, heads * h]. An answer sees its prompt and itself, no other answer."""
     groups = q.shape[0]
     prompt = jax.tree.leaves(visible.prompts)[0].shape[1]
     rows, length = jax.tree.leaves(visible.answers)[0].shape[:2]
     answers = rows // groups
+    of_prompts = attend(config, q[:, :prompt], k[:, :, :prompt], v[:, :, :prompt], visible.prompts)
+    if implementation(config) == "xla":
+        of_answers = attend_prompt_and_own(q[:, prompt:], k, v, visible.answers)  # type: ignore[arg-type]
+        return jnp.concatenate([of_prompts, of_answers], axis=1)
 
     def keys(x: jax.Array) -> jax.Array:
         """[G, kv_heads, P + K T, h] -> [G K, kv_heads, P + T, h]: every answer's own columns behind its prompt's."""
@@ -109,10 +113,36 @@ def attend_groups(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Arra
         own = x[:, :, prompt:].reshape(groups, heads, answers, length, h).swapaxes(1, 2)
         return jnp.concatenate([shared, own], axis=3).reshape(rows, heads, prompt + length, h)
 
-    of_prompts = attend(config, q[:, :prompt], k[:, :, :prompt], v[:, :, :prompt], visible.prompts)
     queries = q[:, prompt:].reshape(rows, length, *q.shape[2:])
     own = attend(config, queries, keys(k), keys(v), visible.answers)
     return jnp.concatenate([of_prompts, own.reshape(groups, answers * length, -1)], axis=1)
+
+
+def attend_prompt_and_own(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """The answers' part of `attend_groups`, whose products read a prompt's keys once for all its answers: q
+    [G, K T, heads, h], k and v [G, kv_heads, P + K T, h], visible [G K, T, P + T] -> [G, K T, heads * h].
+
+    Copies of the prompt's keys for every answer are more to write, and their gradient crashes YNNPACK in jaxlib 0.10.2 from
+    some 128 columns on.
+    """
+    groups, columns, heads, h = q.shape
+    length, seen = visible.shape[1:]
+    prompt, answers, kv_heads = seen - length, columns // length, k.shape[1]
+    per_group = heads // kv_heads
+    q = (q * h**-0.5).reshape(groups, answers, length, kv_heads, per_group, h).transpose(0, 3, 4, 1, 2, 5)
+    own = lambda x: x[:, :, prompt:].reshape(groups, kv_heads, answers, length, h)
+    scores = jnp.concatenate(
+        [
+            jnp.einsum("ngrkth,ngph->ngrktp", q, k[:, :, :prompt], preferred_element_type=jnp.float32),
+            jnp.einsum("ngrkth,ngksh->ngrkts", q, own(k), preferred_element_type=jnp.float32),
+        ],
+        axis=-1,
+    )
+    visible = visible.reshape(groups, 1, 1, answers, length, seen)
+    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
+    attended = jnp.einsum("ngrktp,ngph->ngrkth", weights[..., :prompt], v[:, :, :prompt])
+    attended = attended + jnp.einsum("ngrkts,ngksh->ngrkth", weights[..., prompt:], own(v))
+    return attended.transpose(0, 3, 4, 1, 2, 5).reshape(groups, columns, heads * h)
 
 
 def attend_library(

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError, small_decoder
-from rlaif_jax.models.attention import Visible, attend, attend_library, attend_splash, implementation, made_visible
+from rlaif_jax.models.attention import (
+    GroupVisible,
+    Visible,
+    attend,
+    attend_groups,
+    attend_library,
+    attend_splash,
+    implementation,
+    made_visible,
+)
 from rlaif_jax.parallel import make_mesh
 
 B, S, C, HEADS, KV, H = 4, 5, 7, 4, 2, 8
@@ -130,3 +139,35 @@ def test_cudnn_without_a_gpu_is_refused() -> None:
     cudnn = dataclasses.replace(CONFIG, attention="cudnn")
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
         attend(cudnn, q, k, v, Visible(queries, keys).dense())
+
+
+@pytest.mark.parametrize("length", [3, 128])
+def test_answers_beside_their_prompt(length: int) -> None:
+    """The grouped form against one row with a mask, forward and backward; at 128 columns copies of the prompt's keys for every
+    answer crash YNNPACK in jaxlib 0.10.2."""
+    groups, answers, prompt = 2, 4, 5
+    columns = prompt + answers * length
+    rng = np.random.default_rng(2)
+    q = rng.standard_normal((groups, columns, HEADS, H)).astype(np.float32)
+    k, v = rng.standard_normal((2, groups, KV, columns, H)).astype(np.float32)
+    of_prompt = np.int32([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    real = np.int32(np.arange(length) < np.arange(1, groups * answers + 1)[:, None] * length // 8)
+    visible = GroupVisible(
+        Visible(of_prompt, of_prompt), Visible(real, np.concatenate([of_prompt.repeat(answers, 0), real], axis=1))
+    )
+    segments = np.concatenate([of_prompt, real.reshape(groups, -1)], axis=1)
+    answer = np.concatenate(
+        [np.zeros_like(of_prompt), np.tile(np.arange(answers).repeat(length) + 1, (groups, 1))], axis=1
+    )
+    whole = Visible(segments, segments, answer, answer)
+    weight = segments[..., None]  # what pads see is nobody's business
+
+    def value_and_gradients(attention, seen):
+        made = made_visible(CONFIG, seen)
+        fn = lambda q, k, v: jnp.sum(jnp.sin(attention(CONFIG, q, k, v, made)) * weight)
+        return jax.jit(jax.value_and_grad(fn, (0, 1, 2)))(q, k, v)
+
+    got, want = value_and_gradients(attend_groups, visible), value_and_gradients(attend, whole)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-4)
+    for one, other in zip(got[1], want[1]):
+        assert jnp.linalg.norm(one - other) < 1e-5 * jnp.linalg.norm(other)

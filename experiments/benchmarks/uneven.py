@@ -1,0 +1,167 @@
+"""Time whole GRPO steps whose answers end when they will: most soon, a few late.
+
+    python experiments/benchmarks/uneven.py --case T1
+    python experiments/benchmarks/uneven.py --case T2 --trl ENVIRONMENT/bin/python --json
+
+The policy and the lengths are those of `rollouts.py` (T1 lognormal, T2 nine in ten short and the rest at the cap): 8 prompts
+of 32 tokens, 8 answers to each of at most 256, KL (0.05) in the loss, one update over the batch, AdamW at 1e-6, reward on the
+host.
+
+    way     rollout              scoring and update
+    padded  all at once          all sequences side by side, as long as the longest may be
+    packed  16 slots             rows of many answers, 8 at a time (`decode_slots`, `packed_rows`)
+    trl     TRL's GRPOTrainer on the same weights, by the Python that `--trl` names (torch, trl), without and with its
+            continuous batching where that runs
+
+Medians over the steps, which are the same lengths for both ways and other draws of the same lengths for TRL. Run it on an
+idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from compare import TORCH_ALLOCATOR
+from rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
+from step import GROUP, Words, prompt_batches, settings, thin
+
+from rlaif_jax.algorithms.ppo import Agent
+from rlaif_jax.config import TrainConfig
+from rlaif_jax.feedback.sources import FunctionSource
+from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.hf import save_model
+from rlaif_jax.parallel import make_runner
+from rlaif_jax.rewards.shaping import identity_normaliser
+from rlaif_jax.rollout import answer_texts, to_prompts
+from rlaif_jax.train import compile_steps
+from rlaif_jax.types import Params
+
+SLOTS, ROWS = 16, 8
+
+
+def way_settings(case: Case, way: str) -> TrainConfig:
+    """The loop's settings for one of our ways."""
+    config = settings(case.work, "grpo", "sampler")
+    if way == "padded":
+        return config
+    return dataclasses.replace(config, decode_slots=SLOTS, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
+
+
+def ours(case: Case, way: str, model: LanguageModel, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:
+    """`warmup` + `steps` steps by the product's own code. AssertionError where they did not do the work."""
+    work, config = case.work, way_settings(case, way)
+    agent = Agent(model, None, config.ppo, answers=GROUP)
+    runner, tokenizer = make_runner(config.parallel), Words(work.vocab, pad_id=PAD, eos_id=STOP)
+    roll, advantages, update = compile_steps(config, agent, runner, tokenizer)  # type: ignore[arg-type]
+    state, reference = runner.place(agent.init(params, None, 0)), runner.place(jax.tree.map(jax.numpy.array, params))
+    before, normaliser = jax.tree.map(thin, state.params), identity_normaliser()
+
+    def lower_half(record: Any, answer: str) -> float:
+        ids = [int(word[1:]) for word in answer.split()]
+        return sum(i < work.vocab // 2 for i in ids) / max(len(ids), 1)
+
+    feedback = FunctionSource(lower_half)
+    batches = prompt_batches(work, config.prompts_per_step, 0)
+    times: dict[str, list[float]] = {"step": [], "gen": [], "score": [], "update": []}
+    lengths = []
+    for _ in range(warmup + steps):
+        begun = time.perf_counter()
+        batch = next(batches)
+        light = state.replace(opt_state=None)
+        rollout = jax.block_until_ready(roll(light, to_prompts(batch)))
+        rolled = time.perf_counter()
+        answers = answer_texts(rollout, tokenizer)  # type: ignore[arg-type]
+        records = [record for record in batch.records for _ in range(GROUP)]
+        judged = feedback(records, answers, rollout)
+        experience, _ = jax.block_until_ready(advantages((light, reference, normaliser), (rollout, judged)))
+        scored = time.perf_counter()
+        state, metrics = jax.block_until_ready(update(state, experience))
+        done = time.perf_counter()
+        for name, seconds in zip(times, (done - begun, rolled - begun, scored - rolled, done - scored)):
+            times[name].append(seconds)
+        assert float(metrics["nonfinite"]) == 0
+        lengths.append(np.asarray(rollout.response_mask).sum(-1))
+    moved = jax.tree.map(lambda x, old: np.abs(thin(x) - old).max() > 0, state.params, before)
+    assert all(jax.tree.leaves(moved)), "a tensor did not move"
+    return summary(case, way, {name: x[warmup:] for name, x in times.items()}, np.concatenate(lengths[warmup:]))
+
+
+def summary(case: Case, way: str, times: dict[str, list[float]], lengths: np.ndarray) -> dict[str, Any]:
+    """What is printed of a way."""
+    check_lengths(distribution(case), lengths)
+    return {
+        "way": way,
+        **{f"{name}_s_median": round(statistics.median(seconds), 3) for name, seconds in times.items()},
+        "tokens_per_s": round(float(lengths.sum()) / sum(times["step"]), 1),
+        "length_mean": round(float(lengths.mean()), 1),
+        "length_max": int(lengths.max()),
+    }
+
+
+def trl(case: Case, python: Path, folder: str, batching: bool, *, warmup: int, steps: int) -> dict[str, Any] | str:
+    """The same steps by TRL on the weights in `folder`, or why there are none."""
+    script = Path(__file__).with_name("uneven_trl.py")
+    options = {"prompts": case.work.batch // GROUP, "prompt": case.work.prompt, "cap": case.work.response}
+    options |= {"vocab": case.work.vocab, "group": GROUP, "warmup": warmup, "steps": steps}
+    command = [str(python), str(script), folder, *(f"--{name}={value}" for name, value in options.items())]
+    variables = os.environ | {"GLIBC_TUNABLES": TORCH_ALLOCATOR}
+    done = subprocess.run(
+        [*command, *["--batching"] * batching], capture_output=True, text=True, env=variables, check=False
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        return (done.stderr.strip().splitlines() or ["no output"])[-1]
+    found = json.loads(lines[-1])
+    name = "trl, continuous batching" if batching else "trl"
+    return summary(case, name, found["times"], np.array(found["lengths"])) | {"version": found["version"]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=("T1", "T2"), default="T1", help="default T1")
+    parser.add_argument("--prompts", type=int, help=f"prompts of {GROUP} answers each (default 8)")
+    parser.add_argument("--cap", type=int, help="most tokens of an answer (default 256)")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed steps (default 1)")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps (default 4)")
+    parser.add_argument("--trl", type=Path, help="a Python with torch and trl")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON a way")
+    options = parser.parse_args(arguments)
+    case = CASES[options.case]
+    sizes = {"batch": options.prompts and options.prompts * GROUP, "response": options.cap}
+    work = dataclasses.replace(case.work, **{name: size for name, size in sizes.items() if size is not None})
+    case = dataclasses.replace(case, work=work)
+    model, params = stopping_policy(work, distribution(case))
+    times = {"warmup": options.warmup, "steps": options.steps}
+    rows: list[dict[str, Any]] = [ours(case, way, model, params, **times) for way in ("padded", "packed")]
+    if options.trl:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(folder, model, params)
+            for batching in (False, True):
+                row = trl(case, options.trl, folder, batching, **times)
+                if isinstance(row, str):
+                    print(f"trl{', continuous batching' * batching}: {row}", file=sys.stderr)
+                else:
+                    rows.append(row)
+    packed = rows[1]["step_s_median"]
+    for row in rows:
+        ratio = row["step_s_median"] / packed
+        print(json.dumps({"case": options.case, **row}) if options.json else f"{ratio:6.2f}x packed  {row}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
