@@ -1,5 +1,6 @@
 """One device, pmap over eight, and three meshes must take the same step."""
 
+import dataclasses
 import functools
 import os
 
@@ -8,12 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.algorithms.ppo import Agent, gradients, ppo_step, prepare
+from rlaif_jax.algorithms.ppo import Agent, gradients, ppo_step, prepare, scored
 from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, UserError, small_decoder
 from rlaif_jax.models import LanguageModel, ScalarModel
-from rlaif_jax.parallel import make_mesh, masked_mean, masked_whiten, pmap_step, shard_step, state_shardings
+from rlaif_jax.parallel import (
+    PmapRunner,
+    ShardRunner,
+    make_mesh,
+    masked_mean,
+    masked_whiten,
+    pmap_step,
+    shard_step,
+    state_shardings,
+)
 from rlaif_jax.rollout import generate
-from rlaif_jax.types import Prompts, RewardBatch
+from rlaif_jax.types import Prompts, RewardBatch, Rollout
 
 pytestmark = pytest.mark.slow  # as a whole: many programs to compile
 
@@ -100,6 +110,30 @@ def test_every_layout_takes_the_same_step(single, name):
     for key, value in metrics.items():
         np.testing.assert_allclose(got_metrics[key], value, rtol=1e-4, atol=2e-6, err_msg=key)
     assert int(got.step) == 1
+
+
+@pytest.mark.parametrize("name", ["pmap8", "2x2x2"])
+def test_packed_scores_are_the_same_on_many_devices(name):
+    agent, state, experience = setup(**KINDS["packed"])
+    padded = dataclasses.replace(agent, config=dataclasses.replace(agent.config, packed_rows=0))
+    rollout = Rollout(
+        tokens=experience.tokens,
+        prompt_mask=experience.prompt_mask,
+        response_mask=experience.response_mask,
+        logprobs=experience.sampler_logprobs,
+        finished=experience.mask.any(-1),
+    )
+    expected = jax.jit(functools.partial(scored, padded))(state, state.params["policy"], rollout)
+
+    def score(state, rollout, *, axis_name=None):
+        return scored(agent, state, state.params["policy"], rollout)
+
+    runner = PmapRunner() if name == "pmap8" else ShardRunner(make_mesh(2, 2, 2))
+    got = runner.map(score)(runner.place(fresh(state)), rollout)
+    assert set(got) == set(expected) == {"ref_logprobs", "logprobs"}
+    for key, value in expected.items():
+        np.testing.assert_allclose(got[key], value, atol=2e-5, err_msg=key)
+        assert np.abs(value).max() > 0.1
 
 
 @pytest.mark.parametrize("single", ["gae"], indirect=True)

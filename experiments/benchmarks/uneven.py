@@ -9,7 +9,7 @@ host.
 
     way     rollout              scoring and update
     padded  all at once          all sequences side by side, as long as the longest may be
-    packed  16 slots             rows of many answers, 8 at a time (`decode_slots`, `packed_rows`)
+    packed  8 slots              rows of many answers, 2 at a time (`decode_slots`, `packed_rows`)
     trl     TRL's GRPOTrainer on the same weights, by the Python that `--trl` names (torch, trl), without and with its
             continuous batching where that runs
 
@@ -49,7 +49,7 @@ from rlaif_jax.rollout import answer_texts, to_prompts
 from rlaif_jax.train import compile_steps
 from rlaif_jax.types import Params
 
-SLOTS, ROWS = 16, 8
+SLOTS, ROWS = 8, 2
 
 
 def way_settings(case: Case, way: str) -> TrainConfig:

@@ -32,7 +32,8 @@ KEYS = [
 
 
 sys.path.insert(0, str(FOLDER))  # they import each other
-ceilings, compare, rollouts, step = map(importlib.import_module, ("ceilings", "compare", "rollouts", "step"))
+names = ("ceilings", "compare", "rollouts", "step", "uneven")
+ceilings, compare, rollouts, step, uneven = map(importlib.import_module, names)
 
 TINY = step.Work(layers=1, width=16, heads=2, hidden=32, vocab=64, batch=512, prompt=4, response=32, warmup=1, steps=3)
 
@@ -287,3 +288,16 @@ def test_compare_keeps_the_table_when_a_case_fails(tmp_path, monkeypatch, capsys
     printed = capsys.readouterr().out
     assert "| S ppo | ours " in printed
     assert "rollouts.py ended with exit code 1: boom" in printed
+
+
+def test_uneven_steps_are_the_same_work_both_ways(monkeypatch):
+    monkeypatch.setattr(uneven, "SLOTS", 16)
+    monkeypatch.setattr(uneven, "ROWS", 2)
+    case = rollouts.Case(dataclasses.replace(TINY, batch=64), "mixed")
+    policy = rollouts.stopping_policy(case.work, rollouts.distribution(case))
+    padded, packed = (uneven.ours(case, way, *policy, warmup=0, steps=1) for way in ("padded", "packed"))
+    assert uneven.way_settings(case, "packed").ppo.packed_rows == 2
+    assert abs(padded["length_mean"] - packed["length_mean"]) < 1, "the same draws up to rounding"
+    assert padded["length_max"] == packed["length_max"] == 32
+    missing = uneven.trl(case, Path(sys.executable), "nowhere", False, warmup=1, steps=1)
+    assert isinstance(missing, str), "what could not be run is a remark, not a row"
