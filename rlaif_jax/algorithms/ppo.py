@@ -408,7 +408,9 @@ def ppo_step(
         f"first/{name}": first[name]
         for name in ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap", "sampler_gap_max")
     }
-    metrics["first/effective_sample_size"] = first["sampler_weight"] ** 2 / first["sampler_weight_squared"]
+    metrics["first/effective_sample_size"] = first["sampler_weight"] ** 2 / jnp.maximum(
+        first["sampler_weight_squared"], 1e-8
+    )
     metrics["nonfinite"] = history["nonfinite"].sum()
     metrics |= batch_metrics(agent, old, axis_name)
     judged = psum(jnp.sum(mask.any(-1)), axis_name)
