@@ -632,7 +632,9 @@ def test_two_thousand_judgements_through_every_trouble(
         calm[0] = True
         for expected in (len([e for e in missing if e.status == "error"]), 0):
             calls = server.count
-            with JudgeClient(config(server.url, **settings), store=tmp_path / "f.sqlite") as judge:
+            with JudgeClient(
+                config(server.url, **settings | {"timeout_s": 60.0}), store=tmp_path / "f.sqlite"
+            ) as judge:
                 outcomes = judge.judge(questions, PAIRWISE)
             assert server.count - calls == expected
             assert sum(len(outcome.missing) for outcome in outcomes) == len(prose)
