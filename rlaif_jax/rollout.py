@@ -169,8 +169,8 @@ def generate(
 
     `key` is the same for the whole batch: every answer derives its own from it, the prompt's uid and the answer index.
     A row stops with `eos_id` (None: never) or at sampling.max_new_tokens; columns after the stop hold `pad_id`.
-    `slots` answers are decoded at a time on each device, 0 or more than it has: all. It
-    changes no answer but where a matrix product of another shape rounds a draw to the other side of a bound.
+    `slots` answers are decoded at a time on each device, 0 or more than it has: all. It changes no answer but where a
+    matrix product of another shape rounds a draw to the other side of a bound.
     """
 
     def on_device(replicated: tuple[Params, jax.Array], prompts: Prompts) -> Rollout:

@@ -136,7 +136,7 @@ def train(
         log.flush()
         checkpoints.save(
             step,
-            runner.fetch((state, normaliser, *(ahead.rollouts if ahead and config.staleness else nothing))),
+            runner.fetch((state, normaliser, *(ahead.rollouts if ahead else nothing))),
             {"prompts": ahead.position if ahead else prompts.get_state(), "missing": missing, "checks": run.checks},
         )
 
