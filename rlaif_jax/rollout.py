@@ -42,7 +42,7 @@ class Prefill(NamedTuple):
 
 def prefill(model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array) -> Prefill:
     """Run left-padded prompts [B, P] once."""
-    hidden, (keys, values) = apply(Trunk(model.config), params["trunk"], tokens, mask)
+    hidden, (keys, values) = apply(Trunk(model.config), params["trunk"], tokens, mask, 1, method="last")
     caches = tuple((keys[layer], values[layer]) for layer in range(model.config.num_layers))
     return Prefill(hidden[:, -1], caches, mask.astype(bool))
 

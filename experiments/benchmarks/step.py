@@ -137,11 +137,12 @@ def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
         first += count
 
 
-def block_flops(work: Work, sequences: int, first: int, last: int) -> float:
+def block_flops(work: Work, sequences: int, first: int, last: int, read: bool = True) -> float:
     """FLOPs of the matrix products of the blocks over columns first .. last - 1 of so many sequences: 2 a multiply-add,
-    causal attention."""
-    block = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden)
-    attention = 2 * work.layers * work.width * (last * (last + 1) - first * (first + 1)) / 2
+    causal attention. Of columns whose hidden states nobody reads, the last block makes keys and values only."""
+    whole = work.layers if read else work.layers - 1
+    block = whole * (4 * work.width**2 + 3 * work.width * work.hidden) + (work.layers - whole) * 2 * work.width**2
+    attention = 2 * whole * work.width * (last * (last + 1) - first * (first + 1)) / 2
     return 2.0 * sequences * ((last - first) * block + attention)
 
 
@@ -180,7 +181,9 @@ def rollout_cost(work: Work, lengths: np.ndarray, itemsize: int = 4) -> RolloutC
     weights = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden) + work.width * work.vocab
     own = float((fed * (fed + 1) / 2).sum())  # answer columns seen
     return RolloutCost(
-        prefill=block_flops(work, prompts, 0, work.prompt) + 2.0 * prompts * work.width * work.vocab,
+        prefill=block_flops(work, prompts, 0, work.prompt - 1, read=False)
+        + block_flops(work, prompts, work.prompt - 1, work.prompt)
+        + 2.0 * prompts * work.width * work.vocab,
         decode=2.0 * float(fed.sum()) * weights,
         attention=4.0 * column * (work.prompt * float(fed.sum()) + own),
         steps=int(fed.max()),
@@ -194,8 +197,9 @@ def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
     passes, nothing for what XLA computes twice."""
     prompts, rows, length = config.prompts_per_step, work.batch, work.prompt + work.response
     critics = int(config.ppo.advantage == "gae")
-    # A prompt's columns but the last are computed once for its answers.
-    trained = block_flops(work, prompts, 0, work.prompt - 1) + block_flops(work, rows, work.prompt - 1, length - 1)
+    # A prompt's columns but the last are computed once for its answers, and none of them is read.
+    trained = block_flops(work, prompts, 0, work.prompt - 1, read=False)
+    trained += block_flops(work, rows, work.prompt - 1, length - 1)
     heads = 2.0 * rows * work.response * work.width * work.vocab
     policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
     rollout = full_length(work, config)

@@ -74,6 +74,16 @@ def made_visible(config: DecoderConfig, visible: Visible | GroupVisible) -> Visi
     return one(visible)
 
 
+def from_last(visible: Visible | GroupVisible | jax.Array, last: int) -> Visible | GroupVisible | jax.Array:
+    """What the queries of so many of the last columns see, of what `made_visible` gave for all: of a prompt with its answers,
+    which have their own part, all of these."""
+    if isinstance(visible, GroupVisible):
+        return visible
+    if isinstance(visible, Visible):
+        return visible._replace(queries=visible.queries[:, -last:])
+    return visible[:, -last:]
+
+
 def attend(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible | jax.Array) -> jax.Array:
     """Grouped-query attention.
 
@@ -95,16 +105,18 @@ def attend(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visi
 
 
 def attend_groups(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: GroupVisible) -> jax.Array:
-    """`attend` for rows of a prompt and its K answers: q [G, P + K T, heads, h], k and v [G, kv_heads, P + K T, h]
-    -> [G, P + K T, heads * h]. An answer sees its prompt and itself, no other answer."""
+    """`attend` for rows of a prompt and its K answers: q [G, P + K T or K T, heads, h], k and v [G, kv_heads, P + K T, h]
+    -> [G, P + K T or K T, heads * h]. An answer sees its prompt and itself, no other answer."""
     groups = q.shape[0]
     prompt = jax.tree.leaves(visible.prompts)[0].shape[1]
     rows, length = jax.tree.leaves(visible.answers)[0].shape[:2]
     answers = rows // groups
-    of_prompts = attend(config, q[:, :prompt], k[:, :, :prompt], v[:, :, :prompt], visible.prompts)
-    if implementation(config) == "xla":
-        of_answers = attend_prompt_and_own(q[:, prompt:], k, v, visible.answers)  # type: ignore[arg-type]
+    if q.shape[1] > answers * length:
+        of_prompts = attend(config, q[:, :prompt], k[:, :, :prompt], v[:, :, :prompt], visible.prompts)
+        of_answers = attend_groups(config, q[:, prompt:], k, v, visible)
         return jnp.concatenate([of_prompts, of_answers], axis=1)
+    if implementation(config) == "xla":
+        return attend_prompt_and_own(q, k, v, visible.answers)  # type: ignore[arg-type]
 
     def keys(x: jax.Array) -> jax.Array:
         """[G, kv_heads, P + K T, h] -> [G K, kv_heads, P + T, h]: every answer's own columns behind its prompt's."""
@@ -113,9 +125,8 @@ def attend_groups(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Arra
         own = x[:, :, prompt:].reshape(groups, heads, answers, length, h).swapaxes(1, 2)
         return jnp.concatenate([shared, own], axis=3).reshape(rows, heads, prompt + length, h)
 
-    queries = q[:, prompt:].reshape(rows, length, *q.shape[2:])
-    own = attend(config, queries, keys(k), keys(v), visible.answers)
-    return jnp.concatenate([of_prompts, own.reshape(groups, answers * length, -1)], axis=1)
+    own = attend(config, q.reshape(rows, length, *q.shape[2:]), keys(k), keys(v), visible.answers)
+    return own.reshape(groups, answers * length, -1)
 
 
 def attend_prompt_and_own(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:

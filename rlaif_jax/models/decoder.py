@@ -1,7 +1,8 @@
 """One causal decoder that is GPT-2, Llama, Qwen2 and Qwen3 by flags (`DecoderConfig`).
 
-Parameters of the L blocks are stacked on a leading axis and scanned in training and prefill; decoding takes them
-apart once and runs the blocks unrolled, each with its own key-value cache (`rollout.py`).
+Parameters of the L blocks are stacked on a leading axis. Training and prefill scan over them, or run a few of them
+one by one (`FLAT`); decoding takes them apart once and runs them unrolled, each with its own key-value cache
+(`rollout.py`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import DecoderConfig, RopeScaling, require
-from rlaif_jax.models.attention import GroupVisible, Visible, attend, attend_groups, made_visible
+from rlaif_jax.models.attention import GroupVisible, Visible, attend, attend_groups, from_last, made_visible
 
 KeyValue = tuple[jax.Array, jax.Array]
+
+FLAT = 12  # so many blocks and fewer run one by one, which is faster; more compile faster as a loop
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
@@ -76,9 +79,13 @@ def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `qkv` and `finish` are its halves before and after attention."""
+    """Pre-norm transformer block. `qkv` and `finish` are its halves before and after attention.
+
+    `last`: it is computed for so many of the last columns only (0: for all); the others give it keys and values.
+    """
 
     config: DecoderConfig
+    last: int = 0
 
     def setup(self) -> None:
         c = self.config
@@ -111,12 +118,14 @@ class Block(nn.Module):
         """x [..., D] -> q [..., heads, h], k and v [..., kv_heads, h], rotated to their positions."""
         c = self.config
         y = self.norm1(x)
-        q = self.q(y).reshape(*x.shape[:-1], c.num_heads, c.head_dim)
+        asking = y[:, -self.last :] if self.last else y
+        q = self.q(asking).reshape(*asking.shape[:-1], c.num_heads, c.head_dim)
         k = self.k(y).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         v = self.v(y).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, rope), rotate(k, rope), v
+        at = jax.tree.map(lambda r: r[:, -self.last :], rope) if self.last else rope
+        return rotate(q, at), rotate(k, rope), v
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual stream [..., D] after the attention's output and the perceptron have been added."""
@@ -127,9 +136,11 @@ class Block(nn.Module):
         return x + self.down(nn.gelu(self.up(y), approximate=True))
 
     def __call__(self, x: jax.Array, rope: KeyValue | None, visible: Any) -> tuple[jax.Array, KeyValue]:
-        """x [B, S, D], visible from `made_visible` -> (x, (keys, values) [B, kv_heads, S, h])."""
+        """x [B, S, D], visible from `made_visible` -> (x [B, S or last, D], (keys, values) [B, kv_heads, S, h])."""
         q, k, v = self.qkv(x, rope)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if self.last:
+            x, visible = x[:, -self.last :], from_last(visible, self.last)
         attention = attend_groups if isinstance(visible, GroupVisible) else attend
         return self.finish(x, attention(self.config, q, k, v, visible)), (k, v)
 
@@ -147,15 +158,12 @@ class Trunk(nn.Module):
             self.position_embed = nn.Embed(
                 c.context_length, c.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
             )
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         self.layers = nn.scan(
-            block,
+            nn.remat(Block, prevent_cse=False) if c.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.num_layers,
-            # A few small layers run faster flat, many compile faster as a loop.
-            unroll=c.num_layers if c.num_layers <= 4 else 1,
         )(c)
         self.norm = (
             nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, use_fast_variance=False)
@@ -175,16 +183,31 @@ class Trunk(nn.Module):
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
         """tokens, mask [B, S] -> hidden [B, S, D] after the final norm, keys and values [L, B, kv_heads, S, h]."""
+        return self.last(tokens, mask, 0)
+
+    def last(self, tokens: jax.Array, mask: jax.Array, last: int) -> tuple[jax.Array, KeyValue]:
+        """`__call__` of which the hidden states of so many of the last columns are wanted (0: all) -> [B, last, D]."""
         real = mask.astype(jnp.int32)
-        return self.columns(tokens, positions_from_mask(mask), Visible(real, real))
+        return self.columns(tokens, positions_from_mask(mask), Visible(real, real), last)
 
     def columns(
-        self, tokens: jax.Array, positions: jax.Array, visible: Visible | GroupVisible
+        self, tokens: jax.Array, positions: jax.Array, visible: Visible | GroupVisible, last: int = 0
     ) -> tuple[jax.Array, KeyValue]:
-        """tokens, positions [B, S], in whatever order they stand, with what each may see; returns as `__call__`."""
-        x = self.embedded(tokens, positions)
-        x, cache = self.layers(x, rope_table(self.config, positions), made_visible(self.config, visible))
-        return self.norm(x), cache
+        """tokens, positions [B, S], in whatever order they stand, with what each may see; returns as `last`."""
+        c = self.config
+        x, rope, seen = self.embedded(tokens, positions), rope_table(c, positions), made_visible(c, visible)
+        # Outside a loop XLA finds out that what remat computes again was there before, and keeps it.
+        if c.num_layers > FLAT or c.remat or self.is_initializing():
+            x, cache = self.layers(x, rope, seen)
+            return self.norm(x[:, -last:]), cache  # -0: all of them
+        caches = []
+        for layer in range(c.num_layers):
+            params = jax.tree.map(lambda stack, layer=layer: stack[layer], self.variables["params"]["layers"])
+            # Of the last block's columns, those that are not wanted are only looked at.
+            block = Block(c, last if layer == c.num_layers - 1 else 0, parent=None)
+            x, cache = apply(block, params, x, rope, seen)
+            caches.append(cache)
+        return self.norm(x), jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
 
     def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:
         """Hidden states [G, K, T, D] of answers [G, K, T] (right padded) that follow prompts [G, P] (left padded).
@@ -203,8 +226,8 @@ class Trunk(nn.Module):
             # The prompt's last token is an answer's first column: real, as all that may be read here.
             answers=Visible(own, jnp.concatenate([real.repeat(each, axis=0), own], axis=1)),
         )
-        hidden, _ = self.columns(tokens, positions, visible)
-        return hidden[:, prompts.shape[1] :].reshape(*answers.shape, -1)
+        hidden, _ = self.columns(tokens, positions, visible, each * length)
+        return hidden.reshape(*answers.shape, -1)
 
 
 class Decoder(nn.Module):
@@ -245,7 +268,7 @@ def response_hidden(
     # The last token predicts nothing here: it is not fed.
     if answers == 1 or start == 1:  # nothing to share
         mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
-        return apply(Trunk(config), trunk, tokens[:, :-1], mask[:, :-1])[0][:, start - 1 :]
+        return apply(Trunk(config), trunk, tokens[:, :-1], mask[:, :-1], response_mask.shape[1], method="last")[0]
     # The prompt's last token, which predicts the first of each answer, is fed once an answer.
     mask = jnp.concatenate([prompt_mask[:, -1:], response_mask[:, :-1]], axis=1)
     grouped = (-1, answers, mask.shape[1])

@@ -5,9 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from rlaif_jax.algorithms.supervised import make_optimizer, supervised_step, weighted_cross_entropy
+from rlaif_jax.algorithms.supervised import (
+    clip_by_global_norm,
+    make_optimizer,
+    supervised_step,
+    weighted_cross_entropy,
+)
 from rlaif_jax.config import OptimizerConfig, small_decoder
 from rlaif_jax.models import LanguageModel
 
@@ -140,3 +146,13 @@ def test_the_gradient_is_clipped_by_its_global_norm_and_eps_is_heard():
     config = OptimizerConfig(learning_rate=1.0, schedule="constant", max_grad_norm=0.5, eps=0.5)
     np.testing.assert_allclose(moves(config, 1, gradient=100.0), [0.5 / (0.5 + 0.5)], rtol=1e-5)
     assert OptimizerConfig().eps == 1e-5
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 10.0])
+def test_one_factor_clips_as_optax_does(size):
+    gradient = {"a": size * jnp.array([1.0, -2.0]), "b": size * jnp.array([[2.0]], jnp.bfloat16)}
+    got, _ = clip_by_global_norm(1.0).update(gradient, clip_by_global_norm(1.0).init(gradient))
+    want, _ = optax.clip_by_global_norm(1.0).update(gradient, optax.EmptyState())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2), got, want)
+    np.testing.assert_allclose(got["a"], want["a"], rtol=1e-6)
+    assert got["b"].dtype == jnp.bfloat16

@@ -82,10 +82,11 @@ def test_a_step_that_moves_nothing_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_flops_against_a_count_by_hand(algorithm):
-    work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=8, prompt=2, response=2, warmup=0, steps=1)
+    work = step.Work(layers=2, width=1, heads=1, hidden=1, vocab=10, batch=8, prompt=2, response=2, warmup=0, steps=1)
     flops = step.matmul_flops(work, step.settings(work, algorithm, "sampler"))
-    # A token through the block: 4 + 3 multiply-adds and 2 for each token it attends to; through the head: 10.
-    first, second, third, head = 2 * (7 + 2), 2 * (7 + 4), 2 * (7 + 6), 2 * 10
+    # A token through a block: 4 + 3 multiply-adds and 2 for each token it attends to, and through the head 10. The first
+    # token's hidden state is not read: of the last block it needs the 2 for its key and its value.
+    first, second, third, head = 2 * (7 + 2 + 2), 2 * 2 * (7 + 4), 2 * 2 * (7 + 6), 2 * 10
     prompts = 1 if algorithm == "grpo" else 8
     assert flops["gen"] == prompts * (first + second) + 8 * third + (prompts + 8) * head
     critic = prompts * first + 8 * (second + third)  # the last token of a prompt is fed once an answer
@@ -105,16 +106,17 @@ def test_the_works_are_those_of_the_other_systems():
 def test_the_cost_of_a_rollout_against_a_count_by_hand():
     work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=4, prompt=2, response=3, warmup=0, steps=1)
     cost = step.rollout_cost(work, np.array([[1, 3], [2, 2]]))
-    # Two prompts: a token through the block, 7 multiply-adds, sees 1 and then 2 columns at 2 each; the head takes 10.
-    assert cost.prefill == 2 * (2 * (7 + 2) + 2 * (7 + 4) + 2 * 10)
+    # Two prompts: of the first token nothing but key and value is needed, the second takes 7 multiply-adds in the block and
+    # sees 2 columns at 2 each; the head takes 10.
+    assert cost.prefill == 2 * (2 * 2 + 2 * (7 + 4) + 2 * 10)
     assert cost.decode == 4 * 2 * (7 + 10)  # the last token of an answer is not fed: 0 + 2 + 1 + 1
     assert cost.attention == 2 * 2 * (3 + 4 + 3 + 3)  # columns seen
     assert cost.steps == 2
     assert cost.weights == 4 * (7 + 10)
     # The first prompt's two columns are read in two steps, the second's in one, for both of its answers.
     assert cost.cache == 4 * 2 * ((2 + 2) + 2 + (1 + 2) + 1 + 1)
-    assert cost.seconds(ceilings.Ceilings(flops=2, read=1, copy=1)) == 120 / 2 + max(136 / 2, 2 * 68) + max(52 / 2, 88)
-    assert cost.seconds(ceilings.Ceilings(flops=1, read=4, copy=1)) == 120 + max(136, 2 * 68 / 4) + max(52, 88 / 4)
+    assert cost.seconds(ceilings.Ceilings(flops=2, read=1, copy=1)) == 92 / 2 + max(136 / 2, 2 * 68) + max(52 / 2, 88)
+    assert cost.seconds(ceilings.Ceilings(flops=1, read=4, copy=1)) == 92 + max(136, 2 * 68 / 4) + max(52, 88 / 4)
 
 
 def test_rooflines_are_the_least_time_over_the_time_taken():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import DecoderConfig, UserError, small_decoder
-from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead, heads, last_real
+from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead, decoder, heads, last_real
 from rlaif_jax.models.decoder import (
     Block,
     apply,
@@ -186,19 +186,58 @@ def test_answers_that_share_their_prompts_columns(config: DecoderConfig, prompt:
     assert (shared in str(run.trace(params, tokens, 3).jaxpr)) == (prompt > 1)
 
 
-def test_remat_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("answers", [1, 3])
+def test_blocks_in_a_loop_and_one_by_one(answers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same hidden states and gradients; one by one, the last block is computed for the columns that are read."""
+    config, prompt = dataclasses.replace(LLAMA, qk_norm=True), 6
+    params = random_model(config)[1]
+    tokens, mask = random_tokens((6, S)), np.ones((6, S), bool)
+    mask[3:, :2] = False
+
+    def loss(params: dict) -> tuple[jax.Array, jax.Array]:
+        hidden = response_hidden(config, params["trunk"], tokens, mask[:, :prompt], mask[:, prompt:], answers)
+        return jnp.sum(jnp.cos(3 * hidden)), hidden
+
+    def run() -> tuple[tuple[jax.Array, dict], str]:
+        traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
+        ((_, hidden), gradient) = traced.lower().compile()(params)
+        return (hidden, gradient), str(traced.jaxpr)
+
+    (got, gradient), one_by_one = run()
+    monkeypatch.setattr(decoder, "FLAT", 0)
+    (want, in_loop), loop = run()
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert_same_gradients(gradient, in_loop, 1e-5)
+    assert ("scan[" in loop, "scan[" in one_by_one) == (True, False)
+    every = 6 * (S - 1) if answers == 1 else 2 * (prompt - 1 + 3 * (S - prompt))
+    products = lambda rows: one_by_one.count(f"f32[{rows},{config.mlp_width}] = dot_general")
+    assert (products(every), products(6 * (S - prompt))) == (3, 3), (
+        "up, gate and the gradient through down of either block"
+    )
+
+
+def test_the_splash_kernel_for_the_columns_that_are_read() -> None:
+    plain, prompt = LLAMA, 6
+    params = random_model(plain)[1]
     tokens, mask = random_tokens((2, S)), np.ones((2, S), bool)
+    mask[1, :2] = False
+    hidden = lambda config: response_hidden(config, params["trunk"], tokens, mask[:, :prompt], mask[:, prompt:])
+    got = jax.jit(hidden, static_argnums=0)(dataclasses.replace(plain, attention="splash"))
+    np.testing.assert_allclose(got, jax.jit(hidden, static_argnums=0)(plain), atol=1e-5)
+
+
+def test_remat_gives_the_same_gradients_in_less_memory() -> None:
+    tokens, mask = random_tokens((64, S)), np.ones((64, S), bool)
     plain, params = random_model(LLAMA)
     remat = LanguageModel(dataclasses.replace(LLAMA, remat=True))
 
-    def gradients(model: LanguageModel) -> tuple[dict, str]:
-        traced = jax.jit(jax.grad(lambda p: jnp.mean(model(p, tokens, mask) ** 2))).trace(params)
-        return traced.lower().compile()(params), str(traced.jaxpr)
+    def gradients(model: LanguageModel) -> tuple[dict, int]:
+        compiled = jax.jit(jax.grad(lambda p: jnp.mean(model.hidden(p, tokens, mask) ** 2))).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
-    (want, plain_jaxpr), (got, remat_jaxpr) = gradients(plain), gradients(remat)
+    (want, plain_bytes), (got, remat_bytes) = gradients(plain), gradients(remat)
     assert_same_gradients(got, want, 1e-5)
-    assert "prevent_cse" in remat_jaxpr
-    assert "prevent_cse" not in plain_jaxpr
+    assert remat_bytes < 0.8 * plain_bytes
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["rope", "learned"])
