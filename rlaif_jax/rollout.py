@@ -11,7 +11,6 @@ ways that give the same answers up to rounding:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 from rlaif_jax.config import DecoderConfig, SamplingConfig
 from rlaif_jax.data.prompts import PromptBatch
 from rlaif_jax.data.tokenizers import Tokenizer
-from rlaif_jax.models.attention import MASKED
+from rlaif_jax.models.attention_cached import attend_cached, beside, heads_beside
 from rlaif_jax.models.decoder import Block, KeyValue, Trunk, apply, block_params, rope_table
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import sample
@@ -33,7 +32,8 @@ Drawn = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # tokens, logprobs, m
 
 
 class Prefill(NamedTuple):
-    """What the prompts leave behind: hidden [B, D] at the last token, per-layer caches [B, kv_heads, P, h], mask [B, P]."""
+    """What the prompts leave behind: hidden [B, D] at the last token, per-layer caches [B, kv_heads / side, P, side * h],
+    mask [B, P]."""
 
     hidden: jax.Array
     caches: tuple[KeyValue, ...]
@@ -43,51 +43,9 @@ class Prefill(NamedTuple):
 def prefill(model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array) -> Prefill:
     """Run left-padded prompts [B, P] once."""
     hidden, (keys, values) = apply(Trunk(model.config), params["trunk"], tokens, mask, 1, method="last")
-    caches = tuple((keys[layer], values[layer]) for layer in range(model.config.num_layers))
+    side = heads_beside(model.config)
+    caches = tuple((beside(keys[layer], side), beside(values[layer], side)) for layer in range(model.config.num_layers))
     return Prefill(hidden[:, -1], caches, mask.astype(bool))
-
-
-def attend_cached(
-    q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
-) -> jax.Array:
-    """One query a row against its prompt's shared cache and its own.
-
-    q [B*K, heads, h]; prompt keys, values [B, kv_heads, P, h] with mask [B, P]; own, as `empty_caches` makes them, with
-    mask [B*K or 1, T] -> [B*K, heads * h].
-    """
-    rows, heads, h = q.shape
-    batch, groups, _, _ = prompt[0].shape
-    per_prompt, per_group = rows // batch, heads // groups
-    side = groups // own[0].shape[1]  # heads side by side in the own caches
-
-    def by_prompt(x: jax.Array) -> jax.Array:
-        """[B*K, heads, ...] -> [B, kv_heads, K * heads of a group, ...]: one matrix product reads the cache once."""
-        x = x.reshape(batch, per_prompt, groups, per_group, -1).swapaxes(1, 2)
-        return x.reshape(batch, groups, per_prompt * per_group, -1)
-
-    def by_row(x: jax.Array) -> jax.Array:
-        """[B, kv_heads, K * heads of a group, ...] -> [B*K, kv_heads / side, side * heads of a group, ...]."""
-        x = x.reshape(batch, groups, per_prompt, per_group, -1).swapaxes(1, 2)
-        return x.reshape(rows, groups // side, side * per_group, -1)
-
-    q = q * h**-0.5
-    scores_prompt = jnp.einsum("bgrh,bgph->bgrp", by_prompt(q), prompt[0], preferred_element_type=jnp.float32)
-    scores_prompt = jnp.where(prompt_mask[:, None, None], scores_prompt, MASKED)
-    # Side by side with other heads, a query is zero where they are, and of the values it keeps its own head's.
-    place = jnp.eye(side, dtype=q.dtype)[:, None, :, None]
-    single = q.reshape(rows, groups // side, side, per_group, 1, h) * place
-    single = single.reshape(rows, groups // side, side * per_group, side * h)
-    scores_own = jnp.einsum("bgrh,bgth->bgrt", single, own[0], preferred_element_type=jnp.float32)
-    scores_own = jnp.where(own_mask[:, None, None], scores_own, MASKED)
-    # Each part's scores stay as its product leaves them: only their maxima and sums meet.
-    top = jnp.maximum(by_row(scores_prompt.max(-1, keepdims=True)), scores_own.max(-1, keepdims=True))
-    e_prompt, e_own = jnp.exp(scores_prompt - by_prompt(top)), jnp.exp(scores_own - top)
-    total = by_row(e_prompt.sum(-1, keepdims=True)) + e_own.sum(-1, keepdims=True)
-    w_prompt = (e_prompt / by_prompt(total)).astype(prompt[1].dtype)
-    out = by_row(jnp.einsum("bgrp,bgph->bgrh", w_prompt, prompt[1]))
-    out_own = jnp.einsum("bgrt,bgth->bgrh", (e_own / total).astype(own[1].dtype), own[1])
-    out_own = (out_own.reshape(rows, groups // side, side, per_group, side, h) * place).sum(-2)
-    return (out + out_own.reshape(out.shape)).reshape(rows, heads * h)
 
 
 def decode_step(
@@ -123,22 +81,10 @@ def decode_step(
     return model.logits(params, hidden), tuple(updated)
 
 
-def lanes() -> int:
-    """How many numbers of a cache's last axis move at once: 128 on a TPU, where a shorter axis would be padded."""
-    return 128 if jax.default_backend() == "tpu" else 1
-
-
 def empty_caches(config: DecoderConfig, rows: int, length: int) -> tuple[KeyValue, ...]:
-    """Zeroed own caches [rows, kv_heads / side, length, side * h], one pair a layer.
-
-    `side` heads stand side by side where a head is narrower than the lanes. By itself such a cache would be laid out
-    with its columns on the lanes, and to write one column 128 would be read and written. Heads of different tensor
-    devices stay apart.
-    """
-    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    heads = config.num_kv_heads
-    side = math.gcd(heads, heads // tensor or 1, lanes() // config.head_dim or 1)
-    shape = (rows, heads // side, length, side * config.head_dim)
+    """Zeroed own caches [rows, kv_heads / side, length, side * h], one pair a layer, `side` heads side by side."""
+    side = heads_beside(config)
+    shape = (rows, config.num_kv_heads // side, length, side * config.head_dim)
     zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
     return tuple((zeros, zeros) for _ in range(config.num_layers))
 

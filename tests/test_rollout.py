@@ -16,7 +16,7 @@ from rlaif_jax.algorithms.ppo import Agent, ppo_step, prepare, reference_logprob
 from rlaif_jax.config import PPOConfig, SamplingConfig, small_decoder
 from rlaif_jax.data.prompts import FileRecords, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import LanguageModel, attention_cached
 from rlaif_jax.parallel import (
     BATCH,
     CompilationClock,
@@ -252,9 +252,9 @@ def test_slots_change_no_answer(params, rolled, slots):
 
 
 @pytest.mark.parametrize("slots", [0, 5])
-def test_heads_side_by_side_in_the_caches_change_no_answer(params, rolled, monkeypatch, slots):
-    """As on a TPU, whose 128 lanes both key-value heads share."""
-    monkeypatch.setattr(engine, "lanes", lambda: 128)
+def test_decoding_as_on_a_tpu_changes_no_answer(params, rolled, monkeypatch, slots):
+    """As on a TPU, whose 128 lanes both key-value heads share and whose kernel, interpreted here, attends to them."""
+    monkeypatch.setattr(attention_cached, "lanes", lambda: 128)
     assert engine.empty_caches(MODEL.config, 3, 5)[0][0].shape == (3, 1, 5, 2 * MODEL.config.head_dim)
     run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=slots)
     got = jax.device_get(jax.jit(run)(params, make_prompts(), KEY))

@@ -168,7 +168,7 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     from rlaif_jax.parallel import BATCH, make_mesh, state_shardings
     from rlaif_jax.types import Prompts
 
-    rollout.lanes = lambda: 128  # the process itself has CPUs only
+    jax.default_backend = lambda: "tpu"  # the process itself has CPUs only
     rollout.FIRST_BUCKET = T  # one loop, with the whole caches
     data, fsdp, tensor = shape
     mesh = make_mesh(*shape, devices=list(topologies.get_topology_desc(topology, platform="tpu").devices))
@@ -237,7 +237,7 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize(
     ("topology", "shape", "most"),
-    [("v5e:2x4", (8, 1, 1), 1.0), ("v5p:2x2x2", (2, 2, 2), 1.25)],
+    [("v5e:2x4", (8, 1, 1), 1.0), ("v5p:2x2x2", (2, 2, 2), 1.15)],
     ids=["v5e", "v5p"],
 )
 def test_a_decoding_step_moves_the_weights_and_the_caches_once(topology, shape, most):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from rlaif_jax.config import SamplingConfig
 
 BLOCK = 256  # vocabularies past two blocks are drawn from in two levels: a block by its sum, then a token of it
+TILE = 128  # tokens that a TPU's memory keeps side by side
 
 
 def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
@@ -45,12 +48,19 @@ def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     One number of 24 bits could not tell the tokens of 152,000 apart, and every token's bound is a place where a rounding
     of the logits changes the draw: two levels have a few hundred of them.
     """
-    vocab = weights.shape[-1]
+    rows, vocab = weights.shape
     if vocab <= 2 * BLOCK:
         return first_above(weights, uniform[:, 0])
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(weights.shape[0], -1, BLOCK)
-    block = first_above(blocks.sum(axis=-1), uniform[:, 0])
-    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    # Along the tiles of a TPU's memory, 8 rows by 128 tokens, and along what its tensor devices hold, the vocabulary is taken
+    # apart where it lies; pads would be copies of all weights, so there are as few as can be.
+    count, parts = math.gcd(rows, 8), BLOCK // TILE
+    multiple = TILE * jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    tiles = jnp.pad(weights, ((0, 0), (0, -vocab % multiple))).reshape(rows // count, count, -1, TILE)
+    sums = tiles.sum(axis=-1).reshape(rows, -1)
+    sums = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % parts))).reshape(rows, -1, parts)
+    block = first_above(sums.sum(axis=-1), uniform[:, 0])
+    at = (block[:, None] * parts + jnp.arange(parts)).reshape(rows // count, count, parts, 1)
+    chosen = jnp.take_along_axis(tiles, at, axis=2, mode="fill", fill_value=0).reshape(rows, BLOCK)
     return block * BLOCK + first_above(chosen, uniform[:, 1])
 
 

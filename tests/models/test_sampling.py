@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 from rlaif_jax.config import SamplingConfig
 from rlaif_jax.models.sampling import BLOCK, inverse_cdf, sample, truncate
+from rlaif_jax.parallel import make_mesh
 
 ROWS = 64
 draw = jax.jit(
@@ -71,6 +73,22 @@ def exact(weights, u):
     """The inverse CDF in float64, a row of weights a number, and where no bound is too near for float32 to tell."""
     cumulated = np.cumsum(weights, axis=1) / weights.sum(1, keepdims=True)
     return (cumulated <= u[:, None]).sum(1), np.abs(cumulated - u[:, None]).min(1) > 2e-6
+
+
+@pytest.mark.parametrize("vocab", [1024, 1000])
+def test_a_vocabulary_over_tensor_devices_draws_the_same(vocab):
+    """Of 1,024 tokens each device has whole tiles; of 1,000 it has not, and the last tile and the last block are not full."""
+    rng = np.random.default_rng(0)
+    weights, uniforms = np.exp(rng.normal(size=(16, vocab))).astype(np.float32), rng.uniform(size=(16, 2))
+    uniforms[:2] = 1 - 2**-24  # the last token
+    alone = pick(weights, uniforms.astype(np.float32))
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(weights, NamedSharding(mesh, PartitionSpec(None, "tensor")))
+        np.testing.assert_array_equal(
+            jax.jit(lambda *args: inverse_cdf(*args))(split, uniforms.astype(np.float32)), alone
+        )
+    np.testing.assert_array_equal(alone[:2], vocab - 1)
 
 
 @settings(max_examples=60, deadline=None)

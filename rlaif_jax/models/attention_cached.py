@@ -1,0 +1,215 @@
+"""Attention in decoding: one query a row over its prompt's keys and values, which K answers share, and over its own.
+
+Plain `jnp` runs anywhere. On a TPU it writes the scores to memory and reads them back; a Pallas kernel there reads keys and
+values once and keeps the scores where they are computed.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rlaif_jax.config import DecoderConfig
+from rlaif_jax.models.attention import LANES, MASKED
+from rlaif_jax.models.decoder import KeyValue
+
+BUFFERS = 8 << 20  # bytes of keys and values that the kernel holds: those at work and those on their way
+SCORES = 1 << 20  # bytes of scores that it works on at a time
+
+
+def lanes() -> int:
+    """How many numbers of a cache's last axis move at once: 128 on a TPU, where a shorter axis would be padded."""
+    return LANES if jax.default_backend() == "tpu" else 1
+
+
+def heads_beside(config: DecoderConfig) -> int:
+    """How many key-value heads stand side by side in a cache: as many as the lanes hold, where a head is narrower.
+
+    By itself such a cache would be laid out with its columns on the lanes, and to write one column 128 would be read and
+    written. Heads of different tensor devices stay apart.
+    """
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    return math.gcd(config.num_kv_heads, config.num_kv_heads // tensor or 1, lanes() // config.head_dim or 1)
+
+
+def beside(x: jax.Array, side: int) -> jax.Array:
+    """Keys or values [B, kv_heads, P, h] with `side` heads side by side: [B, kv_heads / side, P, side * h]."""
+    batch, heads, columns, h = x.shape
+    x = x.reshape(batch, heads // side, side, columns, h).swapaxes(2, 3)
+    return x.reshape(batch, heads // side, columns, side * h)
+
+
+def attend_cached(
+    q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
+) -> jax.Array:
+    """One query a row against its prompt's shared cache and its own.
+
+    q [B*K, heads, h]; prompt keys, values [B, G, P, side * h] with mask [B, P], own [B*K, G, T, side * h] with mask
+    [B*K or 1, T], where G = kv_heads / side -> [B*K, heads * h]. Scores and softmax in float32.
+    """
+    rows, heads, h = q.shape
+    groups, width = prompt[0].shape[1], prompt[0].shape[-1]
+    side, each = width // h, heads // groups
+    # Side by side with other heads, a query is zero where they are, and of the values it keeps its own head's.
+    place = jnp.eye(side, dtype=q.dtype)[:, None, :, None]
+    single = (q * h**-0.5).reshape(rows, groups, side, each // side, 1, h) * place
+    attend = attend_kernel if lanes() > 1 and blocks(rows, each, prompt, own) else attend_plain
+    out = attend(single.reshape(rows, groups, each, width), prompt, prompt_mask, own, own_mask)
+    out = (out.reshape(rows, groups, side, each // side, side, h) * place).sum(-2)
+    return out.reshape(rows, heads * h)
+
+
+def attend_plain(
+    q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
+) -> jax.Array:
+    """`attend_cached` for scaled queries [B*K, G, M, W] on G caches of M query heads each -> [B*K, G, M, W]."""
+    rows, groups, each, _ = q.shape
+    batch = prompt[0].shape[0]
+
+    def by_prompt(x: jax.Array) -> jax.Array:
+        """[B*K, G, M, ...] -> [B, G, K * M, ...]: one matrix product reads the cache once."""
+        x = x.reshape(batch, rows // batch, groups, each, -1).swapaxes(1, 2)
+        return x.reshape(batch, groups, -1, x.shape[-1])
+
+    def by_row(x: jax.Array) -> jax.Array:
+        """[B, G, K * M, ...] -> [B*K, G, M, ...]"""
+        x = x.reshape(batch, groups, rows // batch, each, -1).swapaxes(1, 2)
+        return x.reshape(rows, groups, each, -1)
+
+    scores_prompt = jnp.einsum("bgrh,bgph->bgrp", by_prompt(q), prompt[0], preferred_element_type=jnp.float32)
+    scores_prompt = jnp.where(prompt_mask[:, None, None], scores_prompt, MASKED)
+    scores_own = jnp.einsum("bgrh,bgth->bgrt", q, own[0], preferred_element_type=jnp.float32)
+    scores_own = jnp.where(own_mask[:, None, None], scores_own, MASKED)
+    # Each part's scores stay as its product leaves them: only their maxima and sums meet.
+    top = jnp.maximum(by_row(scores_prompt.max(-1, keepdims=True)), scores_own.max(-1, keepdims=True))
+    e_prompt, e_own = jnp.exp(scores_prompt - by_prompt(top)), jnp.exp(scores_own - top)
+    total = by_row(e_prompt.sum(-1, keepdims=True)) + e_own.sum(-1, keepdims=True)
+    w_prompt = (e_prompt / by_prompt(total)).astype(prompt[1].dtype)
+    out = by_row(jnp.einsum("bgrp,bgph->bgrh", w_prompt, prompt[1]))
+    return out + jnp.einsum("bgrt,bgth->bgrh", (e_own / total).astype(own[1].dtype), own[1])
+
+
+def to_lanes(columns: int) -> int:
+    return -(-columns // LANES) * LANES
+
+
+def blocks(rows: int, each: int, prompt: KeyValue, own: KeyValue) -> tuple[int, int] | None:
+    """How many of a prompt's answers and how many of their caches' heads one step of the kernel takes; None: not even one
+    fits, whose keys and values are then too long (past 8,000 columns of bfloat16)."""
+    batch, groups, columns, width = prompt[0].shape
+    columns, length = to_lanes(columns), to_lanes(own[0].shape[2])
+    column = 4 * prompt[0].dtype.itemsize * to_lanes(width)  # of keys and of values, one at work and one on its way
+
+    def fit(answers: int, heads: int) -> bool:
+        seen = columns + answers * length
+        return seen * column * heads <= BUFFERS and (answers == 1 or 4 * answers * each * seen <= SCORES)
+
+    divisors = lambda n: [d for d in range(n, 0, -1) if n % d == 0]
+    pairs = [(a, g) for a in divisors(rows // batch) for g in divisors(groups)]
+    return next((pair for pair in pairs if fit(*pair)), None)
+
+
+def attend_kernel(
+    q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
+) -> jax.Array:
+    """`attend_plain` by a kernel (interpreted off the TPU, for tests) that reads each cache once."""
+    run, mesh = attend_here, jax.sharding.get_abstract_mesh()
+    if "tensor" in set(mesh.axis_names) - set(mesh.manual_axes):
+        # The compiler cannot split a kernel of its own accord: heads go over tensor.
+        heads = PartitionSpec(None, "tensor" if q.shape[1] % mesh.shape["tensor"] == 0 else None)
+        whole = PartitionSpec()
+        run = jax.shard_map(
+            run, in_specs=(heads, heads, whole, heads, whole), out_specs=heads, axis_names={"tensor"}, check_vma=False
+        )
+    return run(q, prompt, prompt_mask, own, own_mask)
+
+
+def attend_here(
+    q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
+) -> jax.Array:
+    """`attend_kernel` on one device. A step takes some answers of one prompt; the prompt's block stays for the next ones."""
+    from jax.experimental import pallas as pl  # takes a second to import, and only TPUs need it
+
+    rows, groups, each, width = q.shape
+    batch, _, columns, _ = prompt[0].shape
+    length = own[0].shape[2]
+    some, heads = blocks(rows, each, prompt, own) or (1, 1)
+    steps = rows // batch // some
+
+    def filled(mask: jax.Array) -> jax.Array:
+        """A mask with its columns, which the kernel takes in whole lanes, filled up with unseen ones."""
+        return jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, to_lanes(mask.shape[1]) - mask.shape[1])))
+
+    shared = own_mask.shape[0] == 1
+    seen = filled(own_mask.repeat(some, axis=0) if shared else own_mask).reshape(-1, 1, some * to_lanes(length))
+    of_prompt = pl.BlockSpec((None, heads, to_lanes(columns), width), lambda b, g, s: (b, g, 0, 0))
+    of_answers = pl.BlockSpec((some, heads, to_lanes(length), width), lambda b, g, s: (b * steps + s, g, 0, 0))
+    of_queries = pl.BlockSpec((None, heads, some * each, width), lambda b, g, s: (b * steps + s, g, 0, 0))
+    out = pl.pallas_call(
+        partial(kernel, columns=columns, length=length),
+        grid=(batch, groups // heads, steps),
+        in_specs=[
+            of_queries,
+            *(of_prompt, of_prompt, pl.BlockSpec((None, 1, to_lanes(columns)), lambda b, g, s: (b, 0, 0))),
+            *(of_answers, of_answers),
+            pl.BlockSpec((None, 1, seen.shape[-1]), lambda b, g, s: (0 if shared else b * steps + s, 0, 0)),
+        ],
+        out_specs=of_queries,
+        out_shape=jax.ShapeDtypeStruct((batch * steps, groups, some * each, width), q.dtype),
+        interpret=jax.default_backend() != "tpu",
+    )(
+        q.reshape(-1, some, groups, each, width).swapaxes(1, 2).reshape(-1, groups, some * each, width),
+        *(*prompt, filled(prompt_mask)[:, None]),
+        *(*own, seen),
+    )
+    return out.reshape(-1, groups, some, each, width).swapaxes(1, 2).reshape(q.shape)
+
+
+def kernel(
+    q: Any,
+    keys: Any,
+    values: Any,
+    seen: Any,
+    own_keys: Any,
+    own_values: Any,
+    own_seen: Any,
+    out: Any,
+    *,
+    columns: int,
+    length: int,
+) -> None:
+    """For each of the block's heads, M queries of each of N answers, one below the other: q, out [heads, N * M, W]; keys,
+    values [heads, P, W], seen [1, P]; own_keys, own_values [N, heads, T, W], own_seen [1, N * T].
+
+    The answers' caches are taken as one, of which a query sees its own answer's columns: what it scores in vain is less
+    work than small products. Of P and T, which are whole lanes, `columns` and `length` are filled.
+    """
+    answers, heads, room, width = own_keys.shape
+    each = q.shape[1] // answers
+    scores = (q.shape[1], answers * room)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, scores, axis) for axis in (0, 1))
+    mine = (jax.lax.div(row, each) == jax.lax.div(column, room)) & (own_seen[...] > 0)
+    product = lambda a, b, axis: jax.lax.dot_general(
+        a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+    def real(x: jax.Array, count: int) -> jax.Array:
+        """[..., C, W] with what lies past the array, and may be anything, at zero."""
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2) < count, x, jnp.zeros_like(x))
+
+    for head in range(heads):
+        in_one = lambda x: x.reshape(answers * room, width)
+        s = jnp.where(seen[...] > 0, product(q[head], keys[head], 1), MASKED)
+        s_own = jnp.where(mine, product(q[head], in_one(own_keys[:, head]), 1), MASKED)
+        top = jnp.maximum(s.max(-1, keepdims=True), s_own.max(-1, keepdims=True))
+        e, e_own = jnp.exp(s - top), jnp.exp(s_own - top)
+        total = e.sum(-1, keepdims=True) + e_own.sum(-1, keepdims=True)
+        weighted = product(e.astype(values.dtype), real(values[head], columns), 0)
+        own = in_one(real(own_values[:, head], length))
+        weighted = weighted + product(e_own.astype(own.dtype), own, 0)
+        out[head] = (weighted / total).astype(out.dtype)
