@@ -27,26 +27,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from compare import TORCH_ALLOCATOR
 from rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
-from step import GROUP, Words, prompt_batches, settings, thin
+from step import GROUP, Words, settings, take_steps
 
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.config import TrainConfig
-from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.hf import save_model
-from rlaif_jax.parallel import make_runner
-from rlaif_jax.rewards.shaping import identity_normaliser
-from rlaif_jax.rollout import answer_texts, to_prompts
-from rlaif_jax.train import compile_steps
+from rlaif_jax.parallel import CompilationClock
 from rlaif_jax.types import Params
 
 SLOTS, ROWS = 8, 2
@@ -62,41 +56,15 @@ def way_settings(case: Case, way: str) -> TrainConfig:
 
 def ours(case: Case, way: str, model: LanguageModel, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:
     """`warmup` + `steps` steps by the product's own code. AssertionError where they did not do the work."""
-    work, config = case.work, way_settings(case, way)
-    agent = Agent(model, None, config.ppo, answers=GROUP)
-    runner, tokenizer = make_runner(config.parallel), Words(work.vocab, pad_id=PAD, eos_id=STOP)
-    roll, advantages, update = compile_steps(config, agent, runner, tokenizer)  # type: ignore[arg-type]
-    state, reference = runner.place(agent.init(params, None, 0)), runner.place(jax.tree.map(jax.numpy.array, params))
-    before, normaliser = jax.tree.map(thin, state.params), identity_normaliser()
-
-    def lower_half(record: Any, answer: str) -> float:
-        ids = [int(word[1:]) for word in answer.split()]
-        return sum(i < work.vocab // 2 for i in ids) / max(len(ids), 1)
-
-    feedback = FunctionSource(lower_half)
-    batches = prompt_batches(work, config.prompts_per_step, 0)
-    times: dict[str, list[float]] = {"step": [], "gen": [], "score": [], "update": []}
-    lengths = []
-    for _ in range(warmup + steps):
-        begun = time.perf_counter()
-        batch = next(batches)
-        light = state.replace(opt_state=None)
-        rollout = jax.block_until_ready(roll(light, to_prompts(batch)))
-        rolled = time.perf_counter()
-        answers = answer_texts(rollout, tokenizer)  # type: ignore[arg-type]
-        records = [record for record in batch.records for _ in range(GROUP)]
-        judged = feedback(records, answers, rollout)
-        experience, _ = jax.block_until_ready(advantages((light, reference, normaliser), (rollout, judged)))
-        scored = time.perf_counter()
-        state, metrics = jax.block_until_ready(update(state, experience))
-        done = time.perf_counter()
-        for name, seconds in zip(times, (done - begun, rolled - begun, scored - rolled, done - scored)):
-            times[name].append(seconds)
-        assert float(metrics["nonfinite"]) == 0
-        lengths.append(np.asarray(rollout.response_mask).sum(-1))
-    moved = jax.tree.map(lambda x, old: np.abs(thin(x) - old).max() > 0, state.params, before)
-    assert all(jax.tree.leaves(moved)), "a tensor did not move"
-    return summary(case, way, {name: x[warmup:] for name, x in times.items()}, np.concatenate(lengths[warmup:]))
+    config = way_settings(case, way)
+    agent, tokenizer = Agent(model, None, config.ppo, answers=GROUP), Words(case.work.vocab, pad_id=PAD, eos_id=STOP)
+    state, clock = agent.init(params, None, 0), CompilationClock()
+    taken, _ = take_steps(
+        case.work, config, agent, tokenizer, state, params, count=warmup + steps, seed=0, compiled=clock
+    )
+    times = {name: [step.seconds[name] for step in taken[warmup:]] for name in taken[0].seconds}
+    lengths = [np.asarray(step.rollout.response_mask).sum(-1) for step in taken[warmup:]]
+    return summary(case, way, times, np.concatenate(lengths))
 
 
 def summary(case: Case, way: str, times: dict[str, list[float]], lengths: np.ndarray) -> dict[str, Any]:
