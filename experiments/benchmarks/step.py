@@ -252,7 +252,7 @@ def take_steps(
     for i in range(count):
         begun = time.perf_counter()
         batch = next(batches)
-        light = state.replace(opt_state=None)
+        light = dataclasses.replace(state, opt_state=None)
         rollout = jax.block_until_ready(roll(light, to_prompts(batch)))
         rolled = time.perf_counter()
         answers = answer_texts(rollout, tokenizer)  # type: ignore[arg-type]
