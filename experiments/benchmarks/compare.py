@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STEP, ROLLOUTS = (Path(__file__).with_name(name) for name in ("step.py", "rollouts.py"))
+STEP, ROLLOUTS, PEER = (Path(__file__).with_name(name) for name in ("step.py", "rollouts.py", "peer.py"))
 # Freed memory stays in the process: helps torch (a GRPO step by about 15 %), does nothing for JAX.
 TORCH_ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 COLUMNS = {
@@ -61,6 +61,7 @@ class Peer(NamedTuple):
     variables: dict[str, str]
 
 
+THEIR_WORKS = ("S", "M")  # those in the tables of their scripts; `peer.py` adds the others
 PEERS = {
     "ppo": (Peer("ppo", "trl_ppo.py", {"GLIBC_TUNABLES": TORCH_ALLOCATOR}), Peer("tun", "tunix_ppo.py", {})),
     "grpo": (Peer("trl", "trl_grpo.py", {"GLIBC_TUNABLES": TORCH_ALLOCATOR}), Peer("tun", "tunix_grpo.py", {})),
@@ -75,7 +76,8 @@ def run_json(command: Sequence[str], variables: dict[str, str]) -> dict[str, Any
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return f"{Path(command[1]).name} ended with exit code {done.returncode}: {last}"
+    script = [part for part in command if part.endswith(".py")][-1]
+    return f"{Path(script).name} ended with exit code {done.returncode}: {last}"
 
 
 def step_commands(
@@ -97,7 +99,8 @@ def step_commands(
         if absent:
             missing.append(f"{peer.script} not run: {' and '.join(absent)} not found")
         else:
-            found.append(([str(python), str(script), "--work", work], peer.variables))
+            known = [] if work in THEIR_WORKS else [str(PEER)]
+            found.append(([str(python), *known, str(script), "--work", work], peer.variables))
     return found, missing
 
 

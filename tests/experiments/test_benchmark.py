@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax import rollout
+from rlaif_jax.models.hf import load_model
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 KEYS = [
@@ -258,6 +259,27 @@ def test_compare_without_peers_says_so(tmp_path):
     assert "trl_grpo.py not run" in missing[0]
 
 
+def test_a_work_that_is_not_in_their_tables_is_put_there(tmp_path):
+    script = tmp_path / "tunix_grpo.py"
+    script.write_text(
+        "import argparse, json\n"
+        "WORK = {'S': dict(vocab=1)}\n"
+        "def main():\n"
+        "    p = argparse.ArgumentParser()\n"
+        "    p.add_argument('--work', choices=WORK)\n"
+        "    w = WORK[p.parse_args().work]\n"
+        "    print(json.dumps({'system': 'other', 'version': '1', 'step_s_median': float(w['vocab'])}))\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    python = tmp_path / "tun" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    for work, vocab in (("V", 152_000), ("S", 1)):  # S is what they say
+        systems, _ = compare.step_commands(work, "grpo", tmp_path, tmp_path)
+        assert compare.run_json(*systems[1])["step_s_median"] == vocab
+
+
 def test_one_table_of_steps_and_rollouts(tmp_path, monkeypatch, capsys):
     fake(tmp_path / "own.py", "ours", 2.0)
     result = {"system": "made up", "version": "1", "step_s_median": 3.0, "occupancy": 0.25}
@@ -299,5 +321,22 @@ def test_uneven_steps_are_the_same_work_both_ways(monkeypatch):
     assert uneven.way_settings(case, "packed").ppo.packed_rows == 2
     assert abs(padded["length_mean"] - packed["length_mean"]) < 1, "the same draws up to rounding"
     assert padded["length_max"] == packed["length_max"] == 32
-    missing = uneven.trl(case, Path(sys.executable), "nowhere", False, warmup=1, steps=1)
-    assert isinstance(missing, str), "what could not be run is a remark, not a row"
+    for way in uneven.peers(case.work):
+        missing = uneven.peer(case, way, Path(sys.executable), "nowhere", warmup=1, steps=1)
+        assert isinstance(missing, str), "what could not be run is a remark, not a row"
+
+
+def test_other_systems_get_the_weights_and_what_to_expect_of_them(tmp_path):
+    case = rollouts.Case(TINY, "mixed")
+    model, params = rollouts.stopping_policy(TINY, rollouts.distribution(case))
+    uneven.save_policy(str(tmp_path / "policy"), model, params, TINY)
+    told = np.load(tmp_path / "policy" / "expected.npz")
+    assert told["tokens"].shape == (2, 36) and told["tokens"].min() >= 2, "no padding and no stop among them"
+    theirs, weights = load_model(tmp_path / "policy")
+    logits = theirs(weights, told["tokens"], np.ones((2, 36), bool))
+    logprobs = jax.nn.log_softmax(logits)[:, 3:-1]
+    np.testing.assert_allclose(
+        np.take_along_axis(np.asarray(logprobs), told["tokens"][:, 4:, None], axis=-1)[..., 0],
+        told["logprobs"],
+        atol=1e-4,
+    )
