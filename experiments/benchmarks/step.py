@@ -97,6 +97,22 @@ def settings(work: Work, algorithm: str, behaviour: str) -> TrainConfig:
     )
 
 
+def decoder(work: Work) -> DecoderConfig:
+    """The random Llama shape."""
+    return DecoderConfig(
+        vocab_size=work.vocab,
+        num_layers=work.layers,
+        width=work.width,
+        num_heads=work.heads,
+        num_kv_heads=work.heads,
+        head_dim=work.width // work.heads,
+        mlp_width=work.hidden,
+        context_length=256,
+        norm_eps=1e-6,
+        tie_embeddings=False,
+    )
+
+
 def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
     """Endless batches of `count` prompts of uniformly random ids, none of them padded."""
     rng = np.random.default_rng(seed)
@@ -279,21 +295,9 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
     """
     compiled = CompilationClock()
     config = settings(work, algorithm, behaviour)
-    decoder = DecoderConfig(
-        vocab_size=work.vocab,
-        num_layers=work.layers,
-        width=work.width,
-        num_heads=work.heads,
-        num_kv_heads=work.heads,
-        head_dim=work.width // work.heads,
-        mlp_width=work.hidden,
-        context_length=256,
-        norm_eps=1e-6,
-        tie_embeddings=False,
-    )
-    policy = LanguageModel(decoder)
+    policy = LanguageModel(decoder(work))
     # A value head of zeros would pass no gradient to the trunk in the first step.
-    critic = ScalarModel(decoder, initial="normal") if algorithm == "ppo" else None
+    critic = ScalarModel(policy.config, initial="normal") if algorithm == "ppo" else None
     agent = Agent(policy, critic, config.ppo, config.sampling.temperature, answers=config.answers_per_prompt)
     policy_key, value_key = jax.random.split(jax.random.key(seed))
     reference = jax.jit(policy.init)(policy_key)
@@ -313,7 +317,7 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
     rates = {name: flops / median[name] / 1e9 for name, flops in matmul_flops(work, config).items()}
     devices, late = jax.device_count(), compiled.programs - timed[0].programs
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before the ceilings' own arrays
-    ceilings = measure(decoder.compute_dtype)
+    ceilings = measure(policy.config.compute_dtype)
     return {
         "system": f"rlaif_jax-{algorithm}",
         "version": f"rlaif_jax {importlib.metadata.version('rlaif-jax')}, jax {jax.__version__}",
