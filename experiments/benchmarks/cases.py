@@ -106,13 +106,16 @@ def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) 
         assert float(metrics["nonfinite"]) == 0, "a loss is not finite"
         losses.append(float(metrics["loss"]))
     median = statistics.median(seconds[warmup:])
-    least = 3 * sum(trained_flops(work, lengths)) / measure(model.config.compute_dtype).flops
-    return row(way, work, seconds[warmup:], clock) | {
+    told = row(way, work, seconds[warmup:], clock)
+    ceilings = measure(model.config.compute_dtype)
+    least = 3 * sum(trained_flops(work, lengths)) / ceilings.flops
+    return told | {
         "update_s_median": round(median, 4),
         "tokens_per_s": round(float(lengths.sum()) / median, 1),
         "update_roofline": round(least / median, 3),
         "padding": round(1 - float(mask.mean()), 3),
         "loss": losses[0],
+        "notes": f"{told['notes']}; ceilings: {ceilings}",
     }
 
 
