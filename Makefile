@@ -32,5 +32,5 @@ lint: .venv/.dev
 
 # PEERS and ENVIRONMENTS: folders of other systems' scripts and of what they run in (experiments/benchmarks/compare.py).
 bench: install
-	$(BIN)/python experiments/benchmarks/compare.py --works S --rollouts F T1 T2 P1 V32k V152k G \
+	$(BIN)/python experiments/benchmarks/compare.py --works S V --rollouts F T1 T2 P1 V32k V152k G --cases U25 U50 U100 E \
 		$(if $(PEERS),--peers $(PEERS)) $(if $(ENVIRONMENTS),--environments $(ENVIRONMENTS))

@@ -3,6 +3,7 @@
     python experiments/benchmarks/compare.py --peers PEERS --environments ENVIRONMENTS
     python experiments/benchmarks/compare.py --works S --algorithms grpo --rounds 3 --peers ... --environments ...
     python experiments/benchmarks/compare.py --works --rollouts G --slots 8 16 32
+    python experiments/benchmarks/compare.py --works --cases U25 U50 U100 E
 
 PEERS is a folder of scripts that time the same work in other systems and print one line of JSON with the keys of
 `step.py --json`; ENVIRONMENTS holds the virtual environments they run in:
@@ -14,7 +15,8 @@ PEERS is a folder of scripts that time the same work in other systems and print 
     Tunix   tunix_ppo.py      tun/bin/python
 
 Without the two options, or where one of these files is missing, the table has our own steps alone and says so.
-A case of `rollouts.py` is decoded all at once, in slots, and by transformers where it is installed beside us.
+A case of `rollouts.py` is decoded all at once, in slots, and by transformers where it is installed beside us; one of `cases.py`
+is taken in both of our ways. Works that the scripts' own tables lack are added by `peer.py`.
 A round runs every system once; with several rounds a system's number is the median over them. The ratio is a system's
 time over that of the case's first row, which is ours: 2.0x means that we take half its time. `roof` is the share of the
 speed that the machine's ceilings allow (`ceilings.py`), of our own systems and of rollouts. Run on an idle machine only:
@@ -32,13 +34,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STEP, ROLLOUTS = (Path(__file__).with_name(name) for name in ("step.py", "rollouts.py"))
+STEP, ROLLOUTS, CASES, PEER = (Path(__file__).with_name(f"{name}.py") for name in ("step", "rollouts", "cases", "peer"))
 # Freed memory stays in the process: helps torch (a GRPO step by about 15 %), does nothing for JAX.
 TORCH_ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 COLUMNS = {
     "step_s_median": "s",
     "step_s_min": "min",
     "gen_s_median": "rollout s",
+    "feedback_s_median": "feedback s",
     "update_s_median": "update s",
     "tokens_per_s": "tokens/s",
     "gen_roofline": "rollout roof",
@@ -61,6 +64,7 @@ class Peer(NamedTuple):
     variables: dict[str, str]
 
 
+THEIR_WORKS = ("S", "M")  # those in the tables of their scripts; `peer.py` adds the others
 PEERS = {
     "ppo": (Peer("ppo", "trl_ppo.py", {"GLIBC_TUNABLES": TORCH_ALLOCATOR}), Peer("tun", "tunix_ppo.py", {})),
     "grpo": (Peer("trl", "trl_grpo.py", {"GLIBC_TUNABLES": TORCH_ALLOCATOR}), Peer("tun", "tunix_grpo.py", {})),
@@ -75,7 +79,8 @@ def run_json(command: Sequence[str], variables: dict[str, str]) -> dict[str, Any
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return f"{Path(command[1]).name} ended with exit code {done.returncode}: {last}"
+    script = [part for part in command if part.endswith(".py")][-1]
+    return f"{Path(script).name} ended with exit code {done.returncode}: {last}"
 
 
 def step_commands(
@@ -97,7 +102,8 @@ def step_commands(
         if absent:
             missing.append(f"{peer.script} not run: {' and '.join(absent)} not found")
         else:
-            found.append(([str(python), str(script), "--work", work], peer.variables))
+            known = [] if work in THEIR_WORKS else [str(PEER)]
+            found.append(([str(python), *known, str(script), "--work", work], peer.variables))
     return found, missing
 
 
@@ -108,6 +114,14 @@ def rollout_commands(case: str, slots: Sequence[int]) -> tuple[list[Command], li
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return found, ["no generate of transformers: torch or transformers is not installed here"]
     return [*found, ([*command, "--system", "transformers"], {"GLIBC_TUNABLES": TORCH_ALLOCATOR})], []
+
+
+def way_commands(case: str) -> tuple[list[Command], list[str]]:
+    """(what times the two ways of a case of `cases.py`; what is missing, in words)."""
+    if case == "E" and not importlib.util.find_spec("openai"):
+        return [], ['no case E: it needs the package openai (pip install "rlaif-jax[api]")']
+    ways = ("ahead", "waiting") if case == "E" else ("packed", "padded")
+    return [([sys.executable, str(CASES), "--case", case, "--way", way, "--json"], {}) for way in ways], []
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -149,7 +163,7 @@ def compare(case: str, systems: Sequence[Command], rounds: int = 1) -> tuple[lis
                 remarks.append(result)
             else:
                 runs[i].append(result)
-    if not runs[0]:
+    if not any(runs[:1]):
         return [], remarks
     rows = [{"case": case} | summary(r) for r in runs if r]
     return [row | {"times_ours": row["step_s_median"] / rows[0]["step_s_median"]} for row in rows], remarks
@@ -166,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rollouts", nargs="+", default=[], metavar="CASE", help="cases of rollouts.py (default: none)"
     )
     parser.add_argument("--slots", nargs="+", type=int, default=[16], help="answers at a time (default 16)")
+    parser.add_argument("--cases", nargs="+", default=[], metavar="CASE", help="cases of cases.py (default: none)")
     parser.add_argument("--rounds", type=int, default=1, help="how often every system takes its turn (default 1)")
     parser.add_argument("--output", type=Path, help="also write all rows as JSON lines to this file")
     options = parser.parse_args(arguments)
@@ -173,13 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{work} {algorithm}": step_commands(work, algorithm, options.peers, options.environments)
         for work in options.works
         for algorithm in options.algorithms
-    } | {case: rollout_commands(case, options.slots) for case in options.rollouts}
+    }
+    cases |= {case: rollout_commands(case, options.slots) for case in options.rollouts}
+    cases |= {case: way_commands(case) for case in options.cases}
     table_rows, remarks, whole = [], [], True
     for case, (systems, missing) in cases.items():
         rows, failed = compare(case, systems, options.rounds)
         table_rows += rows
         remarks += missing + failed
-        whole &= bool(rows)
+        whole &= bool(rows) or not systems
         if options.output is not None:
             with options.output.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)

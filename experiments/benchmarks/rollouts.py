@@ -48,7 +48,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from ceilings import measure  # noqa: E402
-from step import GROUP, Work, rollout_cost  # noqa: E402
+from step import GROUP, rollout_cost  # noqa: E402
+from works import Work  # noqa: E402
 
 from rlaif_jax.config import DecoderConfig, SamplingConfig  # noqa: E402
 from rlaif_jax.models.heads import LanguageModel  # noqa: E402

@@ -10,6 +10,7 @@ in the lower half of the vocabulary.
     work  layers x width x heads  SwiGLU  vocabulary  sequences a step  prompt + answer  untimed + timed steps
     S     4 x 256 x 8             1024    4096        64                32 + 64          2 + 6
     M     12 x 768 x 12           2048    32000       8                 64 + 64          1 + 3
+    V     2 x 128 x 4             256     152000      32                16 + 32          1 + 3
 
 PPO: one answer a prompt, a separate value model of the same size, 2 epochs x 2 minibatches, KL (0.05) to a reference
 model in the reward. GRPO: 8 answers a prompt, KL (0.05) in the loss, one update over the batch. AdamW at 1e-6.
@@ -37,8 +38,10 @@ from collections.abc import Iterator, Sequence  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from ceilings import Ceilings, measure  # noqa: E402
+from works import WORKS, Work  # noqa: E402
 
 from rlaif_jax.algorithms.ppo import Agent  # noqa: E402
 from rlaif_jax.config import DecoderConfig, OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig  # noqa: E402
@@ -49,37 +52,10 @@ from rlaif_jax.parallel import CompilationClock, make_runner  # noqa: E402
 from rlaif_jax.rewards.shaping import identity_normaliser  # noqa: E402
 from rlaif_jax.rollout import answer_texts, to_prompts  # noqa: E402
 from rlaif_jax.train import compile_steps  # noqa: E402
+from rlaif_jax.types import Params, Rollout, TrainState  # noqa: E402
 
 GROUP = 8  # answers a prompt in GRPO
 KL_COEF = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One size of the benchmark; `batch` counts sequences a step, `prompt` and `response` tokens."""
-
-    layers: int
-    width: int
-    heads: int
-    hidden: int
-    vocab: int
-    batch: int
-    prompt: int
-    response: int
-    warmup: int
-    steps: int
-
-
-WORKS = {
-    "S": Work(
-        layers=4, width=256, heads=8, hidden=1024, vocab=4096, batch=64, prompt=32, response=64, warmup=2, steps=6
-    ),
-    "M": Work(
-        layers=12, width=768, heads=12, hidden=2048, vocab=32000, batch=8, prompt=64, response=64, warmup=1, steps=3
-    ),
-    # To try the code, not the machine.
-    "tiny": Work(layers=1, width=16, heads=2, hidden=32, vocab=64, batch=64, prompt=4, response=8, warmup=1, steps=2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +94,22 @@ def settings(work: Work, algorithm: str, behaviour: str) -> TrainConfig:
         prompt_length=work.prompt,
         sampling=SamplingConfig(max_new_tokens=work.response),
         ppo=ppo,
+    )
+
+
+def decoder(work: Work) -> DecoderConfig:
+    """The random Llama shape."""
+    return DecoderConfig(
+        vocab_size=work.vocab,
+        num_layers=work.layers,
+        width=work.width,
+        num_heads=work.heads,
+        num_kv_heads=work.heads,
+        head_dim=work.width // work.heads,
+        mlp_width=work.hidden,
+        context_length=256,
+        norm_eps=1e-6,
+        tie_embeddings=False,
     )
 
 
@@ -192,15 +184,20 @@ def rollout_cost(work: Work, lengths: np.ndarray, itemsize: int = 4) -> RolloutC
     )
 
 
+def trained_flops(work: Work, lengths: np.ndarray) -> tuple[float, float]:
+    """(FLOPs of the blocks, of the head) in one forward pass over answers of `lengths` [prompts, K] tokens. A prompt's
+    columns but the last are computed once for its answers, and none of them is read."""
+    prompts, first = lengths.shape[0], work.prompt - 1
+    blocks = block_flops(work, prompts, 0, first, read=False)
+    blocks += sum(block_flops(work, 1, first, first + int(n)) for n in lengths.flat)
+    return blocks, 2.0 * float(lengths.sum()) * work.width * work.vocab
+
+
 def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
     """Floating-point operations of the matrix products of one step, per phase: a backward pass counted as two forward
     passes, nothing for what XLA computes twice."""
-    prompts, rows, length = config.prompts_per_step, work.batch, work.prompt + work.response
     critics = int(config.ppo.advantage == "gae")
-    # A prompt's columns but the last are computed once for its answers, and none of them is read.
-    trained = block_flops(work, prompts, 0, work.prompt - 1, read=False)
-    trained += block_flops(work, rows, work.prompt - 1, length - 1)
-    heads = 2.0 * rows * work.response * work.width * work.vocab
+    trained, heads = trained_flops(work, full_lengths(work, config))
     policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
     rollout = full_length(work, config)
     return {
@@ -210,9 +207,14 @@ def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
     }
 
 
+def full_lengths(work: Work, config: TrainConfig) -> np.ndarray:
+    """The lengths [prompts, K] of a step's answers, all at the limit."""
+    return np.full((config.prompts_per_step, config.answers_per_prompt), work.response)
+
+
 def full_length(work: Work, config: TrainConfig) -> RolloutCost:
     """The cost of a step's rollout, in which every answer has its full length."""
-    return rollout_cost(work, np.full((config.prompts_per_step, config.answers_per_prompt), work.response))
+    return rollout_cost(work, full_lengths(work, config))
 
 
 def rooflines(work: Work, config: TrainConfig, took: dict[str, float], ceilings: Ceilings) -> dict[str, float]:
@@ -228,54 +230,49 @@ def thin(x: Any) -> np.ndarray:
     return flat[:: max(1, flat.size // 65536)].copy()
 
 
-def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, seed: int) -> dict[str, Any]:
-    """Build the work, take `warmup` + `steps` steps, check them, and return what was measured (`--json`'s keys).
+class Step(NamedTuple):
+    """A step taken: seconds by phase, what it drew, the time and the compiler's count at its end."""
 
-    Raises AssertionError when a step did not do the work it is timed for.
+    seconds: dict[str, float]
+    rollout: Rollout
+    answers: list[str]
+    sampler_gap: float
+    ended: float
+    programs: int
+    compile_s: float
+
+
+def take_steps(
+    work: Work,
+    config: TrainConfig,
+    agent: Agent,
+    tokenizer: Words,
+    state: TrainState,
+    reference: Params,
+    *,
+    count: int,
+    seed: int,
+    compiled: CompilationClock,
+) -> tuple[list[Step], list[float]]:
+    """(`count` steps from `state` by the product's own code, each phase awaited; how far each weight tensor has moved).
+
+    Raises AssertionError when a loss was not finite or a tensor did not move.
     """
-    compiled = CompilationClock()
-    config = settings(work, algorithm, behaviour)
-    decoder = DecoderConfig(
-        vocab_size=work.vocab,
-        num_layers=work.layers,
-        width=work.width,
-        num_heads=work.heads,
-        num_kv_heads=work.heads,
-        head_dim=work.width // work.heads,
-        mlp_width=work.hidden,
-        context_length=256,
-        norm_eps=1e-6,
-        tie_embeddings=False,
-    )
-    policy = LanguageModel(decoder)
-    # A value head of zeros would pass no gradient to the trunk in the first step.
-    critic = ScalarModel(decoder, initial="normal") if algorithm == "ppo" else None
-    agent = Agent(policy, critic, config.ppo, config.sampling.temperature, answers=config.answers_per_prompt)
     runner = make_runner(config.parallel)
-    tokenizer = Words(work.vocab)
     roll, advantages, update = compile_steps(config, agent, runner, tokenizer)  # type: ignore[arg-type]
-
-    policy_key, value_key = jax.random.split(jax.random.key(seed))
-    reference = jax.jit(policy.init)(policy_key)
-    value = jax.jit(critic.init)(value_key, reference["trunk"]) if critic is not None else None
-    state = runner.place(agent.init(reference, value, seed))
-    del value
-    reference, normaliser = runner.place(reference), identity_normaliser()
-    before = jax.tree.map(thin, state.params)
-    parameters = sum(x.size for x in jax.tree.leaves(reference))
+    state, reference = runner.place(state), runner.place(jax.tree.map(jnp.asarray, reference))
+    before, normaliser = jax.tree.map(thin, state.params), identity_normaliser()
 
     def lower_half(record: Any, answer: str) -> float:
         ids = [int(word[1:]) for word in answer.split()]
-        return sum(i < work.vocab // 2 for i in ids) / len(ids)
+        return sum(i < work.vocab // 2 for i in ids) / max(len(ids), 1)
 
-    feedback = FunctionSource(lower_half)
-    batches = prompt_batches(work, config.prompts_per_step, seed)
-    times: dict[str, list[float]] = {"step": [], "gen": [], "score": [], "update": []}
-    first_step, programs, drawn = 0.0, 0, set()
-    for i in range(warmup + steps):
+    feedback, batches = FunctionSource(lower_half), prompt_batches(work, config.prompts_per_step, seed)
+    taken = []
+    for i in range(count):
         begun = time.perf_counter()
         batch = next(batches)
-        light = state.replace(opt_state=None)
+        light = dataclasses.replace(state, opt_state=None)
         rollout = jax.block_until_ready(roll(light, to_prompts(batch)))
         rolled = time.perf_counter()
         answers = answer_texts(rollout, tokenizer)  # type: ignore[arg-type]
@@ -285,50 +282,65 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
         scored = time.perf_counter()
         state, metrics = jax.block_until_ready(update(state, experience))
         done = time.perf_counter()
-        if i == 0:
-            first_step, compile_s = time.time() - START, compiled.seconds
-        if i == warmup:
-            programs = compiled.programs  # those of steps up to and with the first timed one
-        if i >= warmup:
-            for name, seconds in (
-                ("step", done - begun),
-                ("gen", rolled - begun),
-                ("score", scored - rolled),
-                ("update", done - scored),
-            ):
-                times[name].append(seconds)
-        check_answers(work, answers, rollout)
-        drawn.add(answers[0])
+        seconds = {"step": done - begun, "gen": rolled - begun, "score": scored - rolled, "update": done - scored}
+        gap = float(metrics["first/sampler_gap"])
+        taken.append(Step(seconds, rollout, answers, gap, time.time(), compiled.programs, compiled.seconds))
         assert float(metrics["nonfinite"]) == 0, f"step {i}: a loss is not finite"
-    assert len(drawn) == warmup + steps, "two steps drew the same answer"
-    moved = jax.tree.leaves(jax.tree.map(lambda x, old: np.abs(thin(x) - old).max(), state.params, before))
+    moved = jax.tree.leaves(jax.tree.map(lambda x, old: float(np.abs(thin(x) - old).max()), state.params, before))
     still = sum(x == 0 for x in moved)
     assert still == 0, f"{still} of {len(moved)} tensors did not move"
+    return taken, moved
 
-    median = {name: statistics.median(x) for name, x in times.items()}
+
+def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, seed: int) -> dict[str, Any]:
+    """Build the work, take `warmup` + `steps` steps, check them, and return what was measured (`--json`'s keys).
+
+    Raises AssertionError when a step did not do the work it is timed for.
+    """
+    compiled = CompilationClock()
+    config = settings(work, algorithm, behaviour)
+    policy = LanguageModel(decoder(work))
+    # A value head of zeros would pass no gradient to the trunk in the first step.
+    critic = ScalarModel(policy.config, initial="normal") if algorithm == "ppo" else None
+    agent = Agent(policy, critic, config.ppo, config.sampling.temperature, answers=config.answers_per_prompt)
+    policy_key, value_key = jax.random.split(jax.random.key(seed))
+    reference = jax.jit(policy.init)(policy_key)
+    value = jax.jit(critic.init)(value_key, reference["trunk"]) if critic is not None else None
+    parameters = sum(x.size for x in jax.tree.leaves(reference))
+    state = agent.init(reference, value, seed)
+    del value  # the state has its own copy
+    taken, moved = take_steps(
+        work, config, agent, Words(work.vocab), state, reference, count=warmup + steps, seed=seed, compiled=compiled
+    )
+    for step in taken:
+        check_answers(work, step.answers, step.rollout)
+    assert len({step.answers[0] for step in taken}) == warmup + steps, "two steps drew the same answer"
+
+    timed = taken[warmup:]
+    median = {name: statistics.median(step.seconds[name] for step in timed) for name in timed[0].seconds}
     rates = {name: flops / median[name] / 1e9 for name, flops in matmul_flops(work, config).items()}
-    devices, late = jax.device_count(), compiled.programs - programs
+    devices, late = jax.device_count(), compiled.programs - timed[0].programs
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before the ceilings' own arrays
-    ceilings = measure(decoder.compute_dtype)
+    ceilings = measure(policy.config.compute_dtype)
     return {
         "system": f"rlaif_jax-{algorithm}",
         "version": f"rlaif_jax {importlib.metadata.version('rlaif-jax')}, jax {jax.__version__}",
         "algorithm": algorithm,
         "work": next(name for name, w in WORKS.items() if w == work),
         "step_s_median": round(median["step"], 4),
-        "step_s_min": round(min(times["step"]), 4),
-        "step_s_max": round(max(times["step"]), 4),
+        "step_s_min": round(min(step.seconds["step"] for step in timed), 4),
+        "step_s_max": round(max(step.seconds["step"] for step in timed), 4),
         "gen_s_median": round(median["gen"], 4),
         "update_s_median": round(median["update"], 4),
         "tokens_per_s": round(work.batch * work.response / median["step"], 1),
         **rooflines(work, config, median, ceilings),
-        "first_step_s": round(first_step, 2),
-        "compile_s": round(compile_s, 2),
+        "first_step_s": round(taken[0].ended - START, 2),
+        "compile_s": round(taken[0].compile_s, 2),
         "peak_rss_gib": round(peak / 2**20, 3),
         "steps": steps,
         "notes": f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}; behaviour={behaviour}"
         f"{' (the log-probs the sampler reported)' * (behaviour == 'sampler')}, "
-        f"gap to the trainer's {float(metrics['first/sampler_gap']):.1e} nats a token; params={parameters}"
+        f"gap to the trainer's {taken[-1].sampler_gap:.1e} nats a token; params={parameters}"
         f"{', same-size critic' * (critic is not None)} and reference; {config.prompts_per_step} prompts x "
         f"{config.answers_per_prompt}, {config.ppo.num_epochs * config.ppo.num_minibatches} updates/step; all "
         f"responses {work.response} tokens; {len(moved)}/{len(moved)} tensors changed, max |change| "
@@ -370,15 +382,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithm", choices=("ppo", "grpo"), default="ppo")
-    parser.add_argument("--work", choices=tuple(WORKS), metavar="{S,M}", default="S", help="size (default S)")
+    parser.add_argument("--work", choices=tuple(WORKS), metavar="{S,M,V}", default="S", help="size (default S)")
     parser.add_argument(
         "--behaviour",
         choices=("sampler", "recompute"),
         default="sampler",
         help="log-probs of the behaviour policy: the sampler's (default), or one more forward pass",
     )
-    parser.add_argument("--steps", type=int, help="timed steps (default 6 for S, 3 for M)")
-    parser.add_argument("--warmup", type=int, help="untimed steps (default 2 for S, 1 for M)")
+    parser.add_argument("--steps", type=int, help="timed steps (default 6 for S, 3 for M and V)")
+    parser.add_argument("--warmup", type=int, help="untimed steps (default 2 for S, 1 for M and V)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Time whole GRPO steps whose answers end when they will: most soon, a few late.
 
     python experiments/benchmarks/uneven.py --case T1
-    python experiments/benchmarks/uneven.py --case T2 --trl ENVIRONMENT/bin/python --json
+    python experiments/benchmarks/uneven.py --case T2 --trl ENVIRONMENT/bin/python --tunix ENVIRONMENT/bin/python --json
 
 The policy and the lengths are those of `rollouts.py` (T1 lognormal, T2 nine in ten short and the rest at the cap): 8 prompts
 of 32 tokens, 8 answers to each of at most 256, KL (0.05) in the loss, one update over the batch, AdamW at 1e-6, reward on the
@@ -12,9 +12,11 @@ host.
     packed  8 slots              rows of many answers, 2 at a time (`decode_slots`, `packed_rows`)
     trl     TRL's GRPOTrainer on the same weights, by the Python that `--trl` names (torch, trl), without and with its
             continuous batching where that runs
+    tunix   Tunix's GRPOLearner on the same weights, by the Python that `--tunix` names (google-tunix), without and with its
+            packing (`uneven_tunix.py`)
 
-Medians over the steps, which are the same lengths for both ways and other draws of the same lengths for TRL. Run it on an
-idle machine.
+Medians over the steps, which are the same lengths for both ways and other draws of the same lengths for the others: their
+tokens/s compare better than their seconds. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -22,31 +24,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from compare import TORCH_ALLOCATOR
+from compare import TORCH_ALLOCATOR, run_json
 from rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
-from step import GROUP, Words, prompt_batches, settings, thin
+from step import GROUP, Words, settings, take_steps
+from works import Work
 
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.config import TrainConfig
-from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.hf import save_model
-from rlaif_jax.parallel import make_runner
-from rlaif_jax.rewards.shaping import identity_normaliser
-from rlaif_jax.rollout import answer_texts, to_prompts
-from rlaif_jax.train import compile_steps
+from rlaif_jax.parallel import CompilationClock
 from rlaif_jax.types import Params
 
 SLOTS, ROWS = 8, 2
@@ -62,41 +58,15 @@ def way_settings(case: Case, way: str) -> TrainConfig:
 
 def ours(case: Case, way: str, model: LanguageModel, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:
     """`warmup` + `steps` steps by the product's own code. AssertionError where they did not do the work."""
-    work, config = case.work, way_settings(case, way)
-    agent = Agent(model, None, config.ppo, answers=GROUP)
-    runner, tokenizer = make_runner(config.parallel), Words(work.vocab, pad_id=PAD, eos_id=STOP)
-    roll, advantages, update = compile_steps(config, agent, runner, tokenizer)  # type: ignore[arg-type]
-    state, reference = runner.place(agent.init(params, None, 0)), runner.place(jax.tree.map(jax.numpy.array, params))
-    before, normaliser = jax.tree.map(thin, state.params), identity_normaliser()
-
-    def lower_half(record: Any, answer: str) -> float:
-        ids = [int(word[1:]) for word in answer.split()]
-        return sum(i < work.vocab // 2 for i in ids) / max(len(ids), 1)
-
-    feedback = FunctionSource(lower_half)
-    batches = prompt_batches(work, config.prompts_per_step, 0)
-    times: dict[str, list[float]] = {"step": [], "gen": [], "score": [], "update": []}
-    lengths = []
-    for _ in range(warmup + steps):
-        begun = time.perf_counter()
-        batch = next(batches)
-        light = state.replace(opt_state=None)
-        rollout = jax.block_until_ready(roll(light, to_prompts(batch)))
-        rolled = time.perf_counter()
-        answers = answer_texts(rollout, tokenizer)  # type: ignore[arg-type]
-        records = [record for record in batch.records for _ in range(GROUP)]
-        judged = feedback(records, answers, rollout)
-        experience, _ = jax.block_until_ready(advantages((light, reference, normaliser), (rollout, judged)))
-        scored = time.perf_counter()
-        state, metrics = jax.block_until_ready(update(state, experience))
-        done = time.perf_counter()
-        for name, seconds in zip(times, (done - begun, rolled - begun, scored - rolled, done - scored)):
-            times[name].append(seconds)
-        assert float(metrics["nonfinite"]) == 0
-        lengths.append(np.asarray(rollout.response_mask).sum(-1))
-    moved = jax.tree.map(lambda x, old: np.abs(thin(x) - old).max() > 0, state.params, before)
-    assert all(jax.tree.leaves(moved)), "a tensor did not move"
-    return summary(case, way, {name: x[warmup:] for name, x in times.items()}, np.concatenate(lengths[warmup:]))
+    config = way_settings(case, way)
+    agent, tokenizer = Agent(model, None, config.ppo, answers=GROUP), Words(case.work.vocab, pad_id=PAD, eos_id=STOP)
+    state, clock = agent.init(params, None, 0), CompilationClock()
+    taken, _ = take_steps(
+        case.work, config, agent, tokenizer, state, params, count=warmup + steps, seed=0, compiled=clock
+    )
+    times = {name: [step.seconds[name] for step in taken[warmup:]] for name in taken[0].seconds}
+    lengths = [np.asarray(step.rollout.response_mask).sum(-1) for step in taken[warmup:]]
+    return summary(case, way, times, np.concatenate(lengths))
 
 
 def summary(case: Case, way: str, times: dict[str, list[float]], lengths: np.ndarray) -> dict[str, Any]:
@@ -111,22 +81,41 @@ def summary(case: Case, way: str, times: dict[str, list[float]], lengths: np.nda
     }
 
 
-def trl(case: Case, python: Path, folder: str, batching: bool, *, warmup: int, steps: int) -> dict[str, Any] | str:
-    """The same steps by TRL on the weights in `folder`, or why there are none."""
-    script = Path(__file__).with_name("uneven_trl.py")
-    options = {"prompts": case.work.batch // GROUP, "prompt": case.work.prompt, "cap": case.work.response}
-    options |= {"vocab": case.work.vocab, "group": GROUP, "warmup": warmup, "steps": steps}
-    command = [str(python), str(script), folder, *(f"--{name}={value}" for name, value in options.items())]
-    variables = os.environ | {"GLIBC_TUNABLES": TORCH_ALLOCATOR}
-    done = subprocess.run(
-        [*command, *["--batching"] * batching], capture_output=True, text=True, env=variables, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        return (done.stderr.strip().splitlines() or ["no output"])[-1]
-    found = json.loads(lines[-1])
-    name = "trl, continuous batching" if batching else "trl"
-    return summary(case, name, found["times"], np.array(found["lengths"])) | {"version": found["version"]}
+def peers(work: Work) -> dict[str, list[str]]:
+    """The other systems: script and options by way; the first word of a way names the Python that it needs."""
+    tunix, budget = "uneven_tunix.py", 4 * (work.prompt + work.response)
+    return {
+        "trl": ["uneven_trl.py"],
+        "trl, continuous batching": ["uneven_trl.py", "--batching"],
+        "tunix": [tunix],
+        "tunix, packing": [tunix, f"--budget={budget}"],
+    }
+
+
+def peer(case: Case, way: str, python: Path, folder: str, *, warmup: int, steps: int) -> dict[str, Any] | str:
+    """The same steps by another system on the weights in `folder`, or why there are none."""
+    work, (script, *more) = case.work, peers(case.work)[way]
+    options = {"prompts": work.batch // GROUP, "prompt": work.prompt, "cap": work.response}
+    options |= {"vocab": work.vocab, "group": GROUP, "warmup": warmup, "steps": steps}
+    command = [str(python), str(Path(__file__).with_name(script)), folder]
+    command += [*(f"--{name}={value}" for name, value in options.items()), *more]
+    # TRL is told to stay on the CPU in its script.
+    variables = {"GLIBC_TUNABLES": TORCH_ALLOCATOR} if way.startswith("trl") else {"JAX_PLATFORMS": "cpu"}
+    found = run_json(command, variables)
+    if isinstance(found, str):
+        return found
+    row = summary(case, way, found["times"], np.array(found["lengths"])) | {"version": found["version"]}
+    return row | {"updates": found["updates"]} if "updates" in found else row
+
+
+def save_policy(folder: str, model: LanguageModel, params: Params, work: Work) -> None:
+    """The weights as others read them, and the log-probabilities of some answers by which they can tell that they have."""
+    save_model(folder, model, params)
+    tokens = np.random.default_rng(0).integers(2, work.vocab, (2, work.prompt + work.response), dtype=np.int32)
+    logits = jax.jit(model.__call__)(params, tokens, np.ones(tokens.shape, bool))[:, work.prompt - 1 : -1]
+    answers = tokens[:, work.prompt :, None]
+    logprobs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), answers, axis=-1)[..., 0]
+    np.savez(Path(folder) / "expected.npz", tokens=tokens, logprobs=logprobs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps (default 1)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps (default 4)")
     parser.add_argument("--trl", type=Path, help="a Python with torch and trl")
+    parser.add_argument("--tunix", type=Path, help="a Python with google-tunix")
     parser.add_argument("--json", action="store_true", help="print a line of JSON a way")
     options = parser.parse_args(arguments)
     case = CASES[options.case]
@@ -147,15 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, params = stopping_policy(work, distribution(case))
     times = {"warmup": options.warmup, "steps": options.steps}
     rows: list[dict[str, Any]] = [ours(case, way, model, params, **times) for way in ("padded", "packed")]
-    if options.trl:
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(folder, model, params)
-            for batching in (False, True):
-                row = trl(case, options.trl, folder, batching, **times)
-                if isinstance(row, str):
-                    print(f"trl{', continuous batching' * batching}: {row}", file=sys.stderr)
-                else:
-                    rows.append(row)
+    pythons = {"trl": options.trl, "tunix": options.tunix}
+    with tempfile.TemporaryDirectory() as folder:
+        save_policy(folder, model, params, work)
+        for way in peers(work):
+            python = pythons[way.split(",")[0]]
+            row = python and peer(case, way, python, folder, **times)
+            if isinstance(row, str):
+                print(f"{way}: {row}", file=sys.stderr)
+            elif row:
+                rows.append(row)
     packed = rows[1]["step_s_median"]
     for row in rows:
         ratio = row["step_s_median"] / packed

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax import rollout
+from rlaif_jax.models.hf import load_model
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 KEYS = [
@@ -32,8 +33,8 @@ KEYS = [
 
 
 sys.path.insert(0, str(FOLDER))  # they import each other
-names = ("ceilings", "compare", "rollouts", "step", "uneven")
-ceilings, compare, rollouts, step, uneven = map(importlib.import_module, names)
+names = ("cases", "ceilings", "compare", "rollouts", "step", "uneven")
+cases, ceilings, compare, rollouts, step, uneven = map(importlib.import_module, names)
 
 TINY = step.Work(layers=1, width=16, heads=2, hidden=32, vocab=64, batch=512, prompt=4, response=32, warmup=1, steps=3)
 
@@ -41,7 +42,7 @@ TINY = step.Work(layers=1, width=16, heads=2, hidden=32, vocab=64, batch=512, pr
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch):
     known = ceilings.Ceilings(flops=1e12, read=1e11, copy=1e10)
-    for module in (step, rollouts):
+    for module in (step, rollouts, cases):
         monkeypatch.setattr(module, "measure", lambda dtype: known)
 
 
@@ -260,6 +261,27 @@ def test_compare_without_peers_says_so(tmp_path):
     assert "trl_grpo.py not run" in missing[0]
 
 
+def test_a_work_that_is_not_in_their_tables_is_put_there(tmp_path):
+    script = tmp_path / "tunix_grpo.py"
+    script.write_text(
+        "import argparse, json\n"
+        "WORK = {'S': dict(vocab=1)}\n"
+        "def main():\n"
+        "    p = argparse.ArgumentParser()\n"
+        "    p.add_argument('--work', choices=WORK)\n"
+        "    w = WORK[p.parse_args().work]\n"
+        "    print(json.dumps({'system': 'other', 'version': '1', 'step_s_median': float(w['vocab'])}))\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    python = tmp_path / "tun" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    for work, vocab in (("V", 152_000), ("S", 1)):  # S is what they say
+        systems, _ = compare.step_commands(work, "grpo", tmp_path, tmp_path)
+        assert compare.run_json(*systems[1])["step_s_median"] == vocab
+
+
 def test_one_table_of_steps_and_rollouts(tmp_path, monkeypatch, capsys):
     fake(tmp_path / "own.py", "ours", 2.0)
     result = {"system": "made up", "version": "1", "step_s_median": 3.0, "occupancy": 0.25}
@@ -279,6 +301,57 @@ def test_one_table_of_steps_and_rollouts(tmp_path, monkeypatch, capsys):
         [" T1    ", " slots  ", " 2.00x      "],
     ]
     assert "no generate of transformers" in printed[-1]
+
+
+def test_one_update_both_ways(monkeypatch):
+    work = dataclasses.replace(step.WORKS["tiny"], response=16)
+    lengths = {fill: cases.spread_lengths(work, fill) for fill in (0.25, 0.5, 1)}
+    assert {fill: x.mean() / 16 for fill, x in lengths.items()} == {fill: pytest.approx(fill) for fill in lengths}
+    assert (lengths[0.5].min(), lengths[0.5].max(), lengths[1].min()) == (1, 15, 16)
+    packed, padded = (cases.update_alone(work, 0.5, way, warmup=0, steps=1) for way in cases.WAYS["U50"])
+    assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-4) != 0
+    assert packed["padding"] == padded["padding"] == 0.5
+    assert 0 <= packed["update_roofline"] < 1
+
+
+def test_flops_of_uneven_answers_are_those_of_their_tokens():
+    work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=2, prompt=2, response=3, warmup=0, steps=1)
+    blocks, head = step.trained_flops(work, np.array([[1, 3]]))
+    # Of the first column key and value once; the second, fed once an answer, and two more of the longer one: 7 and 2 for each
+    # column seen.
+    assert blocks == 2 * (2 + 2 * (7 + 4) + (7 + 6) + (7 + 8))
+    assert head == 2 * 4 * 10
+
+
+@pytest.mark.parametrize("way", ["ahead", "waiting"])
+def test_a_judge_is_waited_for(way):
+    pytest.importorskip("openai")
+    result = cases.judged_steps(
+        step.WORKS["tiny"], way, delay=0.02, warmup=1, steps=1
+    )  # checks judgements and staleness
+    assert result["system"] == way
+    phases = [result[f"{name}_s_median"] for name in ("gen", "feedback", "update")]
+    assert sum(phases) == pytest.approx(result["step_s_median"], abs=1e-3)
+    assert way == "ahead" or result["feedback_s_median"] >= 0.02
+
+
+def test_cases_are_rows_of_the_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cases.py").write_text(
+        "import json, sys\n"
+        "way = sys.argv[sys.argv.index('--way') + 1]\n"
+        "print(json.dumps({'system': way, 'version': '1', 'step_s_median': 1.0 + (way == 'padded')}))\n"
+    )
+    monkeypatch.setattr(compare, "CASES", tmp_path / "cases.py")
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    assert compare.main(["--works", "--cases", "U25", "E"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:4] for line in printed if line.startswith("| U")] == [
+        [" U25  ", " packed ", " 1.00x      "],
+        [" U25  ", " padded ", " 2.00x      "],
+    ]
+    assert "openai" in printed[-1]
+    with pytest.raises(SystemExit):
+        cases.main(["--case", "U25", "--way", "ahead"])
 
 
 def test_compare_keeps_the_table_when_a_case_fails(tmp_path, monkeypatch, capsys):
@@ -301,5 +374,22 @@ def test_uneven_steps_are_the_same_work_both_ways(monkeypatch):
     assert uneven.way_settings(case, "packed").ppo.packed_rows == 2
     assert abs(padded["length_mean"] - packed["length_mean"]) < 1, "the same draws up to rounding"
     assert padded["length_max"] == packed["length_max"] == 32
-    missing = uneven.trl(case, Path(sys.executable), "nowhere", False, warmup=1, steps=1)
-    assert isinstance(missing, str), "what could not be run is a remark, not a row"
+    for way in uneven.peers(case.work):
+        missing = uneven.peer(case, way, Path(sys.executable), "nowhere", warmup=1, steps=1)
+        assert isinstance(missing, str), "what could not be run is a remark, not a row"
+
+
+def test_other_systems_get_the_weights_and_what_to_expect_of_them(tmp_path):
+    case = rollouts.Case(TINY, "mixed")
+    model, params = rollouts.stopping_policy(TINY, rollouts.distribution(case))
+    uneven.save_policy(str(tmp_path / "policy"), model, params, TINY)
+    told = np.load(tmp_path / "policy" / "expected.npz")
+    assert told["tokens"].shape == (2, 36) and told["tokens"].min() >= 2, "no padding and no stop among them"
+    theirs, weights = load_model(tmp_path / "policy")
+    logits = theirs(weights, told["tokens"], np.ones((2, 36), bool))
+    logprobs = jax.nn.log_softmax(logits)[:, 3:-1]
+    np.testing.assert_allclose(
+        np.take_along_axis(np.asarray(logprobs), told["tokens"][:, 4:, None], axis=-1)[..., 0],
+        told["logprobs"],
+        atol=1e-4,
+    )

@@ -1,0 +1,265 @@
+"""Time what is not a plain step: updates at several fills, and steps that wait for a judge.
+
+    python experiments/benchmarks/cases.py --case U25
+    python experiments/benchmarks/cases.py --case E --way ahead --json
+
+    case  what is timed                                                       ways
+    U25   the update alone: 64 answers to 8 prompts, which fill a quarter     packed (`packed_rows`), padded
+    U50   of the [64, 128] places, half of them, all of them
+    U100
+    E     the loop itself (`train`), its judge behind HTTP on this machine,   ahead (`train.staleness` 1), waiting (0)
+          which takes 200 ms for an answer
+
+GRPO on the random Llama shape of work S (`step.py`), prompts of 32 tokens. U: lengths evenly spread, all answers random ids;
+`update_roofline` counts the matrix products of real tokens only. E: answers of 64 tokens, a call an answer, all at a time, by
+the project's own client; medians without the last step, which has none to draw ahead. Judge and client share the cores with
+the devices. `hidden`: by how much a step ahead is shorter, as a share of what one that waits spends on feedback.
+
+Both ways by default. Run it on an idle machine; `compare.py` sets them side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ceilings import measure
+from step import GROUP, Words, decoder, settings, trained_flops
+from works import WORKS, Work
+
+from rlaif_jax.algorithms.ppo import Agent
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.feedback.api import ApiConfig
+from rlaif_jax.feedback.builtin_templates import RATING
+from rlaif_jax.feedback.client import JudgeClient
+from rlaif_jax.feedback.judge_source import JudgeSource
+from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.metrics import MetricsWriter, read_metrics
+from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.parallel import CompilationClock, make_runner
+from rlaif_jax.rewards.shaping import identity_normaliser
+from rlaif_jax.run import Run
+from rlaif_jax.train import compile_steps, train
+from rlaif_jax.types import Rollout
+
+FILLS = {"U25": 0.25, "U50": 0.5, "U100": 1.0}
+WAYS = {**dict.fromkeys(FILLS, ("packed", "padded")), "E": ("ahead", "waiting")}
+ROWS = 2  # packed rows at a time
+UPDATE = dataclasses.replace(WORKS["S"], response=128, warmup=1, steps=3)
+
+
+def spread_lengths(work: Work, fill: float) -> np.ndarray:
+    """Lengths [prompts, K] in a random order, evenly spread about the mean `fill` x limit as widely as they can be."""
+    limit = work.response
+    low, high = max(1, (2 * fill - 1) * limit), min(2 * fill * limit - 1, limit)
+    lengths = np.linspace(low, high, work.batch).round().astype(int)
+    return np.random.default_rng(0).permutation(lengths).reshape(-1, GROUP)
+
+
+def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) -> dict[str, Any]:
+    """Time the update of one batch again and again."""
+    clock, config = CompilationClock(), settings(work, "grpo", "recompute")
+    if way == "packed":
+        config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
+    model, lengths, rng = LanguageModel(decoder(work)), spread_lengths(work, fill), np.random.default_rng(1)
+    agent, runner = Agent(model, None, config.ppo, answers=GROUP), make_runner(config.parallel)
+    _, advantages, update = compile_steps(config, agent, runner, Words(work.vocab))  # type: ignore[arg-type]
+    params = jax.jit(model.init)(jax.random.key(0))
+    state, reference = runner.place(agent.init(params, None, 0)), runner.place(params)
+    prompts = rng.integers(0, work.vocab, (len(lengths), work.prompt)).repeat(GROUP, axis=0)
+    mask = np.arange(work.response) < lengths.reshape(-1, 1)
+    answers = np.where(mask, rng.integers(0, work.vocab, mask.shape), 0)
+    rollout = Rollout(
+        tokens=jnp.asarray(np.concatenate([prompts, answers], axis=1), jnp.int32),
+        prompt_mask=jnp.ones(prompts.shape, bool),
+        response_mask=jnp.asarray(mask),
+        logprobs=jnp.where(mask, -math.log(work.vocab), 0.0),
+        finished=jnp.asarray(lengths.reshape(-1) < work.response),
+    )
+    judged = Feedback(rng.random(work.batch, np.float32), np.ones(work.batch, bool))
+    light = dataclasses.replace(state, opt_state=None)
+    experience, _ = jax.block_until_ready(advantages((light, reference, identity_normaliser()), (rollout, judged)))
+    seconds, losses = [], []
+    for _ in range(warmup + steps):
+        begun = time.perf_counter()
+        state, metrics = jax.block_until_ready(update(state, experience))
+        seconds.append(time.perf_counter() - begun)
+        assert float(metrics["nonfinite"]) == 0, "a loss is not finite"
+        losses.append(float(metrics["loss"]))
+    median = statistics.median(seconds[warmup:])
+    told = row(way, work, seconds[warmup:], clock)
+    ceilings = measure(model.config.compute_dtype)
+    least = 3 * sum(trained_flops(work, lengths)) / ceilings.flops
+    return told | {
+        "update_s_median": round(median, 4),
+        "tokens_per_s": round(float(lengths.sum()) / median, 1),
+        "update_roofline": round(least / median, 3),
+        "padding": round(1 - float(mask.mean()), 3),
+        "loss": losses[0],
+        "notes": f"{told['notes']}; ceilings: {ceilings}",
+    }
+
+
+@contextmanager
+def judge(delay: float) -> Iterator[str]:
+    """The address of a server that gives every answer a score after `delay` seconds, however many ask at a time."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # one packet a response
+        disable_nagle_algorithm = True
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            asked = self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(delay)
+            letter = "ABCDEFGHIJ"[sum(asked) % 10]
+            scored = {"token": letter, "logprob": 0.0, "bytes": list(letter.encode())}
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": letter},
+                "logprobs": {"content": [scored | {"top_logprobs": [scored]}]},
+            }
+            reply = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int) -> dict[str, Any]:
+    """Time the steps of a run. AssertionError where judgements are missing or the steps are not of the wished staleness."""
+    clock, config = CompilationClock(), settings(work, "grpo", "recompute")
+    config = dataclasses.replace(config, steps=warmup + steps + 1, staleness=int(way == "ahead"), save_every=10**6)
+    tokenizer = WordTokenizer(tuple(f"t{i}" for i in range(len(WordTokenizer.specials), work.vocab)))
+    words = np.random.default_rng(0).integers(4, work.vocab, (8 * config.prompts_per_step, work.prompt))
+    prompts = prompt_batches(
+        [{"prompt": tokenizer.decode(ids)} for ids in words.tolist()],
+        tokenizer,
+        batch_size=config.prompts_per_step,
+        seed=0,
+        prompt_length=work.prompt,
+    )
+    policy = LanguageModel(decoder(work))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        judge(delay) as address,
+        JudgeClient(ApiConfig(server=address, model="judge", concurrency=work.batch)) as client,
+    ):
+        out = Path(folder) / "run"
+        with Run(out, "judged", config, seed=0) as run, MetricsWriter(out, terminal=False, tensorboard=False) as writer:
+            train(
+                config,
+                run,
+                writer,
+                tokenizer=tokenizer,
+                policy=policy,
+                policy_params=jax.jit(policy.init)(jax.random.key(0)),
+                critic=None,
+                value_params=None,
+                prompts=prompts,
+                feedback=JudgeSource(client, RATING),
+            )
+        timed = list(read_metrics(out / "metrics.jsonl"))[warmup:-1]
+    assert len(timed) == steps and all(line["feedback_missing"] == 0 for line in timed), "judgements are missing"
+    assert all(line["staleness"] == config.staleness for line in timed), "steps of another staleness"
+    phases = {name: [line[f"time/{name}_s"] for line in timed] for name in ("rollout", "feedback", "update")}
+    seconds = [sum(phase) for phase in zip(*phases.values())]
+    return row(way, work, seconds, clock) | {
+        "gen_s_median": round(statistics.median(phases["rollout"]), 4),
+        "feedback_s_median": round(statistics.median(phases["feedback"]), 4),
+        "update_s_median": round(statistics.median(phases["update"]), 4),
+        "tokens_per_s": round(statistics.median(line["time/tokens_per_s"] for line in timed), 1),
+    }
+
+
+def row(way: str, work: Work, seconds: list[float], clock: CompilationClock) -> dict[str, Any]:
+    """What is printed of every way."""
+    return {
+        "system": way,
+        "version": f"rlaif_jax {importlib.metadata.version('rlaif-jax')}, jax {jax.__version__}",
+        "step_s_median": round(statistics.median(seconds), 4),
+        "step_s_min": round(min(seconds), 4),
+        "step_s_max": round(max(seconds), 4),
+        "compile_s": round(clock.seconds, 2),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "steps": len(seconds),
+        "notes": f"{work.batch // GROUP} prompts x {GROUP}, {work.prompt} + at most {work.response} tokens",
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=tuple(WAYS), default="U50", help="default U50")
+    parser.add_argument("--way", help="one way only")
+    parser.add_argument("--work", choices=tuple(WORKS), help="another size (default: S, U with answers of 128 tokens)")
+    parser.add_argument("--warmup", type=int, help="untimed steps (default: U 1, E 2)")
+    parser.add_argument("--steps", type=int, help="timed steps (default: U 3, E 6)")
+    parser.add_argument("--delay", type=float, default=0.2, help="seconds that the judge of E takes (default 0.2)")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON a way")
+    options = parser.parse_args(arguments)
+    ways = WAYS[options.case]
+    if options.way not in (None, *ways):
+        parser.error(f"--way of {options.case} is one of {', '.join(ways)}")
+    if options.case == "E" and not importlib.util.find_spec("openai"):
+        parser.error('--case E needs the package openai: pip install "rlaif-jax[api]"')
+    work = WORKS[options.work] if options.work else WORKS["S"] if options.case == "E" else UPDATE
+    count = {
+        "warmup": work.warmup if options.warmup is None else options.warmup,
+        "steps": work.steps if options.steps is None else options.steps,
+    }
+    rows = {}
+    for way in [options.way] if options.way else ways:
+        if options.case == "E":
+            rows[way] = judged_steps(work, way, delay=options.delay, **count)
+        else:
+            rows[way] = update_alone(work, FILLS[options.case], way, **count)
+    if options.case == "E" and len(rows) == 2:
+        gained = rows["waiting"]["step_s_median"] - rows["ahead"]["step_s_median"]
+        rows["ahead"]["hidden"] = round(gained / rows["waiting"]["feedback_s_median"], 3)
+    first = next(iter(rows.values()))
+    for way, result in rows.items():
+        ratio = result["step_s_median"] / first["step_s_median"]
+        print(json.dumps({"case": options.case} | result) if options.json else f"{ratio:6.2f}x {way}  {result}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
