@@ -46,7 +46,7 @@ class Agent:
             "ppo.advantage='gae' needs a critic and 'group' takes none",
         )
 
-    def optimizers(self) -> dict[str, optax.GradientTransformation]:
+    def optimizers(self) -> dict[str, optax.GradientTransformationExtraArgs]:
         """One optimiser a part, each clipping its own gradient."""
         made = {"policy": make_optimizer(self.config.policy_optimizer, self.updates)}
         if self.critic is not None:
@@ -390,7 +390,8 @@ def ppo_step(
         def learn(carry: tuple[Params, Any]) -> tuple[Params, Any]:
             new_params, new_opt = {}, {}
             for part, tx in optimizers.items():
-                updates, new_opt[part] = tx.update(grads[part], carry[1][part], carry[0][part])
+                norm = norms[f"grad_norm/{part}"]
+                updates, new_opt[part] = tx.update(grads[part], carry[1][part], carry[0][part], norm=norm)
                 new_params[part] = optax.apply_updates(carry[0][part], updates)
             return new_params, new_opt
 

@@ -14,7 +14,7 @@ from rlaif_jax.parallel import psum
 from rlaif_jax.types import Metrics, Params
 
 
-def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformationExtraArgs:
     """AdamW behind a global-norm clip, its learning rate on the config's schedule over `updates` updates."""
     peak, warmup = config.learning_rate, min(config.warmup_updates, updates)
     rest = max(updates - warmup, 1)
@@ -32,17 +32,19 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
     )
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """optax's, but as one factor. Its choice between a gradient and the same divided by the norm is an array that XLA
-    writes and reads again before Adam's own pass, a sixth of what an update moves in memory."""
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """optax's, but as one factor: its choice between a gradient and the same divided by the norm is an array that XLA writes
+    and reads again before Adam's own pass. `update(..., norm=)` takes the norm from a caller who has it."""
 
-    def clipped(updates: Any, params: Any) -> Any:
+    def update(
+        updates: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any
+    ) -> tuple[Any, Any]:
         del params
-        norm = optax.tree.norm(updates)
+        norm = optax.tree.norm(updates) if norm is None else norm
         factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
-    return optax.stateless(clipped)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def weighted_cross_entropy(

@@ -65,11 +65,12 @@ class LanguageModel:
 
         flat, ids = hidden.reshape(-1, width), targets.reshape(-1)
         count = ids.shape[0]
-        size = max(1, CHUNK_ELEMENTS // self.config.vocab_size)
-        if count <= size:
+        turns = -(-count // max(1, CHUNK_ELEMENTS // self.config.vocab_size))
+        if turns <= 1:
             logprobs, entropies = score(flat, ids)
         else:
-            pad = -count % size
+            size = -(-count // turns)  # even chunks: a last one of pads is work for nothing
+            pad = turns * size - count
             chunks = (
                 jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, size, width),
                 jnp.pad(ids, (0, pad)).reshape(-1, size),

@@ -99,7 +99,7 @@ def explicit_logprobs(logits: np.ndarray, targets: np.ndarray, temperature: floa
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk_tokens", [10_000, 7], ids=["whole", "chunked"])
+@pytest.mark.parametrize("chunk_tokens", [10_000, 5], ids=["whole", "chunked"])
 def test_token_logprobs(temperature: float, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "CHUNK_ELEMENTS", chunk_tokens * V + 3)
     model, params = random_model(GPT2)
@@ -147,12 +147,12 @@ def test_chunks_have_the_same_gradient_and_hold_no_full_logits(
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(params, hidden)
         return traced.lower().compile()(params, hidden), str(traced.jaxpr)
 
-    (whole, whole_jaxpr), (chunked, chunked_jaxpr) = gradients(10_000), gradients(7)
+    (whole, whole_jaxpr), (chunked, chunked_jaxpr) = gradients(10_000), gradients(5)
     assert_same_gradients(chunked, whole, 1e-5)
     count = 2 * (S - 1)
     assert f"f32[{count},{V}]" in whole_jaxpr
-    assert f"f32[7,{V}]" in chunked_jaxpr
-    for held in (f"f32[{count},{V}]", f"f32[4,7,{V}]"):
+    assert f"f32[5,{V}]" in chunked_jaxpr
+    for held in (f"f32[{count},{V}]", f"f32[5,5,{V}]"):
         assert held not in chunked_jaxpr
 
 
