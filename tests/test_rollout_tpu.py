@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -154,6 +154,15 @@ def moved(
     return total + (0 if in_place else sum(x.bytes() for x in out))
 
 
+def compiled(lowered: Any) -> str:
+    """The program of a TPU that `jax.jit(f).lower(...)` becomes; `as_text` of the compiled one cannot read every program."""
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (path,) = glob.glob(f"{folder}/*after_optimizations.txt")
+        with open(path) as file:
+            return file.read()
+
+
 def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     """What a step of the decoding loop moves on one chip of a mesh data x fsdp x tensor, and what it would have to."""
     import jax
@@ -202,16 +211,13 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
         eos_id=2,
         pad_id=0,
     )
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        jax.jit(run).lower(
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run).lower(
             jax.tree.map(place, params, state_shardings(params, mesh)),
             jax.tree.map(lambda x: place(x, NamedSharding(mesh, BATCH)), batch),
             place(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec())),
-        ).compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        # `as_text` of the compiled program cannot read every TPU program.
-        (path,) = glob.glob(f"{folder}/*after_optimizations.txt")
-        with open(path) as file:
-            program = file.read()
+        )
+        program = compiled(lowered)
     computations = parse(program)
     body = max((computations[name] for name in re.findall(r"body=%?([\w.-]+)", program)), key=len)
     weights = sum(
