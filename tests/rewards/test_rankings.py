@@ -430,9 +430,10 @@ def test_the_fit_has_the_gradient_of_its_optimum(pairs):
     np.testing.assert_allclose([slopes[0][11], slopes[1][11], slopes[2]], numeric, rtol=0.01, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_fits_under_transforms(pairs, lists, dtype):
-    """The comparisons split over eight devices, by pmap and on a mesh, and several problems at once by vmap."""
+def test_fits_under_transforms(pairs, lists):
+    """The comparisons split over eight devices, by pmap and on a mesh, and several problems at once by vmap; labels and weights
+    in bfloat16, which has these numbers exactly."""
+    dtype = jnp.bfloat16
     first, second, won = (x[:296] for x in pairs)
     batch = {"pair": (first, second, jnp.asarray(won, dtype), jnp.ones(296, dtype))}
     items, ranks, mask = (x[:, :3] for x in lists)
