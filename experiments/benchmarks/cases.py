@@ -13,7 +13,7 @@
 GRPO on the random Llama shape of work S (`step.py`), prompts of 32 tokens. U: lengths evenly spread, all answers random ids;
 `update_roofline` counts the matrix products of real tokens only. E: answers of 64 tokens, a call an answer, all at a time, by
 the project's own client; medians without the last step, which has none to draw ahead. Judge and client share the cores with
-the devices. `hidden`: by how much a step ahead is shorter, as a share of what one that waits spends on feedback.
+the devices. `hidden`: by how much a step ahead is shorter, as a share of the rollout that one that waits spends its time on.
 
 Both ways by default. Run it on an idle machine; `compare.py` sets them side by side.
 """
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows[way] = update_alone(work, FILLS[options.case], way, **count)
     if options.case == "E" and len(rows) == 2:
         gained = rows["waiting"]["step_s_median"] - rows["ahead"]["step_s_median"]
-        rows["ahead"]["hidden"] = round(gained / rows["waiting"]["feedback_s_median"], 3)
+        rows["ahead"]["hidden"] = round(gained / rows["waiting"]["gen_s_median"], 3)
     first = next(iter(rows.values()))
     for way, result in rows.items():
         ratio = result["step_s_median"] / first["step_s_median"]
