@@ -100,7 +100,14 @@ RUNNERS = {"pmap8": lambda fn: pmap_step(fn)} | {
 }
 
 
-@pytest.mark.parametrize("name", RUNNERS)
+SOME = ("pmap8", "2x2x2")  # a device's own rows, and every axis of a mesh at once
+
+
+@pytest.mark.parametrize(
+    ("single", "name"),
+    [("gae", name) for name in RUNNERS] + [(kind, name) for kind in ("group", "packed") for name in SOME],
+    indirect=["single"],
+)
 def test_every_layout_takes_the_same_step(single, name):
     agent, state, experience, expected, metrics = single
     got, got_metrics = RUNNERS[name](functools.partial(ppo_step, agent))(fresh(state), experience)
@@ -112,7 +119,7 @@ def test_every_layout_takes_the_same_step(single, name):
     assert int(got.step) == 1
 
 
-@pytest.mark.parametrize("name", ["pmap8", "2x2x2"])
+@pytest.mark.parametrize("name", SOME)
 def test_packed_scores_are_the_same_on_many_devices(name):
     agent, state, experience = setup(**KINDS["packed"])
     padded = dataclasses.replace(agent, config=dataclasses.replace(agent.config, packed_rows=0))
