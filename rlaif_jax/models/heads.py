@@ -17,7 +17,7 @@ from rlaif_jax.config import DecoderConfig
 from rlaif_jax.models.decoder import Decoder, Trunk, apply
 from rlaif_jax.types import Params
 
-CHUNK_ELEMENTS = 2**26  # logits of more elements than this (256 MiB in float32) are computed chunk by chunk
+CHUNK_ELEMENTS = 2**25  # logits of more elements than this (128 MiB in float32) are computed chunk by chunk
 
 
 @dataclasses.dataclass(frozen=True)
