@@ -22,7 +22,7 @@ from rlaif_jax.config import DecoderConfig, SamplingConfig
 from rlaif_jax.data.prompts import PromptBatch
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.models.attention_cached import attend_cached, beside, heads_beside
-from rlaif_jax.models.decoder import Block, KeyValue, Trunk, apply, block_params, rope_table
+from rlaif_jax.models.decoder import Block, KeyValue, Trunk, apply, block_params, in_dtype, rope_table
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import sample
 from rlaif_jax.parallel import Runner, on_own_rows
@@ -42,16 +42,15 @@ class Prefill(NamedTuple):
 
 def prefill(model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array) -> Prefill:
     """Run left-padded prompts [B, P] once."""
-    hidden, (keys, values) = apply(Trunk(model.config), params["trunk"], tokens, mask, 1, method="last")
+    hidden, caches = apply(Trunk(model.config), params["trunk"], tokens, mask, 1, method="last")
     side = heads_beside(model.config)
-    caches = tuple((beside(keys[layer], side), beside(values[layer], side)) for layer in range(model.config.num_layers))
+    caches = tuple((beside(keys, side), beside(values, side)) for keys, values in caches)
     return Prefill(hidden[:, -1], caches, mask.astype(bool))
 
 
 def decode_step(
     model: LanguageModel,
     params: Params,
-    blocks: list[Params],
     prompt: Prefill,
     caches: tuple[KeyValue, ...],
     tokens: jax.Array,
@@ -62,14 +61,13 @@ def decode_step(
     """Feed one token a row and return logits for the next.
 
     tokens, position [R] (R = B*K rows), column [] of the own caches where they land, own_mask [R or 1, T] the columns
-    that a row may see -> (logits [R, V] float32, new caches). `blocks` are the layers' parameters, taken apart once
-    outside the loop.
+    that a row may see -> (logits [R, V] float32, new caches).
     """
     config = model.config
     x = apply(Trunk(config), params["trunk"], tokens, position, method="embedded")
     rope = rope_table(config, position)
     updated = []
-    for block, shared, (keys, values) in zip(blocks, prompt.caches, caches):
+    for block, shared, (keys, values) in zip(block_params(config, params), prompt.caches, caches):
         q, k, v = apply(Block(config), block, x, rope, method="qkv")
         one = (*keys.shape[:2], 1, keys.shape[3])
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k.reshape(one), column, axis=2)
@@ -132,15 +130,8 @@ def generate(
             finished=finished,
         )
 
-    return on_own_rows(on_device, (for_decoding(model, params), key), prompts)
-
-
-def for_decoding(model: LanguageModel, params: Params) -> Params:
-    """The parameters with their matrices in the dtype that they are multiplied in, so that no step casts them and a mesh
-    gathers half the bytes. The layers would cast them in the same way; norms and biases stay as they are."""
-    dtype = jnp.dtype(model.config.compute_dtype)
-    matrix = lambda path: path[-1].key in ("kernel", "embedding")
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
+    # No step casts the matrices then, and a mesh gathers half the bytes.
+    return on_own_rows(on_device, (in_dtype(params, jnp.dtype(model.config.compute_dtype)), key), prompts)
 
 
 def decode_all(
@@ -157,7 +148,6 @@ def decode_all(
     rows, length = prompts.tokens.shape[0] * answers, sampling.max_new_tokens
     prompt = prefill(model, params, prompts.tokens, prompts.mask)
     uniforms = answer_uniforms(key, prompts.uid, answers, length).swapaxes(0, 1)
-    blocks = [block_params(params, layer) for layer in range(model.config.num_layers)]
     first = prompts.mask.astype(jnp.int32).sum(-1).repeat(answers)
 
     def draw(t: jax.Array, logits: jax.Array, done: jax.Array, out: tuple[jax.Array, ...]) -> Any:
@@ -174,7 +164,7 @@ def decode_all(
     def step(carry: Any) -> Any:
         t, tokens, done, caches, out = carry
         seen = jnp.arange(caches[0][0].shape[2])[None] <= t - 1
-        logits, caches = decode_step(model, params, blocks, prompt, caches, tokens, first + t - 1, t - 1, seen)
+        logits, caches = decode_step(model, params, prompt, caches, tokens, first + t - 1, t - 1, seen)
         tokens, done, out = draw(t, logits, done, out)
         return t + 1, tokens, done, caches, out
 
@@ -247,7 +237,6 @@ def decode_in_slots(
     whole = prefill(model, params, prompts.tokens[:, :-1], prompts.mask[:, :-1])
     before = prompts.mask[:, :-1].astype(jnp.int32).sum(-1)
     uniforms = answer_uniforms(key, prompts.uid, answers, length)
-    blocks = [block_params(params, layer) for layer in range(config.num_layers)]
 
     def fill(state: Slots) -> Slots:
         free = state.row == rows
@@ -277,7 +266,6 @@ def decode_in_slots(
         logits, caches = decode_step(
             model,
             params,
-            blocks,
             state.prompt,
             state.caches,
             state.token,

@@ -183,9 +183,9 @@ def test_parameters_are_really_split():
     _, state, _ = setup()
     mesh = make_mesh(2, 2, 2)
     placed = jax.device_put(state, state_shardings(state, mesh))
-    kernel = placed.params["policy"]["trunk"]["layers"]["q"]["kernel"]
+    kernel = placed.params["policy"]["trunk"]["layers_0"]["q"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    moment = placed.opt_state["policy"][1][0].mu["trunk"]["layers"]["down"]["kernel"]
+    moment = placed.opt_state["policy"][1][0].mu["trunk"]["layers_0"]["down"]["kernel"]
     assert moment.addressable_shards[0].data.size == moment.size // 4
 
 

@@ -52,6 +52,7 @@ from step import GROUP, rollout_cost  # noqa: E402
 from works import Work  # noqa: E402
 
 from rlaif_jax.config import DecoderConfig, SamplingConfig  # noqa: E402
+from rlaif_jax.models.decoder import block_params  # noqa: E402
 from rlaif_jax.models.heads import LanguageModel  # noqa: E402
 from rlaif_jax.models.hf import save_model  # noqa: E402
 from rlaif_jax.parallel import CompilationClock  # noqa: E402
@@ -134,14 +135,14 @@ def stopping_policy(work: Work, chances: np.ndarray) -> tuple[LanguageModel, Par
     )
     model = LanguageModel(config)
     params = jax.tree.map(np.array, jax.jit(model.init)(jax.random.key(0)))
-    trunk, layers, head = params["trunk"], params["trunk"]["layers"], params["lm_head"]["kernel"]
+    trunk, layers, head = params["trunk"], block_params(config, params), params["lm_head"]["kernel"]
     deviation, weight = 100.0, 16.0
     trunk["embed"]["embedding"][:, :4] = 0
-    for name in ("o", "down"):
-        layers[name]["kernel"][..., :4] = 0
-    for norm in (layers["norm1"], layers["norm2"], trunk["norm"]):
+    for kernel in (layer[name]["kernel"] for layer in layers for name in ("o", "down")):
+        kernel[:, :4] = 0
+    for norm in (*(layer[name] for layer in layers for name in ("norm1", "norm2")), trunk["norm"]):
         norm["scale"][...] = deviation
-        norm["scale"][..., :4] = 0
+        norm["scale"][:4] = 0
     trunk["norm"]["scale"][0] = 1
     level = deviation * math.sqrt(work.width / 2)
     table = trunk["position_embed"]["embedding"]

@@ -1,8 +1,8 @@
 """One causal decoder that is GPT-2, Llama, Qwen2 and Qwen3 by flags (`DecoderConfig`).
 
-Parameters of the L blocks are stacked on a leading axis. Training and prefill scan over them, or run a few of them
-one by one (`FLAT`); decoding takes them apart once and runs them unrolled, each with its own key-value cache
-(`rollout.py`).
+Every block's parameters are arrays of their own (`layers_0`, `layers_1`, ...): taken out of a stack they would be copied,
+and their gradients put back into it, in every pass. Training and prefill run a few blocks one by one and loop over many
+(`FLAT`); decoding runs them one by one, each with its own key-value cache (`rollout.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlaif_jax.models.attention import GroupVisible, Visible, attend, attend_gro
 
 KeyValue = tuple[jax.Array, jax.Array]
 
-FLAT = 12  # so many blocks and fewer run one by one, which is faster; more compile faster as a loop
+FLAT = 12  # so many blocks and fewer run one by one, which is faster; more in a loop, which compiles faster
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
@@ -78,14 +78,20 @@ def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None)
     return module.apply({"params": params}, *args, method=method)
 
 
+def in_dtype(params: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """`params` with their matrices in the dtype that they are multiplied in. The layers would cast them in the same way; norms
+    and biases stay as they are."""
+    matrix = lambda path: path[-1].key in ("kernel", "embedding")
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block. `qkv` and `finish` are its halves before and after attention.
 
-    `last`: it is computed for so many of the last columns only (0: for all); the others give it keys and values.
+    With `last` it is computed for so many of the last columns only (0: for all); the others give it keys and values.
     """
 
     config: DecoderConfig
-    last: int = 0
 
     def setup(self) -> None:
         c = self.config
@@ -114,17 +120,17 @@ class Block(nn.Module):
             self.q_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
             self.k_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
 
-    def qkv(self, x: jax.Array, rope: KeyValue | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: jax.Array, rope: KeyValue | None, last: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] -> q [..., heads, h], k and v [..., kv_heads, h], rotated to their positions."""
         c = self.config
         y = self.norm1(x)
-        asking = y[:, -self.last :] if self.last else y
+        asking = y[:, -last:] if last else y
         q = self.q(asking).reshape(*asking.shape[:-1], c.num_heads, c.head_dim)
         k = self.k(y).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         v = self.v(y).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        at = jax.tree.map(lambda r: r[:, -self.last :], rope) if self.last else rope
+        at = jax.tree.map(lambda r: r[:, -last:], rope) if last else rope
         return rotate(q, at), rotate(k, rope), v
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -135,12 +141,12 @@ class Block(nn.Module):
             return x + self.down(nn.silu(self.gate(y)) * self.up(y))
         return x + self.down(nn.gelu(self.up(y), approximate=True))
 
-    def __call__(self, x: jax.Array, rope: KeyValue | None, visible: Any) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, rope: KeyValue | None, visible: Any, last: int = 0) -> tuple[jax.Array, KeyValue]:
         """x [B, S, D], visible from `made_visible` -> (x [B, S or last, D], (keys, values) [B, kv_heads, S, h])."""
-        q, k, v = self.qkv(x, rope)
+        q, k, v = self.qkv(x, rope, last)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if self.last:
-            x, visible = x[:, -self.last :], from_last(visible, self.last)
+        if last:
+            x, visible = x[:, -last:], from_last(visible, last)
         attention = attend_groups if isinstance(visible, GroupVisible) else attend
         return self.finish(x, attention(self.config, q, k, v, visible)), (k, v)
 
@@ -158,13 +164,7 @@ class Trunk(nn.Module):
             self.position_embed = nn.Embed(
                 c.context_length, c.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
             )
-        self.layers = nn.scan(
-            nn.remat(Block, prevent_cse=False) if c.remat else Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-        )(c)
+        self.layers = [Block(c) for _ in range(c.num_layers)]
         self.norm = (
             nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, use_fast_variance=False)
             if c.norm == "layer"
@@ -181,33 +181,44 @@ class Trunk(nn.Module):
         """The final norm."""
         return self.norm(x)
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
-        """tokens, mask [B, S] -> hidden [B, S, D] after the final norm, keys and values [L, B, kv_heads, S, h]."""
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, list[KeyValue]]:
+        """tokens, mask [B, S] -> hidden [B, S, D] after the final norm, each layer's keys and values [B, kv_heads, S, h]."""
         return self.last(tokens, mask, 0)
 
-    def last(self, tokens: jax.Array, mask: jax.Array, last: int) -> tuple[jax.Array, KeyValue]:
+    def last(self, tokens: jax.Array, mask: jax.Array, last: int) -> tuple[jax.Array, list[KeyValue]]:
         """`__call__` of which the hidden states of so many of the last columns are wanted (0: all) -> [B, last, D]."""
         real = mask.astype(jnp.int32)
         return self.columns(tokens, positions_from_mask(mask), Visible(real, real), last)
 
     def columns(
         self, tokens: jax.Array, positions: jax.Array, visible: Visible | GroupVisible, last: int = 0
-    ) -> tuple[jax.Array, KeyValue]:
+    ) -> tuple[jax.Array, list[KeyValue]]:
         """tokens, positions [B, S], in whatever order they stand, with what each may see; returns as `last`."""
         c = self.config
         x, rope, seen = self.embedded(tokens, positions), rope_table(c, positions), made_visible(c, visible)
         # Outside a loop XLA finds out that what remat computes again was there before, and keeps it.
-        if c.num_layers > FLAT or c.remat or self.is_initializing():
-            x, cache = self.layers(x, rope, seen)
-            return self.norm(x[:, -last:]), cache  # -0: all of them
+        if (c.num_layers > FLAT or c.remat) and not self.is_initializing():
+            x, caches = self.looped(x, rope, seen)
+            return self.norm(x[:, -last:]), caches  # -0: all of them
         caches = []
-        for layer in range(c.num_layers):
-            params = jax.tree.map(lambda stack, layer=layer: stack[layer], self.variables["params"]["layers"])
+        for block in self.layers:
             # Of the last block's columns, those that are not wanted are only looked at.
-            block = Block(c, last if layer == c.num_layers - 1 else 0, parent=None)
-            x, cache = apply(block, params, x, rope, seen)
+            x, cache = block(x, rope, seen, last if block is self.layers[-1] else 0)
             caches.append(cache)
-        return self.norm(x), jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
+        return self.norm(x), caches
+
+    def looped(self, x: jax.Array, rope: KeyValue | None, seen: Any) -> tuple[jax.Array, list[KeyValue]]:
+        """The blocks as one loop over their stacked parameters."""
+        c, params = self.config, self.variables["params"]
+        dtype = jnp.dtype(c.compute_dtype)
+        blocks = [in_dtype(params[f"layers_{i}"], dtype) for i in range(c.num_layers)]
+        body = lambda x, params: apply(Block(c, parent=None), params, x, rope, seen)
+        x, stacks = jax.lax.scan(
+            jax.checkpoint(body, prevent_cse=False) if c.remat else body,
+            x,
+            jax.tree.map(lambda *layers: jnp.stack(layers), *blocks),
+        )
+        return x, [jax.tree.map(lambda stack, i=i: stack[i], stacks) for i in range(c.num_layers)]
 
     def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:
         """Hidden states [G, K, T, D] of answers [G, K, T] (right padded) that follow prompts [G, P] (left padded).
@@ -299,9 +310,9 @@ def packed_hidden(
     return apply(Trunk(config), trunk, tokens, positions, visible, method="columns")[0]
 
 
-def block_params(params: Any, layer: int) -> Any:
-    """The parameters of one block, taken out of the stack."""
-    return jax.tree.map(lambda x: x[layer], params["trunk"]["layers"])
+def block_params(config: DecoderConfig, params: Any) -> list[Any]:
+    """The parameters of each block of a decoder."""
+    return [params["trunk"][f"layers_{layer}"] for layer in range(config.num_layers)]
 
 
 def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
@@ -318,20 +329,24 @@ def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
         config.qkv_bias and config.positions == "rope" and config.num_kv_heads == config.num_heads,
         "recall heads need qkv_bias=True, positions='rope' and num_kv_heads == num_heads",
     )
-    layers, heads, h = config.num_layers, config.num_heads, config.head_dim
+    heads, h = config.num_heads, config.head_dim
     half, count = h // 2, heads // 2
     frequencies = rope_frequencies(h, config.rope_theta, config.rope_scaling)
-    keys, queries = np.zeros((layers, heads, h), np.float32), np.zeros((layers, heads, h), np.float32)
-    keys[0, :count, :half] = 2.0
-    queries[0, :count, :half] = 2.0 * np.cos(frequencies)
-    queries[0, :count, half:] = -2.0 * np.sin(frequencies)
-    keys[1:, count:, :half] = 1.0
-    queries[1:, count:, :half] = -4.0
-    block = dict(params["trunk"]["layers"])
-    kernel = np.array(block["q"]["kernel"])
-    matching = np.array(block["k"]["kernel"])
-    kernel[1:, :, count * h :] *= 1.4  # sharp enough that a match stands out among some fifty tokens
-    matching[1:, :, count * h :] = kernel[1:, :, count * h :]
-    block["q"] = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(queries.reshape(layers, -1))}
-    block["k"] = {"kernel": jnp.asarray(matching), "bias": jnp.asarray(keys.reshape(layers, -1))}
-    return params | {"trunk": params["trunk"] | {"layers": block}}
+    trunk = dict(params["trunk"])
+    for layer, block in enumerate(block_params(config, params)):
+        keys, queries = np.zeros((heads, h), np.float32), np.zeros((heads, h), np.float32)
+        kernel, matching = np.array(block["q"]["kernel"]), np.array(block["k"]["kernel"])
+        if layer == 0:
+            keys[:count, :half] = 2.0
+            queries[:count, :half] = 2.0 * np.cos(frequencies)
+            queries[:count, half:] = -2.0 * np.sin(frequencies)
+        else:
+            keys[count:, :half] = 1.0
+            queries[count:, :half] = -4.0
+            kernel[:, count * h :] *= 1.4  # sharp enough that a match stands out among some fifty tokens
+            matching[:, count * h :] = kernel[:, count * h :]
+        trunk[f"layers_{layer}"] = block | {
+            "q": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(queries.ravel())},
+            "k": {"kernel": jnp.asarray(matching), "bias": jnp.asarray(keys.ravel())},
+        }
+    return params | {"trunk": trunk}

@@ -91,13 +91,11 @@ GPT2_NAMES = {
 class Entry:
     """One tensor of a file: the parameters that it holds side by side on their last axis (q, k, v in GPT-2).
 
-    layer: which entry of the parameters' leading axis it is, None for parameters outside the blocks.
     transposed: stored as [out, in]; the parameters here are [in, out], as in GPT-2's files.
     """
 
     name: str
     parameters: tuple[str, ...]
-    layer: int | None
     transposed: bool
 
     @property
@@ -107,7 +105,7 @@ class Entry:
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         """The shape in the file, given those of the parameters."""
-        parts = [shapes[p] if self.layer is None else shapes[p][1:] for p in self.parameters]
+        parts = [shapes[p] for p in self.parameters]
         whole = (*parts[0][:-1], sum(part[-1] for part in parts))
         return whole[::-1] if self.transposed else whole
 
@@ -130,16 +128,13 @@ def entries(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> list[E
         if modules[0] == "lm_head":
             name, transposed = LM_HEAD, True
         else:
-            inner = ".{layer}.".join(names[m] for m in modules[1:])
+            block = lambda module: f"{names['layers']}.{module.removeprefix('layers_')}"
+            inner = ".".join(names.get(module) or block(module) for module in modules[1:])
             name, transposed = f"{base}{inner}.{suffix}", matrix and not gpt2
         groups.setdefault((name, transposed), []).append(path)
-    found = []
-    for (name, transposed), paths in groups.items():
-        # The three share a file name in GPT-2 alone, and stand there in this order.
-        ordered = tuple(sorted(paths, key=lambda p: "qkv".find(p.split("/")[-2])))
-        layers: list[int | None] = list(range(config.num_layers)) if "{layer}" in name else [None]
-        found += [Entry(name.replace("{layer}", str(layer)), ordered, layer, transposed) for layer in layers]
-    return found
+    # The three share a file name in GPT-2 alone, and stand there in this order.
+    ordered = lambda paths: tuple(sorted(paths, key=lambda p: "qkv".find(p.split("/")[-2])))
+    return [Entry(name, ordered(paths), transposed) for (name, transposed), paths in groups.items()]
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -251,7 +246,7 @@ def damage(path: Path) -> str:
 def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
     """All parameters {path: float32 array} from the safetensors of a folder, each tensor checked."""
     shapes = parameter_shapes(config)
-    values = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    values: dict[str, np.ndarray] = {}
     places = weight_files(folder)
     bare = not any(name.startswith(("model.", "transformer.")) for name in places)
     wanted = {entry: entry.bare_name if bare else entry.name for entry in entries(config, shapes)}
@@ -267,7 +262,7 @@ def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
             array = array.T if entry.transposed else array
             ends = np.cumsum([shapes[p][-1] for p in entry.parameters])[:-1]
             for parameter, part in zip(entry.parameters, np.split(array, ends, axis=-1), strict=True):
-                values[parameter][... if entry.layer is None else entry.layer] = part
+                values[parameter] = part
         if config.tie_embeddings and LM_HEAD in places:
             embedding = values["trunk/embed/embedding"]
             require(
@@ -409,6 +404,5 @@ def write_weights(folder: Path, config: DecoderConfig, flat: dict[str, jax.Array
 
 def gather(entry: Entry, flat: dict[str, jax.Array]) -> np.ndarray:
     """The tensor of a file from the parameters that it holds."""
-    parts = [flat[p] if entry.layer is None else flat[p][entry.layer] for p in entry.parameters]
-    array = np.concatenate([np.asarray(part, np.float32) for part in parts], axis=-1)
+    array = np.concatenate([np.asarray(flat[p], np.float32) for p in entry.parameters], axis=-1)
     return np.ascontiguousarray(array.T if entry.transposed else array)

@@ -59,7 +59,7 @@ def read_header(path: Path) -> DecoderConfig:
 
 
 def layout(config: DecoderConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """(parameter path, shape in the file) in the order of the file; an empty path is skipped."""
+    """(parameter path, shape in the file) in the order of the file; an empty path is skipped. `layers` holds all blocks."""
     c = config
     depth, kv_width = c.num_layers, c.num_kv_heads * c.head_dim
     tensors = [
@@ -98,6 +98,10 @@ def read_llama2c(path: Path) -> tuple[DecoderConfig, dict[str, Any]]:
         start = stop
         if name.endswith(("/q/kernel", "/k/kernel")):
             tensor = half_split(tensor, config.head_dim)
-        if name:
-            flat[name] = tensor.swapaxes(-1, -2) if name.endswith("kernel") else tensor
+        if name.endswith("kernel"):
+            tensor = tensor.swapaxes(-1, -2)
+        if "/layers/" in name:
+            flat |= {name.replace("layers", f"layers_{i}"): layer for i, layer in enumerate(tensor)}
+        elif name:
+            flat[name] = tensor
     return config, flat

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 from rlaif_jax.config import DecoderConfig, RopeScaling, SamplingConfig, UserError, small_decoder
 from rlaif_jax.data.tokenizers import load_tokenizer
 from rlaif_jax.models import LanguageModel, hf
-from rlaif_jax.models.decoder import block_params
 from rlaif_jax.models.hf import load_model, save_model
 from rlaif_jax.models.hf_config import read_config
 from rlaif_jax.rollout import decode_step, empty_caches, generate, prefill
@@ -173,8 +172,7 @@ def test_logits_equal_transformers_token_by_token_through_the_cache(reference: R
 
     @jax.jit
     def step(params: Any, caches: Any, token: jax.Array, position: jax.Array, t: jax.Array) -> Any:
-        blocks = [block_params(params, layer) for layer in range(model.config.num_layers)]
-        return decode_step(model, params, blocks, first, caches, token, position, t, jnp.arange(8)[None] <= t)
+        return decode_step(model, params, first, caches, token, position, t, jnp.arange(8)[None] <= t)
 
     caches = empty_caches(model.config, rows=4, length=8)
     for t in range(7):
@@ -563,7 +561,7 @@ def test_an_interrupt_between_the_renames_leaves_the_old_model(tmp_path: Path, m
 def test_parameters_and_tokenizer_of_another_model_are_not_written(tmp_path: Path) -> None:
     model = LanguageModel(TINY)
     other = LanguageModel(dataclasses.replace(TINY, mlp_width=8))
-    with pytest.raises(UserError, match="trunk/layers/"):
+    with pytest.raises(UserError, match="trunk/layers_0/"):
         save_model(tmp_path / "model", model, random_params(other))
 
     class Large:
@@ -673,12 +671,12 @@ def test_untied_llama2c_file(tmp_path: Path) -> None:
     model, params = load_model(tmp_path / "model.bin")
     assert not model.config.tie_embeddings
     order = [0, 2, 1, 3]
-    np.testing.assert_array_equal(
-        params["trunk"]["layers"]["q"]["kernel"][1].T, q[1][[*order, *(4 + i for i in order)]]
-    )
-    np.testing.assert_array_equal(params["trunk"]["layers"]["k"]["kernel"][1].T, k[1][order])
-    for name, want in {"v": v, "o": o, "gate": gate, "up": up, "down": down}.items():
-        np.testing.assert_array_equal(params["trunk"]["layers"][name]["kernel"], want.swapaxes(1, 2), err_msg=name)
-    np.testing.assert_array_equal(params["trunk"]["layers"]["norm2"]["scale"], norm2)
+    for i in range(depth):
+        block = params["trunk"][f"layers_{i}"]
+        np.testing.assert_array_equal(block["q"]["kernel"].T, q[i][[*order, *(4 + i for i in order)]])
+        np.testing.assert_array_equal(block["k"]["kernel"].T, k[i][order])
+        for name, want in {"v": v, "o": o, "gate": gate, "up": up, "down": down}.items():
+            np.testing.assert_array_equal(block[name]["kernel"], want[i].T, err_msg=name)
+        np.testing.assert_array_equal(block["norm2"]["scale"], norm2[i])
     np.testing.assert_array_equal(params["trunk"]["norm"]["scale"], norm)
     np.testing.assert_array_equal(params["lm_head"]["kernel"], head.T)
