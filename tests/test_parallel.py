@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from rlaif_jax.algorithms.ppo import Agent, gradients, ppo_step, prepare, scored
 from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, UserError, small_decoder
 from rlaif_jax.models import LanguageModel, ScalarModel
+from rlaif_jax.models.decoder import response_hidden
 from rlaif_jax.parallel import (
+    BATCH,
     PmapRunner,
     ShardRunner,
     make_mesh,
@@ -156,6 +159,31 @@ def test_every_layout_has_the_same_gradient(single, name):
     got, got_loss = RUNNERS[name](step)(fresh(state.params), experience)
     assert relative(jax.device_get(got), jax.device_get(expected)) < 1e-5
     np.testing.assert_allclose(jax.device_get(got_loss), loss, rtol=1e-5)
+
+
+def test_activations_stay_with_their_rows_on_a_mesh():
+    """Weights are gathered and gradients summed; nothing makes the devices exchange what they know of each other's rows."""
+    model, mesh = LanguageModel(DECODER), make_mesh(2, 2, 2)
+
+    def loss(params, tokens, prompt_mask, response_mask):
+        hidden = response_hidden(DECODER, params["trunk"], tokens, prompt_mask, response_mask, answers=2)
+        return model.token_logprobs(params, hidden, tokens[:, PROMPT:])[0].sum(where=response_mask)
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    placed = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        params,
+        state_shardings(params, mesh),
+    )
+    rows = [
+        jax.ShapeDtypeStruct((ROWS, columns), dtype, sharding=NamedSharding(mesh, BATCH))
+        for columns, dtype in ((PROMPT + RESPONSE, jnp.int32), (PROMPT, bool), (RESPONSE, bool))
+    ]
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss)).lower(placed, *rows).compile().as_text()
+    assert "all-gather" in program
+    assert "all-reduce" in program
+    assert "all-to-all" not in program
 
 
 def test_masked_statistics_are_global_not_means_of_means():

@@ -7,12 +7,14 @@ and their gradients put back into it, in every pass. Training and prefill run a 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from rlaif_jax.config import DecoderConfig, RopeScaling, require
 from rlaif_jax.models.attention import GroupVisible, Visible, attend, attend_groups, from_last, made_visible
@@ -83,6 +85,17 @@ def in_dtype(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     and biases stay as they are."""
     matrix = lambda path: path[-1].key in ("kernel", "embedding")
     return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
+
+
+def split_by_rows(x: jax.Array) -> jax.Array:
+    """x [B, ...] marked as split over the mesh's batch axes alone, where there are any that the compiler may use.
+
+    What is looked up in an embedding that is itself split comes split along its width; left so, the compiler moves
+    activations between devices in every block, where weights would be less."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names and axis not in mesh.manual_axes)
+    shares = math.prod(mesh.shape[axis] for axis in axes)
+    return x if shares == 1 or x.shape[0] % shares else jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
 class Block(nn.Module):
@@ -195,17 +208,19 @@ class Trunk(nn.Module):
     ) -> tuple[jax.Array, list[KeyValue]]:
         """tokens, positions [B, S], in whatever order they stand, with what each may see; returns as `last`."""
         c = self.config
-        x, rope, seen = self.embedded(tokens, positions), rope_table(c, positions), made_visible(c, visible)
+        x, rope = split_by_rows(self.embedded(tokens, positions)), rope_table(c, positions)
+        seen = made_visible(c, visible)
+        caches: list[KeyValue] = []
         # Outside a loop XLA finds out that what remat computes again was there before, and keeps it.
         if (c.num_layers > FLAT or c.remat) and not self.is_initializing():
             x, caches = self.looped(x, rope, seen)
-            return self.norm(x[:, -last:]), caches  # -0: all of them
-        caches = []
-        for block in self.layers:
-            # Of the last block's columns, those that are not wanted are only looked at.
-            x, cache = block(x, rope, seen, last if block is self.layers[-1] else 0)
-            caches.append(cache)
-        return self.norm(x), caches
+            x = x[:, -last:]  # -0: all of them
+        else:
+            for block in self.layers:
+                # Of the last block's columns, those that are not wanted are only looked at.
+                x, cache = block(x, rope, seen, last if block is self.layers[-1] else 0)
+                caches.append(cache)
+        return split_by_rows(self.norm(x)), caches
 
     def looped(self, x: jax.Array, rope: KeyValue | None, seen: Any) -> tuple[jax.Array, list[KeyValue]]:
         """The blocks as one loop over their stacked parameters."""

@@ -21,7 +21,8 @@ GROUPS, ANSWERS, P, T = 8, 4, 384, 384  # the numbers of columns are no other di
 
 
 def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
-    """The kernels in the gradient of grouped answers on a mesh data x fsdp x tensor, and what has the shape of scores."""
+    """The kernels in the gradient of grouped answers on a mesh data x fsdp x tensor, what has the shape of scores, and what
+    is exchanged between devices."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -68,6 +69,7 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     return {
         "kernels": collections.Counter(x.name.split("_segmented")[0] for _, x in kernels),
         "operands": [[a.dims for name in x.operands for a in body[name].arrays[:1]] for body, x in kernels],
+        "exchanges": [x.name for _, x in instructions if x.op.startswith("all-to-all")],
         "scores": [a.dims for _, x in instructions for a in x.arrays if sum(n in lengths for n in a.dims) > 1],
     }
 
@@ -82,6 +84,7 @@ def test_the_update_attends_by_kernels_forward_and_backward():
     # Prompts among themselves, but not in the last block, where nobody reads them; answers to both; each with its gradients.
     assert found["kernels"] == {"splash_mha_fwd": 3, "splash_mha_dq": 3, "splash_mha_dkv": 3}
     assert not found["scores"], "scores stay in the kernels"
+    assert not found["exchanges"], "activations stay with their rows"
     prompts = GROUPS // (data * fsdp)
     for operands in found["operands"]:
         # Every group of tensor devices takes its own rows, every device its own heads.
