@@ -129,7 +129,7 @@ def moved(
         return operands[0][0].bytes(out[1].dims) + out[1].bytes()
     if op == "dynamic-update-slice":
         return update(operands[0][0], operands[1][0]) + operands[1][0].bytes()
-    if op == "dynamic-slice":
+    if op in ("slice", "dynamic-slice"):
         return operands[0][0].bytes(out[0].dims) + out[0].bytes()
 
     def users(name: str) -> list[tuple[Instruction, bool]]:
@@ -223,7 +223,7 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     weights = sum(
         np.prod(x.shape)
         for path, x in jax.tree_util.tree_leaves_with_path(params)
-        if x.ndim > 2 or path[-1].key == "embedding"
+        if path[-1].key in ("kernel", "embedding")
     )
     column = LAYERS * 2 * KV_HEADS * HEAD_DIM  # numbers of keys and values a token
     cache = ROWS * KV_HEADS * (T - 1) * HEAD_DIM // tensor

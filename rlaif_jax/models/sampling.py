@@ -76,4 +76,4 @@ def sample(logits: jax.Array, uniform: jax.Array, sampling: SamplingConfig) -> t
         tokens = jnp.argmax(logits, axis=-1)
     else:
         tokens = inverse_cdf(jnp.exp(truncate(scaled, sampling) - normaliser), uniform)
-    return tokens.astype(jnp.int32), jnp.take_along_axis(scaled - normaliser, tokens[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32), (jnp.take_along_axis(scaled, tokens[:, None], axis=-1) - normaliser)[:, 0]
