@@ -11,6 +11,7 @@ from rlaif_jax.config import DecoderConfig, UserError, small_decoder
 from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead, decoder, heads, last_real
 from rlaif_jax.models.decoder import (
     Block,
+    Trunk,
     apply,
     block_params,
     response_hidden,
@@ -238,6 +239,12 @@ def test_remat_gives_the_same_gradients_in_less_memory() -> None:
     (want, plain_bytes), (got, remat_bytes) = gradients(plain), gradients(remat)
     assert_same_gradients(got, want, 1e-5)
     assert remat_bytes < 0.8 * plain_bytes
+    caches = [
+        jax.jit(lambda p, c=model.config: apply(Trunk(c), p["trunk"], tokens, mask)[1])(params)
+        for model in (plain, remat)
+    ]
+    assert len(caches[0]) == LLAMA.num_layers
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *caches)
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["rope", "learned"])
