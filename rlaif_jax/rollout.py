@@ -67,7 +67,7 @@ def decode_step(
     x = apply(Trunk(config), params["trunk"], tokens, position, method="embedded")
     rope = rope_table(config, position)
     updated = []
-    for block, shared, (keys, values) in zip(block_params(config, params), prompt.caches, caches):
+    for block, shared, (keys, values) in zip(block_params(config, params["trunk"]), prompt.caches, caches):
         q, k, v = apply(Block(config), block, x, rope, method="qkv")
         one = (*keys.shape[:2], 1, keys.shape[3])
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k.reshape(one), column, axis=2)
@@ -131,7 +131,7 @@ def generate(
         )
 
     # No step casts the matrices then, and a mesh gathers half the bytes.
-    return on_own_rows(on_device, (in_dtype(params, jnp.dtype(model.config.compute_dtype)), key), prompts)
+    return on_own_rows(on_device, (in_dtype(params, model.config.compute_dtype), key), prompts)
 
 
 def decode_all(

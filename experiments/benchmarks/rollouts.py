@@ -135,7 +135,7 @@ def stopping_policy(work: Work, chances: np.ndarray) -> tuple[LanguageModel, Par
     )
     model = LanguageModel(config)
     params = jax.tree.map(np.array, jax.jit(model.init)(jax.random.key(0)))
-    trunk, layers, head = params["trunk"], block_params(config, params), params["lm_head"]["kernel"]
+    trunk, layers, head = params["trunk"], block_params(config, params["trunk"]), params["lm_head"]["kernel"]
     deviation, weight = 100.0, 16.0
     trunk["embed"]["embedding"][:, :4] = 0
     for kernel in (layer[name]["kernel"] for layer in layers for name in ("o", "down")):

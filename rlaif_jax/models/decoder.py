@@ -8,6 +8,7 @@ and their gradients put back into it, in every pass. Training and prefill run a 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -73,6 +74,19 @@ def flat_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options:
     del dimension_numbers  # a Dense has only these
     rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def block_params(config: DecoderConfig, trunk: Any) -> list[Any]:
+    """The parameters of each block of a trunk."""
+    return [trunk[f"layers_{layer}"] for layer in range(config.num_layers)]
+
+
+def blocks_apart(config: DecoderConfig, trunk: Any) -> Any:
+    """A trunk's parameters as `Trunk.init` makes them, with each block's taken out of the stack."""
+    rest = {name: x for name, x in trunk.items() if name != "layers"}
+    return rest | {
+        f"layers_{i}": jax.tree.map(lambda stack, i=i: stack[i], trunk["layers"]) for i in range(config.num_layers)
+    }
 
 
 def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
@@ -177,7 +191,10 @@ class Trunk(nn.Module):
             self.position_embed = nn.Embed(
                 c.context_length, c.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
             )
-        self.layers = [Block(c) for _ in range(c.num_layers)]
+        # For `init` alone, which compiles quickly as a loop; `blocks_apart` takes what it made apart.
+        self.layers = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.num_layers
+        )(c)
         self.norm = (
             nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, use_fast_variance=False)
             if c.norm == "layer"
@@ -210,30 +227,23 @@ class Trunk(nn.Module):
         c = self.config
         x, rope = split_by_rows(self.embedded(tokens, positions)), rope_table(c, positions)
         seen = made_visible(c, visible)
+        if self.is_initializing():
+            return self.norm(self.layers(x, rope, seen)[0]), []
+        blocks, run = block_params(c, self.variables["params"]), partial(apply, Block(c, parent=None))
         caches: list[KeyValue] = []
         # Outside a loop XLA finds out that what remat computes again was there before, and keeps it.
-        if (c.num_layers > FLAT or c.remat) and not self.is_initializing():
-            x, caches = self.looped(x, rope, seen)
+        if c.num_layers > FLAT or c.remat:
+            body = lambda x, block: run(block, x, rope, seen)
+            stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *in_dtype(blocks, c.compute_dtype))
+            x, stacks = jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if c.remat else body, x, stacked)
             x = x[:, -last:]  # -0: all of them
+            caches = [jax.tree.map(lambda stack, i=i: stack[i], stacks) for i in range(c.num_layers)]
         else:
-            for block in self.layers:
+            for layer, block in enumerate(blocks):
                 # Of the last block's columns, those that are not wanted are only looked at.
-                x, cache = block(x, rope, seen, last if block is self.layers[-1] else 0)
+                x, cache = run(block, x, rope, seen, last if layer == c.num_layers - 1 else 0)
                 caches.append(cache)
         return split_by_rows(self.norm(x)), caches
-
-    def looped(self, x: jax.Array, rope: KeyValue | None, seen: Any) -> tuple[jax.Array, list[KeyValue]]:
-        """The blocks as one loop over their stacked parameters."""
-        c, params = self.config, self.variables["params"]
-        dtype = jnp.dtype(c.compute_dtype)
-        blocks = [in_dtype(params[f"layers_{i}"], dtype) for i in range(c.num_layers)]
-        body = lambda x, params: apply(Block(c, parent=None), params, x, rope, seen)
-        x, stacks = jax.lax.scan(
-            jax.checkpoint(body, prevent_cse=False) if c.remat else body,
-            x,
-            jax.tree.map(lambda *layers: jnp.stack(layers), *blocks),
-        )
-        return x, [jax.tree.map(lambda stack, i=i: stack[i], stacks) for i in range(c.num_layers)]
 
     def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:
         """Hidden states [G, K, T, D] of answers [G, K, T] (right padded) that follow prompts [G, P] (left padded).
@@ -325,11 +335,6 @@ def packed_hidden(
     return apply(Trunk(config), trunk, tokens, positions, visible, method="columns")[0]
 
 
-def block_params(config: DecoderConfig, params: Any) -> list[Any]:
-    """The parameters of each block of a decoder."""
-    return [params["trunk"][f"layers_{layer}"] for layer in range(config.num_layers)]
-
-
 def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
     """Fresh decoder parameters whose attention starts out able to look things up in the prompt.
 
@@ -348,7 +353,7 @@ def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
     half, count = h // 2, heads // 2
     frequencies = rope_frequencies(h, config.rope_theta, config.rope_scaling)
     trunk = dict(params["trunk"])
-    for layer, block in enumerate(block_params(config, params)):
+    for layer, block in enumerate(block_params(config, trunk)):
         keys, queries = np.zeros((heads, h), np.float32), np.zeros((heads, h), np.float32)
         kernel, matching = np.array(block["q"]["kernel"]), np.array(block["k"]["kernel"])
         if layer == 0:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlaif_jax.config import DecoderConfig
-from rlaif_jax.models.decoder import Decoder, Trunk, apply
+from rlaif_jax.models.decoder import Decoder, Trunk, apply, blocks_apart
 from rlaif_jax.types import Params
 
 CHUNK_ELEMENTS = 2**25  # logits of more elements than this (128 MiB in float32) are computed chunk by chunk
@@ -29,7 +29,8 @@ class LanguageModel:
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters."""
         one = jnp.ones((1, 1), jnp.int32)
-        return Decoder(self.config).init(key, one, one.astype(bool))["params"]
+        params = Decoder(self.config).init(key, one, one.astype(bool))["params"]
+        return params | {"trunk": blocks_apart(self.config, params["trunk"])}
 
     def hidden(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """tokens, mask [B, S] -> hidden states [B, S, D]."""
@@ -105,7 +106,7 @@ class ScalarModel:
         trunk_key, head_key = jax.random.split(key)
         one = jnp.ones((1, 1), jnp.int32)
         if trunk is None:
-            trunk = Trunk(self.config).init(trunk_key, one, one.astype(bool))["params"]
+            trunk = blocks_apart(self.config, Trunk(self.config).init(trunk_key, one, one.astype(bool))["params"])
         head = ScalarHead(self.initial).init(head_key, jnp.zeros((1, self.config.width)))["params"]
         return {"trunk": jax.tree.map(jnp.array, trunk), "head": head}
 

@@ -308,7 +308,7 @@ def test_recall_heads_look_one_token_back_and_at_equal_contents():
     rope = rope_table(config, positions)
 
     def scores(layer, head, x):
-        q, k, _ = apply(Block(config), block_params(config, params)[layer], x, rope, method="qkv")
+        q, k, _ = apply(Block(config), block_params(config, params["trunk"])[layer], x, rope, method="qkv")
         table = np.asarray(jnp.einsum("sh,th->st", q[:, head], k[:, head])) / config.head_dim**0.5
         return np.where(np.tril(np.ones((length, length), bool)), table, -np.inf)
 
@@ -322,7 +322,7 @@ def test_recall_heads_look_one_token_back_and_at_equal_contents():
     again = np.array([match[6 + i, i] for i in range(6)])
     other = np.array([match[6 + i, j] for i in range(6) for j in range(6 + i) if j != i])
     assert again.mean() > other.mean() + 2 * other.std() / np.sqrt(len(other)) + 1
-    second = block_params(config, params)[1]
+    second = block_params(config, params["trunk"])[1]
     assert jnp.array_equal(second["q"]["kernel"][:, 16:], second["k"]["kernel"][:, 16:])
     assert not jnp.array_equal(second["q"]["kernel"][:, :16], second["k"]["kernel"][:, :16])
 
