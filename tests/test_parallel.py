@@ -35,6 +35,7 @@ DECODER = small_decoder(32, num_layers=2, width=16, num_heads=4, num_kv_heads=2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant")
 
 
+@functools.cache  # steps donate their state: they get a `fresh` one
 def setup(advantage: str = "gae", **options):
     config = PPOConfig(
         advantage=advantage,

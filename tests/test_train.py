@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,9 +46,10 @@ def command(*options: str) -> list[str]:
     return [sys.executable, str(ROOT / "tests" / "tiny.py"), *options]
 
 
-def environment() -> dict[str, str]:
-    """One device, as on a laptop: the resumed process must not depend on this one."""
-    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+def environment(devices: int = 1) -> dict[str, str]:
+    """One device as on a laptop, or more: the resumed process must not depend on this one."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -88,33 +90,21 @@ def test_a_run_leaves_what_was_promised(whole):
     assert compiled[-1] == compiled[4], "programs are compiled in the first steps only"
 
 
-def test_killed_and_resumed_is_the_same_run_bit_for_bit(whole, prompts, tmp_path):
-    out = tmp_path / "killed"
-    options = ("--prompts", str(prompts), "--out", str(out))
-    process = subprocess.Popen(command(*options), env=environment())
+def started(out: Path, options: tuple[str, ...], lines: int) -> subprocess.Popen[str]:
+    """A run as a process that has written so many lines of numbers."""
+    process = subprocess.Popen(
+        command(*options, "--out", str(out)), env=environment(), stderr=subprocess.PIPE, text=True
+    )
     for _ in range(3000):
-        if (out / "metrics.jsonl").exists() and len(read_metrics(out / "metrics.jsonl")) >= 12:
+        if (out / "metrics.jsonl").exists() and len(read_metrics(out / "metrics.jsonl")) >= lines:
             break
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = numbers(out)
-    assert 12 <= len(before) < 20, "the run was to be killed in its middle"
-    assert not (out / "final.npz").exists()
-    subprocess.run(command(*options, "--resume"), env=environment(), check=True, timeout=300)
-    assert numbers(out) == numbers(whole)
-    assert all(np.array_equal(a, b) for a, b in zip(leaves(out), leaves(whole)))
-    assert json.loads((out / "summary.json").read_text())["status"] == "done"
+    return process
 
 
-def test_sigterm_saves_and_leaves_and_resume_goes_on(whole, prompts, tmp_path):
-    out = tmp_path / "stopped"
-    options = ("--prompts", str(prompts), "--out", str(out))
-    process = subprocess.Popen(command(*options), env=environment(), stderr=subprocess.PIPE, text=True)
-    for _ in range(3000):
-        if (out / "metrics.jsonl").exists() and len(read_metrics(out / "metrics.jsonl")) >= 3:
-            break
-        time.sleep(0.02)
+def test_stopped_killed_and_resumed_is_the_same_run_bit_for_bit(whole, prompts, tmp_path):
+    out, options = tmp_path / "resumed", ("--prompts", str(prompts))
+    process = started(out, options, 3)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
@@ -122,53 +112,62 @@ def test_sigterm_saves_and_leaves_and_resume_goes_on(whole, prompts, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "stopped"
     assert (out / "checkpoints" / str(summary["steps"])).is_dir()
-    subprocess.run(command(*options, "--resume"), env=environment(), check=True, timeout=300)
+    (out / "final.npz").unlink()
+
+    process = started(out, (*options, "--resume"), 12)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = numbers(out)
+    assert 12 <= len(before) < 20, "the run was to be killed in its middle"
+    assert not (out / "final.npz").exists()
+
+    subprocess.run(command(*options, "--out", str(out), "--resume"), env=environment(), check=True, timeout=300)
     assert numbers(out) == numbers(whole)
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(out), leaves(whole)))
+    assert json.loads((out / "summary.json").read_text())["status"] == "done"
+
+
+def resumed_from(step: int, done: Path, options: tuple[str, ...], env: dict[str, str]) -> Path:
+    """A copy of a finished run without what came after the checkpoint of `step`, resumed to its end."""
+    out = done.with_name("resumed")
+    shutil.copytree(done, out)
+    (out / "final.npz").unlink()
+    told = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(told[:step]))
+    saved = {path.name for path in (out / "checkpoints").iterdir()}
+    assert str(step) in saved
+    for name in saved - {str(step)}:
+        shutil.rmtree(out / "checkpoints" / name)
+    subprocess.run(command(*options, "--out", str(out), "--resume"), env=env, check=True, timeout=300)
+    return out
 
 
 @pytest.mark.slow
-def test_a_killed_run_on_a_mesh_resumes_bit_for_bit(prompts, tmp_path):
+def test_a_run_on_a_mesh_resumes_bit_for_bit(prompts, tmp_path):
     mesh = ("--train.parallel.mode", "shard", "--train.parallel.fsdp", "2", "--train.parallel.tensor", "2")
-    options = ("--prompts", str(prompts), "--train.steps", "8", "--train.save-every", "2", *mesh)
-    flags = environment()["XLA_FLAGS"]
-    four = environment() | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4"}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(*options, "--out", str(whole)), env=four, check=True, timeout=300)
-    process = subprocess.Popen(command(*options, "--out", str(killed)), env=four)
-    for _ in range(6000):
-        if (killed / "metrics.jsonl").exists() and len(read_metrics(killed / "metrics.jsonl")) >= 3:
-            break
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 3 <= len(numbers(killed)) < 8, "the run was to be killed in its middle"
-    subprocess.run(command(*options, "--out", str(killed), "--resume"), env=four, check=True, timeout=300)
-    assert numbers(killed) == numbers(whole)
-    assert all(np.array_equal(a, b) for a, b in zip(leaves(killed), leaves(whole)))
+    options = ("--prompts", str(prompts), "--train.steps", "4", "--train.save-every", "2", *mesh)
+    done, four = tmp_path / "done", environment(devices=4)
+    subprocess.run(command(*options, "--out", str(done)), env=four, check=True, timeout=300)
+    resumed = resumed_from(2, done, options, four)
+    assert [line["step"] for line in numbers(done)] == [1, 2, 3, 4]
+    assert numbers(resumed) == numbers(done)
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(resumed), leaves(done)))
 
 
 def test_one_step_off_policy_learns_and_resumes_bit_for_bit(whole, prompts, tmp_path):
     """The answers of step k are those of the policy of step k - 2; a checkpoint keeps those that are on their way."""
-    options = ("--prompts", str(prompts), "--train.staleness", "1", "--train.rollout-parts", "2")
-    done, killed = tmp_path / "done", tmp_path / "killed"
+    options = ("--prompts", str(prompts), "--train.staleness", "1", "--train.rollout-parts", "2", "--train.steps", "10")
+    done = tmp_path / "done"
     subprocess.run(command(*options, "--out", str(done)), env=environment(), check=True, timeout=300)
     lines = numbers(done)
-    assert [line["staleness"] for line in lines] == [0.0] + [1.0] * 19
+    assert [line["staleness"] for line in lines] == [0.0] + [1.0] * 9
     assert lines[0]["first/effective_sample_size"] > 1 - 1e-5
     assert all(0.3 < line["first/effective_sample_size"] < 1 - 1e-5 for line in lines[1:])
     assert lines[0]["score"] == numbers(whole)[0]["score"], "the first step is the synchronous one"
     assert np.mean([line["reward"] for line in lines[-5:]]) > np.mean([line["reward"] for line in lines[:5]]) + 0.3
-    process = subprocess.Popen(command(*options, "--out", str(killed)), env=environment())
-    for _ in range(3000):
-        if (killed / "metrics.jsonl").exists() and len(read_metrics(killed / "metrics.jsonl")) >= 7:
-            break
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 7 <= len(numbers(killed)) < 20, "the run was to be killed in its middle"
-    subprocess.run(command(*options, "--out", str(killed), "--resume"), env=environment(), check=True, timeout=300)
-    assert numbers(killed) == lines
-    assert all(np.array_equal(a, b) for a, b in zip(leaves(killed), leaves(done)))
+    resumed = resumed_from(5, done, options, environment())
+    assert numbers(resumed) == lines
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(resumed), leaves(done)))
 
 
 def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(prompts):
@@ -314,17 +313,15 @@ def test_bad_input(name, prompts, tmp_path, monkeypatch, capsys):
     assert not out.is_dir() or not any(out.iterdir()), "no half-written run"
 
 
-def test_checkpoint_of_another_config(whole, prompts, tmp_path):
-    done = subprocess.run(
-        command("--prompts", str(prompts), "--out", str(whole), "--resume", "--train.ppo.clip-range", "0.3"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2
-    assert "clip_range was 0.2 and is now 0.3" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_checkpoint_of_another_config(whole, prompts, monkeypatch, capsys):
+    options = ["--prompts", str(prompts), "--out", str(whole), "--resume", "--train.ppo.clip-range", "0.3"]
+    monkeypatch.setattr(sys, "argv", ["tiny", *options])
+    with pytest.raises(SystemExit) as exit_:
+        command_line(tiny.main, tiny.TinyConfig())
+    errors = " ".join(capsys.readouterr().err.split())
+    assert exit_.value.code == 2
+    assert "clip_range was 0.2 and is now 0.3" in errors
+    assert "Traceback" not in errors
     assert json.loads((whole / "summary.json").read_text())["status"] == "done", "the old run is left as it was"
 
 

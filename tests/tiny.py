@@ -67,7 +67,7 @@ def main(config: TinyConfig) -> None:
         policy, params = load_model(config.model)
     else:
         policy = LanguageModel(
-            small_decoder(tokenizer.vocab_size, num_layers=2, width=config.width, num_heads=2, context_length=16)
+            small_decoder(tokenizer.vocab_size, num_layers=1, width=config.width, num_heads=2, context_length=16)
         )
         params = policy.init(jax.random.key(config.seed))
     stream = prompt_batches(
