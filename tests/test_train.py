@@ -114,11 +114,11 @@ def test_stopped_killed_and_resumed_is_the_same_run_bit_for_bit(whole, prompts, 
     assert (out / "checkpoints" / str(summary["steps"])).is_dir()
     (out / "final.npz").unlink()
 
-    process = started(out, (*options, "--resume"), 12)
+    process = started(out, (*options, "--resume"), 8)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = numbers(out)
-    assert 12 <= len(before) < 20, "the run was to be killed in its middle"
+    assert 8 <= len(before) < 20, "the run was to be killed in its middle"
     assert not (out / "final.npz").exists()
 
     subprocess.run(command(*options, "--out", str(out), "--resume"), env=environment(), check=True, timeout=300)
