@@ -284,7 +284,7 @@ def test_bfloat16_input_is_computed_in_float32():
     fit = jax.jit(partial(fit_gaussian, num_items=20, num_raters=4))
     low, full = fit(item, rater, rounded), fit(item, rater, rounded.astype(jnp.float32))
     assert low.items.value.dtype == jnp.float32
-    np.testing.assert_allclose(low.items.value, full.items.value, rtol=1e-5)
+    np.testing.assert_allclose(low.items.value, full.items.value, rtol=1e-5, atol=1e-5)
     assert raw_mean(item, rater, rounded, num_items=20).value.dtype == jnp.float32
 
 
