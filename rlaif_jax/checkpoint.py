@@ -88,8 +88,8 @@ class Checkpointer:
             ]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{self.folder / str(step)}: this checkpoint cannot be read ({str(error)[:300]}); "
-                "remove its folder to resume from the one before"
+                f"{self.folder / str(step)}: this checkpoint cannot be read ({str(error)[:300]}); if it is damaged, remove its "
+                "folder to resume from the one before; if another version of rlaif_jax wrote it, resume with that one"
             ) from error
         return Restored(step, arrays, host)
 

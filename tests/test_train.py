@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlaif_jax.config import SamplingConfig, TrainConfig, small_decoder
+from rlaif_jax.checkpoint import Checkpointer
+from rlaif_jax.config import SamplingConfig, TrainConfig, UserError, small_decoder
 from rlaif_jax.data.prompts import jsonl_records, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.feedback.sources import FunctionSource
@@ -323,6 +324,17 @@ def test_checkpoint_of_another_config(whole, prompts, monkeypatch, capsys):
     assert "clip_range was 0.2 and is now 0.3" in errors
     assert "Traceback" not in errors
     assert json.loads((whole / "summary.json").read_text())["status"] == "done", "the old run is left as it was"
+
+
+def test_checkpoint_with_other_arrays(tmp_path):
+    checkpoints = Checkpointer(tmp_path, {})
+    checkpoints.save(1, {"stacked": np.ones((2, 3))}, {})
+    checkpoints.close()
+    checkpoints = Checkpointer(tmp_path, {})
+    with pytest.raises(UserError, match=r"(?s)1: this checkpoint cannot be read.*another version of rlaif_jax"):
+        checkpoints.restore({"one": np.ones(3), "two": np.ones(3)})
+    checkpoints.close()
+    assert (tmp_path / "1").is_dir()
 
 
 def test_full_disk_keeps_what_was_computed(prompts, tmp_path):
