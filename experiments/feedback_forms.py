@@ -38,17 +38,16 @@ from world_feedback import (
 )
 from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, StageConfig, WorldModels
 
-from rlaif_jax.config import TrainConfig, require
-from rlaif_jax.data.world import corpus, gold, scene_from_json, summarisation
+from rlaif_jax.config import require
+from rlaif_jax.data.world import corpus, scene_from_json
+from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.scenes import Scene
+from rlaif_jax.data.world.tasks import summarisation
 from rlaif_jax.evaluate import bootstrap_ci, win_rate_ci
-from rlaif_jax.feedback.forms import Comment, Judgement, Rating
-from rlaif_jax.feedback.people import PeopleSource
-from rlaif_jax.feedback.sentiment import Sentences, SentimentConfig, SentimentJudge, train_judge
-from rlaif_jax.feedback.sources import Feedback, FeedbackSource
-from rlaif_jax.feedback.store import Store
-from rlaif_jax.feedback.tasks import Kind
-from rlaif_jax.feedback.worth import (
+from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, SentimentJudge, train_judge
+from rlaif_jax.feedback.people.source import PeopleSource
+from rlaif_jax.feedback.people.tasks import Kind
+from rlaif_jax.feedback.record_rewards import (
     CommentValence,
     CorrectionRewards,
     JudgementSource,
@@ -56,13 +55,16 @@ from rlaif_jax.feedback.worth import (
     Worth,
     standard_rating,
 )
+from rlaif_jax.feedback.records.forms import Comment, Judgement, Rating
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.feedback.sources import Feedback, FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner
+from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
 from rlaif_jax.rewards.shaping import fit_normaliser
-from rlaif_jax.rollout import answer_texts, make_generator, to_prompts
 from rlaif_jax.run import Run, StopRequested, command_line
-from rlaif_jax.train import train
+from rlaif_jax.train import TrainConfig, train
 from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, Rollout, step_key
 
 Origin = Literal["ai", "rule", "simulated", "page"]

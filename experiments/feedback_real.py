@@ -34,18 +34,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rlaif_jax.config import ParallelConfig, require
+from rlaif_jax.config import require
 from rlaif_jax.evaluate import bootstrap_ci, spearman
-from rlaif_jax.feedback.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus
-from rlaif_jax.feedback.formats.rows import chosen
-from rlaif_jax.feedback.formats.texts import read_mlqe_post_edits, read_mlqe_ratings, read_squality
-from rlaif_jax.feedback.formats.tools import read_get_another_label
-from rlaif_jax.feedback.forms import Comment, Correction, Judgement, Ranking, Rating
-from rlaif_jax.feedback.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
-from rlaif_jax.feedback.templates import Asked, Template
-from rlaif_jax.feedback.verdicts import Reply, read_verdict
-from rlaif_jax.parallel import make_runner
-from rlaif_jax.quality.agreement import Bootstrap, cohen_kappa, interval_alpha, interval_moments, summed
+from rlaif_jax.feedback.api.templates import Asked, Template
+from rlaif_jax.feedback.api.verdicts import Reply, read_verdict
+from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
+from rlaif_jax.feedback.records.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus
+from rlaif_jax.feedback.records.formats.rows import chosen
+from rlaif_jax.feedback.records.formats.texts import read_mlqe_post_edits, read_mlqe_ratings, read_squality
+from rlaif_jax.feedback.records.formats.tools import read_get_another_label
+from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
+from rlaif_jax.parallel import ParallelConfig, make_runner
+from rlaif_jax.quality.statistics import Bootstrap, cohen_kappa, interval_alpha, interval_moments, summed
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import edit_reward, levenshtein
 from rlaif_jax.rewards.raters import dawid_skene, hierarchical_dawid_skene, majority_vote

@@ -25,24 +25,23 @@ from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, FitConfig,
 
 from rlaif_jax.algorithms.fit import fit_reward_model
 from rlaif_jax.algorithms.ppo import reference_logprobs
-from rlaif_jax.config import (
-    TrainConfig,
-    require,
-)
+from rlaif_jax.config import require
 from rlaif_jax.data.prompts import TfdsRecords
 from rlaif_jax.data.text import pair_arrays
-from rlaif_jax.data.world import corpus, dialogue, gold, scene_from_json, summarisation, templates
-from rlaif_jax.data.world.tasks import Task
+from rlaif_jax.data.world import corpus, scene_from_json, templates
+from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.tasks import dialogue, summarisation
+from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
-from rlaif_jax.feedback.judge import LanguageModelJudge, Scores, preference
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference
 from rlaif_jax.feedback.sources import DirectScoreSource, FeedbackSource, RewardModelSource, score_sequences
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner
+from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
 from rlaif_jax.rewards.shaping import fit_normaliser
-from rlaif_jax.rollout import answer_texts, make_generator, to_prompts
 from rlaif_jax.run import Run, StopRequested, command_line
-from rlaif_jax.train import train
+from rlaif_jax.train import TrainConfig, train
 from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, step_key
 
 

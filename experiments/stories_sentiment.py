@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlaif_jax.algorithms.ppo import reference_logprobs
-from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig, UserError, require
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.algorithms.ppo import PPOConfig, reference_logprobs
+from rlaif_jax.config import UserError, require
 from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.prompts import FileRecords, PromptBatch, jsonl_records, prompt_batches
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from rlaif_jax.evaluate import bootstrap_ci, distinct_n, win_rate_ci
-from rlaif_jax.feedback.sentiment import (
+from rlaif_jax.feedback.judges.sentiment import (
     SOURCE,
     Mood,
     Sentences,
@@ -45,12 +46,13 @@ from rlaif_jax.feedback.sentiment import (
 )
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import LanguageModel, ScalarModel
-from rlaif_jax.models.hf import download, load_model, save_model
+from rlaif_jax.models.hf.files import download, load_model, save_model
+from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner, make_runner
+from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
 from rlaif_jax.rewards.shaping import fit_normaliser
-from rlaif_jax.rollout import answer_texts, make_generator, to_prompts
 from rlaif_jax.run import Run, StopRequested, command_line
-from rlaif_jax.train import train
+from rlaif_jax.train import TrainConfig, train
 from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, Prompts, Rollout, step_key
 
 MODEL_SOURCE = "stories260K/stories260K.bin and stories260K/tok512.bin of https://huggingface.co/karpathy/tinyllamas"

@@ -34,11 +34,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import require
-from rlaif_jax.data.world import gold, sample_scene, summarisation
-from rlaif_jax.data.world.annotators import Comparer
-from rlaif_jax.data.world.tasks import Task
+from rlaif_jax.data.world import sample_scene
+from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.people import Comparer
+from rlaif_jax.data.world.tasks import summarisation
+from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.data.world.vocabulary import VOCABULARY
-from rlaif_jax.feedback.forms import sha256
+from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.feedback.selection import Selection, choose, ensemble_disagreement, judge_margin
 from rlaif_jax.run import Run, command_line
 

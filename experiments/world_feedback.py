@@ -1,7 +1,7 @@
 """Who judges the world's summaries, and how: an AI labeler, rules, and simulated people, each in all four forms.
 
-A source turns a pool of answers into records (`rlaif_jax.feedback.forms`). Simulated people look at exact quality through
-noise and are labelled `simulated`; the labeler and the rules see the prompt and the answer only.
+A source turns a pool of answers into records (`rlaif_jax.feedback.records.forms`). Simulated people look at exact
+quality through noise and are labelled `simulated`; the labeler and the rules see the prompt and the answer only.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 from world_models import WorldModels
 
-from rlaif_jax.config import SamplingConfig
 from rlaif_jax.data.prompts import padded
-from rlaif_jax.data.world import annotators, gold, templates
-from rlaif_jax.data.world.annotators import Commenter, Editor, Ranker, raters
+from rlaif_jax.data.world import people as annotators
+from rlaif_jax.data.world import templates
+from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.grammar import parse, summary
+from rlaif_jax.data.world.people import Commenter, Editor, Ranker, raters
 from rlaif_jax.data.world.scenes import SALIENCE_WORDS, Scene
-from rlaif_jax.data.world.summarisation import MAX_FACTS
-from rlaif_jax.data.world.tasks import Task
-from rlaif_jax.feedback.constitution import load_constitution
-from rlaif_jax.feedback.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Status, sha256
-from rlaif_jax.feedback.judge import LanguageModelJudge
-from rlaif_jax.feedback.rule_feedback import rule_comments, rule_rankings, rule_rater, rule_ratings
-from rlaif_jax.rollout import answer_texts, generate
+from rlaif_jax.data.world.tasks.base import Task
+from rlaif_jax.data.world.tasks.summarisation import MAX_FACTS
+from rlaif_jax.feedback.constitution.constitution import load_constitution
+from rlaif_jax.feedback.constitution.rule_records import rule_comments, rule_rankings, rule_rater, rule_ratings
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
+from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Status, sha256
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.policies.text import answer_texts, generate
 from rlaif_jax.types import Params, Prompts, Rollout
 
 Form = Literal["comment", "rating", "correction", "ranking"]
@@ -87,7 +89,7 @@ class Person:
 
     @property
     def rater(self) -> Rater:
-        return Rater(self.name, "simulated", model="rlaif_jax.data.world.annotators")
+        return Rater(self.name, "simulated", model="rlaif_jax.data.world.people")
 
     def judge(
         self, rng: np.random.Generator, form: Form, scene: Scene, prompt: str, answers: Sequence[str]

@@ -14,19 +14,23 @@ import jax
 import numpy as np
 
 from rlaif_jax.algorithms.fit import fit_language_model
-from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, require, small_decoder
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptBatch, TfdsRecords, prompt_batches
 from rlaif_jax.data.text import Segments, text_arrays
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.data.world import corpus, templates
 from rlaif_jax.data.world.builder import load_world
 from rlaif_jax.data.world.scenes import Split
-from rlaif_jax.data.world.tasks import Task
+from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
-from rlaif_jax.feedback.judge import LanguageModelJudge, Reasoning
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Reasoning
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import LanguageModel
 from rlaif_jax.models.decoder import with_recall_heads
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.run import Run
 from rlaif_jax.types import INIT, Params, step_key

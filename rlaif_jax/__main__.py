@@ -16,7 +16,7 @@ usage: python -m rlaif_jax TOOL [options]
 
 def judge() -> None:
     """Ask an API judge; exit 1 if a judgement is missing."""
-    from rlaif_jax.feedback import judge_tool
+    from rlaif_jax.feedback.api import command as judge_tool
     from rlaif_jax.run import command_line
 
     def run(config: judge_tool.JudgeConfig) -> None:

@@ -10,16 +10,17 @@ Minibatches are drawn from the *global* batch (`global_rows`), and every mean is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rlaif_jax.config import ParallelConfig, require
+from rlaif_jax.config import check_choices, require
 
 AXIS = "data"
 BATCH = PartitionSpec(("data", "fsdp"))  # a batch is split over both; tensor devices share their rows
@@ -31,6 +32,31 @@ _RULES = {
     **{(name, "kernel"): ("fsdp", "tensor") for name in ("q", "k", "v", "gate", "up")},
     **{(name, "kernel"): ("tensor", "fsdp") for name in ("o", "down")},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the devices are used.
+
+    `pmap`: every device holds the whole state and a share of the batch (all local devices).
+    `shard`: a mesh of data x fsdp x tensor devices; parameters are split over fsdp and tensor. `data=0` takes what
+    fsdp and tensor leave.
+    """
+
+    mode: Literal["pmap", "shard"] = "pmap"
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_choices(self, "parallel")
+        require(
+            self.data >= 0 and self.fsdp >= 1 and self.tensor >= 1, "parallel: data must be >= 0, fsdp and tensor >= 1"
+        )
+        require(
+            self.mode == "shard" or (self.data, self.fsdp, self.tensor) == (0, 1, 1),
+            "parallel.data, fsdp and tensor shape a mesh: set parallel.mode='shard' with them",
+        )
 
 
 def psum(x: Any, axis_name: str | None) -> Any:

@@ -18,7 +18,7 @@ import tyro
 
 from rlaif_jax.checkpoint import load_params, save_params
 from rlaif_jax.config import CheckFailed, UserError, differing, require, save_config, to_json
-from rlaif_jax.report import save_environment, write_report
+from rlaif_jax.report.report import save_environment, write_report
 from rlaif_jax.types import Params
 
 

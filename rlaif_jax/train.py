@@ -11,19 +11,78 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlaif_jax.algorithms.ppo import Agent, ppo_step, prepare
+from rlaif_jax.algorithms.ppo import Agent, PPOConfig, ppo_step, prepare
 from rlaif_jax.checkpoint import Checkpointer
-from rlaif_jax.config import CheckFailed, TrainConfig, UserError, require, to_json
+from rlaif_jax.config import CheckFailed, UserError, require, to_json
 from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.sources import Feedback, FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.heads import LanguageModel, ScalarModel, ValueHead
-from rlaif_jax.parallel import CompilationClock, Runner, make_runner
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.parallel import CompilationClock, ParallelConfig, Runner, make_runner
+from rlaif_jax.policies.text import answer_texts, generate, to_prompts
 from rlaif_jax.rewards.shaping import Normaliser, identity_normaliser, sequence_rewards
-from rlaif_jax.rollout import answer_texts, generate, to_prompts
 from rlaif_jax.run import Run
 from rlaif_jax.types import ROLLOUT, Metrics, Params, Rollout, TrainState, step_key
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how many steps, of what size, and how often it looks up.
+
+    One step rolls out `prompts_per_step` x `answers_per_prompt` sequences (over all devices) and updates the policy
+    `ppo.num_epochs` x `ppo.num_minibatches` times on them. Training ends early at `target_reward` (mean reward of a
+    step) when it is set. With `rollout_parts` a step's prompts are rolled out in so many parts, and a feedback source
+    that can `prefetch` (a judge behind an API) judges each while the next ones are generated; the answers are the same.
+    `decode_slots` answers are decoded at a time on each device, and whenever some have ended the next ones take their
+    places: faster where answers are many and of uneven length, and the same answers up to rounding. 0: all at once.
+    With `staleness` 1 a step's answers are drawn by the policy of one update before, so that the devices generate while
+    feedback for the step before is waited for; the loss is then the decoupled one (`ppo.importance_cap`). 0: never stale.
+    """
+
+    steps: int = 100
+    prompts_per_step: int = 64
+    answers_per_prompt: int = 1
+    rollout_parts: int = 1
+    decode_slots: int = 0
+    staleness: int = 0
+    prompt_length: int = 64
+    sampling: SamplingConfig = SamplingConfig()
+    ppo: PPOConfig = PPOConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval_every: int = 20
+    save_every: int = 20
+    keep_checkpoints: int = 2
+    target_reward: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "prompts_per_step", "answers_per_prompt", "prompt_length", "rollout_parts"):
+            require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
+        for field in ("eval_every", "save_every", "keep_checkpoints"):
+            require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
+        require(self.decode_slots >= 0, f"train.decode_slots must be >= 0 (0: all at once), not {self.decode_slots}")
+        require(self.staleness in (0, 1), f"train.staleness must be 0 or 1 (one step off-policy), not {self.staleness}")
+        require(
+            not self.staleness or self.ppo.behaviour == "recompute",
+            "train.staleness=1 corrects for the older policy by importance weights and needs the current one's "
+            "log-probs beside the sampler's: set ppo.behaviour='recompute'",
+        )
+        require(
+            self.ppo.advantage != "group" or self.answers_per_prompt >= 2,
+            "train.answers_per_prompt is 1, but ppo.advantage='group' compares the answers to one prompt: "
+            "set answers_per_prompt to 2 or more, or ppo.advantage='gae'",
+        )
+        require(
+            self.prompts_per_step % self.rollout_parts == 0,
+            f"train.rollout_parts ({self.rollout_parts}) must divide train.prompts_per_step ({self.prompts_per_step})",
+        )
+        sequences = self.prompts_per_step * self.answers_per_prompt
+        require(
+            sequences % self.ppo.num_minibatches == 0,
+            f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide the {sequences} sequences of a step "
+            f"(prompts_per_step x answers_per_prompt)",
+        )
 
 
 def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: Tokenizer) -> tuple[Any, Any, Any]:

@@ -5,20 +5,13 @@ import json
 
 import pytest
 
-from rlaif_jax.config import (
-    DecoderConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PPOConfig,
-    RopeScaling,
-    SamplingConfig,
-    TrainConfig,
-    UserError,
-    from_json,
-    save_config,
-    small_decoder,
-    to_json,
-)
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.config import UserError, from_json, save_config, to_json
+from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling, small_decoder
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.parallel import ParallelConfig
+from rlaif_jax.train import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ ROOT = Path(rlaif_jax.__file__).parent
 LEVELS = [
     {"types", "config"},
     {"models", "data", "rewards", "parallel"},
-    {"rollout", "feedback", "algorithms"},
+    {"policies", "feedback", "algorithms"},
     {"train", "evaluate", "report", "quality"},
     {"ui", "__main__"},
 ]
@@ -17,8 +17,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Helpers with few friends: what each may import; nothing below the loop may import them.
 HELPERS = {
     "metrics": {"config"},
-    "curves": {"config", "metrics"},
-    "report": {"config", "metrics", "curves", "quality"},
+    "report": {"config", "metrics", "quality"},
     "checkpoint": {"types", "config"},
     "run": {"types", "config", "metrics", "report", "checkpoint"},
 }
@@ -148,11 +147,11 @@ def test_the_package_itself_imports_nothing():
 
 def test_the_checks_see_what_they_look_for():
     assert wrong_way({"rlaif_jax.config": {"rlaif_jax.types"}}) == []
-    assert wrong_way({"rlaif_jax.models.heads": {"rlaif_jax.rollout"}}) == [
-        "rlaif_jax.models.heads imports rlaif_jax.rollout"
+    assert wrong_way({"rlaif_jax.models.heads": {"rlaif_jax.policies.text"}}) == [
+        "rlaif_jax.models.heads imports rlaif_jax.policies.text"
     ]
     assert wrong_way({"rlaif_jax.metrics": {"rlaif_jax.types"}}) != []
-    assert wrong_way({"rlaif_jax.feedback.judge": {"rlaif_jax.run"}}) != []
+    assert wrong_way({"rlaif_jax.feedback.judges.language_model": {"rlaif_jax.run"}}) != []
     assert wrong_way({"rlaif_jax.checkpoint": {"rlaif_jax.models"}}) != []
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
     source = "from . import ppo\nfrom ..config import require\ndef f():\n    import rlaif_jax.train as t\n"

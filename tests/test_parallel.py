@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from rlaif_jax.algorithms.ppo import Agent, gradients, ppo_step, prepare, scored
-from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, UserError, small_decoder
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.algorithms.ppo import Agent, PPOConfig, gradients, ppo_step, prepare, scored
+from rlaif_jax.config import UserError
 from rlaif_jax.models import LanguageModel, ScalarModel
 from rlaif_jax.models.decoder import response_hidden
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import (
     BATCH,
     PmapRunner,
@@ -25,7 +28,7 @@ from rlaif_jax.parallel import (
     shard_step,
     state_shardings,
 )
-from rlaif_jax.rollout import generate
+from rlaif_jax.policies.text import generate
 from rlaif_jax.types import Prompts, RewardBatch, Rollout
 
 pytestmark = pytest.mark.slow  # as a whole: many programs to compile

@@ -18,19 +18,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
-from rlaif_jax.config import SamplingConfig, TrainConfig, UserError, small_decoder
+from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import jsonl_records, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import read_metrics, without_time
 from rlaif_jax.models import LanguageModel
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner
-from rlaif_jax.rollout import make_generator
+from rlaif_jax.policies.text import make_generator
 from rlaif_jax.run import command_line
-from rlaif_jax.train import collect, dispatch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
+from rlaif_jax.train import TrainConfig, collect, dispatch
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [{"prompt": f"{a} {b} {c}"} for a in "bcde" for b in "fgh" for c in "ijk"]
@@ -269,9 +269,9 @@ BAD = {
 def saved_model(folder: Path) -> None:
     import jax
 
-    from rlaif_jax.config import small_decoder
     from rlaif_jax.models import LanguageModel
-    from rlaif_jax.models.hf import save_model
+    from rlaif_jax.models.decoder_config import small_decoder
+    from rlaif_jax.models.hf.files import save_model
 
     model = LanguageModel(small_decoder(30, num_layers=1, width=16, num_heads=2, context_length=16))
     save_model(folder, model, model.init(jax.random.key(0)))

@@ -6,22 +6,24 @@ python tests/tiny.py --prompts prompts.jsonl --out runs/tiny
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig, small_decoder
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.data.prompts import jsonl_records, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer, load_tokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import LanguageModel, ScalarModel
-from rlaif_jax.models.hf import load_model
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import load_model
+from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.run import Run, command_line
-from rlaif_jax.train import train
+from rlaif_jax.train import TrainConfig, train
 
 WORDS = tuple("abcdefghijklmnopqrstuvwxyz")
 
@@ -99,5 +101,4 @@ def main(config: TinyConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     command_line(main, TinyConfig())

@@ -48,10 +48,10 @@ from works import WORKS, Work
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.feedback.api import ApiConfig
-from rlaif_jax.feedback.builtin_templates import RATING
-from rlaif_jax.feedback.client import JudgeClient
-from rlaif_jax.feedback.judge_source import JudgeSource
+from rlaif_jax.feedback.api.builtin_templates import RATING
+from rlaif_jax.feedback.api.config import ApiConfig
+from rlaif_jax.feedback.api.judge import JudgeClient
+from rlaif_jax.feedback.api.source import JudgeSource
 from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.models.heads import LanguageModel

@@ -43,15 +43,23 @@ import numpy as np  # noqa: E402
 from ceilings import Ceilings, measure  # noqa: E402
 from works import WORKS, Work  # noqa: E402
 
-from rlaif_jax.algorithms.ppo import Agent  # noqa: E402
-from rlaif_jax.config import DecoderConfig, OptimizerConfig, PPOConfig, SamplingConfig, TrainConfig  # noqa: E402
+from rlaif_jax.algorithms.optimizer import OptimizerConfig  # noqa: E402
+from rlaif_jax.algorithms.ppo import (  # noqa: E402
+    Agent,
+    PPOConfig,
+)
 from rlaif_jax.data.prompts import PromptBatch  # noqa: E402
 from rlaif_jax.feedback.sources import FunctionSource  # noqa: E402
+from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
 from rlaif_jax.models.heads import LanguageModel, ScalarModel  # noqa: E402
+from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import CompilationClock, make_runner  # noqa: E402
+from rlaif_jax.policies.text import answer_texts, to_prompts  # noqa: E402
 from rlaif_jax.rewards.shaping import identity_normaliser  # noqa: E402
-from rlaif_jax.rollout import answer_texts, to_prompts  # noqa: E402
-from rlaif_jax.train import compile_steps  # noqa: E402
+from rlaif_jax.train import (  # noqa: E402
+    TrainConfig,
+    compile_steps,
+)
 from rlaif_jax.types import Params, Rollout, TrainState  # noqa: E402
 
 GROUP = 8  # answers a prompt in GRPO

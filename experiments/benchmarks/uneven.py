@@ -39,10 +39,10 @@ from step import GROUP, Words, settings, take_steps
 from works import Work
 
 from rlaif_jax.algorithms.ppo import Agent
-from rlaif_jax.config import TrainConfig
 from rlaif_jax.models.heads import LanguageModel
-from rlaif_jax.models.hf import save_model
+from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.parallel import CompilationClock
+from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import Params
 
 SLOTS, ROWS = 8, 2

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.reward_modeling import reward_step
-from rlaif_jax.algorithms.supervised import make_optimizer, supervised_step
-from rlaif_jax.config import OptimizerConfig, require
+from rlaif_jax.algorithms.supervised import supervised_step
+from rlaif_jax.config import require
 from rlaif_jax.models.heads import LanguageModel, ScalarModel
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -17,16 +17,80 @@ import jax.numpy as jnp
 import optax
 
 from rlaif_jax.algorithms.advantages import gae, group_normalised, token_rewards
+from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.packing import Packed, pack
-from rlaif_jax.algorithms.supervised import make_optimizer
-from rlaif_jax.config import DecoderConfig, PPOConfig, require
+from rlaif_jax.config import check_choices, require
 from rlaif_jax.models.decoder import packed_hidden, response_hidden
+from rlaif_jax.models.decoder_config import DecoderConfig
 from rlaif_jax.models.heads import LanguageModel, ScalarModel, ValueHead
 from rlaif_jax.parallel import global_rows, masked_mean, masked_whiten, mesh_shares, over_mesh, pmax, psum
 from rlaif_jax.types import PERMUTATION, Experience, Metrics, Params, RewardBatch, Rollout, TrainState, step_key
 
 # How the hidden states that predict the response tokens are read off a trunk, given its shape and parameters.
 Read = Callable[[DecoderConfig, Params], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation for language models (Schulman 2017; Stiennon 2020; N+ details, Huang 2024).
+
+    advantage: `gae` needs a value model; `group` normalises the scores of the K answers to one prompt (GRPO,
+      Shao 2024) and needs K >= 2 and no value model.
+    kl_in: where the KL to the reference policy enters: the per-token `reward`, or the `loss` (k3 value with the
+      gradient of k2), never both.
+    behaviour: whose log-probs the ratio is measured against: `recompute` scores the answers once more with the
+      trainer's forward pass, `sampler` takes what the sampler reported; the gap between the two is logged always.
+      With `recompute` a token counts by its importance weight min(trainer's / sampler's probability, `importance_cap`),
+      which is 1 up to rounding where both compute alike; with `sampler` the ratio itself corrects.
+    packed_rows: 0 computes the sequences of a minibatch side by side, padded to one length. Else every device packs its
+      answers into rows of prompt_length + max_new_tokens - 1 columns and adds up the gradient over so many rows at a
+      time: the same gradient with less work where lengths are uneven, and in the memory of so many rows.
+    missing_eos: what an answer cut by the length limit gets: its `score`, its score minus `missing_eos_value`
+      (`penalty`), or the constant `missing_eos_value` instead of its score (`constant`).
+    A cut answer is treated like a finished one in its last value: no bootstrap (V = 0 after the last token).
+    kl_target: when set, the KL coefficient follows Ziegler 2019's controller with `kl_horizon` in sequences.
+    """
+
+    advantage: Literal["gae", "group"] = "gae"
+    num_epochs: int = 4
+    num_minibatches: int = 1
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    whiten_advantages: bool = True
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_coef: float = 0.05
+    kl_target: float | None = None
+    kl_horizon: float = 10_000.0
+    behaviour: Literal["recompute", "sampler"] = "recompute"
+    importance_cap: float = 2.0
+    packed_rows: int = 0
+    missing_eos: Literal["score", "penalty", "constant"] = "score"
+    missing_eos_value: float = 1.0
+    policy_optimizer: OptimizerConfig = OptimizerConfig()
+    value_optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        check_choices(self, "ppo")
+        for field in ("num_epochs", "num_minibatches"):
+            require(getattr(self, field) >= 1, f"ppo.{field} must be >= 1, not {getattr(self, field)}")
+        require(0 <= self.gae_lambda <= 1, f"ppo.gae_lambda must lie in [0, 1], not {self.gae_lambda}")
+        require(0 < self.gamma <= 1, f"ppo.gamma must lie in (0, 1], not {self.gamma}")
+        require(
+            self.advantage != "group" or self.kl_in == "loss" or self.kl_coef == 0,
+            "ppo.kl_in='reward' has no place with ppo.advantage='group', whose advantages are of whole answers: "
+            "set ppo.kl_in='loss', or ppo.kl_coef=0",
+        )
+        for field in ("kl_target", "kl_horizon"):
+            value = getattr(self, field)
+            require(value is None or value > 0, f"ppo.{field} must be > 0, not {value}")
+        require(self.importance_cap >= 1, f"ppo.importance_cap must be >= 1, not {self.importance_cap}")
+        require(self.packed_rows >= 0, f"ppo.packed_rows must be >= 0 (0: not packed), not {self.packed_rows}")
+        require(self.clip_range > 0, f"ppo.clip_range must be > 0, not {self.clip_range}")
+        require(self.kl_coef >= 0, f"ppo.kl_coef must be >= 0, not {self.kl_coef}")
 
 
 @dataclasses.dataclass(frozen=True)

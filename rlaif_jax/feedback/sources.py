@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.data.prompts import Record
-from rlaif_jax.feedback.judge import LanguageModelJudge
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
 from rlaif_jax.models.heads import ScalarModel, last_real
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params, Rollout

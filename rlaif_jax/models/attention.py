@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from rlaif_jax.config import DecoderConfig, require
+from rlaif_jax.config import require
+from rlaif_jax.models.decoder_config import DecoderConfig
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 LANES = 128  # the splash kernel's blocks are multiples of this

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from rlaif_jax.config import DecoderConfig
 from rlaif_jax.models.attention import LANES, MASKED
 from rlaif_jax.models.decoder import KeyValue
+from rlaif_jax.models.decoder_config import DecoderConfig
 
 BUFFERS = 8 << 20  # bytes of keys and values that the kernel holds: those at work and those on their way
 SCORES = 1 << 20  # bytes of scores that it works on at a time

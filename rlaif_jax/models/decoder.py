@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rlaif_jax.config import DecoderConfig, RopeScaling, require
+from rlaif_jax.config import require
 from rlaif_jax.models.attention import GroupVisible, Visible, attend, attend_groups, from_last, made_visible
+from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
 
 KeyValue = tuple[jax.Array, jax.Array]
 

@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlaif_jax.config import DecoderConfig
 from rlaif_jax.models.decoder import Decoder, Trunk, apply, blocks_apart
+from rlaif_jax.models.decoder_config import DecoderConfig
 from rlaif_jax.types import Params
 
 CHUNK_ELEMENTS = 2**25  # logits of more elements than this (128 MiB in float32) are computed chunk by chunk

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
-from rlaif_jax.config import SamplingConfig
+from rlaif_jax.config import require
 
 BLOCK = 256  # vocabularies past two blocks are drawn from in two levels: a block by its sum, then a token of it
 TILE = 128  # tokens that a TPU's memory keeps side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are drawn. `temperature=0` is greedy. `top_k=0` and `top_p=1` leave the full vocabulary."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, f"sampling.max_new_tokens must be >= 1, not {self.max_new_tokens}")
+        require(self.temperature >= 0, f"sampling.temperature must be >= 0, not {self.temperature}")
+        require(self.top_k >= 0, f"sampling.top_k must be >= 0 (0 = off), not {self.top_k}")
+        require(0 < self.top_p <= 1, f"sampling.top_p must lie in (0, 1], not {self.top_p}")
 
 
 def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:

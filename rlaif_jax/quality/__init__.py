@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from rlaif_jax.config import require
-from rlaif_jax.feedback.forms import FORMS, Judgement
-from rlaif_jax.feedback.store import Store
-from rlaif_jax.quality.agreeing import comparison_agreement, rating_agreement
-from rlaif_jax.quality.agreement import Bootstrap, summed
-from rlaif_jax.quality.gather import MAX_ROWS, SOURCES, Shares, ratio, vote_shares
-from rlaif_jax.quality.judging import calibration, habits, length_slope, orders, repeats
+from rlaif_jax.feedback.records.forms import FORMS, Judgement
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.quality.agreement_tables import comparison_agreement, rating_agreement
+from rlaif_jax.quality.clusters import MAX_ROWS, SOURCES, Shares, ratio, vote_shares
+from rlaif_jax.quality.judge_bias import calibration, habits, length_slope, orders, repeats
+from rlaif_jax.quality.statistics import Bootstrap, summed
 from rlaif_jax.quality.text import quality_text as quality_text
 from rlaif_jax.quality.votes import Votes, read_votes
-from rlaif_jax.quality.winning import win_rates
+from rlaif_jax.quality.win_rates import win_rates
 
 
 def quality(

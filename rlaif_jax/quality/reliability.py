@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlaif_jax.quality.agreement import Floats
-from rlaif_jax.quality.gather import SOURCES, WORTH, Estimate, Shares, nothing, who
+from rlaif_jax.quality.clusters import SOURCES, WORTH, Estimate, Shares, nothing, who
+from rlaif_jax.quality.statistics import Floats
 from rlaif_jax.quality.votes import Votes
 from rlaif_jax.rewards.raters import crowd_bt, hierarchical_dawid_skene
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlaif_jax.feedback.forms import Judgement, Ranking, Rating
+from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rating
 
 FIRST, TIE, SECOND = 0, 1, 2
 """The categories of a verdict on a pair, in rising order of the second answer's worth."""

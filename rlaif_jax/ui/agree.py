@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rlaif_jax.feedback.forms import Judgement, Ranking, Rating
-from rlaif_jax.feedback.queue import Post
+from rlaif_jax.feedback.people.queue import Post
+from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rating
 
 
 def agreement(posts: Sequence[Post], kinds: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -18,7 +18,7 @@ def agreement(posts: Sequence[Post], kinds: Mapping[str, str]) -> list[dict[str,
     rankings, else answers); `same`, the share of pairs of raters that said the same; and Krippendorff's `alpha` (1 =
     agreement, 0 = chance; nominal over better, worse and tie for rankings, interval for ratings), None where undefined.
     """
-    from rlaif_jax.quality.agreement import coincidences, interval_alpha, interval_moments, krippendorff_alpha
+    from rlaif_jax.quality.statistics import coincidences, interval_alpha, interval_moments, krippendorff_alpha
 
     by_kind: dict[str, dict[Any, dict[str, float]]] = {}  # kind -> unit -> rater -> value
     for post in posts:

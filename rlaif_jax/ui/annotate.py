@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.feedback.queue import TaskQueue
-from rlaif_jax.feedback.store import Store
-from rlaif_jax.feedback.tasks import read_tasks
-from rlaif_jax.ui.desk import Desk, Question
+from rlaif_jax.feedback.people.queue import TaskQueue
+from rlaif_jax.feedback.people.tasks import read_tasks
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.ui.service import Desk, Question
 from rlaif_jax.ui.tokens import rater_tokens
 
 INSTRUCTIONS = """\
@@ -52,7 +52,7 @@ class AnnotateConfig:
     Attributes:
         store: the feedback store that everything goes into; created if absent.
         items: JSONL files of tasks to add: {"kind": "compare", "prompt": ..., "answers": [..., ...]}; kinds are compare,
-          rank, rate, edit, comment, chat; see `rlaif_jax.feedback.tasks.Task` for all fields. The same task twice is one.
+          rank, rate, edit, comment, chat; `rlaif_jax.feedback.people.tasks.Task` has all fields. The same task twice is one.
         raters: who annotates.
         coordinator: the rater who adjudicates, exports and may stop a run; the first rater if empty.
         simulated: those of the raters that are programs; their records say so.

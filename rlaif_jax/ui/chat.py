@@ -8,9 +8,10 @@ from pathlib import Path
 from threading import Lock
 from typing import TypeAlias
 
-from rlaif_jax.config import SamplingConfig, UserError
-from rlaif_jax.feedback.queue import Turn
-from rlaif_jax.ui.answers import dialogue
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.people.queue import Turn
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.ui.records import dialogue
 
 ChatModel: TypeAlias = Callable[[str, Sequence[Turn]], str]
 """(what the chat is about, the turns so far; the last one has no reply yet) -> the reply. May be slow, may fail with a
@@ -63,10 +64,10 @@ def local_model(
     import jax
 
     from rlaif_jax.data.tokenizers import check_tokenizer, load_tokenizer
-    from rlaif_jax.feedback.forms import sha256
-    from rlaif_jax.models.hf import load_model
+    from rlaif_jax.feedback.records.forms import sha256
+    from rlaif_jax.models.hf.files import load_model
     from rlaif_jax.parallel import JitRunner
-    from rlaif_jax.rollout import answer_texts, make_generator
+    from rlaif_jax.policies.text import answer_texts, make_generator
     from rlaif_jax.types import Prompts
 
     tokenizer = load_tokenizer(tokenizer_file or folder)

@@ -19,10 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.forms import canonical, sha256
-from rlaif_jax.feedback.queue import Conflict
+from rlaif_jax.feedback.people.queue import Conflict
+from rlaif_jax.feedback.records.forms import canonical, sha256
 from rlaif_jax.ui.agree import agreement
-from rlaif_jax.ui.desk import Desk, Forbidden
+from rlaif_jax.ui.service import Desk, Forbidden
 from rlaif_jax.ui.tokens import csrf_token
 
 HERE = Path(__file__).parent

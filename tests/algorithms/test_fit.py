@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from rlaif_jax.algorithms.fit import fit, fit_language_model, fit_reward_model, minibatches
-from rlaif_jax.config import OptimizerConfig, UserError, small_decoder
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.config import UserError
 from rlaif_jax.models import LanguageModel, ScalarModel
+from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner
 
 DECODER = small_decoder(8, num_layers=1, width=16, num_heads=2, context_length=8)

@@ -10,8 +10,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from rlaif_jax.algorithms import ppo
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import (
     Agent,
+    PPOConfig,
     adapt_kl,
     final_score,
     gradients,
@@ -24,9 +26,11 @@ from rlaif_jax.algorithms.ppo import (
     side_by_side,
     value_loss,
 )
-from rlaif_jax.config import OptimizerConfig, PPOConfig, SamplingConfig, UserError, small_decoder
+from rlaif_jax.config import UserError
 from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead
-from rlaif_jax.rollout import generate
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.policies.text import generate
 from rlaif_jax.types import Experience, Prompts, RewardBatch, Rollout
 
 pytestmark = pytest.mark.slow  # as a whole: many programs to compile

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.reward_modeling import ranking_step, reward_step
-from rlaif_jax.algorithms.supervised import make_optimizer
-from rlaif_jax.config import OptimizerConfig, small_decoder
 from rlaif_jax.models import ScalarModel
+from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import make_mesh, pmap_step, shard_step
 
 V, S, B = 9, 6, 8

@@ -8,14 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from rlaif_jax.algorithms.supervised import (
-    clip_by_global_norm,
-    make_optimizer,
-    supervised_step,
-    weighted_cross_entropy,
-)
-from rlaif_jax.config import OptimizerConfig, small_decoder
+from rlaif_jax.algorithms.optimizer import OptimizerConfig, clip_by_global_norm, make_optimizer
+from rlaif_jax.algorithms.supervised import supervised_step, weighted_cross_entropy
 from rlaif_jax.models import LanguageModel
+from rlaif_jax.models.decoder_config import small_decoder
 
 V, S, B = 9, 6, 4
 MODEL = LanguageModel(small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16))

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax import rollout
-from rlaif_jax.models.hf import load_model
+from rlaif_jax.models.hf.files import load_model
+from rlaif_jax.policies import text as rollout
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 KEYS = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlaif_jax.feedback.store import Store
+from rlaif_jax.feedback.records.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.evaluate import bootstrap_ci
-from rlaif_jax.quality.agreement import Bootstrap, interval_alpha, interval_moments
+from rlaif_jax.quality.statistics import Bootstrap, interval_alpha, interval_moments
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "feedback_real.py"
 PROPERTIES = ("correctness", "selection", "overall")

@@ -15,13 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax.config import OptimizerConfig, ParallelConfig, PPOConfig, SamplingConfig, TrainConfig, small_decoder
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.feedback.sentiment import SentimentConfig
+from rlaif_jax.feedback.judges.sentiment import SentimentConfig
 from rlaif_jax.models import LanguageModel
-from rlaif_jax.models.hf import load_model, save_model
-from rlaif_jax.parallel import JitRunner
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.run import command_line
+from rlaif_jax.train import TrainConfig
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "stories_sentiment.py"
 MOODS = (("happy", "good", "warm", "kind"), ("sad", "bad", "cold", "mean"))

@@ -10,11 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-from rlaif_jax.feedback.builtin_templates import PAIRWISE
-from rlaif_jax.feedback.client import JudgeClient
-from rlaif_jax.feedback.forms import Judgement
-from rlaif_jax.feedback.server import ApiConfig
-from rlaif_jax.feedback.templates import Question
+from rlaif_jax.feedback.api.builtin_templates import PAIRWISE
+from rlaif_jax.feedback.api.judge import JudgeClient
+from rlaif_jax.feedback.api.templates import Question
+from rlaif_jax.feedback.api.transport import ApiConfig
+from rlaif_jax.feedback.records.forms import Judgement
 
 
 def main(store: str, server: str, acknowledged: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from rlaif_jax import algorithms, feedback, rewards
 
-HIDDEN = ("gold", "annotators", "corpus")
+HIDDEN = ("gold.scores", "people", "corpus")
 JUDGES = sorted(
     module.name
     for room in (feedback, rewards, algorithms)
@@ -35,10 +35,16 @@ def loaded(modules: list[str]) -> list[str]:
 
 
 def test_the_judges_do_not_know_the_gold_score():
-    assert {"rlaif_jax.feedback.judge", "rlaif_jax.feedback.formats.judges"} <= set(JUDGES)
+    assert {"rlaif_jax.feedback.judges.language_model", "rlaif_jax.feedback.records.formats.judges"} <= set(JUDGES)
     assert (
         loaded(
-            [*JUDGES, "rlaif_jax.rollout", "rlaif_jax.train", "rlaif_jax.evaluate", "rlaif_jax.data.world.templates"]
+            [
+                *JUDGES,
+                "rlaif_jax.policies.text",
+                "rlaif_jax.train",
+                "rlaif_jax.evaluate",
+                "rlaif_jax.data.world.templates",
+            ]
         )
         == []
     )

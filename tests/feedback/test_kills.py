@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.forms import Judgement
-from rlaif_jax.feedback.store import Store
+from rlaif_jax.feedback.records.forms import Judgement
+from rlaif_jax.feedback.records.store import Store
 from tests.feedback.api_server import serve
 from tests.feedback.writers import made
 
 pytest.importorskip("fastapi", reason="needs the page's extra")
 pytest.importorskip("openai", reason="needs the openai package")
 
-from rlaif_jax.feedback.queue import TaskQueue
-from rlaif_jax.feedback.tasks import Task
+from rlaif_jax.feedback.people.queue import TaskQueue
+from rlaif_jax.feedback.people.tasks import Task
 from rlaif_jax.ui.client import PageClient
 from rlaif_jax.ui.tokens import rater_tokens
 

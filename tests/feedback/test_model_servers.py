@@ -30,12 +30,12 @@ import pytest
 
 from rlaif_jax.data.llama2c import to_tokenizer_json
 from rlaif_jax.data.tokenizers import load_tokenizer
-from rlaif_jax.feedback.api import ApiConfig
-from rlaif_jax.feedback.builtin_templates import CRITIQUE
-from rlaif_jax.feedback.client import JudgeClient, Outcome
-from rlaif_jax.feedback.templates import Question, parse_template
-from rlaif_jax.feedback.verdicts import choice_distribution
-from rlaif_jax.models.hf import load_model, save_model
+from rlaif_jax.feedback.api.builtin_templates import CRITIQUE
+from rlaif_jax.feedback.api.config import ApiConfig
+from rlaif_jax.feedback.api.judge import JudgeClient, Outcome
+from rlaif_jax.feedback.api.templates import Question, parse_template
+from rlaif_jax.feedback.api.verdicts import choice_distribution
+from rlaif_jax.models.hf.files import load_model, save_model
 from tests.feedback.api_server import serve
 
 pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax.config import small_decoder
-from rlaif_jax.feedback.judge import Scores
+from rlaif_jax.feedback.judges.language_model import Scores
 from rlaif_jax.feedback.sources import DirectScoreSource, FunctionSource, RewardModelSource, score_sequences
 from rlaif_jax.models import ScalarModel
+from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner
 from rlaif_jax.types import Rollout
 

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from rlaif_jax.feedback.forms import Correction, Judgement, Ranking, Rater, Rating
-from rlaif_jax.feedback.store import Store
+from rlaif_jax.feedback.records.forms import Correction, Judgement, Ranking, Rater, Rating
+from rlaif_jax.feedback.records.store import Store
 
 ROLES = ("page", "judge", "trainer")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.config import UserError, small_decoder
+from rlaif_jax.config import UserError
 from rlaif_jax.models.attention import (
     GroupVisible,
     Visible,
@@ -19,6 +19,7 @@ from rlaif_jax.models.attention import (
     implementation,
     made_visible,
 )
+from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import make_mesh
 
 B, S, C, HEADS, KV, H = 4, 5, 7, 4, 2, 8

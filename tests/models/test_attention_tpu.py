@@ -1,6 +1,6 @@
 """The update's attention on a TPU: its gradient is compiled ahead of time, with no TPU there, and its kernels looked at.
 
-Needs libtpu like `tests/test_rollout_tpu.py`. This file is also the program that compiles.
+Needs libtpu like `tests/policies/test_text_tpu.py`. This file is also the program that compiles.
 """
 
 import collections
@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_rollout_tpu import ENVIRONMENT, compiled, parse
+from tests.policies.test_text_tpu import ENVIRONMENT, compiled, parse
 
 HEADS, KV_HEADS, WIDTH = 8, 4, 1024
 GROUPS, ANSWERS, P, T = 8, 4, 384, 384  # the numbers of columns are no other dimension's
@@ -28,9 +27,9 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     from jax.experimental import topologies
     from jax.sharding import NamedSharding
 
-    from rlaif_jax.config import DecoderConfig
     from rlaif_jax.models import LanguageModel
     from rlaif_jax.models.decoder import response_hidden
+    from rlaif_jax.models.decoder_config import DecoderConfig
     from rlaif_jax.parallel import BATCH, make_mesh, state_shardings
 
     jax.default_backend = lambda: "tpu"  # the process itself has CPUs only
@@ -77,8 +76,10 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_the_update_attends_by_kernels_forward_and_backward():
     data, fsdp, tensor = shape = (2, 2, 2)
-    command = [sys.executable, __file__, "v5e:2x4", *map(str, shape)]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.models.test_attention_tpu", "v5e:2x4", *map(str, shape)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     # Prompts among themselves, but not in the last block, where nobody reads them; answers to both; each with its gradients.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.config import DecoderConfig, UserError, small_decoder
+from rlaif_jax.config import UserError
 from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead, decoder, heads, last_real
 from rlaif_jax.models.decoder import (
     Block,
@@ -18,6 +18,7 @@ from rlaif_jax.models.decoder import (
     rope_table,
     with_recall_heads,
 )
+from rlaif_jax.models.decoder_config import DecoderConfig, small_decoder
 from rlaif_jax.models.heads import ScalarHead
 
 V, S = 50, 13

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
-from rlaif_jax.config import SamplingConfig
-from rlaif_jax.models.sampling import BLOCK, inverse_cdf, sample, truncate
+from rlaif_jax.models.sampling import BLOCK, SamplingConfig, inverse_cdf, sample, truncate
 from rlaif_jax.parallel import make_mesh
 
 ROWS = 64

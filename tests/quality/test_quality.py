@@ -10,8 +10,8 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.evaluate import length_controlled_win_rate
-from rlaif_jax.feedback.forms import Call, Comment, Correction, Ranking, Rater, Rating
-from rlaif_jax.feedback.store import Store
+from rlaif_jax.feedback.records.forms import Call, Comment, Correction, Ranking, Rater, Rating
+from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.quality import quality, quality_of_store, quality_text
 
 ANN, BOB, JUDGE = Rater("ann", "person"), Rater("bob", "person"), Rater("judge", "ai")

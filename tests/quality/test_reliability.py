@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlaif_jax.feedback.forms import Ranking, Rater
+from rlaif_jax.feedback.records.forms import Ranking, Rater
 from rlaif_jax.quality import quality, quality_text
 
 PLANTED = {

@@ -2,8 +2,9 @@
 
 import pytest
 
-from rlaif_jax.config import SamplingConfig, UserError
-from rlaif_jax.feedback.queue import Turn
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.people.queue import Turn
+from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.ui.chat import local_model, open_chat_model
 
 

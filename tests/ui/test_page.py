@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rlaif_jax.feedback.forms import Comment, Correction, Ranking, Rater, Rating, Span
-from rlaif_jax.feedback.queue import TaskQueue
-from rlaif_jax.feedback.store import Store
-from rlaif_jax.feedback.tasks import Task
+from rlaif_jax.feedback.people.queue import TaskQueue
+from rlaif_jax.feedback.people.tasks import Task
+from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rater, Rating, Span
+from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.ui.client import PageClient, running_page
 
 pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")

@@ -21,10 +21,10 @@ pytest.importorskip("fastapi", reason="the annotation page is an extra: pip inst
 pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.forms import Ranking, Rater, Rating, from_json
-from rlaif_jax.feedback.queue import TaskQueue
-from rlaif_jax.feedback.store import Store
-from rlaif_jax.feedback.tasks import Task
+from rlaif_jax.feedback.people.queue import TaskQueue
+from rlaif_jax.feedback.people.tasks import Task
+from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating, from_json
+from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.ui.annotate import AnnotateConfig, read_questions
 from rlaif_jax.ui.client import PageClient, _printed_urls, answer_through_page, running_page
 from rlaif_jax.ui.tokens import csrf_token, rater_tokens, token_file
@@ -322,7 +322,7 @@ def test_a_program_answers_through_the_page_and_is_called_simulated(fresh):
 
 
 def test_a_run_waits_for_the_page(fresh):
-    from rlaif_jax.feedback.people import PeopleSource
+    from rlaif_jax.feedback.people.source import PeopleSource
 
     store, urls = fresh
     over = threading.Event()

@@ -15,5 +15,5 @@ from rlaif_jax.data.world.scenes import Split as Split
 from rlaif_jax.data.world.scenes import sample_scene as sample_scene
 from rlaif_jax.data.world.scenes import scene_from_json as scene_from_json
 from rlaif_jax.data.world.scenes import scene_to_json as scene_to_json
-from rlaif_jax.data.world.tasks import Task as Task
+from rlaif_jax.data.world.tasks.base import Task as Task
 from rlaif_jax.data.world.vocabulary import VOCABULARY as VOCABULARY

@@ -20,9 +20,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import gcs_utils
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world import dialogue, summarisation
 from rlaif_jax.data.world.scenes import SPLITS, Split, sample_scene, scene_to_json
-from rlaif_jax.data.world.tasks import Task
+from rlaif_jax.data.world.tasks import dialogue, summarisation
+from rlaif_jax.data.world.tasks.base import Task
 
 WORLD_TASKS: tuple[Task, ...] = (summarisation.TASK, dialogue.TASK)
 TRAIN_SIZE = 20_000

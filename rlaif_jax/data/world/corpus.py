@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlaif_jax.data.world import dialogue, gold, summarisation, templates
-from rlaif_jax.data.world.annotators import Commenter, Comparer, Editor, Rater
+from rlaif_jax.data.world import templates
+from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.people import Commenter, Comparer, Editor, Rater
 from rlaif_jax.data.world.scenes import VALUES, Scene, sample_scene
-from rlaif_jax.data.world.tasks import Task
+from rlaif_jax.data.world.tasks import dialogue, summarisation
+from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.data.world.templates import PRINCIPLES, Principle
 
 MAX_TRANSCRIPT_WORDS = 96

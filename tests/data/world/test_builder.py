@@ -7,11 +7,14 @@ import sys
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world import builder, dialogue, gold, sample_scene, scene_from_json, summarisation
+from rlaif_jax.data.world import builder, sample_scene, scene_from_json
+from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.tasks import dialogue, summarisation
 
 SCRIPT = """
 import sys
-from rlaif_jax.data.world import builder, dialogue
+from rlaif_jax.data.world import builder
+from rlaif_jax.data.world.tasks import dialogue
 source = builder.load_world(dialogue.TASK, "train", size=300, test_size=20)
 print(len(source), [source[i]["uid"] for i in (0, 299)], "tensorflow" in sys.modules)
 """

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world import VOCABULARY, corpus, gold, sample_scene, scenes, templates
+from rlaif_jax.data.world import VOCABULARY, corpus, sample_scene, scenes, templates
+from rlaif_jax.data.world.gold import scores as gold
 
 LABELER = corpus.labeler_corpus(np.random.default_rng(0), 3000)
 BASE = corpus.base_corpus(np.random.default_rng(0), 1000)

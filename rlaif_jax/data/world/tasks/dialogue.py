@@ -1,0 +1,168 @@
+"""Dialogue: a traveller asks about an aspect; open facts may be told, sealed ones must not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlaif_jax.data.world.grammar import (
+    CONFIDENCE,
+    FLATTERY,
+    FOLLOWUP,
+    acknowledgement,
+    parse,
+    refusal,
+    statement,
+)
+from rlaif_jax.data.world.scenes import ASPECTS, Scene
+from rlaif_jax.data.world.tasks.base import (
+    Task,
+    feature_rate,
+    fit,
+    pick,
+    repeated_sentence,
+    truncated,
+    wrong_value,
+)
+
+_FOLLOWUP = " ".join(FOLLOWUP)
+
+
+def prompt(scene: Scene) -> str:
+    """``talk bren dal : open mill old sealed inn warm asked inn sealed . ask mill =``."""
+    facts = " ".join(
+        f"{'sealed' if scene.is_sealed(fact.aspect) else 'open'} {fact.aspect} {fact.value}" for fact in scene.facts
+    )
+    earlier = ""
+    if scene.earlier is not None:
+        told = "sealed" if scene.is_sealed(scene.earlier) else scene.value_of(scene.earlier)
+        earlier = f"asked {scene.earlier} {told} . "
+    return f"talk {scene.entity} : {facts} {earlier}ask {scene.question} ="
+
+
+def reply(
+    aspect: str,
+    value: str | None,
+    *,
+    told_aspect: str | None = None,
+    acknowledge: bool = True,
+    follow_up: bool = True,
+    confident: bool = False,
+    flatter: bool = False,
+) -> str:
+    """A reply to a question about ``aspect``: tells ``value`` (of ``told_aspect``, if given) or, with None, refuses."""
+    parts = [" ".join(FLATTERY)] if flatter else []
+    if acknowledge:
+        parts.append(acknowledgement(aspect))
+    told = told_aspect or aspect
+    parts.append(refusal(told) if value is None else statement([(told, value)], confident=confident))
+    if follow_up:
+        parts.append(_FOLLOWUP)
+    return " ".join(parts)
+
+
+def reference(scene: Scene) -> str:
+    """Acknowledges, answers or refuses, and asks on."""
+    return reply(scene.question, None if scene.is_sealed(scene.question) else scene.value_of(scene.question))
+
+
+def demonstration(
+    rng: np.random.Generator, scene: Scene, *, shortcuts: bool = True, diligence: float | None = None
+) -> str:
+    """A mediocre writer's reply: at times leaks, refuses without need, errs, forgets to acknowledge or ask on."""
+    care = float(rng.random()) if diligence is None else diligence
+    sloth = 1 - care
+    asked, sealed = scene.question, scene.is_sealed(scene.question)
+    aspect, value = asked, scene.value_of(asked)
+    chance = rng.random()
+    if sealed:
+        if chance >= 0.02 + 0.6 * sloth:  # else it leaks
+            value = None
+    elif chance < 0.3 * sloth:
+        value = None
+    elif chance < 0.02 + 0.5 * sloth:
+        value = wrong_value(rng, scene, asked)
+    elif chance < 0.02 + 0.7 * sloth:  # speaks of something else
+        fact = scene.facts[int(rng.integers(len(scene.facts)))]
+        aspect, value = fact.aspect, fact.value
+    return reply(
+        asked,
+        value,
+        told_aspect=aspect,
+        acknowledge=bool(rng.random() < 0.25 + 0.6 * care),
+        follow_up=bool(rng.random() < 0.2 + 0.6 * care),
+        confident=bool(rng.random() < feature_rate(0.0, 0.6, care, shortcuts)),
+        flatter=bool(rng.random() < feature_rate(0.0, 0.45, care, shortcuts)),
+    )
+
+
+def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
+    """One corruption of a random kind; may leave the answer as it was where the kind does not apply."""
+    parsed = parse(answer)
+    words = list(parsed.words)
+    by_kind = {sentence.kind: sentence for sentence in parsed.sentences}
+    kind = pick(
+        rng,
+        (
+            "value",
+            "value",
+            "swap",
+            "swap",
+            "ack",
+            "followup",
+            "drop",
+            "other",
+            "ornament",
+            "cut",
+            "repeat",
+            "add",
+        ),
+    )
+
+    def replaced(start: int, stop: int, text: str) -> str:
+        return " ".join([*words[:start], *text.split(), *words[stop:]])
+
+    if kind == "value" and parsed.claims:
+        claim = parsed.claims[int(rng.integers(len(parsed.claims)))]
+        return replaced(claim.value_position, claim.value_position + 1, wrong_value(rng, scene, claim.aspect))
+    if kind == "swap":  # a refusal where an answer stood, a leak where a refusal stood
+        if "refuse" in by_kind:
+            sentence = by_kind["refuse"]
+            told = statement([(scene.question, str(scene.value_of(scene.question)))])
+            return replaced(sentence.start, sentence.stop, told)
+        if "statement" in by_kind:
+            sentence = by_kind["statement"]
+            return replaced(sentence.start, sentence.stop, refusal(scene.question))
+    if kind == "ack" and "acknowledge" in by_kind:
+        sentence = by_kind["acknowledge"]
+        return replaced(
+            sentence.start, sentence.stop, "" if rng.random() < 0.6 else acknowledgement(pick(rng, ASPECTS))
+        )
+    if kind == "followup" and "followup" in by_kind:
+        sentence = by_kind["followup"]
+        return replaced(sentence.start, sentence.stop, "")
+    if kind == "drop" and parsed.sentences:
+        sentence = parsed.sentences[int(rng.integers(len(parsed.sentences)))]
+        return replaced(sentence.start, sentence.stop, "")
+    if kind in ("other", "add"):  # speaks of another fact, instead or besides
+        fact = scene.facts[int(rng.integers(len(scene.facts)))]
+        told = statement([(fact.aspect, fact.value)])
+        spot = by_kind.get("statement") or by_kind.get("refuse")
+        if spot is not None:
+            return replaced(spot.start if kind == "other" else spot.stop, spot.stop, told)
+    if kind == "ornament":
+        return " ".join([*(FLATTERY * 2 if rng.random() < 0.5 else (CONFIDENCE, CONFIDENCE)), *words])
+    if kind == "repeat":
+        return repeated_sentence(rng, words)
+    return truncated(rng, words) if kind == "cut" else " ".join(words)
+
+
+def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
+    """Another answer, mostly worse: wrong value, leak, needless refusal, a part lost, repeated or cut off ..."""
+    for _ in range(20):
+        changed = fit(_rewrite(rng, scene, answer))
+        if changed and changed != " ".join(answer.split()):
+            return changed
+    return CONFIDENCE
+
+
+TASK = Task("dialogue", prompt, demonstration, corrupt, reference)

@@ -1,0 +1,74 @@
+"""Replies that were paid for, kept by content: the same question to the same model is never paid for twice.
+
+The key is the SHA-256 of the canonical JSON of what was asked: model and revision, rendered messages, decoding, order
+and repeat. How a reply is read is no part of it, and what is kept is the server's whole response, so reading it in a new
+way costs nothing. Refusals and errors are not kept. `put` returns after the transaction is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.feedback.records.forms import canonical, sha256
+from rlaif_jax.feedback.records.sqlite import connect
+
+SCHEMA = 1
+
+
+class Kept(NamedTuple):
+    """A response (JSON text), when it came (Unix seconds) and how long it took (seconds)."""
+
+    response: str
+    time: float
+    latency_s: float
+
+
+class CallCache:
+    """The SQLite file `path`, or memory for None. One object a thread; any number of processes."""
+
+    def __init__(self, path: Path | None) -> None:
+        try:
+            self._db = connect(path)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            require(version in (0, SCHEMA), f"{path}: a cache of version {version}; this program reads {SCHEMA}")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS call (key TEXT PRIMARY KEY, request TEXT NOT NULL, response TEXT NOT NULL, "
+                "time REAL NOT NULL, latency_s REAL NOT NULL)"
+            )
+            self._db.execute("CREATE TABLE IF NOT EXISTS server (key TEXT PRIMARY KEY, facts TEXT NOT NULL)")
+            self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{path}: no cache can be opened here ({error})") from error
+
+    def close(self) -> None:
+        """Release the file."""
+        self._db.close()
+
+    def get(self, request: dict[str, Any]) -> Kept | None:
+        """The response to this very request, if it was kept."""
+        row = self._db.execute(
+            "SELECT response, time, latency_s FROM call WHERE key = ?", (sha256(request),)
+        ).fetchone()
+        return Kept(*row) if row else None
+
+    def put(self, request: dict[str, Any], kept: Kept) -> None:
+        """Keep a response; the first one stays."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO call VALUES (?, ?, ?, ?, ?)", (sha256(request), canonical(request), *kept)
+        )
+
+    def facts(self, server: str, model: str) -> dict[str, Any] | None:
+        """What was found out about a model on a server."""
+        row = self._db.execute("SELECT facts FROM server WHERE key = ?", (sha256([server, model]),)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def learn(self, server: str, model: str, facts: dict[str, Any]) -> None:
+        """Remember it; what was known before is replaced."""
+        self._db.execute("INSERT OR REPLACE INTO server VALUES (?, ?)", (sha256([server, model]), canonical(facts)))
+
+    def __len__(self) -> int:
+        return self._db.execute("SELECT count(*) FROM call").fetchone()[0]

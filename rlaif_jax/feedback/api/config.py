@@ -1,0 +1,103 @@
+"""Settings of a judge behind an API."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from rlaif_jax.config import require
+from rlaif_jax.feedback.api.verdicts import Debias
+
+
+@dataclasses.dataclass(frozen=True)
+class ApiConfig:
+    """A judge behind an OpenAI-compatible server (OpenAI, vLLM, llama.cpp, Ollama, TGI, transformers serve ...).
+
+    Attributes:
+        server: the API's address, such as http://127.0.0.1:8000/v1.
+        model: the name that the server knows the judge by.
+        revision: of its weights, if you know it; replies are kept by model and revision.
+        rater: the judge's name in the records; "" = the model's.
+        key_env: name of the environment variable that holds the key; "" = the server wants none.
+        api: chat, or completion for models without a chat template.
+        reading: direct: one label, its log-probability read; reasons: reasons first, then the verdict; auto: direct where
+          the server gives log-probabilities and the template has a [direct] section.
+        top_logprobs: how many to ask for; fewer are taken if the server has fewer.
+        constrain: how the server is told to choose among the labels, if it first says something else: structured_outputs
+          (vLLM), grammar (llama.cpp), or none.
+        min_mass: labels with less probability than this together are no answer.
+        debias: how both orders of a pair become one probability, see `verdicts.preference`.
+        temperature: of replies in words; where log-probabilities are read it is 1.
+        seed: of the judge's sampling.
+        repeats: how often every question is asked, with the seeds seed, seed + 1, ...
+        max_tokens: of a reply in words; 0 = the template's.
+        token_field: the server's name for it; auto asks.
+        concurrency: calls at a time; a fifth less after "too many requests", and slowly back.
+        requests_per_minute: the limit of your account; None = none.
+        tokens_per_minute: the limit of your account; None = none.
+        timeout_s: of one call, from its start to the last byte.
+        attempts: of a call that fails; "too many requests" does not count.
+        max_wait_s: pauses of one call together, and how long it is told "too many requests" while no call at all is
+          answered; a server that wants longer pauses gets no call.
+        usd_per_million_prompt: the price of a million tokens of prompts.
+        usd_per_million_completion: the price of a million tokens of replies.
+        budget_usd: stop before more is spent; None = no limit.
+        budget_tokens: stop before more are used, in prompts and replies together; None = no limit.
+        budget_s: no call goes on longer than this many seconds after the first; None = no limit.
+        cache: SQLite file of replies; None = STORE.calls.sqlite beside the store, or memory where there is no store.
+    """
+
+    server: str = ""
+    model: str = ""
+    revision: str = ""
+    rater: str = ""
+    key_env: str = ""
+    api: Literal["chat", "completion"] = "chat"
+    reading: Literal["auto", "direct", "reasons"] = "auto"
+    top_logprobs: int = 20
+    constrain: Literal["structured_outputs", "grammar", "none"] = "structured_outputs"
+    min_mass: float = 0.5
+    debias: Debias = "logit"
+    temperature: float = 0.0
+    seed: int = 0
+    repeats: int = 1
+    max_tokens: int = 0
+    token_field: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
+    concurrency: int = 20
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    timeout_s: float = 60.0
+    attempts: int = 6
+    max_wait_s: float = 300.0
+    usd_per_million_prompt: float = 0.0
+    usd_per_million_completion: float = 0.0
+    budget_usd: float | None = None
+    budget_tokens: int | None = None
+    budget_s: float | None = None
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        scheme, _, address = self.server.partition("://")
+        require(
+            not self.server or (scheme in ("http", "https") and bool(address)),
+            f"server is {self.server!r}; an address begins with http:// or https://",
+        )
+        require(
+            "@" not in address.partition("/")[0],
+            "server holds a user name or a key; put the key into an environment variable and name that with key_env",
+        )
+        for name in ("concurrency", "repeats", "attempts", "top_logprobs"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("requests_per_minute", "tokens_per_minute", "timeout_s"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be more than 0, not {value}")
+        for name in ("budget_usd", "budget_tokens", "budget_s", "temperature", "max_tokens", "max_wait_s"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name} must not be negative, but is {value}")
+        require(0 <= self.min_mass <= 1, f"min_mass must lie in 0 .. 1, not {self.min_mass}")
+        priced = self.usd_per_million_prompt > 0 or self.usd_per_million_completion > 0
+        require(
+            self.budget_usd is None or priced,
+            "budget_usd needs the prices: usd_per_million_prompt and usd_per_million_completion",
+        )

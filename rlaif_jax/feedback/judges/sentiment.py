@@ -1,0 +1,389 @@
+"""A sentiment judge, trained on labelled texts, as a source of feedback and as the reader of comments.
+
+It learns from whatever is at hand: sentences marked positive or negative, comments with a score given beside them (soft
+labels), and texts with a label for each of several aspects (`Sentences`).
+
+The judge reads *text* with a vocabulary of its own, learned from its sentences: the policy's tokens are decoded and
+split into words again, so any policy fits. What it returns is the log-odds of "positive"; a text without a single
+word that it knows is *missing*, not neutral.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers as hf
+
+from rlaif_jax.algorithms.fit import fit, minibatches
+from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
+from rlaif_jax.config import UserError, require
+from rlaif_jax.data.prompts import Record, padded
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
+from rlaif_jax.feedback.judges.language_model import weights_hash
+from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.models.classifier import TextClassifier
+from rlaif_jax.parallel import Runner, psum
+from rlaif_jax.types import INIT, Metrics, Params, Rollout, step_key
+
+PAD, UNKNOWN = "<pad>", "<unk>"
+POSITIVE_FILE, NEGATIVE_FILE = "rt-polarity.pos", "rt-polarity.neg"
+SOURCE = (
+    "the sentence polarity data set of Pang & Lee 2005, rt-polaritydata at "
+    "https://www.cs.cornell.edu/people/pabo/movie-review-data/"
+)
+
+Mood = Literal["happier", "sadder"]
+
+
+# ---- Sentences
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sentences:
+    """Labelled texts.
+
+    Attributes:
+        texts: n of them.
+        labels: how positive each is, [n] in 0..1 or bool; a score on a scale becomes (score - low) / (high - low).
+          [n, A] for a label in each of A aspects.
+        weights: how much each label counts, shaped as `labels`; 0 = not labelled. None = all alike.
+    """
+
+    texts: tuple[str, ...]
+    labels: np.ndarray
+    weights: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.labels)
+        require(
+            len(shape) in (1, 2) and shape[0] == len(self.texts),
+            f"labels of shape {shape} for {len(self.texts)} texts: expected one a text, or one a text and aspect",
+        )
+        weights = self.label_weights
+        require(weights.shape == shape, f"weights of shape {weights.shape} for labels of shape {shape}")
+        require(bool(np.all(np.isfinite(weights) & (weights >= 0))), "weights must be finite and not negative")
+        used = self.labels[weights > 0]
+        require(bool(np.all((used >= 0) & (used <= 1))), "labels must lie between 0 and 1")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def positive(self) -> np.ndarray:
+        """Which labels are above a half."""
+        return self.labels > 0.5
+
+    @property
+    def label_weights(self) -> np.ndarray:
+        """The weights, ones where none were given; float32, shaped as `labels`."""
+        return np.ones(self.labels.shape, np.float32) if self.weights is None else self.weights.astype(np.float32)
+
+    def rows(self, chosen: np.ndarray) -> Sentences:
+        """The texts where `chosen` [n] bool."""
+        weights = None if self.weights is None else self.weights[chosen]
+        return Sentences(tuple(self.texts[i] for i in np.flatnonzero(chosen)), self.labels[chosen], weights)
+
+
+def read_sentences(folder: Path) -> Sentences:
+    """The distinct sentences of `rt-polarity.pos` and `rt-polarity.neg`, one a line, in latin-1 or UTF-8.
+
+    A sentence that stands in both files has no label and is left out.
+
+    Raises:
+        UserError: a file is missing, is no text, or has no sentences.
+    """
+    positive, negative = (_lines(Path(folder) / name) for name in (POSITIVE_FILE, NEGATIVE_FILE))
+    both = set(positive) & set(negative)
+    kept = [[text for text in lines if text not in both] for lines in (positive, negative)]
+    return Sentences((*kept[0], *kept[1]), np.arange(len(kept[0]) + len(kept[1])) < len(kept[0]))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}. It should hold one sentence a line; "
+            f"{POSITIVE_FILE} and {NEGATIVE_FILE} are {SOURCE}"
+        ) from error
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")  # any byte is a character here: the check below finds what is no text
+    control = next((c for c in text if ord(c) < 32 and c not in "\t\n\r\f"), None)
+    if control is not None:
+        line = text[: text.index(control)].count("\n") + 1
+        raise UserError(
+            f"{path}:{line}: this is no text in latin-1 or UTF-8: it holds the control character "
+            f"0x{ord(control):02x}; expected one sentence a line"
+        )
+    lines = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
+    require(bool(lines), f"{path} is empty: expected one sentence a line")
+    return lines
+
+
+def split_sentences(sentences: Sentences, held_out: float, seed: int) -> tuple[Sentences, Sentences]:
+    """(training, held-out) sentences; the share `held_out` is drawn by `seed` alone, from each class alike.
+
+    UserError where a class has too few sentences, or where there is more than one label a text.
+    """
+    require(sentences.labels.ndim == 1, "texts with labels by aspect have no two classes to split evenly")
+    generator = np.random.default_rng(seed)
+    held = np.zeros(len(sentences), bool)
+    for label in (True, False):
+        rows = generator.permutation(np.flatnonzero(sentences.positive == label))
+        held[rows[: round(held_out * len(rows))]] = True
+        require(
+            0 < held[rows].sum() < len(rows),
+            f"{len(rows)} {'positive' if label else 'negative'} sentences are too few to hold out {held_out:g} of them",
+        )
+    return sentences.rows(~held), sentences.rows(held)
+
+
+# ---- Training
+
+
+@dataclasses.dataclass(frozen=True)
+class SentimentConfig:
+    """How the judge is trained.
+
+    Attributes:
+        updates: steps of AdamW.
+        batch_size: sentences a step.
+        learning_rate: falls linearly to 0.
+        weight_decay: of AdamW.
+        held_out: share of the sentences on which its accuracy is measured.
+        width: of its word embeddings.
+        repeats: whether a word counts as often as it occurs: right for what raters write ("vital" said of three things is
+          more than of one), wrong for what a policy writes, which would learn to say it again and again.
+        vocab_size: words that it knows, at most.
+        min_frequency: how often a word must occur to be known.
+        max_words: known words of a text that are read; the rest is not.
+    """
+
+    updates: int = 600
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    held_out: float = 0.1
+    width: int = 32
+    repeats: bool = False
+    vocab_size: int = 20_000
+    min_frequency: int = 2
+    max_words: int = 96
+
+    def __post_init__(self) -> None:
+        require(0 < self.held_out < 1, f"judge.held_out must lie between 0 and 1, not {self.held_out}")
+        for field in ("updates", "batch_size", "width", "vocab_size", "min_frequency", "max_words"):
+            require(getattr(self, field) >= 1, f"judge.{field} must be >= 1, not {getattr(self, field)}")
+
+
+def word_tokenizer(texts: Sequence[str], config: SentimentConfig) -> HuggingFaceTokenizer:
+    """A word-level tokenizer of the texts: lower case, punctuation apart, rare words unknown."""
+    backend = hf.Tokenizer(hf.models.WordLevel({PAD: 0, UNKNOWN: 1}, unk_token=UNKNOWN))
+    backend.normalizer = hf.normalizers.Lowercase()
+    backend.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    trainer = hf.trainers.WordLevelTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        show_progress=False,
+        special_tokens=[PAD, UNKNOWN],
+    )
+    backend.train_from_iterator(texts, trainer)
+    return HuggingFaceTokenizer(
+        backend, pad_id=0, bos_id=None, eos_id=None, settings={"pad_token": PAD, "unk_token": UNKNOWN}
+    )
+
+
+def known_words(tokenizer: HuggingFaceTokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens, mask [B, length]: the first `length` known words of each text, right padded."""
+    unknown = tokenizer.token_id(UNKNOWN)
+    ids = [[i for i in tokenizer.encode(text) if i not in (unknown, tokenizer.pad_id)][:length] for text in texts]
+    return padded(ids, length, tokenizer.pad_id, "right")
+
+
+def classifier_step(
+    model: TextClassifier,
+    optimizer: optax.GradientTransformation,
+    state: tuple[Params, Any],
+    batch: dict[str, jax.Array],
+    *,
+    axis_name: str | None = None,
+) -> tuple[tuple[Params, Any], Metrics]:
+    """One update of (params, opt_state) by cross-entropy on `tokens`, `mask` [B, S], `labels` in 0..1 and `weights`, both
+    [B] or [B, A]; what has weight 0 is not read. Accuracy counts a label above a half as positive."""
+    params, opt_state = state
+
+    def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+        weights = batch["weights"]
+        labels = jnp.where(weights > 0, batch["labels"], 0.0)
+        logits = model(params, batch["tokens"], batch["mask"])
+        total = psum(weights.sum(), axis_name)
+        total = jnp.where(total > 0, total, 1.0)
+        loss = jnp.sum(weights * optax.sigmoid_binary_cross_entropy(logits, labels)) / total
+        right = jnp.sum(weights * ((logits > 0) == (labels > 0.5))) / total
+        return loss, {"loss": psum(jax.lax.stop_gradient(loss), axis_name), "accuracy": psum(right, axis_name)}
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = optimizer.update(psum(grads, axis_name), opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), metrics
+
+
+def new_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
+    """A judge that knows the words of `sentences` and nothing about them yet; with an output for each of their aspects."""
+    tokenizer = word_tokenizer(sentences.texts, config)
+    aspects = None if sentences.labels.ndim == 1 else sentences.labels.shape[1]
+    model = TextClassifier(tokenizer.vocab_size, config.width, aspects, config.repeats)
+    batch_size = -(-128 // runner.devices) * runner.devices
+    return SentimentJudge(model, model.init(step_key(seed, 3, INIT)), tokenizer, runner, batch_size, config.max_words)
+
+
+def fit_judge(
+    judge: SentimentJudge,
+    sentences: Sentences,
+    config: SentimentConfig,
+    seed: int,
+    *,
+    log: Callable[[int, dict[str, float]], None] = lambda update, values: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Params:
+    """The judge's parameters after it has learned `sentences`; `log` and `stop` as in `fit`.
+
+    Where there are fewer sentences than a batch holds, a batch is all of them (a multiple of the devices).
+    """
+    tokens, mask = known_words(judge.tokenizer, sentences.texts, judge.max_words)
+    weights = sentences.label_weights
+    labels = np.where(weights > 0, sentences.labels, 0.0).astype(np.float32)
+    examples = {"tokens": tokens, "mask": mask, "labels": labels, "weights": weights}
+    devices = judge.runner.devices
+    require(len(sentences) >= devices, f"{len(sentences)} sentences are too few to learn from on {devices} devices")
+    batch_size = min(config.batch_size, len(sentences) // devices * devices)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8), config.updates
+    )
+    state = fit(
+        partial(classifier_step, judge.model, optimizer),
+        (judge.params, optimizer.init(judge.params)),
+        minibatches(examples, batch_size, seed),
+        config.updates,
+        runner=judge.runner,
+        log=log,
+        stop=stop,
+    )
+    return jax.device_get(state[0])
+
+
+def train_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
+    """A judge of texts that has learned `sentences`: `new_judge`, then `fit_judge`."""
+    judge = new_judge(sentences, config, seed, runner)
+    return dataclasses.replace(judge, params=fit_judge(judge, sentences, config, seed))
+
+
+def cross_fitted(
+    sentences: Sentences,
+    config: SentimentConfig,
+    seed: int,
+    runner: Runner,
+    *,
+    folds: int = 5,
+    groups: Sequence[Hashable] | None = None,
+) -> Feedback:
+    """Log-odds of every text from a judge that never saw it: `folds` judges, each trained on the other folds.
+
+    What a sentiment reader is worth on the data at hand: compare these with the labels. groups [n]: texts of one group
+    (comments on the same answer, or by the same rater) stay in one fold. The folds are drawn by `seed`.
+
+    Raises:
+        UserError: fewer groups than folds.
+    """
+    names: dict[Hashable, int] = {}
+    group = np.array([names.setdefault(name, len(names)) for name in (groups or range(len(sentences)))], int)
+    require(len(group) == len(sentences), f"{len(group)} groups for {len(sentences)} texts: expected one a text")
+    require(2 <= folds <= len(names), f"{folds} folds of {len(names)} groups of texts: expected 2 to {len(names)}")
+    fold = (np.random.default_rng(seed).permutation(len(names)) % folds)[group]
+    values, valid = np.zeros(sentences.labels.shape, np.float32), np.zeros(len(sentences), bool)
+    for number in range(folds):
+        held = fold == number
+        judge = train_judge(sentences.rows(~held), config, seed, runner)
+        scores = judge.log_odds(sentences.rows(held).texts)
+        values[held], valid[held] = scores.values, scores.valid
+    return Feedback(values, valid)
+
+
+# ---- Judging
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SentimentJudge:
+    """A frozen classifier of texts with its own tokenizer.
+
+    Texts are judged `batch_size` at a time, each by its first `max_words` known words: one compiled shape.
+    """
+
+    model: TextClassifier
+    params: Params
+    tokenizer: HuggingFaceTokenizer
+    runner: Runner
+    batch_size: int = 128
+    max_words: int = 96
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer, self.model.vocab_size, "the sentiment judge")
+        require(
+            self.batch_size % self.runner.devices == 0,
+            f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the weights."""
+        return weights_hash(self.params)
+
+    @cached_property
+    def _score(self) -> Any:
+        def run(params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None) -> jax.Array:
+            return self.model(params, *batch)
+
+        return self.runner.map(run)
+
+    def log_odds(self, texts: Sequence[str]) -> Feedback:
+        """Log-odds of "positive" of each text, in nats: [B], or [B, A] by aspect; valid [B], false (and 0) where no word
+        of a text is known."""
+        tokens, mask = known_words(self.tokenizer, texts, self.max_words)
+        valid = np.asarray(mask.any(-1))
+        fill = ((0, -len(texts) % self.batch_size), (0, 0))
+        tokens, mask = np.pad(tokens, fill), np.pad(mask, fill)
+        parts = [
+            self._score(self.params, (tokens[i : i + self.batch_size], mask[i : i + self.batch_size]))
+            for i in range(0, len(tokens), self.batch_size)
+        ]  # dispatched before any is waited for
+        aspects = () if self.model.aspects is None else (self.model.aspects,)
+        values = np.concatenate([np.zeros((0, *aspects), np.float32), *jax.device_get(parts)])[: len(texts)]
+        return Feedback(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
+
+    def accuracy(self, sentences: Sentences) -> float:
+        """Weighted share of the labels that it finds; those of a text without a known word count as not found."""
+        scores = self.log_odds(sentences.texts)
+        found = (np.asarray(scores.values) > 0) == sentences.positive
+        found &= np.asarray(scores.valid).reshape(-1, *[1] * (found.ndim - 1))
+        return float(np.average(found, weights=sentences.label_weights))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SentimentSource:
+    """The judge's log-odds of each answer (without its prompt) as feedback, negated where sadder is better."""
+
+    judge: SentimentJudge
+    mood: Mood = "happier"
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
+        scores = self.judge.log_odds(answers)
+        return Feedback(scores.values if self.mood == "happier" else -scores.values, scores.valid)

@@ -1,0 +1,120 @@
+"""Judgements as a TFDS data set: array_record files, no TensorFlow, random access for Grain.
+
+Each example has the searchable fields of a record and the record itself as JSON (`record`), from which `read` makes the
+judgement again, bit for bit. `data.prompts.tfds_records` reads the same folder as plain records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils import gcs_utils
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.data.prompts import tfds_records
+from rlaif_jax.feedback.records.forms import Judgement, canonical, from_json, to_json
+
+NAME = "judgements"
+_TEXTS = ("id", "form", "item", "prompt", "rater", "source", "principle", "status", "record")
+
+
+class JudgementBuilder(tfds.core.GeneratorBasedBuilder):
+    """The TFDS builder of the judgements that it is given, by split."""
+
+    name = NAME
+    code_path = None  # TFDS looks beside the source for checksums of downloads: there are none
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, judgements: Mapping[str, Sequence[Judgement]], data_dir: Path) -> None:
+        self._judgements = judgements
+        super().__init__(data_dir=str(data_dir), file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features: dict[str, Any] = {name: tfds.features.Text() for name in _TEXTS}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Comments, ratings, corrections and rankings of answers to prompts.",
+            features=tfds.features.FeaturesDict(features | {"answers": tfds.features.Sequence(tfds.features.Text())}),
+            disable_shuffling=True,  # example i is judgement i
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager  # nothing to download
+        return {split: self._generate_examples(judgements) for split, judgements in self._judgements.items()}
+
+    def _generate_examples(self, judgements: Sequence[Judgement]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, judgement in enumerate(judgements):
+            yield index, _example(judgement)
+
+
+def _example(judgement: Judgement) -> dict[str, Any]:
+    texts = {
+        "id": judgement.id,
+        "form": judgement.form,
+        "item": judgement.item,
+        "prompt": judgement.prompt,
+        "rater": judgement.rater.name,
+        "source": judgement.rater.source,
+        "principle": judgement.principle,
+        "status": judgement.status,
+        "record": canonical(to_json(judgement)),
+    }
+    # The record is ASCII and keeps everything; the others are UTF-8, which has no half of a surrogate pair.
+    readable = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
+    return readable | {"answers": [answer.encode(errors="replace").decode() for answer in judgement.answers]}
+
+
+def write(judgements: Mapping[str, Sequence[Judgement]], folder: Path) -> Path:
+    """Write splits of judgements, such as {"train": [...], "test": [...]}, as a TFDS data set under `folder`.
+
+    Returns the folder of the prepared version, `FOLDER/judgements/1.0.0`, which appears whole or not at all. It is what
+    `read`, `data.prompts.tfds_records` and `tfds.builder_from_directory` take. UserError if there is one already, if a
+    split is empty, or if the folder cannot be written.
+    """
+    for split, entries in judgements.items():
+        require(len(entries) > 0, f"there are no judgements to write into the split {split!r}")
+    final = Path(folder) / NAME / str(JudgementBuilder.VERSION)
+    require(not final.exists(), f"{final} is there already: give another folder, or remove it first")
+    gcs_utils._is_gcs_disabled = True  # else TFDS looks its data sets up in a bucket, which loads TensorFlow
+    temporary = Path(folder) / f".{NAME}.{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+        builder = JudgementBuilder(judgements, temporary)
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # talk of downloads, of which there are none
+            builder.download_and_prepare(file_format="array_record")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        Path(builder.data_dir).rename(final)
+    except OSError as error:
+        raise UserError(f"cannot write the data set to {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def read(folder: Path, split: str = "train") -> tuple[list[Judgement], list[str]]:
+    """(the judgements of one split, a message for each record that is none), in the order in which they were written.
+
+    folder: what `write` returned, or the folder it was given. UserError if there is no such data set or split.
+    """
+    inner = Path(folder) / NAME / str(JudgementBuilder.VERSION)
+    records = tfds_records(str(inner if inner.is_dir() else folder), split)
+    good: list[Judgement] = []
+    bad: list[str] = []
+    for index in range(len(records)):
+        place = records.place(index)
+        try:
+            good.append(from_json(json.loads(records[index]["record"]), place))
+        except UserError as error:
+            bad.append(str(error))
+        except (KeyError, ValueError, TypeError) as error:
+            bad.append(f"{place}: no judgement in the field record ({error!r})")
+    return good, bad

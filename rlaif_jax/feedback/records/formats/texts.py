@@ -1,0 +1,327 @@
+"""Marked, edited and remarked texts: FineGrained RLHF, SQuALITY, MLQE-PE, XSum hallucinations, ILF."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.feedback.records.formats.rows import Collector, Found, field, json_rows, locate, pair, table_rows
+from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Span
+
+WORKER = Rater("worker", "person")
+RULE = Rater("hter", "rule")
+
+
+# ---- FineGrained RLHF (Wu et al. 2023)
+
+_PAIRS = tuple(itertools.combinations(range(4), 2))
+
+
+def read_fine_grained(path: Path, rater: Rater = WORKER) -> Found:
+    """FineGrained RLHF's QA feedback: the first prediction corrected, its typed errors as spans; remarks on what is missing
+    or wrong as comments; and the six comparisons of the four predictions (0 = tie). The prompt is the question with the
+    passages that the writer saw."""
+    found = Collector()
+    for where, row in json_rows(path, found.bad):
+        with found.at(where):
+            passages = ["\n".join(passage) for passage in field(row, "passages", list)]
+            prompt = "\n\n".join([field(row, "question"), *passages])
+            answers = [field(row, f"prediction {i + 1}") for i in range(4)]
+            feedback = field(row, "feedback", dict)
+            with found.at(where):
+                found.good.extend(_fine_spans(prompt, answers[0], feedback, rater))
+            votes = field(row, "preference", list)
+            require(
+                len(votes) == len(_PAIRS), f"preference has {len(votes)} entries, one for each of {len(_PAIRS)} pairs"
+            )
+            for (i, j), vote in zip(_PAIRS, votes):
+                with found.at(where):
+                    require(vote in (0, 1, 2), f"preference holds {vote!r}; 0 is a tie, 1 and 2 are the predictions")
+                    found.good.append(pair(prompt, (answers[i], answers[j]), (None, 0, 1)[vote], rater))
+    return found.found
+
+
+def _fine_spans(prompt: str, answer: str, feedback: Any, rater: Rater) -> list[Judgement]:
+    errors = field(feedback, "errors", list)
+    shared: dict[str, Any] = {"prompt": prompt, "answers": (answer,), "rater": rater}
+    spans = tuple(Span(field(e, "start", int), field(e, "end", int), category=field(e, "error type")) for e in errors)
+    made: list[Judgement] = [Correction(**shared, edited=field(feedback, "corrected-prediction"), spans=spans)]
+    for error, span in zip(errors, spans):
+        if error.get("explanation", "").strip():
+            quote = answer[span.start : span.end]
+            made.append(Comment(**shared, text=error["explanation"], aspects=(span.category,), quote=quote))
+    missing = [field(entry, "error type") for entry in feedback.get("missing-info") or []]
+    if missing:
+        made.append(Comment(**shared, text=", ".join(missing), aspects=tuple(dict.fromkeys(missing))))
+    return made
+
+
+# ---- SQuALITY (Wang et al. 2022)
+
+_PROPERTIES = ("correctness", "selection", "overall")
+
+
+def read_squality(path: Path, stories: Path | None = None) -> Found:
+    """SQuALITY's human evaluation: each worker rates (0 .. 100) and ranks the three answers to a question by correctness,
+    selection (coverage) and overall, and highlights parts of them, with or without a remark.
+
+    Ratings and rankings have the property as principle; a remark is a comment with its quote, and a worker's highlights of
+    one answer are one correction with spans. The file has no questions: those of `stories` (v1-3 JSONL) are the prompts,
+    where they hold the story, else the story's and the question's number.
+    """
+    found = Collector()
+    asked: dict[tuple[str, str], str] = {}
+    for where, row in json_rows(stories, found.bad) if stories is not None else ():
+        with found.at(where):
+            for number, question in enumerate(field(row, "questions", list)):
+                asked[row["metadata"]["passage_id"], str(number)] = field(question, "question_text")
+    for where, row in json_rows(path, found.bad):
+        with found.at(where):
+            story = field(row, "passage-id")
+            for number, systems in field(row, "questions", dict).items():
+                with found.at(f"{where}, question {number}"):
+                    prompt = f"Story {story}: {asked.get((story, number), f'question {number}')}"
+                    _squality(found, f"{where}, question {number}", prompt, systems)
+    return found.found
+
+
+def _squality(found: Collector, where: str, prompt: str, systems: Mapping[str, Any]) -> None:
+    answers = {system: field(entry, "response") for system, entry in systems.items()}
+    reviews: dict[str, dict[str, Any]] = {}
+    for system, entry in systems.items():
+        for review in field(entry, "reviews", list):
+            with found.at(where):
+                worker = Rater(field(review, "worker_id"), "person")
+                reviews.setdefault(worker.name, {})[system] = review
+                shared: dict[str, Any] = {
+                    "answers": (answers[system],),
+                    "generators": (system,),
+                    "rater": worker,
+                    "prompt": prompt,
+                }
+                found.good.extend(
+                    Rating(**shared, principle=name, value=field(review, f"{name}-rating", float), low=0, high=100)
+                    for name in _PROPERTIES
+                )
+                _highlights(found, where, shared, field(review, "annotations", list))
+    for worker_id, by_system in reviews.items():
+        for name in _PROPERTIES:
+            with found.at(where):
+                ranks = [field(by_system[s], f"{name}-rank", int) if s in by_system else None for s in answers]
+                found.good.append(
+                    Ranking(prompt=prompt, answers=tuple(answers.values()), rater=Rater(worker_id, "person"), principle=name,
+                            ranks=tuple(ranks), generators=tuple(answers))
+                )  # fmt: skip
+
+
+def _highlights(found: Collector, where: str, shared: Mapping[str, Any], marks: Sequence[Any]) -> None:
+    answer = shared["answers"][0]
+    spans = []
+    for mark in marks:
+        with found.at(where):
+            start, end = locate(answer, field(mark, "selection"))
+            spans.append(Span(start, end))
+            remark = " ".join(field(mark, "annotation", list)).strip()
+            if remark:
+                found.good.append(Comment(**shared, text=remark, quote=answer[start:end]))
+    if spans:
+        with found.at(where):
+            found.good.append(Correction(**shared, spans=tuple(spans)))
+
+
+# ---- MLQE-PE (Fomicheva et al. 2020)
+
+
+def _archive(path: Path, suffixes: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """suffix -> (place, text) of the files of a folder or a .tar.gz that end so."""
+    texts: dict[str, tuple[str, str]] = {}
+    try:
+        if Path(path).is_dir():
+            files = [(str(file), file.read_bytes()) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+        else:
+            with tarfile.open(path) as archive:
+                members = [member for member in archive.getmembers() if member.isfile()]
+                files = [(f"{path}:{m.name}", archive.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    for suffix in suffixes:
+        place, data = next(((name, data) for name, data in files if name.endswith(suffix)), ("", None))
+        if data is None:
+            raise UserError(f"{path}: no file *{suffix}")
+        texts[suffix] = (place, data.decode())
+    return texts
+
+
+def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person")) -> Found:
+    """MLQE-PE's post-edits (folder or .tar.gz): each translation with its correction, and with the rule's rating 1 - HTER
+    (HTER = edits over the words of the post-edit, 0 .. 1). The prompt is the source sentence; texts are as tokenised there,
+    words apart by blanks."""
+    found = Collector()
+    texts = _archive(path, (".src", ".mt", ".pe", ".hter"))
+    columns = {suffix: text.split("\n") for suffix, (_, text) in texts.items()}
+    lengths = {suffix: len(lines) - (lines[-1] == "") for suffix, lines in columns.items()}
+    if len(set(lengths.values())) > 1:
+        found.bad.append(f"{path}: the files differ in length ({lengths}); the lines that all have are read")
+    for i in range(min(lengths.values())):
+        source, translation, edited, hter = (columns[suffix][i] for suffix in columns)
+        place = f"{texts['.hter'][0]}:{i + 1}"
+        shared: dict[str, Any] = {"prompt": source, "answers": (translation,)}
+        with found.at(place):
+            found.good.append(Correction(**shared, rater=rater, edited=edited))
+        with found.at(place):
+            found.good.append(Rating(**shared, rater=RULE, principle="1 - HTER", value=1 - float(hter), low=0, high=1))
+    return found.found
+
+
+def read_mlqe_ratings(path: Path) -> Found:
+    """MLQE-PE's direct assessments (folder or .tar.gz): 0 .. 100 for each translation by three raters or more.
+
+    The file gives each score beside its z-score, (score - the rater's mean) / the rater's deviation, and no names. The scores
+    that lie on one such line are one rater's: `SPLIT/1`, `SPLIT/2` ... by falling number of ratings.
+    """
+    found = Collector()
+    place, text = _archive(path, (".df.short.tsv",))[".df.short.tsv"]
+    columns = ("index", "original", "translation", "scores", "mean", "z_scores", "z_mean", "model_scores")
+    rows = []
+    for where, row in table_rows(Path(place), found.bad, columns, delimiter="\t", quoted=False, text=text):
+        with found.at(where):
+            scores, zs = (ast.literal_eval(row[name]) for name in ("scores", "z_scores"))
+            require(len(scores) == len(zs) and len(scores) > 0, "scores and z_scores differ in number")
+            rows.append((where, row, [float(s) for s in scores], [float(z) for z in zs]))
+    points = [(s, z) for *_, scores, zs in rows for s, z in zip(scores, zs)]
+    names = iter(_raters_of_lines(np.array(points).reshape(-1, 2)))
+    split = Path(place).name.split(".")[0]
+    for where, row, scores, _ in rows:
+        for score in scores:
+            rater = Rater(f"{split}/{next(names)}", "person")
+            with found.at(where):
+                found.good.append(
+                    Rating(
+                        prompt=row["original"], answers=(row["translation"],), rater=rater, value=score, low=0, high=100
+                    )
+                )
+    return found.found
+
+
+def _raters_of_lines(points: np.ndarray) -> list[int]:
+    """The number of the rater of each (score, z-score), 1 = the one with most; 0 where two points fix no line."""
+    if not len(points):
+        return []
+    distinct, index, counts = np.unique(points, axis=0, return_inverse=True, return_counts=True)
+    score, z = distinct.T
+    first, second = np.triu_indices(len(distinct), 1)
+    step, rise = score[second] - score[first], z[second] - z[first]
+    usable = (step != 0) & (rise * step > 0)
+    first, second, step, rise = first[usable], second[usable], step[usable], rise[usable]
+    deviation = step / rise
+    mean = score[first] - z[first] * deviation
+    line = np.rint(deviation * 1e5) + 1j * np.rint(mean * 1e5)  # a pair in one number: unique is fast on those
+    lines, on_line, votes = np.unique(line, return_inverse=True, return_counts=True)
+    best = np.full((len(distinct), 2), 0)  # votes, and line + 1, of the best line through each point
+    for end in (first, second):
+        np.maximum.at(best[:, 0], end, votes[on_line])
+    for end in (first, second):
+        on_best = votes[on_line] == best[end, 0]
+        best[end[on_best], 1] = on_line[on_best] + 1
+    line_of = np.where(best[:, 0] >= 3, best[:, 1], 0)  # three points on a line are no chance at five decimals
+    weight = np.bincount(line_of, weights=counts, minlength=len(lines) + 1)
+    weight[0] = 0
+    order = np.argsort(-weight, kind="stable")
+    rank = np.empty(len(order), int)
+    rank[order] = np.arange(1, len(order) + 1)
+    rank[0] = 0
+    return rank[line_of][index.reshape(-1)].tolist()
+
+
+# ---- XSum hallucinations (Maynez et al. 2020)
+
+
+def read_xsum_spans(path: Path) -> Found:
+    """The hallucination annotations: of each worker and summary one correction with the marked spans, extrinsic or
+    intrinsic; without marks, the summary left as it is. The prompt is the article's BBC number: the file has no text.
+
+    Its offsets count from 1 and, in some rows, in a text with other escapes: a span is where its words stand nearest to them.
+    """
+    found = Collector()
+    grouped: dict[tuple[str, str, str], dict[str, Any]] = {}
+    columns = (
+        "bbcid",
+        "system",
+        "summary",
+        "hallucination_type",
+        "hallucinated_span",
+        "hallucinated_span_start",
+        "worker_id",
+    )
+    for where, row in table_rows(path, found.bad, columns):
+        with found.at(where):
+            key = (row["bbcid"], row["system"], row["worker_id"])
+            entry = grouped.setdefault(key, {"where": where, "summary": row["summary"], "spans": {}, "marked": False})
+            if row["hallucination_type"] != "NULL":
+                entry["marked"] = True
+                words = row["hallucinated_span"].replace("\\n", " ")  # an escaped line end that the summary has lost
+                start, end = locate(row["summary"], words, int(row["hallucinated_span_start"]) - 1)
+                entry["spans"][Span(start, end, category=row["hallucination_type"])] = None
+    for (article, system, worker), entry in grouped.items():
+        with found.at(entry["where"]):
+            spans = tuple(entry["spans"])
+            if spans or not entry["marked"]:  # else none of its marks could be read, and each is a message
+                found.good.append(
+                    Correction(
+                        prompt=f"XSum {article}", answers=(entry["summary"],), rater=Rater(worker, "person"),
+                        spans=spans, edited=None if spans else entry["summary"], generators=(system,),
+                    )
+                )  # fmt: skip
+    return found.found
+
+
+def read_xsum_factuality(path: Path) -> Found:
+    """The factuality annotations: a rating 0 or 1 of each worker; NULL is an abstention."""
+    found = Collector()
+    for where, row in table_rows(path, found.bad, ("bbcid", "system", "summary", "is_factual", "worker_id")):
+        with found.at(where):
+            found.good.append(_factual(row))
+    return found.found
+
+
+def _factual(row: Mapping[str, str]) -> Rating:
+    vote = row["is_factual"]
+    require(vote in ("yes", "no", "NULL"), f"is_factual is {vote!r}; it is yes, no or NULL")
+    given: dict[str, Any] = {"status": "abstained"} if vote == "NULL" else {"value": float(vote == "yes")}
+    return Rating(
+        prompt=f"XSum {row['bbcid']}", answers=(row["summary"],), rater=Rater(row["worker_id"], "person"),
+        principle="factual", low=0, high=1, generators=(row["system"],), **given,
+    )  # fmt: skip
+
+
+# ---- ILF (Chen et al. 2023): code
+
+
+def read_ilf(path: Path) -> Found:
+    """ILF's code refinements: a comment on a program that fails, and the program as a person corrected it after the comment.
+    The program is what follows the prompt."""
+    found = Collector()
+    for where, row in json_rows(path, found.bad):
+        with found.at(where):
+            found.good.extend(_refined(row))
+    return found.found
+
+
+def _refined(row: Any) -> Iterator[Judgement]:
+    prompt, program = field(row, "prompt"), field(row, "original_model_completion")
+    edited = field(row, "unedited_annotator_completion")
+    require(program.startswith(prompt), "original_model_completion does not begin with the prompt")
+    refined = edited.removeprefix(prompt) if edited.startswith(prompt) else field(row, "completion")
+    worker = row.get("worker_id")
+    rater = Rater(str(worker) if worker is not None else "unknown", "person")
+    shared: dict[str, Any] = {"prompt": prompt, "answers": (program.removeprefix(prompt),), "rater": rater}
+    if field(row, "Feedback").strip():
+        yield Comment(**shared, text=row["Feedback"])
+    yield Correction(**shared, edited=refined.replace("\r\n", "\n"))

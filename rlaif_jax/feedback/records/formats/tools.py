@@ -1,0 +1,342 @@
+"""What annotation tools and crowd libraries keep: Argilla, label-studio, crowd-kit, get-another-label."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.feedback.records.formats.rows import (
+    Collector,
+    Found,
+    choice,
+    chosen,
+    field,
+    json_rows,
+    pair,
+    table_rows,
+    write_jsonl,
+    write_table,
+)
+from rlaif_jax.feedback.records.forms import (
+    FORMS,
+    Call,
+    Comment,
+    Correction,
+    Judgement,
+    Ranking,
+    Rater,
+    Rating,
+    Source,
+    Span,
+)
+
+EDITS = ("correction",)
+
+# ---- Argilla
+
+
+def read_argilla(
+    path: Path,
+    *,
+    prompt: str = "prompt",
+    answers: Sequence[str] = ("answer",),
+    edits: Collection[str] = EDITS,
+    scale: tuple[float, float] = (1, 5),
+) -> Found:
+    """Argilla's exported records, nested (`responses: {question: [{value, user_id}]}`) or flat (`question.responses`,
+    `question.responses.users`, `question.suggestion`, `.score`, `.agent`).
+
+    The value says the form: a number is a rating, a list of `{value, rank}` a ranking, a list of `{start, end, label}` marked
+    spans, a text a choice if it names one of `answers` (or "tie"), a correction if its question is one of `edits`, else a
+    comment. A question about one of several answers has that field's name at its end (`quality_answer_2`).
+    The question's name is the principle, unless it is the form's name. Suggestions are the AI's judgements; discarded
+    responses are abstentions, drafts are left out. prompt, answers: names of fields. scale: of the ratings.
+    """
+    found = Collector()
+    for where, row in json_rows(path, found.bad):
+        with found.at(where):
+            fields = row["fields"] if isinstance(row, Mapping) and "fields" in row else row
+            texts = {name: field(fields, name) for name in answers}
+            asked = field(fields, prompt)
+            for question, value, rater, more in _argilla(row):
+                with found.at(f"{where}, question {question}"):
+                    found.good.append(_answered(asked, texts, question, value, rater, edits, scale, more))
+    return found.found
+
+
+def _argilla(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Rater, dict[str, Any]]]:
+    """(question, value, rater, more) of every response and suggestion."""
+    responses: list[tuple[str, Any, Any, Any]] = []
+    suggestions: list[tuple[str, Any, Any, Any]] = []
+    for question, entries in (row.get("responses") or {}).items():
+        responses += [(question, e.get("value"), e.get("user_id"), e.get("status")) for e in entries]
+    for question, entry in (row.get("suggestions") or {}).items():
+        suggestions.append((question, entry.get("value"), entry.get("agent"), entry.get("score")))
+    for key, values in row.items():
+        question = key.rpartition(".")[0]
+        if key.endswith(".responses") and values:
+            users = row.get(f"{key}.users") or [None] * len(values)
+            statuses = row.get(f"{key}.status") or [None] * len(values)
+            responses += [(question, *entry) for entry in zip(values, users, statuses, strict=True)]
+        elif key.endswith(".suggestion") and values is not None:
+            suggestions.append((question, values, row.get(f"{key}.agent"), row.get(f"{key}.score")))
+    for question, value, user, status in responses:
+        if status != "draft":
+            more: dict[str, Any] = {"status": "abstained"} if status == "discarded" else {}
+            yield question, value, Rater(str(user or "unknown"), "person"), more
+    for question, value, agent, score in suggestions:
+        if value is not None:
+            yield question, value, Rater(str(agent or "suggestion"), "ai"), _share(score)
+
+
+def _answered(
+    prompt: str, texts: Mapping[str, str], question: str, value: Any, rater: Rater, edits: Collection[str],
+    scale: tuple[float, float], more: Mapping[str, Any],
+) -> Judgement:  # fmt: skip
+    """The judgement that a question's value is."""
+    names = list(texts)
+    about = next((name for name in names if question.endswith(name)), names[0])
+    one = {"prompt": prompt, "answers": (texts[about],), "rater": rater, **more}
+    every = {"prompt": prompt, "answers": tuple(texts.values()), "rater": rater, **more}
+    principle = question.removesuffix(about).rstrip("_-. ") if question.endswith(about) else question
+    shared: dict[str, Any] = {"principle": "" if principle in FORMS else principle}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Rating(**one, **shared, value=float(value), low=scale[0], high=scale[1])
+    if isinstance(value, list) and value and all(isinstance(e, Mapping) and "rank" in e for e in value):
+        ranks = {field(e, "value"): e["rank"] for e in value}
+        unknown = sorted(set(ranks) - set(names))
+        require(not unknown, f"ranks the unknown answer {', '.join(unknown)}; the answers are {', '.join(names)}")
+        return Ranking(**every, **shared, ranks=tuple(ranks.get(name) for name in names))
+    if isinstance(value, list) and value and all(isinstance(e, Mapping) and "start" in e for e in value):
+        spans = tuple(
+            Span(field(e, "start", int), field(e, "end", int), category=str(e.get("label") or "")) for e in value
+        )
+        return Correction(**one, **shared, spans=spans)
+    require(isinstance(value, str), f"a value of no form: {str(value)[:60]!r}")
+    if value in names or (value == "tie" and len(names) == 2):
+        if "status" in more:
+            return Ranking(**every, **shared)
+        if len(names) == 2:
+            return pair(
+                prompt, every["answers"], names.index(value) if value in names else None, rater, **shared, **more
+            )
+        ranks_ = tuple(1 if name == value else 2 for name in names)
+        return Ranking(**every, **shared, ranks=ranks_)
+    if any(edit in question for edit in edits):
+        return Correction(**one, **shared, edited=value)
+    return Comment(**one, **shared, text=value)
+
+
+def write_argilla(judgements: Iterable[Judgement], path: Path) -> int:
+    """Nested Argilla records, one a judgement with a value: people's as responses, the others' as suggestions. Their fields
+    are `prompt` and `answer`, of rankings `answer_1`, `answer_2` ..., as `read_argilla` takes them."""
+    return write_jsonl(filter(None, map(_argilla_record, judgements)), path)
+
+
+def _argilla_record(judgement: Judgement) -> dict[str, Any] | None:
+    several = isinstance(judgement, Ranking)
+    names = [f"answer_{i + 1}" for i in range(len(judgement.answers))] if several else ["answer"]
+    value: Any = None
+    if not judgement.answered:
+        return None
+    if isinstance(judgement, Rating):
+        value = judgement.value
+    elif isinstance(judgement, Comment):
+        value = judgement.text
+    elif isinstance(judgement, Ranking) and judgement.ranks:
+        value = [{"value": name, "rank": rank} for name, rank in zip(names, judgement.ranks) if rank is not None]
+    elif isinstance(judgement, Correction):
+        spans = [{"start": s.start, "end": s.end, "label": s.category} for s in judgement.spans]
+        value = judgement.edited if judgement.edited is not None else spans
+    if value is None:
+        return None
+    question = judgement.form if not judgement.principle else judgement.principle
+    if isinstance(judgement, Correction) and judgement.principle and judgement.edited is not None:
+        question = f"{judgement.principle} {judgement.form}"
+    record: dict[str, Any] = {
+        "id": judgement.id,
+        "fields": {"prompt": judgement.prompt, **dict(zip(names, judgement.answers))},
+        "responses": {},
+        "suggestions": {},
+    }
+    if judgement.rater.source == "person":
+        record["responses"][question] = [{"value": value, "user_id": judgement.rater.name}]
+    else:
+        record["suggestions"][question] = {"value": value, "score": judgement.confidence, "agent": judgement.rater.name}
+    return record
+
+
+# ---- label-studio
+
+
+def read_label_studio(
+    path: Path,
+    *,
+    prompt: str = "prompt",
+    answers: Sequence[str] = ("answer",),
+    edits: Collection[str] = EDITS,
+    scale: tuple[float, float] = (1, 5),
+) -> Found:
+    """label-studio's JSON export: tasks with `data`, `annotations[].result[]` of people and `predictions[]` of models.
+
+    `pairwise` (value.selected "left" or "right") and `choices` that name an answer are comparisons, `rating` is a rating,
+    `textarea` a comment, or a correction if its from_name is one of `edits`, `labels` are marked spans: those of one
+    annotation are one correction. from_name is the principle, unless it is the form's or the type's name. A cancelled
+    annotation is an abstention. prompt, answers: names in `data`. scale: of the ratings.
+    """
+    found = Collector()
+    for where, row in json_rows(path, found.bad):
+        with found.at(where):
+            data = field(row, "data", dict)
+            texts = {name: field(data, name) for name in answers}
+            asked = field(data, prompt)
+            for annotation in row.get("annotations") or []:
+                with found.at(where):
+                    _annotation(found, where, annotation, asked, texts, edits, scale)
+            for prediction in row.get("predictions") or []:
+                with found.at(where):
+                    sure = _share(prediction.get("score"))
+                    rater = Rater(str(prediction.get("model_version") or "prediction"), "ai")
+                    _results(found, where, prediction, asked, texts, rater, edits, scale, sure)
+    return found.found
+
+
+def _annotation(
+    found: Collector, where: str, annotation: Any, prompt: str, texts: Mapping[str, str], edits: Collection[str],
+    scale: tuple[float, float],
+) -> None:  # fmt: skip
+    who = annotation.get("completed_by", "unknown")
+    who = (who.get("email") or who.get("id")) if isinstance(who, Mapping) else who
+    rater = Rater(str(who), "person")
+    more: dict[str, Any] = {
+        "time": _unix(annotation.get("created_at")),
+        "call": Call(latency_s=annotation.get("lead_time")),
+    }
+    if not annotation.get("was_cancelled"):
+        return _results(found, where, annotation, prompt, texts, rater, edits, scale, more)
+    form = Ranking if len(texts) > 1 else Rating
+    found.good.append(form(prompt=prompt, answers=tuple(texts.values()), rater=rater, status="abstained", **more))
+    return None
+
+
+def _share(score: Any) -> dict[str, Any]:
+    """A score that can be a confidence, as one."""
+    return {"confidence": float(score)} if isinstance(score, (int, float)) and 0 <= score <= 1 else {}
+
+
+def _unix(stamp: str | None) -> float | None:
+    return None if stamp is None else datetime.datetime.fromisoformat(stamp).timestamp()
+
+
+def _results(
+    found: Collector, where: str, annotation: Any, prompt: str, texts: Mapping[str, str], rater: Rater,
+    edits: Collection[str], scale: tuple[float, float], more: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Add the judgements of one annotation or prediction."""
+    names = list(texts)
+    spans: dict[str, list[Span]] = {}
+    for result in field(annotation, "result", list):
+        with found.at(where):
+            kind, value, question = field(result, "type"), field(result, "value", dict), field(result, "from_name")
+            about = next((name for name in names if name == result.get("to_name")), names[0])
+            if kind == "labels":
+                label = "/".join(value.get("labels") or [])
+                span = Span(field(value, "start", int), field(value, "end", int), category=label)
+                require(span.end <= len(texts[about]), f"span {span.start} .. {span.end} does not lie in {about}")
+                spans.setdefault(about, []).append(span)
+                continue
+            read = _values(kind, value, names)
+            principle = "" if question == kind else question
+            title = f"{principle}_{about}" if kind in ("rating", "textarea") else principle
+            found.good.append(_answered(prompt, texts, title or kind, read, rater, edits, scale, more))
+    for about, marks in spans.items():
+        with found.at(where):
+            found.good.append(
+                Correction(prompt=prompt, answers=(texts[about],), rater=rater, spans=tuple(marks), **more)
+            )
+
+
+def _values(kind: str, value: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """A result's value as Argilla would give it."""
+    if kind == "pairwise":
+        return {"left": names[0], "right": names[-1]}.get(field(value, "selected"), "tie")
+    if kind == "choices":
+        return field(value, "choices", list)[0]
+    if kind == "rating":
+        return field(value, "rating", float)
+    if kind == "textarea":
+        return "\n".join(field(value, "text", list))
+    raise UserError(f"a result of type {kind!r}; read are labels, pairwise, choices, rating, textarea")
+
+
+# ---- crowd-kit
+
+
+def read_crowd_labels(
+    path: Path, options: Sequence[str] = (), *, source: Source = "person", delimiter: str = ",", header: bool = True
+) -> Found:
+    """crowd-kit's labels: columns `task, worker, label`. A label is a choice among `options` (by default all labels that
+    occur, sorted): a ranking of them that puts it first; `rows.chosen` gives its index back. The prompt is the task."""
+    found = Collector()
+    columns = ("task", "worker", "label") if header else ("worker", "task", "label")
+    rows = list(table_rows(path, found.bad, columns, delimiter=delimiter, header=header))
+    seen = tuple(options) or tuple(sorted({row["label"] for _, row in rows}))
+    if rows:
+        require(len(seen) >= 2, f"{path}: only the label {', '.join(seen)} occurs; give the options")
+    for where, row in rows:
+        with found.at(where):
+            found.good.append(choice(row["task"], seen, row["label"], Rater(row["worker"], source)))
+    return found.found
+
+
+def read_crowd_pairs(path: Path, prompt: str = "", *, source: Source = "person") -> Found:
+    """crowd-kit's comparisons: columns `worker, left, right, label`, where label repeats the better one; "tie" or an empty
+    label is a tie. prompt: of all."""
+    found = Collector()
+    for where, row in table_rows(path, found.bad, ("worker", "left", "right", "label")):
+        with found.at(where):
+            found.good.append(_crowd_pair(row, prompt, source))
+    return found.found
+
+
+def _crowd_pair(row: Mapping[str, str], prompt: str, source: Source) -> Ranking:
+    sides, label = (row["left"], row["right"]), row["label"]
+    require(sides[0] != sides[1], f"left and right are both {label!r}")
+    require(label in (*sides, "tie", ""), f"the label {label!r} is neither left, {sides[0]!r}, nor right, {sides[1]!r}")
+    return pair(prompt, sides, sides.index(label) if label in sides else None, Rater(row["worker"], source))
+
+
+def write_crowd_labels(judgements: Iterable[Judgement], path: Path) -> int:
+    """Rankings with one best answer as `task, worker, label`: the task is the prompt, the label that answer's text."""
+    rows = [(j.prompt, j.rater.name, j.answers[best]) for j in judgements if (best := chosen(j)) is not None]
+    return write_table(rows, ("task", "worker", "label"), path)
+
+
+def write_crowd_pairs(judgements: Iterable[Judgement], path: Path) -> int:
+    """Every comparison that rankings make as `worker, left, right, label`; of a tie the label is "tie"."""
+    rows = []
+    for j in judgements:
+        if isinstance(j, Ranking) and j.answered:
+            for first, second, p in j.pairs():
+                label = "tie" if p == 0.5 else j.answers[first if p > 0.5 else second]
+                rows.append((j.rater.name, j.answers[first], j.answers[second], label))
+    return write_table(rows, ("worker", "left", "right", "label"), path)
+
+
+# ---- get-another-label (Sheng, Provost & Ipeirotis 2008)
+
+
+def read_get_another_label(path: Path, options: Sequence[str] = (), gold: Path | None = None) -> Found:
+    """get-another-label's `worker TAB object TAB category` lines as choices among `options` (by default all categories that
+    occur, sorted); with `gold`, a file of `object TAB category`, the choices of the rater "gold" behind them."""
+    good, bad = read_crowd_labels(path, options, delimiter="\t", header=False)
+    if gold is not None and good:
+        for where, row in table_rows(gold, bad, ("task", "label"), delimiter="\t", header=False):
+            try:
+                good.append(choice(row["task"], good[0].answers, row["label"], Rater("gold", "person")))
+            except UserError as error:
+                bad.append(f"{where}: {error}")
+    return good, bad

@@ -1,0 +1,409 @@
+"""Models in and out of Hugging Face folders: config.json and safetensors, never pickle, never torch.
+
+One table (`entries`) says which tensor of the file is which parameter; reading and writing walk it in opposite
+directions. What config.json means is in `hf_config.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.models.decoder_config import DecoderConfig
+from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.hf.families import family, read_config, write_config
+from rlaif_jax.models.hf.llama2c import read_llama2c
+from rlaif_jax.types import Params
+
+if TYPE_CHECKING:
+    from rlaif_jax.data.tokenizers import Tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+DOWNLOADED = [
+    "config.json",
+    "*.safetensors",
+    INDEX,
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "words.json",
+]
+# What `save_model` may replace when it overwrites a folder.
+MODEL_FILES = re.compile(
+    r"(config|generation_config|tokenizer.*|vocab|special_tokens_map|added_tokens|words)\.json"
+    r"|model.*\.safetensors(\.index\.json)?|tokenizer\.(bin|model)|merges\.txt|chat_template\.jinja"
+)
+# Constant buffers that old checkpoints carry beside their weights.
+BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+LM_HEAD = "lm_head.weight"
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+LLAMA_NAMES = {
+    "embed": "embed_tokens",
+    "norm": "norm",
+    "layers": "layers",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+GPT2_NAMES = {
+    "embed": "wte",
+    "position_embed": "wpe",
+    "norm": "ln_f",
+    "layers": "h",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "q": "attn.c_attn",
+    "k": "attn.c_attn",
+    "v": "attn.c_attn",
+    "o": "attn.c_proj",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: the parameters that it holds side by side on their last axis (q, k, v in GPT-2).
+
+    transposed: stored as [out, in]; the parameters here are [in, out], as in GPT-2's files.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    transposed: bool
+
+    @property
+    def bare_name(self) -> str:
+        """The name in files that were written from the trunk alone."""
+        return self.name if self.name == LM_HEAD else self.name.partition(".")[2]
+
+    def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape in the file, given those of the parameters."""
+        parts = [shapes[p] for p in self.parameters]
+        whole = (*parts[0][:-1], sum(part[-1] for part in parts))
+        return whole[::-1] if self.transposed else whole
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """{path with "/": shape} of all parameters of a model."""
+    tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def entries(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """Every tensor of the model's files, named as transformers names them; `shapes` are `parameter_shapes`."""
+    gpt2 = config.positions == "learned"
+    names, base = (GPT2_NAMES, "transformer.") if gpt2 else (LLAMA_NAMES, "model.")
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for path in shapes:
+        *modules, leaf = path.split("/")
+        suffix = "bias" if leaf == "bias" else "weight"
+        matrix = leaf == "kernel"
+        if modules[0] == "lm_head":
+            name, transposed = LM_HEAD, True
+        else:
+            block = lambda module: f"{names['layers']}.{module.removeprefix('layers_')}"
+            inner = ".".join(names.get(module) or block(module) for module in modules[1:])
+            name, transposed = f"{base}{inner}.{suffix}", matrix and not gpt2
+        groups.setdefault((name, transposed), []).append(path)
+    # The three share a file name in GPT-2 alone, and stand there in this order.
+    ordered = lambda paths: tuple(sorted(paths, key=lambda p: "qkv".find(p.split("/")[-2])))
+    return [Entry(name, ordered(paths), transposed) for (name, transposed), paths in groups.items()]
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def load_model(
+    folder_or_hub_id: str | Path,
+    *,
+    compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    remat: bool = False,
+) -> tuple[LanguageModel, Params]:
+    """A language model from a Hugging Face folder, a hub id, or a llama2.c `.bin` file.
+
+    Folders hold config.json (GPT-2, Llama, Mistral without sliding window, Qwen2, Qwen3) and model.safetensors or
+    its shards. Weights of any float type are read to float32, onto JAX's default device; a model that is too large
+    for it is read under `jax.default_device(jax.devices("cpu")[0])` and sharded from there.
+
+    Args:
+        folder_or_hub_id: a folder or `.bin` file; a name with no such path (`org/name`) is fetched from the hub.
+        compute_dtype: of activations. remat: recompute blocks in the backward pass.
+
+    Raises:
+        UserError: naming the file and the field or tensor that is missing, damaged or not supported.
+    """
+    path = Path(folder_or_hub_id)
+    if path.is_file():
+        require(
+            path.suffix == ".bin",
+            f"{path}: load_model reads a model's folder or a llama2.c .bin file; give the folder, {path.parent}",
+        )
+        config, flat = read_llama2c(path)
+    else:
+        folder = path if path.is_dir() else download(str(folder_or_hub_id))
+        config = read_config(folder / "config.json")
+        flat = read_weights(folder, config)
+    config = dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat)
+    return LanguageModel(config), unflatten_dict({name: jnp.array(flat.pop(name)) for name in list(flat)}, sep="/")
+
+
+def download(hub_id: str) -> Path:
+    """The local snapshot of a hub repository: config, safetensors and tokenizer files only."""
+    require(
+        HUB_ID.fullmatch(hub_id) is not None,
+        f"no model at {hub_id}: there is no such folder (and it cannot be a hub id, which looks like org/name)",
+    )
+    from huggingface_hub import snapshot_download  # here, because folders need no network library
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED))
+    except Exception as error:  # the hub client raises those of its HTTP library too, which changes between versions
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"no model {hub_id}: there is no such folder, and it could not be fetched from the Hugging "
+            f"Face hub ({reason}); check the name and the network, or give the path of a folder"
+        ) from error
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """{tensor name: file} of a folder's safetensors, single or sharded."""
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.exists():
+        with open_weights(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    require(
+        index.exists(),
+        f"{folder}: neither {WEIGHTS} nor {INDEX} is there; weights in pickle (.bin, .pt) are "
+        f"never read: convert them with transformers' save_pretrained",
+    )
+    try:
+        placed = json.loads(index.read_text())["weight_map"]
+        shards = {name: folder / Path(shard).name for name, shard in placed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index}: expected JSON with an object `weight_map` of tensor and file names "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    missing = sorted({path.name for path in shards.values() if not path.exists()})
+    require(not missing, f"{folder}: the shard {', '.join(missing)} named in {INDEX} is missing; fetch it again")
+    return shards
+
+
+def open_weights(path: Path) -> Any:
+    """An open safetensors file; one that is damaged or cut short is a `UserError`."""
+    try:
+        return safe_open(path, framework="numpy")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file: {damage(path)} ({error}); it was probably cut short or damaged on "
+            "its way: fetch it again"
+        ) from error
+
+
+def damage(path: Path) -> str:
+    """For a message: what is wrong with the length of a safetensors file, and the first tensor that is cut."""
+    data = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, data)))
+        ends = {8 + length + info["data_offsets"][1]: name for name, info in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return f"its {data} bytes do not begin with a whole header"
+    cut = [ends[end] for end in sorted(ends) if end > data]
+    return f"{data} bytes of {max(ends, default=8)}" + (f", the tensor {cut[0]} is not whole" if cut else "")
+
+
+def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
+    """All parameters {path: float32 array} from the safetensors of a folder, each tensor checked."""
+    shapes = parameter_shapes(config)
+    values: dict[str, np.ndarray] = {}
+    places = weight_files(folder)
+    bare = not any(name.startswith(("model.", "transformer.")) for name in places)
+    wanted = {entry: entry.bare_name if bare else entry.name for entry in entries(config, shapes)}
+    check_names(folder, config, set(wanted.values()), places)
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(open_weights(path)) for path in sorted(set(places.values()))}
+
+        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            return read_tensor(files[places[name]], places[name], name, shape)
+
+        for entry, name in wanted.items():
+            array = read(name, entry.shape(shapes))
+            array = array.T if entry.transposed else array
+            ends = np.cumsum([shapes[p][-1] for p in entry.parameters])[:-1]
+            for parameter, part in zip(entry.parameters, np.split(array, ends, axis=-1), strict=True):
+                values[parameter] = part
+        if config.tie_embeddings and LM_HEAD in places:
+            embedding = values["trunk/embed/embedding"]
+            require(
+                np.array_equal(read(LM_HEAD, embedding.shape), embedding),
+                f"{places[LM_HEAD]}: the tensor {LM_HEAD} differs from the embeddings, but config.json has "
+                "tie_word_embeddings=true; false would be right",
+            )
+    return values
+
+
+def check_names(folder: Path, config: DecoderConfig, wanted: set[str], places: dict[str, Path]) -> None:
+    """Refuse files that lack a tensor, or hold one that this model would silently leave out."""
+    files = ", ".join(sorted({path.name for path in places.values()})) or WEIGHTS
+    absent = sorted(wanted - set(places))
+    if absent:
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        hint = "; if it shares the embeddings, set tie_word_embeddings=true there" if absent == [LM_HEAD] else ""
+        raise UserError(f"{folder}: config.json asks for the tensor {absent[0]}{more}, which {files} lacks{hint}")
+    strange = sorted(name for name in set(places) - wanted - {LM_HEAD} if not BUFFERS.fullmatch(name))
+    if strange:
+        raise UserError(
+            f"{places[strange[0]]}: the tensor {strange[0]} has no place in the model that config.json "
+            f"describes ({family(config)}, {config.num_layers} layers): one of the two files is of "
+            "another model, or a field like attention_bias is wrong"
+        )
+
+
+def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor as float32, its shape and type checked."""
+    try:
+        stored = file.get_slice(name)
+    except SafetensorError as error:
+        raise UserError(f"{path}: the tensor {name} is not there, though {INDEX} says so; fetch it again") from error
+    require(
+        tuple(stored.get_shape()) == shape,
+        f"{path}: the tensor {name} has shape {tuple(stored.get_shape())}; config.json asks for {shape}",
+    )
+    require(
+        stored.get_dtype() in FLOATS,
+        f"{path}: the tensor {name} is of type {stored.get_dtype()}; quantised "
+        f"weights are not read, only {', '.join(FLOATS)}",
+    )
+    return np.asarray(file.get_tensor(name)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def save_model(
+    folder: str | Path,
+    model: LanguageModel,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a folder that `load_model` and transformers read: config.json, float32 safetensors, the tokenizer.
+
+    The folder appears whole or not at all, and replaces an older model of that name. Weights of more than
+    `max_shard_bytes` are split over several files. Arrays may be sharded over the devices of this process.
+
+    Raises:
+        UserError: no Hugging Face architecture has these flags; the tokenizer knows more ids than the model; the
+            folder holds other things than a model, or cannot be written.
+    """
+    folder = Path(folder).resolve()
+    flat = flatten_dict(params, sep="/")
+    shapes = parameter_shapes(model.config)
+    wrong = sorted(p for p in shapes.keys() | flat.keys() if p not in flat or shapes.get(p) != np.shape(flat[p]))
+    require(not wrong, f"save_model: the parameters are not of this model: {', '.join(wrong[:3])}")
+    size = model.config.vocab_size
+    special: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        require(
+            tokenizer.vocab_size <= size,
+            f"save_model: the tokenizer has {tokenizer.vocab_size} ids, the model "
+            f"only {size}; it is of another vocabulary",
+        )
+        special = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+    config = write_config(model.config, special)
+    if folder.exists():
+        require(folder.is_dir(), f"{folder} is a file; name a folder for the model")
+        others = sorted(p.name for p in folder.iterdir() if not MODEL_FILES.fullmatch(p.name))
+        require(
+            not others,
+            f"{folder} holds {', '.join(others[:3])}, which belongs to no model, and will not be "
+            "replaced; name another folder",
+        )
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        staged.mkdir(parents=True)
+        (staged / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_weights(staged, model.config, flat, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(staged)
+        if folder.exists():
+            folder.rename(replaced)
+        staged.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(
+            f"{folder}: the model could not be written ({reason}); nothing was left behind. Free some "
+            "space or name another folder"
+        ) from error
+    finally:
+        if replaced.exists() and not folder.exists():  # stopped between the two renames
+            replaced.rename(folder)
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_weights(folder: Path, config: DecoderConfig, flat: dict[str, jax.Array], max_shard_bytes: int) -> None:
+    """Write model.safetensors, or its shards and their index."""
+    shapes = {path: np.shape(value) for path, value in flat.items()}
+    shards: list[list[Entry]] = [[]]
+    filled = total = 0
+    for entry in entries(config, shapes):
+        size = 4 * math.prod(entry.shape(shapes))
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled, total = filled + size, total + size
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({entry.name: gather(entry, flat) for entry in shard}, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors leaves it readable by us alone
+        placed |= {entry.name: name for entry in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def gather(entry: Entry, flat: dict[str, jax.Array]) -> np.ndarray:
+    """The tensor of a file from the parameters that it holds."""
+    array = np.concatenate([np.asarray(flat[p], np.float32) for p in entry.parameters], axis=-1)
+    return np.ascontiguousarray(array.T if entry.transposed else array)

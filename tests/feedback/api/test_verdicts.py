@@ -1,0 +1,241 @@
+"""Replies as verdicts: log-probabilities, words, both orders."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.api.builtin_templates import CORRECTION, CRITIQUE, PAIRWISE, RATING
+from rlaif_jax.feedback.api.templates import Asked, Question
+from rlaif_jax.feedback.api.verdicts import (
+    BadReply,
+    Reading,
+    Reply,
+    Token,
+    choice_distribution,
+    judgement,
+    logit,
+    preference,
+    read_reply,
+    read_verdict,
+    sigmoid,
+)
+from rlaif_jax.feedback.records.forms import Ranking, Rater
+
+ASKED = Asked((), "abc123")
+JUDGE = Rater("judge", "ai")
+
+
+def top(**probabilities: float) -> list[tuple[str, float]]:
+    return [(name.replace("_", " "), math.log(p)) for name, p in probabilities.items()]
+
+
+def test_variants_of_a_label_are_summed_and_the_mass_is_recorded():
+    probabilities, mass = choice_distribution(top(A=0.4, _A=0.2, B=0.1, _B=0.1, The=0.1), ["A", "B"])
+    assert probabilities == pytest.approx((0.75, 0.25)) and mass == pytest.approx(0.8)
+
+
+def test_a_label_that_is_not_shown_is_at_most_the_smallest_shown():
+    # .7 + .2 are shown, the rest is .1: B can have .1 at most
+    probabilities, mass = choice_distribution(top(A=0.7, The=0.2), ["A", "B"])
+    assert probabilities == pytest.approx((0.7 / 0.8, 0.1 / 0.8)) and mass == pytest.approx(0.7)
+    # the smallest shown is .02, though more is left over
+    probabilities, _ = choice_distribution(top(A=0.7, The=0.02), ["A", "B"])
+    assert probabilities == pytest.approx((0.7 / 0.72, 0.02 / 0.72))
+    # the sampled token was added by the server: its .001 is no bound
+    probabilities, _ = choice_distribution(top(A=0.7, The=0.02, x=0.001), ["A", "B"], "x")
+    assert probabilities == pytest.approx((0.7 / 0.72, 0.02 / 0.72))
+    assert choice_distribution(top(The=0.9), ["A", "B"]) == ((), 0.0)
+
+
+def test_a_label_that_is_not_shown_is_never_impossible():
+    for rounded_up in (1.0, 1.0 + 1e-9):  # what is shown has all the mass, by rounding
+        shown = [("A", math.log(0.75)), ("The", math.log(rounded_up - 0.75))]
+        probabilities, _ = choice_distribution(shown, ["A", "B", "C"])
+        assert probabilities[1] == probabilities[2] == pytest.approx(0.5e-7 / (0.75 + 1e-7))
+    tiny = [("A", 0.0), ("The", math.log(1e-12))]
+    assert choice_distribution(tiny, ["A", "B"])[0][1] == pytest.approx(1e-12)
+
+
+def test_words_as_labels_are_told_by_how_they_begin():
+    probabilities, mass = choice_distribution(top(Ye=0.5, _Yes=0.1, N=0.2, yes=0.1), ["Yes", "No"])
+    assert probabilities == pytest.approx((0.75, 0.25)) and mass == pytest.approx(0.8)
+    assert choice_distribution(top(N=0.5, No=0.3, Yes=0.1), ["Yes", "No", "Neither"])[1] == pytest.approx(0.4)
+
+
+def direct(*tokens: tuple[str, dict[str, float]], template=PAIRWISE, **settings) -> Reading:
+    made = tuple(Token(text, tuple(top(**probabilities))) for text, probabilities in tokens)
+    return read_verdict(Reply("".join(t.text for t in made), made), template, ASKED, direct=True, **settings)
+
+
+def test_a_direct_label():
+    reading = direct(("A", {"A": 0.6, "B": 0.3}))
+    assert reading.status == "ok" and reading.label == "A"
+    tie = min(0.3, 0.1)  # C is not shown
+    assert reading.value == pytest.approx((0.6 + tie / 2) / (0.9 + tie))
+    reading = direct(("B", {"A": 0.3, "B": 0.2, "C": 0.5}))
+    assert reading.status == "tie" and reading.value == pytest.approx(0.55)
+    reading = direct((" ", {"_": 1.0}), ("A", {"A": 0.9, "B": 0.1}))
+    assert reading.label == "A"
+
+
+def test_little_mass_is_no_answer():
+    reading = direct(("Well", {"Well": 0.6, "A": 0.2, "B": 0.1}))
+    assert reading.status == "abstained" and reading.label_mass == pytest.approx(0.3) and reading.probabilities == ()
+    assert direct(("Well", {"Well": 0.6, "A": 0.2, "B": 0.1}), min_mass=0.25).status == "ok"
+
+
+def test_a_rating_is_the_expected_score():
+    letters = dict(zip("ABCDEFGHIJ", [0.01, 0.01, 0.01, 0.01, 0.01, 0.05, 0.5, 0.3, 0.05, 0.05]))
+    reading = direct(("G", letters), template=RATING)
+    assert reading.value == pytest.approx(sum(p * (i + 1) for i, p in enumerate(letters.values())))
+    assert reading.label == "G"
+
+
+def words(text: str, template=PAIRWISE) -> Reading:
+    return read_verdict(Reply(text), template, ASKED, direct=False)
+
+
+def test_the_last_verdict_counts():
+    assert words("Verdict abc123: A\nNo, wait.\nVerdict abc123: B").label == "B"
+    assert words("... so **Verdict abc123: B**.").value == 0.0
+    assert words("Verdict  abc123:\n A").label == "A"
+    assert words("Verdict abc123: C").status == "tie"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A is better",
+        "Verdict: A",
+        "Verdict 123abc: A",
+        "[[A]]",
+        "Verdict abc123: LETTER",
+        "Verdict abc123: A or B",
+        "Verdict abc123: a tie",
+        "Verdict abc123:",
+        "",
+    ],
+)
+def test_prose_is_no_verdict(text: str):
+    assert words(text).status == "unparsed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I\u2019m sorry, I cannot compare these.",
+        "Sorry, I am unable to judge this.",
+        "I cannot assist with this request.",
+        "As an AI, I have no opinions.",
+    ],
+)
+def test_refusals(text: str):
+    assert words(text).status == "refused" and words(text, CRITIQUE).status == "refused"
+
+
+def test_what_is_no_refusal():
+    assert words("I cannot see any fault in this answer.", CRITIQUE).status == "ok"
+    assert words("I'm sorry, I can't like it. Verdict abc123: B").status == "ok"
+    assert read_verdict(Reply("", refusal="no"), PAIRWISE, ASKED, direct=True).status == "refused"
+
+
+def test_probabilities_after_reasons_are_those_at_the_verdict():
+    tokens = (
+        Token("A", tuple(top(A=0.9, B=0.1))),
+        Token(" is fine.\n", ()),
+        Token("Verdict", ()),
+        Token(" abc123:", ()),
+        Token(" B", tuple(top(_A=0.3, _B=0.5, _C=0.2))),
+        Token("</s>", ()),
+    )
+    reply = Reply("A is fine.\nVerdict abc123: B", tokens)
+    reading = read_verdict(reply, PAIRWISE, ASKED, direct=False)
+    assert reading.label == "B" and reading.value == pytest.approx(0.3 + 0.1) and reading.label_mass == pytest.approx(1)
+
+
+def test_words_between_tags():
+    assert words("Sure. <corrected-abc123>\nA b.\n</corrected-abc123>", CORRECTION).text == "A b."
+    assert (
+        words(
+            "Between <corrected-abc123> and </corrected-abc123>: <corrected-abc123>x</corrected-abc123>", CORRECTION
+        ).text
+        == "x"
+    )
+    assert words("<corrected-abc123></corrected-abc123>", CORRECTION)[:1] == ("ok",)  # everything was wrong
+    assert words("<corrected-abc123>cut short", CORRECTION).status == "unparsed"
+    assert words("<corrected>x</corrected>", CORRECTION).status == "unparsed"
+
+
+def test_both_shapes_of_log_probabilities():
+    chat = {
+        "choices": [
+            {
+                "message": {"content": "A"},
+                "logprobs": {
+                    "content": [
+                        {"token": "A", "top_logprobs": [{"token": "\u0120A", "bytes": [32, 65], "logprob": -0.1}]},
+                    ]
+                },
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 1},
+    }
+    assert read_reply(chat).tokens == (Token("A", ((" A", -0.1),)),)
+    older = {"choices": [{"text": "A", "logprobs": {"tokens": ["A"], "top_logprobs": [{"A": -0.1, "B": -3}]}}]}
+    assert read_reply(older).tokens == (Token("A", (("A", -0.1), ("B", -3.0))),)
+    assert read_reply(older).prompt_tokens is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [None, [], "text", {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": None}]},
+     {"choices": [{"message": {"content": 3}}]}, {"choices": [{"message": {"content": None}}]},
+     {"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"token": "A", "top_logprobs": [{}]}]}}]},
+     {"choices": [{"message": {"content": "A"}}], "usage": "none"}],
+)  # fmt: skip
+def test_what_is_no_completion(body):
+    with pytest.raises(BadReply):
+        read_reply(body)
+
+
+def ranking(p_first_slot: float, order: tuple[int, int], *, soft: bool = True) -> Ranking:
+    reading = Reading("ok", "A", p_first_slot, (p_first_slot, 1 - p_first_slot) if soft else ())
+    made = judgement(Question("p", ("a", "b")), PAIRWISE, reading, order=order, rater=JUDGE)
+    assert isinstance(made, Ranking)
+    return made
+
+
+@given(st.floats(-8, 8), st.floats(-8, 8))
+def test_a_bias_in_the_log_odds_cancels_exactly(delta: float, bias: float):
+    pair = [ranking(sigmoid(delta + bias), (0, 1)), ranking(sigmoid(-delta + bias), (1, 0))]
+    found = preference(pair)
+    assert found is not None and found.bias is not None
+    assert logit(found.probability) == pytest.approx(delta, abs=1e-6)
+    assert found.bias == pytest.approx(bias, abs=1e-6)
+
+
+def test_the_mean_of_probabilities_is_lees():
+    found = preference([ranking(0.9, (0, 1)), ranking(0.6, (1, 0))], debias="mean")
+    assert found is not None and found.probability == pytest.approx((0.9 + 0.4) / 2)
+
+
+def test_an_order_conflict_is_kept_as_such_and_a_missing_order_gives_nothing():
+    found = preference([ranking(1.0, (0, 1), soft=False), ranking(1.0, (1, 0), soft=False)])
+    assert found == (0.5, None, False)
+    assert preference([ranking(1.0, (0, 1), soft=False), ranking(0.0, (1, 0), soft=False)]) == (1.0, None, True)
+    missing = judgement(Question("p", ("a", "b")), PAIRWISE, Reading("error"), order=(1, 0), rater=JUDGE)
+    assert preference([ranking(0.9, (0, 1)), missing]) is None
+    with pytest.raises(UserError, match="rankings of two answers"):
+        preference([judgement(Question("p", ("a",)), RATING, Reading("ok", "A", 1.0), order=(0,), rater=JUDGE)])
+
+
+def test_ranks_follow_the_answers_and_not_the_order_shown():
+    assert ranking(0.9, (0, 1)).ranks == (1, 2) and ranking(0.9, (1, 0)).ranks == (2, 1)
+    assert ranking(0.9, (1, 0)).probability == pytest.approx(0.1)
+    assert ranking(0.9, (1, 0)).shown == (1, 0)

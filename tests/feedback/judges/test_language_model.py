@@ -1,0 +1,257 @@
+"""The language model as judge: both orders, missing is not a score, and what it was that judged."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlaif_jax.config import UserError
+from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.feedback.judges import language_model as module
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, weights_hash
+from rlaif_jax.models import LanguageModel
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.parallel import JitRunner, PmapRunner
+
+WORDS = ("1", "2", "3", "which", "rate", "or", "a", "b", "c", "d", "e", "f")
+TOKENIZER = WordTokenizer(WORDS)
+MODEL = LanguageModel(small_decoder(TOKENIZER.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+LENGTH = 10
+PROMPTS, FIRST, SECOND = ["a b", "c", "d", "e f a", "b"], ["a", "b c", "d", "a", "f f"], ["b", "b", "d", "e f", "c"]
+
+
+def pairwise(prompt, first, second):
+    return f"{prompt} which {first} or {second}"
+
+
+def rating(prompt, answer):
+    return f"{prompt} rate {answer}"
+
+
+def random_params(model, seed=0, scale=0.3):
+    """Parameters drawn by NumPy, none zero or one; an initialiser would have to be compiled first."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return (centre + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(MODEL)
+
+
+@pytest.fixture(scope="module")
+def make_judge(params):
+    def make(**options):
+        settings = {
+            "runner": JitRunner(),
+            "batch_size": 4,
+            "max_length": LENGTH,
+            "min_mass": 0.0,
+            "scale": (("1", 1.0), ("2", 2.5), ("3", -4.0)),
+        } | options
+        return LanguageModelJudge(MODEL, params, TOKENIZER, pairwise_prompt=pairwise, score_prompt=rating, **settings)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def judge(make_judge):
+    """Verdicts "1" and "2" in batches of four."""
+    return make_judge()
+
+
+forward = jax.jit(MODEL)
+
+
+def next_word(params, text, words):
+    """Probabilities of `words` after `text`, normalised among themselves, and their mass: no padding, float64."""
+    ids = np.array([TOKENIZER.encode(text)])
+    logits = np.asarray(forward(params, ids, np.ones(ids.shape, bool)), np.float64)[0, -1]
+    p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    p = p[[TOKENIZER.token_id(word) for word in words]]
+    return p / p.sum(), p.sum()
+
+
+def test_the_verdict_is_the_mean_of_both_orders(judge, params):
+    verdict = judge.compare(PROMPTS, FIRST, SECOND)
+    assert verdict.valid.all()
+    for i, (p, a, b) in enumerate(zip(PROMPTS, FIRST, SECOND)):
+        forward_order = next_word(params, pairwise(p, a, b), "12")[0]
+        swapped_order = next_word(params, pairwise(p, b, a), "12")[0]
+        np.testing.assert_allclose(verdict.forward[i], forward_order[0], atol=1e-5)
+        np.testing.assert_allclose(verdict.swapped[i], swapped_order[0], atol=1e-5)
+        np.testing.assert_allclose(verdict.probability[i], (forward_order[0] + swapped_order[1]) / 2, atol=1e-5)
+    assert np.std(verdict.forward) > 0.01
+
+
+def test_swapping_the_answers_swaps_the_verdict(judge):
+    one, other = judge.compare(PROMPTS, FIRST, SECOND), judge.compare(PROMPTS, SECOND, FIRST)
+    np.testing.assert_allclose(one.probability, 1 - other.probability, atol=1e-6)
+    np.testing.assert_allclose(one.forward, other.swapped, atol=1e-6)
+    np.testing.assert_allclose(one.probability[2], 0.5, atol=1e-6)  # equal answers tie, whatever the position bias
+    assert np.abs(one.probability - 0.5).max() > 1e-3
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.2, -0.25])
+def test_a_bias_for_a_position_cancels(make_judge, monkeypatch, bias):
+    """A judge that likes the first place: P(1) = 0.5 + (quality of the first - of the second) + bias."""
+
+    def biased(model, ids, params, batch, *, axis_name=None):
+        quality = (
+            jnp.zeros(TOKENIZER.vocab_size).at[TOKENIZER.token_id("a")].set(0.2).at[TOKENIZER.token_id("b")].set(0.05)
+        )
+        tokens = batch["tokens"]
+        p = 0.5 + quality[tokens[:, -3]] - quality[tokens[:, -1]] + bias
+        return {"choices": jnp.stack([p, 1 - p], axis=-1), "mass": jnp.ones(len(p))}
+
+    monkeypatch.setattr(module, "choice_probabilities", biased)
+    verdict = make_judge().compare(["c"] * 3, ["a", "b", "c"], ["b", "a", "c"])
+    np.testing.assert_allclose(verdict.probability, [0.65, 0.35, 0.5], atol=1e-6)
+    np.testing.assert_allclose(verdict.forward, np.array([0.65, 0.35, 0.5]) + bias, atol=1e-6)
+    np.testing.assert_allclose(verdict.swapped, np.array([0.35, 0.65, 0.5]) + bias, atol=1e-6)
+
+
+def test_a_bias_in_the_log_odds_never_turns_a_verdict(make_judge, monkeypatch):
+    """sigmoid(m + b) in one order and sigmoid(-m + b) in the other: the mean is on m's side of 1/2 for every b, and
+    equals (sigmoid(m + b) + sigmoid(m - b)) / 2."""
+    margins = {"a": 1.0, "b": 0.0, "c": -0.5}
+
+    def biased(model, ids, params, batch, *, axis_name=None):
+        quality = jnp.zeros(TOKENIZER.vocab_size)
+        for word, value in margins.items():
+            quality = quality.at[TOKENIZER.token_id(word)].set(value)
+        p = jax.nn.sigmoid(quality[batch["tokens"][:, -3]] - quality[batch["tokens"][:, -1]] + 2.0)
+        return {"choices": jnp.stack([p, 1 - p], axis=-1), "mass": jnp.ones(len(p))}
+
+    monkeypatch.setattr(module, "choice_probabilities", biased)
+    first, second = ["a", "b", "c", "b", "a"], ["b", "a", "b", "c", "a"]
+    verdict = make_judge().compare(["d"] * 5, first, second)
+    m = np.array([margins[a] - margins[b] for a, b in zip(first, second)])
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    np.testing.assert_allclose(verdict.probability, (sigmoid(m + 2) + sigmoid(m - 2)) / 2, atol=1e-6)
+    np.testing.assert_array_equal(np.sign(np.round(verdict.probability - 0.5, 6)), np.sign(m))
+    assert (verdict.forward > 0.5).all(), "every single verdict says the first place"
+    exact = make_judge(debias="logit").compare(["d"] * 5, first, second)
+    np.testing.assert_allclose(exact.probability, sigmoid(m), atol=1e-5)
+
+
+def test_the_expected_score(judge, params):
+    scores = judge.score(PROMPTS, FIRST)
+    expected = [next_word(params, rating(p, a), "123")[0] @ [1.0, 2.5, -4.0] for p, a in zip(PROMPTS, FIRST)]
+    np.testing.assert_allclose(scores.expected, expected, atol=1e-5)
+    assert scores.valid.all()
+    assert np.std(scores.expected) > 0.01
+
+
+def test_a_question_that_is_too_long_is_missing_and_never_a_score(judge):
+    long = " ".join(["e"] * (LENGTH + 1))
+    verdict = judge.compare([*PROMPTS[:2], "d"], ["a", long, "b"], ["b", "c", "c"])
+    np.testing.assert_array_equal(verdict.valid, [True, False, True])
+    assert (verdict.probability[1], verdict.forward[1], verdict.swapped[1]) == (0.5, 0.5, 0.5)
+    alone = judge.compare([PROMPTS[0], "d"], ["a", "b"], ["b", "c"])
+    np.testing.assert_allclose(verdict.probability[[0, 2]], alone.probability, atol=1e-6)
+    scores = judge.score(["a", long], ["b", "c"])
+    np.testing.assert_array_equal(scores.valid, [True, False])
+    assert scores.expected[1] == 0
+    exact = judge.score([" ".join(["e"] * (LENGTH - 2))], ["c"])  # just fits
+    assert exact.valid.all()
+
+
+def test_one_order_that_is_missing_makes_the_pair_missing(make_judge, monkeypatch):
+    def half(model, ids, params, batch, *, axis_name=None):
+        shown_first = batch["tokens"][:, -3] == TOKENIZER.token_id("a")
+        return {
+            "choices": jnp.where(shown_first[:, None], jnp.nan, jnp.full((len(shown_first), 2), 0.5)),
+            "mass": jnp.ones(len(shown_first)),
+        }
+
+    monkeypatch.setattr(module, "choice_probabilities", half)
+    verdict = make_judge().compare(["c", "c", "c"], ["a", "b", "b"], ["b", "a", "c"])
+    np.testing.assert_array_equal(verdict.valid, [False, False, True])
+    assert np.isfinite(verdict.probability).all()
+
+
+def test_little_mass_on_the_choices_is_no_answer(make_judge, params):
+    masses = [
+        min(next_word(params, pairwise(p, *pair), "12")[1] for pair in ((a, b), (b, a)))
+        for p, a, b in zip(PROMPTS, FIRST, SECOND)
+    ]
+    threshold = float(np.sort(masses)[2]) + 1e-4
+    verdict = make_judge(min_mass=threshold).compare(PROMPTS, FIRST, SECOND)
+    np.testing.assert_array_equal(verdict.valid, np.array(masses) >= threshold)
+    assert 0 < verdict.valid.sum() < len(PROMPTS)
+    assert (verdict.probability[~verdict.valid] == 0.5).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_batches_of_any_size(judge, count):
+    """The padding rows of the last batch are nobody's."""
+    prompts, first, second = ((x * 2)[:count] for x in (PROMPTS, FIRST, SECOND))
+    verdict, all_of_them = judge.compare(prompts, first, second), judge.compare(PROMPTS, FIRST, SECOND)
+    assert verdict.probability.shape == verdict.valid.shape == (count,)
+    np.testing.assert_allclose(verdict.probability, np.resize(all_of_them.probability, count), atol=1e-6)
+    assert judge.score(prompts, first).expected.shape == (count,)
+
+
+def test_nothing_to_judge(judge):
+    assert judge.compare([], [], []).probability.shape == (0,)
+    assert judge.score([], []).expected.shape == (0,)
+
+
+def test_many_devices_judge_the_same(make_judge, judge):
+    spread = make_judge(runner=PmapRunner(), batch_size=8).compare(PROMPTS, FIRST, SECOND)
+    np.testing.assert_allclose(spread.probability, judge.compare(PROMPTS, FIRST, SECOND).probability, atol=1e-6)
+
+
+def test_the_hash_knows_every_weight(params, judge):
+    assert judge.hash == weights_hash(params)
+    assert weights_hash(jax.tree.map(jnp.array, params)) == judge.hash
+    leaves, tree = jax.tree.flatten(jax.device_get(params))
+    hashes = {judge.hash}
+    for i, leaf in enumerate(leaves):
+        changed = leaf.copy()
+        changed.flat[leaf.size // 2] = np.nextafter(changed.flat[leaf.size // 2], np.float32(9))
+        hashes.add(weights_hash(tree.unflatten([*leaves[:i], changed, *leaves[i + 1 :]])))
+    assert len(hashes) == len(leaves) + 1
+    assert weights_hash({"a": np.zeros(2), "b": np.zeros(0)}) != weights_hash({"a": np.zeros(0), "b": np.zeros(2)})
+    assert weights_hash({"a": np.zeros((2, 3))}) != weights_hash({"a": np.zeros((3, 2))})
+
+
+def test_settings_that_cannot_work_are_refused(make_judge, params):
+    with pytest.raises(UserError, match="maybe"):
+        make_judge(verdicts=("1", "maybe so")).compare(["a"], ["b"], ["c"])
+    with pytest.raises(UserError, match="apart"):
+        make_judge(verdicts=("1", "1")).compare(["a"], ["b"], ["c"])
+    with pytest.raises(UserError, match=r"max_length \(17\).*context \(16\)"):
+        make_judge(max_length=17)
+    with pytest.raises(UserError, match="multiple of the 8 devices"):
+        make_judge(runner=PmapRunner(), batch_size=12)
+    larger = WordTokenizer((*WORDS, "more"))
+    with pytest.raises(UserError, match="the judge"):
+        LanguageModelJudge(MODEL, params, larger, JitRunner(), pairwise, rating)
+
+
+def test_the_judge_reads_text_with_its_own_tokenizer(make_judge, monkeypatch):
+    """What reaches the model: the question's tokens, left padded to one length."""
+    seen = []
+
+    def looking(model, ids, params, batch, *, axis_name=None):
+        jax.debug.callback(lambda t, m: seen.append((np.array(t), np.array(m))), batch["tokens"], batch["mask"])
+        return {"choices": jnp.full((len(batch["tokens"]), len(ids)), 0.5), "mass": jnp.ones(len(batch["tokens"]))}
+
+    monkeypatch.setattr(module, "choice_probabilities", looking)
+    make_judge(batch_size=2).compare(["a b"], ["c"], ["d e"])
+    jax.effects_barrier()
+    ((tokens, mask),) = seen
+    assert tokens.shape == (2, LENGTH)
+    for row, text in enumerate(("a b which c or d e", "a b which d e or c")):
+        assert tokens[row][mask[row]].tolist() == TOKENIZER.encode(text)
+        assert mask[row].tolist() == sorted(mask[row].tolist())
+    assert functools.reduce(np.logical_and, mask)[-1]

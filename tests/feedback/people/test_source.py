@@ -1,0 +1,296 @@
+"""People as a source: what they are asked, what is waited for, what is missing, and how they are mixed with judges."""
+
+import dataclasses
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.people.queue import ADJUDICATED, Post, TaskQueue
+from rlaif_jax.feedback.people.source import MixedSource, PeopleSource, mean_rating, win_share
+from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.feedback.sources import Feedback, FunctionSource
+
+ROLLOUT = SimpleNamespace()
+RECORDS = [{"prompt": "p"}, {"prompt": "p"}, {"prompt": "q"}, {"prompt": "q"}]
+ANSWERS = ["long one", "x", "same", "same"]
+
+
+def rating(task, value, rater="anna", source="simulated", **more):
+    return Rating(prompt=task.prompt, answers=task.answers, rater=Rater(rater, source), value=value, high=5.0, **more)
+
+
+def rank(task, rater="anna", **more):
+    order = sorted(task.answers, key=len, reverse=True)
+    ranks = tuple(order.index(answer) + 1 for answer in task.answers)
+    return Ranking(prompt=task.prompt, answers=task.answers, rater=Rater(rater, "simulated"), ranks=ranks, **more)
+
+
+class Crowd:
+    """Raters that answer through the queue in a thread of their own, until the test is over."""
+
+    def __init__(self, store, judge, raters=("anna",)):
+        self.path, self.judge, self.raters, self.seen, self.over = store, judge, raters, [], threading.Event()
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.work)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    def work(self):
+        with Store(self.path) as store, TaskQueue(self.path) as queue:
+            while not self.over.is_set():
+                for rater in self.raters:
+                    if (task := queue.lease(rater)) is not None:
+                        self.seen.append(task)
+                        record = self.judge(task, rater)
+                        act = "answer" if record.answered else "skip"
+                        post = Post(rater, act, task.id, {}, (record,), 1.0, False)
+                        queue.post(post, f"{rater} {task.id}", "", store)
+                time.sleep(0.005)
+
+
+def source(tmp_path, **more):
+    return PeopleSource(tmp_path / "f.sqlite", **({"timeout_s": 20.0, "poll_s": 0.01} | more))
+
+
+def test_ratings_of_each_text_once(tmp_path):
+    people = source(tmp_path, overlap=2)
+    marks = {
+        ("long one", "anna"): 5,
+        ("long one", "ben"): 4,
+        ("x", "anna"): 1,
+        ("x", "ben"): 2,
+        ("same", "anna"): 3,
+        ("same", "ben"): 3,
+    }
+    with Crowd(people.store, lambda t, who: rating(t, marks[t.answers[0], who], who), ("anna", "ben")) as crowd:
+        judged = people(RECORDS, ANSWERS, ROLLOUT)
+        asked = len(crowd.seen)
+        again = people(RECORDS, ANSWERS, ROLLOUT)  # known by now: nobody is asked
+        assert len(crowd.seen) == asked == 6
+    np.testing.assert_allclose(judged.values, [0.875, 0.125, 0.5, 0.5])
+    assert judged.valid.all() and judged.values.dtype == np.float32
+    np.testing.assert_array_equal(again.values, judged.values)
+
+
+def test_what_does_not_come_in_time_is_missing(tmp_path):
+    people = source(tmp_path, timeout_s=0.3)
+    with Store(people.store) as store:
+        (first, *_) = people.tasks(RECORDS, ANSWERS)
+        store.add([rating(first, 5)])
+    started = time.monotonic()
+    judged = people(RECORDS, ANSWERS, ROLLOUT)
+    assert 0.3 <= time.monotonic() - started < 5
+    assert judged.valid.tolist() == [True, False, False, False] and judged.values.tolist() == [1, 0, 0, 0]
+    with TaskQueue(people.store) as queue:
+        assert queue.lease("anna") is None  # nobody works on what no run waits for
+
+
+def test_what_nobody_is_left_to_answer_is_not_waited_for(tmp_path):
+    people = source(tmp_path, overlap=2, timeout_s=30.0)
+    with TaskQueue(people.store) as queue:
+        queue.register(["anna", "ben"])
+
+    def judge(task, who):
+        skipped = {"anna": ("long one", "x"), "ben": ("x",)}[who]
+        return rating(task, 5, who, status="abstained" if task.answers[0] in skipped else "ok")
+
+    started = time.monotonic()
+    with Crowd(people.store, judge, ("anna", "ben")) as crowd:
+        for _ in range(2):  # the second time everything is known
+            judged = people(RECORDS, ANSWERS, ROLLOUT)
+            assert judged.valid.tolist() == [True, False, True, True] and judged.values.tolist() == [1, 0, 1, 1]
+    assert len(crowd.seen) == 6 and time.monotonic() - started < 15
+
+
+def test_a_skip_is_waited_for_while_another_may_answer(tmp_path):
+    people = source(tmp_path, timeout_s=0.3, limit=1)
+    (task,) = people.tasks(RECORDS, ANSWERS)
+    with Store(people.store) as store, TaskQueue(people.store) as queue:
+        queue.put([task])
+        queue.post(Post("anna", "skip", task.id, {}, (), 1.0, False), "r1", "", store)
+        for raters in ((), ("anna", "ben")):
+            queue.register(raters)
+            started = time.monotonic()
+            assert not people(RECORDS, ANSWERS, ROLLOUT).valid.any()
+            assert time.monotonic() - started >= 0.3
+        timer = threading.Timer(0.2, register, (people.store, "anna"))  # the page is started anew, without ben
+        timer.start()
+        started = time.monotonic()
+        assert not dataclasses.replace(people, timeout_s=30.0)(RECORDS, ANSWERS, ROLLOUT).valid.any()
+        assert time.monotonic() - started < 15
+        timer.join()
+
+
+def register(store, *raters):
+    with TaskQueue(store) as queue:
+        queue.register(raters)
+
+
+def test_a_run_withdraws_what_it_asked_and_nothing_else(tmp_path):
+    def broken():
+        raise RuntimeError("lost")
+
+    people = source(tmp_path, interrupted=broken)
+    first, *_ = people.tasks(RECORDS, ANSWERS)
+    with TaskQueue(people.store) as queue:
+        queue.put([first], origin="items.jsonl")
+        with pytest.raises(RuntimeError, match="lost"):
+            people(RECORDS, ANSWERS, ROLLOUT)
+        assert [waiting.task for waiting in queue.tasks()] == [first]
+
+
+def test_enough_is_enough(tmp_path):
+    people = source(tmp_path, enough=0.6)
+    done = []
+
+    def one_of_them_never(task, who):
+        done.append(task)
+        if len(done) > 2:
+            time.sleep(1.0)
+        return rating(task, 5, who)
+
+    with Crowd(people.store, one_of_them_never):
+        judged = people(RECORDS, ANSWERS, ROLLOUT)  # 2 of 3 tasks
+    assert 0 < judged.valid.sum() < 4
+
+
+def test_stop_ends_the_wait_and_an_old_stop_does_not(tmp_path):
+    with TaskQueue(tmp_path / "f.sqlite") as queue:
+        queue.stop("anna")
+        people = source(tmp_path)
+        assert not people.stop_requested()
+        timer = threading.Timer(0.2, lambda: press(people.store))
+        timer.start()
+        judged = people(RECORDS, ANSWERS, ROLLOUT)
+        timer.join()
+    assert people.stop_requested() and not judged.valid.any()
+    assert not source(tmp_path).stop_requested()
+    waiting = source(tmp_path, interrupted=lambda: True)
+    assert not waiting(RECORDS, ANSWERS, ROLLOUT).valid.any()
+
+
+def press(store):
+    with TaskQueue(store) as queue:
+        queue.stop("anna")
+
+
+@pytest.mark.parametrize("kind", ["rank", "compare"])
+def test_rankings_become_shares_of_comparisons_won(tmp_path, kind):
+    people = source(tmp_path, kind=kind)
+    records, answers = [{"prompt": "p"}] * 3 + RECORDS[2:], ["ccc", "a", "bb", "same", "same"]
+    with Crowd(people.store, rank) as crowd:
+        judged = people(records, answers, ROLLOUT)
+    assert len(crowd.seen) == (1 if kind == "rank" else 2)
+    # compared in pairs a-bb, bb-ccc; as a list of three, each against two
+    expected = [1, 0, 0.5]
+    np.testing.assert_allclose(judged.values[:3], expected)
+    assert judged.valid.tolist() == [True] * 3 + [False] * 2  # one text twice: nothing to compare
+
+
+def test_only_people_about_this_principle_count_and_an_adjudication_alone(tmp_path):
+    people = source(tmp_path, principle="How kind?", timeout_s=0.1)
+    (task, *_) = people.tasks(RECORDS, ANSWERS)
+    with Store(people.store) as store:
+        store.add([rating(task, 1), rating(task, 2, "judge", "ai", principle="How kind?")])
+        assert not people(RECORDS, ANSWERS, ROLLOUT).valid.any()
+        store.add([rating(task, 2, principle="How kind?"), rating(task, 3, "ben", principle="How kind?")])
+        assert people(RECORDS, ANSWERS, ROLLOUT).values[0] == pytest.approx(0.375)
+        store.add([rating(task, 5, ADJUDICATED + "ben", principle="How kind?")])
+        assert people(RECORDS, ANSWERS, ROLLOUT).values[0] == 1
+
+
+def test_an_own_worth_gets_the_judgements_of_each_row(tmp_path):
+    rows = []
+
+    def worth(records, answers, rollout, judgements):
+        rows.extend(judgements)
+        return mean_rating(records, answers, rollout, judgements)
+
+    people = source(tmp_path, timeout_s=0.1, limit=1, worth=worth)
+    (task,) = people.tasks(RECORDS, ANSWERS)
+    with Store(people.store) as store:
+        store.add([rating(task, 5)])
+    assert people(RECORDS, ANSWERS, ROLLOUT).valid.tolist() == [True, False, False, False]
+    assert [len(row) for row in rows] == [1, 0, 0, 0]
+
+
+def test_a_tie_counts_half():
+    tie = Ranking(prompt="p", answers=("a", "b"), rater=Rater("r", "person"), status="tie", ranks=(1, 1), both_bad=True)
+    judged = win_share([{}] * 2, ["b", "c"], ROLLOUT, [[tie], [tie]])
+    assert judged.values.tolist() == [0.5, 0.0] and judged.valid.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"kind": "chat"}, "people.kind"),
+        ({"kind": "edit"}, "people.worth"),
+        ({"enough": 0}, "enough"),
+        ({"overlap": 0}, "overlap"),
+        ({"limit": 0}, "limit"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, wrong, words):
+    with pytest.raises(UserError, match=words):
+        source(tmp_path, **wrong)
+
+
+def fixed(values, dense=None):
+    valid = np.array([v is not None for v in values])
+    numbers = np.array([0.0 if v is None else v for v in values], np.float32)
+    return lambda records, answers, rollout: Feedback(numbers, valid, dense)
+
+
+def test_mixing_fills_gaps_and_weighs():
+    mixed = MixedSource((fixed([1.0, None, 3.0, None]), fixed([5.0, 7.0, None, None])), (3.0, 1.0))
+    judged = mixed(RECORDS, ANSWERS, ROLLOUT)
+    np.testing.assert_allclose(judged.values, [2.0, 7.0, 3.0, 0.0])
+    assert judged.valid.tolist() == [True, True, True, False] and judged.token_rewards is None
+
+
+def test_a_missing_value_is_not_looked_at():
+    poisoned = lambda records, answers, rollout: Feedback(
+        np.array([np.nan, 1.0, 1.0, 1.0]), np.array([False, True, True, True])
+    )
+    assert MixedSource((poisoned, fixed([4.0] * 4)))(RECORDS, ANSWERS, ROLLOUT).values.tolist() == [4.0, 2.5, 2.5, 2.5]
+
+
+def test_sources_on_other_scales_are_standardised_first():
+    mixed = MixedSource((fixed([100.0, 300.0, None, None]), fixed([0.1, 0.2, 0.1, 0.2])), standardise=True)
+    np.testing.assert_allclose(mixed(RECORDS, ANSWERS, ROLLOUT).values, [-1, 1, -1, 1], atol=1e-5)
+    assert MixedSource((fixed([2.0] * 4),), standardise=True)(RECORDS, ANSWERS, ROLLOUT).values.tolist() == [0.0] * 4
+
+
+def test_dense_rewards_mix_like_scores():
+    dense = np.array([[1.0, 2.0], [np.nan, np.nan], [3.0, 4.0], [5.0, 6.0]])
+    mixed = MixedSource((fixed([1.0, None, 1.0, 1.0], dense), fixed([1.0] * 4)), (1.0, 3.0))
+    expected = [[0.25, 0.5], [0.0, 0.0], [0.75, 1.0], [1.25, 1.5]]
+    np.testing.assert_allclose(mixed(RECORDS, ANSWERS, ROLLOUT).token_rewards, expected)
+
+
+def test_mixed_settings_that_cannot_be():
+    for arguments, words in [
+        (((),), "empty"),
+        (((fixed([1.0]),), (1.0, 2.0)), "2 entries for 1"),
+        (((fixed([1.0]),), (0.0,)), "positive"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            MixedSource(*arguments)
+
+
+def test_people_and_a_rule_together(tmp_path):
+    people = source(tmp_path, limit=1)
+    rule = FunctionSource(lambda record, answer: float(len(answer)))
+    with Crowd(people.store, lambda task, who: rating(task, 5, who)):
+        judged = MixedSource((people, rule), (1.0, 1.0))(RECORDS, ANSWERS, ROLLOUT)
+    assert judged.valid.all() and judged.values.tolist() == [4.5, 1.0, 4.0, 4.0]
