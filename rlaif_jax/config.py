@@ -13,7 +13,7 @@ class CheckFailed(RuntimeError):
     """The run contradicts what must hold of any correct run; its numbers would mean nothing."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Input that a person can mend: the message says what is wrong, where, and what would be right."""
 
 

@@ -113,9 +113,9 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise UserError(f"{path}: {error}") from error
         raise UserError(f"{path}: a check is a list of objects with question, options, answer ({error})") from error
 
 

@@ -211,7 +211,13 @@ class JudgeClient:
                 time=answers[-1].time,
                 call=_call(answers),
             )
-        except (CallFailed, BudgetSpent, ValueError, sqlite3.Error) as failed:  # of this question, not of all
+        except (
+            CallFailed,
+            BudgetSpent,
+            UserError,
+            ValueError,
+            sqlite3.Error,
+        ) as failed:  # of this question, not of all
             made = make(Reading("error"), raw=self._server.scrub(str(failed)), time=time.time())
         recorded: Judgement = await self._loop.run_in_executor(self._disk, self._recorder.record, made)
         if self._listener is not None:

@@ -83,7 +83,7 @@ def json_rows(path: Path, bad: list[str]) -> Iterator[tuple[str, Any]]:
             require(not damaged or not _no_text(text[position:end]), "no valid JSON (it holds bytes that are no UTF-8)")
             yield where, value
             position = end
-        except (ValueError, RecursionError) as error:
+        except (UserError, ValueError, RecursionError) as error:
             bad.append(f"{where}: {error if isinstance(error, UserError) else f'no valid JSON ({error})'}")
             following = text.find("\n", position)
             if following < 0:
