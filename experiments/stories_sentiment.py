@@ -45,7 +45,7 @@ from rlaif_jax.feedback.judges.sentiment import (
     split_sentences,
 )
 from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.models import LanguageModel, ScalarModel
+from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.hf.files import download, load_model, save_model
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner, make_runner
@@ -126,7 +126,7 @@ def get_config() -> StoriesConfig:
 class Storyteller(NamedTuple):
     """A pretrained model, its parameters and its tokenizer, whose `eos_id` is what really ends its stories."""
 
-    model: LanguageModel
+    model: CausalLM
     params: Params
     tokenizer: Tokenizer
 

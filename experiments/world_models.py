@@ -27,7 +27,7 @@ from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Reasoning
 from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder import with_recall_heads
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
@@ -106,8 +106,8 @@ class WorldModels:
     tokenizer: WordTokenizer = WordTokenizer(VOCABULARY[len(SPECIALS) :])
 
     @property
-    def model(self) -> LanguageModel:
-        return LanguageModel(
+    def model(self) -> CausalLM:
+        return CausalLM(
             small_decoder(
                 self.tokenizer.vocab_size,
                 num_layers=self.config.num_layers,

@@ -1,6 +1,6 @@
 """Many devices: a pure step is written once and run by one of two thin wrappers.
 
-`pmap`: the state on every device, the batch split over them, collectives named `AXIS`.
+`pmap`: the state is on every device, the batch is split over them, collectives are named `AXIS`.
 `shard`: `jax.jit` over a mesh ("data", "fsdp", "tensor"); the compiler places the collectives.
 
 A step is `step(state, batch, *, axis_name=None) -> (state, metrics)`; a map is `fn(replicated, batch) -> batch-shaped`.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +21,20 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlaif_jax.config import check_choices, require
+from rlaif_jax.models.base import COLUMN_AND_ROW, Rules
+from rlaif_jax.types import Metrics
 
 AXIS = "data"
 BATCH = PartitionSpec(("data", "fsdp"))  # a batch is split over both; tensor devices share their rows
-
-# The last two names of a parameter's path and the axes of its last two dimensions: Megatron's column/row split.
-_RULES = {
-    ("embed", "embedding"): ("tensor", "fsdp"),
-    ("lm_head", "kernel"): ("fsdp", "tensor"),
-    **{(name, "kernel"): ("fsdp", "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{(name, "kernel"): ("tensor", "fsdp") for name in ("o", "down")},
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """How the devices are used.
 
-    `pmap`: every device holds the whole state and a share of the batch (all local devices).
-    `shard`: a mesh of data x fsdp x tensor devices; parameters are split over fsdp and tensor. `data=0` takes what
-    fsdp and tensor leave.
+    Attributes:
+        mode: `pmap`: every local device holds the whole state and a share of the batch. `shard`: a mesh of
+            data x fsdp x tensor devices; parameters are split over fsdp and tensor.
+        data, fsdp, tensor: shape of the mesh; data=0 takes what fsdp and tensor leave.
     """
 
     mode: Literal["pmap", "shard"] = "pmap"
@@ -60,12 +54,12 @@ class ParallelConfig:
 
 
 def psum(x: Any, axis_name: str | None) -> Any:
-    """Sum over the devices of `axis_name`; the value itself without one."""
+    """Returns the sum over the devices of `axis_name`, or x itself where it is None."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """The mean of x where mask, over all devices: the sum of sums over the sum of counts; 0 where nothing is."""
+    """Returns the mean of x where mask, over all devices: sum of sums over sum of counts; 0 where no entry is valid."""
     total = psum(jnp.sum(jnp.where(mask, x, 0.0)), axis_name)
     return total / jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
 
@@ -73,9 +67,16 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis_name: str | None = None) -> 
 def masked_whiten(
     x: jax.Array, mask: jax.Array, axis_name: str | None = None, *, shift_mean: bool = True, eps: float = 1e-8
 ) -> jax.Array:
-    """(x - mean) / sqrt(var + eps) over the masked entries of all devices; with shift_mean=False the mean is added back.
+    """Returns (x - mean) / sqrt(var + eps) over the valid entries of all devices; masked entries become 0.
 
-    Masked entries become 0. One valid entry gives 0 (its variance is 0), not NaN.
+    One valid entry gives 0 (its variance is 0), not NaN.
+
+    Args:
+        x: any shape.
+        mask: of the same shape, true where x is valid.
+        axis_name: the mapped axis of the devices, or None.
+        shift_mean: False adds the mean back.
+        eps: added to the variance.
     """
     mean = masked_mean(x, mask, axis_name)
     variance = masked_mean((x - mean) ** 2, mask, axis_name)
@@ -84,7 +85,7 @@ def masked_whiten(
 
 
 def global_rows(batch: Any, rows: jax.Array, axis_name: str | None) -> Any:
-    """Rows [M] (indices into the global batch) of every array of `batch`, this device's share of them.
+    """Returns this device's share of rows [M] (indices into the global batch) of every array of `batch`.
 
     Under pmap the token arrays, which are small next to the model's activations, are gathered and each device takes
     its slice of the minibatch; under jit the result is marked as split over the mesh's batch axes.
@@ -97,28 +98,30 @@ def global_rows(batch: Any, rows: jax.Array, axis_name: str | None) -> Any:
 
 
 def over_mesh(batch: Any) -> Any:
-    """`batch` marked as split over the mesh's batch axes, where there is a mesh."""
+    """Returns `batch` marked as split over the mesh's batch axes, where the program has a mesh."""
     return jax.lax.with_sharding_constraint(batch, BATCH) if mesh_shares() > 1 else batch
 
 
 def mesh_shares() -> int:
-    """Into how many shares a batch is split within this very program: under `jax.jit` over a mesh data x fsdp, else 1
-    (pmap runs a program for each device's own share)."""
+    """Returns the number of batch shards that the current program sees: data x fsdp on a mesh, else 1.
+
+    pmap runs a program for each device's own share.
+    """
     shape = jax.sharding.get_abstract_mesh().shape
     return shape["data"] * shape["fsdp"] if "fsdp" in shape else 1
 
 
 def pmax(x: Any, axis_name: str | None) -> Any:
-    """Maximum over the devices of `axis_name`; the value itself without one."""
+    """Returns the maximum over the devices of `axis_name`, or x itself where it is None."""
     return x if axis_name is None else jax.lax.pmax(x, axis_name)
 
 
 def on_own_rows(fn: Callable[[Any, Any], Any], replicated: Any, batch: Any) -> Any:
-    """`fn(replicated, batch)`, whose result is split like the batch, on each device's own rows.
+    """Returns `fn(replicated, batch)`, computed on each device's own rows; the result is split like the batch.
 
-    Under `jax.jit` over a mesh every group of tensor devices runs `fn` by itself: what is split over "fsdp" is gathered
-    once, before; loops in `fn` end when this group's rows are done, and no row is sent anywhere. Elsewhere (one device,
-    pmap) it is `fn`. Matrices stay split over "tensor".
+    Under `jax.jit` over a mesh every group of tensor devices runs `fn` by itself: weights that are split over "fsdp" are
+    gathered once, before; loops in `fn` end when this group's rows are done, and no row is sent anywhere. Elsewhere (one
+    device, pmap) it is `fn`. Matrices stay split over "tensor".
     """
     if "fsdp" not in jax.sharding.get_abstract_mesh().axis_names:
         return fn(replicated, batch)
@@ -128,25 +131,38 @@ def on_own_rows(fn: Callable[[Any, Any], Any], replicated: Any, batch: Any) -> A
     return split(replicated, batch)
 
 
+S = TypeVar("S")
+B = TypeVar("B")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
 class Runner(Protocol):
-    """Runs pure functions on all devices. `devices` is the number of shares a batch is split into."""
+    """Runs pure functions on all devices.
+
+    Attributes:
+        devices: number of shards that a batch is split into.
+    """
 
     devices: int
 
-    def step(self, fn: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """Compile `fn(state, batch, *, axis_name)`; the state is donated."""
+    def step(self, fn: Callable[..., tuple[S, Metrics]]) -> Callable[..., tuple[S, Metrics]]:
+        """Compiles `fn(state, *replicated, batch, *, axis_name) -> (state, metrics)`; the state is donated."""
 
-    def map(self, fn: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-        """Compile `fn(replicated, batch, *, axis_name)`, whose result is split like the batch."""
+    def map(self, fn: Callable[..., T]) -> Callable[[R, B], T]:
+        """Compiles `fn(replicated, batch, *, axis_name)`, whose result is split like the batch."""
 
-    def place(self, state: Any) -> Any:
-        """Put a state where `step` wants it."""
+    def init(self, fn: Callable[..., S], *args: Any) -> S:
+        """Runs `fn(*args)`, which makes a state; the state comes out where `step` expects it, never whole on one device."""
 
-    def fetch(self, state: Any) -> Any:
-        """A state as a checkpoint keeps it: host arrays, or arrays split over the mesh."""
+    def place(self, state: S) -> S:
+        """Puts a state where `step` expects it."""
+
+    def fetch(self, state: S) -> S:
+        """Returns a state as a checkpoint keeps it: host arrays, or arrays split over the mesh."""
 
 
-def _divisible(batch: Any, devices: int) -> None:
+def _check_divisible(batch: Any, devices: int) -> None:
     rows = jax.tree.leaves(batch)[0].shape[0]
     require(
         rows % devices == 0,
@@ -156,9 +172,15 @@ def _divisible(batch: Any, devices: int) -> None:
 
 
 class pmap_step:
-    """`fn(state, batch, *, axis_name)` under `jax.pmap`: state replicated without a device axis, batch [B, ...] split.
+    """A pure function under `jax.pmap`: state replicated without a device axis, batch [B, ...] split over the devices.
 
-    out: "replicated" for steps (state and metrics are the same on every device), "split" for maps.
+    The last argument of the function is the batch, the others are replicated, the first is donated.
+
+    Args:
+        fn: `fn(*replicated, batch, *, axis_name)`.
+        devices: all local devices by default.
+        out: "replicated" for steps (state and metrics are equal on all devices), "split" for maps.
+        donate: whether the first argument's buffers may be reused.
     """
 
     def __init__(
@@ -166,30 +188,35 @@ class pmap_step:
         fn: Callable[..., Any],
         devices: list[jax.Device] | None = None,
         *,
-        out: str = "replicated",
+        out: Literal["replicated", "split"] = "replicated",
         donate: bool = True,
     ) -> None:
         self.devices = devices or jax.local_devices()
-        self._mapped = jax.pmap(
-            partial(fn, axis_name=AXIS),
-            axis_name=AXIS,
-            in_axes=(None, 0),
-            out_axes=None if out == "replicated" else 0,
-            devices=self.devices,
-            donate_argnums=(0,) if donate else (),
-        )
-        self._split = out != "replicated"
+        self._fn = partial(fn, axis_name=AXIS)
+        self._split = out == "split"
+        self._donate = (0,) if donate else ()
+        self._mapped: dict[int, Callable[..., Any]] = {}  # by the number of arguments
 
-    def __call__(self, state: Any, batch: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
+        *replicated, batch = arguments
         count = len(self.devices)
-        _divisible(batch, count)
+        _check_divisible(batch, count)
         batch = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
-        out = self._mapped(state, batch)
+        if len(arguments) not in self._mapped:
+            self._mapped[len(arguments)] = jax.pmap(
+                self._fn,
+                axis_name=AXIS,
+                in_axes=(*[None] * len(replicated), 0),
+                out_axes=0 if self._split else None,
+                devices=self.devices,
+                donate_argnums=self._donate,
+            )
+        out = self._mapped[len(arguments)](*replicated, batch)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out) if self._split else out
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh ("data", "fsdp", "tensor") over `devices` (default: all); data=0 takes what the others leave."""
+    """Returns a mesh ("data", "fsdp", "tensor") over `devices` (default: all); data=0 takes what the others leave."""
     devices = devices or jax.devices()
     data = data or len(devices) // (fsdp * tensor)
     require(
@@ -200,58 +227,93 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.D
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """The sharding of every array of a state: matrices by `_RULES` (optimiser moments like their parameter), all else
-    replicated. A dimension that its mesh axis does not divide stays whole."""
+def state_shardings(state: Any, mesh: Mesh, rules: Rules = COLUMN_AND_ROW) -> Any:
+    """Returns the sharding of every array of a state.
+
+    Matrices go by `rules` (optimiser moments like their parameter), everything else is replicated. A dimension that its
+    mesh axis does not divide stays whole.
+    """
 
     def one(path: tuple[Any, ...], x: Any) -> NamedSharding:
-        names = tuple(str(getattr(p, "key", getattr(p, "name", ""))) for p in path[-2:])
+        names = tuple(_name(key) for key in path[-2:])
         spec: list[str | None] = [None] * np.ndim(x)
-        if names in _RULES and np.ndim(x) >= 2:
-            for dim, axis in zip((-2, -1), _RULES[names]):
+        if names in rules and np.ndim(x) >= 2:
+            for dim, axis in zip((-2, -1), rules[names]):
                 spec[dim] = axis if x.shape[dim] % mesh.shape[axis] == 0 else None
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-class shard_step:
-    """`fn(state, batch, *, axis_name=None)` under `jax.jit` on a mesh: state by `state_shardings`, batch over data x fsdp."""
+def _name(key: Any) -> str:
+    """Returns the name of a path's entry: the key of a dict, the field of a dataclass; "" for a position."""
+    if isinstance(key, jax.tree_util.DictKey):
+        return str(key.key)
+    return key.name if isinstance(key, jax.tree_util.GetAttrKey) else ""
 
-    def __init__(self, fn: Callable[..., Any], mesh: Mesh, *, out: str = "replicated", donate: bool = True) -> None:
-        self.mesh, self._split = mesh, out != "replicated"
+
+class shard_step:
+    """A pure function under `jax.jit` on a mesh: state by `state_shardings`, batch split over data x fsdp.
+
+    Args:
+        fn: `fn(*replicated, batch, *, axis_name)`; the last argument is the batch, the first is donated.
+        mesh: the mesh.
+        rules: how matrices are split.
+        out: "replicated" for steps, whose result is (state, metrics); "split" for maps.
+        donate: whether the first argument's buffers may be reused.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        mesh: Mesh,
+        rules: Rules = COLUMN_AND_ROW,
+        *,
+        out: Literal["replicated", "split"] = "replicated",
+        donate: bool = True,
+    ) -> None:
+        self.mesh = mesh
         self._rows = NamedSharding(mesh, BATCH)
 
-        def run(state: Any, batch: Any) -> Any:
-            result = fn(state, batch, axis_name=None)
-            if self._split:
+        def run(*arguments: Any) -> Any:
+            result = fn(*arguments, axis_name=None)
+            if out == "split":
                 return jax.lax.with_sharding_constraint(result, self._rows)
             new_state, metrics = result
-            return jax.lax.with_sharding_constraint(new_state, state_shardings(new_state, mesh)), metrics
+            return jax.lax.with_sharding_constraint(new_state, state_shardings(new_state, mesh, rules)), metrics
 
         self._jitted = jax.jit(run, donate_argnums=(0,) if donate else ())
 
-    def __call__(self, state: Any, batch: Any) -> Any:
-        _divisible(batch, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+    def __call__(self, *arguments: Any) -> Any:
+        *replicated, batch = arguments
+        _check_divisible(batch, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         with jax.set_mesh(self.mesh):
-            return self._jitted(state, jax.device_put(batch, self._rows))
+            return self._jitted(*replicated, jax.device_put(batch, self._rows))
 
 
 class JitRunner:
-    """`Runner` on one device: plain `jax.jit`, nothing to map over."""
+    """`Runner` on one device: plain `jax.jit`."""
 
     devices = 1
 
-    def step(self, fn: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    def step(self, fn: Callable[..., tuple[S, Metrics]]) -> Callable[..., tuple[S, Metrics]]:
+        """Compiles a step; see `Runner`."""
         return jax.jit(partial(fn, axis_name=None), donate_argnums=0)
 
-    def map(self, fn: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    def map(self, fn: Callable[..., T]) -> Callable[[R, B], T]:
+        """Compiles a map; see `Runner`."""
         return jax.jit(partial(fn, axis_name=None))
 
-    def place(self, state: Any) -> Any:
+    def init(self, fn: Callable[..., S], *args: Any) -> S:
+        """Runs `fn(*args)`, compiled."""
+        return jax.jit(fn)(*args)
+
+    def place(self, state: S) -> S:
+        """Puts a state on the device."""
         return jax.device_put(state)
 
-    def fetch(self, state: Any) -> Any:
+    def fetch(self, state: S) -> S:
+        """Returns host arrays."""
         return jax.device_get(state)
 
 
@@ -262,44 +324,62 @@ class PmapRunner:
         self._devices = devices or jax.local_devices()
         self.devices = len(self._devices)
 
-    def step(self, fn: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    def step(self, fn: Callable[..., tuple[S, Metrics]]) -> Callable[..., tuple[S, Metrics]]:
+        """Compiles a step; see `Runner`."""
         return pmap_step(fn, self._devices)
 
-    def map(self, fn: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    def map(self, fn: Callable[..., T]) -> Callable[[R, B], T]:
+        """Compiles a map; see `Runner`."""
         return pmap_step(fn, self._devices, out="split", donate=False)
 
-    def place(self, state: Any) -> Any:
+    def init(self, fn: Callable[..., S], *args: Any) -> S:
+        """Runs `fn(*args)`, compiled; pmap replicates the state at the first step."""
+        return jax.jit(fn)(*args)
+
+    def place(self, state: S) -> S:
+        """Returns the state as it is: pmap replicates it."""
         return state
 
-    def fetch(self, state: Any) -> Any:
+    def fetch(self, state: S) -> S:
+        """Returns host arrays."""
         return jax.device_get(state)
 
 
 class ShardRunner:
-    """`Runner` on a mesh."""
+    """`Runner` on a mesh; `rules` say how matrices are split."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, rules: Rules = COLUMN_AND_ROW) -> None:
+        self.mesh, self.rules = mesh, rules
         self.devices = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def step(self, fn: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-        return shard_step(fn, self.mesh)
+    def step(self, fn: Callable[..., tuple[S, Metrics]]) -> Callable[..., tuple[S, Metrics]]:
+        """Compiles a step; see `Runner`."""
+        return shard_step(fn, self.mesh, self.rules)
 
-    def map(self, fn: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-        return shard_step(fn, self.mesh, out="split", donate=False)
+    def map(self, fn: Callable[..., T]) -> Callable[[R, B], T]:
+        """Compiles a map; see `Runner`."""
+        return shard_step(fn, self.mesh, self.rules, out="split", donate=False)
 
-    def place(self, state: Any) -> Any:
-        return jax.device_put(state, state_shardings(state, self.mesh))
+    def init(self, fn: Callable[..., S], *args: Any) -> S:
+        """Runs `fn(*args)`, compiled so that the state comes out split over the mesh."""
+        with jax.set_mesh(self.mesh):
+            split = state_shardings(jax.eval_shape(fn, *args), self.mesh, self.rules)
+            return jax.jit(fn, out_shardings=split)(*args)
 
-    def fetch(self, state: Any) -> Any:
+    def place(self, state: S) -> S:
+        """Splits a state over the mesh."""
+        return jax.device_put(state, state_shardings(state, self.mesh, self.rules))
+
+    def fetch(self, state: S) -> S:
+        """Returns the arrays as they are split."""
         return state
 
 
-def make_runner(config: ParallelConfig) -> Runner:
-    """The runner a config asks for; with a single device there is nothing to map over."""
+def make_runner(config: ParallelConfig, rules: Rules = COLUMN_AND_ROW) -> Runner:
+    """Returns the runner that a config asks for; a single device gets plain `jax.jit`."""
     if config.mode == "pmap":
         return PmapRunner() if jax.local_device_count() > 1 else JitRunner()
-    return ShardRunner(make_mesh(config.data, config.fsdp, config.tensor))
+    return ShardRunner(make_mesh(config.data, config.fsdp, config.tensor), rules)
 
 
 class CompilationClock:

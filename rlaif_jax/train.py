@@ -18,7 +18,8 @@ from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.sources import Feedback, FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.models.heads import LanguageModel, ScalarModel, ValueHead
+from rlaif_jax.models.causal_lm import CausalLM
+from rlaif_jax.models.heads import ScalarModel, ValueHead
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import CompilationClock, ParallelConfig, Runner, make_runner
 from rlaif_jax.policies.text import answer_texts, generate, to_prompts
@@ -123,7 +124,7 @@ def train(
     writer: MetricsWriter,
     *,
     tokenizer: Tokenizer,
-    policy: LanguageModel,
+    policy: CausalLM,
     policy_params: Params,
     critic: ScalarModel | ValueHead | None,
     value_params: Params | None,

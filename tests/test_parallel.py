@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import Agent, PPOConfig, gradients, ppo_step, prepare, scored
 from rlaif_jax.config import UserError
-from rlaif_jax.models import LanguageModel, ScalarModel
+from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder import response_hidden
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
@@ -49,7 +49,7 @@ def setup(advantage: str = "gae", **options):
         value_coef=0.5,
         **options,
     )
-    policy = LanguageModel(DECODER)
+    policy = CausalLM(DECODER)
     critic = ScalarModel(DECODER, "normal") if advantage == "gae" else None
     agent = Agent(policy, critic, config, answers=2)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -167,7 +167,7 @@ def test_every_layout_has_the_same_gradient(single, name):
 
 def test_activations_stay_with_their_rows_on_a_mesh():
     """Weights are gathered and gradients summed; nothing makes the devices exchange what they know of each other's rows."""
-    model, mesh = LanguageModel(DECODER), make_mesh(2, 2, 2)
+    model, mesh = CausalLM(DECODER), make_mesh(2, 2, 2)
 
     def loss(params, tokens, prompt_mask, response_mask):
         hidden = response_hidden(DECODER, params["trunk"], tokens, prompt_mask, response_mask, answers=2)

@@ -23,7 +23,7 @@ from rlaif_jax.data.prompts import jsonl_records, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import read_metrics, without_time
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner
@@ -173,7 +173,7 @@ def test_one_step_off_policy_learns_and_resumes_bit_for_bit(whole, prompts, tmp_
 
 def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(prompts):
     tokenizer = WordTokenizer(tiny.WORDS)
-    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
     state = model.init(jax.random.key(0)), jax.random.key(1)
     roll = make_generator(JitRunner(), model, tokenizer, SamplingConfig(max_new_tokens=5), answers=2)
     batch = next(prompt_batches(jsonl_records(prompts), tokenizer, batch_size=8, seed=0, prompt_length=6))
@@ -269,11 +269,11 @@ BAD = {
 def saved_model(folder: Path) -> None:
     import jax
 
-    from rlaif_jax.models import LanguageModel
+    from rlaif_jax.models import CausalLM
     from rlaif_jax.models.decoder_config import small_decoder
     from rlaif_jax.models.hf.files import save_model
 
-    model = LanguageModel(small_decoder(30, num_layers=1, width=16, num_heads=2, context_length=16))
+    model = CausalLM(small_decoder(30, num_layers=1, width=16, num_heads=2, context_length=16))
     save_model(folder, model, model.init(jax.random.key(0)))
 
 

@@ -18,7 +18,7 @@ from rlaif_jax.data.prompts import jsonl_records, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer, load_tokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.models import LanguageModel, ScalarModel
+from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.models.sampling import SamplingConfig
@@ -68,7 +68,7 @@ def main(config: TinyConfig) -> None:
     if config.model:
         policy, params = load_model(config.model)
     else:
-        policy = LanguageModel(
+        policy = CausalLM(
             small_decoder(tokenizer.vocab_size, num_layers=1, width=config.width, num_heads=2, context_length=16)
         )
         params = policy.init(jax.random.key(config.seed))

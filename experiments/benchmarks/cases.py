@@ -54,7 +54,7 @@ from rlaif_jax.feedback.api.judge import JudgeClient
 from rlaif_jax.feedback.api.source import JudgeSource
 from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.metrics import MetricsWriter, read_metrics
-from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import CompilationClock, make_runner
 from rlaif_jax.rewards.shaping import identity_normaliser
 from rlaif_jax.run import Run
@@ -80,7 +80,7 @@ def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) 
     clock, config = CompilationClock(), settings(work, "grpo", "recompute")
     if way == "packed":
         config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
-    model, lengths, rng = LanguageModel(decoder(work)), spread_lengths(work, fill), np.random.default_rng(1)
+    model, lengths, rng = CausalLM(decoder(work)), spread_lengths(work, fill), np.random.default_rng(1)
     agent, runner = Agent(model, None, config.ppo, answers=GROUP), make_runner(config.parallel)
     _, advantages, update = compile_steps(config, agent, runner, Words(work.vocab))  # type: ignore[arg-type]
     params = jax.jit(model.init)(jax.random.key(0))
@@ -176,7 +176,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
         seed=0,
         prompt_length=work.prompt,
     )
-    policy = LanguageModel(decoder(work))
+    policy = CausalLM(decoder(work))
     with (
         tempfile.TemporaryDirectory() as folder,
         judge(delay) as address,

@@ -53,7 +53,7 @@ from works import Work  # noqa: E402
 
 from rlaif_jax.models.decoder import block_params  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
-from rlaif_jax.models.heads import LanguageModel  # noqa: E402
+from rlaif_jax.models.causal_lm import CausalLM  # noqa: E402
 from rlaif_jax.models.hf.files import save_model  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import CompilationClock  # noqa: E402
@@ -109,7 +109,7 @@ def distribution(case: Case) -> np.ndarray:
     return np.diff(upto)
 
 
-def stopping_policy(work: Work, chances: np.ndarray) -> tuple[LanguageModel, Params]:
+def stopping_policy(work: Work, chances: np.ndarray) -> tuple[CausalLM, Params]:
     """The model and weights whose answers have 1 .. cap tokens with `chances` [cap].
 
     Four coordinates of the residual stream belong to the position embeddings alone. The first carries the stop token's
@@ -134,7 +134,7 @@ def stopping_policy(work: Work, chances: np.ndarray) -> tuple[LanguageModel, Par
         mlp_bias=True,
         tie_embeddings=False,
     )
-    model = LanguageModel(config)
+    model = CausalLM(config)
     params = jax.tree.map(np.array, jax.jit(model.init)(jax.random.key(0)))
     trunk, layers, head = params["trunk"], block_params(config, params["trunk"]), params["lm_head"]["kernel"]
     deviation, weight = 100.0, 16.0
@@ -169,7 +169,7 @@ def prompts(work: Work) -> Prompts:
     return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.arange(len(tokens), dtype=jnp.uint32))
 
 
-def ours(model: LanguageModel, params: Params, work: Work, slots: int) -> Draw:
+def ours(model: CausalLM, params: Params, work: Work, slots: int) -> Draw:
     """The project's own engine, compiled in its first round."""
     roll = jax.jit(
         functools.partial(
@@ -186,7 +186,7 @@ def ours(model: LanguageModel, params: Params, work: Work, slots: int) -> Draw:
     return lambda turn: np.asarray(roll(placed, asked, jax.random.key(turn)).response_mask)
 
 
-def huggingface(model: LanguageModel, params: Params, work: Work) -> Draw:
+def huggingface(model: CausalLM, params: Params, work: Work) -> Draw:
     """transformers' `generate` on the same weights."""
     import torch
     import transformers

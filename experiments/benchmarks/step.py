@@ -51,7 +51,8 @@ from rlaif_jax.algorithms.ppo import (  # noqa: E402
 from rlaif_jax.data.prompts import PromptBatch  # noqa: E402
 from rlaif_jax.feedback.sources import FunctionSource  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
-from rlaif_jax.models.heads import LanguageModel, ScalarModel  # noqa: E402
+from rlaif_jax.models.causal_lm import CausalLM
+from rlaif_jax.models.heads import ScalarModel  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import CompilationClock, make_runner  # noqa: E402
 from rlaif_jax.policies.text import answer_texts, to_prompts  # noqa: E402
@@ -307,7 +308,7 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
     """
     compiled = CompilationClock()
     config = settings(work, algorithm, behaviour)
-    policy = LanguageModel(decoder(work))
+    policy = CausalLM(decoder(work))
     # A value head of zeros would pass no gradient to the trunk in the first step.
     critic = ScalarModel(policy.config, initial="normal") if algorithm == "ppo" else None
     agent = Agent(policy, critic, config.ppo, config.sampling.temperature, answers=config.answers_per_prompt)

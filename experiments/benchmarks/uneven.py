@@ -39,7 +39,7 @@ from step import GROUP, Words, settings, take_steps
 from works import Work
 
 from rlaif_jax.algorithms.ppo import Agent
-from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.parallel import CompilationClock
 from rlaif_jax.train import TrainConfig
@@ -56,7 +56,7 @@ def way_settings(case: Case, way: str) -> TrainConfig:
     return dataclasses.replace(config, decode_slots=SLOTS, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
 
 
-def ours(case: Case, way: str, model: LanguageModel, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:
+def ours(case: Case, way: str, model: CausalLM, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:
     """`warmup` + `steps` steps by the product's own code. AssertionError where they did not do the work."""
     config = way_settings(case, way)
     agent, tokenizer = Agent(model, None, config.ppo, answers=GROUP), Words(case.work.vocab, pad_id=PAD, eos_id=STOP)
@@ -108,7 +108,7 @@ def peer(case: Case, way: str, python: Path, folder: str, *, warmup: int, steps:
     return row | {"updates": found["updates"]} if "updates" in found else row
 
 
-def save_policy(folder: str, model: LanguageModel, params: Params, work: Work) -> None:
+def save_policy(folder: str, model: CausalLM, params: Params, work: Work) -> None:
     """The weights as others read them, and the log-probabilities of some answers by which they can tell that they have."""
     save_model(folder, model, params)
     tokens = np.random.default_rng(0).integers(2, work.vocab, (2, work.prompt + work.response), dtype=np.int32)

@@ -1,10 +1,99 @@
-"""From scores to advantages: pure, masked, float32."""
+"""Advantage estimators: from rewards to advantages. Pure, masked, float32.
+
+An estimator is a frozen dataclass; `Advantage` is the union of all of them. To add one, write its class and name it there.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from rlaif_jax.config import require
+
+
+class AdvantageInputs(NamedTuple):
+    """What an estimator may read of a step's B answers.
+
+    Attributes:
+        rewards: [B, T] per-token rewards: the KL penalty, dense rewards, and the score on the last token.
+        totals: [B] the score and all dense rewards of an answer, without the KL penalty.
+        values: [B, T] the critic's values before each token; zeros without a critic.
+        mask: [B, T] bool, tokens of answers with a valid judgement.
+        valid: [B] bool, answers with a valid judgement.
+        answers: K; the K answers to a prompt are consecutive rows.
+    """
+
+    rewards: jax.Array
+    totals: jax.Array
+    values: jax.Array
+    mask: jax.Array
+    valid: jax.Array
+    answers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GAE:
+    """Generalised advantage estimation (Schulman 2016), with a critic.
+
+    Attributes:
+        gamma: discount of a token.
+        gae_lambda: 0 is the one-step error of the critic, 1 the return less the value.
+        whiten: whether advantages are brought to mean 0 and variance 1 over the whole step (Huang 2024).
+    """
+
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    whiten: bool = True
+    needs_critic: ClassVar[bool] = True
+    min_answers: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gae_lambda <= 1, f"advantage.gae_lambda must lie in [0, 1], not {self.gae_lambda}")
+        require(0 < self.gamma <= 1, f"advantage.gamma must lie in (0, 1], not {self.gamma}")
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages, returns), each [B, T]."""
+        return gae(inputs.rewards, inputs.values, inputs.mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupNormalised:
+    """(total - mean) / std among the K answers to a prompt (GRPO, Shao 2024, section 4.1.2), without a critic."""
+
+    whiten: ClassVar[bool] = False
+    needs_critic: ClassVar[bool] = False
+    min_answers: ClassVar[int] = 2
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages, zeros), each [B, T]: every token of an answer has the same advantage."""
+        of_answers = group_normalised(inputs.totals, inputs.valid, inputs.answers)
+        return over_tokens(of_answers, inputs.mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaveOneOut:
+    """total - mean of the other answers to the prompt (RLOO, Ahmadian 2024, eq. 7), without a critic."""
+
+    whiten: ClassVar[bool] = False
+    needs_critic: ClassVar[bool] = False
+    min_answers: ClassVar[int] = 2
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages, zeros), each [B, T]: every token of an answer has the same advantage."""
+        return over_tokens(leave_one_out(inputs.totals, inputs.valid, inputs.answers), inputs.mask)
+
+
+Advantage = GAE | GroupNormalised | LeaveOneOut
+
+
+def over_tokens(of_answers: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (the advantage [B] of each answer on all its tokens, zeros for the returns), each [B, T]."""
+    advantages = jnp.where(mask, of_answers[:, None], 0.0)
+    return advantages, jnp.zeros_like(advantages)
 
 
 def token_rewards(
@@ -15,10 +104,17 @@ def token_rewards(
     mask: jax.Array,
     kl_coef: jax.Array | float,
 ) -> jax.Array:
-    """Per-token reward [B, T]: r_t = -kl_coef (logp_t - ref_logp_t) + dense_t + [t = end] score (Stiennon 2020).
+    """Returns rewards [B, T]: r_t = -kl_coef (logp_t - ref_logp_t) + dense_t + [t = end] score (Stiennon 2020).
 
-    score [B] lands on the last real token of the response (the stop token where there is one); the log-ratio (k1) is
-    clamped to +-20 nats. Masked entries are 0.
+    The log-ratio (k1) is clamped to +-20 nats; masked entries are 0.
+
+    Args:
+        score: [B], lands on the last real token of the response (the stop token where the answer has one).
+        dense: [B, T] dense rewards.
+        logprobs: [B, T] of the behaviour policy.
+        ref_logprobs: [B, T] of the reference policy.
+        mask: [B, T], true where a token counts.
+        kl_coef: the KL coefficient, >= 0.
     """
     chex.assert_equal_shape([dense, logprobs, ref_logprobs, mask])
     chex.assert_type([score, dense, logprobs], jnp.floating)
@@ -30,13 +126,25 @@ def token_rewards(
 
 
 def gae(
-    rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0, gae_lambda: float = 0.95
+    rewards: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    *,
+    gamma: jax.Array | float = 1.0,
+    gae_lambda: jax.Array | float = 0.95,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman 2016, eq. 16): (advantages, returns), each [B, T] float32.
+    """Computes generalised advantage estimation (Schulman 2016, eq. 16): (advantages, returns), each [B, T] float32.
 
     delta = r + gamma V' - V, A = delta + gamma lambda A'; masked steps carry V' and A' over unchanged, and after the
     last token both are 0 (no bootstrap, also for answers cut by the length limit). returns = A + V, before whitening.
     No gradient flows.
+
+    Args:
+        rewards: [B, T].
+        values: [B, T], the value before each token.
+        mask: [B, T], true where a token counts.
+        gamma: discount.
+        gae_lambda: lambda.
     """
     chex.assert_equal_shape([rewards, values, mask])
     mask = mask.astype(bool)
@@ -58,10 +166,16 @@ def gae(
 
 
 def group_normalised(score: jax.Array, valid: jax.Array, answers: int, *, eps: float = 1e-4) -> jax.Array:
-    """(score - mean) / (std + eps) among the K answers of each prompt (GRPO, Shao 2024, section 4.1.2): [B] float32.
+    """Computes (score - mean) / (std + eps) among the K answers of each prompt (GRPO, Shao 2024, section 4.1.2).
 
-    score, valid [B] with the K answers of a prompt in K consecutive rows; invalid answers are left out of mean and
-    standard deviation (population) and get 0, and so does a group of equal scores.
+    Args:
+        score: [B], the K answers of a prompt in K consecutive rows.
+        valid: [B]; invalid answers are left out of mean and standard deviation (population) and get 0.
+        answers: K.
+        eps: added to the standard deviation.
+
+    Returns:
+        [B] float32; 0 for a group of equal scores.
     """
     grouped, real = score.reshape(-1, answers), valid.astype(bool).reshape(-1, answers)
     count = jnp.maximum(real.sum(-1, keepdims=True), 1)
@@ -72,3 +186,21 @@ def group_normalised(score: jax.Array, valid: jax.Array, answers: int, *, eps: f
     centred = jnp.where(real & (lowest < highest), grouped - mean, 0.0)
     std = jnp.sqrt((centred**2).sum(-1, keepdims=True) / count)
     return (centred / (std + eps)).reshape(-1).astype(jnp.float32)
+
+
+def leave_one_out(score: jax.Array, valid: jax.Array, answers: int) -> jax.Array:
+    """Computes score - mean of the other valid answers to the prompt (Kool 2019; RLOO, Ahmadian 2024, eq. 7).
+
+    Args:
+        score: [B], the K answers of a prompt in K consecutive rows.
+        valid: [B]; an invalid answer is no baseline for the others and gets 0.
+        answers: K.
+
+    Returns:
+        [B] float32; 0 where no other answer to the prompt is valid.
+    """
+    real = valid.astype(bool).reshape(-1, answers)
+    grouped = jnp.where(real, score.reshape(-1, answers), 0.0)
+    others = real.sum(-1, keepdims=True) - real
+    mean = (grouped.sum(-1, keepdims=True) - grouped) / jnp.maximum(others, 1)
+    return jnp.where(real & (others > 0), grouped - mean, 0.0).reshape(-1).astype(jnp.float32)

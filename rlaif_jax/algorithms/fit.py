@@ -1,7 +1,8 @@
-"""Supervised stages: a step, a fixed set of examples, so many updates."""
+"""Supervised stages: a step is run over a fixed set of examples for a number of updates."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,18 +12,40 @@ import jax
 import numpy as np
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
-from rlaif_jax.algorithms.reward_modeling import reward_step
-from rlaif_jax.algorithms.supervised import supervised_step
 from rlaif_jax.config import require
-from rlaif_jax.models.heads import LanguageModel, ScalarModel
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params
 
 Arrays = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """A supervised stage: AdamW with a warm-up over a twentieth of the updates, then a cosine to zero.
+
+    Attributes:
+        updates: optimiser steps.
+        batch_size: examples of a step.
+        learning_rate: the peak.
+    """
+
+    updates: int
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
+
+    def __post_init__(self) -> None:
+        require(self.updates >= 1 and self.batch_size >= 1, "a stage needs updates >= 1 and batch_size >= 1")
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Returns the stage's optimiser settings."""
+        return OptimizerConfig(
+            learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20, b2=0.98, eps=1e-8
+        )
+
+
 def minibatches(examples: Arrays, size: int, seed: int) -> Iterator[Arrays]:
-    """Endless batches of `size` rows of `examples` (arrays with a common first axis), reshuffled each epoch."""
+    """Yields endless batches of `size` rows of `examples` (arrays with a common first axis), reshuffled each epoch."""
     count = len(next(iter(examples.values())))
     require(count >= size, f"a batch of {size} examples was asked for, but there are only {count}")
     epoch = 0
@@ -45,10 +68,20 @@ def fit(
     log_every: int = 10,
     stop: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """Run `updates` steps over `batches` and return the state. `step` has the form that `Runner.step` compiles.
+    """Runs `updates` steps over `batches` and returns the state.
 
-    Metrics go to `log(update, values)` every `log_every` updates, means over the interval; `stop` is asked each time
-    and ends the stage early (the caller sees to what that means). Raises FloatingPointError on a non-finite loss.
+    Args:
+        step: `(state, batch, *, axis_name) -> (state, metrics)`, pure.
+        state: the state to start from; it is copied, not donated.
+        batches: yields a batch for each update.
+        updates: number of updates.
+        runner: the devices.
+        log: called with (update, mean metrics since the last call) every `log_every` updates.
+        log_every: updates between two calls of `log`.
+        stop: asked after each call of `log`; True ends the stage early.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     compiled = runner.step(step)
     # The first step donates its input: the caller keeps its own arrays.
@@ -70,48 +103,43 @@ def fit(
     return state
 
 
-def fit_language_model(
-    model: LanguageModel,
+def fit_model(
+    step: Callable[..., Any],
+    model: Any,
     params: Params,
     examples: Arrays,
-    updates: int,
-    batch_size: int,
-    optimizer: OptimizerConfig,
-    seed: int,
-    **options: Any,
-) -> Params:
-    """Maximum likelihood on `tokens, mask, weights` [n, S] from `params`; options as in `fit`."""
-    tx = make_optimizer(optimizer, updates)
-    state = fit(
-        partial(supervised_step, model, tx),
-        (params, tx.init(params)),
-        minibatches(examples, batch_size, seed),
-        updates,
-        **options,
-    )
-    return jax.device_get(state[0])
-
-
-def fit_reward_model(
-    model: ScalarModel,
-    params: Params,
-    examples: Arrays,
-    updates: int,
-    batch_size: int,
-    optimizer: OptimizerConfig,
+    config: FitConfig,
     seed: int,
     *,
-    step: Callable[..., Any] = reward_step,
-    **options: Any,
+    runner: Runner,
+    log: Callable[[int, dict[str, float]], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Params:
-    """A reward model of `examples` from `params`, by one of the steps of `reward_modeling`: `reward_step` (pairs),
-    `ranking_step` (lists); options as in `fit`."""
-    tx = make_optimizer(optimizer, updates)
+    """Fits a model to a fixed set of examples and returns its parameters on the host.
+
+    Args:
+        step: `supervised_step` (maximum likelihood), `reward_step` (pairs) or `ranking_step` (lists).
+        model: what `step` takes as its model.
+        params: the parameters to start from.
+        examples: the arrays of `step`'s batch, with a common first axis.
+        config: updates, batch size and optimiser.
+        seed: of the order of the examples.
+        runner: the devices.
+        log: called with (update, mean metrics since the last call).
+        stop: asked after each call of `log`; True ends the stage early.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        UserError: fewer examples than a batch has.
+    """
+    tx = make_optimizer(config.optimizer, config.updates)
     state = fit(
         partial(step, model, tx),
         (params, tx.init(params)),
-        minibatches(examples, batch_size, seed),
-        updates,
-        **options,
+        minibatches(examples, config.batch_size, seed),
+        config.updates,
+        runner=runner,
+        log=log,
+        stop=stop,
     )
     return jax.device_get(state[0])

@@ -1,20 +1,31 @@
-"""The optimiser of a part: AdamW behind a global-norm clip, on a schedule."""
+"""The optimiser of one part of a model: AdamW behind a global-norm clip, its learning rate on a schedule."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlaif_jax.config import check_choices, require
+from rlaif_jax.parallel import psum
+from rlaif_jax.types import Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up, then constant or linear to zero over the updates of the run (N+ details, Huang 2024)."""
+    """AdamW with warm-up, then a schedule over the updates of the run (N+ details, Huang 2024).
+
+    Attributes:
+        learning_rate: the peak.
+        schedule: after the warm-up constant, linear to zero or cosine to zero.
+        warmup_updates: updates of the linear warm-up from zero.
+        b1, b2, eps, weight_decay: AdamW's.
+        max_grad_norm: gradients of a larger global norm are scaled down to it.
+    """
 
     learning_rate: float = 3e-6
     schedule: Literal["linear", "constant", "cosine"] = "linear"
@@ -31,26 +42,71 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW behind a global-norm clip, its learning rate on the config's schedule over `updates` updates."""
-    peak, warmup = config.learning_rate, min(config.warmup_updates, updates)
-    rest = max(updates - warmup, 1)
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-    }[config.schedule]
-    schedule = (
-        optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup]) if warmup else after
-    )
+    """Returns the optimiser of a run of `updates` updates.
+
+    Its `update` takes two optional keywords: `norm`, the gradient's global norm from a caller that has it, and
+    `learning_rate`, a float32 scalar instead of the config's peak (`TrainState.hyper`).
+    """
     return optax.chain(
         clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay),
+        scale_by_learning_rate(config, updates),
     )
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, updates: int, peak: jax.Array | float
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns the learning rate as a function of the number of updates done; `peak` may be traced."""
+    warmup = min(config.warmup_updates, updates)
+    rest = max(updates - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule,
+        "linear": lambda peak: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda peak: optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule](peak)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+class ScheduleState(NamedTuple):
+    """The number of updates done, [] int32."""
+
+    count: jax.Array
+
+
+def scale_by_learning_rate(config: OptimizerConfig, updates: int) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that scales by minus the scheduled learning rate; the peak may be given at every update."""
+
+    def init(params: Any) -> ScheduleState:
+        del params
+        return ScheduleState(jnp.zeros([], jnp.int32))
+
+    def update(
+        grads: Any,
+        state: ScheduleState,
+        params: Any = None,
+        *,
+        learning_rate: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[Any, ScheduleState]:
+        del params
+        peak = config.learning_rate if learning_rate is None else learning_rate
+        step = -1 * learning_rate_schedule(config, updates, peak)(state.count)
+        scaled = jax.tree.map(lambda g: jnp.array(step, dtype=g.dtype) * g, grads)
+        return scaled, ScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """optax's, but as one factor: its choice between a gradient and the same divided by the norm is an array that XLA writes
-    and reads again before Adam's own pass. `update(..., norm=)` takes the norm from a caller who has it."""
+    """Returns optax's transformation of this name, computed as one factor; `update` also takes `norm`.
+
+    optax's choice between a gradient and the same divided by the norm is an array that XLA writes and reads again before
+    Adam's own pass.
+    """
 
     def update(
         updates: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any
@@ -61,3 +117,27 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def descend(
+    loss_fn: Callable[[Params], tuple[jax.Array, Metrics]],
+    optimizer: optax.GradientTransformation,
+    state: tuple[Params, Any],
+    axis_name: str | None,
+) -> tuple[tuple[Params, Any], Metrics]:
+    """Takes one optimiser step down a loss that is summed over devices, and returns ((params, opt_state), metrics).
+
+    Args:
+        loss_fn: parameters -> (this device's contribution to the loss, metrics that are already global).
+        optimizer: the optimiser.
+        state: (params, opt_state).
+        axis_name: the mapped axis of the devices, or None.
+
+    Returns:
+        The new state, and the metrics with the gradient's global norm as `grad_norm`.
+    """
+    params, opt_state = state
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    grads = psum(grads, axis_name)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}

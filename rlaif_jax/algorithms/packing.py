@@ -1,7 +1,7 @@
 """Answers of uneven length side by side in rows of one length, so that an update computes the tokens there are.
 
 A row holds, one behind the other, prompts and answers to them; attention goes by segment and answer
-(`models.attention.Visible`). Which answer stands where is found on the device by first-fit-decreasing (Johnson 1973; for
+(`models.attention.AttentionMask`). Which answer stands where is found on the device by first-fit-decreasing (Johnson 1973; for
 language models Krell 2021), prompt by prompt: answers to a prompt that come to stand in the same row share its columns.
 """
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlaif_jax.models.heads import ScalarModel, last_real
+from rlaif_jax.algorithms.optimizer import descend
+from rlaif_jax.models.heads import ScalarModel, gather_last
 from rlaif_jax.parallel import psum
 from rlaif_jax.rewards.rankings import bradley_terry, mean_loss, plackett_luce
 from rlaif_jax.types import Metrics, Params
@@ -23,16 +23,23 @@ def reward_step(
     *,
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """One update of (params, opt_state) on pairs.
+    """Takes one step of a reward model on pairs and returns ((params, opt_state), `loss`, `accuracy`, `grad_norm`).
 
-    batch: tokens1, mask1, tokens2, mask2 [B, S], probability [B] that the first is better, weight [B] (0 = missing).
     The reward is read at the last real token. Accuracy counts pairs whose label is not a tie.
+
+    Args:
+        model: the reward model.
+        optimizer: the optimiser.
+        state: (params, opt_state).
+        batch: tokens1, mask1, tokens2, mask2 [B, S]; probability [B] that the first is better; weight [B], 0 where
+            the label is missing.
+        axis_name: the mapped axis of the devices, or None.
     """
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
         tokens = jnp.concatenate([batch["tokens1"], batch["tokens2"]])
         mask = jnp.concatenate([batch["mask1"], batch["mask2"]])
-        first, second = jnp.split(last_real(model(params, tokens, mask), mask), 2)
+        first, second = jnp.split(gather_last(model(params, tokens, mask), mask), 2)
         weight = batch["weight"]
         p, seen = batch["probability"], weight > 0  # a missing label may hold anything, and NaN x 0 is NaN
         loss = mean_loss(bradley_terry(first, second, p, seen), weight, axis_name)
@@ -43,7 +50,7 @@ def reward_step(
             "accuracy": right / jnp.maximum(psum(decided.sum(), axis_name), 1),
         }
 
-    return _update(loss_fn, optimizer, state, axis_name)
+    return descend(loss_fn, optimizer, state, axis_name)
 
 
 def ranking_step(
@@ -55,11 +62,21 @@ def ranking_step(
     unplaced: Literal["out", "below"] = "out",
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """One update of (params, opt_state) on lists of answers, by the Plackett-Luce loss.
+    """Takes one step of a reward model on ranked lists, by the Plackett-Luce loss.
 
-    batch: tokens, mask [B, K, S]; ranks [B, K] int, 1 = best, equal = tied, 0 = not placed or no answer (then its mask
-    is all false); weight [B] (0 = missing). `unplaced` and ties: see `plackett_luce`. The reward is read at the last
-    real token. Accuracy counts the pairs whose places differ.
+    The reward is read at the last real token.
+
+    Args:
+        model: the reward model.
+        optimizer: the optimiser.
+        state: (params, opt_state).
+        batch: tokens, mask [B, K, S]; ranks [B, K] int, 1 = best, equal = tied, 0 = not placed or no answer (then its
+            mask is all false); weight [B], 0 where the ranking is missing.
+        unplaced: what an answer without a place means; see `plackett_luce`, also for ties.
+        axis_name: the mapped axis of the devices, or None.
+
+    Returns:
+        ((params, opt_state), metrics): `loss`, `grad_norm`, and `accuracy` over the pairs whose places differ.
     """
     weight, mask, ranks = batch["weight"], batch["mask"].astype(bool), batch["ranks"]
     there = mask.any(axis=-1) & (weight > 0)[:, None]  # [B, K]
@@ -67,7 +84,7 @@ def ranking_step(
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
         rows = mask.reshape(-1, mask.shape[-1])
         tokens = batch["tokens"].reshape(rows.shape)
-        scores = last_real(model(params, tokens, rows), rows).reshape(ranks.shape)
+        scores = gather_last(model(params, tokens, rows), rows).reshape(ranks.shape)
         loss = mean_loss(plackett_luce(scores, ranks, there, unplaced=unplaced), weight, axis_name)
         placed = there & (ranks > 0)
         better = (ranks[:, :, None] < ranks[:, None, :]) & placed[:, :, None] & placed[:, None, :]
@@ -77,18 +94,5 @@ def ranking_step(
             "accuracy": right / jnp.maximum(psum(better.sum(), axis_name), 1),
         }
 
-    return _update(loss_fn, optimizer, state, axis_name)
+    return descend(loss_fn, optimizer, state, axis_name)
 
-
-def _update(
-    loss_fn: Callable[[Params], tuple[jax.Array, Metrics]],
-    optimizer: optax.GradientTransformation,
-    state: tuple[Params, Any],
-    axis_name: str | None,
-) -> tuple[tuple[Params, Any], Metrics]:
-    """One step down the sum over the devices of `loss_fn`."""
-    params, opt_state = state
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
-    grads = psum(grads, axis_name)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state), metrics

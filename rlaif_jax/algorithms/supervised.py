@@ -8,25 +8,33 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.algorithms.optimizer import descend
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import psum
 from rlaif_jax.types import Metrics, Params
 
 
 def weighted_cross_entropy(
-    model: LanguageModel,
+    model: CausalLM,
     params: Params,
     tokens: jax.Array,
     mask: jax.Array,
     weights: jax.Array,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(share of the loss, global loss): next-token cross-entropy in nats, weighted.
+    """Returns (this device's contribution, global loss): next-token cross-entropy in nats, weighted.
 
-    tokens, mask [B, S]; weights [B, S] of each token as a *target* (0 where it is not to be learned). The loss is the
-    global weighted sum over the global weight.
+    The loss is the global weighted sum over the global weight.
+
+    Args:
+        model: the language model.
+        params: its parameters.
+        tokens: [B, S] int32.
+        mask: [B, S] bool.
+        weights: [B, S] float32, of each token as a target; 0 where it is not to be learned.
+        axis_name: the mapped axis of the devices, or None.
     """
-    hidden = model.hidden(params, tokens[:, :-1], mask[:, :-1])
+    hidden = model.sequence_hidden(params, tokens[:, :-1], mask[:, :-1])
     logprobs, _ = model.token_logprobs(params, hidden, tokens[:, 1:])
     weights = jnp.where(mask[:, 1:].astype(bool), weights[:, 1:], 0.0)
     total = jnp.maximum(psum(weights.sum(), axis_name), 1e-8)
@@ -35,19 +43,27 @@ def weighted_cross_entropy(
 
 
 def supervised_step(
-    model: LanguageModel,
+    model: CausalLM,
     optimizer: optax.GradientTransformation,
     state: tuple[Params, Any],
     batch: dict[str, jax.Array],
     *,
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """One update of (params, opt_state) on a batch of `tokens`, `mask`, `weights` [B, S]."""
-    params, opt_state = state
-    grads, loss = jax.grad(
-        lambda p: weighted_cross_entropy(model, p, batch["tokens"], batch["mask"], batch["weights"], axis_name),
-        has_aux=True,
-    )(params)
-    grads = psum(grads, axis_name)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    """Takes one step of maximum likelihood and returns ((params, opt_state), metrics `loss` and `grad_norm`).
+
+    Args:
+        model: the language model.
+        optimizer: the optimiser.
+        state: (params, opt_state).
+        batch: `tokens` int32, `mask` bool, `weights` float32, each [B, S].
+        axis_name: the mapped axis of the devices, or None.
+    """
+
+    def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+        loss, total = weighted_cross_entropy(
+            model, params, batch["tokens"], batch["mask"], batch["weights"], axis_name
+        )
+        return loss, {"loss": total}
+
+    return descend(loss_fn, optimizer, state, axis_name)

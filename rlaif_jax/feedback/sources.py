@@ -13,7 +13,7 @@ import numpy as np
 
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
-from rlaif_jax.models.heads import ScalarModel, last_real
+from rlaif_jax.models.heads import ScalarModel, gather_last
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params, Rollout
 
@@ -46,7 +46,7 @@ def score_sequences(
     """Scalar [B] at the last real token of (tokens, mask) [B, S]."""
     del axis_name
     tokens, mask = batch
-    return last_real(model(params, tokens, mask), mask)
+    return gather_last(model(params, tokens, mask), mask)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

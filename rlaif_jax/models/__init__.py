@@ -1,6 +1,7 @@
-"""The only place that knows Flax. Outside it a model is a frozen object whose methods take a pytree of parameters."""
+"""The only place that knows Flax. Elsewhere a model is a frozen object whose methods take a pytree of parameters."""
 
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder import Decoder, Trunk
-from rlaif_jax.models.heads import LanguageModel, ScalarModel, ValueHead, last_real
+from rlaif_jax.models.heads import ScalarModel, ValueHead, gather_last
 
-__all__ = ["Decoder", "LanguageModel", "ScalarModel", "Trunk", "ValueHead", "last_real"]
+__all__ = ["CausalLM", "Decoder", "ScalarModel", "Trunk", "ValueHead", "gather_last"]

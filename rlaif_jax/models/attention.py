@@ -1,4 +1,4 @@
-"""Attention over whole sequences: one meaning (`Visible`), three ways to compute it.
+"""Attention over whole sequences: one meaning (`AttentionMask`), three ways to compute it.
 
 `xla` is plain `jnp` and runs anywhere; `cudnn` is cuDNN's fused kernel on NVIDIA GPUs; `splash` the Pallas kernel of TPUs,
 which skips the blocks that nobody sees. `auto` takes the fused kernel of the backend where it fits the shape.
@@ -21,7 +21,7 @@ MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 LANES = 128  # the splash kernel's blocks are multiples of this
 
 
-class Visible(NamedTuple):
+class AttentionMask(NamedTuple):
     """Which keys a query sees: those of its own segment, up to its own column.
 
     queries [B, S], keys [B, C] int32 segments, pads one of their own; the queries are the last S of the C columns.
@@ -45,12 +45,12 @@ class Visible(NamedTuple):
         return seen & (mine | (self.key_answers == 0)[:, None, :])
 
 
-class GroupVisible(NamedTuple):
+class SharedPrefixMask(NamedTuple):
     """Where a row is a prompt of P columns followed by its K answers of T: among the prompt's columns [G, P, P], and from
     each answer's columns to the prompt's and its own [G K, T, P + T]."""
 
-    prompts: Visible | jax.Array
-    answers: Visible | jax.Array
+    prompts: AttentionMask | jax.Array
+    answers: AttentionMask | jax.Array
 
 
 def implementation(config: DecoderConfig) -> str:
@@ -63,35 +63,41 @@ def implementation(config: DecoderConfig) -> str:
     return "splash" if jax.default_backend() == "tpu" and config.head_dim % LANES == 0 else "xla"
 
 
-def made_visible(config: DecoderConfig, visible: Visible | GroupVisible) -> Visible | GroupVisible | jax.Array:
+def build_mask(
+    config: DecoderConfig, visible: AttentionMask | SharedPrefixMask
+) -> AttentionMask | SharedPrefixMask | jax.Array:
     """`visible` as the implementation reads it, made once for all layers: splash goes by segments, the others by a mask."""
 
-    def one(part: Visible) -> Visible | jax.Array:
+    def one(part: AttentionMask) -> AttentionMask | jax.Array:
         splash = implementation(config) == "splash" and part.query_answers is None
         return part if splash else part.dense()
 
-    if isinstance(visible, GroupVisible):
-        return GroupVisible(one(visible.prompts), one(visible.answers))  # type: ignore[arg-type]
+    if isinstance(visible, SharedPrefixMask):
+        return SharedPrefixMask(one(visible.prompts), one(visible.answers))  # type: ignore[arg-type]
     return one(visible)
 
 
-def from_last(visible: Visible | GroupVisible | jax.Array, last: int) -> Visible | GroupVisible | jax.Array:
-    """What the queries of so many of the last columns see, of what `made_visible` gave for all: of a prompt with its answers,
+def last_queries(
+    visible: AttentionMask | SharedPrefixMask | jax.Array, last: int
+) -> AttentionMask | SharedPrefixMask | jax.Array:
+    """What the queries of so many of the last columns see, of what `build_mask` gave for all: of a prompt with its answers,
     which have their own part, all of these."""
-    if isinstance(visible, GroupVisible):
+    if isinstance(visible, SharedPrefixMask):
         return visible
-    if isinstance(visible, Visible):
+    if isinstance(visible, AttentionMask):
         return visible._replace(queries=visible.queries[:, -last:])
     return visible[:, -last:]
 
 
-def attend(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible | jax.Array) -> jax.Array:
+def attend(
+    config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMask | jax.Array
+) -> jax.Array:
     """Grouped-query attention.
 
-    q [B, S, heads, h], k and v [B, kv_heads, C, h], visible as `made_visible` gave it -> [B, S, heads * h]. Scores and
+    q [B, S, heads, h], k and v [B, kv_heads, C, h], visible as `build_mask` gave it -> [B, S, heads * h]. Scores and
     softmax in float32.
     """
-    if isinstance(visible, Visible):
+    if isinstance(visible, AttentionMask):
         return attend_splash(q, k, v, visible)
     if implementation(config) == "cudnn":
         return attend_library(q, k, v, visible, "cudnn")
@@ -105,7 +111,9 @@ def attend(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visi
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * h)
 
 
-def attend_groups(config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: GroupVisible) -> jax.Array:
+def attend_groups(
+    config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: SharedPrefixMask
+) -> jax.Array:
     """`attend` for rows of a prompt and its K answers: q [G, P + K T or K T, heads, h], k and v [G, kv_heads, P + K T, h]
     -> [G, P + K T or K T, heads * h]. An answer sees its prompt and itself, no other answer."""
     groups = q.shape[0]
@@ -178,7 +186,7 @@ def attend_library(
     return out[:, :length].reshape(*q.shape[:2], -1)
 
 
-def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
+def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMask) -> jax.Array:
     """`attend` by the TPU's splash kernel (interpreted elsewhere, for tests), in columns padded to multiples of 128."""
     # Pallas takes a second to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

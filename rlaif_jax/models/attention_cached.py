@@ -27,7 +27,7 @@ def lanes() -> int:
     return LANES if jax.default_backend() == "tpu" else 1
 
 
-def heads_beside(config: DecoderConfig) -> int:
+def heads_per_lane(config: DecoderConfig) -> int:
     """How many key-value heads stand side by side in a cache: as many as the lanes hold, where a head is narrower.
 
     By itself such a cache would be laid out with its columns on the lanes, and to write one column 128 would be read and
@@ -37,7 +37,7 @@ def heads_beside(config: DecoderConfig) -> int:
     return math.gcd(config.num_kv_heads, config.num_kv_heads // tensor or 1, lanes() // config.head_dim or 1)
 
 
-def beside(x: jax.Array, side: int) -> jax.Array:
+def pack_heads(x: jax.Array, side: int) -> jax.Array:
     """Keys or values [B, kv_heads, P, h] with `side` heads side by side: [B, kv_heads / side, P, side * h]."""
     batch, heads, columns, h = x.shape
     x = x.reshape(batch, heads // side, side, columns, h).swapaxes(2, 3)
@@ -118,7 +118,7 @@ def attend_kernel(
     q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
 ) -> jax.Array:
     """`attend_plain` by a kernel (interpreted off the TPU, for tests) that reads each cache once."""
-    run, mesh = attend_here, jax.sharding.get_abstract_mesh()
+    run, mesh = attend_own_shard, jax.sharding.get_abstract_mesh()
     if "tensor" in set(mesh.axis_names) - set(mesh.manual_axes):
         # The compiler cannot split a kernel of its own accord: heads go over tensor.
         heads = PartitionSpec(None, "tensor" if q.shape[1] % mesh.shape["tensor"] == 0 else None)
@@ -129,7 +129,7 @@ def attend_kernel(
     return run(q, prompt, prompt_mask, own, own_mask)
 
 
-def attend_here(
+def attend_own_shard(
     q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
 ) -> jax.Array:
     """`attend_kernel` on one device. A step takes some answers of one prompt; the prompt's block stays for the next ones."""

@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from rlaif_jax.config import require
-from rlaif_jax.models.attention import GroupVisible, Visible, attend, attend_groups, from_last, made_visible
+from rlaif_jax.models.attention import AttentionMask, SharedPrefixMask, attend, attend_groups, build_mask, last_queries
+from rlaif_jax.models.base import PaddedView, View
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
 
 KeyValue = tuple[jax.Array, jax.Array]
@@ -82,7 +83,7 @@ def block_params(config: DecoderConfig, trunk: Any) -> list[Any]:
     return [trunk[f"layers_{layer}"] for layer in range(config.num_layers)]
 
 
-def blocks_apart(config: DecoderConfig, trunk: Any) -> Any:
+def unstack_layers(config: DecoderConfig, trunk: Any) -> Any:
     """A trunk's parameters as `Trunk.init` makes them, with each block's taken out of the stack."""
     rest = {name: x for name, x in trunk.items() if name != "layers"}
     return rest | {
@@ -170,12 +171,12 @@ class Block(nn.Module):
         return x + self.down(nn.gelu(self.up(y), approximate=True))
 
     def __call__(self, x: jax.Array, rope: KeyValue | None, visible: Any, last: int = 0) -> tuple[jax.Array, KeyValue]:
-        """x [B, S, D], visible from `made_visible` -> (x [B, S or last, D], (keys, values) [B, kv_heads, S, h])."""
+        """x [B, S, D], visible from `build_mask` -> (x [B, S or last, D], (keys, values) [B, kv_heads, S, h])."""
         q, k, v = self.qkv(x, rope, last)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if last:
-            x, visible = x[:, -last:], from_last(visible, last)
-        attention = attend_groups if isinstance(visible, GroupVisible) else attend
+            x, visible = x[:, -last:], last_queries(visible, last)
+        attention = attend_groups if isinstance(visible, SharedPrefixMask) else attend
         return self.finish(x, attention(self.config, q, k, v, visible)), (k, v)
 
 
@@ -192,7 +193,7 @@ class Trunk(nn.Module):
             self.position_embed = nn.Embed(
                 c.context_length, c.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
             )
-        # For `init` alone, which compiles quickly as a loop; `blocks_apart` takes what it made apart.
+        # For `init` alone, which compiles quickly as a loop; `unstack_layers` takes what it made apart.
         self.layers = nn.scan(
             Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.num_layers
         )(c)
@@ -219,15 +220,15 @@ class Trunk(nn.Module):
     def last(self, tokens: jax.Array, mask: jax.Array, last: int) -> tuple[jax.Array, list[KeyValue]]:
         """`__call__` of which the hidden states of so many of the last columns are wanted (0: all) -> [B, last, D]."""
         real = mask.astype(jnp.int32)
-        return self.columns(tokens, positions_from_mask(mask), Visible(real, real), last)
+        return self.columns(tokens, positions_from_mask(mask), AttentionMask(real, real), last)
 
     def columns(
-        self, tokens: jax.Array, positions: jax.Array, visible: Visible | GroupVisible, last: int = 0
+        self, tokens: jax.Array, positions: jax.Array, visible: AttentionMask | SharedPrefixMask, last: int = 0
     ) -> tuple[jax.Array, list[KeyValue]]:
         """tokens, positions [B, S], in whatever order they stand, with what each may see; returns as `last`."""
         c = self.config
         x, rope = split_by_rows(self.embedded(tokens, positions)), rope_table(c, positions)
-        seen = made_visible(c, visible)
+        seen = build_mask(c, visible)
         if self.is_initializing():
             return self.norm(self.layers(x, rope, seen)[0]), []
         blocks, run = block_params(c, self.variables["params"]), partial(apply, Block(c, parent=None))
@@ -258,10 +259,10 @@ class Trunk(nn.Module):
         tokens = jnp.concatenate([prompts, answers.reshape(count, -1)], axis=1)
         real = prompt_mask.astype(jnp.int32)
         own = mask.astype(jnp.int32).reshape(-1, length)
-        visible = GroupVisible(
-            prompts=Visible(real, real),
+        visible = SharedPrefixMask(
+            prompts=AttentionMask(real, real),
             # The prompt's last token is an answer's first column: real, as all that may be read here.
-            answers=Visible(own, jnp.concatenate([real.repeat(each, axis=0), own], axis=1)),
+            answers=AttentionMask(own, jnp.concatenate([real.repeat(each, axis=0), own], axis=1)),
         )
         hidden, _ = self.columns(tokens, positions, visible, each * length)
         return hidden.reshape(*answers.shape, -1)
@@ -288,19 +289,21 @@ class Decoder(nn.Module):
         return self.logits(self.trunk(tokens, mask)[0])
 
 
-def response_hidden(
-    config: DecoderConfig,
-    trunk: Any,
-    tokens: jax.Array,
-    prompt_mask: jax.Array,
-    response_mask: jax.Array,
-    answers: int = 1,
-) -> jax.Array:
-    """Hidden states [B, T, D] from which the response tokens are predicted: entry t stands one column before token t.
+def view_hidden(config: DecoderConfig, trunk: Any, view: View) -> jax.Array:
+    """Returns the hidden states [..., D] of a trunk's parameters that predict `view.targets`."""
+    if isinstance(view, PaddedView):
+        return response_hidden(config, trunk, view)
+    # Segments alone separate prompts where each has one answer.
+    mask = AttentionMask(view.segments, view.segments, view.answers, view.answers)
+    return apply(Trunk(config), trunk, view.tokens, view.positions, mask, method="columns")[0]
 
-    tokens [B, P + T], prompt_mask [B, P], response_mask [B, T]; `trunk` are a `Trunk`'s parameters. With answers = K > 1
-    the rows stand in groups of K with the same prompt, whose columns are then computed once.
+
+def response_hidden(config: DecoderConfig, trunk: Any, view: PaddedView) -> jax.Array:
+    """Returns hidden states [B, T, D] that predict the response tokens: entry t is read one column before token t.
+
+    With K = `view.answers` > 1 the columns of a prompt are computed once for the K rows that share it.
     """
+    tokens, prompt_mask, response_mask, answers = view.tokens, view.prompt_mask, view.response_mask, view.answers
     start = prompt_mask.shape[1]
     # The last token predicts nothing here: it is not fed.
     if answers == 1 or start == 1:  # nothing to share
@@ -319,21 +322,6 @@ def response_hidden(
         method="groups",
     )
     return hidden.reshape(*mask.shape, -1)
-
-
-def packed_hidden(
-    config: DecoderConfig,
-    trunk: Any,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    answers: jax.Array | None,
-) -> jax.Array:
-    """Hidden states [R, C, D] of rows in which prompts and answers stand one behind the other, all arguments [R, C]:
-    segments number a row's prompts (0: nothing), answers the answers to each (0: the prompt itself). None: one answer a
-    prompt, for which the segments say it all."""
-    visible = Visible(segments, segments, answers, answers)
-    return apply(Trunk(config), trunk, tokens, positions, visible, method="columns")[0]
 
 
 def with_recall_heads(config: DecoderConfig, params: Any) -> Any:

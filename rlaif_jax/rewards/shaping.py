@@ -6,15 +6,17 @@ on is marked as missing in its turn.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Literal, NamedTuple
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from rlaif_jax.config import check_choices
 from rlaif_jax.parallel import masked_mean, masked_whiten
-from rlaif_jax.types import RewardBatch
+from rlaif_jax.types import Feedback, RewardBatch, Rollout
 
 
 class Masked(NamedTuple):
@@ -42,12 +44,19 @@ class Normaliser:
 
 
 def fit_normaliser(scores: jax.Array, valid: jax.Array, axis_name: str | None = None) -> Normaliser:
-    """Mean and standard deviation of the valid scores [B], so that they become 0 and 1 (Ziegler 2019, section 2.1).
+    """Returns mean and standard deviation of the valid scores, which bring them to 0 and 1 (Ziegler 2019, section 2.1).
 
-    Over all devices of `axis_name`. Scores that do not differ (a spread below a millionth of their size, which is
-    rounding), a single score and no score at all have no scale of their own: their std is 1, not 0, so that the
-    rewards are the scores less their mean and never a difference blown up.
+    Scores that do not differ (a spread below a millionth of their size, which is rounding), a single score and no score at
+    all define no scale: their std is 1, not 0, so that the rewards are the scores less their mean and never a difference
+    blown up.
+
+    Args:
+        scores: [B], or [B, R] for the mean [R] and std [R] of each reward.
+        valid: of the same shape.
+        axis_name: the mapped axis of the devices, or None.
     """
+    if scores.ndim == 2:
+        return jax.vmap(lambda x, y: fit_normaliser(x, y, axis_name), in_axes=1)(scores, valid)
     scores, valid = masked(scores, valid)
     mean = masked_mean(scores, valid, axis_name)
     std = jnp.sqrt(masked_mean((scores - mean) ** 2, valid, axis_name))
@@ -60,29 +69,88 @@ def identity_normaliser() -> Normaliser:
     return Normaliser(mean=jnp.float32(0.0), std=jnp.float32(1.0))
 
 
-def sequence_rewards(
-    score: jax.Array,
-    valid: jax.Array,
-    normaliser: Normaliser,
-    response_mask: jax.Array,
-    *,
-    token_rewards: jax.Array | None = None,
-    clip: float | None = None,
-) -> RewardBatch:
-    """Scores [B] of whole answers -> rewards: (score - mean) / std, clipped to +-clip if asked.
+@dataclasses.dataclass(frozen=True)
+class Shaping:
+    """How the judgements of an answer become its reward.
 
-    token_rewards [B, T]: dense rewards, kept as they are where response_mask and the answer's judgement is valid, else
-    0; None = none. A score that is not finite counts as missing: its answer teaches nothing.
+    Attributes:
+        weights: one for each reward of the feedback, may be negative; empty: all 1.
+        missing_eos: what an answer that was cut by the length limit gets: its `score`, its score minus
+            `missing_eos_value` (`penalty`), or the constant `missing_eos_value` instead of its score (`constant`).
+        missing_eos_value: see `missing_eos`.
     """
-    valid = valid.astype(bool) & jnp.isfinite(score)
-    reward = (jnp.where(valid, score, normaliser.mean) - normaliser.mean) / jnp.maximum(normaliser.std, 1e-6)
+
+    weights: tuple[float, ...] = ()
+    missing_eos: Literal["score", "penalty", "constant"] = "score"
+    missing_eos_value: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choices(self, "shaping")
+
+
+def shaped_rewards(shaping: Shaping, normaliser: Normaliser, judged: Feedback, rollout: Rollout) -> RewardBatch:
+    """Returns the rewards of B answers: all that is done to a judgement before an algorithm learns from it.
+
+    Each reward is normalised, the present ones are combined by their weights (`combine`), and answers without a stop
+    token go by the missing-EOS rule. Dense rewards stay as they are.
+
+    Args:
+        shaping: weights and rules.
+        normaliser: mean and std of each reward.
+        judged: feedback with values [B, R].
+        rollout: the answers.
+    """
+    chex.assert_rank([judged.values, judged.valid], 2)
+    count = judged.values.shape[1]
+    normalised = sequence_rewards(judged.values, judged.valid, normaliser)
+    if count == 1:
+        score, valid = normalised.values[:, 0], normalised.valid[:, 0]
+    elif count == 0:  # nobody judges: recorded preferences, or rewards that the algorithm makes
+        score, valid = jnp.zeros(rollout.finished.shape), jnp.ones(rollout.finished.shape, bool)
+    else:
+        weights = jnp.asarray(shaping.weights or (1.0,) * count)
+        score, valid = combine(normalised.values, normalised.valid, weights)
+    mask = rollout.response_mask
+    if judged.token_rewards is None:
+        dense = jnp.zeros(mask.shape, jnp.float32)
+    else:
+        dense = jnp.where(mask & valid[:, None], judged.token_rewards, 0.0).astype(jnp.float32)
+    return RewardBatch(
+        score=missing_eos_score(shaping, score.astype(jnp.float32), rollout.finished),
+        valid=valid,
+        token_rewards=dense,
+        pairs=judged.pairs,
+        pairs_valid=judged.pairs_valid,
+    )
+
+
+def sequence_rewards(
+    values: jax.Array, valid: jax.Array, normaliser: Normaliser, *, clip: float | None = None
+) -> Masked:
+    """Returns (value - mean) / std of scores of any shape, clipped to +-clip if asked; 0 where missing.
+
+    A value that is not finite counts as missing: its answer teaches nothing.
+
+    Args:
+        values: scores of whole answers.
+        valid: false where a judgement is missing.
+        normaliser: mean and std.
+        clip: the largest absolute reward; None: no limit.
+    """
+    valid = valid.astype(bool) & jnp.isfinite(values)
+    reward = (jnp.where(valid, values, normaliser.mean) - normaliser.mean) / jnp.maximum(normaliser.std, 1e-6)
     if clip is not None:
         reward = jnp.clip(reward, -clip, clip)
-    if token_rewards is None:
-        dense = jnp.zeros(response_mask.shape, jnp.float32)
-    else:
-        dense = jnp.where(response_mask & valid[:, None], token_rewards, 0.0).astype(jnp.float32)
-    return RewardBatch(score=reward.astype(jnp.float32), valid=valid, token_rewards=dense)
+    return Masked(reward.astype(jnp.float32), valid)
+
+
+def missing_eos_score(shaping: Shaping, score: jax.Array, finished: jax.Array) -> jax.Array:
+    """Returns scores [B] after the rule for answers without a stop token; finished [B] bool."""
+    if shaping.missing_eos == "penalty":
+        return jnp.where(finished, score, score - shaping.missing_eos_value)
+    if shaping.missing_eos == "constant":
+        return jnp.where(finished, score, shaping.missing_eos_value)
+    return score
 
 
 def whiten(scores: jax.Array, valid: jax.Array, axis_name: str | None = None, *, shift_mean: bool = True) -> Masked:

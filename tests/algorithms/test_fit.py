@@ -10,7 +10,7 @@ import pytest
 from rlaif_jax.algorithms.fit import fit, fit_language_model, fit_reward_model, minibatches
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.config import UserError
-from rlaif_jax.models import LanguageModel, ScalarModel
+from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner
 
@@ -123,7 +123,7 @@ def test_fit_language_model_learns_and_repeats_itself():
     rng = np.random.default_rng(0)
     tokens = np.concatenate([rng.integers(0, 8, (40, 1)), np.tile([1, 2, 3, 4], (40, 1))], axis=1).astype(np.int32)
     examples = {"tokens": tokens, "mask": np.ones((40, 5), bool), "weights": np.ones((40, 5), np.float32)}
-    model = LanguageModel(DECODER)
+    model = CausalLM(DECODER)
     start = random_params(model)
     before = jax.device_get(start)
     runs = []

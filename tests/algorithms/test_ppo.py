@@ -27,7 +27,7 @@ from rlaif_jax.algorithms.ppo import (
     value_loss,
 )
 from rlaif_jax.config import UserError
-from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead
+from rlaif_jax.models import CausalLM, ScalarModel, ValueHead
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import generate
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow  # as a whole: many programs to compile
 NAN = float("nan")
 V, P, T, B, TEMPERATURE = 10, 4, 5, 8, 0.7
 DECODER = small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16)
-POLICY, CRITIC = LanguageModel(DECODER), ScalarModel(DECODER, "normal")
+POLICY, CRITIC = CausalLM(DECODER), ScalarModel(DECODER, "normal")
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, schedule="constant")
 GAE = PPOConfig(
     num_epochs=2,
@@ -599,7 +599,7 @@ def test_without_a_critic_the_samplers_logprobs_need_no_forward_pass(group_case)
 def test_no_logits_of_a_whole_batch_are_held_at_a_large_vocabulary():
     """64 answers of 64 tokens over 152,000 words: 2.5 GB of logits in float32, scored and updated in less than half."""
     rows, vocab = 64, 152_000
-    agent = Agent(LanguageModel(dataclasses.replace(DECODER, vocab_size=vocab)), None, GROUP, answers=2)
+    agent = Agent(CausalLM(dataclasses.replace(DECODER, vocab_size=vocab)), None, GROUP, answers=2)
     shape = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
     rollout = Rollout(
         tokens=shape(rows, P + 64, dtype=jnp.int32),

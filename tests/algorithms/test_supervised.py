@@ -10,11 +10,11 @@ import pytest
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, clip_by_global_norm, make_optimizer
 from rlaif_jax.algorithms.supervised import supervised_step, weighted_cross_entropy
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 
 V, S, B = 9, 6, 4
-MODEL = LanguageModel(small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16))
+MODEL = CausalLM(small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16))
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, schedule="constant"), 1)
 
 

@@ -10,14 +10,14 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.models.attention import (
-    GroupVisible,
-    Visible,
+    SharedPrefixMask,
+    AttentionMask,
     attend,
     attend_groups,
     attend_library,
     attend_splash,
     implementation,
-    made_visible,
+    build_mask,
 )
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import make_mesh
@@ -67,8 +67,8 @@ WAYS = {
 def test_every_way_is_the_formula(way: str) -> None:
     q, k, v, queries, keys = drawn()
     seen = looped(queries, keys)
-    np.testing.assert_array_equal(Visible(queries, keys).dense(), seen)
-    got = jax.jit(WAYS[way])(q, k, v, Visible(queries, keys))
+    np.testing.assert_array_equal(AttentionMask(queries, keys).dense(), seen)
+    got = jax.jit(WAYS[way])(q, k, v, AttentionMask(queries, keys))
     np.testing.assert_allclose(got, written_out(q, k, v, seen), atol=2e-6)
 
 
@@ -84,7 +84,7 @@ def test_the_library_kernel_is_given_even_lengths() -> None:
     library = jax.nn.dot_product_attention
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.nn, "dot_product_attention", spy)
-        got = attend_library(q, k, v, Visible(queries, keys).dense(), "xla")
+        got = attend_library(q, k, v, AttentionMask(queries, keys).dense(), "xla")
     assert shapes == [(S + 1, C + 1, (B, 1, S + 1, C + 1))]
     np.testing.assert_allclose(got, written_out(q, k, v, looped(queries, keys)), atol=2e-6)
 
@@ -95,7 +95,7 @@ def test_gradients_agree(way: str) -> None:
     direction = np.random.default_rng(1).standard_normal((B, S, HEADS * H)).astype(np.float32)
 
     def gradient(fn):
-        return jax.jit(jax.grad(lambda x: jnp.vdot(fn(*x, Visible(queries, keys)), direction)))((q, k, v))
+        return jax.jit(jax.grad(lambda x: jnp.vdot(fn(*x, AttentionMask(queries, keys)), direction)))((q, k, v))
 
     for got, want in zip(gradient(WAYS[way]), gradient(WAYS["xla"])):
         assert jnp.linalg.norm(got - want) < 1e-5 * jnp.linalg.norm(want)
@@ -104,7 +104,7 @@ def test_gradients_agree(way: str) -> None:
 def test_answers_see_their_prompt_and_themselves() -> None:
     segments = np.int32([[1, 1, 1, 1, 1, 2, 2]])
     answers = np.int32([[0, 0, 1, 2, 2, 0, 3]])
-    seen = Visible(segments, segments, answers, answers).dense()[0]
+    seen = AttentionMask(segments, segments, answers, answers).dense()[0]
     assert ["".join("x" if one else "." for one in row) for row in np.asarray(seen)] == [
         "x......",
         "xx.....",
@@ -119,7 +119,7 @@ def test_answers_see_their_prompt_and_themselves() -> None:
 def test_splash_on_a_mesh_splits_rows_and_heads() -> None:
     q, k, v, queries, keys = drawn()
     with jax.set_mesh(make_mesh(2, 2, 2)):
-        got = jax.jit(attend_splash)(q, k, v, Visible(queries, keys))
+        got = jax.jit(attend_splash)(q, k, v, AttentionMask(queries, keys))
     np.testing.assert_allclose(got, written_out(q, k, v, looped(queries, keys)), atol=2e-6)
 
 
@@ -130,16 +130,16 @@ def test_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(jax, "default_backend", functools.partial(str, backend))
         assert (implementation(auto), implementation(wide)) == (small, large)
     segments = np.ones((1, 2), np.int32)
-    assert isinstance(made_visible(wide, Visible(segments, segments)), Visible)
+    assert isinstance(build_mask(wide, AttentionMask(segments, segments)), AttentionMask)
     # a prompt shared within a row is no matter of segments alone
-    assert not isinstance(made_visible(wide, Visible(segments, segments, segments, segments)), Visible)
+    assert not isinstance(build_mask(wide, AttentionMask(segments, segments, segments, segments)), AttentionMask)
 
 
 def test_cudnn_without_a_gpu_is_refused() -> None:
     q, k, v, queries, keys = drawn()
     cudnn = dataclasses.replace(CONFIG, attention="cudnn")
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
-        attend(cudnn, q, k, v, Visible(queries, keys).dense())
+        attend(cudnn, q, k, v, AttentionMask(queries, keys).dense())
 
 
 @pytest.mark.parametrize("length", [3, 128])
@@ -153,18 +153,18 @@ def test_answers_beside_their_prompt(length: int) -> None:
     k, v = rng.standard_normal((2, groups, KV, columns, H)).astype(np.float32)
     of_prompt = np.int32([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     real = np.int32(np.arange(length) < np.arange(1, groups * answers + 1)[:, None] * length // 8)
-    visible = GroupVisible(
-        Visible(of_prompt, of_prompt), Visible(real, np.concatenate([of_prompt.repeat(answers, 0), real], axis=1))
+    visible = SharedPrefixMask(
+        AttentionMask(of_prompt, of_prompt), AttentionMask(real, np.concatenate([of_prompt.repeat(answers, 0), real], axis=1))
     )
     segments = np.concatenate([of_prompt, real.reshape(groups, -1)], axis=1)
     answer = np.concatenate(
         [np.zeros_like(of_prompt), np.tile(np.arange(answers).repeat(length) + 1, (groups, 1))], axis=1
     )
-    whole = Visible(segments, segments, answer, answer)
+    whole = AttentionMask(segments, segments, answer, answer)
     weight = segments[..., None]  # what pads see is nobody's business
 
     def value_and_gradients(attention, seen):
-        made = made_visible(CONFIG, seen)
+        made = build_mask(CONFIG, seen)
         fn = lambda q, k, v: jnp.sum(jnp.sin(attention(CONFIG, q, k, v, made)) * weight)
         return jax.jit(jax.value_and_grad(fn, (0, 1, 2)))(q, k, v)
 

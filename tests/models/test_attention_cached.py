@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.models import attention_cached
-from rlaif_jax.models.attention_cached import attend_cached, beside, blocks
+from rlaif_jax.models.attention_cached import attend_cached, pack_heads, blocks
 from rlaif_jax.parallel import make_mesh, on_own_rows
 
 
@@ -82,8 +82,8 @@ def test_on_a_mesh(both, groups):
 
 def test_heads_beside_each_other():
     x = np.arange(2 * 4 * 3 * 5).reshape(2, 4, 3, 5)
-    np.testing.assert_array_equal(beside(jnp.asarray(x), 1), x)
-    np.testing.assert_array_equal(beside(jnp.asarray(x), 2)[1, 1, 2], np.concatenate([x[1, 2, 2], x[1, 3, 2]]))
+    np.testing.assert_array_equal(pack_heads(jnp.asarray(x), 1), x)
+    np.testing.assert_array_equal(pack_heads(jnp.asarray(x), 2)[1, 1, 2], np.concatenate([x[1, 2, 2], x[1, 3, 2]]))
 
 
 def test_what_fits():

@@ -27,14 +27,14 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     from jax.experimental import topologies
     from jax.sharding import NamedSharding
 
-    from rlaif_jax.models import LanguageModel
+    from rlaif_jax.models import CausalLM
     from rlaif_jax.models.decoder import response_hidden
     from rlaif_jax.models.decoder_config import DecoderConfig
     from rlaif_jax.parallel import BATCH, make_mesh, state_shardings
 
     jax.default_backend = lambda: "tpu"  # the process itself has CPUs only
     mesh = make_mesh(*shape, devices=list(topologies.get_topology_desc(topology, platform="tpu").devices))
-    model = LanguageModel(
+    model = CausalLM(
         DecoderConfig(
             vocab_size=4096,
             num_layers=2,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.models import LanguageModel, ScalarModel, ValueHead, decoder, heads, last_real
+from rlaif_jax.models import CausalLM, ScalarModel, ValueHead, decoder, heads, gather_last
 from rlaif_jax.models.decoder import (
     Block,
     Trunk,
@@ -36,9 +36,9 @@ GPT2 = dataclasses.replace(
 )
 
 
-def random_model(config: DecoderConfig) -> tuple[LanguageModel, dict]:
+def random_model(config: DecoderConfig) -> tuple[CausalLM, dict]:
     """A model none of whose parameters is zero or one: no norm, bias or matrix can hide."""
-    model = LanguageModel(config)
+    model = CausalLM(config)
     rng = np.random.default_rng(0)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -231,9 +231,9 @@ def test_the_splash_kernel_for_the_columns_that_are_read() -> None:
 def test_remat_gives_the_same_gradients_in_less_memory() -> None:
     tokens, mask = random_tokens((64, S)), np.ones((64, S), bool)
     plain, params = random_model(LLAMA)
-    remat = LanguageModel(dataclasses.replace(LLAMA, remat=True))
+    remat = CausalLM(dataclasses.replace(LLAMA, remat=True))
 
-    def gradients(model: LanguageModel) -> tuple[dict, int]:
+    def gradients(model: CausalLM) -> tuple[dict, int]:
         compiled = jax.jit(jax.grad(lambda p: jnp.mean(model.hidden(p, tokens, mask) ** 2))).lower(params).compile()
         return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
@@ -251,7 +251,7 @@ def test_remat_gives_the_same_gradients_in_less_memory() -> None:
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["rope", "learned"])
 def test_bfloat16_computes_over_float32_parameters(config: DecoderConfig) -> None:
     exact, params = random_model(config)
-    rough = LanguageModel(dataclasses.replace(config, compute_dtype="bfloat16"))
+    rough = CausalLM(dataclasses.replace(config, compute_dtype="bfloat16"))
     tokens, mask = random_tokens((2, S)), np.ones((2, S), bool)
     assert jax.eval_shape(rough.hidden, params, tokens, mask).dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(jax.eval_shape(rough.init, jax.random.key(0))))
@@ -264,7 +264,7 @@ def test_bfloat16_computes_over_float32_parameters(config: DecoderConfig) -> Non
 def test_last_real() -> None:
     values = np.arange(20, dtype=np.float32).reshape(4, 5)
     mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 0, 0, 0]], bool)
-    np.testing.assert_array_equal(last_real(values, mask), [4, 7, 14, 16])
+    np.testing.assert_array_equal(gather_last(values, mask), [4, 7, 14, 16])
 
 
 def test_scalar_head_starts_at_zero_or_with_the_stated_spread() -> None:
@@ -302,7 +302,7 @@ def test_impossible_shapes_are_refused(flags: dict, named: str) -> None:
 
 def test_recall_heads_look_one_token_back_and_at_equal_contents():
     config = small_decoder(16, num_layers=2, width=32, num_heads=2, qkv_bias=True)
-    model = LanguageModel(config)
+    model = CausalLM(config)
     params = with_recall_heads(config, model.init(jax.random.key(0)))
     length = 12
     positions = jnp.arange(length)
@@ -331,4 +331,4 @@ def test_recall_heads_look_one_token_back_and_at_equal_contents():
 def test_recall_heads_need_biases():
     config = small_decoder(16, num_layers=2, width=32, num_heads=2)
     with pytest.raises(UserError, match="qkv_bias=True"):
-        with_recall_heads(config, LanguageModel(config).init(jax.random.key(0)))
+        with_recall_heads(config, CausalLM(config).init(jax.random.key(0)))

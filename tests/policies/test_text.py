@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from rlaif_jax.algorithms.ppo import Agent, PPOConfig, ppo_step, prepare, reference_logprobs, side_by_side
 from rlaif_jax.data.prompts import FileRecords, prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.models import LanguageModel, attention_cached
+from rlaif_jax.models import CausalLM, attention_cached
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import (
@@ -32,7 +32,7 @@ from rlaif_jax.types import Prompts, RewardBatch
 
 TOKENIZER = WordTokenizer(("a", "b", "c", "d", "e"))
 V, EOS, PAD, P, T, ROWS = TOKENIZER.vocab_size, TOKENIZER.eos_id, TOKENIZER.pad_id, 6, 8, 8
-MODEL = LanguageModel(small_decoder(V, num_layers=2, width=16, num_heads=4, num_kv_heads=2, context_length=32))
+MODEL = CausalLM(small_decoder(V, num_layers=2, width=16, num_heads=4, num_kv_heads=2, context_length=32))
 SAMPLING = SamplingConfig(max_new_tokens=T, temperature=0.8)
 GREEDY = SamplingConfig(max_new_tokens=T, temperature=0)
 KEY = jax.random.key(7)
@@ -219,7 +219,7 @@ def test_length_buckets():
 
 def test_bfloat16_reports_its_mismatch(params):
     """Sampler and trainer round differently: the greatest gap and the effective sample size say by how much."""
-    model = LanguageModel(dataclasses.replace(MODEL.config, compute_dtype="bfloat16"))
+    model = CausalLM(dataclasses.replace(MODEL.config, compute_dtype="bfloat16"))
     agent = Agent(model, None, PPOConfig(advantage="group", kl_in="loss", num_epochs=1), 0.8, answers=2)
     run = functools.partial(generate, model, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD)
 
@@ -285,7 +285,7 @@ def test_the_decoding_loop_copies_no_cache_and_gathers_no_weights(slots):
     """In the compiled program for a mesh 2x2x2, of which each group of two tensor devices has 2 prompts, 4 answers."""
     mesh = make_mesh(2, 2, 2)
     # Of two key-value heads a device: with one, XLA on CPUs drops the axis and updates a copy of the cache for that.
-    model = LanguageModel(dataclasses.replace(MODEL.config, num_kv_heads=4))
+    model = CausalLM(dataclasses.replace(MODEL.config, num_kv_heads=4))
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     params = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(place, params, state_shardings(params, mesh))

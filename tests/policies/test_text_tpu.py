@@ -171,7 +171,7 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from rlaif_jax.models import LanguageModel
+    from rlaif_jax.models import CausalLM
     from rlaif_jax.models.decoder_config import DecoderConfig
     from rlaif_jax.models.sampling import SamplingConfig
     from rlaif_jax.parallel import BATCH, make_mesh, state_shardings
@@ -182,7 +182,7 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     rollout.FIRST_BUCKET = T  # one loop, with the whole caches
     data, fsdp, tensor = shape
     mesh = make_mesh(*shape, devices=list(topologies.get_topology_desc(topology, platform="tpu").devices))
-    model = LanguageModel(
+    model = CausalLM(
         DecoderConfig(
             vocab_size=V,
             num_layers=LAYERS,

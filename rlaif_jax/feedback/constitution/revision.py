@@ -20,7 +20,7 @@ from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.constitution.constitution import Principle
 from rlaif_jax.feedback.records.forms import Correction, Rater
-from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, make_generator
@@ -150,7 +150,7 @@ class LanguageModelWriter:
     `prompt_length` tokens (BOS included) gets none. Texts are continued `batch_size` at a time: one compiled shape.
     """
 
-    model: LanguageModel
+    model: CausalLM
     params: Params
     tokenizer: Tokenizer
     runner: Runner

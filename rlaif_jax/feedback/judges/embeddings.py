@@ -18,7 +18,7 @@ import numpy as np
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params
 
@@ -44,7 +44,7 @@ def similarities(encoder: Encoder, exemplar: str, texts: Sequence[str]) -> list[
 
 
 def mean_hidden(
-    model: LanguageModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
+    model: CausalLM, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
 ) -> jax.Array:
     """The mean hidden state [B, D] float32 over the real tokens of (tokens, mask) [B, S]; zeros where there are none."""
     del axis_name
@@ -62,7 +62,7 @@ class HiddenStateEncoder:
     it out. Texts are encoded `batch_size` at a time, each by its first `max_tokens` tokens: one compiled shape.
     """
 
-    model: LanguageModel
+    model: CausalLM
     params: Params
     tokenizer: Tokenizer
     runner: Runner

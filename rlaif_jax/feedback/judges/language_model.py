@@ -23,7 +23,7 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, generate
@@ -80,7 +80,7 @@ def weights_hash(params: Params) -> str:
 
 
 def choice_probabilities(
-    model: LanguageModel,
+    model: CausalLM,
     ids: tuple[int, ...],
     params: Params,
     batch: dict[str, jax.Array],
@@ -116,7 +116,7 @@ class LanguageModelJudge:
     min_mass: below this probability of all choice tokens together the judge did not answer.
     """
 
-    model: LanguageModel
+    model: CausalLM
     params: Params
     tokenizer: Tokenizer
     runner: Runner

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig
-from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.hf.families import family, read_config, write_config
 from rlaif_jax.models.hf.llama2c import read_llama2c
 from rlaif_jax.types import Params
@@ -113,7 +113,7 @@ class Entry:
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """{path with "/": shape} of all parameters of a model."""
-    tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    tree = jax.eval_shape(CausalLM(config).init, jax.random.key(0))
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
@@ -146,7 +146,7 @@ def load_model(
     *,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     remat: bool = False,
-) -> tuple[LanguageModel, Params]:
+) -> tuple[CausalLM, Params]:
     """A language model from a Hugging Face folder, a hub id, or a llama2.c `.bin` file.
 
     Folders hold config.json (GPT-2, Llama, Mistral without sliding window, Qwen2, Qwen3) and model.safetensors or
@@ -172,7 +172,7 @@ def load_model(
         config = read_config(folder / "config.json")
         flat = read_weights(folder, config)
     config = dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat)
-    return LanguageModel(config), unflatten_dict({name: jnp.array(flat.pop(name)) for name in list(flat)}, sep="/")
+    return CausalLM(config), unflatten_dict({name: jnp.array(flat.pop(name)) for name in list(flat)}, sep="/")
 
 
 def download(hub_id: str) -> Path:
@@ -314,7 +314,7 @@ def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> np.
 
 def save_model(
     folder: str | Path,
-    model: LanguageModel,
+    model: CausalLM,
     params: Params,
     tokenizer: Tokenizer | None = None,
     *,

@@ -12,7 +12,7 @@ from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.feedback.constitution.constitution import Principle
 from rlaif_jax.feedback.constitution.revision import LanguageModelWriter, Revised, critique_revision, draw_principle
 from rlaif_jax.feedback.records.forms import Rater, from_json, to_json
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig, make_runner
@@ -119,7 +119,7 @@ def test_what_cannot_be_done_is_said():
 @pytest.fixture(scope="module")
 def local() -> LanguageModelWriter:
     tokenizer = WordTokenizer(tuple("abcdefgh"))
-    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
     return LanguageModelWriter(
         model,
         model.init(jax.random.key(0)),

@@ -11,7 +11,7 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.judges.embeddings import HiddenStateEncoder, similarities
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig, word_tokenizer
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, ParallelConfig, make_runner
 
@@ -21,7 +21,7 @@ TEXTS = ["the dog ran home", "the cat ran home", "a warm day", "the the dog dog 
 @pytest.fixture(scope="module")
 def encoder() -> HiddenStateEncoder:
     tokenizer = word_tokenizer(TEXTS * 2, SentimentConfig())
-    model = LanguageModel(small_decoder(32, num_layers=1, width=16, num_heads=2))
+    model = CausalLM(small_decoder(32, num_layers=1, width=16, num_heads=2))
     return HiddenStateEncoder(model, model.init(jax.random.key(0)), tokenizer, JitRunner(), max_tokens=8, batch_size=4)
 
 
@@ -74,4 +74,4 @@ def test_settings_that_do_not_fit(encoder):
     with pytest.raises(UserError, match=r"batch_size \(0\) must be a multiple"):
         dataclasses.replace(encoder, batch_size=0)
     with pytest.raises(UserError, match="the encoder: this tokenizer is of another vocabulary"):
-        dataclasses.replace(encoder, model=LanguageModel(small_decoder(3, num_layers=1, width=16, num_heads=2)))
+        dataclasses.replace(encoder, model=CausalLM(small_decoder(3, num_layers=1, width=16, num_heads=2)))

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import load_tokenizer
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling, small_decoder
 from rlaif_jax.models.hf import files as hf
 from rlaif_jax.models.hf.families import read_config
@@ -136,7 +136,7 @@ def assert_same_params(got: Any, want: Any) -> None:
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
-def random_params(model: LanguageModel) -> Any:
+def random_params(model: CausalLM) -> Any:
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32),
@@ -318,7 +318,7 @@ def test_a_window_of_the_whole_context_is_no_window(tmp_path: Path) -> None:
     ],
 )
 def test_a_shape_that_no_architecture_has_is_not_written(flags: dict[str, Any], named: str, tmp_path: Path) -> None:
-    model = LanguageModel(dataclasses.replace(TINY, **flags))
+    model = CausalLM(dataclasses.replace(TINY, **flags))
     with pytest.raises(UserError, match=re.escape(named)):
         save_model(tmp_path / "model", model, random_params(model))
     assert not list(tmp_path.iterdir())
@@ -449,7 +449,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_folders_are_refused_by_name(bad: str, tmp_path: Path) -> None:
     spoil, named = BAD[bad]
-    model = LanguageModel(TINY)
+    model = CausalLM(TINY)
     folder = tmp_path / "model"
     save_model(folder, model, random_params(model))
     spoil(folder)
@@ -475,7 +475,7 @@ def test_names_that_are_neither_a_folder_nor_on_the_hub(tmp_path: Path, monkeypa
 
 
 def test_a_hub_id_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LanguageModel(TINY)
+    model = CausalLM(TINY)
     params = random_params(model)
     save_model(tmp_path / "snapshot", model, params)
     asked: dict[str, Any] = {}
@@ -495,7 +495,7 @@ def test_a_hub_id_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_shards_of_ours(tmp_path: Path) -> None:
-    model = LanguageModel(dataclasses.replace(TINY, tie_embeddings=False))
+    model = CausalLM(dataclasses.replace(TINY, tie_embeddings=False))
     params = random_params(model)
     save_model(tmp_path / "model", model, params, max_shard_bytes=4000)
     files = sorted(p.name for p in (tmp_path / "model").glob("*.safetensors"))
@@ -507,7 +507,7 @@ def test_shards_of_ours(tmp_path: Path) -> None:
 
 
 def test_a_model_replaces_an_older_one_whole(tmp_path: Path) -> None:
-    model = LanguageModel(TINY)
+    model = CausalLM(TINY)
     params = random_params(model)
     save_model(tmp_path / "model", model, jax.tree.map(jnp.zeros_like, params), max_shard_bytes=4000)
     save_model(tmp_path / "model", model, params)
@@ -517,7 +517,7 @@ def test_a_model_replaces_an_older_one_whole(tmp_path: Path) -> None:
 
 
 def test_other_peoples_files_are_not_replaced(tmp_path: Path) -> None:
-    model = LanguageModel(TINY)
+    model = CausalLM(TINY)
     (tmp_path / "metrics.jsonl").write_text("dear\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         save_model(tmp_path, model, random_params(model))
@@ -527,7 +527,7 @@ def test_other_peoples_files_are_not_replaced(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_model_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LanguageModel(TINY)
+    model = CausalLM(TINY)
     params = random_params(model)
     save_model(tmp_path / "model", model, params)
 
@@ -544,7 +544,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(tmp_path: Path, monke
 
 
 def test_an_interrupt_between_the_renames_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LanguageModel(TINY)
+    model = CausalLM(TINY)
     params = random_params(model)
     save_model(tmp_path / "model", model, params)
     rename = Path.rename
@@ -562,8 +562,8 @@ def test_an_interrupt_between_the_renames_leaves_the_old_model(tmp_path: Path, m
 
 
 def test_parameters_and_tokenizer_of_another_model_are_not_written(tmp_path: Path) -> None:
-    model = LanguageModel(TINY)
-    other = LanguageModel(dataclasses.replace(TINY, mlp_width=8))
+    model = CausalLM(TINY)
+    other = CausalLM(dataclasses.replace(TINY, mlp_width=8))
     with pytest.raises(UserError, match="trunk/layers_0/"):
         save_model(tmp_path / "model", model, random_params(other))
 

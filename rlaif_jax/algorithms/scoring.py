@@ -1,0 +1,122 @@
+"""What models compute for the tokens of a batch, padded or packed: views of a batch, and scores of a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from rlaif_jax.algorithms.packing import Packed, pack
+from rlaif_jax.models.base import PackedView, PaddedView, View
+from rlaif_jax.parallel import mesh_shares, over_mesh
+from rlaif_jax.policies.base import Policy
+from rlaif_jax.types import Frozen, Params, Rollout
+
+Carry = TypeVar("Carry")
+
+
+class Sequences(Protocol):
+    """Prompts and responses of B rows, as `Rollout` and `Batch` hold them."""
+
+    @property
+    def tokens(self) -> jax.Array:
+        """[B, P + T] int32."""
+
+    @property
+    def prompt_mask(self) -> jax.Array:
+        """[B, P] bool."""
+
+    @property
+    def response_mask(self) -> jax.Array:
+        """[B, T] bool."""
+
+
+def padded_view(batch: Sequences, answers: int = 1) -> PaddedView:
+    """Returns the sequences of a batch one a row; `answers` consecutive rows have the same prompt."""
+    targets = jnp.where(batch.response_mask, batch.tokens[:, batch.prompt_mask.shape[1] :], 0)
+    return PaddedView(batch.tokens, batch.prompt_mask, batch.response_mask, targets, answers)
+
+
+def packed_view(batch: Sequences, rows: Packed, answers: int) -> PackedView:
+    """Returns packed rows [R, C] of the sequences of a batch, with up to `answers` answers to a prompt."""
+    return PackedView(
+        tokens=batch.tokens.reshape(-1)[rows.tokens],
+        positions=rows.positions,
+        segments=rows.segments,
+        answers=rows.answers if answers > 1 else None,
+        targets=gather_targets(batch.tokens[:, batch.prompt_mask.shape[1] :], rows),
+    )
+
+
+def gather_targets(x: jax.Array, rows: Packed) -> jax.Array:
+    """Gathers x [M, T] into the order of packed targets [R, C]; columns without a target become 0 or False."""
+    return x.reshape(-1).at[rows.targets].get(mode="fill", fill_value=0)
+
+
+def fold_rows(
+    size: int, packed: Packed, used: jax.Array, fn: Callable[[Carry, Packed], Carry], carry: Carry
+) -> Carry:
+    """Folds `fn(carry, rows)` over the packed rows in use, `size` rows a device at a time.
+
+    The number of turns is that of this step's tokens; the program is the same for all.
+
+    Args:
+        size: rows of a turn on each device.
+        packed: all rows; the rows in use come first.
+        used: [] int32, how many are in use.
+        fn: takes the carry and the rows of one turn; empty rows fill up the last turn.
+        carry: the value at the start.
+    """
+    size = size * mesh_shares()
+    empty = Packed(tokens=0, targets=jnp.iinfo(jnp.int32).max, positions=0, segments=0, answers=0)  # type: ignore[arg-type]
+
+    def turn(i: jax.Array, carry: Carry) -> Carry:
+        rows = i * size + jnp.arange(size)
+        part = jax.tree.map(lambda x, fill: x.at[rows].get(mode="fill", fill_value=fill), packed, empty)
+        return fn(carry, over_mesh(part))
+
+    return jax.lax.fori_loop(0, (used + size - 1) // size, turn, carry)
+
+
+def score_rollout(
+    fn: Callable[[View], dict[str, jax.Array]], rollout: Rollout, *, answers: int, packed_rows: int
+) -> dict[str, jax.Array]:
+    """Computes per-token scores of a rollout in either layout, each [B, T] float32 and 0 where masked.
+
+    Args:
+        fn: the scores by name of every target of a view.
+        rollout: [B, P + T].
+        answers: K; the K answers to a prompt are consecutive rows.
+        packed_rows: 0: padded; else rows of a turn on each device.
+    """
+    if not packed_rows:
+        out = fn(padded_view(rollout, answers))
+        return {name: jnp.where(rollout.response_mask, x, 0.0) for name, x in out.items()}
+    shape = rollout.response_mask.shape
+    packed, used = pack(rollout.prompt_mask, rollout.response_mask, jnp.arange(shape[0]) // answers)
+
+    def one(carry: dict[str, jax.Array], rows: Packed) -> dict[str, jax.Array]:
+        out = fn(packed_view(rollout, rows, answers))
+        return {name: x.at[rows.targets].set(out[name], mode="drop") for name, x in carry.items()}
+
+    names = jax.eval_shape(lambda: fn(packed_view(rollout, packed, answers)))
+    flat = fold_rows(packed_rows, packed, used, one, {name: jnp.zeros(shape[0] * shape[1]) for name in names})
+    return {name: x.reshape(shape) for name, x in flat.items()}
+
+
+def policy_logprobs(
+    policy: Policy, params: Params, rollout: Rollout, *, answers: int = 1, frozen: Any = None
+) -> jax.Array:
+    """Returns log-probs [B, T] of the rollout's responses under a policy at the sampling temperature; 0 where masked.
+
+    Args:
+        policy: the policy.
+        params: its parameters.
+        rollout: [B, P + T].
+        answers: K; the K answers to a prompt are consecutive rows.
+        frozen: the weights under an adapter; None where the policy has none.
+    """
+    scores = policy.score(params, frozen or Frozen(), padded_view(rollout, answers))
+    return jnp.where(rollout.response_mask, scores.logprobs, 0.0)

@@ -1,0 +1,94 @@
+"""What the loop and the algorithms know of a policy: the `Policy` contract of every kind of output."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+
+from rlaif_jax.config import check_choices, require
+from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.models.base import Rules, View
+from rlaif_jax.types import Frozen, Params, Prompts, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Some of the answers to every prompt of a step.
+
+    Attributes:
+        count: answers to each prompt.
+        by: who answers, the policy that learns or its frozen reference.
+        greedy: take the most probable token instead of sampling.
+    """
+
+    count: int = 1
+    by: Literal["policy", "reference"] = "policy"
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self, "draw")
+        require(self.count >= 1, f"draw.count must be >= 1, not {self.count}")
+
+
+class Scores(NamedTuple):
+    """What a policy computes for every target of a view, all float32 of the shape of the targets but `hidden`.
+
+    Attributes:
+        logprobs: log-probs in nats at the sampling temperature.
+        entropies: of the distribution that predicts the target; 0 unless asked for.
+        hidden: [..., D] the policy's hidden states, for a critic on the same trunk.
+    """
+
+    logprobs: jax.Array
+    entropies: jax.Array
+    hidden: Any
+
+
+class Policy(Protocol):
+    """A kind of output on a model: how an answer is drawn, scored, read and checked. A frozen object.
+
+    Attributes:
+        rules: how matrices are split over a mesh (`LanguageModel.rules`).
+        tolerance: the largest gap in nats between two computations of one log-prob that rounding explains.
+    """
+
+    rules: Rules
+
+    @property
+    def tolerance(self) -> float:
+        """Returns the largest gap in nats that rounding explains, by the compute dtype."""
+
+    def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
+        """Raises UserError where prompts of this length or the tokenizer do not fit the model."""
+
+    def empty_rollout(self, rows: int, prompt_length: int) -> Rollout:
+        """Returns a rollout of zeros with the shapes and dtypes of `rows` answers."""
+
+    def sample(
+        self, params: Params, frozen: Frozen, prompts: Prompts, key: jax.Array, draws: tuple[Draw, ...]
+    ) -> Rollout:
+        """Draws answers to B prompts: B K rows, those of a prompt consecutive and in the order of `draws`.
+
+        Args:
+            params: the policy's parameters.
+            frozen: weights that do not learn; its reference answers the draws by "reference".
+            prompts: [B, P].
+            key: one key for the whole step; an answer's random numbers depend on (key, uid, answer index) only.
+            draws: who answers, how often.
+        """
+
+    def score(self, params: Params, frozen: Frozen, view: View, *, entropy: bool = False) -> Scores:
+        """Returns log-probs, entropies and hidden states of every target of `view`."""
+
+    def texts(self, rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+        """Returns the answers as text, one for each row."""
+
+    def checks(self, rollout: Rollout) -> dict[str, bool]:
+        """Returns what must hold of any rollout, by name."""
+
+
+def draw_count(draws: tuple[Draw, ...]) -> int:
+    """Returns K, the rows of each prompt in a rollout of these draws."""
+    return sum(draw.count for draw in draws)
