@@ -57,7 +57,8 @@ from rlaif_jax.feedback.record_rewards import (
 )
 from rlaif_jax.feedback.records.forms import Comment, Judgement, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import Feedback, FeedbackSource
+from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.types import Feedback
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner

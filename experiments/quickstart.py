@@ -33,8 +33,9 @@ from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.tasks import dialogue, summarisation
 from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
-from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference
-from rlaif_jax.feedback.sources import DirectScoreSource, FeedbackSource, RewardModelSource, score_sequences
+from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, Scores, preference
+from rlaif_jax.feedback.judges.reward_model import RewardModelSource, score_sequences
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner

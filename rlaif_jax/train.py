@@ -16,7 +16,8 @@ from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.config import CheckFailed, UserError, require, to_json
 from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.feedback.sources import Feedback, FeedbackSource
+from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.types import Feedback
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.heads import ScalarModel, ValueHead

@@ -52,7 +52,7 @@ from rlaif_jax.feedback.api.builtin_templates import RATING
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import JudgeClient
 from rlaif_jax.feedback.api.source import JudgeSource
-from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.types import Feedback
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import CompilationClock, make_runner

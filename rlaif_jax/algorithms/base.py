@@ -22,7 +22,7 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.packing import Packed, pack
 from rlaif_jax.algorithms.scoring import fold_rows, gather_targets, packed_view, padded_view
 from rlaif_jax.config import require
-from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.types import Feedback
 from rlaif_jax.models.base import View
 from rlaif_jax.parallel import global_rows, pmax, psum
 from rlaif_jax.policies.base import Draw

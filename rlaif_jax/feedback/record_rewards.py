@@ -21,7 +21,7 @@ from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentJudge
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.types import Feedback
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import correction_rewards, span_rewards
 from rlaif_jax.rewards.rankings import fit_plackett_luce

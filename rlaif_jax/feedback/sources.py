@@ -1,98 +1,148 @@
-"""Where the loop's judgements come from: callables from a step's answers to values and a mask."""
+"""Where the loop's judgements come from: the contracts of sources on the host and of rewards on the devices."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from rlaif_jax.config import require
 from rlaif_jax.data.prompts import Record
-from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
-from rlaif_jax.models.heads import ScalarModel, gather_last
-from rlaif_jax.parallel import Runner
-from rlaif_jax.types import Params, Rollout
-
-
-class Feedback(NamedTuple):
-    """Judgements of B answers at the border to the device side.
-
-    values [B]: scores of whole answers. valid [B]: false where a judgement is missing. token_rewards [B, T]: dense
-    rewards of the response tokens, added where they belong beside the score; None = none. The scores are normalised by
-    the run, dense rewards by whoever gives them.
-    """
-
-    values: np.ndarray | jax.Array
-    valid: np.ndarray | jax.Array
-    token_rewards: np.ndarray | jax.Array | None = None
+from rlaif_jax.types import Feedback, Params, Rollout
 
 
 class FeedbackSource(Protocol):
-    """Judges a step's answers. records [B] are the source records of the prompts, answers [B] the decoded texts.
+    """Judges a step's answers on the host; it may wait, fail and cost money, and never touches devices.
 
-    A source that may be slow can also have `prefetch(records, answers)`, which begins to judge and returns at once.
+    A source derives from this class and writes `__call__`; the other methods do nothing unless it writes them too.
     """
 
-    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback: ...
-
-
-def score_sequences(
-    model: ScalarModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
-) -> jax.Array:
-    """Scalar [B] at the last real token of (tokens, mask) [B, S]."""
-    del axis_name
-    tokens, mask = batch
-    return gather_last(model(params, tokens, mask), mask)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RewardModelSource:
-    """A reward model that shares the policy's tokenizer: reads the rollout's tokens, never leaves the devices."""
-
-    model: ScalarModel
-    params: Params
-    runner: Runner
-
-    @cached_property
-    def _placed(self) -> Params:
-        """The weights where the compiled function wants them, moved once."""
-        return self.runner.place(self.params)
-
-    @cached_property
-    def _score(self) -> Any:
-        def run(params: Params, batch: Any, *, axis_name: str | None = None) -> jax.Array:
-            return score_sequences(self.model, params, batch, axis_name=axis_name)
-
-        return self.runner.map(run)
-
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
-        mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        return Feedback(self._score(self._placed, (rollout.tokens, mask)), np.ones(len(answers), bool))
+        """Returns the feedback of B answers of this process, values and valid [B, R].
+
+        Args:
+            records: [B] the source record of each answer's prompt.
+            answers: [B] decoded texts.
+            rollout: the same answers as arrays.
+        """
+
+    def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
+        """Begins to judge these answers and returns at once, while the devices draw further ones."""
+
+    def get_state(self) -> Any:
+        """Returns what the checkpoint keeps of the source, as JSON; None: the source keeps nothing."""
+        return None
+
+    def set_state(self, state: Any) -> None:
+        """Takes up the state of a resumed run."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class DirectScoreSource:
-    """Direct RLAIF: the judge's expected score of each answer is its reward (Lee 2023, section 2.2.2)."""
+class DeviceReward(Protocol):
+    """A reward that is computed inside the compiled program: a reward model, a rule on tokens. Pure `jnp`."""
 
-    judge: LanguageModelJudge
-
-    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
-        scores = self.judge.score([str(record["prompt"]) for record in records], answers)
-        return Feedback(scores.expected, scores.valid)
+    def __call__(self, params: Params, rollout: Rollout, *, axis_name: str | None = None) -> Feedback:
+        """Returns the feedback of B answers; `params` are its entry of `Frozen.rewards`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class FunctionSource:
-    """Any function of (record, answer) -> number or None; None is a missing judgement."""
+class FunctionSource(FeedbackSource):
+    """Feedback by a function of (record, answer) that returns a number, or None for a missing judgement."""
 
     function: Callable[[Record, str], float | None]
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
+        """Returns the function's numbers; see `FeedbackSource`."""
         values = [self.function(record, answer) for record, answer in zip(records, answers)]
-        return Feedback(
+        return Feedback.single(
             np.array([0.0 if v is None else v for v in values], np.float32), np.array([v is not None for v in values])
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedPreferences(FeedbackSource):
+    """Feedback on recorded pairs: P(the first answer is better) from a field of the record, for offline methods.
+
+    Attributes:
+        field: name of the field, a number in [0, 1]; a record without it prefers its first answer for certain.
+    """
+
+    field: str = "probability"
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
+        """Returns pairs [G, 2, 2] and no values; records and answers are [2 G], the two answers to a prompt adjacent."""
+        require(len(records) % 2 == 0, f"recorded preferences need two answers to each prompt, not {len(records)} in all")
+        first = np.array([float(record.get(self.field, 1.0)) for record in records[::2]], np.float32)
+        pairs = np.full((len(first), 2, 2), 0.5, np.float32)
+        pairs[:, 0, 1], pairs[:, 1, 0] = first, 1 - first
+        valid = np.broadcast_to(~np.eye(2, dtype=bool), pairs.shape)
+        none = np.zeros((len(records), 0), np.float32)
+        return Feedback(none, none.astype(bool), None, pairs, np.ascontiguousarray(valid))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MixedSource(FeedbackSource):
+    """Several sources with one reward each as a single one: the weighted mean of those that judged an answer.
+
+    Where no source judged it, the judgement is missing.
+
+    Attributes:
+        sources: asked one after the other.
+        weights: one a source, positive; of an answer, those of the sources that judged it count.
+        standardise: bring each source to mean 0 and deviation 1 over its valid answers of the step first. For sources on
+            different scales: otherwise filling one's gaps with another's values moves them by the difference in scale.
+    """
+
+    sources: tuple[FeedbackSource, ...]
+    weights: tuple[float, ...] = ()
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) >= 1, "mixed.sources is empty")
+        require(
+            not self.weights or len(self.weights) == len(self.sources),
+            f"mixed.weights has {len(self.weights)} entries for {len(self.sources)} sources",
+        )
+        require(
+            all(w > 0 and math.isfinite(w) for w in self.weights), f"mixed.weights must be positive: {self.weights}"
+        )
+
+    def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
+        """Lets every source begin."""
+        for source in self.sources:
+            source.prefetch(records, answers)
+
+    def get_state(self) -> Any:
+        """Returns the states of all sources."""
+        return [source.get_state() for source in self.sources]
+
+    def set_state(self, state: Any) -> None:
+        """Gives every source its state."""
+        for source, own in zip(self.sources, state):
+            source.set_state(own)
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
+        """Returns the weighted mean of the sources that judged each answer; see `FeedbackSource`."""
+        total, weight = np.zeros(len(answers)), np.zeros(len(answers))
+        dense: np.ndarray | None = None
+        for source, share in zip(self.sources, self.weights or (1.0,) * len(self.sources)):
+            judged = jax.device_get(source(records, answers, rollout))
+            require(judged.values.shape[1] == 1, "mixed.sources: each must give one reward an answer")
+            valid = np.asarray(judged.valid[:, 0], bool)
+            values = np.where(valid, np.asarray(judged.values[:, 0], float), 0.0)
+            if self.standardise and valid.any():
+                spread = values[valid].std()
+                values = np.where(valid, (values - values[valid].mean()) / (spread if spread > 1e-8 else 1.0), 0.0)
+            total, weight = total + share * values, weight + share * valid
+            if judged.token_rewards is not None:
+                part = share * np.where(valid[:, None], np.asarray(judged.token_rewards, float), 0.0)
+                dense = part if dense is None else dense + part
+        scale = np.where(weight > 0, weight, 1.0)
+        return Feedback.single(
+            (total / scale).astype(np.float32),
+            weight > 0,
+            None if dense is None else (dense / scale[:, None]).astype(np.float32),
         )

@@ -19,7 +19,7 @@ from rlaif_jax.feedback.record_rewards import (
 )
 from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rater, Rating, Span
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.types import Feedback
 from rlaif_jax.rewards.rankings import fit_plackett_luce
 
 ANNA, BEN = Rater("anna", "simulated"), Rater("ben", "simulated")

@@ -11,7 +11,7 @@ from rlaif_jax.config import require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.api.judge import JudgeClient, Outcome
 from rlaif_jax.feedback.api.templates import Question, Template
-from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.types import Feedback
 from rlaif_jax.types import Rollout
 
 

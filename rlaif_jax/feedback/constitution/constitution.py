@@ -73,7 +73,7 @@ from rlaif_jax.feedback.constitution.rules import (
 )
 from rlaif_jax.feedback.constitution.toml_lines import Entry, read_entries
 from rlaif_jax.feedback.judges.embeddings import Encoder, similarities
-from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.types import Feedback
 from rlaif_jax.rewards.logic import Formula, TNorm, atoms, logic_rewards, parse_formula
 from rlaif_jax.rewards.shaping import Masked
 from rlaif_jax.types import Rollout

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.data.prompts import padded
+from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
+from rlaif_jax.types import Feedback
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
@@ -254,3 +255,14 @@ class LanguageModelJudge:
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
         return Scores(np.where(valid, choices @ numbers, 0.0), choices, valid)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DirectScoreSource:
+    """Direct RLAIF: the judge's expected score of each answer is its reward (Lee 2023, section 2.2.2)."""
+
+    judge: LanguageModelJudge
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
+        scores = self.judge.score([str(record["prompt"]) for record in records], answers)
+        return Feedback(scores.expected, scores.valid)

@@ -28,7 +28,7 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.language_model import weights_hash
-from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.types import Feedback
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
 from rlaif_jax.types import INIT, Metrics, Params, Rollout, step_key

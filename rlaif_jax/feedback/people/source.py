@@ -20,7 +20,8 @@ from rlaif_jax.feedback.people.tasks import Kind, Task
 from rlaif_jax.feedback.record_rewards import Worth, mean_rating, rows_of, win_share
 from rlaif_jax.feedback.records.forms import Judgement, sha256
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import Feedback, FeedbackSource
+from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.types import Feedback
 from rlaif_jax.types import Rollout
 
 _FORM = {"compare": "ranking", "rank": "ranking", "rate": "rating", "edit": "correction", "comment": "comment"}

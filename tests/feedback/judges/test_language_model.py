@@ -1,6 +1,7 @@
 """The language model as judge: both orders, missing is not a score, and what it was that judged."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.feedback.judges import language_model as module
-from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, weights_hash
+from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, Scores, weights_hash
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner
@@ -255,3 +256,17 @@ def test_the_judge_reads_text_with_its_own_tokenizer(make_judge, monkeypatch):
         assert tokens[row][mask[row]].tolist() == TOKENIZER.encode(text)
         assert mask[row].tolist() == sorted(mask[row].tolist())
     assert functools.reduce(np.logical_and, mask)[-1]
+
+
+def test_direct_scores_are_the_judges_expectations_and_its_gaps():
+    records, answers = [{"prompt": f"prompt {i}"} for i in range(3)], ["one", "two", "three"]
+    asked = []
+
+    def score(prompts, answers):
+        asked.append((list(prompts), list(answers)))
+        return Scores(np.array([7.5, 0.0, 2.0]), np.zeros((3, 10)), np.array([True, False, True]))
+
+    feedback = DirectScoreSource(SimpleNamespace(score=score))(records, answers, None)
+    assert asked == [(["prompt 0", "prompt 1", "prompt 2"], answers)]
+    np.testing.assert_array_equal(feedback.values, [7.5, 0, 2])
+    np.testing.assert_array_equal(feedback.valid, [True, False, True])

@@ -13,7 +13,8 @@ from rlaif_jax.feedback.people.queue import ADJUDICATED, Post, TaskQueue
 from rlaif_jax.feedback.people.source import MixedSource, PeopleSource, mean_rating, win_share
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import Feedback, FunctionSource
+from rlaif_jax.feedback.sources import FunctionSource
+from rlaif_jax.types import Feedback
 
 ROLLOUT = SimpleNamespace()
 RECORDS = [{"prompt": "p"}, {"prompt": "p"}, {"prompt": "q"}, {"prompt": "q"}]
