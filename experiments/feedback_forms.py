@@ -287,7 +287,7 @@ def improve(
 
             def keep(asked: Form, *step: Any) -> Feedback:
                 taught[asked] = [judgement for given in step[-1] for judgement in given]
-                return Feedback(np.zeros(0), np.zeros(0, bool))
+                return Feedback.single(np.zeros(0), np.zeros(0, bool))
 
             for asked in taught:
                 source_of(asked, partial(keep, asked))(records, texts, rollout)

@@ -27,6 +27,7 @@ from rlaif_jax.types import Metrics
 AXIS = "data"
 BATCH = PartitionSpec(("data", "fsdp"))  # a batch is split over both; tensor devices share their rows
 
+
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """How the devices are used.
@@ -235,10 +236,10 @@ def state_shardings(state: Any, mesh: Mesh, rules: Rules = COLUMN_AND_ROW) -> An
     """
 
     def one(path: tuple[Any, ...], x: Any) -> NamedSharding:
-        names = tuple(_name(key) for key in path[-2:])
+        above, name = ("", "", *map(_name, path))[-2:]
         spec: list[str | None] = [None] * np.ndim(x)
-        if names in rules and np.ndim(x) >= 2:
-            for dim, axis in zip((-2, -1), rules[names]):
+        if (above, name) in rules and np.ndim(x) >= 2:
+            for dim, axis in zip((-2, -1), rules[above, name]):
                 spec[dim] = axis if x.shape[dim] % mesh.shape[axis] == 0 else None
         return NamedSharding(mesh, PartitionSpec(*spec))
 

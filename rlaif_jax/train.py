@@ -4,54 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rlaif_jax.algorithms.ppo import Agent, PPOConfig, ppo_step, prepare
+from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.checkpoint import Checkpointer
-from rlaif_jax.config import CheckFailed, UserError, require, to_json
+from rlaif_jax.config import CheckFailed, require, to_json
 from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record
-from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.feedback.sources import FeedbackSource
-from rlaif_jax.types import Feedback
+from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource, collect_feedback, side_by_side
 from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.models.causal_lm import CausalLM
-from rlaif_jax.models.heads import ScalarModel, ValueHead
-from rlaif_jax.models.sampling import SamplingConfig
-from rlaif_jax.parallel import CompilationClock, ParallelConfig, Runner, make_runner
-from rlaif_jax.policies.text import answer_texts, generate, to_prompts
-from rlaif_jax.rewards.shaping import Normaliser, identity_normaliser, sequence_rewards
+from rlaif_jax.parallel import CompilationClock, ParallelConfig, make_runner
+from rlaif_jax.policies.base import Policy, draw_count, to_prompts
+from rlaif_jax.rewards.shaping import Normaliser
 from rlaif_jax.run import Run
-from rlaif_jax.types import ROLLOUT, Metrics, Params, Rollout, TrainState, step_key
+from rlaif_jax.types import (
+    ROLLOUT,
+    Array,
+    Feedback,
+    Frozen,
+    Metrics,
+    Params,
+    Prompts,
+    RewardBatch,
+    Rollout,
+    StepData,
+    TrainState,
+    step_key,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop: how many steps, of what size, and how often it looks up.
+    """The loop: how many steps of which size, and how often the policy is evaluated and saved.
 
-    One step rolls out `prompts_per_step` x `answers_per_prompt` sequences (over all devices) and updates the policy
-    `ppo.num_epochs` x `ppo.num_minibatches` times on them. Training ends early at `target_reward` (mean reward of a
-    step) when it is set. With `rollout_parts` a step's prompts are rolled out in so many parts, and a feedback source
-    that can `prefetch` (a judge behind an API) judges each while the next ones are generated; the answers are the same.
-    `decode_slots` answers are decoded at a time on each device, and whenever some have ended the next ones take their
-    places: faster where answers are many and of uneven length, and the same answers up to rounding. 0: all at once.
-    With `staleness` 1 a step's answers are drawn by the policy of one update before, so that the devices generate while
-    feedback for the step before is waited for; the loss is then the decoupled one (`ppo.importance_cap`). 0: never stale.
+    Attributes:
+        steps: policy steps.
+        prompts_per_step: prompts of a step, over all devices; the algorithm says how many answers each gets.
+        prompt_length: P, tokens that prompts are padded to.
+        rollout_parts: parts in which a step's prompts are rolled out; a source that can `prefetch` (a judge behind an API)
+            judges each while the next ones are generated. The answers are the same.
+        staleness: 1: a step's answers are drawn by the policy of one update before, so that the devices generate while
+            feedback for the step before is waited for; 0: never stale.
+        parallel: how the devices are used.
+        eval_every: steps between two evaluations.
+        save_every: steps between two checkpoints.
+        keep_checkpoints: newest checkpoints that are kept.
+        target_reward: the mean reward of a step at which training ends early; None: no target.
     """
 
     steps: int = 100
     prompts_per_step: int = 64
-    answers_per_prompt: int = 1
-    rollout_parts: int = 1
-    decode_slots: int = 0
-    staleness: int = 0
     prompt_length: int = 64
-    sampling: SamplingConfig = SamplingConfig()
-    ppo: PPOConfig = PPOConfig()
+    rollout_parts: int = 1
+    staleness: int = 0
     parallel: ParallelConfig = ParallelConfig()
     eval_every: int = 20
     save_every: int = 20
@@ -59,64 +70,54 @@ class TrainConfig:
     target_reward: float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("steps", "prompts_per_step", "answers_per_prompt", "prompt_length", "rollout_parts"):
-            require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
+        for field in ("steps", "prompts_per_step", "prompt_length", "rollout_parts"):
+            require(self.__dict__[field] >= 1, f"train.{field} must be >= 1, not {self.__dict__[field]}")
         for field in ("eval_every", "save_every", "keep_checkpoints"):
-            require(getattr(self, field) >= 1, f"train.{field} must be >= 1, not {getattr(self, field)}")
-        require(self.decode_slots >= 0, f"train.decode_slots must be >= 0 (0: all at once), not {self.decode_slots}")
+            require(self.__dict__[field] >= 1, f"train.{field} must be >= 1, not {self.__dict__[field]}")
         require(self.staleness in (0, 1), f"train.staleness must be 0 or 1 (one step off-policy), not {self.staleness}")
-        require(
-            not self.staleness or self.ppo.behaviour == "recompute",
-            "train.staleness=1 corrects for the older policy by importance weights and needs the current one's "
-            "log-probs beside the sampler's: set ppo.behaviour='recompute'",
-        )
-        require(
-            self.ppo.advantage != "group" or self.answers_per_prompt >= 2,
-            "train.answers_per_prompt is 1, but ppo.advantage='group' compares the answers to one prompt: "
-            "set answers_per_prompt to 2 or more, or ppo.advantage='gae'",
-        )
         require(
             self.prompts_per_step % self.rollout_parts == 0,
             f"train.rollout_parts ({self.rollout_parts}) must divide train.prompts_per_step ({self.prompts_per_step})",
         )
-        sequences = self.prompts_per_step * self.answers_per_prompt
-        require(
-            sequences % self.ppo.num_minibatches == 0,
-            f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide the {sequences} sequences of a step "
-            f"(prompts_per_step x answers_per_prompt)",
-        )
 
 
-def compile_steps(config: TrainConfig, agent: Agent, runner: Runner, tokenizer: Tokenizer) -> tuple[Any, Any, Any]:
-    """(rollout, advantages, update), compiled: `rollout(state, prompts)`, `advantages((state, reference, normaliser),
-    (rollout, feedback))`, `update(state, experience)`; the first two take a state without optimiser."""
+class Programs(NamedTuple):
+    """The pure functions of a step, which the loop compiles; they need shapes only, so an absent pod can be planned.
 
-    def rollout(state: TrainState, prompts: Any, *, axis_name: str | None = None) -> Rollout:
-        return generate(
-            agent.policy,
-            state.params["policy"],
-            prompts,
-            step_key(state.seed, state.step, ROLLOUT),
-            sampling=config.sampling,
-            answers=agent.answers,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            slots=config.decode_slots,
-        )
+    Attributes:
+        sample: ((state, frozen), prompts) -> rollout.
+        prepare: ((state, frozen), (data, rollout, judged)) -> (batch, rewards, judged): rewards and advantages in one
+            program; `judged` with the rewards that are computed on the devices.
+        step: (state, frozen, batch) -> (state, metrics).
+    """
 
-    def advantages(replicated: Any, batch: Any, *, axis_name: str | None = None) -> Any:
-        state, reference, normaliser = replicated
-        rolled, judged = batch
-        rewards = sequence_rewards(
-            judged.values, judged.valid, normaliser, rolled.response_mask, token_rewards=judged.token_rewards
-        )
-        total = rewards.score + rewards.token_rewards.sum(-1)
-        return prepare(agent, state, reference, rolled, rewards), total
+    sample: Callable[..., Rollout]
+    prepare: Callable[..., tuple[Any, RewardBatch, Feedback]]
+    step: Callable[..., tuple[TrainState, Metrics]]
 
-    def update(state: TrainState, experience: Any, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
-        return ppo_step(agent, state, experience, axis_name=axis_name)
 
-    return runner.map(rollout), runner.map(advantages), runner.step(update)
+def programs(algorithm: Algorithm, policy: Policy, device_rewards: Sequence[DeviceReward] = ()) -> Programs:
+    """Returns the functions of a step: each takes `axis_name` and, except `step`, a state without its optimiser."""
+
+    def sample(replicated: tuple[TrainState, Frozen], prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
+        state, frozen = replicated
+        key = step_key(state.seed, state.step, ROLLOUT)
+        return policy.sample(state.params["policy"], frozen, prompts, key, algorithm.draws)
+
+    def prepare(
+        replicated: tuple[TrainState, Frozen],
+        inputs: tuple[StepData, Rollout, Feedback],
+        *,
+        axis_name: str | None = None,
+    ) -> tuple[Any, RewardBatch, Feedback]:
+        (state, frozen), (data, rollout, judged) = replicated, inputs
+        for reward, params in zip(device_rewards, frozen.rewards, strict=True):
+            judged = side_by_side(judged, reward(params, rollout, axis_name=axis_name))
+        rewards = algorithm.rewards(state, frozen, data, rollout, judged, axis_name=axis_name)
+        batch = algorithm.prepare(state, frozen, data, rollout, rewards, axis_name=axis_name)
+        return batch, rewards, judged
+
+    return Programs(sample, prepare, algorithm.step)
 
 
 def train(
@@ -124,82 +125,98 @@ def train(
     run: Run,
     writer: MetricsWriter,
     *,
+    algorithm: Algorithm,
+    policy: Policy,
+    params: dict[str, Params],
     tokenizer: Tokenizer,
-    policy: CausalLM,
-    policy_params: Params,
-    critic: ScalarModel | ValueHead | None,
-    value_params: Params | None,
     prompts: PromptIterator,
-    feedback: FeedbackSource,
+    feedback: FeedbackSource | None,
+    device_rewards: Sequence[tuple[DeviceReward, Params]] = (),
     normaliser: Normaliser | None = None,
     evaluate: Callable[[Params, int], dict[str, float]] | None = None,
     enough: Callable[[], bool] = lambda: False,
 ) -> Params:
-    """Improve `policy_params` from feedback and return the new parameters.
+    """Improves a policy from feedback and returns its new parameters.
 
-    The reference policy is `policy_params` itself, frozen. `evaluate(policy_params, step)` is called before the first
-    step, every `config.eval_every` steps and at `config.steps`; what it returns is logged. `run.stop_requested`,
-    `config.target_reward`, `config.steps` and `enough` (asked after each step: a person may say so on the annotation
-    page) end the loop. A resumed run goes on from its newest checkpoint.
+    `run.stop_requested`, `config.target_reward`, `config.steps` and `enough` end the loop. A resumed run goes on from its
+    newest checkpoint.
 
-    Raises UserError for settings that do not fit together and for feedback that is not a number; CheckFailed when
-    one of the checks of `check_step` fails; the newest checkpoint is then of a step that passed them.
+    Args:
+        config: size and rhythm of the loop.
+        run: the run's folder and life.
+        writer: takes the metrics of every step.
+        algorithm: how the policy learns.
+        policy: the kind of output on its model.
+        params: parameters by part: `policy`, which is also the frozen reference, and what else the algorithm names.
+        tokenizer: of prompts and answers.
+        prompts: yields the data of a step, resumable.
+        feedback: judges on the host; None: rewards are computed on the devices, or the algorithm makes them.
+        device_rewards: rewards inside the compiled program, each with its parameters.
+        normaliser: of the rewards; None leaves them as they are.
+        evaluate: (policy parameters, step) -> metrics; called before the first step, every `config.eval_every` steps and
+            at the last.
+        enough: asked after each step, True ends the loop: a person may say so on the annotation page.
+
+    Raises:
+        UserError: settings that do not fit together, or feedback that is not a number.
+        CheckFailed: one of the checks does not hold; the newest checkpoint is then of a step that passed them.
     """
-    # ---- Model, step, mesh
-    check_tokenizer(tokenizer, policy.config.vocab_size, "the policy")
-    longest = config.prompt_length + config.sampling.max_new_tokens
+    # ---- Programs, devices
+    policy.check(config.prompt_length, tokenizer)
+    runner = make_runner(config.parallel, policy.rules)
     require(
-        longest <= policy.config.context_length,
-        f"train.prompt_length ({config.prompt_length}) + sampling.max_new_tokens ({config.sampling.max_new_tokens}) "
-        f"= {longest} is more than the policy's context of {policy.config.context_length} tokens",
+        config.prompts_per_step % (config.rollout_parts * runner.devices) == 0,
+        f"train.prompts_per_step ({config.prompts_per_step}) / train.rollout_parts ({config.rollout_parts}) must be a "
+        f"multiple of the {runner.devices} devices",
     )
-    require(config.sampling.temperature > 0, "sampling.temperature is 0 (greedy): a policy learns only from samples")
-    runner = make_runner(config.parallel)
-    sequences = config.prompts_per_step * config.answers_per_prompt
-    minibatch = sequences // config.ppo.num_minibatches
-    require(
-        config.prompts_per_step % (config.rollout_parts * runner.devices) == 0 and minibatch % runner.devices == 0,
-        f"train.prompts_per_step ({config.prompts_per_step}) / train.rollout_parts ({config.rollout_parts}) and the "
-        f"minibatch ({sequences} sequences / "
-        f"ppo.num_minibatches {config.ppo.num_minibatches} = {minibatch}) must be multiples of the {runner.devices} devices",
-    )
-    updates = config.steps * config.ppo.num_epochs * config.ppo.num_minibatches
-    agent = Agent(policy, critic, config.ppo, config.sampling.temperature, updates, config.answers_per_prompt)
-    roll, advantages, update = compile_steps(config, agent, runner, tokenizer)
+    algorithm.check(config.prompts_per_step, runner.devices, config.staleness)
+    pure = programs(algorithm, policy, [reward for reward, _ in device_rewards])
+    sample, prepare, update = runner.map(pure.sample), runner.map(pure.prepare), runner.step(pure.step)
 
     # ---- State, from a checkpoint or new
     # Placed before they serve as the template of a restore, so that arrays come back where they belong.
-    normaliser = runner.place(normaliser or identity_normaliser())
-    state = runner.place(agent.init(policy_params, value_params, run.seed))
-    reference = runner.place(jax.tree.map(jax.numpy.array, policy_params))
+    state = runner.init(algorithm.init, params, np.uint32(run.seed))
+    if normaliser is not None:
+        state = dataclasses.replace(state, extra=state.extra | {"normaliser": runner.place(normaliser)})
+    frozen = runner.place(Frozen(jax.tree.map(jnp.array, params["policy"]), None, tuple(p for _, p in device_rewards)))
+    adapter = dataclasses.replace(frozen, reference=None, rewards=())  # all that a step reads of what is frozen
     checkpoints = Checkpointer(run.folder / "checkpoints", to_json(config), keep=config.keep_checkpoints)
-    nothing = runner.place(no_rollouts(config))
-    found = checkpoints.restore(runner.fetch((state, normaliser, *nothing))) if run.resuming else None
+    empty = runner.place(empty_rollouts(config, algorithm, policy))
+    found = checkpoints.restore(runner.fetch((state, *empty))) if run.resuming else None
     missing, start = 0, 0
-    ahead: Sent | None = None  # the next step's rollout, where it is made before this step's update
+    pending: PendingRollout | None = None  # the next step's rollout, where it is drawn before this step's update
     if found is not None:
-        (state, normaliser, *rolled_out), start = found.arrays, found.step
-        state, normaliser = runner.place((state, normaliser))
+        (state, *rollouts), start = found.arrays, found.step
+        state = runner.place(state)
         run.steps_done = start
         prompts.set_state(found.host["prompts"])
+        if feedback is not None:
+            feedback.set_state(found.host["feedback"])
         if config.staleness and start < config.steps:
-            ahead = Sent(found.host["prompts"], next(prompts), list(rolled_out))
+            pending = PendingRollout(found.host["prompts"], next(prompts), list(rollouts))
         missing, run.checks = int(found.host["missing"]), dict(found.host["checks"])
     compilations = CompilationClock()
 
-    def send(step: int) -> Sent:
-        """Start the rollout of `step` by the policy there is now; nobody waits for it yet."""
+    def dispatch(step: int) -> PendingRollout:
+        """Starts the rollout of `step` by the present policy; nobody waits for it yet."""
         position, batch = prompts.get_state(), next(prompts)
-        light = dataclasses.replace(state, opt_state=None, step=jax.numpy.int32(step - 1))
-        return Sent(position, batch, dispatch(config, roll, light, batch))
+        if not algorithm.draws:
+            require(batch.recorded is not None, "this algorithm learns from recorded answers, and the data has none")
+            return PendingRollout(position, batch, [batch.recorded])  # type: ignore[list-item]
+        light = dataclasses.replace(state.without_optimizer(), step=jnp.int32(step - 1))
+        size = config.prompts_per_step // config.rollout_parts
+        parts = [batch.rows(slice(at, at + size)) for at in range(0, config.prompts_per_step, size)]
+        return PendingRollout(position, batch, [sample((light, frozen), to_prompts(part)) for part in parts])
 
     def save(step: int) -> None:
         log.flush()
-        checkpoints.save(
-            step,
-            runner.fetch((state, normaliser, *(ahead.rollouts if ahead else nothing))),
-            {"prompts": ahead.position if ahead else prompts.get_state(), "missing": missing, "checks": run.checks},
-        )
+        host = {
+            "prompts": pending.position if pending else prompts.get_state(),
+            "feedback": None if feedback is None else feedback.get_state(),
+            "missing": missing,
+            "checks": run.checks,
+        }
+        checkpoints.save(step, runner.fetch((state, *(pending.rollouts if pending else empty))), host)
 
     # ---- Loop
     with (
@@ -209,141 +226,107 @@ def train(
         if evaluate is not None and start == 0:
             log.write(0, evaluate(state.params["policy"], 0))
         for step in range(start + 1, config.steps + 1):
-            begun = time.perf_counter()
-            stale = ahead is not None
-            sent = ahead or send(step)  # prompts
-            rollout, records, answers = collect(sent.batch, sent.rollouts, tokenizer, feedback)  # rollout
-            # One step off-policy: while the judge thinks, the devices are at the next step's answers.
-            ahead = send(step + 1) if config.staleness and step < config.steps else None
-            rolled = time.perf_counter()
-            judged = checked(feedback(records, answers, rollout), records, answers, step)  # feedback
-            missing += int((~judged.valid).sum())
-            told = time.perf_counter()
-            light = dataclasses.replace(state, opt_state=None)
-            experience, rewards = advantages((light, reference, normaliser), (rollout, judged))  # rewards, advantages
-            state, metrics = update(state, experience)  # update
+            started = time.perf_counter()
+            stale = pending is not None
+            current = pending or dispatch(step)  # prompts
+            rollout, records, answers = collect(current, policy, tokenizer, feedback)  # rollout
+            # One step off-policy: while the judge thinks, the devices draw the next step's answers.
+            pending = dispatch(step + 1) if config.staleness and step < config.steps else None
+            rollout_done = time.perf_counter()
+            judged = collect_feedback(feedback, records, answers, rollout, step)  # feedback
+            feedback_done = time.perf_counter()
+            data = step_data(current.batch)
+            light = state.without_optimizer()
+            batch, rewards, judged = prepare((light, frozen), (data, rollout, judged))  # rewards, advantages
+            state, metrics = update(state, adapter, batch)  # update
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-            valid = judged.valid
+            rewards, judged = jax.device_get((rewards, judged))
+            values |= reward_metrics(rewards, judged)
+            missing += int((~judged.valid).sum())
             values |= {
-                "reward": float(np.mean(jax.device_get(rewards)[valid])) if valid.any() else float("nan"),
-                "score": float(np.mean(judged.values[valid])) if valid.any() else float("nan"),
                 "finished": float(np.mean(jax.device_get(rollout.finished))),
                 "feedback_missing": float(missing),
                 "staleness": float(stale),
             }
             if evaluate is not None and (step % config.eval_every == 0 or step == config.steps):  # evaluate
                 values |= evaluate(state.params["policy"], step)
-            now = time.perf_counter()
-            tokens = values["length"] * len(answers)
+            update_done = time.perf_counter()
             values |= {
-                "time/rollout_s": rolled - begun,
-                "time/feedback_s": told - rolled,
-                "time/update_s": now - told,
-                "time/tokens_per_s": tokens / (now - begun),
+                "time/rollout_s": rollout_done - started,
+                "time/feedback_s": feedback_done - rollout_done,
+                "time/update_s": update_done - feedback_done,
+                "time/tokens_per_s": float(np.sum(jax.device_get(rollout.response_mask))) / (update_done - started),
                 "time/compilations": compilations.programs,
             }
             log.write(step, values)
             run.settled()
             run.steps_done = step
-            if not check_step(run, step, values, rollout, tokenizer, float32=policy.config.compute_dtype == "float32"):
-                failed = ", ".join(name for name, holds in run.checks.items() if not holds)
+            checks = policy.checks(rollout) | algorithm.checks(values, step=step, tolerance=policy.tolerance)
+            failed = [name for name, holds in checks.items() if not run.check(name, holds)]
+            if failed:
                 raise CheckFailed(
-                    f"step {step}: {failed}: false. Nothing of this step was saved: the checkpoint in "
+                    f"step {step}: {', '.join(failed)}: false. Nothing of this step was saved: the checkpoint in "
                     f"{checkpoints.folder} is of before; the step's numbers are the last line of {writer.path}"
                 )
             reached = config.target_reward is not None and values["reward"] >= config.target_reward
-            over = run.stop_requested or reached or enough()
-            if step % config.save_every == 0 or step == config.steps or over:
+            done = run.stop_requested or reached or enough()
+            if step % config.save_every == 0 or step == config.steps or done:
                 save(step)  # checkpoint
-            if over:
+            if done:
                 break
-    return jax.tree.map(jax.numpy.asarray, runner.fetch(state.params["policy"]))
+    return jax.tree.map(jnp.asarray, runner.fetch(state.params["policy"]))
 
 
-class Sent(NamedTuple):
-    """A rollout on its way: its prompts, where their iterator stood before them, and the parts."""
+class PendingRollout(NamedTuple):
+    """A rollout that was handed to the devices: the iterator's position before its prompts, the prompts, the parts."""
 
     position: Any
     batch: PromptBatch
     rollouts: list[Rollout]
 
 
-def no_rollouts(config: TrainConfig) -> list[Rollout]:
-    """What stands in a checkpoint where no rollout is on its way: the parts of a step, empty. None in synchronous runs."""
+def empty_rollouts(config: TrainConfig, algorithm: Algorithm, policy: Policy) -> list[Rollout]:
+    """Returns zero rollouts, the checkpoint's entry while no rollout is pending; none in synchronous runs."""
     if not config.staleness:
         return []
-    rows = config.prompts_per_step // config.rollout_parts * config.answers_per_prompt
-    prompt, length = config.prompt_length, config.sampling.max_new_tokens
-    part = Rollout(
-        tokens=jax.numpy.zeros((rows, prompt + length), jax.numpy.int32),
-        prompt_mask=jax.numpy.zeros((rows, prompt), bool),
-        response_mask=jax.numpy.zeros((rows, length), bool),
-        logprobs=jax.numpy.zeros((rows, length)),
-        finished=jax.numpy.zeros(rows, bool),
-    )
-    return [part] * config.rollout_parts
+    rows = config.prompts_per_step // config.rollout_parts * draw_count(algorithm.draws)
+    return [policy.empty_rollout(rows, config.prompt_length)] * config.rollout_parts
 
 
-def dispatch(config: TrainConfig, roll: Any, state: TrainState, batch: PromptBatch) -> list[Rollout]:
-    """The rollout of a step in `config.rollout_parts` parts, all of them handed to the devices at once."""
-    size = config.prompts_per_step // config.rollout_parts
-    return [roll(state, to_prompts(batch.rows(slice(at, at + size)))) for at in range(0, config.prompts_per_step, size)]
+def step_data(batch: PromptBatch) -> StepData:
+    """Returns the arrays of a host batch that an algorithm may read."""
+    return StepData(to_prompts(batch), batch.demonstrations, batch.recorded)
 
 
 def collect(
-    batch: PromptBatch, rollouts: list[Rollout], tokenizer: Tokenizer, feedback: FeedbackSource
+    current: PendingRollout, policy: Policy, tokenizer: Tokenizer, feedback: FeedbackSource | None
 ) -> tuple[Rollout, list[Record], list[str]]:
-    """(rollout, records, answers) of a step. While the devices work on the later parts, a source that can `prefetch` has
-    the earlier ones' answers already."""
-    prefetch = getattr(feedback, "prefetch", None)
+    """Returns (rollout, record of each answer's prompt, texts) of a step.
+
+    While the devices work on the later parts, the source may already judge the answers of the earlier ones.
+    """
+    batch, rollouts = current.batch, current.rollouts
     records: list[Record] = []
     answers: list[str] = []
-    each = len(batch.records) // len(rollouts)
+    size = len(batch.records) // len(rollouts)
     for i, rollout in enumerate(rollouts):
-        texts = answer_texts(rollout, tokenizer)
-        of_part = batch.records[i * each : (i + 1) * each]
-        told: list[Record] = [record for record in of_part for _ in range(len(texts) // each)]
-        if prefetch is not None:
-            prefetch(told, texts)
-        records, answers = records + told, answers + texts
-    whole = rollouts[0] if len(rollouts) == 1 else jax.tree.map(lambda *x: jax.numpy.concatenate(x), *rollouts)
+        texts = policy.texts(rollout, tokenizer)
+        part = batch.records[i * size : (i + 1) * size]
+        of_answers: list[Record] = [record for record in part for _ in range(len(texts) // size)]
+        if feedback is not None:
+            feedback.prefetch(of_answers, texts)
+        records, answers = records + of_answers, answers + texts
+    whole = rollouts[0] if len(rollouts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *rollouts)
     return whole, records, answers
 
 
-def checked(judged: Feedback, records: Any, answers: list[str], step: int) -> Feedback:
-    """The feedback as NumPy arrays; UserError for a judgement that claims to be valid and is no number."""
-    values, valid = jax.device_get(judged.values), np.asarray(jax.device_get(judged.valid), bool)
-    dense = None if judged.token_rewards is None else np.asarray(jax.device_get(judged.token_rewards), np.float32)
-    finite = np.isfinite(values) if dense is None else np.isfinite(values) & np.isfinite(dense).all(-1)
-    require(
-        np.shape(values) == (len(answers),) and valid.shape == (len(answers),),
-        f"step {step}: the feedback source returned values of shape {np.shape(values)} for {len(answers)} answers",
-    )
-    wrong = np.flatnonzero(valid & ~finite)
-    if wrong.size:
-        raise UserError(
-            f"step {step}: the reward of answer {wrong[0]} is {values[wrong[0]]}"
-            f"{'' if dense is None else f' with dense rewards {dense[wrong[0]]}'} (prompt "
-            f"{str(records[wrong[0]].get('prompt'))[:60]!r}, answer {answers[wrong[0]][:60]!r}). A source that has "
-            "no judgement must mark it as missing (valid = False), not return NaN"
-        )
-    return Feedback(np.asarray(values, np.float32), valid, dense)
+def reward_metrics(rewards: RewardBatch, judged: Feedback) -> dict[str, float]:
+    """Returns the mean `reward` that is learned from, and the mean raw `score` of each judgement."""
 
+    def mean(x: Array, valid: Array) -> float:
+        return float(np.mean(x[valid])) if valid.any() else float("nan")
 
-def check_step(
-    run: Run, step: int, values: dict[str, float], rollout: Rollout, tokenizer: Tokenizer, *, float32: bool
-) -> bool:
-    """What must hold of every step, whatever is learned; recorded in the run's checks. True while all hold."""
-    tolerance = 1e-3 if float32 else 5e-2
-    tokens, mask, finished = jax.device_get((rollout.responses, rollout.response_mask, rollout.finished))
-    last = tokens[np.arange(len(tokens)), mask.sum(-1) - 1]
-    run.check("first_minibatch_ratio_is_1", values["first/ratio_error"] < tolerance)
-    run.check("first_minibatch_clip_fraction_is_0", values["first/clip_fraction"] == 0)
-    run.check("first_minibatch_approx_kl_is_0", abs(values["first/approx_kl"]) < tolerance)
-    if not values["staleness"]:  # else the sampler was another policy
-        run.check("sampler_and_trainer_logprobs_agree", values["first/sampler_gap"] < tolerance)
-    run.check("eos_is_kept_in_the_mask", bool(np.all(last[finished] == tokenizer.eos_id)))
-    run.check("losses_are_finite", values["nonfinite"] == 0)
-    if step == 1:
-        run.check("kl_at_step_0_is_0", abs(values["kl"]) <= tolerance * values["length"])
-    return all(run.checks.values())
+    count = judged.values.shape[1]
+    names = ["score"] if count == 1 else [f"score/{i}" for i in range(count)]
+    scores = {name: mean(judged.values[:, i], judged.valid[:, i]) for i, name in enumerate(names)}
+    return {"reward": mean(rewards.total, rewards.valid)} | scores

@@ -99,8 +99,8 @@ class RewardBatch:
     score: jax.Array
     valid: jax.Array
     token_rewards: jax.Array
-    pairs: jax.Array | None = None
-    pairs_valid: jax.Array | None = None
+    pairs: Array | None = None
+    pairs_valid: Array | None = None
 
     @property
     def total(self) -> jax.Array:
@@ -161,7 +161,7 @@ class TrainState:
 
     def without_optimizer(self) -> TrainState:
         """Returns the state as rollout and scoring take it: no optimiser is sent along."""
-        return self.replace(opt_state=None)  # type: ignore[attr-defined, no-any-return]
+        return self.replace(opt_state=None)  # type: ignore[attr-defined]
 
 
 def step_key(seed: jax.Array | int, step: jax.Array | int, purpose: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """A whole experiment, small enough for a test: prompts from JSONL, a model from a folder or fresh, a rule as feedback.
 
-python tests/tiny.py --prompts prompts.jsonl --out runs/tiny
+python -m tests.tiny --prompts prompts.jsonl --out runs/tiny
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.run import Run, command_line
 from rlaif_jax.train import TrainConfig, train
 
@@ -30,6 +31,8 @@ WORDS = tuple("abcdefghijklmnopqrstuvwxyz")
 
 @dataclasses.dataclass(frozen=True)
 class TinyConfig:
+    """Settings of the tiny experiment."""
+
     prompts: Path = Path("prompts.jsonl")
     model: Path | None = None
     tokenizer: Path | None = None
@@ -38,40 +41,38 @@ class TinyConfig:
     resume: bool = False
     nan_reward: bool = False
     width: int = 16
-    train: TrainConfig = TrainConfig(
-        steps=20,
-        prompts_per_step=16,
-        prompt_length=6,
-        sampling=SamplingConfig(max_new_tokens=6),
-        save_every=5,
-        eval_every=5,
-        ppo=PPOConfig(
-            num_epochs=2,
-            num_minibatches=2,
-            kl_target=1.0,
-            kl_horizon=100.0,
-            policy_optimizer=OptimizerConfig(learning_rate=1e-2),
-            value_optimizer=OptimizerConfig(learning_rate=1e-2),
-        ),
+    slots: int = 0
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=6)
+    train: TrainConfig = TrainConfig(steps=20, prompts_per_step=16, prompt_length=6, save_every=5, eval_every=5)
+    ppo: PPOConfig = PPOConfig(
+        num_epochs=2,
+        num_minibatches=2,
+        kl_target=1.0,
+        kl_horizon=100.0,
+        policy_optimizer=OptimizerConfig(learning_rate=1e-2),
+        value_optimizer=OptimizerConfig(learning_rate=1e-2),
     )
 
 
 def reward(config: TinyConfig, record: Any, answer: str) -> float | None:
+    """Counts a and punishes b."""
     if config.nan_reward:
         return float("nan")
     return answer.split().count("a") - 0.1 * answer.split().count("b")
 
 
 def main(config: TinyConfig) -> None:
+    """Trains and writes the final parameters."""
     records = jsonl_records(config.prompts)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else WordTokenizer(WORDS)
     if config.model:
-        policy, params = load_model(config.model)
+        model, params = load_model(config.model)
     else:
-        policy = CausalLM(
+        model = CausalLM(
             small_decoder(tokenizer.vocab_size, num_layers=1, width=config.width, num_heads=2, context_length=16)
         )
-        params = policy.init(jax.random.key(config.seed))
+        params = model.init(jax.random.key(config.seed))
+    policy = TextPolicy(model, config.sampling, tokenizer.eos_id, tokenizer.pad_id, config.slots)
     stream = prompt_batches(
         records,
         tokenizer,
@@ -79,7 +80,7 @@ def main(config: TinyConfig) -> None:
         seed=config.seed,
         prompt_length=config.train.prompt_length,
     )
-    critic = ScalarModel(policy.config, "zero") if config.train.ppo.advantage == "gae" else None
+    critic = ScalarModel(model.config, "zero") if config.ppo.advantage.needs_critic else None
     settings = dataclasses.replace(config, resume=False)
     with (
         Run(config.out, "tiny", settings, seed=config.seed, resume=config.resume) as run,
@@ -89,11 +90,10 @@ def main(config: TinyConfig) -> None:
             config.train,
             run,
             writer,
-            tokenizer=tokenizer,
+            algorithm=config.ppo.build(policy, critic, steps=config.train.steps),
             policy=policy,
-            policy_params=params,
-            critic=critic,
-            value_params=critic and critic.init(jax.random.key(1)),
+            params={"policy": params} | ({} if critic is None else {"value": critic.init(jax.random.key(1))}),
+            tokenizer=tokenizer,
             prompts=stream,
             feedback=FunctionSource(lambda record, answer: reward(config, record, answer)),
         )

@@ -95,7 +95,7 @@ def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) 
         logprobs=jnp.where(mask, -math.log(work.vocab), 0.0),
         finished=jnp.asarray(lengths.reshape(-1) < work.response),
     )
-    judged = Feedback(rng.random(work.batch, np.float32), np.ones(work.batch, bool))
+    judged = Feedback.single(rng.random(work.batch, np.float32), np.ones(work.batch, bool))
     light = dataclasses.replace(state, opt_state=None)
     experience, _ = jax.block_until_ready(advantages((light, reference, identity_normaliser()), (rollout, judged)))
     seconds, losses = [], []

@@ -22,13 +22,13 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.packing import Packed, pack
 from rlaif_jax.algorithms.scoring import fold_rows, gather_targets, packed_view, padded_view
 from rlaif_jax.config import require
-from rlaif_jax.types import Feedback
 from rlaif_jax.models.base import View
 from rlaif_jax.parallel import global_rows, pmax, psum
 from rlaif_jax.policies.base import Draw
 from rlaif_jax.rewards.shaping import Shaping, identity_normaliser, shaped_rewards
 from rlaif_jax.types import (
     PERMUTATION,
+    Feedback,
     Frozen,
     Metrics,
     Params,
@@ -40,6 +40,8 @@ from rlaif_jax.types import (
 )
 
 C = TypeVar("C")
+# Sums of this device's answers [M] -> (slopes of the sequence loss [M], (the loss, its metrics)).
+Pull = Callable[[jax.Array], tuple[jax.Array, tuple[jax.Array, Metrics]]]
 
 
 class Algorithm(Protocol):
@@ -257,9 +259,7 @@ class TokenLoss(Protocol):
 class SequenceLoss(Protocol):
     """A loss on the summed log-probs of whole answers."""
 
-    def __call__(
-        self, sums: jax.Array, sequences: Any, valid: jax.Array, totals: Totals
-    ) -> tuple[jax.Array, Metrics]:
+    def __call__(self, sums: jax.Array, sequences: Any, valid: jax.Array, totals: Totals) -> tuple[jax.Array, Metrics]:
         """Returns the loss of the whole minibatch and its metrics, the same on every device.
 
         Args:
@@ -405,27 +405,27 @@ class Update:
         fields: Any,
         mask: jax.Array,
         totals: Totals,
-        pull: Callable[[jax.Array], tuple[jax.Array, tuple[jax.Array, Metrics]]] | None,
+        pull: Pull,
         weights: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, tuple[tuple[jax.Array, Metrics], Metrics]], Params]:
         """Returns ((token loss, ((sequence loss, its metrics), token metrics)), gradient of both) of some tokens.
 
-        Of a sequence loss either `pull` gives the slopes of the sums that are computed here, or `weights` are the slopes
-        of the targets' log-probs.
+        The slopes of a sequence loss with respect to the targets' log-probs are `weights` where they are known, else
+        `pull` computes them from this pass.
         """
 
         def loss_fn(params: Params) -> tuple[jax.Array, Any]:
             scored = self.score(params, view)
-            loss, metrics = jnp.float32(0), {}
+            loss, metrics = jnp.zeros([]), dict[str, jax.Array]()
             if self.token_loss is not None:
                 loss, metrics = self.token_loss(scored, fields, mask, totals)
-            surrogate, of_sequences = loss, (jnp.float32(0), {})
+            surrogate = loss
+            of_sequences: tuple[jax.Array, Metrics] = (jnp.zeros([]), {})
             if self.sequence_loss is not None:
-                logprobs, slope = jnp.where(mask, scored.logprobs, 0.0), weights
-                if pull is not None:
+                logprobs = jnp.where(mask, scored.logprobs, 0.0)
+                if weights is None:
                     of_answers, of_sequences = pull(logprobs.sum(-1))
-                    slope = of_answers[:, None]
-                surrogate = loss + jnp.sum(slope * logprobs)
+                surrogate = loss + jnp.sum((of_answers[:, None] if weights is None else weights) * logprobs)
             return surrogate, (loss, (of_sequences, jax.lax.stop_gradient(metrics)))
 
         (_, (loss, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -437,7 +437,7 @@ class Update:
         batch: Batch,
         totals: Totals,
         group: jax.Array,
-        pull: Callable[[jax.Array], tuple[jax.Array, tuple[jax.Array, Metrics]]],
+        pull: Pull,
     ) -> tuple[tuple[jax.Array, tuple[tuple[jax.Array, Metrics], Metrics]], Params]:
         """Returns what `_part` does, over packed rows that come in several turns."""
         packed, used = pack(batch.prompt_mask, batch.mask, group)
@@ -457,7 +457,7 @@ class Update:
             fields, mask = jax.tree.map(lambda x: gather_targets(x, rows), (batch.fields, batch.mask))
             weights = None if slopes is None else gather_targets(slopes, rows)
             view = packed_view(batch, rows, self.answers)
-            (loss, (_, metrics)), grads = self._part(params, view, fields, mask, totals, None, weights)
+            (loss, (_, metrics)), grads = self._part(params, view, fields, mask, totals, pull, weights)
             return (loss, metrics), grads
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(turn, packed))

@@ -27,9 +27,7 @@ class Clipped:
     def __post_init__(self) -> None:
         require(self.clip_range > 0, f"objective.clip_range must be > 0, not {self.clip_range}")
 
-    def __call__(
-        self, log_ratio: jax.Array, logprobs: jax.Array, advantages: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, log_ratio: jax.Array, logprobs: jax.Array, advantages: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns (loss, whether the ratio lies outside the clip range), each of the shape of `log_ratio`."""
         del logprobs
         outside = jnp.abs(jnp.exp(log_ratio) - 1) > self.clip_range

@@ -74,7 +74,7 @@ def learning_rate_schedule(
 class ScheduleState(NamedTuple):
     """The number of updates done, [] int32."""
 
-    count: jax.Array
+    done: jax.Array
 
 
 def scale_by_learning_rate(config: OptimizerConfig, updates: int) -> optax.GradientTransformationExtraArgs:
@@ -94,9 +94,9 @@ def scale_by_learning_rate(config: OptimizerConfig, updates: int) -> optax.Gradi
     ) -> tuple[Any, ScheduleState]:
         del params
         peak = config.learning_rate if learning_rate is None else learning_rate
-        step = -1 * learning_rate_schedule(config, updates, peak)(state.count)
+        step = -1 * learning_rate_schedule(config, updates, peak)(state.done)
         scaled = jax.tree.map(lambda g: jnp.array(step, dtype=g.dtype) * g, grads)
-        return scaled, ScheduleState(optax.safe_increment(state.count))
+        return scaled, ScheduleState(optax.safe_increment(state.done))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

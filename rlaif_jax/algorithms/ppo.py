@@ -300,8 +300,8 @@ class PPO(Algorithm):
         new, history = self.update(state, frozen)(state, batch, axis_name=axis_name)
         metrics = summarise(history) | batch_metrics(old, axis_name, with_critic=self.critic is not None)
         kl_coef = self.kl_coef(state)
-        if self.config.kl_target is not None:
-            config = with_hyper(self.config, state.hyper)
+        config = with_hyper(self.config, state.hyper)
+        if config.kl_target is not None:
             judged = psum(jnp.sum(old.mask.any(-1)), axis_name)
             kl_coef = adapt_kl(kl_coef, metrics["kl"], judged, target=config.kl_target, horizon=config.kl_horizon)
         metrics["kl_coef"] = kl_coef

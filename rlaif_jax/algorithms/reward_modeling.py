@@ -95,4 +95,3 @@ def ranking_step(
         }
 
     return descend(loss_fn, optimizer, state, axis_name)
-

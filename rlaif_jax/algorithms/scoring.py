@@ -55,9 +55,7 @@ def gather_targets(x: jax.Array, rows: Packed) -> jax.Array:
     return x.reshape(-1).at[rows.targets].get(mode="fill", fill_value=0)
 
 
-def fold_rows(
-    size: int, packed: Packed, used: jax.Array, fn: Callable[[Carry, Packed], Carry], carry: Carry
-) -> Carry:
+def fold_rows(size: int, packed: Packed, used: jax.Array, fn: Callable[[Carry, Packed], Carry], carry: Carry) -> Carry:
     """Folds `fn(carry, rows)` over the packed rows in use, `size` rows a device at a time.
 
     The number of turns is that of this step's tokens; the program is the same for all.

@@ -61,9 +61,7 @@ def supervised_step(
     """
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
-        loss, total = weighted_cross_entropy(
-            model, params, batch["tokens"], batch["mask"], batch["weights"], axis_name
-        )
+        loss, total = weighted_cross_entropy(model, params, batch["tokens"], batch["mask"], batch["weights"], axis_name)
         return loss, {"loss": total}
 
     return descend(loss_fn, optimizer, state, axis_name)

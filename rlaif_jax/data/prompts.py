@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.types import Rollout
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Record: TypeAlias = Mapping[str, Any]
@@ -293,13 +294,16 @@ class PromptBatch:
     """B prompts on the host.
 
     tokens [B, P] int32, left padded; mask [B, P] bool, true on real tokens; uid [B] uint32, the stable number
-    of a prompt, from which the keys of its answers are derived; records, the B source records, byte strings as text.
+    of a prompt, from which the keys of its answers are derived; records, the B source records, byte strings as text;
+    recorded and demonstrations, answers that the data brings (`data.recorded`), or None.
     """
 
     tokens: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_]
     uid: npt.NDArray[np.uint32]
     records: tuple[dict[str, Any], ...]
+    recorded: Rollout | None = None
+    demonstrations: Rollout | None = None
 
     def rows(self, chosen: slice) -> PromptBatch:
         """Some of the prompts, as padded as all."""

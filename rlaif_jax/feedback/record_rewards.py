@@ -21,12 +21,11 @@ from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentJudge
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.types import Feedback
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import correction_rewards, span_rewards
 from rlaif_jax.rewards.rankings import fit_plackett_luce
 from rlaif_jax.rewards.ratings import z_score_mean
-from rlaif_jax.types import Rollout
+from rlaif_jax.types import Feedback, Rollout
 
 Rows = Sequence[Sequence[Judgement]]
 
@@ -69,7 +68,7 @@ def standard_rating(records: Sequence[Record], answers: Sequence[str], rollout: 
     for i, (row, j) in enumerate(told):
         item[i], rater[i], value[i], weight[i] = row, names[j.rater.name], j.unit, 1.0
     fitted = _standardised(item, rater, value, weight, len(answers), raters)
-    return Feedback(np.asarray(fitted.value, np.float32), np.asarray(fitted.valid))
+    return Feedback.single(np.asarray(fitted.value, np.float32), np.asarray(fitted.valid))
 
 
 @partial(jax.jit, static_argnums=(4, 5))
@@ -129,7 +128,7 @@ class RankingUtility:
             if prompt in numbers and answer in texts[prompt]:
                 at = numbers[prompt], texts[prompt].index(answer)
                 values[row], valid[row] = fitted[at], placed[at]
-        return Feedback(np.where(valid, values, 0.0), valid)
+        return Feedback.single(np.where(valid, values, 0.0), valid)
 
 
 @partial(jax.jit, static_argnums=(3,))
@@ -157,11 +156,11 @@ class CommentValence:
             if isinstance(j, Comment) and j.answered
         ]
         if not told:
-            return Feedback(np.zeros(len(answers), np.float32), np.zeros(len(answers), bool))
+            return Feedback.single(np.zeros(len(answers), np.float32), np.zeros(len(answers), bool))
         read = self.sentiment.log_odds([text for _, text in told])
         values, valid = valence(jnp.asarray(read.values), jnp.asarray(read.valid))
         pooled = pool_comments(values, valid, jnp.array([row for row, _ in told]), len(answers))
-        return Feedback(np.asarray(pooled.values), np.asarray(pooled.valid))
+        return Feedback.single(np.asarray(pooled.values), np.asarray(pooled.valid))
 
 
 # ---- Corrections
@@ -206,7 +205,7 @@ class CorrectionRewards:
             for k, place in enumerate(places):
                 spans[:, row, k] = place
         rewards = _corrected(ids, masks, corrected, corrected_mask, valid, spans, self.dense, self.kept)
-        return Feedback(*map(np.asarray, rewards))
+        return Feedback.single(*map(np.asarray, rewards))
 
     def _corrected(self, correction: Correction, answer: str, written: list[int], ended: bool) -> list[int]:
         """The tokens of the answer as it should have been; the answer's own where nothing was edited."""
@@ -251,7 +250,7 @@ class JudgementSource:
 
 
 def _means(values: Sequence[Sequence[float]]) -> Feedback:
-    return Feedback(
+    return Feedback.single(
         np.array([float(np.mean(given)) if given else 0.0 for given in values], np.float32),
         np.array([bool(given) for given in values]),
     )

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rlaif_jax.config import require
+from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.types import Feedback, Params, Rollout
 
@@ -74,7 +75,9 @@ class RecordedPreferences(FeedbackSource):
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         """Returns pairs [G, 2, 2] and no values; records and answers are [2 G], the two answers to a prompt adjacent."""
-        require(len(records) % 2 == 0, f"recorded preferences need two answers to each prompt, not {len(records)} in all")
+        require(
+            len(records) % 2 == 0, f"recorded preferences need two answers to each prompt, not {len(records)} in all"
+        )
         first = np.array([float(record.get(self.field, 1.0)) for record in records[::2]], np.float32)
         pairs = np.full((len(first), 2, 2), 0.5, np.float32)
         pairs[:, 0, 1], pairs[:, 1, 0] = first, 1 - first
@@ -146,3 +149,53 @@ class MixedSource(FeedbackSource):
             weight > 0,
             None if dense is None else (dense / scale[:, None]).astype(np.float32),
         )
+
+
+def collect_feedback(
+    source: FeedbackSource | None, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, step: int
+) -> Feedback:
+    """Returns the feedback on a step's answers as NumPy arrays; no columns where nobody judges on the host.
+
+    Args:
+        source: judges on the host, or None.
+        records: the record of each answer's prompt.
+        answers: the texts.
+        rollout: the answers as arrays.
+        step: for messages.
+
+    Raises:
+        UserError: wrong shapes, or a judgement that claims to be valid and is not a finite number.
+    """
+    if source is None:
+        return Feedback(np.zeros((len(answers), 0), np.float32), np.zeros((len(answers), 0), bool))
+    judged = jax.device_get(source(records, answers, rollout))
+    values, valid = np.asarray(judged.values, np.float32), np.asarray(judged.valid, bool)
+    require(
+        values.ndim == 2 and values.shape == valid.shape and len(values) == len(answers),
+        f"step {step}: the feedback source returned values of shape {values.shape} and valid of shape {valid.shape} for "
+        f"{len(answers)} answers; both must be [answers, rewards]",
+    )
+    dense = None if judged.token_rewards is None else np.asarray(judged.token_rewards, np.float32)
+    wrong = (valid & ~np.isfinite(values)).any(-1)
+    if dense is not None:
+        wrong |= valid.any(-1) & ~np.isfinite(dense).all(-1)
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        value = values[at, 0] if values.shape[1] == 1 else values[at].tolist()
+        raise UserError(
+            f"step {step}: the reward of answer {at} is {value}"
+            f"{'' if dense is None else f' with dense rewards {dense[at]}'} (prompt "
+            f"{str(records[at].get('prompt'))[:60]!r}, answer {answers[at][:60]!r}). A source that has "
+            "no judgement must mark it as missing (valid = False), not return NaN"
+        )
+    return judged._replace(values=values, valid=valid, token_rewards=dense)
+
+
+def side_by_side(first: Feedback, second: Feedback) -> Feedback:
+    """Returns the rewards of both as columns of one feedback; dense rewards are added."""
+    dense = [x for x in (first.token_rewards, second.token_rewards) if x is not None]
+    return first._replace(
+        values=jnp.concatenate([first.values, second.values], axis=1),
+        valid=jnp.concatenate([first.valid, second.valid], axis=1),
+        token_rewards=jnp.stack(dense).sum(0) if dense else None,
+    )

@@ -80,14 +80,11 @@ class Prefill(NamedTuple):
 
 
 class LanguageModel(Protocol):
-    """A model that draws text token by token: a frozen object whose methods are pure functions of its parameters.
+    """A model that draws text token by token: a frozen object whose methods are pure functions of its parameters."""
 
-    Attributes:
-        rules: how matrices are split over a mesh: the last two names of a parameter's path -> the mesh axes of its
-            last two dimensions.
-    """
-
-    rules: Rules
+    @property
+    def rules(self) -> Rules:
+        """How matrices are split over a mesh: the last two names of a parameter's path -> axes of its last two dimensions."""
 
     @property
     def vocab_size(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,11 @@ class CausalLM:
     """
 
     config: DecoderConfig
-    rules: ClassVar[Rules] = COLUMN_AND_ROW
+
+    @property
+    def rules(self) -> Rules:
+        """How matrices are split over a mesh."""
+        return COLUMN_AND_ROW
 
     @property
     def vocab_size(self) -> int:

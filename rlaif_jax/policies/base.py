@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from rlaif_jax.config import check_choices, require
+from rlaif_jax.data.prompts import PromptBatch
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.models.base import Rules, View
 from rlaif_jax.types import Frozen, Params, Prompts, Rollout
@@ -47,18 +49,15 @@ class Scores(NamedTuple):
 
 
 class Policy(Protocol):
-    """A kind of output on a model: how an answer is drawn, scored, read and checked. A frozen object.
+    """A kind of output on a model: how an answer is drawn, scored, read and checked. A frozen object."""
 
-    Attributes:
-        rules: how matrices are split over a mesh (`LanguageModel.rules`).
-        tolerance: the largest gap in nats between two computations of one log-prob that rounding explains.
-    """
-
-    rules: Rules
+    @property
+    def rules(self) -> Rules:
+        """How matrices are split over a mesh (`LanguageModel.rules`)."""
 
     @property
     def tolerance(self) -> float:
-        """Returns the largest gap in nats that rounding explains, by the compute dtype."""
+        """The largest gap in nats between two computations of one log-prob that rounding explains, by the compute dtype."""
 
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
         """Raises UserError where prompts of this length or the tokenizer do not fit the model."""
@@ -92,3 +91,8 @@ class Policy(Protocol):
 def draw_count(draws: tuple[Draw, ...]) -> int:
     """Returns K, the rows of each prompt in a rollout of these draws."""
     return sum(draw.count for draw in draws)
+
+
+def to_prompts(batch: PromptBatch) -> Prompts:
+    """Returns a host batch as arrays of the devices."""
+    return Prompts(tokens=jnp.asarray(batch.tokens), mask=jnp.asarray(batch.mask), uid=jnp.asarray(batch.uid))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import require
-from rlaif_jax.data.prompts import PromptBatch
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.models.base import LanguageModel, Rules, View
 from rlaif_jax.models.decoder import in_dtype
@@ -179,11 +178,6 @@ def generate(
 
     # No step casts the matrices then, and a mesh gathers half the bytes.
     return on_own_rows(on_device, (in_dtype(params, model.compute_dtype), key), prompts)
-
-
-def to_prompts(batch: PromptBatch) -> Prompts:
-    """Returns a host batch as the pytree that `generate` takes."""
-    return Prompts(tokens=jnp.asarray(batch.tokens), mask=jnp.asarray(batch.mask), uid=jnp.asarray(batch.uid))
 
 
 def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:

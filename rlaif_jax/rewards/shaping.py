@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlaif_jax.config import check_choices
 from rlaif_jax.parallel import masked_mean, masked_whiten
-from rlaif_jax.types import Feedback, RewardBatch, Rollout
+from rlaif_jax.types import Array, Feedback, RewardBatch, Rollout
 
 
 class Masked(NamedTuple):
@@ -124,9 +124,7 @@ def shaped_rewards(shaping: Shaping, normaliser: Normaliser, judged: Feedback, r
     )
 
 
-def sequence_rewards(
-    values: jax.Array, valid: jax.Array, normaliser: Normaliser, *, clip: float | None = None
-) -> Masked:
+def sequence_rewards(values: Array, valid: Array, normaliser: Normaliser, *, clip: float | None = None) -> Masked:
     """Returns (value - mean) / std of scores of any shape, clipped to +-clip if asked; 0 where missing.
 
     A value that is not finite counts as missing: its answer teaches nothing.
@@ -137,7 +135,7 @@ def sequence_rewards(
         normaliser: mean and std.
         clip: the largest absolute reward; None: no limit.
     """
-    valid = valid.astype(bool) & jnp.isfinite(values)
+    valid = jnp.asarray(valid, bool) & jnp.isfinite(values)
     reward = (jnp.where(valid, values, normaliser.mean) - normaliser.mean) / jnp.maximum(normaliser.std, 1e-6)
     if clip is not None:
         reward = jnp.clip(reward, -clip, clip)

@@ -11,8 +11,7 @@ from rlaif_jax.config import require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.api.judge import JudgeClient, Outcome
 from rlaif_jax.feedback.api.templates import Question, Template
-from rlaif_jax.types import Feedback
-from rlaif_jax.types import Rollout
+from rlaif_jax.types import Feedback, Rollout
 
 
 def prompt_and_answer(record: Record, answer: str) -> Question:
@@ -58,7 +57,7 @@ class JudgeSource:
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
         outcomes = self.client.judge(self._questions(records, answers), self.template)
         values = [self._value(outcome) for outcome in outcomes]
-        return Feedback(
+        return Feedback.single(
             np.array([0.0 if value is None else value for value in values], np.float32),
             np.array([value is not None for value in values], bool),
         )

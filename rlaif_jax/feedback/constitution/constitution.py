@@ -73,10 +73,9 @@ from rlaif_jax.feedback.constitution.rules import (
 )
 from rlaif_jax.feedback.constitution.toml_lines import Entry, read_entries
 from rlaif_jax.feedback.judges.embeddings import Encoder, similarities
-from rlaif_jax.types import Feedback
 from rlaif_jax.rewards.logic import Formula, TNorm, atoms, logic_rewards, parse_formula
 from rlaif_jax.rewards.shaping import Masked
-from rlaif_jax.types import Rollout
+from rlaif_jax.types import Feedback, Rollout
 
 SECTIONS = ("principle", "rule", "formula")
 MEASURES = ("words", "pattern", "length", "predicate", "exemplar")
@@ -356,4 +355,4 @@ class ConstitutionSource:
         for problem in predicates.problems:
             warnings.warn(problem, RuntimeWarning, stacklevel=2)
         rewards, _ = constitution_rewards(self.constitution, predicates.values, predicates.valid)
-        return Feedback(*map(np.asarray, rewards))
+        return Feedback.single(*map(np.asarray, rewards))

@@ -49,7 +49,7 @@ def mean_hidden(
     """The mean hidden state [B, D] float32 over the real tokens of (tokens, mask) [B, S]; zeros where there are none."""
     del axis_name
     tokens, mask = batch
-    hidden = model.hidden(params, tokens, mask).astype(jnp.float32)
+    hidden = model.sequence_hidden(params, tokens, mask).astype(jnp.float32)
     real = mask.astype(jnp.float32)[..., None]
     return jnp.where(real > 0, hidden, 0.0).sum(1) / jnp.maximum(real.sum(1), 1.0)
 

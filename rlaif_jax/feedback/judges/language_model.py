@@ -23,13 +23,12 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.types import Feedback
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, generate
 from rlaif_jax.rewards.rankings import both_orders
-from rlaif_jax.types import Params, Prompts, Rollout
+from rlaif_jax.types import Feedback, Params, Prompts, Rollout
 
 Floats = np.ndarray
 
@@ -90,7 +89,7 @@ def choice_probabilities(
 ) -> dict[str, jax.Array]:
     """Distribution over the choice tokens after each left-padded text: `choices` [B, C] (normalised), `mass` [B]."""
     del axis_name
-    hidden = model.hidden(params, batch["tokens"], batch["mask"])[:, -1]
+    hidden = model.sequence_hidden(params, batch["tokens"], batch["mask"])[:, -1]
     logprobs = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[:, jnp.array(ids)]
     return {"choices": jax.nn.softmax(logprobs, axis=-1), "mass": jnp.exp(jax.nn.logsumexp(logprobs, axis=-1))}
 
@@ -265,4 +264,4 @@ class DirectScoreSource:
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         scores = self.judge.score([str(record["prompt"]) for record in records], answers)
-        return Feedback(scores.expected, scores.valid)
+        return Feedback.single(scores.expected, scores.valid)

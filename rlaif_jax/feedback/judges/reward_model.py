@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.data.prompts import Record
-from rlaif_jax.types import Feedback
 from rlaif_jax.models.heads import ScalarModel, gather_last
 from rlaif_jax.parallel import Runner
-from rlaif_jax.types import Params, Rollout
+from rlaif_jax.types import Feedback, Params, Rollout
 
 
 def score_sequences(
@@ -49,4 +48,4 @@ class RewardModelSource:
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        return Feedback(self._score(self._placed, (rollout.tokens, mask)), np.ones(len(answers), bool))
+        return Feedback.single(self._score(self._placed, (rollout.tokens, mask)), np.ones(len(answers), bool))

@@ -28,10 +28,9 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.language_model import weights_hash
-from rlaif_jax.types import Feedback
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
-from rlaif_jax.types import INIT, Metrics, Params, Rollout, step_key
+from rlaif_jax.types import INIT, Feedback, Metrics, Params, Rollout, step_key
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 POSITIVE_FILE, NEGATIVE_FILE = "rt-polarity.pos", "rt-polarity.neg"
@@ -315,7 +314,7 @@ def cross_fitted(
         judge = train_judge(sentences.rows(~held), config, seed, runner)
         scores = judge.log_odds(sentences.rows(held).texts)
         values[held], valid[held] = scores.values, scores.valid
-    return Feedback(values, valid)
+    return Feedback.single(values, valid)
 
 
 # ---- Judging
@@ -367,7 +366,7 @@ class SentimentJudge:
         ]  # dispatched before any is waited for
         aspects = () if self.model.aspects is None else (self.model.aspects,)
         values = np.concatenate([np.zeros((0, *aspects), np.float32), *jax.device_get(parts)])[: len(texts)]
-        return Feedback(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
+        return Feedback.single(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
         """Weighted share of the labels that it finds; those of a text without a known word count as not found."""
@@ -386,4 +385,4 @@ class SentimentSource:
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         scores = self.judge.log_odds(answers)
-        return Feedback(scores.values if self.mood == "happier" else -scores.values, scores.valid)
+        return Feedback.single(scores.values if self.mood == "happier" else -scores.values, scores.valid)

@@ -21,8 +21,7 @@ from rlaif_jax.feedback.record_rewards import Worth, mean_rating, rows_of, win_s
 from rlaif_jax.feedback.records.forms import Judgement, sha256
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource
-from rlaif_jax.types import Feedback
-from rlaif_jax.types import Rollout
+from rlaif_jax.types import Feedback, Rollout
 
 _FORM = {"compare": "ranking", "rank": "ranking", "rate": "rating", "edit": "correction", "comment": "comment"}
 
@@ -199,7 +198,7 @@ class MixedSource:
                 part = share * np.where(valid[:, None], np.asarray(judged.token_rewards, float), 0.0)
                 dense = part if dense is None else dense + part
         scale = np.where(weight > 0, weight, 1.0)
-        return Feedback(
+        return Feedback.single(
             (total / scale).astype(np.float32),
             weight > 0,
             None if dense is None else (dense / scale[:, None]).astype(np.float32),

@@ -249,7 +249,7 @@ def test_settings_that_cannot_be(tmp_path, wrong, words):
 def fixed(values, dense=None):
     valid = np.array([v is not None for v in values])
     numbers = np.array([0.0 if v is None else v for v in values], np.float32)
-    return lambda records, answers, rollout: Feedback(numbers, valid, dense)
+    return lambda records, answers, rollout: Feedback.single(numbers, valid, dense)
 
 
 def test_mixing_fills_gaps_and_weighs():
@@ -260,7 +260,7 @@ def test_mixing_fills_gaps_and_weighs():
 
 
 def test_a_missing_value_is_not_looked_at():
-    poisoned = lambda records, answers, rollout: Feedback(
+    poisoned = lambda records, answers, rollout: Feedback.single(
         np.array([np.nan, 1.0, 1.0, 1.0]), np.array([False, True, True, True])
     )
     assert MixedSource((poisoned, fixed([4.0] * 4)))(RECORDS, ANSWERS, ROLLOUT).values.tolist() == [4.0, 2.5, 2.5, 2.5]
