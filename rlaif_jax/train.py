@@ -17,7 +17,7 @@ from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.config import CheckFailed, require, to_json
 from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record
 from rlaif_jax.data.tokenizers import Tokenizer
-from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource, collect_feedback, side_by_side
+from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource, collect_feedback
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.parallel import CompilationClock, ParallelConfig, make_runner
 from rlaif_jax.policies.base import Policy, draw_count, to_prompts
@@ -112,7 +112,7 @@ def programs(algorithm: Algorithm, policy: Policy, device_rewards: Sequence[Devi
     ) -> tuple[Any, RewardBatch, Feedback]:
         (state, frozen), (data, rollout, judged) = replicated, inputs
         for reward, params in zip(device_rewards, frozen.rewards, strict=True):
-            judged = side_by_side(judged, reward(params, rollout, axis_name=axis_name))
+            judged = judged.join(reward(params, rollout, axis_name=axis_name))
         rewards = algorithm.rewards(state, frozen, data, rollout, judged, axis_name=axis_name)
         batch = algorithm.prepare(state, frozen, data, rollout, rewards, axis_name=axis_name)
         return batch, rewards, judged

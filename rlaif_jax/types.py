@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = np.ndarray | jax.Array
@@ -82,6 +83,15 @@ class Feedback(NamedTuple):
     def single(cls, values: Array, valid: Array, token_rewards: Array | None = None) -> Feedback:
         """Returns the feedback of a source with one reward, values and valid [B]."""
         return cls(values[:, None], valid[:, None], token_rewards)
+
+    def join(self, other: Feedback) -> Feedback:
+        """Returns the rewards of both as columns of one feedback; dense rewards are added, pairs are this one's."""
+        dense = [x for x in (self.token_rewards, other.token_rewards) if x is not None]
+        return self._replace(
+            values=jnp.concatenate([self.values, other.values], axis=1),
+            valid=jnp.concatenate([self.valid, other.valid], axis=1),
+            token_rewards=jnp.stack(dense).sum(0) if dense else None,
+        )
 
 
 @flax.struct.dataclass

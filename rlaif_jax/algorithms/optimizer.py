@@ -121,9 +121,10 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
 
 def descend(
     loss_fn: Callable[[Params], tuple[jax.Array, Metrics]],
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.GradientTransformationExtraArgs,
     state: tuple[Params, Any],
     axis_name: str | None,
+    **options: Any,
 ) -> tuple[tuple[Params, Any], Metrics]:
     """Takes one optimiser step down a loss that is summed over devices, and returns ((params, opt_state), metrics).
 
@@ -132,6 +133,7 @@ def descend(
         optimizer: the optimiser.
         state: (params, opt_state).
         axis_name: the mapped axis of the devices, or None.
+        **options: further keywords of the optimiser's `update`.
 
     Returns:
         The new state, and the metrics with the gradient's global norm as `grad_norm`.
@@ -139,5 +141,5 @@ def descend(
     params, opt_state = state
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
     grads = psum(grads, axis_name)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
+    updates, opt_state = optimizer.update(grads, opt_state, params, **options)
     return (optax.apply_updates(params, updates), opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import UserError, require
@@ -189,13 +188,3 @@ def collect_feedback(
             "no judgement must mark it as missing (valid = False), not return NaN"
         )
     return judged._replace(values=values, valid=valid, token_rewards=dense)
-
-
-def side_by_side(first: Feedback, second: Feedback) -> Feedback:
-    """Returns the rewards of both as columns of one feedback; dense rewards are added."""
-    dense = [x for x in (first.token_rewards, second.token_rewards) if x is not None]
-    return first._replace(
-        values=jnp.concatenate([first.values, second.values], axis=1),
-        valid=jnp.concatenate([first.valid, second.valid], axis=1),
-        token_rewards=jnp.stack(dense).sum(0) if dense else None,
-    )
