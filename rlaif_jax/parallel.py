@@ -213,7 +213,7 @@ class pmap_step:
                 donate_argnums=self._donate,
             )
         out = self._mapped[len(arguments)](*replicated, batch)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out) if self._split else out
+        return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), out) if self._split else out
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:

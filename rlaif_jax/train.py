@@ -268,7 +268,7 @@ def train(
                     f"step {step}: {', '.join(failed)}: false. Nothing of this step was saved: the checkpoint in "
                     f"{checkpoints.folder} is of before; the step's numbers are the last line of {writer.path}"
                 )
-            reached = config.target_reward is not None and values["reward"] >= config.target_reward
+            reached = config.target_reward is not None and values.get("reward", float("-inf")) >= config.target_reward
             done = run.stop_requested or reached or enough()
             if step % config.save_every == 0 or step == config.steps or done:
                 save(step)  # checkpoint
@@ -321,7 +321,10 @@ def collect(
 
 
 def reward_metrics(rewards: RewardBatch, judged: Feedback) -> dict[str, float]:
-    """Returns the mean `reward` that is learned from, and the mean raw `score` of each judgement."""
+    """Returns the mean `reward` that is learned from, and the mean raw `score` of each judgement.
+
+    Where answers are only compared in pairs they have no reward, which is not a reward of 0: it is left out.
+    """
 
     def mean(x: Array, valid: Array) -> float:
         return float(np.mean(x[valid])) if valid.any() else float("nan")
@@ -329,4 +332,5 @@ def reward_metrics(rewards: RewardBatch, judged: Feedback) -> dict[str, float]:
     count = judged.values.shape[1]
     names = ["score"] if count == 1 else [f"score/{i}" for i in range(count)]
     scores = {name: mean(judged.values[:, i], judged.valid[:, i]) for i, name in enumerate(names)}
-    return {"reward": mean(rewards.total, rewards.valid)} | scores
+    compared = rewards.pairs is not None and count == 0
+    return scores if compared else {"reward": mean(rewards.total, rewards.valid)} | scores

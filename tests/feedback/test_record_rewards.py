@@ -80,7 +80,9 @@ def test_rankings_are_worth_their_plackett_luce_utilities():
 def test_comments_are_worth_their_mean_valence():
     odds = {"good": 2.0, "bad": -1.0, "xyz": 0.0}
     sentiment = SimpleNamespace(
-        log_odds=lambda texts: Feedback.single(np.array([odds[t] for t in texts]), np.array([t != "xyz" for t in texts]))
+        log_odds=lambda texts: Feedback.single(
+            np.array([odds[t] for t in texts]), np.array([t != "xyz" for t in texts])
+        )
     )
     told = [
         Comment(prompt="p", answers=(answer,), rater=ANNA, text=text)
