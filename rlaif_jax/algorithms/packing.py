@@ -1,8 +1,8 @@
-"""Answers of uneven length side by side in rows of one length, so that an update computes the tokens there are.
+"""Packs answers of uneven length into rows of one length, so that an update computes no padding.
 
-A row holds, one behind the other, prompts and answers to them; attention goes by segment and answer
-(`models.attention.AttentionMask`). Which answer stands where is found on the device by first-fit-decreasing (Johnson 1973; for
-language models Krell 2021), prompt by prompt: answers to a prompt that come to stand in the same row share its columns.
+A row holds prompts and their answers behind one another; attention goes by segment and answer
+(`models.attention.AttentionMask`). The place of each answer is found on the device by first-fit-decreasing (Johnson 1973; for
+language models Krell 2021), prompt by prompt: answers to a prompt that come into the same row share its columns.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import jax.numpy as jnp
 
 
 class Packed(NamedTuple):
-    """Where the columns of M sequences [M, P + T] stand in M rows of C = P - 1 + T columns, all [M, C] int32.
+    """The places of M sequences [M, P + T] in M rows of C = P - 1 + T columns, all [M, C] int32.
 
-    tokens: index into the flat [M * (P + T)] tokens; targets: index into the flat [M * T] response tokens of the one that
-    is predicted here, M * T where none is; positions; segments: 0 where nothing stands, else the number of a prompt within
-    its row; answers: 0 for the prompt's columns, else the number of the answer. An answer's columns are the last token of
-    its prompt and all its own but the last.
+    An answer's columns are the last token of its prompt and all its tokens except the last.
+
+    Attributes:
+        tokens: index into the flat [M (P + T)] tokens.
+        targets: index into the flat [M T] response tokens of the token that the column predicts; M T where it predicts none.
+        positions: the token's position in its sequence.
+        segments: 0 for an empty column, else the number of a prompt within its row.
+        answers: 0 for the prompt's columns, else the number of the answer.
     """
 
     tokens: jax.Array
@@ -30,10 +34,12 @@ class Packed(NamedTuple):
 
 
 def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array) -> tuple[Packed, jax.Array]:
-    """(where everything stands, [] int32 how many rows are in use, which are the first).
+    """Returns (the place of every token, [] int32 number of rows used; used rows come first).
 
-    prompt_mask [M, P] left padded, mask [M, T] right padded, group [M] int32: equal numbers have the same prompt. A row of
-    `mask` without a true entry is left out.
+    Args:
+        prompt_mask: [M, P] bool, left padded.
+        mask: [M, T] bool, right padded; an answer without a true entry is left out.
+        group: [M] int32, equal for answers to the same prompt.
     """
     count, width = prompt_mask.shape
     length = mask.shape[1]
@@ -53,7 +59,7 @@ def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array) -> tuple[Pac
         row = jnp.where(shared, row, jnp.argmax(fill + prompt + answer <= columns))
         segment = jnp.where(shared, segment, item + 1)
         start = fill[row] + jnp.where(shared, 0, prompt)
-        # An answer without tokens takes no place, and nobody shares what it did not bring.
+        # An answer without tokens takes no place, and no other answer shares the prompt that it did not bring.
         fill = jnp.where(answer > 0, fill.at[row].set(start + answer), fill)
         before = jnp.where(answer > 0, leader[item], -1)
         return (fill, row, segment, before), (row, start, segment, shared)
@@ -75,7 +81,7 @@ def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array) -> tuple[Pac
     )
 
     def put(answer: jax.Array, prompt: jax.Array, nothing: int) -> jax.Array:
-        """[M, C] of what [M, T] and [M, P - 1] say of each column of the answers and of the prompts."""
+        """Returns [M, C] from values [M, T] of the answers' columns and [M, P - 1] of the prompts'."""
         values = jnp.concatenate(
             [jnp.broadcast_to(answer, (count, length)), jnp.broadcast_to(prompt, (count, width - 1))], axis=1
         )

@@ -10,18 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlaif_jax.algorithms.base import (
-    Algorithm,
-    Batch,
-    Scored,
-    Totals,
-    Update,
-    check_minibatches,
-    initial_state,
-    with_hyper,
-)
+from rlaif_jax.algorithms.base import Algorithm, initial_state, with_hyper
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.scoring import score_rollout
+from rlaif_jax.algorithms.update import Batch, Scored, Totals, Update, check_minibatches
 from rlaif_jax.config import check_choices, require
 from rlaif_jax.models.base import View
 from rlaif_jax.parallel import masked_mean

@@ -1,8 +1,8 @@
 """Attention over whole sequences: one meaning (`AttentionMask`), three ways to compute it.
 
-`xla` is plain `jnp` and runs anywhere; `cudnn` is cuDNN's fused kernel on NVIDIA GPUs; `splash` the Pallas kernel of TPUs,
-which skips the blocks that nobody sees. `auto` takes the fused kernel of the backend where it fits the shape.
-Decoding has its own attention, over caches (`rollout.py`).
+`xla` is plain `jnp` and runs anywhere; `cudnn` is cuDNN's fused kernel on NVIDIA GPUs; `splash` is the Pallas kernel of
+TPUs, which skips masked blocks. `auto` takes the backend's fused kernel where it fits the shape. Decoding attends over
+caches (`attention_cached.py`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ LANES = 128  # the splash kernel's blocks are multiples of this
 
 
 class AttentionMask(NamedTuple):
-    """Which keys a query sees: those of its own segment, up to its own column.
+    """Which keys a query reads: those of the same segment, up to the query's column.
 
-    queries [B, S], keys [B, C] int32 segments, pads one of their own; the queries are the last S of the C columns.
-    Where answers share their prompt within a segment, query_answers [B, S] and key_answers [B, C] number them from 1, with
-    0 for the prompt: an answer sees the prompt and itself.
+    Attributes:
+        queries: [B, S] int32 segments of the queries, which are the last S of the C columns.
+        keys: [B, C] int32 segments of the keys; padding has a segment that no real token has.
+        query_answers, key_answers: [B, S] and [B, C] int32 where several answers share their prompt within a segment: 0
+            for the prompt, else the number of the answer, which reads the prompt and itself. None: one answer a segment.
     """
 
     queries: jax.Array
@@ -35,7 +37,7 @@ class AttentionMask(NamedTuple):
     key_answers: jax.Array | None = None
 
     def dense(self) -> jax.Array:
-        """The same as [B, S, C] bool (query, key)."""
+        """Returns the mask as [B, S, C] bool (query, key)."""
         length, columns = self.queries.shape[1], self.keys.shape[1]
         seen = jnp.tril(jnp.ones((length, columns), bool), columns - length)
         seen = seen & (self.queries[:, :, None] == self.keys[:, None, :])
@@ -46,15 +48,19 @@ class AttentionMask(NamedTuple):
 
 
 class SharedPrefixMask(NamedTuple):
-    """Where a row is a prompt of P columns followed by its K answers of T: among the prompt's columns [G, P, P], and from
-    each answer's columns to the prompt's and its own [G K, T, P + T]."""
+    """Mask of rows that hold a prompt and its K answers.
+
+    Attributes:
+        prompts: of the prompt's columns, [G, P, P], causal.
+        answers: of each answer's columns to the prompt's and the answer's, [G K, T, P + T].
+    """
 
     prompts: AttentionMask | jax.Array
     answers: AttentionMask | jax.Array
 
 
 def implementation(config: DecoderConfig) -> str:
-    """xla, cudnn or splash: what `config.attention` means on this backend."""
+    """Returns "xla", "cudnn" or "splash": what `config.attention` means on this backend."""
     if config.attention != "auto":
         return config.attention
     if jax.default_backend() == "gpu":
@@ -66,7 +72,7 @@ def implementation(config: DecoderConfig) -> str:
 def build_mask(
     config: DecoderConfig, visible: AttentionMask | SharedPrefixMask
 ) -> AttentionMask | SharedPrefixMask | jax.Array:
-    """`visible` as the implementation reads it, made once for all layers: splash goes by segments, the others by a mask."""
+    """Returns the mask as the implementation reads it: segments for splash, else bool arrays. Made once for all layers."""
 
     def one(part: AttentionMask) -> AttentionMask | jax.Array:
         splash = implementation(config) == "splash" and part.query_answers is None
@@ -80,8 +86,10 @@ def build_mask(
 def last_queries(
     visible: AttentionMask | SharedPrefixMask | jax.Array, last: int
 ) -> AttentionMask | SharedPrefixMask | jax.Array:
-    """What the queries of so many of the last columns see, of what `build_mask` gave for all: of a prompt with its answers,
-    which have their own part, all of these."""
+    """Restricts a mask to its last `last` queries.
+
+    Shared-prefix masks are returned unchanged: their answers are already separate.
+    """
     if isinstance(visible, SharedPrefixMask):
         return visible
     if isinstance(visible, AttentionMask):
@@ -92,10 +100,14 @@ def last_queries(
 def attend(
     config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMask | jax.Array
 ) -> jax.Array:
-    """Grouped-query attention.
+    """Computes grouped-query attention [B, S, heads * h]; scores and softmax are in float32.
 
-    q [B, S, heads, h], k and v [B, kv_heads, C, h], visible as `build_mask` gave it -> [B, S, heads * h]. Scores and
-    softmax in float32.
+    Args:
+        config: shape and flags of the decoder.
+        q: [B, S, heads, h] queries.
+        k: [B, kv_heads, C, h] keys.
+        v: [B, kv_heads, C, h] values.
+        visible: what `build_mask` returned.
     """
     if isinstance(visible, AttentionMask):
         return attend_splash(q, k, v, visible)
@@ -114,8 +126,18 @@ def attend(
 def attend_groups(
     config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: SharedPrefixMask
 ) -> jax.Array:
-    """`attend` for rows of a prompt and its K answers: q [G, P + K T or K T, heads, h], k and v [G, kv_heads, P + K T, h]
-    -> [G, P + K T or K T, heads * h]. An answer sees its prompt and itself, no other answer."""
+    """Computes attention in rows of a prompt and its K answers; an answer reads its prompt and itself only.
+
+    Args:
+        config: shape and flags of the decoder.
+        q: [G, P + K T or K T, heads, h] queries.
+        k: [G, kv_heads, P + K T, h] keys.
+        v: [G, kv_heads, P + K T, h] values.
+        visible: what `build_mask` returned.
+
+    Returns:
+        [G, P + K T or K T, heads * h].
+    """
     groups = q.shape[0]
     prompt = jax.tree.leaves(visible.prompts)[0].shape[1]
     rows, length = jax.tree.leaves(visible.answers)[0].shape[:2]
@@ -128,7 +150,7 @@ def attend_groups(
         return attend_prompt_and_own(q, k, v, visible.answers)  # type: ignore[arg-type]
 
     def keys(x: jax.Array) -> jax.Array:
-        """[G, kv_heads, P + K T, h] -> [G K, kv_heads, P + T, h]: every answer's own columns behind its prompt's."""
+        """Returns [G K, kv_heads, P + T, h] of [G, kv_heads, P + K T, h]: an answer's columns behind its prompt's."""
         heads, h = x.shape[1], x.shape[-1]
         shared = jnp.broadcast_to(x[:, None, :, :prompt], (groups, answers, heads, prompt, h))
         own = x[:, :, prompt:].reshape(groups, heads, answers, length, h).swapaxes(1, 2)
@@ -139,11 +161,19 @@ def attend_groups(
 
 
 def attend_prompt_and_own(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """The answers' part of `attend_groups`, whose products read a prompt's keys once for all its answers: q
-    [G, K T, heads, h], k and v [G, kv_heads, P + K T, h], visible [G K, T, P + T] -> [G, K T, heads * h].
+    """Computes the answers' part of `attend_groups`; its products read a prompt's keys once for all its answers.
 
-    Copies of the prompt's keys for every answer are more to write, and their gradient crashes YNNPACK in jaxlib 0.10.2 from
-    some 128 columns on.
+    Copies of the prompt's keys for every answer are more to write, and their gradient crashes YNNPACK in jaxlib 0.10.2
+    from about 128 columns on.
+
+    Args:
+        q: [G, K T, heads, h].
+        k: [G, kv_heads, P + K T, h].
+        v: [G, kv_heads, P + K T, h].
+        visible: [G K, T, P + T] bool.
+
+    Returns:
+        [G, K T, heads * h].
     """
     groups, columns, heads, h = q.shape
     length, seen = visible.shape[1:]
@@ -168,7 +198,18 @@ def attend_prompt_and_own(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax
 def attend_library(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, kernel: Literal["xla", "cudnn"]
 ) -> jax.Array:
-    """`attend` by `jax.nn.dot_product_attention`, whose cuDNN kernel takes even lengths only."""
+    """Computes `attend` by `jax.nn.dot_product_attention`; its cuDNN kernel takes even lengths only, so pads are added.
+
+    Args:
+        q: [B, S, heads, h].
+        k: [B, kv_heads, C, h].
+        v: [B, kv_heads, C, h].
+        visible: [B, S, C] bool.
+        kernel: "xla" or "cudnn".
+
+    Raises:
+        UserError: "cudnn" without an NVIDIA GPU.
+    """
     length, columns = visible.shape[1:]
     queries, keys = (length % 2, columns % 2)
     require(
@@ -187,7 +228,7 @@ def attend_library(
 
 
 def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMask) -> jax.Array:
-    """`attend` by the TPU's splash kernel (interpreted elsewhere, for tests), in columns padded to multiples of 128."""
+    """Computes `attend` by the TPU's splash kernel, in columns padded to multiples of 128; interpreted off the TPU."""
     # Pallas takes a second to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import CausalMask, MultiHeadMask
@@ -214,7 +255,7 @@ def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMa
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if "tensor" in free:
-        # The compiler cannot split a kernel of its own accord: rows go over data and fsdp, heads over tensor.
+        # The compiler cannot split a kernel: rows go over data and fsdp, heads over tensor.
         over = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
         heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
         arrays, ids = PartitionSpec(over, heads), PartitionSpec(over)
@@ -222,7 +263,7 @@ def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMa
             run, in_specs=(arrays, arrays, arrays, ids, ids), out_specs=arrays, axis_names=free, check_vma=False
         )
     put_behind = lambda x, n: jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0)))
-    pads = partial(jnp.pad, constant_values=-1)  # a segment of their own
+    pads = partial(jnp.pad, constant_values=-1)  # a segment that no token has
     out = run(
         put_behind(q.swapaxes(1, 2) * q.shape[-1] ** -0.5, after),
         put_behind(k, behind),

@@ -1,6 +1,6 @@
-"""Attention in decoding: one query a row over its prompt's keys and values, which K answers share, and over its own.
+"""Attention in decoding: one query a row, over the prompt's cache that K answers share and over the row's cache.
 
-Plain `jnp` runs anywhere. On a TPU it writes the scores to memory and reads them back; a Pallas kernel there reads keys and
+Plain `jnp` runs anywhere. On a TPU it would write the scores to memory and read them back; a Pallas kernel reads keys and
 values once and keeps the scores where they are computed.
 """
 
@@ -18,27 +18,27 @@ from rlaif_jax.models.attention import LANES, MASKED
 from rlaif_jax.models.decoder import KeyValue
 from rlaif_jax.models.decoder_config import DecoderConfig
 
-BUFFERS = 8 << 20  # bytes of keys and values that the kernel holds: those at work and those on their way
+BUFFERS = 8 << 20  # bytes of keys and values that the kernel holds: those in use and those being fetched
 SCORES = 1 << 20  # bytes of scores that it works on at a time
 
 
 def lanes() -> int:
-    """How many numbers of a cache's last axis move at once: 128 on a TPU, where a shorter axis would be padded."""
+    """Returns how many numbers of a cache's last axis move at once: 128 on a TPU, which pads a shorter axis; else 1."""
     return LANES if jax.default_backend() == "tpu" else 1
 
 
 def heads_per_lane(config: DecoderConfig) -> int:
-    """How many key-value heads stand side by side in a cache: as many as the lanes hold, where a head is narrower.
+    """Returns how many key-value heads are packed into the last axis of a cache, where a head is narrower than the lanes.
 
-    By itself such a cache would be laid out with its columns on the lanes, and to write one column 128 would be read and
-    written. Heads of different tensor devices stay apart.
+    Otherwise XLA puts the columns on lanes and writing one column rewrites 128. Heads of different tensor devices are never
+    packed together.
     """
     tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     return math.gcd(config.num_kv_heads, config.num_kv_heads // tensor or 1, lanes() // config.head_dim or 1)
 
 
 def pack_heads(x: jax.Array, side: int) -> jax.Array:
-    """Keys or values [B, kv_heads, P, h] with `side` heads side by side: [B, kv_heads / side, P, side * h]."""
+    """Packs `side` heads into the last axis: [B, kv_heads, P, h] -> [B, kv_heads / side, P, side * h]."""
     batch, heads, columns, h = x.shape
     x = x.reshape(batch, heads // side, side, columns, h).swapaxes(2, 3)
     return x.reshape(batch, heads // side, columns, side * h)
@@ -47,15 +47,22 @@ def pack_heads(x: jax.Array, side: int) -> jax.Array:
 def attend_cached(
     q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
 ) -> jax.Array:
-    """One query a row against its prompt's shared cache and its own.
+    """Computes attention of one query a row over its prompt's shared cache and its own; scores are float32.
 
-    q [B*K, heads, h]; prompt keys, values [B, G, P, side * h] with mask [B, P], own [B*K, G, T, side * h] with mask
-    [B*K or 1, T], where G = kv_heads / side -> [B*K, heads * h]. Scores and softmax in float32.
+    Args:
+        q: [B K, heads, h].
+        prompt: keys and values of the prompts, [B, G, P, side * h] each, G = kv_heads / side.
+        prompt_mask: [B, P] bool.
+        own: keys and values of the rows, [B K, G, T, side * h] each.
+        own_mask: [B K or 1, T] bool.
+
+    Returns:
+        [B K, heads * h].
     """
     rows, heads, h = q.shape
     groups, width = prompt[0].shape[1], prompt[0].shape[-1]
     side, each = width // h, heads // groups
-    # Side by side with other heads, a query is zero where they are, and of the values it keeps its own head's.
+    # In a packed cache a query is zero where the other heads are, and of the values it keeps those of its head.
     place = jnp.eye(side, dtype=q.dtype)[:, None, :, None]
     single = (q * h**-0.5).reshape(rows, groups, side, each // side, 1, h) * place
     attend = attend_kernel if lanes() > 1 and blocks(rows, each, prompt, own) else attend_plain
@@ -67,17 +74,28 @@ def attend_cached(
 def attend_plain(
     q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
 ) -> jax.Array:
-    """`attend_cached` for scaled queries [B*K, G, M, W] on G caches of M query heads each -> [B*K, G, M, W]."""
+    """Computes `attend_cached` in plain `jnp`.
+
+    Args:
+        q: [B K, G, M, W] scaled queries: M for each of G caches.
+        prompt: keys and values of the prompts, [B, G, P, W] each.
+        prompt_mask: [B, P] bool.
+        own: keys and values of the answers' own columns, [B K, G, T, W] each.
+        own_mask: [B K or 1, T] bool.
+
+    Returns:
+        [B K, G, M, W].
+    """
     rows, groups, each, _ = q.shape
     batch = prompt[0].shape[0]
 
     def by_prompt(x: jax.Array) -> jax.Array:
-        """[B*K, G, M, ...] -> [B, G, K * M, ...]: one matrix product reads the cache once."""
+        """Reshapes [B K, G, M, ...] to [B, G, K M, ...]: one matrix product then reads the cache once."""
         x = x.reshape(batch, rows // batch, groups, each, -1).swapaxes(1, 2)
         return x.reshape(batch, groups, -1, x.shape[-1])
 
     def by_row(x: jax.Array) -> jax.Array:
-        """[B, G, K * M, ...] -> [B*K, G, M, ...]"""
+        """Reshapes [B, G, K M, ...] to [B K, G, M, ...]."""
         x = x.reshape(batch, groups, rows // batch, each, -1).swapaxes(1, 2)
         return x.reshape(rows, groups, each, -1)
 
@@ -95,15 +113,18 @@ def attend_plain(
 
 
 def to_lanes(columns: int) -> int:
+    """Returns `columns` rounded up to whole lanes."""
     return -(-columns // LANES) * LANES
 
 
 def blocks(rows: int, each: int, prompt: KeyValue, own: KeyValue) -> tuple[int, int] | None:
-    """How many of a prompt's answers and how many of their caches' heads one step of the kernel takes; None: not even one
-    fits, whose keys and values are then too long (past 8,000 columns of bfloat16)."""
+    """Returns (answers of a prompt, heads of their caches) that one step of the kernel takes, the largest that fit.
+
+    None where not even one answer and one head fit: their keys and values are too long (past 8,000 columns of bfloat16).
+    """
     batch, groups, columns, width = prompt[0].shape
     columns, length = to_lanes(columns), to_lanes(own[0].shape[2])
-    column = 4 * prompt[0].dtype.itemsize * to_lanes(width)  # of keys and of values, one at work and one on its way
+    column = 4 * prompt[0].dtype.itemsize * to_lanes(width)  # of keys and of values, one in use and one being fetched
 
     def fit(answers: int, heads: int) -> bool:
         seen = columns + answers * length
@@ -117,10 +138,21 @@ def blocks(rows: int, each: int, prompt: KeyValue, own: KeyValue) -> tuple[int, 
 def attend_kernel(
     q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
 ) -> jax.Array:
-    """`attend_plain` by a kernel (interpreted off the TPU, for tests) that reads each cache once."""
+    """Computes `attend_cached` by a kernel that reads each cache once; it is interpreted off the TPU.
+
+    Args:
+        q: [B K, G, M, W] scaled queries: M for each of G caches.
+        prompt: keys and values of the prompts, [B, G, P, W] each.
+        prompt_mask: [B, P] bool.
+        own: keys and values of the answers' own columns, [B K, G, T, W] each.
+        own_mask: [B K or 1, T] bool.
+
+    Returns:
+        [B K, G, M, W].
+    """
     run, mesh = attend_own_shard, jax.sharding.get_abstract_mesh()
     if "tensor" in set(mesh.axis_names) - set(mesh.manual_axes):
-        # The compiler cannot split a kernel of its own accord: heads go over tensor.
+        # The compiler cannot split a kernel: heads go over tensor.
         heads = PartitionSpec(None, "tensor" if q.shape[1] % mesh.shape["tensor"] == 0 else None)
         whole = PartitionSpec()
         run = jax.shard_map(
@@ -132,7 +164,20 @@ def attend_kernel(
 def attend_own_shard(
     q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
 ) -> jax.Array:
-    """`attend_kernel` on one device. A step takes some answers of one prompt; the prompt's block stays for the next ones."""
+    """Computes `attend_kernel` on one device.
+
+    A step of the grid takes some answers of one prompt; the prompt's block is kept for the next ones.
+
+    Args:
+        q: [B K, G, M, W] scaled queries: M for each of G caches.
+        prompt: keys and values of the prompts, [B, G, P, W] each.
+        prompt_mask: [B, P] bool.
+        own: keys and values of the answers' own columns, [B K, G, T, W] each.
+        own_mask: [B K or 1, T] bool.
+
+    Returns:
+        [B K, G, M, W].
+    """
     from jax.experimental import pallas as pl  # takes a second to import, and only TPUs need it
 
     rows, groups, each, width = q.shape
@@ -142,7 +187,7 @@ def attend_own_shard(
     steps = rows // batch // some
 
     def filled(mask: jax.Array) -> jax.Array:
-        """A mask with its columns, which the kernel takes in whole lanes, filled up with unseen ones."""
+        """Returns a mask whose columns are filled up to whole lanes with masked ones."""
         return jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, to_lanes(mask.shape[1]) - mask.shape[1])))
 
     shared = own_mask.shape[0] == 1
@@ -183,11 +228,22 @@ def kernel(
     columns: int,
     length: int,
 ) -> None:
-    """For each of the block's heads, M queries of each of N answers, one below the other: q, out [heads, N * M, W]; keys,
-    values [heads, P, W], seen [1, P]; own_keys, own_values [N, heads, T, W], own_seen [1, N * T].
+    """Computes the attention of one block, M queries for each of N answers and each of its heads (a Pallas kernel).
 
-    The answers' caches are taken as one, of which a query sees its own answer's columns: what it scores in vain is less
-    work than small products. Of P and T, which are whole lanes, `columns` and `length` are filled.
+    The answers' caches are taken as one, of which a query reads the columns of its answer: the masked scores cost less than
+    many small products.
+
+    Args:
+        q: [heads, N M, W].
+        keys: [heads, P, W] of the prompt, P in whole lanes.
+        values: [heads, P, W].
+        seen: [1, P], > 0 where a column of the prompt may be read.
+        own_keys: [N, heads, T, W] of the answers, T in whole lanes.
+        own_values: [N, heads, T, W].
+        own_seen: [1, N T].
+        out: [heads, N M, W], written.
+        columns: filled columns of P.
+        length: filled columns of T.
     """
     answers, heads, room, width = own_keys.shape
     each = q.shape[1] // answers
@@ -199,7 +255,7 @@ def kernel(
     )
 
     def real(x: jax.Array, count: int) -> jax.Array:
-        """[..., C, W] with what lies past the array, and may be anything, at zero."""
+        """Returns [..., C, W] with columns past `count`, which may hold anything, at zero."""
         return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2) < count, x, jnp.zeros_like(x))
 
     for head in range(heads):

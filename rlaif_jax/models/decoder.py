@@ -1,8 +1,8 @@
 """One causal decoder that is GPT-2, Llama, Qwen2 and Qwen3 by flags (`DecoderConfig`).
 
-Every block's parameters are arrays of their own (`layers_0`, `layers_1`, ...): taken out of a stack they would be copied,
-and their gradients put back into it, in every pass. Training and prefill run a few blocks one by one and loop over many
-(`FLAT`); decoding runs them one by one, each with its own key-value cache (`rollout.py`).
+Every block has separate parameter arrays (`layers_0`, `layers_1`, ...): taken out of a stack they would be copied, and
+their gradients put back into it, in every pass. Training and prefill run a few blocks one by one and loop over many
+(`FLAT`); decoding runs them one by one, each with its own key-value cache (`causal_lm.py`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
 
 KeyValue = tuple[jax.Array, jax.Array]
 
-FLAT = 12  # so many blocks and fewer run one by one, which is faster; more in a loop, which compiles faster
+FLAT = 12  # up to this number of blocks they run one by one, which is faster; more run in a loop, which compiles faster
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
-    """[B, S] bool -> [B, S] int32: real tokens count from 0 whatever padding stands before them."""
+    """Returns positions [B, S] int32 of a mask [B, S]: real tokens count from 0, whatever padding precedes them."""
     m = mask.astype(jnp.int32)
     return jnp.cumsum(m, axis=-1) - m
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Inverse wavelengths [H/2] of the rotary embedding (Su 2021), stretched as `scaling` says."""
+    """Returns the inverse wavelengths [h / 2] of the rotary embedding (Su 2021), stretched by `scaling`."""
     frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
         return frequencies
@@ -51,7 +51,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def rope_table(config: DecoderConfig, positions: jax.Array) -> KeyValue | None:
-    """Cosines and sines [..., 1, head_dim / 2] float32 for `positions` [...]; None with learned positions."""
+    """Returns cosines and sines [..., 1, h / 2] float32 of positions [...]; None with learned positions."""
     if config.positions != "rope":
         return None
     angles = positions[..., None, None] * rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -59,7 +59,7 @@ def rope_table(config: DecoderConfig, positions: jax.Array) -> KeyValue | None:
 
 
 def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
-    """Rotate the two halves of the last axis of x [..., heads, head_dim] (the half-split convention of HF)."""
+    """Rotates the two halves of the last axis of x [..., heads, h] (the half-split convention of Hugging Face)."""
     if rope is None:
         return x
     cos, sin = rope
@@ -68,7 +68,7 @@ def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
 
 
 def flat_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
-    """x [..., I] times kernel [I, O] as one plain matrix product: the `dot_general` of a Dense.
+    """Computes x [..., I] times kernel [I, O] as one plain matrix product: the `dot_general` of a Dense.
 
     The kernel's gradient then contracts one axis of rows. Over two axes, XLA on CPUs first writes the other factor
     transposed and recomputes the activations that lead to it on the way, which takes as long as the product itself.
@@ -79,12 +79,12 @@ def flat_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options:
 
 
 def block_params(config: DecoderConfig, trunk: Any) -> list[Any]:
-    """The parameters of each block of a trunk."""
+    """Returns the parameters of each block of a trunk."""
     return [trunk[f"layers_{layer}"] for layer in range(config.num_layers)]
 
 
 def unstack_layers(config: DecoderConfig, trunk: Any) -> Any:
-    """A trunk's parameters as `Trunk.init` makes them, with each block's taken out of the stack."""
+    """Returns a trunk's parameters as `Trunk.init` makes them, with each block's taken out of the stack."""
     rest = {name: x for name, x in trunk.items() if name != "layers"}
     return rest | {
         f"layers_{i}": jax.tree.map(lambda stack, i=i: stack[i], trunk["layers"]) for i in range(config.num_layers)
@@ -92,22 +92,22 @@ def unstack_layers(config: DecoderConfig, trunk: Any) -> Any:
 
 
 def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
-    """`module` (or one of its methods) as a pure function of its parameters."""
+    """Applies a module, or one of its methods, as a pure function of its parameters."""
     return module.apply({"params": params}, *args, method=method)
 
 
 def in_dtype(params: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """`params` with their matrices in the dtype that they are multiplied in. The layers would cast them in the same way; norms
-    and biases stay as they are."""
+    """Returns parameters whose matrices are cast to `dtype`, as the layers would cast them; norms and biases stay."""
     matrix = lambda path: path[-1].key in ("kernel", "embedding")
     return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
 
 
 def split_by_rows(x: jax.Array) -> jax.Array:
-    """x [B, ...] marked as split over the mesh's batch axes alone, where there are any that the compiler may use.
+    """Marks x [B, ...] as split over the batch axes of the mesh alone, where the compiler may use any.
 
-    What is looked up in an embedding that is itself split comes split along its width; left so, the compiler moves
-    activations between devices in every block, where weights would be less."""
+    Embedding lookups from a sharded table come out split along D. Without this mark XLA moves activations between devices
+    in every block, where weights would be fewer bytes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names and axis not in mesh.manual_axes)
     shares = math.prod(mesh.shape[axis] for axis in axes)
@@ -115,9 +115,9 @@ def split_by_rows(x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `qkv` and `finish` are its halves before and after attention.
+    """Pre-norm transformer block; `qkv` and `finish` are its halves before and after attention.
 
-    With `last` it is computed for so many of the last columns only (0: for all); the others give it keys and values.
+    With `last` > 0 only the last `last` columns are computed; the others give keys and values.
     """
 
     config: DecoderConfig
@@ -150,7 +150,7 @@ class Block(nn.Module):
             self.k_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
 
     def qkv(self, x: jax.Array, rope: KeyValue | None, last: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [..., D] -> q [..., heads, h], k and v [..., kv_heads, h], rotated to their positions."""
+        """Returns q [..., heads, h], k and v [..., kv_heads, h] of x [..., D], rotated to their positions."""
         c = self.config
         y = self.norm1(x)
         asking = y[:, -last:] if last else y
@@ -163,7 +163,7 @@ class Block(nn.Module):
         return rotate(q, at), rotate(k, rope), v
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """Residual stream [..., D] after the attention's output and the perceptron have been added."""
+        """Returns the residual stream [..., D] after attention output and perceptron have been added."""
         x = x + self.o(attended)
         y = self.norm2(x)
         if self.config.mlp == "swiglu":
@@ -171,7 +171,7 @@ class Block(nn.Module):
         return x + self.down(nn.gelu(self.up(y), approximate=True))
 
     def __call__(self, x: jax.Array, rope: KeyValue | None, visible: Any, last: int = 0) -> tuple[jax.Array, KeyValue]:
-        """x [B, S, D], visible from `build_mask` -> (x [B, S or last, D], (keys, values) [B, kv_heads, S, h])."""
+        """Returns (x [B, S or last, D], (keys, values) [B, kv_heads, S, h]); `visible` is what `build_mask` returned."""
         q, k, v = self.qkv(x, rope, last)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if last:
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Embedding, blocks, final norm: tokens -> hidden states. Every head stands on one of these."""
+    """Embedding, blocks and final norm: tokens to hidden states. Every head reads from one of these."""
 
     config: DecoderConfig
 
@@ -204,28 +204,28 @@ class Trunk(nn.Module):
         )
 
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Token (and learned position) embeddings [..., D]. Ids outside the vocabulary (pads) read row 0."""
+        """Returns token (and learned position) embeddings [..., D]; ids outside the vocabulary (pads) read row 0."""
         c = self.config
         x = self.embed(jnp.where((tokens >= 0) & (tokens < c.vocab_size), tokens, 0))
         return x + self.position_embed(positions) if c.positions == "learned" else x
 
     def final(self, x: jax.Array) -> jax.Array:
-        """The final norm."""
+        """Applies the final norm."""
         return self.norm(x)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, list[KeyValue]]:
-        """tokens, mask [B, S] -> hidden [B, S, D] after the final norm, each layer's keys and values [B, kv_heads, S, h]."""
+        """Returns (hidden [B, S, D] after the final norm, each layer's keys and values) of tokens, mask [B, S]."""
         return self.last(tokens, mask, 0)
 
     def last(self, tokens: jax.Array, mask: jax.Array, last: int) -> tuple[jax.Array, list[KeyValue]]:
-        """`__call__` of which the hidden states of so many of the last columns are wanted (0: all) -> [B, last, D]."""
+        """Returns what `__call__` does, with hidden states of the last `last` columns only (0: all)."""
         real = mask.astype(jnp.int32)
         return self.columns(tokens, positions_from_mask(mask), AttentionMask(real, real), last)
 
     def columns(
         self, tokens: jax.Array, positions: jax.Array, visible: AttentionMask | SharedPrefixMask, last: int = 0
     ) -> tuple[jax.Array, list[KeyValue]]:
-        """tokens, positions [B, S], in whatever order they stand, with what each may see; returns as `last`."""
+        """Returns what `last` does for tokens and positions [B, S] in any order, with a mask of what each may read."""
         c = self.config
         x, rope = split_by_rows(self.embedded(tokens, positions)), rope_table(c, positions)
         seen = build_mask(c, visible)
@@ -233,7 +233,7 @@ class Trunk(nn.Module):
             return self.norm(self.layers(x, rope, seen)[0]), []
         blocks, run = block_params(c, self.variables["params"]), partial(apply, Block(c, parent=None))
         caches: list[KeyValue] = []
-        # Outside a loop XLA finds out that what remat computes again was there before, and keeps it.
+        # Outside a loop XLA finds that what remat recomputes was computed before, and keeps it.
         if c.num_layers > FLAT or c.remat:
             body = lambda x, block: run(block, x, rope, seen)
             stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *in_dtype(blocks, c.compute_dtype))
@@ -242,15 +242,15 @@ class Trunk(nn.Module):
             caches = [jax.tree.map(lambda stack, i=i: stack[i], stacks) for i in range(c.num_layers)]
         else:
             for layer, block in enumerate(blocks):
-                # Of the last block's columns, those that are not wanted are only looked at.
+                # Columns of the last block that nobody reads give keys and values only.
                 x, cache = run(block, x, rope, seen, last if layer == c.num_layers - 1 else 0)
                 caches.append(cache)
         return split_by_rows(self.norm(x)), caches
 
     def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:
-        """Hidden states [G, K, T, D] of answers [G, K, T] (right padded) that follow prompts [G, P] (left padded).
+        """Returns hidden states [G, K, T, D] of answers [G, K, T] (right padded) that follow prompts [G, P] (left padded).
 
-        A prompt's columns are computed once for its K answers, which takes P (K - 1) of K (P + T) columns away.
+        A prompt's columns are computed once for its K answers, which saves P (K - 1) of K (P + T) columns.
         """
         count, each, length = answers.shape
         start = prompt_mask.astype(jnp.int32).sum(-1)
@@ -279,13 +279,13 @@ class Decoder(nn.Module):
             self.lm_head = nn.Dense(self.config.vocab_size, use_bias=False, dtype=jnp.dtype(self.config.compute_dtype))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., V] float32."""
+        """Returns logits [..., V] float32 of hidden states [..., D]."""
         if self.config.tie_embeddings:
             return self.trunk.embed.attend(hidden).astype(jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """tokens, mask [B, S] -> logits [B, S, V] float32."""
+        """Returns logits [B, S, V] float32 of tokens, mask [B, S]."""
         return self.logits(self.trunk(tokens, mask)[0])
 
 
@@ -325,14 +325,16 @@ def response_hidden(config: DecoderConfig, trunk: Any, view: PaddedView) -> jax.
 
 
 def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
-    """Fresh decoder parameters whose attention starts out able to look things up in the prompt.
+    """Returns fresh decoder parameters whose attention is able to look things up in the prompt from the start.
 
     Half of the first layer's heads attend to the previous token, by biases alone: with k = u and q = R(-1) u the rotary
     score is sum_f cos(theta_f (distance - 1)), largest one token back. Half of the heads of every later layer match
     contents: W_k = W_q, so that equal residuals meet (mimetic initialisation, Trockman & Kolter 2023), and biases keep
     them from matching themselves. Together they are the two halves of an induction head (Olsson 2022), which small
-    decoders otherwise take thousands of updates to find. Needs qkv_bias, rotary positions and one query head a
-    key-value head.
+    decoders otherwise take thousands of updates to find.
+
+    Raises:
+        UserError: the config has no qkv_bias, no rotary positions, or several query heads for a key-value head.
     """
     require(
         config.qkv_bias and config.positions == "rope" and config.num_kv_heads == config.num_heads,
@@ -352,7 +354,7 @@ def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
         else:
             keys[count:, :half] = 1.0
             queries[count:, :half] = -4.0
-            kernel[:, count * h :] *= 1.4  # sharp enough that a match stands out among some fifty tokens
+            kernel[:, count * h :] *= 1.4  # sharp enough to single out a match among some fifty tokens
             matching[:, count * h :] = kernel[:, count * h :]
         trunk[f"layers_{layer}"] = block | {
             "q": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(queries.ravel())},

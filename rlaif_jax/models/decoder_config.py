@@ -12,8 +12,12 @@ from rlaif_jax.config import check_choices, require
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pretraining context.
 
-    `linear` divides every frequency by `factor` (Chen et al. 2023); `llama3` divides only the long wavelengths
-    and blends between (Llama 3.1 model card, `original_context` tokens).
+    Attributes:
+        kind: `linear` divides every frequency by `factor` (Chen et al. 2023); `llama3` divides only the long wavelengths
+            and blends between (Llama 3.1 model card).
+        factor: how many times the context is stretched.
+        low_freq_factor, high_freq_factor: of `llama3`, where blending begins and ends.
+        original_context: tokens of the pretraining context.
     """
 
     kind: Literal["linear", "llama3"] = "linear"
@@ -30,9 +34,21 @@ class RopeScaling:
 class DecoderConfig:
     """Shape of a causal decoder: GPT-2, Llama, Qwen2 and Qwen3 differ only in these flags.
 
-    `mlp="swiglu"` has a gate matrix; `mlp="gelu"` is GPT-2's two-layer perceptron with the tanh approximation.
-    `attention` names who computes it over whole sequences (`models/attention.py`); "auto" is the backend's fused kernel
-    where there is one for this shape.
+    Attributes:
+        vocab_size, num_layers, width: V, L and D.
+        num_heads, num_kv_heads, head_dim: heads of queries and of keys and values, and their width h.
+        mlp_width: width of the perceptron's hidden layer.
+        context_length: most tokens of a sequence.
+        norm, norm_eps: RMS norm or layer norm, and its epsilon.
+        positions, rope_theta, rope_scaling: rotary positions with their base and stretch, or learned ones.
+        mlp: `swiglu` has a gate matrix; `gelu` is GPT-2's two-layer perceptron with the tanh approximation.
+        qkv_bias, output_bias, mlp_bias: which matrices have biases.
+        qk_norm: RMS norm of each head's queries and keys (Qwen3).
+        tie_embeddings: whether the output matrix is the embedding.
+        compute_dtype: dtype of matrix products; parameters are float32.
+        remat: recompute each block in the backward pass.
+        attention: who computes attention over whole sequences (`models/attention.py`); `auto` is the backend's fused kernel
+            where it fits the shape.
     """
 
     vocab_size: int
@@ -61,7 +77,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_choices(self, "DecoderConfig")
         for field in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "context_length"):
-            require(getattr(self, field) >= 1, f"DecoderConfig: {field} must be >= 1, not {getattr(self, field)}")
+            require(self.__dict__[field] >= 1, f"DecoderConfig: {field} must be >= 1, not {self.__dict__[field]}")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"DecoderConfig: num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
@@ -83,7 +99,18 @@ def small_decoder(
     mlp_width: int | None = None,
     **flags: Any,
 ) -> DecoderConfig:
-    """A Llama-shaped decoder of the given size, heads of width/num_heads, SwiGLU of about 8/3 width."""
+    """Returns a Llama-shaped decoder of a given size.
+
+    Args:
+        vocab_size: V.
+        num_layers: L.
+        width: D; a head has width / num_heads.
+        num_heads: query heads.
+        num_kv_heads: key-value heads; None: as many as query heads.
+        context_length: most tokens of a sequence.
+        mlp_width: of the SwiGLU; None: about 8/3 of the width.
+        **flags: further fields of `DecoderConfig`.
+    """
     return DecoderConfig(
         vocab_size=vocab_size,
         num_layers=num_layers,

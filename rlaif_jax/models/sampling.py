@@ -16,7 +16,14 @@ TILE = 128  # tokens that a TPU's memory keeps side by side
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How answers are drawn. `temperature=0` is greedy. `top_k=0` and `top_p=1` leave the full vocabulary."""
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: T, most tokens of an answer.
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: only the k most probable tokens may be drawn; 0: all.
+        top_p: only the smallest set of most probable tokens with this mass may be drawn; 1: all.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -31,7 +38,7 @@ class SamplingConfig:
 
 
 def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """logits [B, V] with everything outside top-k and top-p (Holtzman 2020) at -inf. At least one token stays.
+    """Returns logits [B, V] with everything outside top-k and top-p (Holtzman 2020) at -inf; at least one token stays.
 
     top-p keeps the smallest set of most probable tokens whose mass reaches p, after top-k.
     """
@@ -49,7 +56,7 @@ def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
 
 
 def first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first index whose cumulated weight exceeds uniform x total; weights [B, N] >= 0, uniform [B] in [0, 1).
+    """Returns the first index whose cumulated weight exceeds uniform x total; weights [B, N] >= 0, uniform [B] in [0, 1).
 
     Never an index of weight 0. A parallel cumulated sum may rise by a rounding where nothing is added, so the sums at
     such places are left out of the comparison, and the total is the largest of those that stay.
@@ -59,7 +66,7 @@ def first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """An index drawn with probability weight / total; weights [B, V] >= 0, uniform [B, 2] in [0, 1).
+    """Returns indices [B] drawn with probability weight / total; weights [B, V] >= 0, uniform [B, 2] in [0, 1).
 
     A large vocabulary is drawn from in two levels: the first number picks a block by its sum, the second a token of it.
     One number of 24 bits could not tell the tokens of 152,000 apart, and every token's bound is a place where a rounding
@@ -82,7 +89,9 @@ def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def sample(logits: jax.Array, uniform: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
-    """logits [B, V] float32, uniform [B, 2] -> (tokens [B] int32, logprobs [B] float32 in nats).
+    """Draws one token a row and returns (tokens [B] int32, logprobs [B] float32 in nats).
+
+    `logits` are [B, V] float32, `uniform` [B, 2] random numbers in [0, 1).
 
     The log-prob is that of the full distribution at the sampling temperature (at temperature 1 when greedy), also
     under top-k or top-p: it is comparable with the trainer's, which knows no truncation.
