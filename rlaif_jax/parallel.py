@@ -60,7 +60,7 @@ def psum(x: Any, axis_name: str | None) -> Any:
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """Returns the mean of x where mask, over all devices: sum of sums over sum of counts; 0 where no entry is valid."""
+    """Returns the mean of x where mask, over all devices: sum of sums over sum of counts; 0 if none is."""
     total = psum(jnp.sum(jnp.where(mask, x, 0.0)), axis_name)
     return total / jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
 
@@ -118,7 +118,7 @@ def pmax(x: Any, axis_name: str | None) -> Any:
 
 
 def on_own_rows(fn: Callable[[Any, Any], Any], replicated: Any, batch: Any) -> Any:
-    """Returns `fn(replicated, batch)`, computed on each device's own rows; the result is split like the batch.
+    """Returns `fn(replicated, batch)`, computed on each device's own rows and split like the batch.
 
     Under `jax.jit` over a mesh every group of tensor devices runs `fn` by itself: weights that are split over "fsdp" are
     gathered once, before; loops in `fn` end when this group's rows are done, and no row is sent anywhere. Elsewhere (one
@@ -154,7 +154,7 @@ class Runner(Protocol):
         """Compiles `fn(replicated, batch, *, axis_name)`, whose result is split like the batch."""
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
-        """Runs `fn(*args)`, which makes a state; the state comes out where `step` expects it, never whole on one device."""
+        """Runs `fn(*args)`, which makes a state, so that it comes out split and never whole on one device."""
 
     def place(self, state: S) -> S:
         """Puts a state where `step` expects it."""
@@ -173,7 +173,7 @@ def _check_divisible(batch: Any, devices: int) -> None:
 
 
 class pmap_step:
-    """A pure function under `jax.pmap`: state replicated without a device axis, batch [B, ...] split over the devices.
+    """A pure function under `jax.pmap`: replicated state without a device axis, batch [B, ...] split.
 
     The last argument of the function is the batch, the others are replicated, the first is donated.
 
@@ -217,7 +217,7 @@ class pmap_step:
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh ("data", "fsdp", "tensor") over `devices` (default: all); data=0 takes what the others leave."""
+    """Returns a mesh ("data", "fsdp", "tensor"); data=0 takes the devices that the others leave."""
     devices = devices or jax.devices()
     data = data or len(devices) // (fsdp * tensor)
     require(
@@ -384,7 +384,7 @@ def make_runner(config: ParallelConfig, rules: Rules = COLUMN_AND_ROW) -> Runner
 
 
 class CompilationClock:
-    """Seconds that XLA compiled, and how many programs, since it was made: after the first steps both must stand still."""
+    """Counts compiled programs and the seconds they took; after the first steps neither may grow."""
 
     def __init__(self) -> None:
         self.seconds, self.programs = 0.0, 0

@@ -1,4 +1,4 @@
-"""The loop: prompts -> rollout -> feedback -> rewards -> advantages -> update -> evaluate / checkpoint."""
+"""The loop: prompts, rollout, feedback, rewards, advantages, update, evaluate / checkpoint."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class TrainConfig:
 
 
 class Programs(NamedTuple):
-    """The pure functions of a step, which the loop compiles; they need shapes only, so an absent pod can be planned.
+    """The pure functions of a step. They need shapes only, so they can be compiled for an absent pod.
 
     Attributes:
         sample: ((state, frozen), prompts) -> rollout.
@@ -97,7 +97,7 @@ class Programs(NamedTuple):
 
 
 def programs(algorithm: Algorithm, policy: Policy, device_rewards: Sequence[DeviceReward] = ()) -> Programs:
-    """Returns the functions of a step: each takes `axis_name` and, except `step`, a state without its optimiser."""
+    """Returns the functions of a step; `sample` and `prepare` take a state without its optimiser."""
 
     def sample(replicated: tuple[TrainState, Frozen], prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
         state, frozen = replicated
@@ -278,7 +278,7 @@ def train(
 
 
 class PendingRollout(NamedTuple):
-    """A rollout that was handed to the devices: the iterator's position before its prompts, the prompts, the parts."""
+    """A rollout on the devices: the iterator's position before its prompts, the prompts, the parts."""
 
     position: Any
     batch: PromptBatch

@@ -85,7 +85,7 @@ class Feedback(NamedTuple):
         return cls(values[:, None], valid[:, None], token_rewards)
 
     def join(self, other: Feedback) -> Feedback:
-        """Returns the rewards of both as columns of one feedback; dense rewards are added, pairs are this one's."""
+        """Returns the rewards of both as columns; dense rewards are added, pairs are this feedback's."""
         dense = [x for x in (self.token_rewards, other.token_rewards) if x is not None]
         return self._replace(
             values=jnp.concatenate([self.values, other.values], axis=1),
@@ -120,7 +120,7 @@ class RewardBatch:
 
 @flax.struct.dataclass
 class StepData:
-    """The arrays of a step's data that an algorithm may read beside the rollout; the records stay on the host.
+    """The arrays of a step's data that an algorithm may read; the records stay on the host.
 
     Attributes:
         prompts: [G, P].
@@ -151,7 +151,7 @@ class Frozen:
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes while a run learns; with the data iterator's position a resume needs nothing else.
+    """Everything that changes while a run learns; a resume also needs the data iterator's position.
 
     Attributes:
         params: a dict with the entry `policy` and, with a critic, `value`.

@@ -62,7 +62,7 @@ class GAE:
 
 @dataclasses.dataclass(frozen=True)
 class GroupNormalised:
-    """(total - mean) / std among the K answers to a prompt (GRPO, Shao 2024, section 4.1.2), without a critic."""
+    """(total - mean) / std among the K answers to a prompt (GRPO, Shao 2024, section 4.1.2)."""
 
     whiten: ClassVar[bool] = False
     needs_critic: ClassVar[bool] = False
@@ -76,7 +76,7 @@ class GroupNormalised:
 
 @dataclasses.dataclass(frozen=True)
 class LeaveOneOut:
-    """total - mean of the other answers to the prompt (RLOO, Ahmadian 2024, eq. 7), without a critic."""
+    """total - mean of the other answers to the prompt (RLOO, Ahmadian 2024, eq. 7)."""
 
     whiten: ClassVar[bool] = False
     needs_critic: ClassVar[bool] = False
@@ -104,9 +104,9 @@ def token_rewards(
     mask: jax.Array,
     kl_coef: jax.Array | float,
 ) -> jax.Array:
-    """Returns rewards [B, T]: r_t = -kl_coef (logp_t - ref_logp_t) + dense_t + [t = end] score (Stiennon 2020).
+    """Returns rewards [B, T]: r_t = -kl_coef (logp_t - ref_logp_t) + dense_t + [t = end] score.
 
-    The log-ratio (k1) is clamped to +-20 nats; masked entries are 0.
+    Stiennon 2020. The log-ratio (k1) is clamped to +-20 nats; masked entries are 0.
 
     Args:
         score: [B], lands on the last real token of the response (the stop token where the answer has one).
@@ -133,7 +133,7 @@ def gae(
     gamma: jax.Array | float = 1.0,
     gae_lambda: jax.Array | float = 0.95,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes generalised advantage estimation (Schulman 2016, eq. 16): (advantages, returns), each [B, T] float32.
+    """Computes generalised advantage estimation (Schulman 2016, eq. 16): (advantages, returns), [B, T].
 
     delta = r + gamma V' - V, A = delta + gamma lambda A'; masked steps carry V' and A' over unchanged, and after the
     last token both are 0 (no bootstrap, also for answers cut by the length limit). returns = A + V, before whitening.
@@ -166,7 +166,7 @@ def gae(
 
 
 def group_normalised(score: jax.Array, valid: jax.Array, answers: int, *, eps: float = 1e-4) -> jax.Array:
-    """Computes (score - mean) / (std + eps) among the K answers of each prompt (GRPO, Shao 2024, section 4.1.2).
+    """Computes (score - mean) / (std + eps) among the K answers of each prompt (Shao 2024, section 4.1.2).
 
     Args:
         score: [B], the K answers of a prompt in K consecutive rows.
@@ -189,7 +189,7 @@ def group_normalised(score: jax.Array, valid: jax.Array, answers: int, *, eps: f
 
 
 def leave_one_out(score: jax.Array, valid: jax.Array, answers: int) -> jax.Array:
-    """Computes score - mean of the other valid answers to the prompt (Kool 2019; RLOO, Ahmadian 2024, eq. 7).
+    """Computes score - mean of the other valid answers to the prompt (RLOO, Ahmadian 2024, eq. 7).
 
     Args:
         score: [B], the K answers of a prompt in K consecutive rows.

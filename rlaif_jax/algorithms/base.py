@@ -29,7 +29,7 @@ C = TypeVar("C")
 
 
 class Algorithm(Protocol):
-    """How a policy learns from rewards. What satisfies it is a frozen dataclass; all that changes is in `TrainState`.
+    """How a policy learns from rewards: a frozen dataclass; all that changes is in `TrainState`.
 
     Attributes:
         draws: who answers each prompt, how often; empty where the data brings recorded answers.
@@ -53,7 +53,7 @@ class Algorithm(Protocol):
         """Raises UserError where a step of that many prompts on that many devices cannot be learned from."""
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
-        """Returns the state at step 0 from parameters by part (`policy`, `value`); traced, so that it is born split."""
+        """Returns the state at step 0 from parameters by part; traced, so that it is born split."""
 
     def rewards(
         self,
@@ -88,7 +88,7 @@ class Algorithm(Protocol):
         *,
         axis_name: str | None = None,
     ) -> Any:
-        """Returns all that `step` reads of a rollout: advantages, scores of frozen models; leading axes are split.
+        """Returns all that `step` reads of a rollout, such as advantages; leading axes are split.
 
         Args:
             state: without its optimiser.
@@ -133,7 +133,7 @@ def hyper_settings(config: Any, prefix: str = "") -> dict[str, float]:
 
 
 def with_hyper(config: C, hyper: Mapping[str, jax.Array], prefix: str = "") -> C:
-    """Returns a config whose float settings are the arrays of `TrainState.hyper`; a choice is made from the config itself."""
+    """Returns a config whose float settings are the arrays of `TrainState.hyper`."""
     bound = copy.copy(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         name, value = f"{prefix}{field.name}", config.__dict__[field.name]

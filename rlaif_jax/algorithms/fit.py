@@ -45,7 +45,7 @@ class FitConfig:
 
 
 def minibatches(examples: Arrays, size: int, seed: int) -> Iterator[Arrays]:
-    """Yields endless batches of `size` rows of `examples` (arrays with a common first axis), reshuffled each epoch."""
+    """Yields endless batches of `size` rows of arrays with a common first axis, reshuffled each epoch."""
     count = len(next(iter(examples.values())))
     require(count >= size, f"a batch of {size} examples was asked for, but there are only {count}")
     epoch = 0

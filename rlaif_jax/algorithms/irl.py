@@ -1,4 +1,4 @@
-"""Inverse RL: a discriminator of demonstrations, kept in `TrainState.extra` and trained beside the policy, is the reward."""
+"""Inverse RL: the reward is a discriminator of demonstrations, trained together with the policy."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def answer_logits(discriminator: ScalarModel, params: Params, rollout: Rollout) 
 def discriminator_loss(
     discriminator: ScalarModel, params: Params, answers: Rollout, demonstrations: Rollout, axis_name: str | None
 ) -> tuple[jax.Array, Metrics]:
-    """Returns (this device's contribution, global metrics): logistic loss of telling demonstrations from answers.
+    """Returns (this device's contribution, global metrics) of the discriminator's logistic loss.
 
     Both kinds have half of the weight, whatever their numbers (Goodfellow 2014, eq. 1).
 

@@ -1,4 +1,4 @@
-"""Losses of the policy gradient and their parts: pure functions per token, and objectives as frozen dataclasses.
+"""Losses of the policy gradient per token: pure functions, and objectives as frozen dataclasses.
 
 An objective says how an advantage becomes a loss; `Objective` is the union of all of them. To add one, write its class and
 name it there.
@@ -78,9 +78,9 @@ def adapt_kl(
     target: jax.Array | float,
     horizon: jax.Array | float,
 ) -> jax.Array:
-    """Returns the KL coefficient after a step: coef (1 + e n / horizon), e = clip(KL / target - 1, -.2, .2).
+    """Returns the KL coefficient after a step: coef (1 + e n / horizon) (Ziegler 2019, section 2.2).
 
-    Ziegler 2019, section 2.2.
+    e = clip(KL / target - 1, -.2, .2).
 
     Args:
         kl_coef: [] the coefficient of the step.

@@ -1,4 +1,4 @@
-"""The optimiser of one part of a model: AdamW behind a global-norm clip, its learning rate on a schedule."""
+"""The optimiser of one part of a model: AdamW behind a global-norm clip, on a schedule."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ class ScheduleState(NamedTuple):
 
 
 def scale_by_learning_rate(config: OptimizerConfig, updates: int) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation that scales by minus the scheduled learning rate; the peak may be given at every update."""
+    """Returns a transformation that scales by minus the scheduled learning rate.
+
+    Its `update` takes the peak as `learning_rate`; without it the config's peak counts.
+    """
 
     def init(params: Any) -> ScheduleState:
         del params
@@ -126,7 +129,7 @@ def descend(
     axis_name: str | None,
     **options: Any,
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """Takes one optimiser step down a loss that is summed over devices, and returns ((params, opt_state), metrics).
+    """Takes one optimiser step down a loss that is summed over devices.
 
     Args:
         loss_fn: parameters -> (this device's contribution to the loss, metrics that are already global).
@@ -136,7 +139,7 @@ def descend(
         **options: further keywords of the optimiser's `update`.
 
     Returns:
-        The new state, and the metrics with the gradient's global norm as `grad_norm`.
+        ((params, opt_state), metrics): the new state, and the metrics with the gradient's global norm as `grad_norm`.
     """
     params, opt_state = state
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)

@@ -1,4 +1,4 @@
-"""Policy gradients on token sequences: PPO with a critic, GRPO and RLOO without one, by their settings.
+"""Policy gradients on token sequences: PPO with a critic, GRPO and RLOO without one, by settings.
 
 `PPOConfig.advantage` chooses the estimator (`advantages.py`), `PPOConfig.objective` the surrogate (`objectives.py`). The
 details follow Huang 2024, "The N+ implementation details of RLHF with PPO".
@@ -38,7 +38,9 @@ from rlaif_jax.types import Frozen, Metrics, Params, RewardBatch, Rollout, StepD
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """Settings of PPO and its relatives (Schulman 2017; Stiennon 2020; Huang 2024; Shao 2024; Ahmadian 2024).
+    """Settings of PPO and its relatives.
+
+    Schulman 2017; Stiennon 2020; Huang 2024; GRPO, Shao 2024; RLOO, Ahmadian 2024.
 
     Attributes:
         advantage: the estimator; `GAE` needs a critic, the others compare the answers to one prompt.
@@ -175,7 +177,7 @@ class PPO(Algorithm):
         return made
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
-        """Raises UserError where the step's answers cannot be cut into minibatches, or staleness not be corrected."""
+        """Raises UserError where minibatches do not come out even, or staleness cannot be corrected."""
         check_minibatches(prompts_per_step * self.config.answers_per_prompt, self.config.num_minibatches, devices, 1)
         require(
             not staleness or self.config.behaviour == "recompute",
@@ -300,7 +302,7 @@ class PPO(Algorithm):
         return dataclasses.replace(new, extra=state.extra | {"kl_coef": kl_coef}), metrics
 
     def checks(self, metrics: dict[str, float], *, step: int, tolerance: float) -> dict[str, bool]:
-        """Returns what must hold of every step: on the first minibatch the policy is still the one that answered."""
+        """Returns what must hold: on the first minibatch the policy is still the one that answered."""
         found = {
             "first_minibatch_ratio_is_1": metrics["first/ratio_error"] < tolerance,
             "first_minibatch_clip_fraction_is_0": metrics["first/clip_fraction"] == 0,
@@ -381,7 +383,7 @@ def ppo_loss(
 
 
 def summarise(history: Metrics) -> Metrics:
-    """Returns the metrics of a step from those of its minibatches: means, and `first/*` of the very first one."""
+    """Returns the metrics of a step from those of its minibatches: means, and `first/*` of the first."""
     # The sampler's log-probs are compared with the trainer's before it has moved: later the gap would mean nothing.
     metrics = {name: x.mean() for name, x in history.items() if not name.startswith("sampler_")}
     first = {name: x[0] for name, x in history.items()}
@@ -394,7 +396,7 @@ def summarise(history: Metrics) -> Metrics:
 
 
 def batch_metrics(batch: Batch, axis_name: str | None, *, with_critic: bool) -> Metrics:
-    """Returns metrics of the rollout: KL to the reference (a sequence's, in nats), entropy, length, explained variance."""
+    """Returns metrics of the rollout: KL of a sequence to the reference in nats, entropy, length, values."""
     mask, fields = batch.mask, batch.fields
     rows = mask.any(-1)
     log_ratio = jnp.where(mask, fields.logprobs - fields.ref_logprobs, 0.0)

@@ -1,4 +1,4 @@
-"""Preference optimisation: DPO on recorded pairs, or on answers of the policy that are judged in pairs or by score."""
+"""Preference optimisation: DPO on recorded pairs, or on answers of the policy that are judged."""
 
 from __future__ import annotations
 
@@ -218,10 +218,10 @@ def preferences(rewards: RewardBatch, answers: int) -> tuple[jax.Array, jax.Arra
 def dpo_loss(
     beta: jax.Array | float, sums: jax.Array, sequences: Preferences, valid: jax.Array, totals: Totals
 ) -> tuple[jax.Array, Metrics]:
-    """Returns the mean DPO loss over all judged pairs and its metrics (a `SequenceLoss`; Rafailov 2023, eq. 7).
+    """Returns the mean DPO loss over all judged pairs, and its metrics (Rafailov 2023, eq. 7).
 
-    With h = beta (log pi - log pi_ref) of a whole answer, a pair's loss is -p log s(h_i - h_j) - (1 - p) log s(h_j - h_i),
-    s the logistic function and p the label; p = 1 gives the paper's.
+    A `SequenceLoss`. With h = beta (log pi - log pi_ref) of a whole answer, the loss of a pair is
+    -p log s(h_i - h_j) - (1 - p) log s(h_j - h_i), s the logistic function and p the label; p = 1 gives the paper's.
 
     Args:
         beta: of the settings.

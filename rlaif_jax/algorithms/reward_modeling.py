@@ -23,9 +23,9 @@ def reward_step(
     *,
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """Takes one step of a reward model on pairs and returns ((params, opt_state), `loss`, `accuracy`, `grad_norm`).
+    """Takes one step of a reward model on pairs, by the Bradley-Terry loss.
 
-    The reward is read at the last real token. Accuracy counts pairs whose label is not a tie.
+    The reward is read at the last real token.
 
     Args:
         model: the reward model.
@@ -34,6 +34,9 @@ def reward_step(
         batch: tokens1, mask1, tokens2, mask2 [B, S]; probability [B] that the first is better; weight [B], 0 where
             the label is missing.
         axis_name: the mapped axis of the devices, or None.
+
+    Returns:
+        ((params, opt_state), metrics): `loss`, `grad_norm`, and `accuracy` over pairs whose label is not a tie.
     """
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:

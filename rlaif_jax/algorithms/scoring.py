@@ -1,4 +1,4 @@
-"""What models compute for the tokens of a batch, padded or packed: views of a batch, and scores of a rollout."""
+"""Views of a batch, padded or packed, and what models compute for its tokens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def packed_view(batch: Sequences, rows: Packed, answers: int) -> PackedView:
 
 
 def gather_targets(x: jax.Array, rows: Packed) -> jax.Array:
-    """Gathers x [M, T] into the order of packed targets [R, C]; columns without a target become 0 or False."""
+    """Gathers x [M, T] into the order of packed targets [R, C]; columns without a target become 0."""
     return x.reshape(-1).at[rows.targets].get(mode="fill", fill_value=0)
 
 
@@ -107,7 +107,9 @@ def score_rollout(
 def policy_logprobs(
     policy: Policy, params: Params, rollout: Rollout, *, answers: int = 1, frozen: Any = None
 ) -> jax.Array:
-    """Returns log-probs [B, T] of the rollout's responses under a policy at the sampling temperature; 0 where masked.
+    """Returns log-probs [B, T] of a rollout's responses under a policy; 0 where masked.
+
+    They are taken at the sampling temperature.
 
     Args:
         policy: the policy.

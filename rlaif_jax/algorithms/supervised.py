@@ -1,4 +1,4 @@
-"""Maximum likelihood: the supervised step that makes base models, labelers and the policy's starting point."""
+"""Maximum likelihood: the supervised step that makes base models, labelers and first policies."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def supervised_step(
     *,
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """Takes one step of maximum likelihood and returns ((params, opt_state), metrics `loss` and `grad_norm`).
+    """Takes one step of maximum likelihood: ((params, opt_state), metrics `loss` and `grad_norm`).
 
     Args:
         model: the language model.

@@ -226,7 +226,7 @@ class Update:
     def _pull(
         self, sums: jax.Array, batch: Batch, totals: Totals, axis_name: str | None
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        """Returns the sequence loss's gradient [M] for this device's answers, and (the loss, its metrics) of all."""
+        """Returns the sequence loss's slopes [M] of this device's answers, and (loss, metrics) of all."""
         assert self.sequence_loss is not None
         gather = lambda x: x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
         everyone = jax.tree.map(gather, (jax.lax.stop_gradient(sums), batch.sequences, batch.mask.any(-1)))
@@ -246,7 +246,9 @@ class Update:
         pull: Pull,
         weights: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, tuple[tuple[jax.Array, Metrics], Metrics]], Params]:
-        """Returns ((token loss, ((sequence loss, its metrics), token metrics)), gradient of both) of some tokens.
+        """Returns losses, metrics and gradient of some tokens.
+
+        They come as ((token loss, ((sequence loss, its metrics), token metrics)), gradient of both losses).
 
         The slopes of a sequence loss with respect to the targets' log-probs are `weights` where they are known, else
         `pull` computes them from this pass.
@@ -324,7 +326,14 @@ def count_totals(batch: Batch, answers: int, axis_name: str | None) -> Totals:
 
 
 def check_minibatches(sequences: int, num_minibatches: int, devices: int, unit: int) -> None:
-    """Raises UserError where `sequences` cannot be cut into minibatches of whole units that the devices share evenly."""
+    """Raises UserError where sequences cannot be cut into even minibatches of whole units.
+
+    Args:
+        sequences: answers of a step, over all devices.
+        num_minibatches: minibatches of a pass.
+        devices: they share each minibatch evenly.
+        unit: answers that a minibatch must not cut, 1 or K.
+    """
     size = sequences // num_minibatches
     require(
         size * num_minibatches == sequences and size % devices == 0,

@@ -1,4 +1,4 @@
-"""Where the loop's judgements come from: the contracts of sources on the host and of rewards on the devices."""
+"""The contracts of feedback: sources on the host, rewards on the devices; and the plain sources."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class FunctionSource(FeedbackSource):
 
 @dataclasses.dataclass(frozen=True)
 class RecordedPreferences(FeedbackSource):
-    """Feedback on recorded pairs: P(the first answer is better) from a field of the record, for offline methods.
+    """Feedback on recorded pairs, for offline methods: P(the first answer is better) is in the record.
 
     Attributes:
         field: name of the field, a number in [0, 1]; a record without it prefers its first answer for certain.
@@ -73,7 +73,7 @@ class RecordedPreferences(FeedbackSource):
     field: str = "probability"
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
-        """Returns pairs [G, 2, 2] and no values; records and answers are [2 G], the two answers to a prompt adjacent."""
+        """Returns pairs [G, 2, 2] and no values; the two answers to a prompt are adjacent."""
         require(
             len(records) % 2 == 0, f"recorded preferences need two answers to each prompt, not {len(records)} in all"
         )
@@ -87,7 +87,7 @@ class RecordedPreferences(FeedbackSource):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MixedSource(FeedbackSource):
-    """Several sources with one reward each as a single one: the weighted mean of those that judged an answer.
+    """Several sources as one: the weighted mean of those that judged an answer; each gives one reward.
 
     Where no source judged it, the judgement is missing.
 
@@ -153,7 +153,7 @@ class MixedSource(FeedbackSource):
 def collect_feedback(
     source: FeedbackSource | None, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, step: int
 ) -> Feedback:
-    """Returns the feedback on a step's answers as NumPy arrays; no columns where nobody judges on the host.
+    """Returns the feedback on a step's answers as NumPy arrays; without a source it has no columns.
 
     Args:
         source: judges on the host, or None.

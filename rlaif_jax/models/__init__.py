@@ -1,4 +1,4 @@
-"""The only place that knows Flax. Elsewhere a model is a frozen object whose methods take a pytree of parameters."""
+"""Models, the only place that knows Flax: frozen objects whose methods take a pytree of parameters."""
 
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder import Decoder, Trunk

@@ -72,7 +72,7 @@ def implementation(config: DecoderConfig) -> str:
 def build_mask(
     config: DecoderConfig, visible: AttentionMask | SharedPrefixMask
 ) -> AttentionMask | SharedPrefixMask | jax.Array:
-    """Returns the mask as the implementation reads it: segments for splash, else bool arrays. Made once for all layers."""
+    """Returns the mask as the implementation reads it: segments for splash, else bool arrays."""
 
     def one(part: AttentionMask) -> AttentionMask | jax.Array:
         splash = implementation(config) == "splash" and part.query_answers is None
@@ -126,7 +126,7 @@ def attend(
 def attend_groups(
     config: DecoderConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: SharedPrefixMask
 ) -> jax.Array:
-    """Computes attention in rows of a prompt and its K answers; an answer reads its prompt and itself only.
+    """Computes attention in rows of a prompt and its K answers; an answer reads its prompt and itself.
 
     Args:
         config: shape and flags of the decoder.
@@ -150,7 +150,7 @@ def attend_groups(
         return attend_prompt_and_own(q, k, v, visible.answers)  # type: ignore[arg-type]
 
     def keys(x: jax.Array) -> jax.Array:
-        """Returns [G K, kv_heads, P + T, h] of [G, kv_heads, P + K T, h]: an answer's columns behind its prompt's."""
+        """Reshapes [G, kv_heads, P + K T, h] to [G K, kv_heads, P + T, h], one answer a row."""
         heads, h = x.shape[1], x.shape[-1]
         shared = jnp.broadcast_to(x[:, None, :, :prompt], (groups, answers, heads, prompt, h))
         own = x[:, :, prompt:].reshape(groups, heads, answers, length, h).swapaxes(1, 2)
@@ -161,7 +161,7 @@ def attend_groups(
 
 
 def attend_prompt_and_own(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """Computes the answers' part of `attend_groups`; its products read a prompt's keys once for all its answers.
+    """Computes the answers' part of `attend_groups`, reading a prompt's keys once for all its answers.
 
     Copies of the prompt's keys for every answer are more to write, and their gradient crashes YNNPACK in jaxlib 0.10.2
     from about 128 columns on.
@@ -198,7 +198,7 @@ def attend_prompt_and_own(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax
 def attend_library(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, kernel: Literal["xla", "cudnn"]
 ) -> jax.Array:
-    """Computes `attend` by `jax.nn.dot_product_attention`; its cuDNN kernel takes even lengths only, so pads are added.
+    """Computes `attend` by `jax.nn.dot_product_attention`, padded to the even lengths that cuDNN takes.
 
     Args:
         q: [B, S, heads, h].
@@ -228,7 +228,7 @@ def attend_library(
 
 
 def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMask) -> jax.Array:
-    """Computes `attend` by the TPU's splash kernel, in columns padded to multiples of 128; interpreted off the TPU."""
+    """Computes `attend` by the TPU's splash kernel, padded to whole lanes; interpreted off the TPU."""
     # Pallas takes a second to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import CausalMask, MultiHeadMask

@@ -1,4 +1,4 @@
-"""Attention in decoding: one query a row, over the prompt's cache that K answers share and over the row's cache.
+"""Attention in decoding: one query a row over the prompt's cache, which K answers share, and its own.
 
 Plain `jnp` runs anywhere. On a TPU it would write the scores to memory and read them back; a Pallas kernel reads keys and
 values once and keeps the scores where they are computed.
@@ -23,15 +23,15 @@ SCORES = 1 << 20  # bytes of scores that it works on at a time
 
 
 def lanes() -> int:
-    """Returns how many numbers of a cache's last axis move at once: 128 on a TPU, which pads a shorter axis; else 1."""
+    """Returns how many numbers of a cache's last axis move at once: 128 on a TPU, else 1."""
     return LANES if jax.default_backend() == "tpu" else 1
 
 
 def heads_per_lane(config: DecoderConfig) -> int:
-    """Returns how many key-value heads are packed into the last axis of a cache, where a head is narrower than the lanes.
+    """Returns how many key-value heads are packed into the last axis of a cache.
 
-    Otherwise XLA puts the columns on lanes and writing one column rewrites 128. Heads of different tensor devices are never
-    packed together.
+    They are more than 1 where a head is narrower than the lanes. Otherwise XLA puts the columns on lanes, and writing one
+    column rewrites 128. Heads of different tensor devices are never packed together.
     """
     tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     return math.gcd(config.num_kv_heads, config.num_kv_heads // tensor or 1, lanes() // config.head_dim or 1)
@@ -47,7 +47,9 @@ def pack_heads(x: jax.Array, side: int) -> jax.Array:
 def attend_cached(
     q: jax.Array, prompt: KeyValue, prompt_mask: jax.Array, own: KeyValue, own_mask: jax.Array
 ) -> jax.Array:
-    """Computes attention of one query a row over its prompt's shared cache and its own; scores are float32.
+    """Computes attention of one query a row over its prompt's shared cache and its own.
+
+    Scores and softmax are float32.
 
     Args:
         q: [B K, heads, h].
@@ -118,7 +120,7 @@ def to_lanes(columns: int) -> int:
 
 
 def blocks(rows: int, each: int, prompt: KeyValue, own: KeyValue) -> tuple[int, int] | None:
-    """Returns (answers of a prompt, heads of their caches) that one step of the kernel takes, the largest that fit.
+    """Returns the most (answers of a prompt, heads of their caches) that fit one step of the kernel.
 
     None where not even one answer and one head fit: their keys and values are too long (past 8,000 columns of bfloat16).
     """
@@ -228,7 +230,7 @@ def kernel(
     columns: int,
     length: int,
 ) -> None:
-    """Computes the attention of one block, M queries for each of N answers and each of its heads (a Pallas kernel).
+    """Computes one block's attention, M queries for each of N answers and each head (a Pallas kernel).
 
     The answers' caches are taken as one, of which a query reads the columns of its answer: the masked scores cost less than
     many small products.

@@ -1,4 +1,4 @@
-"""What the package knows of a model: the `LanguageModel` contract, and the views in which sequences are read."""
+"""What the package knows of a model: its contract, and the views in which sequences are read."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ class Prefill(NamedTuple):
 
 
 class LanguageModel(Protocol):
-    """A model that draws text token by token: a frozen object whose methods are pure functions of its parameters."""
+    """A model that draws text token by token: a frozen object with pure functions of its parameters."""
 
     @property
     def rules(self) -> Rules:
-        """How matrices are split over a mesh: the last two names of a parameter's path -> axes of its last two dimensions."""
+        """How matrices are split over a mesh, by the last two names of a parameter's path."""
 
     @property
     def vocab_size(self) -> int:
@@ -137,7 +137,15 @@ class LanguageModel(Protocol):
     def token_logprobs(
         self, params: Params, hidden: jax.Array, targets: jax.Array, temperature: float = 1.0, *, entropy: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (log-probs in nats, entropies), each float32 of the shape of `targets`; entropies 0 unless asked for."""
+        """Returns (log-probs in nats, entropies) of the targets, each [B, T] float32.
+
+        Args:
+            params: parameters.
+            hidden: [B, T, D] hidden states that predict the targets.
+            targets: [B, T] int32.
+            temperature: divides the logits.
+            entropy: whether to compute entropies; they are 0 otherwise.
+        """
 
 
 class Critic(Protocol):

@@ -117,7 +117,7 @@ class CausalLM:
         )
 
     def start_cache(self, rows: int, length: int) -> tuple[KeyValue, ...]:
-        """Returns zeroed caches [rows, kv_heads / side, length, side * h], a pair a layer, `side` heads in each lane."""
+        """Returns zeroed caches [rows, kv_heads / side, length, side * h], keys and values of each layer."""
         config, side = self.config, heads_per_lane(self.config)
         shape = (rows, config.num_kv_heads // side, length, side * config.head_dim)
         zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))

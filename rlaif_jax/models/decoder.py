@@ -28,7 +28,7 @@ FLAT = 12  # up to this number of blocks they run one by one, which is faster; m
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
-    """Returns positions [B, S] int32 of a mask [B, S]: real tokens count from 0, whatever padding precedes them."""
+    """Returns positions [B, S] int32 of a mask [B, S]: real tokens count from 0, without the padding."""
     m = mask.astype(jnp.int32)
     return jnp.cumsum(m, axis=-1) - m
 
@@ -59,7 +59,7 @@ def rope_table(config: DecoderConfig, positions: jax.Array) -> KeyValue | None:
 
 
 def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
-    """Rotates the two halves of the last axis of x [..., heads, h] (the half-split convention of Hugging Face)."""
+    """Rotates the halves of the last axis of x [..., heads, h], as Hugging Face splits them."""
     if rope is None:
         return x
     cos, sin = rope
@@ -97,7 +97,7 @@ def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None)
 
 
 def in_dtype(params: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """Returns parameters whose matrices are cast to `dtype`, as the layers would cast them; norms and biases stay."""
+    """Returns parameters with matrices cast to `dtype`, as the layers would; norms and biases stay."""
     matrix = lambda path: path[-1].key in ("kernel", "embedding")
     return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
 
@@ -171,7 +171,10 @@ class Block(nn.Module):
         return x + self.down(nn.gelu(self.up(y), approximate=True))
 
     def __call__(self, x: jax.Array, rope: KeyValue | None, visible: Any, last: int = 0) -> tuple[jax.Array, KeyValue]:
-        """Returns (x [B, S or last, D], (keys, values) [B, kv_heads, S, h]); `visible` is what `build_mask` returned."""
+        """Returns (x [B, S or last, D], (keys, values) [B, kv_heads, S, h]).
+
+        `visible` is what `build_mask` returned.
+        """
         q, k, v = self.qkv(x, rope, last)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if last:
@@ -204,7 +207,7 @@ class Trunk(nn.Module):
         )
 
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns token (and learned position) embeddings [..., D]; ids outside the vocabulary (pads) read row 0."""
+        """Returns embeddings [..., D] of tokens and learned positions; ids that are no token read row 0."""
         c = self.config
         x = self.embed(jnp.where((tokens >= 0) & (tokens < c.vocab_size), tokens, 0))
         return x + self.position_embed(positions) if c.positions == "learned" else x
@@ -214,7 +217,7 @@ class Trunk(nn.Module):
         return self.norm(x)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, list[KeyValue]]:
-        """Returns (hidden [B, S, D] after the final norm, each layer's keys and values) of tokens, mask [B, S]."""
+        """Returns (hidden [B, S, D] after the final norm, keys and values by layer) of tokens, mask [B, S]."""
         return self.last(tokens, mask, 0)
 
     def last(self, tokens: jax.Array, mask: jax.Array, last: int) -> tuple[jax.Array, list[KeyValue]]:
@@ -225,7 +228,7 @@ class Trunk(nn.Module):
     def columns(
         self, tokens: jax.Array, positions: jax.Array, visible: AttentionMask | SharedPrefixMask, last: int = 0
     ) -> tuple[jax.Array, list[KeyValue]]:
-        """Returns what `last` does for tokens and positions [B, S] in any order, with a mask of what each may read."""
+        """Returns what `last` does, for tokens and positions [B, S] in any order and their mask."""
         c = self.config
         x, rope = split_by_rows(self.embedded(tokens, positions)), rope_table(c, positions)
         seen = build_mask(c, visible)
@@ -248,7 +251,9 @@ class Trunk(nn.Module):
         return split_by_rows(self.norm(x)), caches
 
     def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns hidden states [G, K, T, D] of answers [G, K, T] (right padded) that follow prompts [G, P] (left padded).
+        """Returns hidden states [G, K, T, D] of answers [G, K, T] that follow prompts [G, P].
+
+        Prompts are left padded, answers right padded.
 
         A prompt's columns are computed once for its K answers, which saves P (K - 1) of K (P + T) columns.
         """
@@ -299,7 +304,7 @@ def view_hidden(config: DecoderConfig, trunk: Any, view: View) -> jax.Array:
 
 
 def response_hidden(config: DecoderConfig, trunk: Any, view: PaddedView) -> jax.Array:
-    """Returns hidden states [B, T, D] that predict the response tokens: entry t is read one column before token t.
+    """Returns the hidden states [B, T, D] that predict the response tokens, one column before each.
 
     With K = `view.answers` > 1 the columns of a prompt are computed once for the K rows that share it.
     """
@@ -325,7 +330,7 @@ def response_hidden(config: DecoderConfig, trunk: Any, view: PaddedView) -> jax.
 
 
 def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
-    """Returns fresh decoder parameters whose attention is able to look things up in the prompt from the start.
+    """Returns fresh parameters whose attention can look things up in the prompt from the start.
 
     Half of the first layer's heads attend to the previous token, by biases alone: with k = u and q = R(-1) u the rotary
     score is sum_f cos(theta_f (distance - 1)), largest one token back. Half of the heads of every later layer match

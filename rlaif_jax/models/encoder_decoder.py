@@ -1,4 +1,4 @@
-"""An encoder-decoder as a `LanguageModel`: prompts are encoded once, answers start from a start token and attend to them.
+"""An encoder-decoder as a `LanguageModel`: answers begin with a start token and attend to the prompt.
 
 Both stacks use the decoder's blocks (`decoder.Block`): the encoder without the causal mask, the decoder with a
 cross-attention behind each block.
@@ -63,9 +63,9 @@ class CrossAttention(nn.Module):
 
 
 def attend_masked(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns attention [B, heads, S, h] of queries to keys and values [B, heads, C, h]; mask [B, S or 1, C] bool.
+    """Returns attention [B, heads, S, h] of queries to keys and values [B, heads, C, h].
 
-    Scores and softmax are in float32.
+    `mask` is [B, S or 1, C] bool. Scores and softmax are in float32.
     """
     scores = jnp.einsum("bhsd,bhcd->bhsc", q * q.shape[-1] ** -0.5, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1).astype(values.dtype)
@@ -131,7 +131,7 @@ class EncoderDecoder:
         return {"encoder": trunk(keys[0]), "decoder": trunk(keys[1]), "cross": layers}
 
     def encode(self, params: Params, tokens: jax.Array, mask: jax.Array) -> tuple[KeyValue, ...]:
-        """Returns each layer's keys and values [B, heads, P, h] of left-padded prompts, tokens and mask [B, P]."""
+        """Returns each layer's keys and values [B, heads, P, h] of left-padded prompts [B, P]."""
         config, trunk = self._plain, params["encoder"]
         positions = positions_from_mask(mask)
         x, rope = apply(Trunk(config), trunk, tokens, positions, method="embedded"), rope_table(config, positions)
@@ -195,7 +195,7 @@ class EncoderDecoder:
         )
 
     def prefill(self, params: Params, tokens: jax.Array, mask: jax.Array, *, hold_last: bool) -> Prefill:
-        """Encodes left-padded prompts [B, P]; the first token to feed is the start token, whatever `hold_last` says."""
+        """Encodes left-padded prompts [B, P]; the first token to feed is always the start token."""
         del hold_last
         rows = tokens.shape[0]
         return Prefill(

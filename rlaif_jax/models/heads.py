@@ -1,4 +1,4 @@
-"""Scalars per token: `ScalarModel` (value, reward) with its own trunk, `ValueHead` on the policy's hidden states."""
+"""Scalars per token: `ScalarModel` with its own trunk, `ValueHead` on the policy's hidden states."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ class SamplingConfig:
 
 
 def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """Returns logits [B, V] with everything outside top-k and top-p (Holtzman 2020) at -inf; at least one token stays.
+    """Returns logits [B, V] with tokens outside top-k and top-p (Holtzman 2020) at -inf.
 
-    top-p keeps the smallest set of most probable tokens whose mass reaches p, after top-k.
+    At least one token stays. top-p keeps the smallest set of most probable tokens whose mass reaches p, after top-k.
     """
     vocab = logits.shape[-1]
     if 0 < sampling.top_k < vocab:
@@ -56,7 +56,9 @@ def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
 
 
 def first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Returns the first index whose cumulated weight exceeds uniform x total; weights [B, N] >= 0, uniform [B] in [0, 1).
+    """Returns the first index [B] whose cumulated weight exceeds uniform x total.
+
+    `weights` are [B, N] >= 0, `uniform` [B] in [0, 1).
 
     Never an index of weight 0. A parallel cumulated sum may rise by a rounding where nothing is added, so the sums at
     such places are left out of the comparison, and the total is the largest of those that stay.
@@ -66,7 +68,9 @@ def first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Returns indices [B] drawn with probability weight / total; weights [B, V] >= 0, uniform [B, 2] in [0, 1).
+    """Returns indices [B] drawn with probability weight / total.
+
+    `weights` are [B, V] >= 0, `uniform` [B, 2] in [0, 1).
 
     A large vocabulary is drawn from in two levels: the first number picks a block by its sum, the second a token of it.
     One number of 24 bits could not tell the tokens of 152,000 apart, and every token's bound is a place where a rounding

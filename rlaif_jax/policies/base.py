@@ -35,11 +35,11 @@ class Draw:
 
 
 class Scores(NamedTuple):
-    """What a policy computes for every target of a view, all float32 of the shape of the targets but `hidden`.
+    """What a policy computes for every target of a view, float32.
 
     Attributes:
-        logprobs: log-probs in nats at the sampling temperature.
-        entropies: of the distribution that predicts the target; 0 unless asked for.
+        logprobs: of the shape of the targets, in nats at the sampling temperature.
+        entropies: of the shape of the targets, of the distribution that predicts the target; 0 unless asked for.
         hidden: [..., D] the policy's hidden states, for a critic on the same trunk.
     """
 
@@ -57,7 +57,7 @@ class Policy(Protocol):
 
     @property
     def tolerance(self) -> float:
-        """The largest gap in nats between two computations of one log-prob that rounding explains, by the compute dtype."""
+        """The largest gap in nats between two computations of one log-prob that rounding explains."""
 
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
         """Raises UserError where prompts of this length or the tokenizer do not fit the model."""

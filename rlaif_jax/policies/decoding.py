@@ -25,7 +25,7 @@ FIRST_BUCKET = 128
 
 
 class Drawn(NamedTuple):
-    """Answers as the engine draws them: tokens, logprobs, mask [R, T] and finished [R], fields as in `Rollout`."""
+    """R answers as the engine draws them: tokens, logprobs, mask [R, T] and finished [R]; see `Rollout`."""
 
     tokens: jax.Array
     logprobs: jax.Array
@@ -57,7 +57,7 @@ class Decoding:
 
 
 def answer_uniforms(key: jax.Array, uid: jax.Array, answers: int, length: int, first: int = 0) -> jax.Array:
-    """Returns uniform numbers [B K, T, 2] that depend on (key, prompt uid, answer index) only: not on slot, batch or device.
+    """Returns uniform numbers [B K, T, 2] that depend on (key, prompt uid, answer index) only.
 
     Args:
         key: the key of the step.
@@ -123,10 +123,10 @@ def decode_all(model: LanguageModel, params: Params, prompts: Prompts, key: jax.
 
 
 def length_buckets(length: int) -> list[int]:
-    """Returns the lengths up to which answers of at most `length` tokens are decoded in one loop, ascending.
+    """Returns the lengths up to which answers of at most `length` tokens are decoded in one loop.
 
-    A step reads the whole of its caches, so each loop has caches of its own bound; each is a loop to compile, so the
-    bounds double.
+    A step reads the whole of its caches, so the caches of each loop are as long as its bound. Each loop must be compiled, so
+    the bounds double.
     """
     buckets = [length]
     while buckets[0] > FIRST_BUCKET:
@@ -165,10 +165,11 @@ class Slots(NamedTuple):
 def decode_in_slots(
     model: LanguageModel, params: Params, prompts: Prompts, key: jax.Array, how: Decoding, *, slots: int
 ) -> Drawn:
-    """Draws `slots` answers at a time; free slots are filled from the queue, an eighth of them (at least one) at once.
+    """Draws `slots` answers at a time; free slots are filled from the queue.
 
-    All slots write into the same column, step mod T, of their caches. A slot that began t steps ago reads the last t + 1
-    columns: no answer is longer than T, so none of them has been overwritten.
+    They are filled once an eighth of the slots, at least one, is free. All slots write into the same column, step mod T, of
+    their caches. A slot that began t steps ago reads the last t + 1 columns: no answer is longer than T, so none of them has
+    been overwritten.
 
     Args:
         model: the model.

@@ -112,7 +112,7 @@ class TextPolicy:
         return jax.tree.map(lambda *xs: by_prompt(*xs).reshape(-1, *xs[0].shape[1:]), *parts)
 
     def score(self, params: Params, frozen: Frozen, view: View, *, entropy: bool = False) -> Scores:
-        """Returns log-probs at the sampling temperature, entropies and hidden states of every target of `view`."""
+        """Returns log-probs at the sampling temperature, entropies and hidden states of a view's targets."""
         del frozen
         hidden = self.model.hidden(params, view)
         logprobs, entropies = self.model.token_logprobs(
@@ -194,7 +194,7 @@ def make_generator(
     sampling: SamplingConfig,
     answers: int = 1,
 ) -> Callable[[tuple[Params, jax.Array], Prompts], Rollout]:
-    """Returns `generate` compiled for all devices, for use outside the loop: call it with ((params, key), prompts).
+    """Returns `generate` compiled for use outside the loop: call it with ((params, key), prompts).
 
     Args:
         runner: the devices.
