@@ -177,9 +177,12 @@ def train(
     # Placed before they serve as the template of a restore, so that arrays come back where they belong.
     state = runner.init(algorithm.init, params, np.uint32(run.seed))
     if normaliser is not None:
-        state = dataclasses.replace(state, extra=state.extra | {"normaliser": runner.place(normaliser)})
+        normaliser = runner.place(jax.tree.map(jnp.array, normaliser))  # a copy: the state is donated
+        state = dataclasses.replace(state, extra=state.extra | {"normaliser": normaliser})
     frozen = runner.place(Frozen(jax.tree.map(jnp.array, params["policy"]), None, tuple(p for _, p in device_rewards)))
-    adapter = dataclasses.replace(frozen, reference=None, rewards=())  # all that a step reads of what is frozen
+    # pmap sends every argument to all devices, so each program gets only what it reads of the frozen weights.
+    adapter = dataclasses.replace(frozen, reference=None, rewards=())
+    answering = frozen if any(draw.by == "reference" for draw in algorithm.draws) else adapter
     checkpoints = Checkpointer(run.folder / "checkpoints", to_json(config), keep=config.keep_checkpoints)
     empty = runner.place(empty_rollouts(config, algorithm, policy))
     found = checkpoints.restore(runner.fetch((state, *empty))) if run.resuming else None
@@ -206,7 +209,7 @@ def train(
         light = dataclasses.replace(state.without_optimizer(), step=jnp.int32(step - 1))
         size = config.prompts_per_step // config.rollout_parts
         parts = [batch.rows(slice(at, at + size)) for at in range(0, config.prompts_per_step, size)]
-        return PendingRollout(position, batch, [sample((light, frozen), to_prompts(part)) for part in parts])
+        return PendingRollout(position, batch, [sample((light, answering), to_prompts(part)) for part in parts])
 
     def save(step: int) -> None:
         log.flush()
