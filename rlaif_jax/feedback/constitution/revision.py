@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.constitution.constitution import Principle
+from rlaif_jax.feedback.judges.batching import in_batches
 from rlaif_jax.feedback.records.forms import Correction, Rater
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import SamplingConfig
@@ -182,13 +182,12 @@ class LanguageModelWriter:
         ids = [self.tokenizer.encode(text, add_bos=bos) for text in texts]
         able = [i for i, tokens in enumerate(ids) if 0 < len(tokens) <= self.prompt_length]
         written: list[str | None] = [None] * len(texts)
-        for start in range(0, len(able), self.batch_size):
-            rows = able[start : start + self.batch_size]
-            filled = rows + [rows[0]] * (self.batch_size - len(rows))
-            tokens, mask = padded([ids[i] for i in filled], self.prompt_length, self.tokenizer.pad_id, "left")
-            uid = np.array([_digest(texts[i], "") % 2**32 for i in filled], np.uint32)
-            prompts = Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), uid=jnp.asarray(uid))
-            rollout = self._generate((self.params, step_key(self.seed, 0, FEEDBACK)), prompts)
-            for i, text in zip(rows, answer_texts(rollout, self.tokenizer)):
-                written[i] = text
+        if not able:
+            return written
+        tokens, mask = padded([ids[i] for i in able], self.prompt_length, self.tokenizer.pad_id, "left")
+        uid = np.array([_digest(texts[i], "") % 2**32 for i in able], np.uint32)
+        generate = partial(self._generate, (self.params, step_key(self.seed, 0, FEEDBACK)))
+        rollout = in_batches(generate, Prompts(tokens, mask, uid), self.batch_size)  # type: ignore[arg-type]
+        for i, text in zip(able, answer_texts(rollout, self.tokenizer)):
+            written[i] = text
         return written

@@ -21,7 +21,7 @@ from rlaif_jax.types import Params, Rollout
 def score_sequences(
     model: ScalarModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
 ) -> jax.Array:
-    """Scalar [B] at the last real token of (tokens, mask) [B, S]."""
+    """Computes the scalar [B] at the last real token of (tokens, mask) [B, S]."""
     del axis_name
     tokens, mask = batch
     return last_real(model(params, tokens, mask), mask)
@@ -29,7 +29,7 @@ def score_sequences(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardModelSource:
-    """A reward model that shares the policy's tokenizer: reads the rollout's tokens, never leaves the devices."""
+    """A reward model with the policy's tokenizer as a feedback source: it reads the rollout's tokens on the devices."""
 
     model: ScalarModel
     params: Params
@@ -37,7 +37,7 @@ class RewardModelSource:
 
     @cached_property
     def _placed(self) -> Params:
-        """The weights where the compiled function wants them, moved once."""
+        """The parameters on the devices of the runner, moved once."""
         return self.runner.place(self.params)
 
     @cached_property
