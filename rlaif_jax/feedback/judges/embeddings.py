@@ -102,7 +102,7 @@ class HiddenStateEncoder:
         tokens, mask = padded(ids, self.max_tokens, self.tokenizer.pad_id, "right")
         vectors = in_batches(partial(self._encode, self.params), (tokens, mask), self.batch_size)
         vectors = vectors - (0.0 if self.centre is None else self.centre)
-        return np.where(mask.any(-1)[:, None], vectors, np.nan)
+        return np.where(np.asarray(mask.any(-1))[:, None], vectors, np.nan)
 
     def centred(self, texts: Sequence[str]) -> HiddenStateEncoder:
         """Returns this encoder with the mean vector of `texts` (such as the reference policy's answers) as centre.
