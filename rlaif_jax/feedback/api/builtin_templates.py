@@ -1,6 +1,7 @@
 """The project's own templates, in the format of template files: copy one to write another.
 
-After Lee 2023 (one letter, its log-probability read), Zheng 2023 (reasons first, then the verdict) and Kim 2023 (rubrics).
+After Lee 2023 (one letter, its log-probability read), Zheng 2023 (reasons first, then the verdict) and Kim
+2023 (rubrics).
 """
 
 # ruff: noqa: E501
@@ -149,7 +150,10 @@ CORRECTION = parse_template(CORRECTION_TEXT, "correction")
 
 
 def template_for(form: Form, questions: list[Question]) -> Template:
-    """Chooses the built-in template of a form: RUBRIC or REVISION where every question has a rubric or a critique."""
+    """Chooses the built-in template of a form.
+
+    RUBRIC and REVISION are chosen where every question has a rubric or a critique.
+    """
     if form == "ranking":
         return PAIRWISE
     if form == "rating":

@@ -1,8 +1,9 @@
 """The cache of replies, by content: the same question to the same model is never paid for twice.
 
-The key is the SHA-256 of the canonical JSON of the request: model and revision, rendered messages, decoding, order and
-repeat. The server's whole response is kept, and how it is parsed is no part of the key, so that parsing it in a new way
-costs nothing. Refusals and errors are not kept. `put` returns after the transaction is on disk.
+The key is the SHA-256 of the canonical JSON of the request: model and revision, rendered messages, decoding,
+order and repeat. The server's whole response is kept, and how it is parsed is no part of the key, so that
+parsing it in a new way costs nothing. Refusals and errors are not kept. `put` returns after the transaction
+is on disk.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class CachedReply(NamedTuple):
 
 
 class CallCache:
-    """A cache in the SQLite file `path`, or in memory for None. One object a thread; any number of processes."""
+    """A cache in the SQLite file `path`, or in memory for None.
+
+    An object belongs to one thread; any number of processes may use the file.
+    """
 
     def __init__(self, path: Path | None) -> None:
         try:

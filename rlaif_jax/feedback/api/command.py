@@ -31,14 +31,17 @@ NAMED_MISSING = 20  # missing judgements that are named on the terminal; the sto
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig(ApiConfig):
-    """Judges the answers in files with a model behind an OpenAI-compatible server. Answered questions are not asked again.
+    """Judges the answers in files with a model behind an OpenAI-compatible server.
+
+    Questions that have an answer in the store or in the cache are not asked again.
 
     Attributes:
-        items: JSONL files: {"prompt": ..., "answers": [..., ...]} a line, and optionally "principle", "rubric",
-            "reference", "critique", "generators". A ranking is asked of every pair of the answers, in both orders; the
-            other forms of every answer.
+        items: JSONL files: {"prompt": ..., "answers": [..., ...]} a line, and optionally "principle",
+            "rubric", "reference", "critique", "generators". A ranking is asked of every pair of the answers,
+            in both orders; the other forms of every answer.
         form: the form of the judgements.
-        template: your template file, or FILE.jsonl#NAME of a FastChat file; its form counts. None = the built-in template.
+        template: your template file, or FILE.jsonl#NAME of a FastChat file; its form counts. None = the
+            built-in template.
         show_template: print the built-in template of the form, to copy and change, and do nothing else.
         store: the feedback store that the judgements go into; created if absent.
         report: print the quality report of the store in the end; without items nothing else happens.
@@ -56,7 +59,7 @@ _FIELDS = {"prompt", "answers", "principle", "rubric", "reference", "critique", 
 
 
 def read_questions(path: Path) -> tuple[list[Question], list[str]]:
-    """Reads a JSONL file of items; returns (the questions, one message with file and line for each bad line).
+    """Reads a JSONL file of items; returns (questions, one message with its place for each bad line).
 
     Raises:
         UserError: the file cannot be read.
@@ -93,7 +96,7 @@ def _question(values: Any, where: str) -> Question:
 
 
 def main(config: JudgeConfig) -> int:
-    """Asks the questions with a progress bar, prints a summary, and returns the number of missing judgements.
+    """Asks the questions, prints a summary and returns the number of missing judgements.
 
     Raises:
         UserError: no question to ask, or a setting that cannot work.
@@ -145,13 +148,12 @@ def _read_items(paths: Sequence[Path]) -> list[Question]:
 
 def _builtin_text(form: Form) -> str:
     """Returns the text of the built-in template, or templates, of a form."""
-    if form == "ranking":
-        return builtin.PAIRWISE_TEXT
-    if form == "rating":
-        return f"{builtin.RATING_TEXT}\n# ---- where every item has a rubric:\n{builtin.RUBRIC_TEXT}"
-    if form == "comment":
-        return builtin.CRITIQUE_TEXT
-    return f"{builtin.CORRECTION_TEXT}\n# ---- where every item has a critique:\n{builtin.REVISION_TEXT}"
+    return {
+        "ranking": builtin.PAIRWISE_TEXT,
+        "rating": f"{builtin.RATING_TEXT}\n# ---- where every item has a rubric:\n{builtin.RUBRIC_TEXT}",
+        "comment": builtin.CRITIQUE_TEXT,
+        "correction": f"{builtin.CORRECTION_TEXT}\n# ---- where every item has a critique:\n{builtin.REVISION_TEXT}",
+    }[form]
 
 
 def summarise_outcomes(outcomes: Sequence[Outcome], spent: Spent) -> str:

@@ -12,7 +12,7 @@ from rlaif_jax.feedback.api.verdicts import Debias
 
 @dataclasses.dataclass(frozen=True)
 class ApiConfig:
-    """A judge behind an OpenAI-compatible server (OpenAI, vLLM, llama.cpp, Ollama, TGI, transformers serve ...).
+    """A judge behind an OpenAI-compatible server (OpenAI, vLLM, llama.cpp, Ollama, TGI ...).
 
     Attributes:
         server: the API's address, such as http://127.0.0.1:8000/v1.
@@ -21,8 +21,8 @@ class ApiConfig:
         rater: the judge's name in the records; "" = the model's.
         key_env: name of the environment variable that holds the key; "" = the server needs no key.
         api: chat, or completion for models without a chat template.
-        reading: direct: one label, whose log-probability is read; reasons: reasons first, then the verdict; auto: direct
-            where the server gives log-probabilities and the template has a [direct] section.
+        reading: direct: one label, whose log-probability is read; reasons: reasons first, then the verdict;
+            auto: direct where the server gives log-probabilities and the template has a [direct] section.
         top_logprobs: how many log-probabilities to ask for at each token; a server with fewer gives fewer.
         constrain: how the server is made to choose among the labels after a reply with too little `min_mass`:
             structured_outputs (vLLM), grammar (llama.cpp), or none.
@@ -38,14 +38,15 @@ class ApiConfig:
         tokens_per_minute: the limit of your account; None = none.
         timeout_s: seconds of one call, from its start to the last byte.
         attempts: attempts of a call that fails; "too many requests" does not count.
-        max_wait_s: the longest sum of pauses of one call, and the longest time of "too many requests" in which no call at
-            all is answered; a server that wants a longer pause gets no call.
+        max_wait_s: the longest sum of pauses of one call, and the longest time of "too many requests" in
+            which no call at all is answered; a server that wants a longer pause gets no call.
         usd_per_million_prompt: the price of a million tokens of prompts.
         usd_per_million_completion: the price of a million tokens of replies.
         budget_usd: stop before more is spent; None = no limit.
         budget_tokens: stop before more are used, in prompts and replies together; None = no limit.
         budget_s: no call goes on longer than this many seconds after the first; None = no limit.
-        cache: SQLite file of replies; None = STORE.calls.sqlite next to the store, or memory where no store is given.
+        cache: SQLite file of replies; None = STORE.calls.sqlite next to the store, or memory where no store
+            is given.
     """
 
     server: str = ""

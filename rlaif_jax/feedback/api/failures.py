@@ -9,10 +9,12 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 
+@dataclasses.dataclass(eq=False)
 class CallFailed(Exception):
-    """A call without a usable reply; the message holds no key.
+    """A call without a usable reply.
 
     Attributes:
+        message: what failed; it holds no key.
         retry: whether another attempt may succeed.
         throttled: whether the server answered "too many requests".
         retry_after: the seconds until the server wants the next attempt; None = it names none.
@@ -21,21 +23,19 @@ class CallFailed(Exception):
         fatal: whether every other call will fail, too.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        retry: bool = False,
-        throttled: bool = False,
-        retry_after: float | None = None,
-        status: int | None = None,
-        free: bool = False,
-        fatal: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.retry, self.throttled, self.retry_after, self.status = retry, throttled, retry_after, status
-        self.fatal = fatal
-        self.free = free or status is not None
+    message: str
+    retry: bool = False
+    throttled: bool = False
+    retry_after: float | None = None
+    status: int | None = None
+    free: bool = False
+    fatal: bool = False
+
+    def __post_init__(self) -> None:
+        self.free = self.free or self.status is not None
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Attempts:
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """Decides after a failed attempt whether, and after what pause, to try again: exponential backoff with jitter.
+    """Decides whether and when to try again after a failure: exponential backoff with jitter.
 
     Attributes:
         attempts: the greatest number of attempts; "too many requests" does not count.
-        max_wait_s: the longest sum of pauses of one call, and the longest time of "too many requests" in which no call at
-            all is answered: a queue in which calls are answered is not such a wait.
+        max_wait_s: the longest sum of pauses of one call, and the longest time of "too many requests" in
+            which no call at all is answered: a queue in which calls are answered is not such a wait.
     """
 
     attempts: int
@@ -114,13 +114,11 @@ def error_message(response: Any) -> str:
 
 
 def retry_after_seconds(headers: Any) -> float | None:
-    """Reads the headers retry-after-ms or Retry-After (a number or a date) as seconds; None = neither is given."""
+    """Reads the header retry-after-ms or Retry-After (a number or a date) in seconds; None = missing."""
     try:
         if "retry-after-ms" in headers:
             return max(float(headers["retry-after-ms"]) / 1000, 0.0)
-        value = headers.get("retry-after")
-        if value is None:
-            return None
+        value = headers.get("retry-after", "")
         if value.strip().replace(".", "", 1).isdigit():
             return float(value)
         return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)

@@ -1,13 +1,15 @@
 """A judge behind an API, for a training loop: questions go out in the background, judgements come in as they arrive.
 
-    with ApiJudge(ApiConfig(server="http://127.0.0.1:8000/v1", model="qwen"), store=folder / "feedback.sqlite") as judge:
+    config = ApiConfig(server="http://127.0.0.1:8000/v1", model="qwen")
+    with ApiJudge(config, store=folder / "feedback.sqlite") as judge:
         futures = judge.submit(questions, PAIRWISE)      # returns at once; the calls run in the background
         ...                                              # the next rollout
         outcomes = [future.result() for future in futures]
 
-Every pair is asked in both orders. Each judgement is in the store before its future is done, and once only, however often
-its question is asked. A call that fails for good, or that a budget forbids, is a judgement without a value (`error`), with
-the reason in `raw`: it is missing, and a later run asks again and supersedes it.
+Every pair is asked in both orders. Each judgement is in the store before its future is done, and once only,
+however often its question is asked. A call that fails for good, or that a budget forbids, is a judgement
+without a value (`error`), with the reason in `raw`: it is missing, and a later run asks again and supersedes
+it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
 from typing import Any, Literal
 
 from rlaif_jax.config import UserError, require
@@ -68,7 +69,9 @@ class Outcome:
 
 
 class ApiJudge:
-    """Asks a server's model. The calls run in the judge's own thread; all methods may be called from any thread.
+    """A judge behind an API: asks a server's model and records its judgements.
+
+    The calls run in the judge's own thread; all methods may be called from any thread.
 
     Args:
         config: the server, the model and the limits.
@@ -76,7 +79,8 @@ class ApiJudge:
         listener: is called with each judgement, in the judge's thread.
 
     Raises:
-        UserError: the package openai is missing, the server, the model or the key is, or a file cannot be opened.
+        UserError: the package openai is missing, the server, the model or the key is, or a file cannot be
+            opened.
     """
 
     def __init__(
@@ -104,13 +108,14 @@ class ApiJudge:
     def __enter__(self) -> ApiJudge:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *unused: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Stops all calls and closes the files; the futures that are not done are cancelled, the judgements are on disk."""
+        """Stops all calls and closes the files.
+
+        Futures that are not done are cancelled; all judgements so far are on disk.
+        """
         if self._closed:
             return
         self._closed = True
@@ -146,11 +151,14 @@ class ApiJudge:
     # ---- questions
 
     def submit(self, questions: Sequence[Question], template: Template) -> list[Future[Outcome]]:
-        """Starts to ask and returns a future for each question, in their order; the same question twice is asked once.
+        """Starts to ask and returns a future for each question, in their order.
+
+        The same question twice is asked once.
 
         Raises:
-            UserError: the template cannot ask a question; the message names it. Where the server's log-probabilities
-                decide between [direct] and [reasons], a question that only the chosen section cannot ask is an `error`.
+            UserError: the template cannot ask a question; the message names it. Where the server's
+                log-probabilities decide between [direct] and [reasons], a question that only the chosen
+                section cannot ask is an `error`.
         """
         require(not self._closed, "this judge is closed")
         orders = ((0, 1), (1, 0)) if template.form == "ranking" else ((0,),)
@@ -158,16 +166,13 @@ class ApiJudge:
             self._require_askable(question, template, orders[0])
         return [self._on_loop(self._judge(question, template, orders)) for question in questions]
 
-    def _direct(self, template: Template, logprobs: bool) -> bool:
-        """Whether the reply should begin with a label, on a server with or without log-probabilities."""
-        reading = self.config.reading
-        wanted = reading == "direct" or (reading == "auto" and logprobs and template.scorable)
-        return template.choices and (not template.reasoned or (wanted and bool(template.direct)))
-
     def _ending(self, template: Template, logprobs: bool) -> Literal["direct", "reasons", ""]:
+        """Chooses the section that ends a question, on a server with or without log-probabilities."""
         if not template.choices:
             return ""
-        return "direct" if self._direct(template, logprobs) else "reasons"
+        reading = self.config.reading
+        wanted = reading == "direct" or (reading == "auto" and logprobs and template.scorable)
+        return "direct" if not template.reasoned or (wanted and template.direct) else "reasons"
 
     def _require_askable(self, question: Question, template: Template, order: tuple[int, ...]) -> None:
         """Raises UserError if no ending that may be used can ask this."""
@@ -198,7 +203,10 @@ class ApiJudge:
         return asyncio.shield(task)
 
     def rater(self, question: Question, template: Template) -> Rater:
-        """Returns the rater of the records. Its prompt hash covers what a question adds to the template's wording."""
+        """Returns the rater of the records.
+
+        Its prompt hash covers the template's wording and what the question adds to it.
+        """
         config = self.config
         added = [question.rubric, question.reference, question.critique]
         return Rater(
@@ -237,8 +245,9 @@ class ApiJudge:
         config, transport = self.config, self._transport
         capabilities = await transport.capabilities()
         logprobs = capabilities.top_logprobs > 0
-        direct = self._direct(template, logprobs)
-        rendered = template.render(question, order, ending=self._ending(template, logprobs))
+        ending = self._ending(template, logprobs)
+        direct = ending == "direct"
+        rendered = template.render(question, order, ending=ending)
         scored = logprobs and template.choices and template.scorable
         length = (1 if scored else 8) if direct else config.max_tokens or template.max_tokens
         ask = partial(transport.ask, rendered.messages, max_tokens=length, logprobs=scored, order=order, seed=seed)
@@ -266,7 +275,7 @@ def _call(replies: Sequence[ModelReply]) -> Call:
 
 
 class Recorder:
-    """Records judgements in a store, each once: a new judgement on the same subject supersedes the old one."""
+    """Records judgements in a store; a new judgement on the same subject supersedes the old one."""
 
     def __init__(self, store: Path | None) -> None:
         self._store = Store(store) if store is not None else None
@@ -279,7 +288,8 @@ class Recorder:
     def record(self, made: Judgement) -> Judgement:
         """Records a judgement and returns what is on record now.
 
-        A missing judgement never replaces an answer, and a judgement with the same content is not recorded twice.
+        A missing judgement never replaces an answer, and a judgement with the same content is not recorded
+        twice.
 
         Raises:
             UserError: the store cannot be written.

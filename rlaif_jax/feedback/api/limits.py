@@ -1,7 +1,7 @@
 """Limits of a judge's calls: calls at a time, requests and tokens a minute, and a budget of tokens, money and time.
 
-Every limiter belongs to one asyncio loop. A call reserves *beforehand* the most that it can use and gives back afterwards
-what it did not use, so that no limit is ever passed.
+Every limiter belongs to one asyncio loop. A call reserves *beforehand* the most that it can use and gives
+back afterwards what it did not use, so that no limit is ever passed.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ class Reservation:
 
 
 class ConcurrencyLimiter:
-    """Allows at most `limit` calls at a time; the limit falls by a fifth after "too many requests", for no other reason.
+    """Allows at most `limit` calls at a time; only "too many requests" lowers the limit, by a fifth.
 
-    Calls that run together are refused together, so only the first refusal of a generation of calls lowers the limit.
-    After 10 x limit answers without a refusal the limit rises by one, up to where it began.
+    Calls that run together are refused together, so only the first refusal of a generation of calls lowers
+    the limit. After 10 x limit answers without a refusal the limit rises by one, up to where it began.
 
     Attributes:
         limit: the calls that may run at a time.
         active: the calls that run now.
-        generation: the number of times that the limit fell; a call that may be refused notes it when it begins.
+        generation: the number of times that the limit fell; a call that may be refused notes it when it
+            begins.
     """
 
     def __init__(self, limit: int) -> None:
@@ -96,7 +97,9 @@ class RateLimiter:
         self._turn = asyncio.Lock()
 
     async def reserve(self, tokens: int, check: Callable[[], None] = lambda: None) -> Reservation:
-        """Waits until a call of up to `tokens` tokens fits, and reserves them; settle the reservation after the call.
+        """Waits until a call of up to `tokens` tokens fits, and reserves them.
+
+        The caller settles the reservation after the call.
 
         Args:
             tokens: the most that the call can use.
@@ -139,7 +142,9 @@ class RateLimiter:
 
 
 class Budget:
-    """A budget of tokens, US dollars and seconds in all; None = no limit. The clock starts with the first call.
+    """A budget of tokens, US dollars and seconds in all; None = no limit.
+
+    The clock starts with the first call.
 
     Attributes:
         tokens: the tokens used by the calls that have ended.
@@ -172,8 +177,9 @@ class Budget:
 
     @asynccontextmanager
     async def reserve(self, tokens: int, usd: float) -> AsyncIterator[Reservation]:
-        """Reserves the most that a call can use, while the call runs; a call that never settles is charged all of it.
+        """Reserves the most that a call can use, while the call runs.
 
+        A call that never settles its reservation is charged all of it.
         Waits for the calls under way where what they give back may make room.
 
         Raises:

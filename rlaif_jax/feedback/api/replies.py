@@ -44,7 +44,9 @@ class Reply:
 
 
 def read_reply(body: Any) -> Reply:
-    """Reads the body of a response of /chat/completions or /completions, each with its shape of log-probabilities.
+    """Reads the body of a response of /chat/completions or /completions.
+
+    Each of them has its own shape of log-probabilities.
 
     Raises:
         BadReply: the body has another shape.
@@ -99,6 +101,6 @@ def _read_tokens(logprobs: Mapping[str, Any]) -> tuple[Token, ...]:
 
 
 def _spelled(entry: Mapping[str, Any]) -> str:
-    """Returns a token's text, decoded from its bytes where they are given: the text of half a character is lost."""
+    """Returns a token's text, decoded from its bytes where the server gives them."""
     data = entry.get("bytes")
     return bytes(data).decode(errors="replace") if data else str(entry["token"])

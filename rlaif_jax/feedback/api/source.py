@@ -27,17 +27,17 @@ def against_field(field: str) -> Callable[[Record, str], Question]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ApiJudgeSource:
-    """A `FeedbackSource`: the judge's expected score of each answer, or its P(the answer beats another answer).
+    """A `FeedbackSource`: the expected score of each answer, or P(the answer beats another answer).
 
-    A call waits for its judgements; `prefetch` does not: with `train.rollout_parts` > 1 the loop hands over each part's
-    answers while the devices generate the next part, and the judge works meanwhile. The same question is never asked
-    twice, so a call finds the judgements that were prefetched. A judgement that failed is missing (`valid` is false) and
-    recorded as such in the judge's store.
+    A call waits for its judgements; `prefetch` does not: with `train.rollout_parts` > 1 the loop hands over
+    each part's answers while the devices generate the next part, and the judge works meanwhile. The same
+    question is never asked twice, so a call finds the judgements that were prefetched. A judgement that
+    failed is missing (`valid` is false) and recorded as such in the judge's store.
 
     Attributes:
         judge: the judge.
-        template: of a rating (the value is on its scale), or of a ranking whose question shows the answer first and another
-            answer second (the value is the debiased probability of both orders).
+        template: of a rating (the value is on its scale), or of a ranking whose question shows the answer
+            first and another answer second (the value is the debiased probability of both orders).
         question: from (record, answer) to the question.
     """
 

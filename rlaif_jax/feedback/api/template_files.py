@@ -1,6 +1,7 @@
 """Files of templates: the project's own readable format, and FastChat's files of judge prompts.
 
-A template file has `name: value` lines, then sections. Lines that begin with # before the first section are comments:
+A template file has `name: value` lines, then sections. Lines that begin with # before the first section are
+comments:
 
     form: ranking
     labels: A = first, B = second, C = tie
@@ -15,13 +16,13 @@ A template file has `name: value` lines, then sections. Lines that begin with # 
     [reasons]
     Give your reasons. Then end with the line "Verdict {nonce}: " and A, B or C.
 
-`[direct]` ends a question whose reply begins with a label: that label's log-probability is read. `[reasons]` ends one
-whose reply ends with the verdict. A template has one of them or both; forms in words (comment, correction) need none.
+`[direct]` ends a question whose reply begins with a label: that label's log-probability is read. `[reasons]`
+ends one whose reply ends with the verdict. A template has one of them or both; forms in words (comment,
+correction) need none.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from rlaif_jax.feedback.api.templates import (
     PLACEHOLDER_PATTERN,
     PLACEHOLDERS,
     REQUIRED_PLACEHOLDERS,
+    Form,
     Template,
     placeholders,
     unknown_placeholder,
 )
+from rlaif_jax.files import read_bytes, read_json_lines
 
 _SECTIONS = ("system", "user", "direct", "reasons")
 _FIRST = {"first": 1.0, "second": 0.0, "tie": 0.5}
@@ -49,21 +52,18 @@ _FASTCHAT = {
 
 
 def read_template(path: Path) -> Template:
-    """Reads the template in a file; FILE.jsonl#NAME is the template NAME of a FastChat file of judge prompts.
+    """Reads the template in a file; FILE.jsonl#NAME is the judge prompt NAME of a FastChat file.
 
     Raises:
         UserError: the file cannot be read, or it is no template; with file and line.
     """
     file, _, name = str(path).partition("#")
+    if Path(file).suffix == ".jsonl":
+        return _read_fastchat(file, name)
     try:
-        text = Path(file).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read the template {file}: {error.strerror or error}") from error
+        return parse_template(read_bytes(file).decode(), Path(file).stem, file)
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read the template {file}: {error}") from error
-    if Path(file).suffix == ".jsonl":
-        return _read_fastchat(text, file, name)
-    return parse_template(text, Path(file).stem, file)
 
 
 def parse_template(text: str, name: str, where: str = "") -> Template:
@@ -144,43 +144,28 @@ def _labels(text: str, form: str, where: str) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
-def _read_fastchat(text: str, where: str, name: str) -> Template:
+def _read_fastchat(file: str, name: str) -> Template:
     """Reads the judge prompt `name` of a FastChat file (types pairwise and single)."""
-    names = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}:{number}: no valid JSON ({error})") from error
-        require(
-            isinstance(entry, dict) and "name" in entry, f"{where}:{number}: a judge prompt is an object with a name"
-        )
-        names.append(entry["name"])
-        if entry["name"] != name:
-            continue
-        kind = entry.get("type")
-        require(kind in ("pairwise", "single"), f"{where}:{number}: type is {kind!r}; types are pairwise and single")
-        user = str(entry.get("prompt_template", ""))
-        for found, _ in placeholders(user, f"{where}:{number}"):
-            require(
-                found in _FASTCHAT, f"{where}:{number}: unknown placeholder {{{found}}}; known: {', '.join(_FASTCHAT)}"
-            )
-        user = PLACEHOLDER_PATTERN.sub(lambda piece: f"{{{_FASTCHAT[piece[1]]}}}" if piece[1] else piece[0], user)
-        system = re.sub(r"([{}])", r"\1\1", str(entry.get("system_prompt", "")))
-        pair = kind == "pairwise"
-        if str(entry.get("output_format")) not in ("[[A]]", "[[rating]]"):
-            raise UserError(
-                f"{where}:{number}: output_format is {entry.get('output_format')!r}; [[A]] and [[rating]] are read"
-            )
-        labels = (("A", 1.0), ("B", 0.0), ("C", 0.5)) if pair else tuple((str(i), float(i)) for i in range(1, 11))
-        return Template(
-            name=name,
-            form="ranking" if pair else "rating",
-            user=user,
-            system=system,
-            labels=labels,
-            verdict="[[{label}]]",
-        )
-    raise UserError(f"{where}: there is no judge prompt {name!r}; write FILE#NAME with one of {', '.join(names)}")
+    prompts, bad = read_json_lines(file, _fastchat_prompt)
+    require(not bad, next(iter(bad), ""))
+    names = [prompt["name"] for prompt, _ in prompts]
+    require(name in names, f"{file}: there is no judge prompt {name!r}; write FILE#NAME with one of {', '.join(names)}")
+    prompt, where = prompts[names.index(name)]
+    kind, verdict = prompt.get("type"), prompt.get("output_format")
+    require(kind in ("pairwise", "single"), f"{where}: type is {kind!r}; types are pairwise and single")
+    user = str(prompt.get("prompt_template", ""))
+    for found, _ in placeholders(user, where):
+        require(found in _FASTCHAT, f"{where}: unknown placeholder {{{found}}}; known: {', '.join(_FASTCHAT)}")
+    user = PLACEHOLDER_PATTERN.sub(lambda piece: f"{{{_FASTCHAT[piece[1]]}}}" if piece[1] else piece[0], user)
+    system = re.sub(r"([{}])", r"\1\1", str(prompt.get("system_prompt", "")))
+    require(verdict in ("[[A]]", "[[rating]]"), f"{where}: output_format is {verdict!r}; [[A]] and [[rating]] are read")
+    pair = kind == "pairwise"
+    labels = (("A", 1.0), ("B", 0.0), ("C", 0.5)) if pair else tuple((str(i), float(i)) for i in range(1, 11))
+    form: Form = "ranking" if pair else "rating"
+    return Template(name, form, user, system=system, labels=labels, verdict="[[{label}]]")
+
+
+def _fastchat_prompt(value: Any, where: str) -> tuple[dict[str, Any], str]:
+    """Returns a line of a FastChat file with its place."""
+    require(isinstance(value, dict) and "name" in value, f"{where}: a judge prompt is an object with a name")
+    return value, where

@@ -1,8 +1,8 @@
 """Questions and their wording: a template with placeholders becomes messages, and data cannot pose as a verdict.
 
-`{nonce}` is six hexadecimal digits made from the question; a writer of answers cannot know them. Text in the data that
-looks like the nonce, like a verdict or like a chat model's control token is rewritten before the judge sees it. The format
-of template files is described in `template_files`.
+`{nonce}` is six hexadecimal digits made from the question; a writer of answers cannot know them. Text in the
+data that looks like the nonce, like a verdict or like a chat model's control token is rewritten before the
+judge sees it. The format of template files is described in `template_files`.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ class Template:
         name: the template's name, for messages.
         form: the form of the judgement.
         system, user, direct, reasons: the sections.
-        labels: the choices with their values. Ranking: P(the answer shown first is better) = 1, 0 or 1/2. Rating: the score.
-        verdict: how the verdict is written at the end of the reply, with {label} (choices) or {text} (words), and perhaps
-            {nonce}; "" = the whole reply.
+        labels: the choices with their values. Ranking: P(the answer shown first is better) = 1, 0 or 1/2.
+            Rating: the score.
+        verdict: how the verdict is written at the end of the reply, with {label} (choices) or {text} (words),
+            and perhaps {nonce}; "" = the whole reply.
         principle, rubric: the texts of these placeholders where the question has none.
         max_tokens: the greatest length of a reply in words.
     """
@@ -198,8 +199,8 @@ class Template:
             ending: the section that ends the message; "" = none.
 
         Raises:
-            UserError: the question has another number of answers than the form needs, or no text for a placeholder that
-                the template uses; the message names the question.
+            UserError: the question has another number of answers than the form needs, or no text for a
+                placeholder that the template uses; the message names the question.
         """
         count = 2 if self.form == "ranking" else 1
         where = f"{question.where}: " if question.where else ""
@@ -243,7 +244,7 @@ class Template:
 
 
 def split_question(question: Question, form: Form) -> list[Question]:
-    """Splits a question: into one for every pair of the answers for a ranking, else into one for every answer."""
+    """Splits a question into one for every pair of answers (ranking) or every answer (other forms)."""
     generators = question.generators
 
     def of(indices: tuple[int, ...]) -> Question:
@@ -260,7 +261,7 @@ def split_question(question: Question, form: Form) -> list[Question]:
 
 
 def placeholders(text: str, where: str, line: int = 0) -> Iterator[tuple[str, int]]:
-    """Finds every {placeholder} of a text, as (name, number of lines before it); {{ and }} are plain braces.
+    """Finds every {placeholder} of a text, as (name, lines before it); {{ and }} are plain braces.
 
     Args:
         text: the text.

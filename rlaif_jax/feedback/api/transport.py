@@ -1,7 +1,7 @@
 """Calls of a model behind an OpenAI-compatible API: cached, limited, paid from a budget, retried.
 
-The key comes from an environment variable and goes only into the request: it is removed from every text that leaves this
-module. Needs `pip install "rlaif-jax[api]"`.
+The key comes from an environment variable and goes only into the request: it is removed from every text that
+leaves this module. Needs `pip install "rlaif-jax[api]"`.
 """
 
 from __future__ import annotations
@@ -177,7 +177,10 @@ class Transport:
         await self._on_disk(self._cache.put_capabilities, self.config.server, self.config.model, fields)
 
     async def _probe(self) -> ServerCapabilities:
-        """Asks for ever fewer log-probabilities, and for the limit of tokens by both names, until the server answers."""
+        """Asks for fewer and fewer log-probabilities until the server answers.
+
+        The greatest length of the reply is tried by both of its names.
+        """
         message = [{"role": "user", "content": "Reply with the letter A."}]
         field = "max_tokens" if self.config.token_field == "auto" else self.config.token_field
         certain = True
@@ -274,28 +277,25 @@ class Transport:
         cached = await self._on_disk(self._cache.get, request)
         if cached is not None:
             self._counts.cached += 1
-            reply = read_reply(json.loads(cached.response))
-            return ModelReply(reply, cached.time, cached.latency_s, self._cost(reply))
-        started = time.monotonic()
-        try:
-            text = await self._with_retries(body)
-        except CallFailed as failed:
-            if labels and failed.status in (400, 422, 501):
-                self._capabilities = dataclasses.replace(capabilities, constrains=False)
-                await self._remember(self._capabilities)
-            raise
-        reply = read_reply(json.loads(text))
-        answer = ModelReply(reply, time.time(), time.monotonic() - started, self._cost(reply))
-        if not reply.refusal:
-            await self._on_disk(self._cache.put, request, CachedReply(text, answer.time, answer.latency_s))
-        return answer
+        else:
+            started = time.monotonic()
+            try:
+                text = await self._with_retries(body)
+            except CallFailed as failed:
+                if labels and failed.status in (400, 422, 501):
+                    self._capabilities = dataclasses.replace(capabilities, constrains=False)
+                    await self._remember(self._capabilities)
+                raise
+            cached = CachedReply(text, time.time(), time.monotonic() - started)
+            if not read_reply(json.loads(text)).refusal:
+                await self._on_disk(self._cache.put, request, cached)
+        reply = read_reply(json.loads(cached.response))
+        cost = self._price(reply.prompt_tokens or 0, reply.completion_tokens or 0)
+        return ModelReply(reply, cached.time, cached.latency_s, cost)
 
     def _price(self, prompt: int, completion: int) -> float:
         config = self.config
         return (prompt * config.usd_per_million_prompt + completion * config.usd_per_million_completion) / 1e6
-
-    def _cost(self, reply: Reply) -> float:
-        return self._price(reply.prompt_tokens or 0, reply.completion_tokens or 0)
 
     async def _with_retries(self, body: dict[str, Any]) -> str:
         """Returns the text of a good response, after as many attempts as are needed and allowed."""
@@ -323,8 +323,8 @@ class Transport:
     async def _attempt(self, body: dict[str, Any]) -> str:
         """Sends one request within all limits and returns the text of a good response.
 
-        The budget is charged the usage in the response; nothing for an error of the server; the most that the call can
-        have used where nobody knows (a time-out, a cut response).
+        The budget is charged the usage in the response; nothing for an error of the server; the most that the
+        call can have used where nobody knows (a time-out, a cut response).
         """
         completion = body.get("max_tokens") or body["max_completion_tokens"]
         # A token is at least one byte of the text, so this is the most that a prompt can be.
@@ -372,7 +372,10 @@ class Transport:
             return text
 
     async def _wait_as_asked(self) -> None:
-        """Waits until the server's Retry-After is over; CallFailed if that is too long, or if no call can succeed."""
+        """Waits until the server's Retry-After is over.
+
+        Raises CallFailed where that is too long, or where no call can succeed.
+        """
         if self._fatal is not None:
             raise self._fatal
         while (pause := self._not_before - time.monotonic()) > 0:

@@ -1,7 +1,7 @@
 """Verdicts: a judge's reply is parsed as a verdict, a verdict becomes a judgement, two judgements a preference.
 
-A label is read from its log-probability where the server gives it, and from the words elsewhere. Two judgements of a pair,
-one in each order, make a preference without position bias (Lee 2023, section 2.2).
+A label is read from its log-probability where the server gives it, and from the words elsewhere. Two
+judgements of a pair, one in each order, make a preference without position bias (Lee 2023, section 2.2).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def choice_distribution(
 ) -> tuple[Distribution, float]:
     """Computes the distribution over labels from the most probable tokens at the verdict's place.
 
-    A label's variants ("A", " A", and "Ye" where only "Yes" begins so) are summed. A label that is not among the tokens
-    has at most the smallest probability shown and at most the probability left over (1e-7 where rounding leaves less): it
-    gets this bound, shared among such labels, not 0. (Servers add the `sampled` token to the most probable ones, so its
-    probability is no such bound.)
+    A label's variants ("A", " A", and "Ye" where only "Yes" begins so) are summed. A label that is not among
+    the tokens has at most the smallest probability shown and at most the probability left over (1e-7 where
+    rounding leaves less): it gets this bound, shared among such labels, not 0. (Servers add the `sampled`
+    token to the most probable ones, so its probability is no such bound.)
 
     Args:
         top: the most probable tokens, (text, log-probability in nats).
@@ -49,7 +49,8 @@ def choice_distribution(
         sampled: the text of the token that was sampled.
 
     Returns:
-        P(label) over `labels`, renormalised, () where no label was shown; and the probability of all shown labels together.
+        P(label) over `labels`, renormalised, () where no label was shown; and the probability of all shown
+        labels together.
     """
     shown = [math.exp(min(logprob, 0.0)) for _, logprob in top]
     found = dict.fromkeys(labels, 0.0)
@@ -99,10 +100,10 @@ def read_verdict(
         reply: the judge's reply.
         template: the template that the judge was asked with.
         rendered: the question as the judge saw it.
-        direct: whether the reply should begin with the label. If not, the *last* verdict in the reply counts, and its
-            probabilities are those at its token.
-        min_mass: the labels need this probability together. With less, a direct label is missing (`abstained`, with the
-            mass), and a verdict after reasons has no probabilities.
+        direct: whether the reply should begin with the label. If not, the *last* verdict in the reply counts,
+            and its probabilities are those at its token.
+        min_mass: the labels need this probability together. With less, a direct label is missing
+            (`abstained`, with the mass), and a verdict after reasons has no probabilities.
     """
     if reply.refusal:
         return ParsedVerdict("refused")
@@ -130,7 +131,7 @@ def read_verdict(
 
 
 def _token_at(reply: Reply, position: int) -> Token | None:
-    """Returns the token that holds the character `position` of the reply; None if the tokens do not spell the reply."""
+    """Returns the token that holds the character `position`; None if the tokens do not spell the reply."""
     joined = "".join(token.text for token in reply.tokens)
     end = joined.rfind(reply.text)
     if not reply.text or end < 0:
@@ -196,8 +197,8 @@ def make_judgement(
 ) -> Judgement:
     """Builds the record of one verdict, also of a missing one.
 
-    The `probability` of a ranking is P(answers[0] is better) whatever the order shown, and None for a verdict in words; its
-    `probabilities` are over the template's labels, of the answers as shown.
+    The `probability` of a ranking is P(answers[0] is better) in either order, and None for a verdict
+    in words; its `probabilities` are over the template's labels, of the answers as shown.
 
     Args:
         question: the question that was asked.
@@ -246,8 +247,8 @@ class Preference(NamedTuple):
 
     Attributes:
         probability: P(answers[0] is better) without position bias.
-        bias: (logit p12 + logit p21) / 2 of P(the answer shown first is better), above 0 where the judge prefers the first
-            place; None where a verdict was in words.
+        bias: (logit p12 + logit p21) / 2 of P(the answer shown first is better), above 0 where the judge
+            prefers the first place; None where a verdict was in words.
         consistent: whether both orders prefer the same answer, or both are ties.
     """
 
@@ -262,7 +263,8 @@ def preference(judgements: Iterable[Judgement], *, debias: Debias = "logit") -> 
     Several judgements in an order are averaged first. With p12 and p21 = P(the answer shown first is better):
 
     - logit: sigmoid((logit p12 - logit p21) / 2); a bias that is additive in the log-odds cancels exactly.
-    - mean: (p12 + 1 - p21) / 2 (Lee 2023, section 2.2); also used for verdicts in words, which are 1, 0 or 1/2.
+    - mean: (p12 + 1 - p21) / 2 (Lee 2023, section 2.2); also used for verdicts in words, which are 1, 0 or
+      1/2.
 
     Raises:
         UserError: a judgement is not a ranking of two answers.

@@ -150,7 +150,7 @@ class Constitution:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The lowest and the highest reward: every wanted formula false and every unwanted one true, and the reverse."""
+        """The lowest and the highest possible reward, which depend on the signs of the weights."""
         weights = [formula.weight for formula in self.formulas]
         return sum(min(w, 0.0) for w in weights), sum(max(w, 0.0) for w in weights)
 
@@ -168,9 +168,10 @@ def load_constitution(path: Path) -> Constitution:
     The modules that its predicates name are imported: read only files that you would run.
 
     Raises:
-        UserError: with file and line: no valid TOML, an unknown section or field, a field that is missing or of the
-            wrong kind, a name used twice, a pattern that is no regular expression, a predicate that cannot be imported,
-            a formula that cannot be read or names an unknown rule, bounds that no measure can meet.
+        UserError: with file and line: no valid TOML, an unknown section or field, a field that is missing or
+            of the wrong kind, a name used twice, a pattern that is no regular expression, a predicate that
+            cannot be imported, a formula that cannot be read or names an unknown rule, bounds that no measure
+            can meet.
     """
     text, entries = read_entries(Path(path), SECTIONS)
     top = entries[0]
@@ -379,7 +380,8 @@ def constitution_rewards(
 class ConstitutionSource:
     """A constitution's rules and formulas as a feedback source.
 
-    The reward of an answer is missing where no formula can be evaluated. Each problem of a rule is a RuntimeWarning.
+    The reward of an answer is missing where no formula can be evaluated. Each problem of a rule is a
+    RuntimeWarning.
 
     Attributes:
         constitution: the rules and formulas.

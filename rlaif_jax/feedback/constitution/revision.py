@@ -1,7 +1,8 @@
 """Critique and revision under sampled principles: a writer corrects itself (Constitutional AI, Bai 2022, section 3.1).
 
-An answer is criticised by a principle that is drawn at random, then revised by the critique; the revision is criticised in
-the next round. The prompt and the last revision are a supervised pair; every round is a correction like one by a person.
+An answer is criticised by a principle that is drawn at random, then revised by the critique; the revision is
+criticised in the next round. The prompt and the last revision are a supervised pair; every round is a
+correction like one by a person.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.constitution.constitution import ConstitutionPrinciple
-from rlaif_jax.feedback.judges.batching import in_batches
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.records.forms import Correction, Rater
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import SamplingConfig
@@ -48,7 +49,8 @@ class Revised:
     Attributes:
         prompt: the prompt.
         answers: the first answer and each revision.
-        corrections: one record a round, with the status `error` where the writer gave no critique or no revision.
+        corrections: one record a round, with the status `error` where the writer gave no critique or no
+            revision.
     """
 
     prompt: str
@@ -72,7 +74,8 @@ def draw_principle(
 ) -> ConstitutionPrinciple:
     """Draws a principle by its weight.
 
-    The draw depends on the seed, the round, the prompt and the answer alone, not on other answers of the batch.
+    The draw depends on the seed, the round, the prompt and the answer alone, not on other answers of the
+    batch.
 
     Args:
         principles: the principles to draw from.
@@ -107,8 +110,8 @@ def critique_revision(
 ) -> list[Revised]:
     """Criticises and revises each of B answers `rounds` times (Bai 2022 took 4).
 
-    A round without a critique or a revision is recorded and leaves the answer as it was; the next round goes on from this
-    answer by another principle.
+    A round without a critique or a revision is recorded and leaves the answer as it was; the next round goes
+    on from this answer by another principle.
 
     Args:
         write: is called twice a round with a text for every answer that can be continued.
@@ -169,13 +172,15 @@ def _written(write: Writer, texts: Sequence[str]) -> list[str | None]:
 class LanguageModelWriter:
     """A language model on these devices as a writer: it continues each text.
 
-    A text gets the same continuation whatever else is in the batch; another `seed` gives another continuation.
+    A text gets the same continuation in any batch; another `seed` gives another
+    continuation.
 
     Attributes:
         model, params, tokenizer: the language model's own.
         runner: runs the compiled function on all devices.
         sampling: how continuations are sampled.
-        prompt_length: the greatest length of a text in tokens, BOS included; a longer text gets no continuation.
+        prompt_length: the greatest length of a text in tokens, BOS included; a longer text gets no
+            continuation.
         batch_size: texts of one compiled call.
         seed: the seed of the sampling.
     """
@@ -197,10 +202,7 @@ class LanguageModelWriter:
             f"writer.prompt_length ({self.prompt_length}) + sampling.max_new_tokens ({self.sampling.max_new_tokens}) = "
             f"{longest} is more than the model can read: {self.model.config.context_length} tokens",
         )
-        require(
-            self.batch_size >= 1 and self.batch_size % self.runner.devices == 0,
-            f"writer.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
-        )
+        check_batch_size("writer", self.batch_size, self.runner)
 
     @cached_property
     def _generate(self) -> Any:

@@ -1,7 +1,7 @@
 """Records of a constitution's rules in every form of feedback: ratings, rankings, comments, corrections.
 
-The rater of the records has the source "rule" and is named after the constitution; the same texts give the same records.
-Where the rules give no judgement, the record has the status `abstained`.
+The rater of the records has the source "rule" and is named after the constitution; the same texts give the
+same records. Where the rules give no judgement, the record has the status `abstained`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SAME = 1e-6  # rewards and degrees of truth closer than this are equal
 
 
 def rule_rater(constitution: Constitution) -> Rater:
-    """Returns the rater that judges by this constitution; its `prompt_hash` identifies the wording of the file."""
+    """Returns the rater of a constitution; its `prompt_hash` identifies the wording of the file."""
     return Rater(f"rule/{constitution.name}", "rule", prompt_hash=constitution.hash)
 
 
 def rule_ratings(
     constitution: Constitution, prompts: Sequence[str], answers: Sequence[str], encoder: Encoder | None = None
 ) -> list[Rating]:
-    """Rates each of B answers by its reward, on the scale from the worst to the best that the formulas allow."""
+    """Rates each of B answers by its reward, on the scale of the constitution."""
     (values, valid), _ = _rewards(constitution, evaluate_rules(constitution, prompts, answers, encoder))
     low, high = constitution.scale
     rater = rule_rater(constitution)
@@ -54,8 +54,8 @@ def rule_rankings(
 ) -> list[Ranking]:
     """Ranks the answers to each of B prompts by their rewards.
 
-    Equal rewards share a place, an answer whose reward is missing has no place, and a ranking with fewer than two places is
-    `abstained`.
+    Equal rewards share a place, an answer whose reward is missing has no place, and a ranking with fewer than
+    two places is `abstained`.
 
     Raises:
         UserError: a prompt with fewer than two answers.
@@ -80,7 +80,7 @@ def rule_rankings(
 
 
 def _ranks(values: np.ndarray, valid: np.ndarray) -> tuple[int | None, ...]:
-    """Returns the place of each answer: 1 + the number of answers that are clearly better; None where not valid."""
+    """Returns 1 + the number of clearly better answers for each answer; None where not valid."""
     better = values[None, :] > values[:, None] + SAME
     return tuple(1 + int(np.sum(row & valid)) if ok else None for row, ok in zip(better, valid))
 
@@ -90,8 +90,9 @@ def rule_comments(
 ) -> list[Comment]:
     """Comments on each of B answers by each of F formulas, B x F comments in all.
 
-    The comment is the formula's praise where the answer is right by it (the formula is true by more than a half, or false
-    where its weight is negative), else its blame. The formula's name is the comment's aspect and principle.
+    The comment is the formula's praise where the answer is right by it (the formula is true by more than a
+    half, or false where its weight is negative), else its blame. The formula's name is the comment's aspect
+    and principle.
     """
     _, (truths, valid) = _rewards(constitution, evaluate_rules(constitution, prompts, answers, encoder))
     rater = rule_rater(constitution)
@@ -120,11 +121,11 @@ def rule_corrections(
 ) -> list[Correction]:
     """Marks the spans of each of B answers that words and patterns match, with their effect on the reward.
 
-    A span's value is the reward with its rule true minus the reward with its rule false, all other rules as they are:
-    negative where the match is a fault, positive where the match is wanted. A match of a rule that `at_most` bounds is a
-    fault only if the answer has too many matches. An answer is edited where every fault has a `replace`. An answer without
-    a fault is left unchanged if its reward is the best possible; otherwise the rules cannot locate the fault, and the
-    correction is `abstained`.
+    A span's value is the reward with its rule true minus the reward with its rule false, all other rules as
+    they are: negative where the match is a fault, positive where the match is wanted. A match of a rule that
+    `at_most` bounds is a fault only if the answer has too many matches. An answer is edited where every fault
+    has a `replace`. An answer without a fault is left unchanged if its reward is the best possible; otherwise
+    the rules cannot locate the fault, and the correction is `abstained`.
     """
     rule_values = evaluate_rules(constitution, prompts, answers, encoder)
     (rewards, valid), _ = _rewards(constitution, rule_values)
@@ -161,14 +162,14 @@ def rule_corrections(
 
 
 def _match_effect(rule: Rule, matches: int) -> int:
-    """Returns 1 where a match helps the rule to be true, -1 where it keeps the rule from being true, else 0."""
+    """Returns 1 where a match helps the rule to be true, -1 where it prevents that, else 0."""
     if rule.at_most is not None and matches > rule.at_most:
         return -1
     return int(rule.at_least is not None)
 
 
 def _replaced(text: str, faults: Sequence[tuple[Span, Rule]]) -> str:
-    """Replaces every fault, in order, by its rule's `replace`; a fault that overlaps the one before is skipped."""
+    """Replaces every fault by its rule's `replace`; a fault that overlaps an earlier fault is skipped."""
     parts, end = [], 0
     for span, rule in faults:
         if span.start >= end:
@@ -186,7 +187,10 @@ def _rewards(
 
 
 def _rule_effects(constitution: Constitution, rule_values: RuleValues) -> np.ndarray:
-    """Computes [B, P]: the reward with one rule true minus the reward with it false; 0 where one of them is missing."""
+    """Computes the reward with each rule true minus the reward with it false, [B, P].
+
+    The difference is 0 where a reward is missing.
+    """
     count = len(constitution.rules)
     one = np.eye(count, dtype=bool)[:, None, :]
     known = rule_values.valid[None] | one

@@ -1,8 +1,8 @@
 """Symbolic rules of a constitution: a rule measures a text and maps the measure to a value in [0, 1].
 
-The texts are written by a model that learns to earn rewards, so no text may make a rule hang or fail. Patterns read the
-first `MAX_CHARACTERS` of a text and stop after `TIMEOUT_S` seconds; words, sentences and lines are counted in linear time. A
-measure that failed is None, with a sentence that says why; it is never 0.
+The texts are written by a model that learns to earn rewards, so no text may make a rule hang or fail.
+Patterns read the first `MAX_CHARACTERS` of a text and stop after `TIMEOUT_S` seconds; words, sentences and
+lines are counted in linear time. A measure that failed is None, with a sentence that says why; it is never 0.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """How often a regular expression occurs, in the dialect of the `regex` package (that of `re`, and more)."""
+    """The number of matches of a regular expression, in the dialect of the `regex` package."""
 
     pattern: str
     ignore_case: bool = False
@@ -89,8 +89,8 @@ class Length:
     """The length of a text.
 
     Attributes:
-        unit: characters; words, separated by blanks; sentences, which end in . ! or ? before a blank or the end
-            (abbreviations count, too); lines that are not blank; or paragraphs, separated by blank lines.
+        unit: characters; words, separated by blanks; sentences, which end in . ! or ? before a blank or the
+            end (abbreviations count, too); lines that are not blank; or paragraphs, separated by blank lines.
     """
 
     unit: Unit
@@ -143,7 +143,7 @@ class Predicate:
 
 @dataclasses.dataclass(frozen=True)
 class Exemplar:
-    """The similarity of a text with `text`: the cosine in [-1, 1] of their embeddings under the caller's encoder."""
+    """The cosine of a text's and the exemplar's embeddings under the caller's encoder, in [-1, 1]."""
 
     text: str
 
@@ -162,9 +162,10 @@ class Rule:
         name: the rule's name in formulas.
         measure: what is measured.
         of: whether the answer or the prompt is measured (a predicate function sees both).
-        at_least, at_most: the bounds of the measure, both included; None = no bound. Without both, a predicate function's
-            number is the rule's value, and must lie in [0, 1].
-        soft: the distance from the bounds, in the measure's unit, at which the value has fallen linearly from 1 to 0.
+        at_least, at_most: the bounds of the measure, both included; None = no bound. Without both, a
+            predicate function's number is the rule's value, and must lie in [0, 1].
+        soft: the distance from the bounds, in the measure's unit, at which the value has fallen linearly from
+            1 to 0.
         replace: the text for the place of a match that is a fault; None = not known.
         line: the line of its [[rule]] in the file.
     """

@@ -1,7 +1,8 @@
 """A TOML file of `[[section]]` entries, read so that every value knows its line.
 
-The standard library's parser gives values without lines. However, no TOML statement ends inside another one, so the file is
-cut into statements (the shortest runs of lines that parse by themselves), and each statement has the line of its beginning.
+The standard library's parser gives values without lines. However, no TOML statement ends inside another one,
+so the file is cut into statements (the shortest runs of lines that parse by themselves), and each statement
+has the line of its beginning.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from rlaif_jax.files import read_bytes
 class TomlEntry:
     """The fields of one `[[section]]`, or of the top of the file, each with its line.
 
-    The methods `text`, `choice`, `texts`, `number` and `flag` read a field and raise UserError, with file and line, where
-    it is missing or of another kind; `done` raises UserError for a field that none of them has read.
+    The methods `text`, `choice`, `texts`, `number` and `flag` read a field and raise UserError, with file and
+    line, where it is missing or of another kind; `done` raises UserError for a field that none of them has
+    read.
 
     Attributes:
         path: the file.
@@ -114,7 +116,7 @@ class TomlEntry:
 
 
 def read_entries(path: Path, sections: Sequence[str]) -> tuple[str, list[TomlEntry]]:
-    """Reads a file; returns (its text, its entries in order: the top of the file, then every `[[section]]`).
+    """Reads a file; returns (its text, its entries: the top of the file, then every `[[section]]`).
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, is empty, is no TOML, or has another section.
@@ -136,7 +138,7 @@ def read_entries(path: Path, sections: Sequence[str]) -> tuple[str, list[TomlEnt
             require(found is not None, f"{path}:{line}: write [[{name}]], with two brackets: there may be several")
             entries.append(TomlEntry(path, name, line, {}))
         else:
-            entries[-1].values |= {name: (value, line) for name, value in parsed.items()}
+            entries[-1].values |= {name: (value, line) for name, value in (parsed or {}).items()}
     require(len(entries) > 1 or bool(entries[0].values), f"{path}:1: the file is empty: expected {expected}")
     return text, entries
 
@@ -147,23 +149,20 @@ def _check_syntax(path: Path, text: str) -> None:
         tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         message = str(error)
-        place = re.search(r" \(at line (\d+), column (\d+)\)$", message)
-        if place:
+        if place := re.search(r" \(at line (\d+), column (\d+)\)$", message):
             message = message[: place.start()]
             raise UserError(f"{path}:{place[1]}: no valid TOML at column {place[2]}: {message}") from error
-        # A string or an array is never closed: it begins where the last whole statement ended.
-        lines = text.split("\n")
-        starts = [line + statement.count("\n") + 1 for line, statement, _ in _statements(text)]
-        start = starts[-1] if starts else 1
-        while start < len(lines) and not lines[start - 1].strip():
-            start += 1
-        raise UserError(f"{path}:{start}: no valid TOML: {message.removesuffix(' (at end of document)')}") from error
+        line = next((line for line, _, parsed in _statements(text) if parsed is None), 1)
+        raise UserError(f"{path}:{line}: no valid TOML: {message.removesuffix(' (at end of document)')}") from error
     except RecursionError as error:
         raise UserError(f"{path}:1: no valid TOML: nested too deeply") from error
 
 
-def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yields (first line, text, values) of every statement; blank lines and comments are not statements."""
+def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+    """Yields (first line, text, values) of every statement; blank lines and comments are not statements.
+
+    Where a string or an array is never closed, the rest of the text is the last statement, with None as values.
+    """
     lines: list[str] = []
     first = 1
     for number, line in enumerate(text.split("\n"), 1):
@@ -178,3 +177,5 @@ def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
         lines = []
         if parsed or statement.lstrip().startswith("["):
             yield first, statement.strip(), parsed
+    if lines:
+        yield first, "\n".join(lines), None

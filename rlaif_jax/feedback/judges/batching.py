@@ -9,20 +9,32 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from rlaif_jax.config import require
+from rlaif_jax.parallel import Runner
+
 B = TypeVar("B")
 T = TypeVar("T")
+
+
+def check_batch_size(name: str, size: int, runner: Runner) -> None:
+    """Raises UserError, with `name` as the name of the setting's owner, unless a batch can be split over the devices."""
+    require(
+        size >= 1 and size % runner.devices == 0,
+        f"{name}.batch_size ({size}) must be a multiple of the {runner.devices} devices",
+    )
 
 
 def in_batches(fn: Callable[[B], T], rows: B, size: int) -> T:
     """Applies a compiled function to N rows, `size` rows at a time, so that it is compiled for one shape.
 
-    The last batch is filled up with copies of the first row, and the results of the copies are dropped. All batches are
-    dispatched before the first result is fetched, so the devices never wait for the host.
+    The last batch is filled up with copies of the first row, and the results of the copies are dropped. All
+    batches are dispatched before the first result is fetched, so the devices never wait for the host.
 
     Args:
-        fn: a function of a batch, a pytree of arrays [size, ...]; it returns a pytree of arrays [size, ...] in which a
-            row depends on the same row of the batch alone.
-        rows: a pytree of host arrays [N, ...]. Where N is 0, `fn` is called with one batch of zeros for its shapes.
+        fn: a function of a batch, a pytree of arrays [size, ...]; it returns a pytree of arrays [size, ...]
+            in which a row depends on the same row of the batch alone.
+        rows: a pytree of host arrays [N, ...]. Where N is 0, `fn` is called with one batch of zeros for its
+            shapes.
         size: the number of rows of a batch, a multiple of the number of devices.
 
     Returns:

@@ -1,7 +1,7 @@
 """Text encoders and cosine similarities.
 
-An encoder is any function from texts to vectors; `HiddenStateEncoder` makes an encoder of a language model. A row that
-holds a NaN, or zeros only, means that the text has no vector: its similarities are missing.
+An encoder is any function from texts to vectors; `HiddenStateEncoder` makes an encoder of a language model. A
+row that holds a NaN, or zeros only, means that the text has no vector: its similarities are missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.feedback.judges.batching import in_batches
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params
@@ -27,7 +27,7 @@ Encoder: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # B texts -> [B, D] 
 
 
 def similarities(encoder: Encoder, exemplar: str, texts: Sequence[str]) -> list[float | None]:
-    """Computes the cosine in [-1, 1] of each text's vector with the exemplar's; None where either has no vector.
+    """Computes the cosine of each text's vector with the exemplar's; None where a vector is missing.
 
     Raises:
         UserError: the encoder did not return one vector for each text.
@@ -47,7 +47,10 @@ def similarities(encoder: Encoder, exemplar: str, texts: Sequence[str]) -> list[
 def mean_hidden(
     model: LanguageModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
 ) -> jax.Array:
-    """Computes the mean hidden state [B, D] float32 over the real tokens of (tokens, mask) [B, S]; zeros without any."""
+    """Computes the mean hidden state [B, D] float32 over the real tokens of (tokens, mask) [B, S].
+
+    A row without real tokens becomes zeros.
+    """
     del axis_name
     tokens, mask = batch
     hidden = model.hidden(params, tokens, mask).astype(jnp.float32)
@@ -59,8 +62,8 @@ def mean_hidden(
 class HiddenStateEncoder:
     """An encoder: the mean hidden state of a language model over a text's tokens, minus `centre`.
 
-    Hidden states of a language model share a large common direction, which makes any two texts look alike: `centred`
-    removes this direction.
+    Hidden states of a language model share a large common direction, which makes any two texts look alike:
+    `centred` removes this direction.
 
     Attributes:
         model, params, tokenizer: the language model's own.
@@ -84,17 +87,11 @@ class HiddenStateEncoder:
             1 <= self.max_tokens <= self.model.config.context_length,
             f"encoder.max_tokens is {self.max_tokens}; the model reads 1 to {self.model.config.context_length}",
         )
-        require(
-            self.batch_size >= 1 and self.batch_size % self.runner.devices == 0,
-            f"encoder.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
-        )
+        check_batch_size("encoder", self.batch_size, self.runner)
 
     @cached_property
     def _encode(self) -> Any:
-        def run(params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None) -> jax.Array:
-            return mean_hidden(self.model, params, batch, axis_name=axis_name)
-
-        return self.runner.map(run)
+        return self.runner.map(partial(mean_hidden, self.model))
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Encodes B texts as [B, D] float32; NaN where a text has no tokens."""
@@ -105,7 +102,9 @@ class HiddenStateEncoder:
         return np.where(np.asarray(mask.any(-1))[:, None], vectors, np.nan)
 
     def centred(self, texts: Sequence[str]) -> HiddenStateEncoder:
-        """Returns this encoder with the mean vector of `texts` (such as the reference policy's answers) as centre.
+        """Returns this encoder with the mean vector of `texts` as its centre.
+
+        The reference policy's answers are good texts for this.
 
         Raises:
             UserError: no text has a token.

@@ -1,11 +1,11 @@
 """A language model as judge, on the same devices as the policy: one batched prefill for each question.
 
-A judge reads *text*: the policy's tokens are decoded and tokenized again with the judge's own tokenizer, so any pair of
-vocabularies works. A comparison is asked in both orders and averaged (Lee 2023, section 2.2): a position bias that is
-additive in the probability cancels; a bias in the log-odds keeps the sign of the verdict. A direct score is the
-expectation over the score tokens (d-RLAIF), after the judge's own reasons where the judge writes some. A question that
-the judge cannot answer (too long for its context, or nearly no probability on the choice tokens) is *missing*: it is
-masked and counted, and it never becomes a score.
+A judge reads *text*: the policy's tokens are decoded and tokenized again with the judge's own tokenizer, so
+any pair of vocabularies works. A comparison is asked in both orders and averaged (Lee 2023, section 2.2): a
+position bias that is additive in the probability cancels; a bias in the log-odds keeps the sign of the
+verdict. A direct score is the expectation over the score tokens (d-RLAIF), after the judge's own reasons
+where the judge writes some. A question that the judge cannot answer (too long for its context, or nearly no
+probability on the choice tokens) is *missing*: it is masked and counted, and it never becomes a score.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.feedback.judges.batching import in_batches
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import SamplingConfig
@@ -38,8 +38,10 @@ class Comparison(NamedTuple):
 
     Attributes:
         probability: P(first answer is better), the mean of both orders, [B]; 0.5 where not valid.
-        forward: P(the answer shown first is better) with the first answer shown first, [B]; 0.5 where not valid.
-        swapped: P(the answer shown first is better) with the second answer shown first, [B]; 0.5 where not valid.
+        forward: P(the answer shown first is better) with the first answer shown first, [B]; 0.5 where not
+            valid.
+        swapped: P(the answer shown first is better) with the second answer shown first, [B]; 0.5 where not
+            valid.
         valid: whether both orders were answered, [B] bool.
     """
 
@@ -64,10 +66,10 @@ class Scores(NamedTuple):
 
 
 def preference_from_scores(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """Returns P(first answer is better) [B] from two answers' score distributions, and where both are valid [B].
+    """Computes P(first answer is better) [B] from two score distributions, and where both are valid [B].
 
-    The probability is P(s1 > s2) + P(s1 = s2) / 2 with independent scores, and 0.5 where not valid. Each answer was judged
-    alone, so no position bias arises. The scale must be in rising order.
+    The probability is P(s1 > s2) + P(s1 = s2) / 2 with independent scores, and 0.5 where not valid. Each
+    answer was judged alone, so no position bias arises. The scale must be in rising order.
     """
     p1, p2 = first.probabilities, second.probabilities
     below = np.cumsum(p2, axis=-1) - p2  # P(s2 < s1), score by score
@@ -76,7 +78,7 @@ def preference_from_scores(first: Scores, second: Scores) -> tuple[np.ndarray, n
 
 
 def weights_hash(params: Params) -> str:
-    """Returns the SHA-256 of the names, shapes and bytes of all parameters: it identifies a judge in the records."""
+    """Hashes the names, shapes and bytes of all parameters (SHA-256), to identify a judge in records."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
@@ -103,7 +105,8 @@ def choice_probabilities(
         axis_name: the device axis under pmap; unused, because rows are independent.
 
     Returns:
-        `choices` [B, C], the probabilities of the choices among themselves, and `mass` [B], their sum before that.
+        `choices` [B, C], the probabilities of the choices among themselves, and `mass` [B], their sum before
+        that.
     """
     del axis_name
     hidden = model.hidden(params, batch["tokens"], batch["mask"])[:, -1]
@@ -137,8 +140,8 @@ class LanguageModelJudge:
         score_prompt: from (prompt, answer) to the text that ends right before the score.
         verdicts: the tokens for "the first is better" and "the second is better".
         scale: the score tokens with their numbers.
-        reasoning: how the judge writes reasons, greedily, before its score (chain of thought, Lee 2023, section 2.1.3);
-            None = it scores at once.
+        reasoning: how the judge writes reasons, greedily, before its score (chain of thought, Lee 2023,
+            section 2.1.3); None = it scores at once.
         batch_size: questions of one compiled call.
         max_length: tokens of a question at most; None = the model's context.
         debias: how the two orders of a comparison become one probability (`rewards.rankings.both_orders`).
@@ -161,10 +164,7 @@ class LanguageModelJudge:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.config.vocab_size, "the judge")
-        require(
-            self.batch_size % self.runner.devices == 0,
-            f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
-        )
+        check_batch_size("judge", self.batch_size, self.runner)
         length = self._length
         require(
             length <= self.model.config.context_length,
@@ -198,10 +198,7 @@ class LanguageModelJudge:
         if len(set(ids)) < len(ids):
             raise UserError(f"the judge's tokenizer does not tell the choices {', '.join(tokens)} apart")
 
-        def run(params: Params, batch: dict[str, jax.Array], *, axis_name: str | None = None) -> dict[str, jax.Array]:
-            return choice_probabilities(self.model, ids, params, batch, axis_name=axis_name)
-
-        return self.runner.map(run)
+        return self.runner.map(partial(choice_probabilities, self.model, ids))
 
     @cached_property
     def _reason(self) -> Any:
@@ -223,7 +220,7 @@ class LanguageModelJudge:
         return self.runner.map(run)
 
     def reasons(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        """Returns the judge's written reasons for each answer [B], and whether each text of reasons was ended [B]."""
+        """Returns the judge's written reasons for each answer [B], and whether they came to an end [B]."""
         assert self.reasoning is not None
         texts = [self.reasoning.prompt(p, a) for p, a in zip(prompts, answers)]
         rows, fits = self._rows(texts, self._length - self.reasoning.max_tokens - 1)
@@ -231,7 +228,10 @@ class LanguageModelJudge:
         return answer_texts(rollout, self.tokenizer), fits & np.asarray(rollout.finished)
 
     def _rows(self, texts: Sequence[str], length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns the texts left padded to `length`, and which of them [B] fit; the others become one padding token."""
+        """Returns the texts left padded to `length`, and whether each text fits [B].
+
+        A text that does not fit becomes one padding token.
+        """
         ids = [self.tokenizer.encode(text) for text in texts]
         fits = np.array([0 < len(sequence) <= length for sequence in ids], bool)
         shown = [sequence if ok else [self.tokenizer.pad_id] for sequence, ok in zip(ids, fits)]
@@ -248,7 +248,8 @@ class LanguageModelJudge:
     def compare(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Comparison:
         """Compares two answers [B] to each prompt in both orders.
 
-        P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2, or by log-odds: `debias`.
+        P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2, or by log-odds:
+        `debias`.
         """
         count = len(prompts)
         texts = [self.pairwise_prompt(p, a, b) for p, a, b in zip(prompts, first, second)]
@@ -281,7 +282,7 @@ class LanguageModelJudge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DirectScoreSource:
-    """Direct RLAIF as a feedback source: an answer's value is its expected score (Lee 2023, section 2.2.2)."""
+    """Direct RLAIF: an answer's value is its expected score by a judge (Lee 2023, section 2.2.2)."""
 
     judge: LanguageModelJudge
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -29,7 +29,10 @@ def score_sequences(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardModelSource:
-    """A reward model with the policy's tokenizer as a feedback source: it reads the rollout's tokens on the devices."""
+    """A reward model with the policy's tokenizer as a feedback source.
+
+    It reads the rollout's tokens, which stay on the devices.
+    """
 
     model: ScalarModel
     params: Params
@@ -42,10 +45,7 @@ class RewardModelSource:
 
     @cached_property
     def _score(self) -> Any:
-        def run(params: Params, batch: Any, *, axis_name: str | None = None) -> jax.Array:
-            return score_sequences(self.model, params, batch, axis_name=axis_name)
-
-        return self.runner.map(run)
+        return self.runner.map(partial(score_sequences, self.model))
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)

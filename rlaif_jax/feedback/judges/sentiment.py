@@ -1,11 +1,11 @@
 """A sentiment judge, trained on labelled texts: a source of feedback, and the reader of comments.
 
-The judge learns from any labelled texts (`Sentences`): sentences marked positive or negative, comments with a score (soft
-labels), and texts with a label for each of several aspects.
+The judge learns from any labelled texts (`Sentences`): sentences marked positive or negative, comments with a
+score (soft labels), and texts with a label for each of several aspects.
 
-The judge reads *text* with its own vocabulary, learned from its sentences: the policy's tokens are decoded and split into
-words again, so any policy fits. It returns the log-odds of "positive"; a text without a known word is *missing*, not
-neutral.
+The judge reads *text* with its own vocabulary, learned from its sentences: the policy's tokens are decoded
+and split into words again, so any policy fits. It returns the log-odds of "positive"; a text without a known
+word is *missing*, not neutral.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
-from rlaif_jax.feedback.judges.batching import in_batches
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.judges.language_model import weights_hash
 from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.files import read_bytes
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
 from rlaif_jax.types import INIT, Metrics, Params, Rollout, step_key
@@ -53,8 +54,8 @@ class Sentences:
 
     Attributes:
         texts: the n texts.
-        labels: how positive each text is, [n] in 0..1 or bool; a score on a scale becomes (score - low) / (high - low).
-            [n, A] for a label in each of A aspects.
+        labels: how positive each text is, [n] in 0..1 or bool; a score on a scale becomes (score - low) /
+            (high - low). [n, A] for a label in each of A aspects.
         weights: how much each label counts, shaped as `labels`; 0 = not labelled. None = all labels count 1.
     """
 
@@ -94,9 +95,9 @@ class Sentences:
 
 
 def read_sentences(folder: Path) -> Sentences:
-    """Reads the distinct sentences of `rt-polarity.pos` and `rt-polarity.neg`, one a line, in latin-1 or UTF-8.
+    """Reads the distinct sentences of `rt-polarity.pos` and `rt-polarity.neg`, one a line.
 
-    A sentence that occurs in both files has no label and is left out.
+    The files are in latin-1 or UTF-8. A sentence that occurs in both files has no label and is left out.
 
     Raises:
         UserError: a file is missing, is no text, or has no sentences.
@@ -108,13 +109,12 @@ def read_sentences(folder: Path) -> Sentences:
 
 
 def _lines(path: Path) -> list[str]:
+    """Reads the distinct lines of a file, without blank lines."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}. It should hold one sentence a line; "
-            f"{POSITIVE_FILE} and {NEGATIVE_FILE} are {SOURCE}"
-        ) from error
+        data = read_bytes(path)
+    except UserError as error:
+        hint = f"It should hold one sentence a line; {POSITIVE_FILE} and {NEGATIVE_FILE} are {SOURCE}"
+        raise UserError(f"{error}. {hint}") from error
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -132,7 +132,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def split_sentences(sentences: Sentences, held_out: float, seed: int) -> tuple[Sentences, Sentences]:
-    """Splits sentences into (training, held-out); the share `held_out` of each class is drawn by `seed` alone.
+    """Splits sentences into (training, held-out).
+
+    The share `held_out` of each class is drawn by `seed` alone.
 
     Raises:
         UserError: a class has too few sentences, or a text has more than one label.
@@ -164,8 +166,9 @@ class SentimentConfig:
         weight_decay: the weight decay of AdamW.
         held_out: share of the sentences on which the judge's accuracy is measured.
         width: width of the word embeddings.
-        repeats: whether a word counts as often as it occurs: right for texts of raters ("vital" said of three things is
-            more than of one), wrong for texts of a policy, which would learn to repeat a word again and again.
+        repeats: whether a word counts as often as it occurs: right for texts of raters ("vital" said of three
+            things is more than of one), wrong for texts of a policy, which would learn to repeat a word again
+            and again.
         vocab_size: greatest number of known words.
         min_frequency: how often a word must occur to be known.
         max_words: known words of a text that are read; the rest is cut.
@@ -226,8 +229,8 @@ def classifier_step(
         model: the classifier.
         optimizer: makes updates of gradients.
         state: (params, opt_state).
-        batch: `tokens` and `mask` [B, S]; `labels` in 0..1 and `weights`, both [B] or [B, A]. A label of weight 0 is not
-            read.
+        batch: `tokens` and `mask` [B, S]; `labels` in 0..1 and `weights`, both [B] or [B, A]. A label of
+            weight 0 is not read.
         axis_name: the device axis under pmap.
 
     Returns:
@@ -251,7 +254,7 @@ def classifier_step(
 
 
 def new_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
-    """Builds an untrained judge with the vocabulary of `sentences` and an output for each of their aspects."""
+    """Builds an untrained judge with the vocabulary and the aspects of `sentences`."""
     tokenizer = word_tokenizer(sentences.texts, config)
     aspects = None if sentences.labels.ndim == 1 else sentences.labels.shape[1]
     model = TextClassifier(tokenizer.vocab_size, config.width, aspects, config.repeats)
@@ -272,7 +275,8 @@ def fit_judge(
 
     Args:
         judge: the judge as it is now; not changed.
-        sentences: what it learns. Fewer sentences than `config.batch_size` make one batch (a multiple of the devices).
+        sentences: what it learns. Fewer sentences than `config.batch_size` make one batch (a multiple of the
+            devices).
         config: the settings of the training.
         seed: draws the minibatches.
         log, stop: see `fit`.
@@ -327,8 +331,8 @@ def cross_fitted(
         seed: draws the folds and trains the judges.
         runner: runs the judges on all devices.
         folds: how many judges are trained.
-        groups: the group of each text [n]; texts of one group (comments on the same answer, or by the same rater) stay in
-            one fold. None = every text is a group.
+        groups: the group of each text [n]; texts of one group (comments on the same answer, or by the same
+            rater) stay in one fold. None = every text is a group.
 
     Returns:
         Feedback with values [n] or [n, A], shaped as the labels.
@@ -373,10 +377,7 @@ class SentimentJudge:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.vocab_size, "the sentiment judge")
-        require(
-            self.batch_size % self.runner.devices == 0,
-            f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
-        )
+        check_batch_size("judge", self.batch_size, self.runner)
 
     @cached_property
     def hash(self) -> str:
@@ -385,16 +386,14 @@ class SentimentJudge:
 
     @cached_property
     def _score(self) -> Any:
-        def run(params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None) -> jax.Array:
-            return self.model(params, *batch)
-
-        return self.runner.map(run)
+        return self.runner.map(lambda params, batch, *, axis_name: self.model(params, *batch))
 
     def log_odds(self, texts: Sequence[str]) -> Feedback:
         """Computes the log-odds of "positive" of each text, in nats.
 
         Returns:
-            Feedback with values [B], or [B, A] by aspect, and valid [B]: false (value 0) where no word of a text is known.
+            Feedback with values [B], or [B, A] by aspect, and valid [B]: false (value 0) where no word of a
+            text is known.
         """
         tokens, mask = known_words(self.tokenizer, texts, self.max_words)
         valid = np.asarray(mask.any(-1))
@@ -402,7 +401,10 @@ class SentimentJudge:
         return Feedback(np.where(valid.reshape(-1, *[1] * (values.ndim - 1)), values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
-        """Computes the weighted share of labels that the judge predicts; a text without a known word counts as wrong."""
+        """Computes the weighted share of labels that the judge predicts.
+
+        The labels of a text without a known word count as wrong.
+        """
         scores = self.log_odds(sentences.texts)
         found = (np.asarray(scores.values) > 0) == sentences.positive
         found &= np.asarray(scores.valid).reshape(-1, *[1] * (found.ndim - 1))
@@ -411,7 +413,10 @@ class SentimentJudge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SentimentSource:
-    """The judge's log-odds of each answer (without its prompt) as a feedback source, negated for the mood "sadder"."""
+    """The judge's log-odds of each answer (without its prompt) as a feedback source.
+
+    They are negated for the mood "sadder".
+    """
 
     judge: SentimentJudge
     mood: Mood = "happier"

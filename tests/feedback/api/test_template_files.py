@@ -71,7 +71,7 @@ def test_a_broken_file_is_reported_with_its_line(old: str, new: str, message: st
 
 
 def test_a_file_that_is_not_there(tmp_path: Path):
-    with pytest.raises(UserError, match="cannot read the template"):
+    with pytest.raises(UserError, match=r"cannot read .*none\.txt: No such file"):
         read_template(tmp_path / "none.txt")
 
 
@@ -92,3 +92,22 @@ def test_fastchats_file(shared_data, tmp_path: Path):
         read_template(Path(f"{path}#pair-v2-multi-turn"))
     with pytest.raises(UserError, match=f"there is no judge prompt 'x'; write FILE#NAME with one of {names[0]}"):
         read_template(Path(f"{path}#x"))
+
+
+def test_a_file_of_fastchats_shape(tmp_path: Path):
+    good = {"name": "pair", "type": "pairwise", "prompt_template": "{question} {answer_a} {answer_b}"}
+    lines = [good | {"output_format": "[[A]]"}, good | {"name": "other", "output_format": "[[B]]"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    template = read_template(Path(f"{path}#pair"))
+    assert template.user == "{prompt} {answer_1} {answer_2}" and template.form == "ranking"
+    with pytest.raises(UserError, match=r"prompts.jsonl:2: output_format is '\[\[B\]\]'; \[\[A\]\] and"):
+        read_template(Path(f"{path}#other"))
+    with pytest.raises(UserError, match="there is no judge prompt ''; write FILE#NAME with one of pair, other"):
+        read_template(path)
+    path.write_text('{"name": "cut\n')
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: no valid JSON"):
+        read_template(Path(f"{path}#pair"))
+    path.write_text("[1]\n")
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: a judge prompt is an object with a name"):
+        read_template(Path(f"{path}#pair"))
