@@ -129,6 +129,7 @@ class ApiJudge:
         self._disk.shutdown()
 
     async def _stop(self) -> None:
+        """Cancels all tasks of the loop and closes the connections."""
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
@@ -225,13 +226,8 @@ class ApiJudge:
             verdict, replies = await self._verdict(question, template, order, seed)
             raw = replies[-1].reply.refusal or replies[-1].reply.text
             made = make(verdict, raw=raw, time=replies[-1].time, call=_call(replies))
-        except (
-            CallFailed,
-            BudgetSpent,
-            UserError,
-            ValueError,
-            sqlite3.Error,
-        ) as failed:  # of this question, not of all
+        except (CallFailed, BudgetSpent, UserError, ValueError, sqlite3.Error) as failed:
+            # The failure is this question's alone: the other questions go on.
             made = make(ParsedVerdict("error"), raw=self._transport.scrub(str(failed)), time=time.time())
         recorded: Judgement = await self._loop.run_in_executor(self._disk, self._recorder.record, made)
         if self._listener is not None:

@@ -22,7 +22,8 @@
 
     [[rule]]
     name = "fresh"
-    predicate = "rlaif_jax.feedback.constitution.rules:fresh_words"  # a function of (prompt, answer): imported: trust the file
+    # A function of (prompt, answer). It is imported: read only files that you trust.
+    predicate = "rlaif_jax.feedback.constitution.rules:fresh_words"
 
     [[rule]]
     name = "like_this"
