@@ -36,8 +36,9 @@ from rich.table import Table
 
 from rlaif_jax.config import require
 from rlaif_jax.evaluate import bootstrap_ci, spearman
-from rlaif_jax.feedback.api.templates import Asked, Template
-from rlaif_jax.feedback.api.verdicts import Reply, read_verdict
+from rlaif_jax.feedback.api.replies import Reply
+from rlaif_jax.feedback.api.templates import RenderedQuestion, Template
+from rlaif_jax.feedback.api.verdicts import read_verdict
 from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
 from rlaif_jax.feedback.records.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus
 from rlaif_jax.feedback.records.formats.rows import chosen
@@ -317,8 +318,8 @@ def verdict(way: str, raw: str) -> int | None:
     template = Template(
         "LLMBar", "ranking", "{prompt}{answer_1}{answer_2}", labels=(("a", 1.0), ("b", 0.0)), verdict=WAYS[way]
     )
-    reading = read_verdict(Reply(raw), template, Asked((), ""), direct=False)
-    return None if reading.status != "ok" else int(reading.value == 0)
+    parsed = read_verdict(Reply(raw), template, RenderedQuestion((), ""), direct=False)
+    return None if parsed.status != "ok" else int(parsed.value == 0)
 
 
 def _agreements(records: Sequence[Judgement]) -> list[bool]:

@@ -33,7 +33,12 @@ from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.tasks import dialogue, summarisation
 from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
-from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, Scores, preference
+from rlaif_jax.feedback.judges.language_model import (
+    DirectScoreSource,
+    LanguageModelJudge,
+    Scores,
+    preference_from_scores,
+)
 from rlaif_jax.feedback.judges.reward_model import RewardModelSource, score_sequences
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
@@ -219,7 +224,9 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         (after_gold > before_gold) + 0.5 * (after_gold == before_gold), lengths[1] - lengths[0], seed=seed
     )
     texts_of = [record["prompt"] for record in records]
-    judged, judged_valid = preference(judge.score(texts_of, after_texts), judge.score(texts_of, before_texts))
+    judged, judged_valid = preference_from_scores(
+        judge.score(texts_of, after_texts), judge.score(texts_of, before_texts)
+    )
     decided = judged_valid & (after_gold != before_gold)
     kl = jax.jit(partial(reference_logprobs, model, temperature=eval_sampling.temperature))
     divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
@@ -286,7 +293,7 @@ def compare_answers(
     scored = judge.score(prompts + prompts, first + second)
     half = len(prompts)
     one, two = (Scores(*(part[rows] for part in scored)) for rows in (slice(half), slice(half, None)))
-    probability, valid = preference(one, two)
+    probability, valid = preference_from_scores(one, two)
     scenes = [scene_from_json(record["scene"]) for record in records]
     better = gold.gold_scores(world.task, scenes, first) - gold.gold_scores(world.task, scenes, second)
     decided, both = valid & (better != 0), verdict.valid & (better != 0)

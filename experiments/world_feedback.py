@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from world_models import WorldModels
 
@@ -32,6 +31,7 @@ from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.data.world.tasks.summarisation import MAX_FACTS
 from rlaif_jax.feedback.constitution.constitution import load_constitution
 from rlaif_jax.feedback.constitution.rule_records import rule_comments, rule_rankings, rule_rater, rule_ratings
+from rlaif_jax.feedback.judges.batching import in_batches
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Status, sha256
 from rlaif_jax.models.sampling import SamplingConfig
@@ -222,18 +222,14 @@ def revisions(
         key, eos = jax.random.key(0), tokenizer.eos_id
         return generate(model, params, prompts, key, sampling=sampling, eos_id=eos, pad_id=tokenizer.pad_id)
 
-    written = world.runner.map(write)
     asked = [tokenizer.encode(templates.critique_prompt("<overall>", p, a)) for p, a in zip(prompts, answers)]
+    tokens, mask = padded(asked, length, tokenizer.pad_id, "left")
+    rows = Prompts(tokens, mask, np.zeros(len(asked), np.uint32))  # type: ignore[arg-type]
+    rollout = in_batches(partial(world.runner.map(write), judge.params), rows, batch_size)
     revised: list[str | None] = []
-    for at in range(0, len(asked), batch_size):
-        rows = asked[at : at + batch_size]
-        tokens, mask = padded(rows + [[tokenizer.pad_id]] * (batch_size - len(rows)), length, tokenizer.pad_id, "left")
-        rollout = written(
-            judge.params, Prompts(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(batch_size, jnp.uint32))
-        )
-        for text, ended in list(zip(answer_texts(rollout, tokenizer), np.asarray(rollout.finished)))[: len(rows)]:
-            _, found, edited = f" {text} ".partition(marker)
-            revised.append(edited.strip() if ended and found and edited.strip() else None)
+    for text, ended in zip(answer_texts(rollout, tokenizer), rollout.finished):
+        _, found, edited = f" {text} ".partition(marker)
+        revised.append(edited.strip() if ended and found and edited.strip() else None)
     return revised
 
 

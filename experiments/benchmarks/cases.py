@@ -50,9 +50,9 @@ from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.feedback.api.builtin_templates import RATING
 from rlaif_jax.feedback.api.config import ApiConfig
-from rlaif_jax.feedback.api.judge import JudgeClient
-from rlaif_jax.feedback.api.source import JudgeSource
-from rlaif_jax.types import Feedback
+from rlaif_jax.feedback.api.judge import ApiJudge
+from rlaif_jax.feedback.api.source import ApiJudgeSource
+from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import CompilationClock, make_runner
@@ -180,7 +180,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
     with (
         tempfile.TemporaryDirectory() as folder,
         judge(delay) as address,
-        JudgeClient(ApiConfig(server=address, model="judge", concurrency=work.batch)) as client,
+        ApiJudge(ApiConfig(server=address, model="judge", concurrency=work.batch)) as client,
     ):
         out = Path(folder) / "run"
         with Run(out, "judged", config, seed=0) as run, MetricsWriter(out, terminal=False, tensorboard=False) as writer:
@@ -194,7 +194,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
                 critic=None,
                 value_params=None,
                 prompts=prompts,
-                feedback=JudgeSource(client, RATING),
+                feedback=ApiJudgeSource(client, RATING),
             )
         timed = list(read_metrics(out / "metrics.jsonl"))[warmup:-1]
     assert len(timed) == steps and all(line["feedback_missing"] == 0 for line in timed), "judgements are missing"

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on loopback that answers right, or in every wrong way; it counts what it is asked.
+"""An OpenAI-compatible server on loopback that answers correctly or fails in every way, and counts its requests.
 
 Its judge looks for a number in each answer ("quality 1.5"): the log-odds of the first answer are q1 - q2 plus a bias for
 the first place.
@@ -87,7 +87,7 @@ class Wrong:
 
 
 class ApiServer:
-    """What was asked: `requests` (bodies), `keys` (Authorization headers), `times`, `most` at a time."""
+    """A server with its requests: `requests` (bodies), `keys` (Authorization headers), `times`, `most` at a time."""
 
     def __init__(self, behave: Behaviour) -> None:
         self.behave = behave

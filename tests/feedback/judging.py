@@ -1,7 +1,7 @@
 """A judge's process that asks for ever: `python judging.py STORE SERVER ACKNOWLEDGED`.
 
 It asks about numbered pairs, five at a time, and appends "ID NUMBER ORDER" to the file ACKNOWLEDGED for each judgement that
-the client has reported. Begun again it goes on with the first pair that is not acknowledged in both orders.
+the judge has reported. Begun again it goes on with the first pair that is not acknowledged in both orders.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from rlaif_jax.feedback.api.builtin_templates import PAIRWISE
-from rlaif_jax.feedback.api.judge import JudgeClient
+from rlaif_jax.feedback.api.config import ApiConfig
+from rlaif_jax.feedback.api.judge import ApiJudge
 from rlaif_jax.feedback.api.templates import Question
-from rlaif_jax.feedback.api.transport import ApiConfig
 from rlaif_jax.feedback.records.forms import Judgement
 
 
@@ -30,12 +30,12 @@ def main(store: str, server: str, acknowledged: str) -> None:
         os.write(file, f"{judgement.id} {judgement.prompt.split()[1]} {order}\n".encode())
 
     config = ApiConfig(server=server, model="model", concurrency=4)
-    with JudgeClient(config, store=Path(store), listener=report) as client:
+    with ApiJudge(config, store=Path(store), listener=report) as judge:
         while True:
             pairs = [
                 Question(f"question {n}", (f"quality {n % 7}", f"quality {n % 5}.5")) for n in range(number, number + 5)
             ]
-            client.judge(pairs, PAIRWISE)
+            judge.judge(pairs, PAIRWISE)
             number += 5
 
 

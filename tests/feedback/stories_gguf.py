@@ -1,5 +1,6 @@
-"""`python stories_gguf.py HF_FOLDER tok512.bin OUT.gguf`: the stories260K model for llama.cpp. Needs gguf and numpy only,
-so it runs in the interpreter that has llama-cpp-python, whichever that is."""
+"""`python stories_gguf.py HF_FOLDER tok512.bin OUT.gguf`: the stories260K model for llama.cpp.
+
+It needs gguf and numpy only, so it runs in any interpreter that has llama-cpp-python."""
 
 import json
 import struct

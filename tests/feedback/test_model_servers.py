@@ -32,8 +32,9 @@ from rlaif_jax.data.llama2c import to_tokenizer_json
 from rlaif_jax.data.tokenizers import load_tokenizer
 from rlaif_jax.feedback.api.builtin_templates import CRITIQUE
 from rlaif_jax.feedback.api.config import ApiConfig
-from rlaif_jax.feedback.api.judge import JudgeClient, Outcome
-from rlaif_jax.feedback.api.templates import Question, parse_template
+from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
+from rlaif_jax.feedback.api.template_files import parse_template
+from rlaif_jax.feedback.api.templates import Question
 from rlaif_jax.feedback.api.verdicts import choice_distribution
 from rlaif_jax.models.hf.files import load_model, save_model
 from tests.feedback.api_server import serve
@@ -81,7 +82,7 @@ def stories() -> NextToken:
 
 
 def prompt_of(question: Question, order: tuple[int, int]) -> str:
-    return FEELING.ask(question, order, ending="direct").messages[-1]["content"]
+    return FEELING.render(question, order, ending="direct").messages[-1]["content"]
 
 
 def expected(stories: NextToken, question: Question, order: tuple[int, int]) -> tuple[tuple[float, ...], float]:
@@ -101,7 +102,7 @@ def check(outcomes: list[Outcome], stories: NextToken, tolerance: float) -> None
 
 def ask(url: str, **settings: Any) -> list[Outcome]:
     fixed = {"server": url, "model": "stories", "constrain": "none", "min_mass": 0.1, "timeout_s": 30.0}
-    with JudgeClient(ApiConfig(**(fixed | settings))) as judge:
+    with ApiJudge(ApiConfig(**(fixed | settings))) as judge:
         return judge.judge(QUESTIONS, FEELING)
 
 
@@ -167,12 +168,12 @@ def test_against_llama_cpp(tmp_path: Path, shared_data: Shared, stories: NextTok
         check(ask(url, api="completion"), stories, 0.02)
         store = tmp_path / "f.sqlite"
         for _ in range(2):
-            with JudgeClient(
+            with ApiJudge(
                 ApiConfig(server=url, model="stories", api="completion", min_mass=0.1, constrain="none"), store=store
             ) as judge:
                 judge.judge(QUESTIONS, FEELING)
-        assert judge.spent.requests == 0 and judge.spent.kept == 6
-        with JudgeClient(ApiConfig(server=url, model="stories", max_tokens=16)) as judge:  # the chat API
+        assert judge.spent.requests == 0 and judge.spent.cached == 6
+        with ApiJudge(ApiConfig(server=url, model="stories", max_tokens=16)) as judge:  # the chat API
             [remark] = judge.judge([Question("Hi.", ("Hello.",))], CRITIQUE)
         assert remark.judgements[0].answered and remark.judgements[0].call.completion_tokens == 16
 
@@ -200,7 +201,7 @@ def test_against_transformers_serve(tmp_path: Path, shared_data: Shared):
         short = Question("Say hi.", ("Hi.", "No."))
         for api in ("chat", "completion"):
             config = ApiConfig(server=url, model=str(folder), api=api, max_tokens=8, timeout_s=60.0, attempts=2)  # type: ignore[arg-type]
-            with JudgeClient(config) as judge:
+            with ApiJudge(config) as judge:
                 [outcome] = judge.judge([short], REASONED)
                 assert [entry.status for entry in outcome.judgements] == ["unparsed"] * 2, outcome.judgements
                 assert all(entry.raw and entry.label_mass is None for entry in outcome.judgements)

@@ -1,12 +1,14 @@
-"""The questions that come with the project, in the format of a template file: copy one to write your own.
+"""The project's own templates, in the format of template files: copy one to write another.
 
-After Lee 2023 (one letter, its log-probability read), Zheng 2023 (reasons first, then the verdict) and Kim 2023 (rubrics).
+After Lee 2023 (one letter, its log-probability read), Zheng 2023 (reasons first, then the verdict) and Kim
+2023 (rubrics).
 """
 
 # ruff: noqa: E501
 from __future__ import annotations
 
-from rlaif_jax.feedback.api.templates import Form, Question, Template, parse_template
+from rlaif_jax.feedback.api.template_files import parse_template
+from rlaif_jax.feedback.api.templates import Form, Question, Template
 
 PAIRWISE_TEXT = """\
 form: ranking
@@ -148,12 +150,14 @@ CORRECTION = parse_template(CORRECTION_TEXT, "correction")
 
 
 def template_for(form: Form, questions: list[Question]) -> Template:
-    """The built-in template of a form: by the rubric where every question has one, revising where each has a critique."""
-    everywhere = lambda name: bool(questions) and all(getattr(question, name) for question in questions)
+    """Chooses the built-in template of a form.
+
+    RUBRIC and REVISION are chosen where every question has a rubric or a critique.
+    """
     if form == "ranking":
         return PAIRWISE
     if form == "rating":
-        return RUBRIC if everywhere("rubric") else RATING
+        return RUBRIC if questions and all(question.rubric for question in questions) else RATING
     if form == "comment":
         return CRITIQUE
-    return REVISION if everywhere("critique") else CORRECTION
+    return REVISION if questions and all(question.critique for question in questions) else CORRECTION

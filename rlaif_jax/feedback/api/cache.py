@@ -1,8 +1,9 @@
-"""Replies that were paid for, kept by content: the same question to the same model is never paid for twice.
+"""The cache of replies, by content: the same question to the same model is never paid for twice.
 
-The key is the SHA-256 of the canonical JSON of what was asked: model and revision, rendered messages, decoding, order
-and repeat. How a reply is read is no part of it, and what is kept is the server's whole response, so reading it in a new
-way costs nothing. Refusals and errors are not kept. `put` returns after the transaction is on disk.
+The key is the SHA-256 of the canonical JSON of the request: model and revision, rendered messages, decoding,
+order and repeat. The server's whole response is kept, and how it is parsed is no part of the key, so that
+parsing it in a new way costs nothing. Refusals and errors are not kept. `put` returns after the transaction
+is on disk.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from rlaif_jax.feedback.records.sqlite import connect
 SCHEMA = 1
 
 
-class Kept(NamedTuple):
-    """A response (JSON text), when it came (Unix seconds) and how long it took (seconds)."""
+class CachedReply(NamedTuple):
+    """A response of the server.
+
+    Attributes:
+        response: the body, JSON text.
+        time: when it came, in Unix seconds.
+        latency_s: how long it took, in seconds.
+    """
 
     response: str
     time: float
@@ -28,7 +35,10 @@ class Kept(NamedTuple):
 
 
 class CallCache:
-    """The SQLite file `path`, or memory for None. One object a thread; any number of processes."""
+    """A cache in the SQLite file `path`, or in memory for None.
+
+    An object belongs to one thread; any number of processes may use the file.
+    """
 
     def __init__(self, path: Path | None) -> None:
         try:
@@ -45,30 +55,32 @@ class CallCache:
             raise UserError(f"{path}: no cache can be opened here ({error})") from error
 
     def close(self) -> None:
-        """Release the file."""
+        """Closes the file."""
         self._db.close()
 
-    def get(self, request: dict[str, Any]) -> Kept | None:
-        """The response to this very request, if it was kept."""
+    def get(self, request: dict[str, Any]) -> CachedReply | None:
+        """Returns the response to the same request; None if the cache has none."""
         row = self._db.execute(
             "SELECT response, time, latency_s FROM call WHERE key = ?", (sha256(request),)
         ).fetchone()
-        return Kept(*row) if row else None
+        return CachedReply(*row) if row else None
 
-    def put(self, request: dict[str, Any], kept: Kept) -> None:
-        """Keep a response; the first one stays."""
+    def put(self, request: dict[str, Any], reply: CachedReply) -> None:
+        """Stores a response; a response that is there already stays."""
         self._db.execute(
-            "INSERT OR IGNORE INTO call VALUES (?, ?, ?, ?, ?)", (sha256(request), canonical(request), *kept)
+            "INSERT OR IGNORE INTO call VALUES (?, ?, ?, ?, ?)", (sha256(request), canonical(request), *reply)
         )
 
-    def facts(self, server: str, model: str) -> dict[str, Any] | None:
-        """What was found out about a model on a server."""
+    def capabilities(self, server: str, model: str) -> dict[str, Any] | None:
+        """Returns what `put_capabilities` stored about a model on a server."""
         row = self._db.execute("SELECT facts FROM server WHERE key = ?", (sha256([server, model]),)).fetchone()
         return json.loads(row[0]) if row else None
 
-    def learn(self, server: str, model: str, facts: dict[str, Any]) -> None:
-        """Remember it; what was known before is replaced."""
-        self._db.execute("INSERT OR REPLACE INTO server VALUES (?, ?)", (sha256([server, model]), canonical(facts)))
+    def put_capabilities(self, server: str, model: str, capabilities: dict[str, Any]) -> None:
+        """Stores what a server can do with a model, in place of what was stored before."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO server VALUES (?, ?)", (sha256([server, model]), canonical(capabilities))
+        )
 
     def __len__(self) -> int:
         return self._db.execute("SELECT count(*) FROM call").fetchone()[0]

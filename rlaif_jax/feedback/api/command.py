@@ -1,9 +1,8 @@
-"""`python -m rlaif_jax judge`: put the questions of a file to a model behind an API, record its judgements."""
+"""`python -m rlaif_jax judge`: asks a model behind an API the questions in files and records its judgements."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -14,33 +13,38 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.api import builtin_templates as builtin
 from rlaif_jax.feedback.api.config import ApiConfig
-from rlaif_jax.feedback.api.judge import JudgeClient, Outcome
-from rlaif_jax.feedback.api.templates import Form, Question, read_template, single
+from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
+from rlaif_jax.feedback.api.template_files import read_template
+from rlaif_jax.feedback.api.templates import Form, Question, split_question
 from rlaif_jax.feedback.api.transport import Spent
 from rlaif_jax.feedback.records.forms import Judgement
+from rlaif_jax.files import read_json_lines
 
 PLAIN_LINE_EVERY_S = 5.0
-NAMED_MISSING = 20  # so many are named on the terminal; the store has them all
+NAMED_MISSING = 20  # missing judgements that are named on the terminal; the store has them all
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig(ApiConfig):
-    """Judge the answers in files with a model behind an OpenAI-compatible server. What is answered is not asked again.
+    """Judges the answers in files with a model behind an OpenAI-compatible server.
+
+    Questions that have an answer in the store or in the cache are not asked again.
 
     Attributes:
-        items: JSONL files: {"prompt": ..., "answers": [..., ...]} a line, and if wanted "principle", "rubric",
-          "reference", "critique", "generators". A ranking is asked of every pair of the answers, in both orders; the
-          other forms of every answer.
-        form: what to ask for.
-        template: a template file of your own, or FILE.jsonl#NAME of a FastChat file; its form counts. None: the built-in one.
+        items: JSONL files: {"prompt": ..., "answers": [..., ...]} a line, and optionally "principle",
+            "rubric", "reference", "critique", "generators". A ranking is asked of every pair of the answers,
+            in both orders; the other forms of every answer.
+        form: the form of the judgements.
+        template: your template file, or FILE.jsonl#NAME of a FastChat file; its form counts. None = the
+            built-in template.
         show_template: print the built-in template of the form, to copy and change, and do nothing else.
         store: the feedback store that the judgements go into; created if absent.
-        report: print the quality report of the store in the end; without items that is all that happens.
+        report: print the quality report of the store in the end; without items nothing else happens.
     """
 
     items: tuple[Path, ...] = ()
@@ -55,28 +59,16 @@ _FIELDS = {"prompt", "answers", "principle", "rubric", "reference", "critique", 
 
 
 def read_questions(path: Path) -> tuple[list[Question], list[str]]:
-    """(the good questions of a JSONL file, one message with file and line for each bad line). UserError if it cannot be
-    read."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    good: list[Question] = []
-    bad: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            good.append(_question(json.loads(line.decode()), where))
-        except UserError as error:
-            bad.append(f"{where}: {error}")
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{where}: no valid JSON ({error})")
-    return good, bad
+    """Reads a JSONL file of items; returns (questions, one message with its place for each bad line).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return read_json_lines(path, _question)
 
 
 def _question(values: Any, where: str) -> Question:
+    """Checks the fields of an item."""
     require(isinstance(values, Mapping), f"an item is a JSON object, not {str(values)[:60]!r}")
     unknown = sorted(set(values) - _FIELDS)
     require(not unknown, f"an item has no field {', '.join(unknown)}; it has {', '.join(sorted(_FIELDS))}")
@@ -104,9 +96,10 @@ def _question(values: Any, where: str) -> Question:
 
 
 def main(config: JudgeConfig) -> int:
-    """Ask, show progress, say what came of it; the number of judgements that are missing.
+    """Asks the questions, prints a summary and returns the number of missing judgements.
 
-    Raises UserError where there is nothing to ask, or the server answers nothing at all.
+    Raises:
+        UserError: no question to ask, or a setting that cannot work.
     """
     if config.show_template:
         print(_builtin_text(config.form), end="")
@@ -114,52 +107,57 @@ def main(config: JudgeConfig) -> int:
     if not config.items:
         require(config.report, "items is missing: --items FILE.jsonl, or --report for a report of the store alone")
         return 0
-    questions: list[Question] = []
-    bad: list[str] = []
-    for path in config.items:
-        good, wrong = read_questions(path)
-        questions, bad = questions + good, bad + wrong
-    for message in bad:
-        print(message, file=sys.stderr)
-    if bad:
-        print(f"{len(bad)} bad lines are left out, {len(questions)} good ones asked", file=sys.stderr)
-    template = read_template(config.template) if config.template else builtin.template_for(config.form, questions)
-    asked = [one for question in questions for one in single(question, template.form)]
-    require(bool(asked), f"{', '.join(map(str, config.items))}: there is nothing to ask for a {template.form}")
-    total = len(asked) * config.repeats * (2 if template.form == "ranking" else 1)
+    items = _read_items(config.items)
+    template = read_template(config.template) if config.template else builtin.template_for(config.form, items)
+    questions = [question for item in items for question in split_question(item, template.form)]
+    require(bool(questions), f"{', '.join(map(str, config.items))}: there is nothing to ask for a {template.form}")
+    total = len(questions) * config.repeats * (2 if template.form == "ranking" else 1)
     with _Bar(total, f"{config.model}: {template.name}") as bar:
-        client = JudgeClient(config, store=config.store, listener=bar.count)
+        judge = ApiJudge(config, store=config.store, listener=bar.count)
         try:
-            futures = client.submit(asked, template)
+            futures = judge.submit(questions, template)
             for done in as_completed(futures):
                 done.result()
-                bar.show(client.spent)
+                bar.show(judge.spent)
             outcomes = [future.result() for future in futures]
         except KeyboardInterrupt:
-            print(
-                f"\nstopped: {bar.answered} judgements are in {config.store}; the same command goes on", file=sys.stderr
-            )
+            message = f"stopped: {bar.answered} judgements are in {config.store}; the same command goes on"
+            print(f"\n{message}", file=sys.stderr)
             raise
         finally:
-            client.close()
-            spent = client.spent
-    print(summary(outcomes, spent))
+            judge.close()
+            spent = judge.spent
+    print(summarise_outcomes(outcomes, spent))
     print(f"recorded in {config.store}")
     return sum(len(outcome.missing) for outcome in outcomes)
 
 
+def _read_items(paths: Sequence[Path]) -> list[Question]:
+    """Reads all files and prints a message for each bad line."""
+    items: list[Question] = []
+    bad: list[str] = []
+    for path in paths:
+        good, wrong = read_questions(path)
+        items, bad = items + good, bad + wrong
+    for message in bad:
+        print(message, file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} bad lines are left out, {len(items)} good ones asked", file=sys.stderr)
+    return items
+
+
 def _builtin_text(form: Form) -> str:
-    if form == "ranking":
-        return builtin.PAIRWISE_TEXT
-    if form == "rating":
-        return f"{builtin.RATING_TEXT}\n# ---- where every item has a rubric:\n{builtin.RUBRIC_TEXT}"
-    if form == "comment":
-        return builtin.CRITIQUE_TEXT
-    return f"{builtin.CORRECTION_TEXT}\n# ---- where every item has a critique:\n{builtin.REVISION_TEXT}"
+    """Returns the text of the built-in template, or templates, of a form."""
+    return {
+        "ranking": builtin.PAIRWISE_TEXT,
+        "rating": f"{builtin.RATING_TEXT}\n# ---- where every item has a rubric:\n{builtin.RUBRIC_TEXT}",
+        "comment": builtin.CRITIQUE_TEXT,
+        "correction": f"{builtin.CORRECTION_TEXT}\n# ---- where every item has a critique:\n{builtin.REVISION_TEXT}",
+    }[form]
 
 
-def summary(outcomes: Sequence[Outcome], spent: Spent) -> str:
-    """What came of it, in lines: answered, missing by name and reason, money, position bias."""
+def summarise_outcomes(outcomes: Sequence[Outcome], spent: Spent) -> str:
+    """Summarises outcomes in lines: answered, missing by name and reason, money, position bias."""
     entries = [(outcome.question, entry) for outcome in outcomes for entry in outcome.judgements]
     answered = sum(entry.answered for _, entry in entries)
     ties = sum(entry.status == "tie" for _, entry in entries)
@@ -176,7 +174,7 @@ def summary(outcomes: Sequence[Outcome], spent: Spent) -> str:
         lines.append(f"  ... and {len(missing) - NAMED_MISSING} more; the store names them all")
     lines.append(
         f'{spent.requests} requests ({spent.retries} retries, {spent.throttled} "too many requests"), '
-        f"{spent.kept} replies from the cache; {spent.tokens} tokens, ${spent.usd:.4f}"
+        f"{spent.cached} replies from the cache; {spent.tokens} tokens, ${spent.usd:.4f}"
     )
     preferences = [
         found for outcome in outcomes if len(outcome.question.answers) == 2 and (found := outcome.preference)
@@ -191,6 +189,7 @@ def summary(outcomes: Sequence[Outcome], spent: Spent) -> str:
 
 
 def _named(question: Question, entry: Judgement) -> str:
+    """Names a missing judgement and its reason in one line."""
     order = f", shown as {', '.join(str(i + 1) for i in entry.shown)}" if entry.shown else ""
     why = " ".join(entry.raw.split())[:160]
     mass = f"the labels have a probability of {entry.label_mass:.3g}; it said " if entry.label_mass is not None else ""
@@ -201,19 +200,11 @@ class _Bar:
     """A progress bar, or plain lines where the output is no terminal."""
 
     def __init__(self, total: int, title: str) -> None:
-        self._console = Console(stderr=True)
         self._total, self._title, self._last = total, title, time.monotonic()
         self.done, self.answered = 0, 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task(title, total=total, note="")
 
     def __enter__(self) -> _Bar:
@@ -224,14 +215,14 @@ class _Bar:
         self._progress.stop()
 
     def count(self, entry: Judgement) -> None:
-        """One more; called by the client's thread."""
+        """Counts a judgement; called by the judge's thread."""
         self.done += 1
         self.answered += entry.answered
 
     def show(self, spent: Spent) -> None:
-        """What is done, missing and spent by now."""
+        """Shows the number of judgements and what was spent."""
         note = f"{self.done - self.answered} missing, {spent.tokens} tokens, ${spent.usd:.4f}"
         self._progress.update(self._task, completed=self.done, note=note)
-        if not self._console.is_terminal and time.monotonic() - self._last > PLAIN_LINE_EVERY_S:
+        if self._progress.disable and time.monotonic() - self._last > PLAIN_LINE_EVERY_S:
             self._last = time.monotonic()
             print(f"{self._title}: {self.done}/{self._total}, {note}", file=sys.stderr, flush=True)

@@ -12,40 +12,41 @@ from rlaif_jax.feedback.api.verdicts import Debias
 
 @dataclasses.dataclass(frozen=True)
 class ApiConfig:
-    """A judge behind an OpenAI-compatible server (OpenAI, vLLM, llama.cpp, Ollama, TGI, transformers serve ...).
+    """A judge behind an OpenAI-compatible server (OpenAI, vLLM, llama.cpp, Ollama, TGI ...).
 
     Attributes:
         server: the API's address, such as http://127.0.0.1:8000/v1.
-        model: the name that the server knows the judge by.
-        revision: of its weights, if you know it; replies are kept by model and revision.
+        model: the judge's name on the server.
+        revision: the revision of the model's weights, if known; replies are cached by model and revision.
         rater: the judge's name in the records; "" = the model's.
-        key_env: name of the environment variable that holds the key; "" = the server wants none.
+        key_env: name of the environment variable that holds the key; "" = the server needs no key.
         api: chat, or completion for models without a chat template.
-        reading: direct: one label, its log-probability read; reasons: reasons first, then the verdict; auto: direct where
-          the server gives log-probabilities and the template has a [direct] section.
-        top_logprobs: how many to ask for; fewer are taken if the server has fewer.
-        constrain: how the server is told to choose among the labels, if it first says something else: structured_outputs
-          (vLLM), grammar (llama.cpp), or none.
-        min_mass: labels with less probability than this together are no answer.
+        reading: direct: one label, whose log-probability is read; reasons: reasons first, then the verdict;
+            auto: direct where the server gives log-probabilities and the template has a [direct] section.
+        top_logprobs: how many log-probabilities to ask for at each token; a server with fewer gives fewer.
+        constrain: how the server is made to choose among the labels after a reply with too little `min_mass`:
+            structured_outputs (vLLM), grammar (llama.cpp), or none.
+        min_mass: with less probability on all labels together than this, a verdict is missing.
         debias: how both orders of a pair become one probability, see `verdicts.preference`.
-        temperature: of replies in words; where log-probabilities are read it is 1.
-        seed: of the judge's sampling.
+        temperature: the temperature of replies in words; it is 1 where log-probabilities are read.
+        seed: seed of the judge's sampling.
         repeats: how often every question is asked, with the seeds seed, seed + 1, ...
-        max_tokens: of a reply in words; 0 = the template's.
-        token_field: the server's name for it; auto asks.
-        concurrency: calls at a time; a fifth less after "too many requests", and slowly back.
+        max_tokens: the greatest length of a reply in words; 0 = the template's.
+        token_field: the server's name for the greatest length; auto = find out.
+        concurrency: calls at a time; a fifth less after "too many requests", then slowly up again.
         requests_per_minute: the limit of your account; None = none.
         tokens_per_minute: the limit of your account; None = none.
-        timeout_s: of one call, from its start to the last byte.
-        attempts: of a call that fails; "too many requests" does not count.
-        max_wait_s: pauses of one call together, and how long it is told "too many requests" while no call at all is
-          answered; a server that wants longer pauses gets no call.
+        timeout_s: seconds of one call, from its start to the last byte.
+        attempts: attempts of a call that fails; "too many requests" does not count.
+        max_wait_s: the longest sum of pauses of one call, and the longest time of "too many requests" in
+            which no call at all is answered; a server that wants a longer pause gets no call.
         usd_per_million_prompt: the price of a million tokens of prompts.
         usd_per_million_completion: the price of a million tokens of replies.
         budget_usd: stop before more is spent; None = no limit.
         budget_tokens: stop before more are used, in prompts and replies together; None = no limit.
         budget_s: no call goes on longer than this many seconds after the first; None = no limit.
-        cache: SQLite file of replies; None = STORE.calls.sqlite beside the store, or memory where there is no store.
+        cache: SQLite file of replies; None = STORE.calls.sqlite next to the store, or memory where no store
+            is given.
     """
 
     server: str = ""

@@ -1,7 +1,7 @@
-"""What a judge may use: calls at a time, requests and tokens a minute, tokens, money and time in all.
+"""Limits of a judge's calls: calls at a time, requests and tokens a minute, and a budget of tokens, money and time.
 
-Everything here belongs to one asyncio loop. A budget is asked *before* a call, for the most that the call can use, and
-gets back what it did not use: what is spent never passes the limit.
+Every limiter belongs to one asyncio loop. A call reserves *beforehand* the most that it can use and gives
+back afterwards what it did not use, so that no limit is ever passed.
 """
 
 from __future__ import annotations
@@ -18,26 +18,51 @@ Clock = Callable[[], float]
 
 
 class BudgetSpent(Exception):
-    """The next call might pass a limit; the message says which."""
+    """The next call might pass a limit; the message names the limit."""
 
 
-class Gate:
-    """At most `limit` calls at a time. Shrinks by a fifth when the server says "too many"; never for another reason.
+@dataclasses.dataclass(eq=False)
+class Reservation:
+    """The most that one call can use; after `settle`, what the call did use.
 
-    Calls that were under way together are told so together: only the first of them shrinks the gate. After ten rounds of
-    answers without another "too many" it opens by one, up to where it began.
+    Attributes:
+        tokens: prompt and reply together.
+        usd: US dollars.
+        time: when the call began, by the clock of the `RateLimiter`, in seconds.
+    """
+
+    tokens: int
+    usd: float = 0.0
+    time: float = 0.0
+
+    def settle(self, tokens: int, usd: float = 0.0) -> None:
+        """Replaces the reservation by what the call used."""
+        self.tokens, self.usd = tokens, usd
+
+
+class ConcurrencyLimiter:
+    """Allows at most `limit` calls at a time; only "too many requests" lowers the limit, by a fifth.
+
+    Calls that run together are refused together, so only the first refusal of a generation of calls lowers
+    the limit. After 10 x limit answers without a refusal the limit rises by one, up to where it began.
+
+    Attributes:
+        limit: the calls that may run at a time.
+        active: the calls that run now.
+        generation: the number of times that the limit fell; a call that may be refused notes it when it
+            begins.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = float(limit)
         self.active = 0
-        self._widest, self._calm = limit, 0
         self.generation = 0
+        self._widest, self._answers_since_refusal = limit, 0
         self._changed = asyncio.Condition()
 
     @asynccontextmanager
-    async def enter(self) -> AsyncIterator[None]:
-        """A place."""
+    async def slot(self) -> AsyncIterator[None]:
+        """Waits for a free slot and holds it."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.active < max(int(self.limit), 1))
             self.active += 1
@@ -46,43 +71,42 @@ class Gate:
         finally:
             async with self._changed:
                 self.active -= 1
-                self._changed.notify(2)  # all of thousands would be too many; two, as the gate may have opened by one
+                self._changed.notify(2)  # two, as the limit may have risen by one; thousands may wait: not all
 
-    def shrink(self, generation: int) -> None:
-        """After a 429 to a call that began when the gate's generation was this."""
+    def refused(self, generation: int) -> None:
+        """Lowers the limit after "too many requests" to a call that began in `generation`."""
         if generation == self.generation:
             self.generation += 1
-            self.limit, self._calm = max(1.0, self.limit * 0.8), 0
+            self.limit, self._answers_since_refusal = max(1.0, self.limit * 0.8), 0
 
     def answered(self) -> None:
-        """After a call that was answered."""
-        self._calm += 1
-        if self._calm >= 10 * self.limit:
-            self.limit, self._calm = min(self.limit + 1, float(self._widest)), 0
+        """Counts an answer and raises the limit after enough of them."""
+        self._answers_since_refusal += 1
+        if self._answers_since_refusal >= 10 * self.limit:
+            self.limit, self._answers_since_refusal = min(self.limit + 1, float(self._widest)), 0
 
 
-@dataclasses.dataclass(eq=False)
-class Use:
-    """A call in the window: when, and how many tokens (the most it can use, then what it did use)."""
-
-    at: float
-    tokens: int
-
-
-class Window:
-    """At most `requests` calls and `tokens` tokens in any `period` seconds; None = no limit."""
+class RateLimiter:
+    """Allows at most `requests` calls and `tokens` tokens in any `period` seconds; None = no limit."""
 
     def __init__(
         self, requests: int | None, tokens: int | None, *, period: float = 60.0, clock: Clock = time.monotonic
     ) -> None:
         self._requests, self._tokens, self._period, self._clock = requests, tokens, period, clock
-        self._uses: deque[Use] = deque()
+        self._reservations: deque[Reservation] = deque()
         self._turn = asyncio.Lock()
 
-    async def enter(self, tokens: int, check: Callable[[], None] = lambda: None) -> Use:
-        """Wait until a call of up to `tokens` fits. BudgetSpent if it never will. Set the use's tokens afterwards.
+    async def reserve(self, tokens: int, check: Callable[[], None] = lambda: None) -> Reservation:
+        """Waits until a call of up to `tokens` tokens fits, and reserves them.
 
-        check: called again and again meanwhile; what it raises ends the waiting.
+        The caller settles the reservation after the call.
+
+        Args:
+            tokens: the most that the call can use.
+            check: is called again and again during the wait; an exception of `check` ends the wait.
+
+        Raises:
+            BudgetSpent: the call never fits.
         """
         if self._tokens is not None and tokens > self._tokens:
             raise BudgetSpent(f"a call of up to {tokens} tokens never fits tokens_per_minute = {self._tokens}")
@@ -92,42 +116,40 @@ class Window:
             while (pause := self._pause(tokens)) > 0:
                 await asyncio.sleep(min(pause, 0.25))  # a call that used less than it might makes room earlier
                 check()
-            use = Use(self._clock(), tokens)
-            self._uses.append(use)
-            return use
+            reservation = Reservation(tokens, time=self._clock())
+            self._reservations.append(reservation)
+            return reservation
 
-    def leave(self, use: Use) -> None:
-        """The call was not made."""
-        with suppress(ValueError):  # it is out of the window already
-            self._uses.remove(use)
+    def release(self, reservation: Reservation) -> None:
+        """Gives back the reservation of a call that was not made."""
+        with suppress(ValueError):  # its period may be over already
+            self._reservations.remove(reservation)
 
     def _pause(self, tokens: int) -> float:
+        """Computes the seconds until a call of up to `tokens` tokens fits."""
         now = self._clock()
-        while self._uses and self._uses[0].at <= now - self._period:
-            self._uses.popleft()
-        count, used, pause = len(self._uses), sum(use.tokens for use in self._uses), 0.0
-        for use in self._uses:  # until when must the oldest leave?
+        while self._reservations and self._reservations[0].time <= now - self._period:
+            self._reservations.popleft()
+        count, used, pause = len(self._reservations), sum(r.tokens for r in self._reservations), 0.0
+        for reservation in self._reservations:  # until when must the oldest leave?
             if (self._requests is None or count < self._requests) and (
                 self._tokens is None or used + tokens <= self._tokens
             ):
                 break
-            count, used, pause = count - 1, used - use.tokens, max(use.at + self._period - now, 1e-3)
+            count, used = count - 1, used - reservation.tokens
+            pause = max(reservation.time + self._period - now, 1e-3)
         return pause
 
 
-class Charge:
-    """What one call may use; `settle` says what it did. A call that never settles is taken to have used it all."""
-
-    def __init__(self, tokens: int, usd: float) -> None:
-        self.tokens, self.usd = tokens, usd
-
-    def settle(self, tokens: int, usd: float) -> None:
-        """The call used this."""
-        self.tokens, self.usd = tokens, usd
-
-
 class Budget:
-    """Tokens, US dollars and seconds in all; None = no limit. The clock starts with the first call."""
+    """A budget of tokens, US dollars and seconds in all; None = no limit.
+
+    The clock starts with the first call.
+
+    Attributes:
+        tokens: the tokens used by the calls that have ended.
+        usd: the US dollars spent by the calls that have ended.
+    """
 
     def __init__(
         self,
@@ -146,7 +168,7 @@ class Budget:
 
     @property
     def seconds_left(self) -> float:
-        """Until the time is up; infinite without a limit."""
+        """The seconds until the time budget is used up; infinite without a limit."""
         if self._limits[2] is None:
             return math.inf
         if self._started is None:
@@ -154,10 +176,14 @@ class Budget:
         return self._limits[2] - (self._clock() - self._started)
 
     @asynccontextmanager
-    async def reserve(self, tokens: int, usd: float) -> AsyncIterator[Charge]:
-        """Room for a call that uses up to this much. Waits for calls under way if what they give back may make room.
+    async def reserve(self, tokens: int, usd: float) -> AsyncIterator[Reservation]:
+        """Reserves the most that a call can use, while the call runs.
 
-        Raises BudgetSpent before anything is used if there is none.
+        A call that never settles its reservation is charged all of it.
+        Waits for the calls under way where what they give back may make room.
+
+        Raises:
+            BudgetSpent: no room for the call; nothing was used.
         """
         async with self._changed:
             while self._short(tokens, usd):
@@ -166,26 +192,26 @@ class Budget:
             self._reserved_tokens += tokens
             self._reserved_usd += usd
             self._under_way += 1
-        charge = Charge(tokens, usd)
+        reservation = Reservation(tokens, usd)
         try:
-            yield charge
+            yield reservation
         finally:
             async with self._changed:
                 self._reserved_tokens -= tokens
                 self._reserved_usd = self._reserved_usd - usd if self._under_way > 1 else 0.0
                 self._under_way -= 1
-                self.tokens += charge.tokens
-                self.usd += charge.usd
+                self.tokens += reservation.tokens
+                self.usd += reservation.usd
                 self._changed.notify_all()
 
     def check(self, tokens: int, usd: float) -> None:
-        """BudgetSpent if there is no room for such a call and what is under way cannot make any."""
+        """Raises BudgetSpent if there is no room for such a call and the calls under way cannot make room."""
         short = self._short(tokens, usd)
         if short and (self.seconds_left <= 0 or not self._under_way):
             raise BudgetSpent(short)
 
     def _short(self, tokens: int, usd: float) -> str:
-        """Which limit the call might pass; "" = none."""
+        """Names the limit that the call might pass; "" = none."""
         most_tokens, most_usd, most_seconds = self._limits
         if self.seconds_left <= 0:
             return f"the time budget of {most_seconds:g} s is over"

@@ -1,4 +1,4 @@
-"""An API judge as the loop's feedback: rewards while the next answers are being written."""
+"""An API judge as a feedback source: it judges while the devices generate the next answers."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ import numpy as np
 
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import Record
-from rlaif_jax.feedback.api.judge import JudgeClient, Outcome
+from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
 from rlaif_jax.feedback.api.templates import Question, Template
 from rlaif_jax.types import Feedback, Rollout
 
 
 def prompt_and_answer(record: Record, answer: str) -> Question:
-    """The record's prompt and the answer: for ratings."""
+    """Asks about the record's prompt and the answer, for ratings."""
     return Question(str(record["prompt"]), (answer,))
 
 
-def against(field: str) -> Callable[[Record, str], Question]:
-    """The answer against the text in `field` of the record: for rankings."""
+def against_field(field: str) -> Callable[[Record, str], Question]:
+    """Returns a question that shows the answer against the text in `field` of the record, for rankings."""
     return lambda record, answer: Question(str(record["prompt"]), (answer, str(record[field])))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class JudgeSource:
-    """A `FeedbackSource`: the judge's expected score of each answer, or its P(the answer beats another one).
+class ApiJudgeSource:
+    """A `FeedbackSource`: the expected score of each answer, or P(the answer beats another answer).
 
-    template: of a rating (the value is on its scale), or of a ranking whose question shows the answer first and another
-    one second (the value is the debiased probability, both orders). question: what is asked about (record, answer).
+    A call waits for its judgements; `prefetch` does not: with `train.rollout_parts` > 1 the loop hands over
+    each part's answers while the devices generate the next part, and the judge works meanwhile. The same
+    question is never asked twice, so a call finds the judgements that were prefetched. A judgement that
+    failed is missing (`valid` is false) and recorded as such in the judge's store.
 
-    A call waits for its judgements; `prefetch` does not: with `train.rollout_parts` > 1 the loop hands over each part's
-    answers while the devices generate the next ones, and the judge works while they do.
-
-    The same question is never asked twice, so a call finds what was prefetched. A judgement that failed is missing
-    (`valid` is false) and recorded as such in the client's store.
+    Attributes:
+        judge: the judge.
+        template: of a rating (the value is on its scale), or of a ranking whose question shows the answer
+            first and another answer second (the value is the debiased probability of both orders).
+        question: from (record, answer) to the question.
     """
 
-    client: JudgeClient
+    judge: ApiJudge
     template: Template
     question: Callable[[Record, str], Question] = prompt_and_answer
 
@@ -51,11 +53,11 @@ class JudgeSource:
         return [self.question(record, answer) for record, answer in zip(records, answers, strict=True)]
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
-        """Start judging these answers and return at once."""
-        self.client.submit(self._questions(records, answers), self.template)
+        """Starts to judge these answers and returns at once."""
+        self.judge.submit(self._questions(records, answers), self.template)
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
-        outcomes = self.client.judge(self._questions(records, answers), self.template)
+        outcomes = self.judge.judge(self._questions(records, answers), self.template)
         values = [self._value(outcome) for outcome in outcomes]
         return Feedback.single(
             np.array([0.0 if value is None else value for value in values], np.float32),

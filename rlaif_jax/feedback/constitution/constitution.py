@@ -1,6 +1,6 @@
-"""A constitution: one readable TOML file that says what is good, to judges in words and to machines as rules and logic.
+"""A constitution: one readable TOML file of principles in words (for judges) and of rules and formulas (for machines).
 
-    name = "kind and brief"            # who the rater of its feedback is: rule/kind and brief
+    name = "kind and brief"            # the rater of its feedback is named rule/kind and brief
     logic = "lukasiewicz"              # or "product": see `rewards.logic.truth`
 
     [[principle]]                      # for judges, and for critique and revision
@@ -12,7 +12,7 @@
     [[rule]]                           # a predicate of an answer, in [0, 1] or missing
     name = "rude"
     words = ["idiot", "shut up"]       # exactly one of words, pattern, length, predicate, exemplar
-    at_least = 1                       # the bounds of the measure; for words and patterns this is what is meant anyway
+    at_least = 1                       # the bounds of the measure; this one is the default for words and patterns
 
     [[rule]]
     name = "brief"
@@ -22,7 +22,8 @@
 
     [[rule]]
     name = "fresh"
-    predicate = "rlaif_jax.feedback.constitution.rules:fresh_words"  # a function of (prompt, answer): imported: trust the file
+    # A function of (prompt, answer). It is imported: read only files that you trust.
+    predicate = "rlaif_jax.feedback.constitution.rules:fresh_words"
 
     [[rule]]
     name = "like_this"
@@ -30,11 +31,11 @@
     at_least = 0.8
     soft = 0.4
 
-    [[formula]]                        # what is good: the reward is the weighted sum of their truths
+    [[formula]]                        # the reward is the weighted sum of the formulas' truths
     name = "decent"
     formula = "brief & !rude"
     weight = 2.0
-    praise = "Kind and to the point."  # optional: what a comment says where it holds, and where not
+    praise = "Kind and to the point."  # optional: the comment where the formula holds, and where not
     blame = "Rude, or too long."
 
 Every message about a file begins with its name and the line.
@@ -43,7 +44,7 @@ Every message about a file begins with its name and the line.
 from __future__ import annotations
 
 import hashlib
-import importlib
+import pkgutil
 import re
 import warnings
 from collections.abc import Sequence
@@ -61,9 +62,9 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.constitution.rules import (
     Exemplar,
-    Judged,
     Length,
     Measure,
+    MeasuredText,
     Pattern,
     Predicate,
     Rule,
@@ -71,7 +72,7 @@ from rlaif_jax.feedback.constitution.rules import (
     apply_rule,
     word_pattern,
 )
-from rlaif_jax.feedback.constitution.toml_lines import Entry, read_entries
+from rlaif_jax.feedback.constitution.toml_lines import TomlEntry, read_entries
 from rlaif_jax.feedback.judges.embeddings import Encoder, similarities
 from rlaif_jax.rewards.logic import Formula, TNorm, atoms, logic_rewards, parse_formula
 from rlaif_jax.rewards.shaping import Masked
@@ -82,9 +83,16 @@ MEASURES = ("words", "pattern", "length", "predicate", "exemplar")
 
 
 @dataclass(frozen=True)
-class Principle:
-    """A principle in words. text: for judges; critique and revision: what to ask of a writer (Bai 2022); weight: how
-    often it is drawn; line: of its [[principle]] in the file."""
+class ConstitutionPrinciple:
+    """A principle in words.
+
+    Attributes:
+        name: its name.
+        text: the principle as a judge reads it.
+        critique, revision: the requests to a writer (Bai 2022).
+        weight: how often it is drawn, in relation to the other principles.
+        line: the line of its [[principle]] in the file.
+    """
 
     name: str
     text: str
@@ -96,7 +104,16 @@ class Principle:
 
 @dataclass(frozen=True)
 class WeightedFormula:
-    """A formula over rules, what its truth is worth, and what a comment says where it holds (`praise`) or not."""
+    """A formula over rules.
+
+    Attributes:
+        name: its name.
+        formula: the formula.
+        weight: the reward of its full truth; below 0 where the formula is unwanted.
+        praise: the comment on an answer that is right by this formula.
+        blame: the comment on any other answer.
+        line: the line of its [[formula]] in the file.
+    """
 
     name: str
     formula: Formula
@@ -108,10 +125,18 @@ class WeightedFormula:
 
 @dataclass(frozen=True)
 class Constitution:
-    """What a constitution file says. hash: SHA-256 of its text."""
+    """The content of a constitution file.
+
+    Attributes:
+        name: the name of the constitution.
+        principles, rules, formulas: the entries, in the order of the file.
+        logic: the t-norm by which truths of formulas are computed.
+        path: the file.
+        hash: the SHA-256 of its text.
+    """
 
     name: str
-    principles: tuple[Principle, ...]
+    principles: tuple[ConstitutionPrinciple, ...]
     rules: tuple[Rule, ...]
     formulas: tuple[WeightedFormula, ...]
     logic: TNorm
@@ -120,17 +145,17 @@ class Constitution:
 
     @cached_property
     def rule_names(self) -> tuple[str, ...]:
-        """The names of the rules, in the order of the predicates' axis."""
+        """The names of the rules, in the order of the axis P of `RuleValues`."""
         return tuple(rule.name for rule in self.rules)
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The lowest and the highest reward: every wanted formula false and every unwanted one true, and the reverse."""
+        """The lowest and the highest possible reward, which depend on the signs of the weights."""
         weights = [formula.weight for formula in self.formulas]
         return sum(min(w, 0.0) for w in weights), sum(max(w, 0.0) for w in weights)
 
     def where(self, line: int) -> str:
-        """`file:line`."""
+        """Returns `file:line`."""
         return f"{self.path}:{line}"
 
 
@@ -138,14 +163,15 @@ class Constitution:
 
 
 def load_constitution(path: Path) -> Constitution:
-    """The constitution in a TOML file of the shape above.
+    """Reads the constitution in a TOML file of the shape above.
 
-    Modules that its predicates name are imported: read only files that you would run.
+    The modules that its predicates name are imported: read only files that you would run.
 
     Raises:
-        UserError: with file and line: no valid TOML, an unknown section or field, a field that is missing or of the
-            wrong kind, a name used twice, a pattern that is no regular expression, a predicate that cannot be imported,
-            a formula that cannot be read or speaks of an unknown rule, bounds that no measure can meet.
+        UserError: with file and line: no valid TOML, an unknown section or field, a field that is missing or
+            of the wrong kind, a name used twice, a pattern that is no regular expression, a predicate that
+            cannot be imported, a formula that cannot be read or names an unknown rule, bounds that no measure
+            can meet.
     """
     text, entries = read_entries(Path(path), SECTIONS)
     top = entries[0]
@@ -167,8 +193,8 @@ def load_constitution(path: Path) -> Constitution:
     )
 
 
-def _distinct_names(entries: Sequence[Entry]) -> None:
-    first: dict[str, Entry] = {}
+def _distinct_names(entries: Sequence[TomlEntry]) -> None:
+    first: dict[str, TomlEntry] = {}
     for entry in entries:
         name = entry.text("name")
         if name in first:
@@ -176,9 +202,9 @@ def _distinct_names(entries: Sequence[Entry]) -> None:
         first[name] = entry
 
 
-def _principle(entry: Entry) -> Principle:
+def _principle(entry: TomlEntry) -> ConstitutionPrinciple:
     text = entry.text("text")
-    principle = Principle(
+    principle = ConstitutionPrinciple(
         name=entry.text("name"),
         text=text,
         critique=entry.text(
@@ -194,11 +220,11 @@ def _principle(entry: Entry) -> Principle:
     return principle
 
 
-def _rule(entry: Entry) -> Rule:
+def _rule(entry: TomlEntry) -> Rule:
     name = entry.text("name")
     if not re.fullmatch(r"[^\W\d][\w.]*", name) or name in ("and", "or", "not"):
         raise entry.wrong(
-            "name", f"name {name!r} cannot stand in a formula: letters, digits, _ and ., the first a letter or _"
+            "name", f"name {name!r} cannot be used in a formula: letters, digits, _ and ., the first a letter or _"
         )
     kinds = [kind for kind in MEASURES if entry.has(kind)]
     if len(kinds) != 1:
@@ -220,7 +246,7 @@ def _rule(entry: Entry) -> Rule:
     soft = entry.number("soft", 1.0 if kind == "exemplar" and not bounded else 0.0)
     if soft < 0:
         raise entry.wrong("soft", f"soft is {soft:g}; it is 0 or more, in the unit of the measure")
-    of: Judged = entry.choice("of", get_args(Judged), "answer")  # type: ignore[assignment]
+    of: MeasuredText = entry.choice("of", get_args(MeasuredText), "answer")  # type: ignore[assignment]
     replace = None
     if entry.has("replace"):
         replace = entry.text("replace", empty=True)
@@ -230,7 +256,7 @@ def _rule(entry: Entry) -> Rule:
     return Rule(name, measure, of, at_least, at_most, soft, replace, entry.line)
 
 
-def _measure(entry: Entry, kind: str) -> Measure:
+def _measure(entry: TomlEntry, kind: str) -> Measure:
     if kind == "words":
         return word_pattern(entry.texts("words"))
     if kind == "pattern":
@@ -250,9 +276,7 @@ def _measure(entry: Entry, kind: str) -> Measure:
     if not (module and colon and function):
         raise entry.wrong("predicate", f"predicate is {name!r}; expected module:function")
     try:
-        found = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
+        found = pkgutil.resolve_name(name)
     except Exception as error:  # a module may raise anything while it is imported
         raise entry.wrong("predicate", f"cannot import {name}: {type(error).__name__}: {error}") from error
     if not callable(found):
@@ -260,7 +284,7 @@ def _measure(entry: Entry, kind: str) -> Measure:
     return Predicate(name, found)
 
 
-def _formula(entry: Entry, rules: Sequence[str]) -> WeightedFormula:
+def _formula(entry: TomlEntry, rules: Sequence[str]) -> WeightedFormula:
     text = entry.text("formula")
     try:
         formula = parse_formula(text)
@@ -269,7 +293,7 @@ def _formula(entry: Entry, rules: Sequence[str]) -> WeightedFormula:
     unknown = [name for name in atoms(formula) if name not in rules]
     if unknown:
         known = f"the rules are {', '.join(rules)}" if rules else "there are no rules"
-        raise entry.wrong("formula", f"formula {text!r} speaks of the unknown rule {unknown[0]}; {known}")
+        raise entry.wrong("formula", f"formula {text!r} names the unknown rule {unknown[0]}; {known}")
     name, weight = entry.text("name"), entry.number("weight", 1.0)
     if weight == 0:
         raise entry.wrong("weight", "weight is 0: the formula would count for nothing")
@@ -282,24 +306,33 @@ def _formula(entry: Entry, rules: Sequence[str]) -> WeightedFormula:
 # ---- Judging
 
 
-class Predicates(NamedTuple):
-    """What the P rules say of B answers: values [B, P] float32 in [0, 1], valid [B, P] bool (values are 0 where not), and
-    a sentence about each different problem that was met."""
+class RuleValues(NamedTuple):
+    """The values of P rules for B answers.
+
+    Attributes:
+        values: [B, P] float32 in [0, 1]; 0 where not valid.
+        valid: [B, P] bool; false where a rule could not be measured.
+        problems: a sentence about each different problem.
+    """
 
     values: np.ndarray
     valid: np.ndarray
     problems: tuple[str, ...] = ()
 
 
-def evaluate(
+def evaluate_rules(
     constitution: Constitution, prompts: Sequence[str], answers: Sequence[str], encoder: Encoder | None = None
-) -> Predicates:
-    """Every rule of B answers.
+) -> RuleValues:
+    """Evaluates every rule for B answers.
 
-    encoder: for the rules that compare with an exemplar, and needed for them.
+    Args:
+        constitution: the rules.
+        prompts: the prompts [B].
+        answers: the answers [B].
+        encoder: embeds texts for the rules that compare with an exemplar.
 
     Raises:
-        UserError: such a rule and no encoder.
+        UserError: a rule compares with an exemplar, and no encoder is given.
     """
     require(len(prompts) == len(answers), f"{len(prompts)} prompts for {len(answers)} answers: expected one each")
     values = np.zeros((len(answers), len(constitution.rules)), np.float32)
@@ -319,18 +352,20 @@ def evaluate(
         valid[:, column] = [value is not None for value in found]
         values[:, column] = [value or 0.0 for value in found]
         problems += [f"{constitution.where(rule.line)}: {problem}" for problem in met]
-    return Predicates(values, valid, tuple(problems))
+    return RuleValues(values, valid, tuple(problems))
 
 
 def constitution_rewards(
     constitution: Constitution, values: jax.Array | np.ndarray, valid: jax.Array | np.ndarray
 ) -> tuple[Masked, Masked]:
-    """(rewards [...], truths [..., F]) of predicates [..., P]: pure, may be jitted. See `rewards.logic.logic_rewards`.
+    """Computes (rewards [...], truths [..., F]) from values of rules [..., P]; pure, may be jitted.
+
+    See `rewards.logic.logic_rewards`.
 
     Raises:
         UserError: the constitution has no formula.
     """
-    require(bool(constitution.formulas), f"{constitution.where(1)}: no [[formula]] says what the rules are worth")
+    require(bool(constitution.formulas), f"{constitution.where(1)}: no [[formula]] makes a reward of the rules")
     return logic_rewards(
         [weighted.formula for weighted in constitution.formulas],
         jnp.array([weighted.weight for weighted in constitution.formulas], jnp.float32),
@@ -343,16 +378,23 @@ def constitution_rewards(
 
 @dataclass(frozen=True, eq=False)
 class ConstitutionSource:
-    """A constitution's rules and formulas as a source of feedback: the reward of each answer, missing where no formula
-    can be told. Problems are warned of, each once."""
+    """A constitution's rules and formulas as a feedback source.
+
+    The reward of an answer is missing where no formula can be evaluated. Each problem of a rule is a
+    RuntimeWarning.
+
+    Attributes:
+        constitution: the rules and formulas.
+        encoder: embeds texts for the rules that compare with an exemplar.
+    """
 
     constitution: Constitution
     encoder: Encoder | None = None
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         prompts = [str(record["prompt"]) for record in records]
-        predicates = evaluate(self.constitution, prompts, answers, self.encoder)
-        for problem in predicates.problems:
+        rule_values = evaluate_rules(self.constitution, prompts, answers, self.encoder)
+        for problem in rule_values.problems:
             warnings.warn(problem, RuntimeWarning, stacklevel=2)
-        rewards, _ = constitution_rewards(self.constitution, predicates.values, predicates.valid)
-        return Feedback.single(*map(np.asarray, rewards))
+        rewards, _ = constitution_rewards(self.constitution, rule_values.values, rule_values.valid)
+        return Feedback(*map(np.asarray, rewards))

@@ -1,7 +1,8 @@
 """Critique and revision under sampled principles: a writer corrects itself (Constitutional AI, Bai 2022, section 3.1).
 
-An answer is criticised by one principle, drawn at random, then revised in the light of the critique, and so on with the
-revision. The first answer and the last are a supervised pair; every step is a correction like one made by a person.
+An answer is criticised by a principle that is drawn at random, then revised by the critique; the revision is
+criticised in the next round. The prompt and the last revision are a supervised pair; every round is a
+correction like one by a person.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.feedback.constitution.constitution import Principle
+from rlaif_jax.feedback.constitution.constitution import ConstitutionPrinciple
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.records.forms import Correction, Rater
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
@@ -27,26 +28,29 @@ from rlaif_jax.policies.text import answer_texts, make_generator
 from rlaif_jax.types import FEEDBACK, Params, Prompts, step_key
 
 Writer = Callable[[Sequence[str]], Sequence[str | None]]
-"""Any text generator: a continuation of each text, None where there is none (a failed call, a refusal)."""
+"""Any text generator: a continuation of each text, None where it is missing (a failed call, a refusal)."""
 
 
-def critique_text(prompt: str, answer: str, principle: Principle) -> str:
-    """What a writer continues with a critique (the wording of Bai 2022, section 3.1)."""
+def critique_text(prompt: str, answer: str, principle: ConstitutionPrinciple) -> str:
+    """Returns the text that a writer continues with a critique (the wording of Bai 2022, section 3.1)."""
     return f"Human: {prompt}\n\nAssistant: {answer}\n\nCritique Request: {principle.critique}\n\nCritique:"
 
 
-def revision_text(prompt: str, answer: str, critique: str, principle: Principle) -> str:
-    """What a writer continues with the revised answer."""
-    asked = critique_text(prompt, answer, principle)
-    return f"{asked} {critique}\n\nRevision Request: {principle.revision}\n\nRevision:"
+def revision_text(prompt: str, answer: str, critique: str, principle: ConstitutionPrinciple) -> str:
+    """Returns the text that a writer continues with the revised answer."""
+    request = critique_text(prompt, answer, principle)
+    return f"{request} {critique}\n\nRevision Request: {principle.revision}\n\nRevision:"
 
 
 @dataclass(frozen=True)
 class Revised:
-    """What became of one answer.
+    """One answer and its revisions.
 
-    answers: the first one and each revision that was had; corrections: one record a round, status `error` where the
-    writer gave no critique or no revision.
+    Attributes:
+        prompt: the prompt.
+        answers: the first answer and each revision.
+        corrections: one record a round, with the status `error` where the writer gave no critique or no
+            revision.
     """
 
     prompt: str
@@ -55,21 +59,33 @@ class Revised:
 
     @property
     def pair(self) -> tuple[str, str] | None:
-        """(prompt, final revision) to learn from; None if no revision was had."""
+        """The pair (prompt, last revision) to learn from; None without a revision."""
         return (self.prompt, self.answers[-1]) if len(self.answers) > 1 else None
 
 
 def _digest(prompt: str, answer: str) -> int:
-    """64 bits of a prompt and an answer."""
+    """Hashes a prompt and an answer to 64 bits."""
     data = f"{len(prompt)}:{prompt}{answer}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(data).digest()[:8])
 
 
-def draw_principle(principles: Sequence[Principle], prompt: str, answer: str, seed: int, step: int) -> Principle:
-    """A principle drawn by its weight from (seed, round, prompt and answer), whatever else is revised beside it.
+def draw_principle(
+    principles: Sequence[ConstitutionPrinciple], prompt: str, answer: str, seed: int, step: int
+) -> ConstitutionPrinciple:
+    """Draws a principle by its weight.
+
+    The draw depends on the seed, the round, the prompt and the answer alone, not on other answers of the
+    batch.
+
+    Args:
+        principles: the principles to draw from.
+        prompt: the prompt.
+        answer: the answer that will be criticised.
+        seed: the seed of the run.
+        step: the number of the round.
 
     Raises:
-        UserError: there is none to draw.
+        UserError: no principle has a weight above 0.
     """
     weights = np.array([principle.weight for principle in principles], float)
     require(
@@ -82,24 +98,34 @@ def draw_principle(principles: Sequence[Principle], prompt: str, answer: str, se
 
 def critique_revision(
     write: Writer,
-    principles: Sequence[Principle],
+    principles: Sequence[ConstitutionPrinciple],
     prompts: Sequence[str],
     answers: Sequence[str],
     *,
     seed: int,
     rounds: int,
     rater: Rater,
-    critique: Callable[[str, str, Principle], str] = critique_text,
-    revision: Callable[[str, str, str, Principle], str] = revision_text,
+    critique: Callable[[str, str, ConstitutionPrinciple], str] = critique_text,
+    revision: Callable[[str, str, str, ConstitutionPrinciple], str] = revision_text,
 ) -> list[Revised]:
-    """Criticise and revise each of B answers `rounds` times (Bai 2022 took 4).
+    """Criticises and revises each of B answers `rounds` times (Bai 2022 took 4).
 
-    write: is called twice a round with a text for every answer still to be done. A round without a critique or a
-    revision is recorded and leaves the answer as it was; the next round goes on from there by another principle.
-    rater: who writes, for the records. critique, revision: the wording of the requests.
+    A round without a critique or a revision is recorded and leaves the answer as it was; the next round goes
+    on from this answer by another principle.
+
+    Args:
+        write: is called twice a round with a text for every answer that can be continued.
+        principles: the principles to draw from.
+        prompts: the prompts [B].
+        answers: the first answers [B].
+        seed: draws the principles.
+        rounds: how often each answer is revised.
+        rater: the writer's identity in the records.
+        critique: from (prompt, answer, principle) to the request for a critique.
+        revision: from (prompt, answer, critique, principle) to the request for a revision.
 
     Raises:
-        UserError: no principle, or a writer that returns another number of texts than it was asked for.
+        UserError: no principle can be drawn, or the writer did not return one text for each request.
     """
     require(len(prompts) == len(answers), f"{len(prompts)} prompts for {len(answers)} answers: expected one each")
     require(rounds >= 1, f"rounds must be >= 1, not {rounds}")
@@ -107,11 +133,11 @@ def critique_revision(
     records: list[list[Correction]] = [[] for _ in answers]
     for step in range(rounds):
         drawn = [draw_principle(principles, prompt, answer, seed, step) for prompt, answer in zip(prompts, answers)]
-        asked = [critique(p, chain[-1], by) for p, chain, by in zip(prompts, chains, drawn)]
-        critiques = _written(write, asked)
+        requests = [critique(p, chain[-1], by) for p, chain, by in zip(prompts, chains, drawn)]
+        critiques = _written(write, requests)
         able = [i for i, text in enumerate(critiques) if text is not None]
-        asked = [revision(prompts[i], chains[i][-1], critiques[i] or "", drawn[i]) for i in able]
-        revisions = dict(zip(able, _written(write, asked)))
+        requests = [revision(prompts[i], chains[i][-1], critiques[i] or "", drawn[i]) for i in able]
+        revisions = dict(zip(able, _written(write, requests)))
         for i, prompt in enumerate(prompts):
             revised = revisions.get(i)
             records[i].append(
@@ -132,7 +158,7 @@ def critique_revision(
 
 
 def _written(write: Writer, texts: Sequence[str]) -> list[str | None]:
-    """The continuations without blanks around them; a blank one is none."""
+    """Returns the continuations without blanks around them; a blank continuation becomes None."""
     if not texts:
         return []
     written = list(write(texts))
@@ -144,10 +170,19 @@ def _written(write: Writer, texts: Sequence[str]) -> list[str | None]:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModelWriter:
-    """A language model on these devices as a writer: it continues each text in its own words.
+    """A language model on these devices as a writer: it continues each text.
 
-    The same text gets the same continuation, whatever is written beside it; `seed` gives others. A text of more than
-    `prompt_length` tokens (BOS included) gets none. Texts are continued `batch_size` at a time: one compiled shape.
+    A text gets the same continuation in any batch; another `seed` gives another
+    continuation.
+
+    Attributes:
+        model, params, tokenizer: the language model's own.
+        runner: runs the compiled function on all devices.
+        sampling: how continuations are sampled.
+        prompt_length: the greatest length of a text in tokens, BOS included; a longer text gets no
+            continuation.
+        batch_size: texts of one compiled call.
+        seed: the seed of the sampling.
     """
 
     model: CausalLM
@@ -167,28 +202,24 @@ class LanguageModelWriter:
             f"writer.prompt_length ({self.prompt_length}) + sampling.max_new_tokens ({self.sampling.max_new_tokens}) = "
             f"{longest} is more than the model can read: {self.model.config.context_length} tokens",
         )
-        require(
-            self.batch_size >= 1 and self.batch_size % self.runner.devices == 0,
-            f"writer.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
-        )
+        check_batch_size("writer", self.batch_size, self.runner)
 
     @cached_property
     def _generate(self) -> Any:
         return make_generator(self.runner, self.model, self.tokenizer, self.sampling)
 
     def __call__(self, texts: Sequence[str]) -> list[str | None]:
-        """The continuation of each text, up to the stop token or the length limit; None for a text that is too long."""
+        """Continues each text up to the stop token or the length limit; None for a text that is too long."""
         bos = self.tokenizer.bos_id is not None
         ids = [self.tokenizer.encode(text, add_bos=bos) for text in texts]
         able = [i for i, tokens in enumerate(ids) if 0 < len(tokens) <= self.prompt_length]
         written: list[str | None] = [None] * len(texts)
-        for start in range(0, len(able), self.batch_size):
-            rows = able[start : start + self.batch_size]
-            filled = rows + [rows[0]] * (self.batch_size - len(rows))
-            tokens, mask = padded([ids[i] for i in filled], self.prompt_length, self.tokenizer.pad_id, "left")
-            uid = np.array([_digest(texts[i], "") % 2**32 for i in filled], np.uint32)
-            prompts = Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), uid=jnp.asarray(uid))
-            rollout = self._generate((self.params, step_key(self.seed, 0, FEEDBACK)), prompts)
-            for i, text in zip(rows, answer_texts(rollout, self.tokenizer)):
-                written[i] = text
+        if not able:
+            return written
+        tokens, mask = padded([ids[i] for i in able], self.prompt_length, self.tokenizer.pad_id, "left")
+        uid = np.array([_digest(texts[i], "") % 2**32 for i in able], np.uint32)
+        generate = partial(self._generate, (self.params, step_key(self.seed, 0, FEEDBACK)))
+        rollout = in_batches(generate, Prompts(tokens, mask, uid), self.batch_size)  # type: ignore[arg-type]
+        for i, text in zip(able, answer_texts(rollout, self.tokenizer)):
+            written[i] = text
         return written

@@ -1,7 +1,7 @@
-"""What a constitution's rules say, in every form of feedback: ratings, rankings, comments, corrections.
+"""Records of a constitution's rules in every form of feedback: ratings, rankings, comments, corrections.
 
-The records are those of a rater of source "rule", named after the constitution, and need no one's time: the same texts
-give the same records. What the rules cannot tell is a record of status `abstained`.
+The rater of the records has the source "rule" and is named after the constitution; the same texts give the
+same records. Where the rules give no judgement, the record has the status `abstained`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlaif_jax.config import require
-from rlaif_jax.feedback.constitution.constitution import Constitution, Predicates, constitution_rewards, evaluate
+from rlaif_jax.feedback.constitution.constitution import Constitution, RuleValues, constitution_rewards, evaluate_rules
 from rlaif_jax.feedback.constitution.rules import Pattern, Rule
 from rlaif_jax.feedback.judges.embeddings import Encoder
 from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rater, Rating, Span, Status
@@ -21,15 +21,15 @@ SAME = 1e-6  # rewards and degrees of truth closer than this are equal
 
 
 def rule_rater(constitution: Constitution) -> Rater:
-    """Who judges by this constitution; `prompt_hash` tells one wording of the file from the next."""
+    """Returns the rater of a constitution; its `prompt_hash` identifies the wording of the file."""
     return Rater(f"rule/{constitution.name}", "rule", prompt_hash=constitution.hash)
 
 
 def rule_ratings(
     constitution: Constitution, prompts: Sequence[str], answers: Sequence[str], encoder: Encoder | None = None
 ) -> list[Rating]:
-    """The reward of each of B answers, on the scale from the worst to the best that the formulas allow."""
-    (values, valid), _ = _rewards(constitution, evaluate(constitution, prompts, answers, encoder))
+    """Rates each of B answers by its reward, on the scale of the constitution."""
+    (values, valid), _ = _rewards(constitution, evaluate_rules(constitution, prompts, answers, encoder))
     low, high = constitution.scale
     rater = rule_rater(constitution)
     return [
@@ -52,8 +52,10 @@ def rule_rankings(
     answers: Sequence[Sequence[str]],
     encoder: Encoder | None = None,
 ) -> list[Ranking]:
-    """The answers to each of B prompts in the order of their rewards; equal rewards share a place, an answer whose reward
-    is missing has none, and a ranking with fewer than two places is abstained from.
+    """Ranks the answers to each of B prompts by their rewards.
+
+    Equal rewards share a place, an answer whose reward is missing has no place, and a ranking with fewer than
+    two places is `abstained`.
 
     Raises:
         UserError: a prompt with fewer than two answers.
@@ -61,12 +63,12 @@ def rule_rankings(
     for prompt, group in zip(prompts, answers, strict=True):
         require(len(group) >= 2, f"a ranking is of two or more answers; there are {len(group)} to {prompt[:60]!r}")
     flat = [(prompt, answer) for prompt, group in zip(prompts, answers) for answer in group]
-    predicates = evaluate(constitution, [prompt for prompt, _ in flat], [answer for _, answer in flat], encoder)
-    (values, valid), _ = _rewards(constitution, predicates)
+    rule_values = evaluate_rules(constitution, [prompt for prompt, _ in flat], [answer for _, answer in flat], encoder)
+    (values, valid), _ = _rewards(constitution, rule_values)
     rater = rule_rater(constitution)
     rankings, start = [], 0
     for prompt, group in zip(prompts, answers):
-        ranks = _places(values[start : start + len(group)], valid[start : start + len(group)])
+        ranks = _ranks(values[start : start + len(group)], valid[start : start + len(group)])
         start += len(group)
         placed = [rank for rank in ranks if rank is not None]
         if len(placed) < 2:
@@ -77,8 +79,8 @@ def rule_rankings(
     return rankings
 
 
-def _places(values: np.ndarray, valid: np.ndarray) -> tuple[int | None, ...]:
-    """1 + the number of answers that are clearly better."""
+def _ranks(values: np.ndarray, valid: np.ndarray) -> tuple[int | None, ...]:
+    """Returns 1 + the number of clearly better answers for each answer; None where not valid."""
     better = values[None, :] > values[:, None] + SAME
     return tuple(1 + int(np.sum(row & valid)) if ok else None for row, ok in zip(better, valid))
 
@@ -86,12 +88,13 @@ def _places(values: np.ndarray, valid: np.ndarray) -> tuple[int | None, ...]:
 def rule_comments(
     constitution: Constitution, prompts: Sequence[str], answers: Sequence[str], encoder: Encoder | None = None
 ) -> list[Comment]:
-    """A comment on each of B answers by each formula, B x F of them: its praise where the answer is on the right side of
-    the formula (true by more than a half, or false where its weight is negative), its blame where not.
+    """Comments on each of B answers by each of F formulas, B x F comments in all.
 
-    The formula's name is the comment's aspect and principle.
+    The comment is the formula's praise where the answer is right by it (the formula is true by more than a
+    half, or false where its weight is negative), else its blame. The formula's name is the comment's aspect
+    and principle.
     """
-    _, (truths, valid) = _rewards(constitution, evaluate(constitution, prompts, answers, encoder))
+    _, (truths, valid) = _rewards(constitution, evaluate_rules(constitution, prompts, answers, encoder))
     rater = rule_rater(constitution)
     comments = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
@@ -116,25 +119,26 @@ def rule_comments(
 def rule_corrections(
     constitution: Constitution, prompts: Sequence[str], answers: Sequence[str], encoder: Encoder | None = None
 ) -> list[Correction]:
-    """The places of each of B answers that words and patterns find, with what they cost or earn.
+    """Marks the spans of each of B answers that words and patterns match, with their effect on the reward.
 
-    A span's value is the reward with its rule true less the reward with it false, all else as it is: negative where the
-    match is a fault, positive where it is what was wanted. A match of a rule that `at_most` bounds is a fault only if
-    there are too many. An answer is edited where every fault has a `replace`. An answer without a fault stands as it
-    is if its reward is the best there is; if it is not, the rules cannot say where, and abstain.
+    A span's value is the reward with its rule true minus the reward with its rule false, all other rules as
+    they are: negative where the match is a fault, positive where the match is wanted. A match of a rule that
+    `at_most` bounds is a fault only if the answer has too many matches. An answer is edited where every fault
+    has a `replace`. An answer without a fault is left unchanged if its reward is the best possible; otherwise
+    the rules cannot locate the fault, and the correction is `abstained`.
     """
-    predicates = evaluate(constitution, prompts, answers, encoder)
-    (rewards, valid), _ = _rewards(constitution, predicates)
-    worth = _worth(constitution, predicates)
+    rule_values = evaluate_rules(constitution, prompts, answers, encoder)
+    (rewards, valid), _ = _rewards(constitution, rule_values)
+    effects = _rule_effects(constitution, rule_values)
     best = constitution.scale[1]
     rater = rule_rater(constitution)
     corrections = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
         spans: list[tuple[Span, Rule]] = []
         for column, rule in enumerate(constitution.rules):
-            if rule.of == "answer" and isinstance(rule.measure, Pattern) and predicates.valid[row, column]:
+            if rule.of == "answer" and isinstance(rule.measure, Pattern) and rule_values.valid[row, column]:
                 places = rule.measure.spans(answer)
-                value = _match_worth(rule, len(places)) * float(worth[row, column])
+                value = _match_effect(rule, len(places)) * float(effects[row, column])
                 if abs(value) > SAME:
                     spans += [(Span(start, end, value, rule.name), rule) for start, end in places]
         spans.sort(key=lambda pair: (pair[0].start, pair[0].end, pair[0].category))
@@ -144,7 +148,6 @@ def rule_corrections(
             edited = _replaced(answer, faults)
         elif not faults and valid[row] and rewards[row] >= best - SAME:
             edited = answer
-        told = spans or edited is not None
         corrections.append(
             Correction(
                 prompt=prompt,
@@ -152,20 +155,21 @@ def rule_corrections(
                 rater=rater,
                 spans=tuple(span for span, _ in spans),
                 edited=edited,
-                status="ok" if told else "abstained",
+                status="ok" if spans or edited is not None else "abstained",
             )
         )
     return corrections
 
 
-def _match_worth(rule: Rule, matches: int) -> int:
-    """Whether a match helps the rule to be true (1), keeps it from being true (-1), or neither (0)."""
+def _match_effect(rule: Rule, matches: int) -> int:
+    """Returns 1 where a match helps the rule to be true, -1 where it prevents that, else 0."""
     if rule.at_most is not None and matches > rule.at_most:
         return -1
     return int(rule.at_least is not None)
 
 
 def _replaced(text: str, faults: Sequence[tuple[Span, Rule]]) -> str:
+    """Replaces every fault by its rule's `replace`; a fault that overlaps an earlier fault is skipped."""
     parts, end = [], 0
     for span, rule in faults:
         if span.start >= end:
@@ -175,18 +179,22 @@ def _replaced(text: str, faults: Sequence[tuple[Span, Rule]]) -> str:
 
 
 def _rewards(
-    constitution: Constitution, predicates: Predicates
+    constitution: Constitution, rule_values: RuleValues
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    rewards, truths = constitution_rewards(constitution, predicates.values, predicates.valid)
+    """Computes ((rewards [B], valid [B]), (truths [B, F], valid [B, F])) on the host."""
+    rewards, truths = constitution_rewards(constitution, rule_values.values, rule_values.valid)
     return tuple(map(np.asarray, rewards)), tuple(map(np.asarray, truths))
 
 
-def _worth(constitution: Constitution, predicates: Predicates) -> np.ndarray:
-    """[B, P]: the reward of each answer with one rule true less that with it false; 0 where it cannot be told."""
+def _rule_effects(constitution: Constitution, rule_values: RuleValues) -> np.ndarray:
+    """Computes the reward with each rule true minus the reward with it false, [B, P].
+
+    The difference is 0 where a reward is missing.
+    """
     count = len(constitution.rules)
     one = np.eye(count, dtype=bool)[:, None, :]
-    known = predicates.valid[None] | one
-    with_it, without = (np.where(one, truth, predicates.values[None]) for truth in (1.0, 0.0))
-    (high, high_known), _ = _rewards(constitution, Predicates(with_it, known))
-    (low, low_known), _ = _rewards(constitution, Predicates(without, known))
+    known = rule_values.valid[None] | one
+    with_it, without = (np.where(one, truth, rule_values.values[None]) for truth in (1.0, 0.0))
+    (high, high_known), _ = _rewards(constitution, RuleValues(with_it, known))
+    (low, low_known), _ = _rewards(constitution, RuleValues(without, known))
     return np.where(high_known & low_known, high - low, 0.0).T

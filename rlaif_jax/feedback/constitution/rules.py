@@ -1,8 +1,8 @@
-"""Symbolic rules of a constitution: each measures a text and says how far the measure lies where it should, in [0, 1].
+"""Symbolic rules of a constitution: a rule measures a text and maps the measure to a value in [0, 1].
 
-The texts are written by a model that learns what pays: nothing here may hang or fail on them. Patterns read the first
-`MAX_CHARACTERS` of a text and stop after `TIMEOUT_S` seconds; words, sentences and lines are counted in linear time.
-What could not be measured is None, with a sentence about why; it is never 0.
+The texts are written by a model that learns to earn rewards, so no text may make a rule hang or fail.
+Patterns read the first `MAX_CHARACTERS` of a text and stop after `TIMEOUT_S` seconds; words, sentences and
+lines are counted in linear time. A measure that failed is None, with a sentence that says why; it is never 0.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ import regex
 
 from rlaif_jax.config import require
 
-MAX_CHARACTERS = 20_000  # of a text that a pattern reads
-TIMEOUT_S = 0.5  # for one pattern on one text
-MAX_TIMEOUTS = 3  # after so many a pattern is not tried on the rest of a batch
+MAX_CHARACTERS = 20_000  # the part of a text that a pattern reads
+TIMEOUT_S = 0.5  # of one pattern on one text
+MAX_TIMEOUTS = 3  # after this many a pattern is not tried on the rest of a batch
 
 Unit = Literal["characters", "words", "sentences", "lines", "paragraphs"]
-Judged = Literal["answer", "prompt"]
+MeasuredText = Literal["answer", "prompt"]
 
 
 class Measured(NamedTuple):
-    """A number, or None and why there is none; slow: because it took too long."""
+    """The result of a measurement.
+
+    Attributes:
+        number: the measure; None = it failed or does not apply.
+        problem: a sentence that says why it failed; "" = no problem.
+        slow: whether it took too long.
+    """
 
     number: float | None
     problem: str = ""
@@ -39,18 +45,18 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """How often a regular expression occurs, in the dialect of the `regex` package (that of `re`, and more)."""
+    """The number of matches of a regular expression, in the dialect of the `regex` package."""
 
     pattern: str
     ignore_case: bool = False
 
     @cached_property
     def compiled(self) -> regex.Pattern[str]:
-        """Raises regex.error, with the place, if it is no regular expression."""
+        """The compiled expression; raises regex.error, with the place, if it is no regular expression."""
         return regex.compile(self.pattern, regex.IGNORECASE if self.ignore_case else 0)
 
     def matches(self, text: str) -> list[regex.Match[str]]:
-        """All matches in the first `MAX_CHARACTERS`. Raises TimeoutError after `TIMEOUT_S`."""
+        """Finds all matches in the first `MAX_CHARACTERS`; raises TimeoutError after `TIMEOUT_S`."""
         found, deadline = [], time.monotonic() + TIMEOUT_S
         for match in self.compiled.finditer(text[:MAX_CHARACTERS], timeout=TIMEOUT_S):
             found.append(match)
@@ -59,7 +65,7 @@ class Pattern:
         return found
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) of all matches that are not empty; none where the pattern takes too long."""
+        """Returns (start, end) of all matches that are not empty, [] where the pattern takes too long."""
         try:
             return [match.span() for match in self.matches(text) if match.end() > match.start()]
         except TimeoutError:
@@ -73,27 +79,28 @@ class Pattern:
 
 
 def word_pattern(words: Sequence[str]) -> Pattern:
-    """Any of the words or phrases, whole, in upper or lower case."""
+    """Builds the pattern of any of the words or phrases, whole, in upper or lower case."""
     longest_first = sorted(words, key=len, reverse=True)
     return Pattern(rf"(?<!\w)(?:{'|'.join(regex.escape(w) for w in longest_first)})(?!\w)", ignore_case=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """How long a text is.
+    """The length of a text.
 
-    words: what blanks separate. sentences: what ends in . ! or ? before a blank or the end (abbreviations count, too).
-    lines: those that are not blank. paragraphs: blocks of lines with blank lines between.
+    Attributes:
+        unit: characters; words, separated by blanks; sentences, which end in . ! or ? before a blank or the
+            end (abbreviations count, too); lines that are not blank; or paragraphs, separated by blank lines.
     """
 
     unit: Unit
 
     def __call__(self, prompt: str, answer: str, text: str) -> Measured:
-        return Measured(length(text, self.unit))
+        return Measured(measure_length(text, self.unit))
 
 
-def length(text: str, unit: Unit) -> int:
-    """The length of a text in characters, words, sentences, lines or paragraphs (see `Length`)."""
+def measure_length(text: str, unit: Unit) -> int:
+    """Measures the length of a text in characters, words, sentences, lines or paragraphs (see `Length`)."""
     if unit == "characters":
         return len(text)
     if unit == "words":
@@ -113,8 +120,12 @@ PredicateFunction: TypeAlias = Callable[[str, str], "float | bool | None"]
 
 @dataclasses.dataclass(frozen=True)
 class Predicate:
-    """A Python function of (prompt, answer): bool, a number, or None = cannot say. What it raises is a problem, not the
-    end of the run. name: `module:function`, as the file has it."""
+    """A Python function as a measure; an exception that it raises is a problem, not the end of the run.
+
+    Attributes:
+        name: `module:function`, as in the file.
+        function: from (prompt, answer) to a bool, a number, or None where it does not apply.
+    """
 
     name: str
     function: PredicateFunction = dataclasses.field(compare=False, repr=False)
@@ -132,7 +143,7 @@ class Predicate:
 
 @dataclasses.dataclass(frozen=True)
 class Exemplar:
-    """How similar a text is to `text`: the cosine of their embeddings under the caller's encoder, in [-1, 1]."""
+    """The cosine of a text's and the exemplar's embeddings under the caller's encoder, in [-1, 1]."""
 
     text: str
 
@@ -148,19 +159,20 @@ class Rule:
     """A named predicate: whether a measure lies between `at_least` and `at_most`.
 
     Attributes:
-        name: as formulas use it.
+        name: the rule's name in formulas.
         measure: what is measured.
-        of: of the answer, or of the prompt (a predicate function sees both).
-        at_least, at_most: where the measure should lie, both included; None = no bound. Without both a predicate
-          function's number is the rule's value, and must lie in [0, 1].
-        soft: how far outside, in the measure's unit, the value has fallen from 1 to 0 (linearly). 0 = at once.
-        replace: what to put in the place of a match that is a fault; None = nothing known.
-        line: of its [[rule]] in the file.
+        of: whether the answer or the prompt is measured (a predicate function sees both).
+        at_least, at_most: the bounds of the measure, both included; None = no bound. Without both, a
+            predicate function's number is the rule's value, and must lie in [0, 1].
+        soft: the distance from the bounds, in the measure's unit, at which the value has fallen linearly from
+            1 to 0.
+        replace: the text for the place of a match that is a fault; None = not known.
+        line: the line of its [[rule]] in the file.
     """
 
     name: str
     measure: Measure
-    of: Judged = "answer"
+    of: MeasuredText = "answer"
     at_least: float | None = None
     at_most: float | None = None
     soft: float = 0.0
@@ -168,7 +180,7 @@ class Rule:
     line: int = 0
 
     def value(self, number: float) -> Measured:
-        """The rule's value in [0, 1] for a measure."""
+        """Maps a measure to the rule's value in [0, 1]."""
         if self.at_least is None and self.at_most is None:
             if 0 <= number <= 1:
                 return Measured(number)
@@ -184,9 +196,16 @@ class Rule:
 def apply_rule(
     rule: Rule, prompts: Sequence[str], answers: Sequence[str], numbers: Sequence[float | None] | None = None
 ) -> tuple[list[float | None], list[str]]:
-    """(the rule's values for B answers, None where one is missing; the different problems met).
+    """Applies a rule to B answers.
 
-    numbers: the measures, where they are already known (an exemplar's similarities).
+    Args:
+        rule: the rule.
+        prompts: the prompts [B].
+        answers: the answers [B].
+        numbers: the measures [B], where they are known already; an exemplar's similarities must be given so.
+
+    Returns:
+        The rule's values [B], None where missing; and a sentence about each different problem.
     """
     require(
         numbers is not None or not isinstance(rule.measure, Exemplar), f"rule {rule.name}: similarities must be given"
@@ -216,7 +235,7 @@ def apply_rule(
 
 
 def fresh_words(prompt: str, answer: str) -> float | None:
-    """Share of the answer's word triples that it has not said before: 1 = never repeats itself. None below 3 words."""
+    """Computes the share of distinct word triples of the answer: 1 = no repetition; None below 3 words."""
     words = answer.lower().split()
     triples = list(zip(words, words[1:], words[2:]))
     return len(set(triples)) / len(triples) if triples else None

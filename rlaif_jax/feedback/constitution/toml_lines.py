@@ -1,7 +1,8 @@
 """A TOML file of `[[section]]` entries, read so that every value knows its line.
 
-The standard library's parser gives values without places. But a TOML statement never ends inside another one, so the
-file is cut into statements (the shortest runs of lines that parse by themselves), and each is given its first line.
+The standard library's parser gives values without lines. However, no TOML statement ends inside another one,
+so the file is cut into statements (the shortest runs of lines that parse by themselves), and each statement
+has the line of its beginning.
 """
 
 from __future__ import annotations
@@ -16,35 +17,47 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.files import read_bytes
 
 
 @dataclass
-class Entry:
-    """The fields of one `[[section]]`, or of the top of the file (section ""), each with its line; read by `text`,
-    `number`, `texts` and `flag`, which say what is wrong and where. `done` refuses what nobody has asked for."""
+class TomlEntry:
+    """The fields of one `[[section]]`, or of the top of the file, each with its line.
+
+    The methods `text`, `choice`, `texts`, `number` and `flag` read a field and raise UserError, with file and
+    line, where it is missing or of another kind; `done` raises UserError for a field that none of them has
+    read.
+
+    Attributes:
+        path: the file.
+        section: the name of the section; "" = the top of the file.
+        line: the line of its beginning.
+        values: each field's value and line.
+        read: the names that were asked for.
+    """
 
     path: Path
     section: str
     line: int
     values: dict[str, tuple[Any, int]]
-    asked: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
 
     def where(self, name: str = "") -> str:
-        """`file:line` of a field, or of the entry."""
+        """Returns `file:line` of a field, or of the entry."""
         return f"{self.path}:{self.values[name][1] if name in self.values else self.line}"
 
     @property
     def label(self) -> str:
-        """How messages call this entry."""
+        """The name of this entry in messages."""
         return f"[[{self.section}]]" if self.section else "the top of the file"
 
     def wrong(self, name: str, message: str) -> UserError:
-        """An error about a field: where it is, and which it is."""
+        """Returns an error about a field, with its place."""
         return UserError(f"{self.where(name)}: {self.label}: {message}")
 
     def has(self, name: str) -> bool:
-        """Whether the field is there."""
-        self.asked.add(name)
+        """Returns whether the entry has the field."""
+        self.read.add(name)
         return name in self.values
 
     def _value(self, name: str, expected: str) -> Any:
@@ -53,7 +66,7 @@ class Entry:
         return self.values[name][0]
 
     def text(self, name: str, default: str | None = None, *, empty: bool = False) -> str:
-        """A text; not blank unless `empty`. The default where the field is absent; needed without one."""
+        """Reads a text, not blank unless `empty`; an absent field has the default, or is an error without one."""
         if not self.has(name) and default is not None:
             return default
         value = self._value(name, "a text")
@@ -64,21 +77,21 @@ class Entry:
         return value
 
     def choice(self, name: str, choices: Sequence[str], default: str | None = None) -> str:
-        """One of some texts."""
+        """Reads a text that is one of `choices`."""
         value = self.text(name, default)
         if value not in choices:
             raise self.wrong(name, f"{name} is {value!r}; it is one of {', '.join(choices)}")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of one or more texts, none of them blank."""
+        """Reads a list of one or more texts that are not blank."""
         value = self._value(name, "a list of texts")
         if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
             raise self.wrong(name, f'{name} must be a list of texts such as ["one", "two"], not {value!r}')
         return tuple(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
+        """Reads a finite number; an absent field has the default, or is an error without one."""
         if not self.has(name) and default is not None:
             return default
         value = self._value(name, "a number")
@@ -87,75 +100,69 @@ class Entry:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """true or false."""
+        """Reads true or false."""
         value = self.values[name][0] if self.has(name) else default
         if not isinstance(value, bool):
             raise self.wrong(name, f"{name} must be true or false, not {value!r}")
         return value
 
     def done(self) -> None:
-        """UserError if there is a field that was never asked for."""
+        """Raises UserError for a field that was never asked for."""
         for name in self.values:
-            if name not in self.asked:
-                near = difflib.get_close_matches(name, self.asked, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(self.asked))}"
+            if name not in self.read:
+                near = difflib.get_close_matches(name, self.read, 1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(self.read))}"
                 raise self.wrong(name, f"has no field {name}; {hint}")
 
 
-def read_entries(path: Path, sections: Sequence[str]) -> tuple[str, list[Entry]]:
-    """(the file's text, its entries in order: the top of the file first, then every `[[section]]`).
+def read_entries(path: Path, sections: Sequence[str]) -> tuple[str, list[TomlEntry]]:
+    """Reads a file; returns (its text, its entries: the top of the file, then every `[[section]]`).
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, is empty, is no TOML, or has another section.
     """
-    path = Path(path)
+    path, data = Path(path), read_bytes(path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+        text = data.decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: this is no UTF-8 text (byte 0x{data[error.start]:02x})") from error
     expected = ", ".join(f"[[{section}]]" for section in sections)
     _check_syntax(path, text)
-    entries = [Entry(path, "", 1, {})]
+    entries = [TomlEntry(path, "", 1, {})]
     for line, statement, parsed in _statements(text):
         if statement.startswith("["):
             found = re.match(r"\[\[\s*([^\[\]]*?)\s*\]\]", statement)
             name = found[1].strip("\"'") if found else statement.strip("[] \t\r").split("]")[0]
             require(name in sections, f"{path}:{line}: unknown section {statement.strip()}; there are {expected}")
             require(found is not None, f"{path}:{line}: write [[{name}]], with two brackets: there may be several")
-            entries.append(Entry(path, name, line, {}))
+            entries.append(TomlEntry(path, name, line, {}))
         else:
-            entries[-1].values |= {name: (value, line) for name, value in parsed.items()}
+            entries[-1].values |= {name: (value, line) for name, value in (parsed or {}).items()}
     require(len(entries) > 1 or bool(entries[0].values), f"{path}:1: the file is empty: expected {expected}")
     return text, entries
 
 
 def _check_syntax(path: Path, text: str) -> None:
+    """Raises UserError, with the line, unless the text is TOML."""
     try:
         tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         message = str(error)
-        place = re.search(r" \(at line (\d+), column (\d+)\)$", message)
-        if place:
+        if place := re.search(r" \(at line (\d+), column (\d+)\)$", message):
             message = message[: place.start()]
             raise UserError(f"{path}:{place[1]}: no valid TOML at column {place[2]}: {message}") from error
-        # Something is never closed: it begins where the last whole statement ended.
-        lines = text.split("\n")
-        starts = [line + statement.count("\n") + 1 for line, statement, _ in _statements(text)]
-        start = starts[-1] if starts else 1
-        while start < len(lines) and not lines[start - 1].strip():
-            start += 1
-        raise UserError(f"{path}:{start}: no valid TOML: {message.removesuffix(' (at end of document)')}") from error
+        line = next((line for line, _, parsed in _statements(text) if parsed is None), 1)
+        raise UserError(f"{path}:{line}: no valid TOML: {message.removesuffix(' (at end of document)')}") from error
     except RecursionError as error:
         raise UserError(f"{path}:1: no valid TOML: nested too deeply") from error
 
 
-def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(first line, text, what it says) of every statement; blank lines and comments are none."""
+def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+    """Yields (first line, text, values) of every statement; blank lines and comments are not statements.
+
+    Where a string or an array is never closed, the rest of the text is the last statement, with None as values.
+    """
     lines: list[str] = []
     first = 1
     for number, line in enumerate(text.split("\n"), 1):
@@ -170,3 +177,5 @@ def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
         lines = []
         if parsed or statement.lstrip().startswith("["):
             yield first, statement.strip(), parsed
+    if lines:
+        yield first, "\n".join(lines), None

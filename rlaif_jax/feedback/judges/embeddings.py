@@ -1,14 +1,14 @@
-"""Texts as vectors, and how alike two texts are.
+"""Text encoders and cosine similarities.
 
-An encoder is any function of texts to vectors; `HiddenStateEncoder` makes one of any language model. A row that holds a
-NaN, or nothing but zeros, is a text without a vector: its similarities are missing.
+An encoder is any function from texts to vectors; `HiddenStateEncoder` makes an encoder of a language model. A
+row that holds a NaN, or zeros only, means that the text has no vector: its similarities are missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -18,7 +18,8 @@ import numpy as np
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.models.causal_lm import CausalLM
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
+from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params
 
@@ -26,10 +27,10 @@ Encoder: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # B texts -> [B, D] 
 
 
 def similarities(encoder: Encoder, exemplar: str, texts: Sequence[str]) -> list[float | None]:
-    """The cosine in [-1, 1] of each text's vector with the exemplar's; None where either has no vector.
+    """Computes the cosine of each text's vector with the exemplar's; None where a vector is missing.
 
     Raises:
-        UserError: the encoder gave another number of vectors than it was given texts.
+        UserError: the encoder did not return one vector for each text.
     """
     vectors = np.asarray(encoder([exemplar, *texts]), np.float64)
     require(
@@ -46,7 +47,10 @@ def similarities(encoder: Encoder, exemplar: str, texts: Sequence[str]) -> list[
 def mean_hidden(
     model: CausalLM, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
 ) -> jax.Array:
-    """The mean hidden state [B, D] float32 over the real tokens of (tokens, mask) [B, S]; zeros where there are none."""
+    """Computes the mean hidden state [B, D] float32 over the real tokens of (tokens, mask) [B, S].
+
+    A row without real tokens becomes zeros.
+    """
     del axis_name
     tokens, mask = batch
     hidden = model.sequence_hidden(params, tokens, mask).astype(jnp.float32)
@@ -56,10 +60,17 @@ def mean_hidden(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HiddenStateEncoder:
-    """The mean hidden state of a language model over a text's tokens, less `centre`.
+    """An encoder: the mean hidden state of a language model over a text's tokens, minus `centre`.
 
-    Hidden states of a language model share a large common direction, so that any two texts look alike: `centred` takes
-    it out. Texts are encoded `batch_size` at a time, each by its first `max_tokens` tokens: one compiled shape.
+    Hidden states of a language model share a large common direction, which makes any two texts look alike:
+    `centred` removes this direction.
+
+    Attributes:
+        model, params, tokenizer: the language model's own.
+        runner: runs the compiled function on all devices.
+        max_tokens: tokens of a text that are read; the rest is cut.
+        batch_size: texts of one compiled call.
+        centre: the vector [D] that is subtracted; None = zero.
     """
 
     model: CausalLM
@@ -76,38 +87,27 @@ class HiddenStateEncoder:
             1 <= self.max_tokens <= self.model.config.context_length,
             f"encoder.max_tokens is {self.max_tokens}; the model reads 1 to {self.model.config.context_length}",
         )
-        require(
-            self.batch_size >= 1 and self.batch_size % self.runner.devices == 0,
-            f"encoder.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
-        )
+        check_batch_size("encoder", self.batch_size, self.runner)
 
     @cached_property
     def _encode(self) -> Any:
-        def run(params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None) -> jax.Array:
-            return mean_hidden(self.model, params, batch, axis_name=axis_name)
-
-        return self.runner.map(run)
+        return self.runner.map(partial(mean_hidden, self.model))
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """B texts -> [B, D] float32; NaN where a text has no tokens."""
+        """Encodes B texts as [B, D] float32; NaN where a text has no tokens."""
         ids = [self.tokenizer.encode(text)[: self.max_tokens] for text in texts]
         tokens, mask = padded(ids, self.max_tokens, self.tokenizer.pad_id, "right")
-        some = np.asarray(mask.any(-1))
-        fill = ((0, -len(texts) % self.batch_size), (0, 0))
-        tokens, mask = np.pad(tokens, fill), np.pad(mask, fill)
-        parts = [
-            self._encode(self.params, (tokens[i : i + self.batch_size], mask[i : i + self.batch_size]))
-            for i in range(0, len(tokens), self.batch_size)
-        ]
-        vectors = np.concatenate([np.zeros((0, self.model.config.width), np.float32), *jax.device_get(parts)])
-        vectors = vectors[: len(texts)] - (0.0 if self.centre is None else self.centre)
-        return np.where(some[:, None], vectors, np.nan)
+        vectors = in_batches(partial(self._encode, self.params), (tokens, mask), self.batch_size)
+        vectors = vectors - (0.0 if self.centre is None else self.centre)
+        return np.where(np.asarray(mask.any(-1))[:, None], vectors, np.nan)
 
     def centred(self, texts: Sequence[str]) -> HiddenStateEncoder:
-        """The same encoder less the mean vector of `texts`, such as the reference policy's answers.
+        """Returns this encoder with the mean vector of `texts` as its centre.
+
+        The reference policy's answers are good texts for this.
 
         Raises:
-            UserError: none of the texts has a token.
+            UserError: no text has a token.
         """
         vectors = dataclasses.replace(self, centre=None)(texts)
         known = np.isfinite(vectors).all(-1)

@@ -1,11 +1,11 @@
-"""A language model as judge, on the same devices as everything else: one batched prefill a question.
+"""A language model as judge, on the same devices as the policy: one batched prefill for each question.
 
-A judge reads *text*: the policy's tokens are decoded and tokenized again with the judge's own tokenizer, so any pair
-of vocabularies works. Comparisons are asked in both orders and averaged (Lee 2023, section 2.2): a position bias that
-is additive in the probability cancels, one in the log-odds keeps the sign of the verdict. Direct scores are the
-expectation over the score tokens (d-RLAIF), after the judge's own reasons if it gives them.
-A question that the judge cannot answer (too long for its context, or nearly no mass on the choice tokens) is *missing*:
-it is masked and counted, it never becomes a score.
+A judge reads *text*: the policy's tokens are decoded and tokenized again with the judge's own tokenizer, so
+any pair of vocabularies works. A comparison is asked in both orders and averaged (Lee 2023, section 2.2): a
+position bias that is additive in the probability cancels; a bias in the log-odds keeps the sign of the
+verdict. A direct score is the expectation over the score tokens (d-RLAIF), after the judge's own reasons
+where the judge writes some. A question that the judge cannot answer (too long for its context, or nearly no
+probability on the choice tokens) is *missing*: it is masked and counted, and it never becomes a score.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,45 +23,53 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.models.causal_lm import CausalLM
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
+from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, generate
 from rlaif_jax.rewards.rankings import both_orders
 from rlaif_jax.types import Feedback, Params, Prompts, Rollout
 
-Floats = np.ndarray
-
 
 class Comparison(NamedTuple):
-    """Verdicts on B pairs.
+    """Verdicts on B pairs of answers.
 
-    probability [B]: P(first answer is better), the mean of both orders; forward [B] and swapped [B]: P(the answer
-    shown *first* is better) in each order; valid [B] bool. Entries that are not valid hold 0.5.
+    Attributes:
+        probability: P(first answer is better), the mean of both orders, [B]; 0.5 where not valid.
+        forward: P(the answer shown first is better) with the first answer shown first, [B]; 0.5 where not
+            valid.
+        swapped: P(the answer shown first is better) with the second answer shown first, [B]; 0.5 where not
+            valid.
+        valid: whether both orders were answered, [B] bool.
     """
 
-    probability: Floats
-    forward: Floats
-    swapped: Floats
+    probability: np.ndarray
+    forward: np.ndarray
+    swapped: np.ndarray
     valid: np.ndarray
 
 
 class Scores(NamedTuple):
     """Direct scores of B answers.
 
-    expected [B] in the units of the scale (0 where not valid); probabilities [B, C] of the C scores; valid [B] bool.
+    Attributes:
+        expected: the expected score in the units of the scale, [B]; 0 where not valid.
+        probabilities: the distribution over the C scores of the scale, [B, C].
+        valid: whether the judge gave a score, [B] bool.
     """
 
-    expected: Floats
-    probabilities: Floats
+    expected: np.ndarray
+    probabilities: np.ndarray
     valid: np.ndarray
 
 
-def preference(first: Scores, second: Scores) -> tuple[Floats, np.ndarray]:
-    """P(first answer is better) [B] from two answers' score distributions, and where both are valid [B].
+def preference_from_scores(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Computes P(first answer is better) [B] from two score distributions, and where both are valid [B].
 
-    P(s1 > s2) + P(s1 = s2) / 2 with the two scores independent: each answer was judged alone, so there is no position
-    to be biased by. The scale must be in rising order. 0.5 where not valid.
+    The probability is P(s1 > s2) + P(s1 = s2) / 2 with independent scores, and 0.5 where not valid. Each
+    answer was judged alone, so no position bias arises. The scale must be in rising order.
     """
     p1, p2 = first.probabilities, second.probabilities
     below = np.cumsum(p2, axis=-1) - p2  # P(s2 < s1), score by score
@@ -70,7 +78,7 @@ def preference(first: Scores, second: Scores) -> tuple[Floats, np.ndarray]:
 
 
 def weights_hash(params: Params) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters: which judge this was, for the record."""
+    """Hashes the names, shapes and bytes of all parameters (SHA-256), to identify a judge in records."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
@@ -87,7 +95,19 @@ def choice_probabilities(
     *,
     axis_name: str | None = None,
 ) -> dict[str, jax.Array]:
-    """Distribution over the choice tokens after each left-padded text: `choices` [B, C] (normalised), `mass` [B]."""
+    """Computes the distribution over the choice tokens after each left-padded text.
+
+    Args:
+        model: the judge.
+        ids: the C token ids of the choices.
+        params: the judge's parameters.
+        batch: `tokens` [B, S] int32 and `mask` [B, S] bool, left padded.
+        axis_name: the device axis under pmap; unused, because rows are independent.
+
+    Returns:
+        `choices` [B, C], the probabilities of the choices among themselves, and `mass` [B], their sum before
+        that.
+    """
     del axis_name
     hidden = model.sequence_hidden(params, batch["tokens"], batch["mask"])[:, -1]
     logprobs = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[:, jnp.array(ids)]
@@ -96,8 +116,13 @@ def choice_probabilities(
 
 @dataclasses.dataclass(frozen=True)
 class Reasoning:
-    """How a judge thinks before it scores: `prompt(prompt, answer)` ends where its reasons begin, and they end with the
-    token `marker`, after which the score stands. Reasons of more than `max_tokens` are no answer: missing."""
+    """How a judge writes reasons before it scores.
+
+    Attributes:
+        prompt: from (prompt, answer) to the text that the reasons continue.
+        marker: the token that ends the reasons; the score follows it.
+        max_tokens: the greatest length of the reasons; longer ones make the score missing.
+    """
 
     prompt: Callable[[str, str], str]
     marker: str
@@ -108,12 +133,19 @@ class Reasoning:
 class LanguageModelJudge:
     """A frozen language model and the wording of its questions.
 
-    pairwise_prompt(prompt, first, second) and score_prompt(prompt, answer) return the text that ends right before the
-    verdict; verdicts are the two choice tokens (first, second); scale maps score tokens to numbers.
-    reasoning: when set, a score is given in two steps (chain of thought, Lee 2023, section 2.1.3): the judge first
-    writes its reasons, greedily, then the score.
-    debias: how the two orders of a comparison become one (`rewards.rankings.both_orders`).
-    min_mass: below this probability of all choice tokens together the judge did not answer.
+    Attributes:
+        model, params, tokenizer: the judge's own.
+        runner: runs the compiled functions on all devices.
+        pairwise_prompt: from (prompt, first, second) to the text that ends right before the verdict.
+        score_prompt: from (prompt, answer) to the text that ends right before the score.
+        verdicts: the tokens for "the first is better" and "the second is better".
+        scale: the score tokens with their numbers.
+        reasoning: how the judge writes reasons, greedily, before its score (chain of thought, Lee 2023,
+            section 2.1.3); None = it scores at once.
+        batch_size: questions of one compiled call.
+        max_length: tokens of a question at most; None = the model's context.
+        debias: how the two orders of a comparison become one probability (`rewards.rankings.both_orders`).
+        min_mass: with less probability on all choice tokens together than this, an answer is missing.
     """
 
     model: CausalLM
@@ -132,10 +164,7 @@ class LanguageModelJudge:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.config.vocab_size, "the judge")
-        require(
-            self.batch_size % self.runner.devices == 0,
-            f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
-        )
+        check_batch_size("judge", self.batch_size, self.runner)
         length = self._length
         require(
             length <= self.model.config.context_length,
@@ -148,12 +177,12 @@ class LanguageModelJudge:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of the weights."""
+        """The `weights_hash` of the judge."""
         return weights_hash(self.params)
 
     @cached_property
     def _placed(self) -> Params:
-        """The weights where the compiled functions want them, moved once."""
+        """The parameters on the devices of the runner, moved once."""
         return self.runner.place(self.params)
 
     @cached_property
@@ -169,10 +198,7 @@ class LanguageModelJudge:
         if len(set(ids)) < len(ids):
             raise UserError(f"the judge's tokenizer does not tell the choices {', '.join(tokens)} apart")
 
-        def run(params: Params, batch: dict[str, jax.Array], *, axis_name: str | None = None) -> dict[str, jax.Array]:
-            return choice_probabilities(self.model, ids, params, batch, axis_name=axis_name)
-
-        return self.runner.map(run)
+        return self.runner.map(partial(choice_probabilities, self.model, ids))
 
     @cached_property
     def _reason(self) -> Any:
@@ -194,45 +220,41 @@ class LanguageModelJudge:
         return self.runner.map(run)
 
     def reasons(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        """The judge's written reasons for each answer [B], and whether it came to an end with them [B]."""
+        """Returns the judge's written reasons for each answer [B], and whether they came to an end [B]."""
         assert self.reasoning is not None
         texts = [self.reasoning.prompt(p, a) for p, a in zip(prompts, answers)]
-        batches, fits = self._batches(texts, self._length - self.reasoning.max_tokens - 1)
-        rollouts = [self._reason(self._placed, batch) for batch in batches]
-        written = [text for rollout in rollouts for text in answer_texts(rollout, self.tokenizer)]
-        ended = np.concatenate([np.asarray(rollout.finished) for rollout in rollouts])
-        return written[: len(texts)], fits & ended[: len(texts)]
+        rows, fits = self._rows(texts, self._length - self.reasoning.max_tokens - 1)
+        rollout = in_batches(partial(self._reason, self._placed), rows, self.batch_size)
+        return answer_texts(rollout, self.tokenizer), fits & np.asarray(rollout.finished)
 
-    def _batches(self, texts: Sequence[str], length: int) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
-        """All texts left padded to `length`, in batches of one shape, and which of them [B] fit."""
+    def _rows(self, texts: Sequence[str], length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns the texts left padded to `length`, and whether each text fits [B].
+
+        A text that does not fit becomes one padding token.
+        """
         ids = [self.tokenizer.encode(text) for text in texts]
         fits = np.array([0 < len(sequence) <= length for sequence in ids], bool)
-        rows = max(-(-len(texts) // self.batch_size), 1) * self.batch_size
-        asked = [s if ok else [self.tokenizer.pad_id] for s, ok in zip(ids, fits)]
-        asked += [[self.tokenizer.pad_id]] * (rows - len(texts))
-        tokens, mask = padded(asked, length, self.tokenizer.pad_id, "left")
-        return [
-            {"tokens": tokens[i : i + self.batch_size], "mask": mask[i : i + self.batch_size]}
-            for i in range(0, rows, self.batch_size)
-        ], fits
+        shown = [sequence if ok else [self.tokenizer.pad_id] for sequence, ok in zip(ids, fits)]
+        tokens, mask = padded(shown, length, self.tokenizer.pad_id, "left")
+        return {"tokens": tokens, "mask": mask}, fits
 
-    def _ask(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(distributions [B, C], valid [B]) of all texts."""
-        batches, fits = self._batches(texts, self._length)
-        outs = jax.device_get([compiled(self._placed, batch) for batch in batches])  # all dispatched, then waited for
-        choices = np.concatenate([out["choices"] for out in outs])[: len(texts)]
-        mass = np.concatenate([out["mass"] for out in outs])[: len(texts)]
-        return choices, fits & np.isfinite(choices).all(-1) & (mass >= self.min_mass)
+    def _choices(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the distributions over the choices [B, C] after each text, and which of them [B] are valid."""
+        rows, fits = self._rows(texts, self._length)
+        found = in_batches(partial(compiled, self._placed), rows, self.batch_size)
+        choices = found["choices"]
+        return choices, fits & np.isfinite(choices).all(-1) & (found["mass"] >= self.min_mass)
 
     def compare(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Comparison:
-        """Which of two answers [B] to each prompt is better: asked in both orders, averaged.
+        """Compares two answers [B] to each prompt in both orders.
 
-        P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2, or by log-odds: `debias`.
+        P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2, or by log-odds:
+        `debias`.
         """
         count = len(prompts)
         texts = [self.pairwise_prompt(p, a, b) for p, a, b in zip(prompts, first, second)]
         texts += [self.pairwise_prompt(p, b, a) for p, a, b in zip(prompts, first, second)]
-        choices, valid = self._ask(self._compare, texts)
+        choices, valid = self._choices(self._compare, texts)
         forward, swapped = choices[:count, 0], choices[count:, 0]
         both = valid[:count] & valid[count:]
         better, _ = both_orders(jnp.asarray(forward), jnp.asarray(swapped), how=self.debias)
@@ -240,8 +262,10 @@ class LanguageModelJudge:
         return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Scores:
-        """Expected score sum_i i P(i) of each answer [B] (Lee 2023, section 2.2.2, direct RLAIF), after the judge's own
-        reasons where it has a `reasoning`."""
+        """Scores each answer [B] by its expected score sum_i i P(i) (Lee 2023, section 2.2.2, direct RLAIF).
+
+        Where the judge has a `reasoning`, it first writes its reasons, and the score is read after them.
+        """
         if self.reasoning is None:
             texts, ended = [self.score_prompt(p, a) for p, a in zip(prompts, answers)], np.ones(len(prompts), bool)
         else:
@@ -250,7 +274,7 @@ class LanguageModelJudge:
                 f"{self.reasoning.prompt(p, a)} {reasons} {self.reasoning.marker}"
                 for p, a, reasons in zip(prompts, answers, written)
             ]
-        choices, valid = self._ask(self._score, texts)
+        choices, valid = self._choices(self._score, texts)
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
         return Scores(np.where(valid, choices @ numbers, 0.0), choices, valid)
@@ -258,7 +282,7 @@ class LanguageModelJudge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DirectScoreSource:
-    """Direct RLAIF: the judge's expected score of each answer is its reward (Lee 2023, section 2.2.2)."""
+    """Direct RLAIF: an answer's value is its expected score by a judge (Lee 2023, section 2.2.2)."""
 
     judge: LanguageModelJudge
 

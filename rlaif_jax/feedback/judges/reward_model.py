@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from rlaif_jax.types import Feedback, Params, Rollout
 def score_sequences(
     model: ScalarModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
 ) -> jax.Array:
-    """Scalar [B] at the last real token of (tokens, mask) [B, S]."""
+    """Computes the scalar [B] at the last real token of (tokens, mask) [B, S]."""
     del axis_name
     tokens, mask = batch
     return gather_last(model(params, tokens, mask), mask)
@@ -28,7 +28,10 @@ def score_sequences(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardModelSource:
-    """A reward model that shares the policy's tokenizer: reads the rollout's tokens, never leaves the devices."""
+    """A reward model with the policy's tokenizer as a feedback source.
+
+    It reads the rollout's tokens, which stay on the devices.
+    """
 
     model: ScalarModel
     params: Params
@@ -36,15 +39,12 @@ class RewardModelSource:
 
     @cached_property
     def _placed(self) -> Params:
-        """The weights where the compiled function wants them, moved once."""
+        """The parameters on the devices of the runner, moved once."""
         return self.runner.place(self.params)
 
     @cached_property
     def _score(self) -> Any:
-        def run(params: Params, batch: Any, *, axis_name: str | None = None) -> jax.Array:
-            return score_sequences(self.model, params, batch, axis_name=axis_name)
-
-        return self.runner.map(run)
+        return self.runner.map(partial(score_sequences, self.model))
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)

@@ -1,11 +1,11 @@
-"""A sentiment judge, trained on labelled texts, as a source of feedback and as the reader of comments.
+"""A sentiment judge, trained on labelled texts: a source of feedback, and the reader of comments.
 
-It learns from whatever is at hand: sentences marked positive or negative, comments with a score given beside them (soft
-labels), and texts with a label for each of several aspects (`Sentences`).
+The judge learns from any labelled texts (`Sentences`): sentences marked positive or negative, comments with a
+score (soft labels), and texts with a label for each of several aspects.
 
-The judge reads *text* with a vocabulary of its own, learned from its sentences: the policy's tokens are decoded and
-split into words again, so any policy fits. What it returns is the log-odds of "positive"; a text without a single
-word that it knows is *missing*, not neutral.
+The judge reads *text* with its own vocabulary, learned from its sentences: the policy's tokens are decoded
+and split into words again, so any policy fits. It returns the log-odds of "positive"; a text without a known
+word is *missing*, not neutral.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.judges.language_model import weights_hash
+from rlaif_jax.feedback.sources import Feedback
+from rlaif_jax.files import read_bytes
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
 from rlaif_jax.types import INIT, Feedback, Metrics, Params, Rollout, step_key
@@ -50,10 +53,10 @@ class Sentences:
     """Labelled texts.
 
     Attributes:
-        texts: n of them.
-        labels: how positive each is, [n] in 0..1 or bool; a score on a scale becomes (score - low) / (high - low).
-          [n, A] for a label in each of A aspects.
-        weights: how much each label counts, shaped as `labels`; 0 = not labelled. None = all alike.
+        texts: the n texts.
+        labels: how positive each text is, [n] in 0..1 or bool; a score on a scale becomes (score - low) /
+            (high - low). [n, A] for a label in each of A aspects.
+        weights: how much each label counts, shaped as `labels`; 0 = not labelled. None = all labels count 1.
     """
 
     texts: tuple[str, ...]
@@ -77,24 +80,24 @@ class Sentences:
 
     @property
     def positive(self) -> np.ndarray:
-        """Which labels are above a half."""
+        """Whether each label is above a half."""
         return self.labels > 0.5
 
     @property
     def label_weights(self) -> np.ndarray:
-        """The weights, ones where none were given; float32, shaped as `labels`."""
+        """The weights as float32, shaped as `labels`; ones where `weights` is None."""
         return np.ones(self.labels.shape, np.float32) if self.weights is None else self.weights.astype(np.float32)
 
     def rows(self, chosen: np.ndarray) -> Sentences:
-        """The texts where `chosen` [n] bool."""
+        """Returns the texts where `chosen` [n] bool holds."""
         weights = None if self.weights is None else self.weights[chosen]
         return Sentences(tuple(self.texts[i] for i in np.flatnonzero(chosen)), self.labels[chosen], weights)
 
 
 def read_sentences(folder: Path) -> Sentences:
-    """The distinct sentences of `rt-polarity.pos` and `rt-polarity.neg`, one a line, in latin-1 or UTF-8.
+    """Reads the distinct sentences of `rt-polarity.pos` and `rt-polarity.neg`, one a line.
 
-    A sentence that stands in both files has no label and is left out.
+    The files are in latin-1 or UTF-8. A sentence that occurs in both files has no label and is left out.
 
     Raises:
         UserError: a file is missing, is no text, or has no sentences.
@@ -106,13 +109,12 @@ def read_sentences(folder: Path) -> Sentences:
 
 
 def _lines(path: Path) -> list[str]:
+    """Reads the distinct lines of a file, without blank lines."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}. It should hold one sentence a line; "
-            f"{POSITIVE_FILE} and {NEGATIVE_FILE} are {SOURCE}"
-        ) from error
+        data = read_bytes(path)
+    except UserError as error:
+        hint = f"It should hold one sentence a line; {POSITIVE_FILE} and {NEGATIVE_FILE} are {SOURCE}"
+        raise UserError(f"{error}. {hint}") from error
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -130,9 +132,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def split_sentences(sentences: Sentences, held_out: float, seed: int) -> tuple[Sentences, Sentences]:
-    """(training, held-out) sentences; the share `held_out` is drawn by `seed` alone, from each class alike.
+    """Splits sentences into (training, held-out).
 
-    UserError where a class has too few sentences, or where there is more than one label a text.
+    The share `held_out` of each class is drawn by `seed` alone.
+
+    Raises:
+        UserError: a class has too few sentences, or a text has more than one label.
     """
     require(sentences.labels.ndim == 1, "texts with labels by aspect have no two classes to split evenly")
     generator = np.random.default_rng(seed)
@@ -152,20 +157,21 @@ def split_sentences(sentences: Sentences, held_out: float, seed: int) -> tuple[S
 
 @dataclasses.dataclass(frozen=True)
 class SentimentConfig:
-    """How the judge is trained.
+    """Settings of a sentiment judge and its training.
 
     Attributes:
         updates: steps of AdamW.
         batch_size: sentences a step.
-        learning_rate: falls linearly to 0.
-        weight_decay: of AdamW.
-        held_out: share of the sentences on which its accuracy is measured.
-        width: of its word embeddings.
-        repeats: whether a word counts as often as it occurs: right for what raters write ("vital" said of three things is
-          more than of one), wrong for what a policy writes, which would learn to say it again and again.
-        vocab_size: words that it knows, at most.
+        learning_rate: the first one; it falls linearly to 0.
+        weight_decay: the weight decay of AdamW.
+        held_out: share of the sentences on which the judge's accuracy is measured.
+        width: width of the word embeddings.
+        repeats: whether a word counts as often as it occurs: right for texts of raters ("vital" said of three
+            things is more than of one), wrong for texts of a policy, which would learn to repeat a word again
+            and again.
+        vocab_size: greatest number of known words.
         min_frequency: how often a word must occur to be known.
-        max_words: known words of a text that are read; the rest is not.
+        max_words: known words of a text that are read; the rest is cut.
     """
 
     updates: int = 600
@@ -186,7 +192,7 @@ class SentimentConfig:
 
 
 def word_tokenizer(texts: Sequence[str], config: SentimentConfig) -> HuggingFaceTokenizer:
-    """A word-level tokenizer of the texts: lower case, punctuation apart, rare words unknown."""
+    """Builds a word-level tokenizer of the texts: lower case, punctuation apart, rare words unknown."""
     backend = hf.Tokenizer(hf.models.WordLevel({PAD: 0, UNKNOWN: 1}, unk_token=UNKNOWN))
     backend.normalizer = hf.normalizers.Lowercase()
     backend.pre_tokenizer = hf.pre_tokenizers.Whitespace()
@@ -203,7 +209,7 @@ def word_tokenizer(texts: Sequence[str], config: SentimentConfig) -> HuggingFace
 
 
 def known_words(tokenizer: HuggingFaceTokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """tokens, mask [B, length]: the first `length` known words of each text, right padded."""
+    """Returns tokens and mask [B, length] of the first `length` known words of each text, right padded."""
     unknown = tokenizer.token_id(UNKNOWN)
     ids = [[i for i in tokenizer.encode(text) if i not in (unknown, tokenizer.pad_id)][:length] for text in texts]
     return padded(ids, length, tokenizer.pad_id, "right")
@@ -217,8 +223,19 @@ def classifier_step(
     *,
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """One update of (params, opt_state) by cross-entropy on `tokens`, `mask` [B, S], `labels` in 0..1 and `weights`, both
-    [B] or [B, A]; what has weight 0 is not read. Accuracy counts a label above a half as positive."""
+    """Updates a classifier once by cross-entropy; has the form that `Runner.step` compiles.
+
+    Args:
+        model: the classifier.
+        optimizer: makes updates of gradients.
+        state: (params, opt_state).
+        batch: `tokens` and `mask` [B, S]; `labels` in 0..1 and `weights`, both [B] or [B, A]. A label of
+            weight 0 is not read.
+        axis_name: the device axis under pmap.
+
+    Returns:
+        The new state and the metrics `loss` and `accuracy`, which counts a label above a half as positive.
+    """
     params, opt_state = state
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
@@ -237,7 +254,7 @@ def classifier_step(
 
 
 def new_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
-    """A judge that knows the words of `sentences` and nothing about them yet; with an output for each of their aspects."""
+    """Builds an untrained judge with the vocabulary and the aspects of `sentences`."""
     tokenizer = word_tokenizer(sentences.texts, config)
     aspects = None if sentences.labels.ndim == 1 else sentences.labels.shape[1]
     model = TextClassifier(tokenizer.vocab_size, config.width, aspects, config.repeats)
@@ -254,9 +271,18 @@ def fit_judge(
     log: Callable[[int, dict[str, float]], None] = lambda update, values: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Params:
-    """The judge's parameters after it has learned `sentences`; `log` and `stop` as in `fit`.
+    """Trains a judge on sentences and returns its new parameters.
 
-    Where there are fewer sentences than a batch holds, a batch is all of them (a multiple of the devices).
+    Args:
+        judge: the judge as it is now; not changed.
+        sentences: what it learns. Fewer sentences than `config.batch_size` make one batch (a multiple of the
+            devices).
+        config: the settings of the training.
+        seed: draws the minibatches.
+        log, stop: see `fit`.
+
+    Raises:
+        UserError: fewer sentences than devices.
     """
     tokens, mask = known_words(judge.tokenizer, sentences.texts, judge.max_words)
     weights = sentences.label_weights
@@ -281,7 +307,7 @@ def fit_judge(
 
 
 def train_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
-    """A judge of texts that has learned `sentences`: `new_judge`, then `fit_judge`."""
+    """Builds a judge and trains it on `sentences`: `new_judge`, then `fit_judge`."""
     judge = new_judge(sentences, config, seed, runner)
     return dataclasses.replace(judge, params=fit_judge(judge, sentences, config, seed))
 
@@ -295,10 +321,21 @@ def cross_fitted(
     folds: int = 5,
     groups: Sequence[Hashable] | None = None,
 ) -> Feedback:
-    """Log-odds of every text from a judge that never saw it: `folds` judges, each trained on the other folds.
+    """Computes the log-odds of every text by a judge that was trained on the other folds (cross-fitting).
 
-    What a sentiment reader is worth on the data at hand: compare these with the labels. groups [n]: texts of one group
-    (comments on the same answer, or by the same rater) stay in one fold. The folds are drawn by `seed`.
+    Compared with the labels, they show how good a sentiment judge is on these data.
+
+    Args:
+        sentences: the n texts and their labels.
+        config: the settings of each judge.
+        seed: draws the folds and trains the judges.
+        runner: runs the judges on all devices.
+        folds: how many judges are trained.
+        groups: the group of each text [n]; texts of one group (comments on the same answer, or by the same
+            rater) stay in one fold. None = every text is a group.
+
+    Returns:
+        Feedback with values [n] or [n, A], shaped as the labels.
 
     Raises:
         UserError: fewer groups than folds.
@@ -324,7 +361,11 @@ def cross_fitted(
 class SentimentJudge:
     """A frozen classifier of texts with its own tokenizer.
 
-    Texts are judged `batch_size` at a time, each by its first `max_words` known words: one compiled shape.
+    Attributes:
+        model, params, tokenizer: the judge's own.
+        runner: runs the compiled function on all devices.
+        batch_size: texts of one compiled call.
+        max_words: known words of a text that are read; the rest is cut.
     """
 
     model: TextClassifier
@@ -336,40 +377,34 @@ class SentimentJudge:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.vocab_size, "the sentiment judge")
-        require(
-            self.batch_size % self.runner.devices == 0,
-            f"judge.batch_size ({self.batch_size}) must be a multiple of the {self.runner.devices} devices",
-        )
+        check_batch_size("judge", self.batch_size, self.runner)
 
     @cached_property
     def hash(self) -> str:
-        """Hash of the weights."""
+        """The `weights_hash` of the judge."""
         return weights_hash(self.params)
 
     @cached_property
     def _score(self) -> Any:
-        def run(params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None) -> jax.Array:
-            return self.model(params, *batch)
-
-        return self.runner.map(run)
+        return self.runner.map(lambda params, batch, *, axis_name: self.model(params, *batch))
 
     def log_odds(self, texts: Sequence[str]) -> Feedback:
-        """Log-odds of "positive" of each text, in nats: [B], or [B, A] by aspect; valid [B], false (and 0) where no word
-        of a text is known."""
+        """Computes the log-odds of "positive" of each text, in nats.
+
+        Returns:
+            Feedback with values [B], or [B, A] by aspect, and valid [B]: false (value 0) where no word of a
+            text is known.
+        """
         tokens, mask = known_words(self.tokenizer, texts, self.max_words)
         valid = np.asarray(mask.any(-1))
-        fill = ((0, -len(texts) % self.batch_size), (0, 0))
-        tokens, mask = np.pad(tokens, fill), np.pad(mask, fill)
-        parts = [
-            self._score(self.params, (tokens[i : i + self.batch_size], mask[i : i + self.batch_size]))
-            for i in range(0, len(tokens), self.batch_size)
-        ]  # dispatched before any is waited for
-        aspects = () if self.model.aspects is None else (self.model.aspects,)
-        values = np.concatenate([np.zeros((0, *aspects), np.float32), *jax.device_get(parts)])[: len(texts)]
-        return Feedback.single(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
+        values = in_batches(partial(self._score, self.params), (tokens, mask), self.batch_size)
+        return Feedback(np.where(valid.reshape(-1, *[1] * (values.ndim - 1)), values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
-        """Weighted share of the labels that it finds; those of a text without a known word count as not found."""
+        """Computes the weighted share of labels that the judge predicts.
+
+        The labels of a text without a known word count as wrong.
+        """
         scores = self.log_odds(sentences.texts)
         found = (np.asarray(scores.values) > 0) == sentences.positive
         found &= np.asarray(scores.valid).reshape(-1, *[1] * (found.ndim - 1))
@@ -378,7 +413,10 @@ class SentimentJudge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SentimentSource:
-    """The judge's log-odds of each answer (without its prompt) as feedback, negated where sadder is better."""
+    """The judge's log-odds of each answer (without its prompt) as a feedback source.
+
+    They are negated for the mood "sadder".
+    """
 
     judge: SentimentJudge
     mood: Mood = "happier"

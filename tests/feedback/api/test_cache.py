@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.api.cache import CallCache, Kept
+from rlaif_jax.feedback.api.cache import CachedReply, CallCache
 
 REQUEST = {
     "model": ["m", "r1"],
@@ -20,20 +20,20 @@ REQUEST = {
 
 def test_the_same_request_is_found_and_another_is_not(tmp_path: Path):
     cache = CallCache(tmp_path / "deep" / "calls.sqlite")
-    cache.put(REQUEST, Kept("{}", 1.5, 0.25))
-    cache.put(REQUEST, Kept("other", 2.0, 0.5))
+    cache.put(REQUEST, CachedReply("{}", 1.5, 0.25))
+    cache.put(REQUEST, CachedReply("other", 2.0, 0.5))
     again = CallCache(tmp_path / "deep" / "calls.sqlite")
-    assert again.get(dict(reversed(REQUEST.items()))) == Kept("{}", 1.5, 0.25) and len(again) == 1
+    assert again.get(dict(reversed(REQUEST.items()))) == CachedReply("{}", 1.5, 0.25) and len(again) == 1
     for change in ({"model": ["m", "r2"]}, {"order": [1, 0]}, {"decoding": {"t": 0.6}}, {"repeat": 1}):
         assert again.get(REQUEST | change) is None
 
 
-def test_facts_are_of_a_server_and_a_model():
+def test_capabilities_are_of_a_server_and_a_model():
     cache = CallCache(None)
-    cache.learn("http://a", "m", {"top_logprobs": 5})
-    cache.learn("http://a", "m", {"top_logprobs": 20})
-    assert cache.facts("http://a", "m") == {"top_logprobs": 20}
-    assert cache.facts("http://a", "n") is None and cache.facts("http://b", "m") is None
+    cache.put_capabilities("http://a", "m", {"top_logprobs": 5})
+    cache.put_capabilities("http://a", "m", {"top_logprobs": 20})
+    assert cache.capabilities("http://a", "m") == {"top_logprobs": 20}
+    assert cache.capabilities("http://a", "n") is None and cache.capabilities("http://b", "m") is None
 
 
 def test_a_file_that_is_no_cache(tmp_path: Path):

@@ -31,17 +31,17 @@ def test_judging_a_file_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[
     with serve() as server:
         config = JudgeConfig(server=server.url, model="judge", items=(path,), store=store)
         assert main(config) == 0
-        told = capsys.readouterr().out
-        assert "12 judgements of 6 questions: 12 answered, 0 missing" in told
-        assert "position bias: +0.700 log-odds" in told and "13 requests" in told
-        assert "both orders prefer the same answer in 100.0 % of 6 pairs" in told
+        printed = capsys.readouterr().out
+        assert "12 judgements of 6 questions: 12 answered, 0 missing" in printed
+        assert "position bias: +0.700 log-odds" in printed and "13 requests" in printed
+        assert "both orders prefer the same answer in 100.0 % of 6 pairs" in printed
         assert main(config) == 0 and server.count == 13
         assert "0 requests" in capsys.readouterr().out
     with Store(store) as feedback:
         assert len(feedback) == 12 and feedback.judgements()[0].generators == ("x", "y")
 
 
-def test_bad_lines_are_told_and_the_good_ones_asked(tmp_path: Path):
+def test_bad_lines_are_reported_and_the_good_ones_asked(tmp_path: Path):
     path = items(
         tmp_path / "items.jsonl",
         GOOD,
@@ -78,20 +78,20 @@ def test_missing_judgements_are_named_and_counted(tmp_path: Path, capsys: pytest
             server=server.url, model="judge", items=(path,), form="rating", store=tmp_path / "f.sqlite", attempts=1
         )
         assert main(config) == 1
-    told = capsys.readouterr().out
-    assert "2 judgements of 2 questions: 1 answered, 1 missing (1 error)" in told
-    assert f"missing: {path}:1: error: 'status 400" in told
+    printed = capsys.readouterr().out
+    assert "2 judgements of 2 questions: 1 answered, 1 missing (1 error)" in printed
+    assert f"missing: {path}:1: error: 'status 400" in printed
 
 
-def test_a_server_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_server_that_does_not_exist_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = items(tmp_path / "items.jsonl", GOOD)
     config = JudgeConfig(
         server="http://127.0.0.1:9/v1", model="j", items=(path,), store=tmp_path / "f.sqlite", attempts=3
     )
     assert main(config) == 6
-    told = capsys.readouterr().out
-    assert told.count("no connection: ConnectError") == 6
-    assert "3 requests" in told and "0 tokens" in told  # all six share three attempts, which cost nothing
+    printed = capsys.readouterr().out
+    assert printed.count("no connection: ConnectError") == 6
+    assert "3 requests" in printed and "0 tokens" in printed  # all six share three attempts, which cost nothing
 
 
 def test_nothing_to_do():

@@ -1,4 +1,4 @@
-"""Concurrency, requests and tokens a minute, budgets: on a clock of their own where time matters."""
+"""Concurrency, requests and tokens a minute, budgets: on a fake clock where time matters."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import random
 
 import pytest
 
-from rlaif_jax.feedback.api.limits import Budget, BudgetSpent, Gate, Window
+from rlaif_jax.feedback.api.limits import Budget, BudgetSpent, ConcurrencyLimiter, RateLimiter
 
 
-def test_the_gate_shrinks_once_for_calls_that_were_told_together():
-    gate = Gate(20)
-    generation = gate.generation
+def test_the_limit_falls_once_for_calls_that_are_refused_together():
+    limiter = ConcurrencyLimiter(20)
+    generation = limiter.generation
     for _ in range(15):
-        gate.shrink(generation)
-    assert gate.limit == 16
-    gate.shrink(gate.generation)
-    assert gate.limit == pytest.approx(12.8)
+        limiter.refused(generation)
+    assert limiter.limit == 16
+    limiter.refused(limiter.generation)
+    assert limiter.limit == pytest.approx(12.8)
     for _ in range(50):
-        gate.shrink(gate.generation)
-    assert gate.limit == 1
+        limiter.refused(limiter.generation)
+    assert limiter.limit == 1
     for _ in range(10_000):
-        gate.answered()
-    assert gate.limit == 20
+        limiter.answered()
+    assert limiter.limit == 20
 
 
-def test_never_more_in_than_the_gate_allows():
+def test_never_more_calls_than_the_limit():
     async def run() -> int:
-        gate, most = Gate(5), 0
+        limiter, most = ConcurrencyLimiter(5), 0
 
         async def work() -> None:
             nonlocal most
-            async with gate.enter():
-                most = max(most, gate.active)
+            async with limiter.slot():
+                most = max(most, limiter.active)
                 await asyncio.sleep(0.0005)
 
         await asyncio.gather(*(work() for _ in range(100)))
@@ -43,15 +43,15 @@ def test_never_more_in_than_the_gate_allows():
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(3, None), (None, 100), (4, 90)])
-def test_no_window_ever_holds_more(requests: int | None, tokens: int | None):
+def test_no_period_ever_holds_more(requests: int | None, tokens: int | None):
     period, done = 0.2, []
 
     async def run() -> None:
-        window, rng = Window(requests, tokens, period=period), random.Random(0)
+        limiter, rng = RateLimiter(requests, tokens, period=period), random.Random(0)
 
         async def one(size: int) -> None:
-            use = await window.enter(size)
-            done.append((use.at, size))
+            reservation = await limiter.reserve(size)
+            done.append((reservation.time, size))
 
         await asyncio.gather(*(one(rng.randint(10, 50)) for _ in range(12)))
 
@@ -64,40 +64,40 @@ def test_no_window_ever_holds_more(requests: int | None, tokens: int | None):
 
 def test_a_call_that_never_fits():
     with pytest.raises(BudgetSpent, match="never fits tokens_per_minute = 10"):
-        asyncio.run(Window(None, 10).enter(11))
+        asyncio.run(RateLimiter(None, 10).reserve(11))
 
 
 def test_less_used_than_reserved_makes_room_at_once():
     async def run() -> float:
-        window = Window(None, 100, period=30.0)
-        use = await window.enter(100)
-        use.tokens = 5
+        limiter = RateLimiter(None, 100, period=30.0)
+        reservation = await limiter.reserve(100)
+        reservation.settle(5)
         started = asyncio.get_running_loop().time()
-        await asyncio.wait_for(window.enter(90), 2)
+        await asyncio.wait_for(limiter.reserve(90), 2)
         return asyncio.get_running_loop().time() - started
 
     assert asyncio.run(run()) < 1
 
 
-def test_a_call_that_was_not_made_leaves_the_window():
+def test_a_call_that_was_not_made_leaves_the_rate_limit():
     async def run() -> None:
-        window = Window(2, None, period=30.0)
-        first, second = await window.enter(1), await window.enter(1)
-        window.leave(second)
-        window.leave(second)
-        await asyncio.wait_for(window.enter(1), 2)
-        assert first in window._uses and second not in window._uses
+        limiter = RateLimiter(2, None, period=30.0)
+        first, second = await limiter.reserve(1), await limiter.reserve(1)
+        limiter.release(second)
+        limiter.release(second)
+        await asyncio.wait_for(limiter.reserve(1), 2)
+        assert first in limiter._reservations and second not in limiter._reservations
 
     asyncio.run(run())
 
 
-def test_waiting_for_the_window_ends_with_the_budget():
+def test_waiting_for_the_rate_limit_ends_with_the_budget():
     async def run() -> None:
-        window, budget = Window(1, None, period=30.0), Budget(seconds=0.3)
-        await window.enter(1, lambda: budget.check(1, 0))
+        limiter, budget = RateLimiter(1, None, period=30.0), Budget(seconds=0.3)
+        await limiter.reserve(1, lambda: budget.check(1, 0))
         for _ in range(2):
             with pytest.raises(BudgetSpent, match="time budget"):
-                await asyncio.wait_for(window.enter(1, lambda: budget.check(1, 0)), 2)
+                await asyncio.wait_for(limiter.reserve(1, lambda: budget.check(1, 0)), 2)
 
     asyncio.run(run())
 
@@ -112,12 +112,12 @@ def test_a_budget_is_never_passed_whatever_the_calls_take(limits: dict[str, floa
             nonlocal refused
             worst = rng.randint(10, 120)
             try:
-                async with budget.reserve(worst, worst / 1000) as charge:
+                async with budget.reserve(worst, worst / 1000) as reservation:
                     await asyncio.sleep(rng.uniform(0, 0.002))
                     assert budget.tokens <= 1000
                     used = rng.randint(0, worst)
                     if rng.random() < 0.8:
-                        charge.settle(used, used / 1000)
+                        reservation.settle(used, used / 1000)
                     elif rng.random() < 0.5:
                         raise RuntimeError
             except BudgetSpent:
@@ -139,13 +139,13 @@ def test_a_call_waits_for_what_others_give_back():
         budget = Budget(tokens=100)
 
         async def first() -> None:
-            async with budget.reserve(90, 0) as charge:
+            async with budget.reserve(90, 0) as reservation:
                 await asyncio.sleep(0.01)
-                charge.settle(10, 0)
+                reservation.settle(10, 0)
 
         async def second() -> None:
-            async with budget.reserve(80, 0) as charge:
-                charge.settle(80, 0)
+            async with budget.reserve(80, 0) as reservation:
+                reservation.settle(80, 0)
 
         await asyncio.gather(first(), second())
         return budget.tokens == 90

@@ -7,26 +7,22 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import expit, logit
 
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.api.builtin_templates import CORRECTION, CRITIQUE, PAIRWISE, RATING
-from rlaif_jax.feedback.api.templates import Asked, Question
+from rlaif_jax.feedback.api.replies import Reply, Token
+from rlaif_jax.feedback.api.templates import Question, RenderedQuestion
 from rlaif_jax.feedback.api.verdicts import (
-    BadReply,
-    Reading,
-    Reply,
-    Token,
+    ParsedVerdict,
     choice_distribution,
-    judgement,
-    logit,
+    make_judgement,
     preference,
-    read_reply,
     read_verdict,
-    sigmoid,
 )
 from rlaif_jax.feedback.records.forms import Ranking, Rater
 
-ASKED = Asked((), "abc123")
+ASKED = RenderedQuestion((), "abc123")
 JUDGE = Rater("judge", "ai")
 
 
@@ -61,42 +57,42 @@ def test_a_label_that_is_not_shown_is_never_impossible():
     assert choice_distribution(tiny, ["A", "B"])[0][1] == pytest.approx(1e-12)
 
 
-def test_words_as_labels_are_told_by_how_they_begin():
+def test_words_as_labels_are_known_by_how_they_begin():
     probabilities, mass = choice_distribution(top(Ye=0.5, _Yes=0.1, N=0.2, yes=0.1), ["Yes", "No"])
     assert probabilities == pytest.approx((0.75, 0.25)) and mass == pytest.approx(0.8)
     assert choice_distribution(top(N=0.5, No=0.3, Yes=0.1), ["Yes", "No", "Neither"])[1] == pytest.approx(0.4)
 
 
-def direct(*tokens: tuple[str, dict[str, float]], template=PAIRWISE, **settings) -> Reading:
+def direct(*tokens: tuple[str, dict[str, float]], template=PAIRWISE, **settings) -> ParsedVerdict:
     made = tuple(Token(text, tuple(top(**probabilities))) for text, probabilities in tokens)
     return read_verdict(Reply("".join(t.text for t in made), made), template, ASKED, direct=True, **settings)
 
 
 def test_a_direct_label():
-    reading = direct(("A", {"A": 0.6, "B": 0.3}))
-    assert reading.status == "ok" and reading.label == "A"
+    verdict = direct(("A", {"A": 0.6, "B": 0.3}))
+    assert verdict.status == "ok" and verdict.label == "A"
     tie = min(0.3, 0.1)  # C is not shown
-    assert reading.value == pytest.approx((0.6 + tie / 2) / (0.9 + tie))
-    reading = direct(("B", {"A": 0.3, "B": 0.2, "C": 0.5}))
-    assert reading.status == "tie" and reading.value == pytest.approx(0.55)
-    reading = direct((" ", {"_": 1.0}), ("A", {"A": 0.9, "B": 0.1}))
-    assert reading.label == "A"
+    assert verdict.value == pytest.approx((0.6 + tie / 2) / (0.9 + tie))
+    verdict = direct(("B", {"A": 0.3, "B": 0.2, "C": 0.5}))
+    assert verdict.status == "tie" and verdict.value == pytest.approx(0.55)
+    verdict = direct((" ", {"_": 1.0}), ("A", {"A": 0.9, "B": 0.1}))
+    assert verdict.label == "A"
 
 
 def test_little_mass_is_no_answer():
-    reading = direct(("Well", {"Well": 0.6, "A": 0.2, "B": 0.1}))
-    assert reading.status == "abstained" and reading.label_mass == pytest.approx(0.3) and reading.probabilities == ()
+    verdict = direct(("Well", {"Well": 0.6, "A": 0.2, "B": 0.1}))
+    assert verdict.status == "abstained" and verdict.label_mass == pytest.approx(0.3) and verdict.probabilities == ()
     assert direct(("Well", {"Well": 0.6, "A": 0.2, "B": 0.1}), min_mass=0.25).status == "ok"
 
 
 def test_a_rating_is_the_expected_score():
     letters = dict(zip("ABCDEFGHIJ", [0.01, 0.01, 0.01, 0.01, 0.01, 0.05, 0.5, 0.3, 0.05, 0.05]))
-    reading = direct(("G", letters), template=RATING)
-    assert reading.value == pytest.approx(sum(p * (i + 1) for i, p in enumerate(letters.values())))
-    assert reading.label == "G"
+    verdict = direct(("G", letters), template=RATING)
+    assert verdict.value == pytest.approx(sum(p * (i + 1) for i, p in enumerate(letters.values())))
+    assert verdict.label == "G"
 
 
-def words(text: str, template=PAIRWISE) -> Reading:
+def words(text: str, template=PAIRWISE) -> ParsedVerdict:
     return read_verdict(Reply(text), template, ASKED, direct=False)
 
 
@@ -155,8 +151,8 @@ def test_probabilities_after_reasons_are_those_at_the_verdict():
         Token("</s>", ()),
     )
     reply = Reply("A is fine.\nVerdict abc123: B", tokens)
-    reading = read_verdict(reply, PAIRWISE, ASKED, direct=False)
-    assert reading.label == "B" and reading.value == pytest.approx(0.3 + 0.1) and reading.label_mass == pytest.approx(1)
+    verdict = read_verdict(reply, PAIRWISE, ASKED, direct=False)
+    assert verdict.label == "B" and verdict.value == pytest.approx(0.3 + 0.1) and verdict.label_mass == pytest.approx(1)
 
 
 def test_words_between_tags():
@@ -172,48 +168,16 @@ def test_words_between_tags():
     assert words("<corrected>x</corrected>", CORRECTION).status == "unparsed"
 
 
-def test_both_shapes_of_log_probabilities():
-    chat = {
-        "choices": [
-            {
-                "message": {"content": "A"},
-                "logprobs": {
-                    "content": [
-                        {"token": "A", "top_logprobs": [{"token": "\u0120A", "bytes": [32, 65], "logprob": -0.1}]},
-                    ]
-                },
-            }
-        ],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 1},
-    }
-    assert read_reply(chat).tokens == (Token("A", ((" A", -0.1),)),)
-    older = {"choices": [{"text": "A", "logprobs": {"tokens": ["A"], "top_logprobs": [{"A": -0.1, "B": -3}]}}]}
-    assert read_reply(older).tokens == (Token("A", (("A", -0.1), ("B", -3.0))),)
-    assert read_reply(older).prompt_tokens is None
-
-
-@pytest.mark.parametrize(
-    "body",
-    [None, [], "text", {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": None}]},
-     {"choices": [{"message": {"content": 3}}]}, {"choices": [{"message": {"content": None}}]},
-     {"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"token": "A", "top_logprobs": [{}]}]}}]},
-     {"choices": [{"message": {"content": "A"}}], "usage": "none"}],
-)  # fmt: skip
-def test_what_is_no_completion(body):
-    with pytest.raises(BadReply):
-        read_reply(body)
-
-
 def ranking(p_first_slot: float, order: tuple[int, int], *, soft: bool = True) -> Ranking:
-    reading = Reading("ok", "A", p_first_slot, (p_first_slot, 1 - p_first_slot) if soft else ())
-    made = judgement(Question("p", ("a", "b")), PAIRWISE, reading, order=order, rater=JUDGE)
+    verdict = ParsedVerdict("ok", "A", p_first_slot, (p_first_slot, 1 - p_first_slot) if soft else ())
+    made = make_judgement(Question("p", ("a", "b")), PAIRWISE, verdict, order=order, rater=JUDGE)
     assert isinstance(made, Ranking)
     return made
 
 
 @given(st.floats(-8, 8), st.floats(-8, 8))
 def test_a_bias_in_the_log_odds_cancels_exactly(delta: float, bias: float):
-    pair = [ranking(sigmoid(delta + bias), (0, 1)), ranking(sigmoid(-delta + bias), (1, 0))]
+    pair = [ranking(float(expit(delta + bias)), (0, 1)), ranking(float(expit(-delta + bias)), (1, 0))]
     found = preference(pair)
     assert found is not None and found.bias is not None
     assert logit(found.probability) == pytest.approx(delta, abs=1e-6)
@@ -229,10 +193,12 @@ def test_an_order_conflict_is_kept_as_such_and_a_missing_order_gives_nothing():
     found = preference([ranking(1.0, (0, 1), soft=False), ranking(1.0, (1, 0), soft=False)])
     assert found == (0.5, None, False)
     assert preference([ranking(1.0, (0, 1), soft=False), ranking(0.0, (1, 0), soft=False)]) == (1.0, None, True)
-    missing = judgement(Question("p", ("a", "b")), PAIRWISE, Reading("error"), order=(1, 0), rater=JUDGE)
+    missing = make_judgement(Question("p", ("a", "b")), PAIRWISE, ParsedVerdict("error"), order=(1, 0), rater=JUDGE)
     assert preference([ranking(0.9, (0, 1)), missing]) is None
     with pytest.raises(UserError, match="rankings of two answers"):
-        preference([judgement(Question("p", ("a",)), RATING, Reading("ok", "A", 1.0), order=(0,), rater=JUDGE)])
+        preference(
+            [make_judgement(Question("p", ("a",)), RATING, ParsedVerdict("ok", "A", 1.0), order=(0,), rater=JUDGE)]
+        )
 
 
 def test_ranks_follow_the_answers_and_not_the_order_shown():

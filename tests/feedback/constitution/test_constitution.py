@@ -1,4 +1,4 @@
-"""A constitution file: what it says is what is judged; what is wrong with it is told with file and line."""
+"""A constitution file: its rules and formulas judge as written; its errors are reported with file and line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.constitution import constitution as constitution_module
 from rlaif_jax.feedback.constitution.constitution import (
+    ConstitutionPrinciple,
     ConstitutionSource,
-    Principle,
     constitution_rewards,
-    evaluate,
+    evaluate_rules,
     load_constitution,
 )
 from rlaif_jax.feedback.constitution.rules import Exemplar, Length, Pattern, fresh_words
@@ -100,7 +100,7 @@ def test_everything_in_the_file_is_read(constitution):
     assert kind.text in kind.critique
     assert kind.text in kind.revision
     assert (kind.weight, kind.line) == (2.0, 4)
-    assert brief == Principle("brief", "Be brief.", "Where is it long?", "Make it short.", 1.0, 9)
+    assert brief == ConstitutionPrinciple("brief", "Be brief.", "Where is it long?", "Make it short.", 1.0, 9)
     assert constitution.rule_names == ("rude", "brief", "asked", "fresh", "like")
     rude, length, asked, fresh, like = constitution.rules
     assert isinstance(rude.measure, Pattern)
@@ -116,7 +116,7 @@ def test_everything_in_the_file_is_read(constitution):
 def test_rules_and_rewards_by_hand(constitution):
     prompts = ["How?", "Go", "How?"]
     answers = ["my pleasure", "shut up you idiot now now", "a a a a a a a a a"]
-    values, valid, problems = evaluate(constitution, prompts, answers, encode)
+    values, valid, problems = evaluate_rules(constitution, prompts, answers, encode)
     # Vowels a e i o u: "my pleasure" (1, 2, 0, 0, 1), "shut up you idiot now now" (0, 0, 2, 4, 3), (9, 0, 0, 0, 0).
     cosine = 1 / np.sqrt(6)
     expected = [[0, 1, 1, 0, 1], [1, 0.5, 0, 1, 3 / np.sqrt(6 * 29)], [0, 0, 1, 1 / 7, cosine]]
@@ -147,13 +147,13 @@ def test_the_source_gives_rewards_and_warns_of_problems(tmp_path):
 
 def test_an_exemplar_without_an_encoder_and_a_reward_without_formulas(tmp_path, constitution):
     with pytest.raises(UserError, match=r"kind\.toml:34: rule like compares with an exemplar: give an encoder"):
-        evaluate(constitution, ["p"], ["a"])
+        evaluate_rules(constitution, ["p"], ["a"])
     with pytest.raises(UserError, match="2 prompts for 1 answers"):
-        evaluate(constitution, ["p", "p"], ["a"])
+        evaluate_rules(constitution, ["p", "p"], ["a"])
     only_rules = load_constitution(written(tmp_path, '[[rule]]\nname = "r"\nwords = ["a"]\n'))
-    predicates = evaluate(only_rules, ["p"], ["a"])
+    rule_values = evaluate_rules(only_rules, ["p"], ["a"])
     with pytest.raises(UserError, match=r"kind\.toml:1: no \[\[formula\]\]"):
-        constitution_rewards(only_rules, predicates.values, predicates.valid)
+        constitution_rewards(only_rules, rule_values.values, rule_values.valid)
     assert load_constitution(written(tmp_path, '[[principle]]\nname = "a"\ntext = "b"\n')).rules == ()
 
 
@@ -189,8 +189,8 @@ GOOD_RULE = '[[rule]]\nname = "r"\nwords = ["a"]\n'
         ('[[principle]]\nname = "a"\ntext = "b"\nweight = "1"\n', r":4: .*weight must be a number, not '1'"),
         ('[[principle]]\nname = "a"\ntext = "b"\n\n[[principle]]\nname = "a"\ntext = "c"\n', r":6: .*'a' is taken by line 1"),
         (GOOD_RULE + "\n" + GOOD_RULE, r":6: \[\[rule\]\]: name 'r' is taken by line 1"),
-        ('[[rule]]\nname = "is rude"\nwords = ["a"]\n', r":2: .*'is rude' cannot stand in a formula"),
-        ('[[rule]]\nname = "not"\nwords = ["a"]\n', r":2: .*'not' cannot stand in a formula"),
+        ('[[rule]]\nname = "is rude"\nwords = ["a"]\n', r":2: .*'is rude' cannot be used in a formula"),
+        ('[[rule]]\nname = "not"\nwords = ["a"]\n', r":2: .*'not' cannot be used in a formula"),
         ('[[rule]]\nname = "r"\n', r":1: .*exactly one of words, pattern, .*; it has none"),
         ('[[rule]]\nname = "r"\nwords = ["a"]\npattern = "b"\n', r":4: .*it has words and pattern"),
         ('[[rule]]\nname = "r"\nwords = "a"\n', r":3: .*words must be a list of texts"),
@@ -217,7 +217,7 @@ GOOD_RULE = '[[rule]]\nname = "r"\nwords = ["a"]\n'
         (GOOD_RULE + '\n[[formula]]\nname = "f"\nformula = "r"\nlogic = "product"\n', r":8: .*has no field logic"),
     ],
 )  # fmt: skip
-def test_a_broken_file_is_told_with_its_line(tmp_path, text, message):
+def test_a_broken_file_is_reported_with_its_line(tmp_path, text, message):
     path = written(tmp_path, text)
     with pytest.raises(UserError, match=message) as caught:
         load_constitution(path)
@@ -243,8 +243,8 @@ def test_the_example_says_what_it_means():
         "As an AI language model I cannot eat any fruit.",
         "I am very well today, thank you for asking.",
     ]
-    predicates = evaluate(constitution, prompts, answers)
-    rewards, _ = constitution_rewards(constitution, predicates.values, predicates.valid)
+    rule_values = evaluate_rules(constitution, prompts, answers)
+    rewards, _ = constitution_rewards(constitution, rule_values.values, rule_values.valid)
     np.testing.assert_allclose(rewards.values, [4, 3, 2, 2, 4], atol=1e-6)
     assert rewards.valid.all()
 

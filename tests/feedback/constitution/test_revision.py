@@ -9,7 +9,7 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.feedback.constitution.constitution import Principle
+from rlaif_jax.feedback.constitution.constitution import ConstitutionPrinciple
 from rlaif_jax.feedback.constitution.revision import LanguageModelWriter, Revised, critique_revision, draw_principle
 from rlaif_jax.feedback.records.forms import Rater, from_json, to_json
 from rlaif_jax.models import CausalLM
@@ -18,7 +18,7 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig, make_runner
 
 RATER = Rater("writer", "ai")
-PRINCIPLES = [Principle(name, name, f"C {name}?", f"R {name}!") for name in ("kind", "brief", "true")]
+PRINCIPLES = [ConstitutionPrinciple(name, name, f"C {name}?", f"R {name}!") for name in ("kind", "brief", "true")]
 
 
 class Writer:
@@ -92,7 +92,11 @@ def test_nothing_was_revised():
 def test_principles_are_drawn_by_weight_and_do_not_depend_on_the_company():
     drawn = [draw_principle(PRINCIPLES, f"p{i}", "a", 0, 0).name for i in range(300)]
     assert {drawn.count(p.name) // 50 for p in PRINCIPLES} <= {1, 2}
-    weighted = [Principle("a", "", "", "", 3.0), Principle("b", "", "", "", 1.0), Principle("c", "", "", "", 0.0)]
+    weighted = [
+        ConstitutionPrinciple("a", "", "", "", 3.0),
+        ConstitutionPrinciple("b", "", "", "", 1.0),
+        ConstitutionPrinciple("c", "", "", "", 0.0),
+    ]
     drawn = [draw_principle(weighted, f"p{i}", "a", 0, 0).name for i in range(400)]
     assert 270 < drawn.count("a") < 330
     assert drawn.count("c") == 0

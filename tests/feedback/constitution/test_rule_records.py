@@ -134,10 +134,10 @@ def test_comments_praise_and_blame_formula_by_formula(constitution):
     ]
     assert all(c.principle == c.aspects[0] and c.confidence == 1 for c in found)
     short = rule_comments(constitution, ["p"], [SHORT])
-    assert [c.status for c in short] == ["ok", "ok", "abstained"]  # two words: whether they repeat cannot be told
+    assert [c.status for c in short] == ["ok", "ok", "abstained"]  # two words: whether they repeat is not defined
 
 
-def test_corrections_mark_the_places_with_what_they_are_worth(constitution):
+def test_corrections_mark_the_places_with_their_effect_on_the_reward(constitution):
     polite, rude, long, short = rule_corrections(constitution, ["p"] * 4, [POLITE, RUDE, LONG, SHORT])
     assert polite.spans == (Span(0, 9, 2.0, "thanks"),)  # one ! is allowed
     assert polite.edited == POLITE

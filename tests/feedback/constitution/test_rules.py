@@ -18,7 +18,7 @@ from rlaif_jax.feedback.constitution.rules import (
     Rule,
     apply_rule,
     fresh_words,
-    length,
+    measure_length,
     word_pattern,
 )
 
@@ -39,7 +39,7 @@ def test_words_are_whole_whatever_their_case_and_the_longest_is_found():
     ]
 
 
-def test_a_pattern_is_counted_and_case_matters_unless_told():
+def test_a_pattern_is_counted_and_case_matters_by_default():
     assert Pattern(r"\d+")("", "", "1 22 x333") == Measured(3)
     assert Pattern("a")("", "", "aA") == Measured(1)
     assert Pattern("a", ignore_case=True)("", "", "aA") == Measured(2)
@@ -60,7 +60,7 @@ def test_a_pattern_is_counted_and_case_matters_unless_told():
     ],
 )
 def test_lengths(text, characters, words, sentences, lines, paragraphs):
-    found = [length(text, unit) for unit in ("characters", "words", "sentences", "lines", "paragraphs")]
+    found = [measure_length(text, unit) for unit in ("characters", "words", "sentences", "lines", "paragraphs")]
     assert found == [characters, words, sentences, lines, paragraphs]
     assert Length("words")("", "", text) == Measured(words)
 
@@ -93,7 +93,7 @@ def test_a_predicate_says_yes_no_a_number_or_nothing():
     assert values(Rule("r", Predicate("m:judge", judge), at_least=2), "big", "half") == [1, 0]
 
 
-def test_a_problem_is_told_once():
+def test_a_problem_is_reported_once():
     rule = Rule("r", Predicate("m:f", lambda p, a: 1 / 0))
     found, problems = apply_rule(rule, [""] * 50, ["x"] * 50)
     assert found == [None] * 50
@@ -125,10 +125,10 @@ def test_patterns_read_the_beginning_of_a_very_long_text_and_lengths_all_of_it()
     assert Pattern("a")("", "", text) == Measured(MAX_CHARACTERS / 2)
     start = time.monotonic()
     for unit in ("characters", "words", "sentences", "lines", "paragraphs"):
-        length("." * 2_000_000, unit)
-        length('."' * 1_000_000, unit)
+        measure_length("." * 2_000_000, unit)
+        measure_length('."' * 1_000_000, unit)
     assert time.monotonic() - start < 5
-    assert length(text, "words") == MAX_CHARACTERS
+    assert measure_length(text, "words") == MAX_CHARACTERS
 
 
 def test_an_exemplar_needs_its_similarities():

@@ -222,7 +222,7 @@ def test_weights_say_whom_to_believe_and_weight_zero_is_not_read():
 
 
 def aspect_sentences(count: int = 160) -> Sentences:
-    """Two aspects, each with words of its own; half of the labels of the second are missing."""
+    """Two aspects, each with its own words; half of the labels of the second are missing."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (count, 2))
     words = np.array([["dull", "funny"], ["rude", "kind"]])
