@@ -1,7 +1,7 @@
 """Time what is not a plain step: updates at several fills, and steps that wait for a judge.
 
-    python experiments/benchmarks/cases.py --case U25
-    python experiments/benchmarks/cases.py --case E --way ahead --json
+    python -m experiments.benchmarks.cases --case U25
+    python -m experiments.benchmarks.cases --case E --way ahead --json
 
     case  what is timed                                                       ways
     U25   the update alone: 64 answers to 8 prompts, which fill a quarter     packed (`packed_rows`), padded
@@ -41,10 +41,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ceilings import measure
-from step import GROUP, Words, decoder, settings, trained_flops
-from works import WORKS, Work
 
+from experiments.benchmarks.ceilings import measure
+from experiments.benchmarks.step import GROUP, Words, decoder, settings, trained_flops
+from experiments.benchmarks.works import WORKS, Work
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer

@@ -1,6 +1,6 @@
 """Measure what this machine can do: the ceilings of a roofline.
 
-    python experiments/benchmarks/ceilings.py --dtype bfloat16
+    python -m experiments.benchmarks.ceilings --dtype bfloat16
 
 A big matrix product gives FLOP/s, a big matrix times a vector the bytes read a second, an elementwise pass over the same
 matrix the bytes that a copy reads and writes. Decoding reads weights and caches and writes next to nothing, so that its

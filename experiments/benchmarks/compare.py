@@ -1,9 +1,9 @@
 """Set our steps and rollouts beside those of other systems: same work, same machine, one process at a time, in turn.
 
-    python experiments/benchmarks/compare.py --peers PEERS --environments ENVIRONMENTS
-    python experiments/benchmarks/compare.py --works S --algorithms grpo --rounds 3 --peers ... --environments ...
-    python experiments/benchmarks/compare.py --works --rollouts G --slots 8 16 32
-    python experiments/benchmarks/compare.py --works --cases U25 U50 U100 E
+    python -m experiments.benchmarks.compare --peers PEERS --environments ENVIRONMENTS
+    python -m experiments.benchmarks.compare --works S --algorithms grpo --rounds 3 --peers ... --environments ...
+    python -m experiments.benchmarks.compare --works --rollouts G --slots 8 16 32
+    python -m experiments.benchmarks.compare --works --cases U25 U50 U100 E
 
 PEERS is a folder of scripts that time the same work in other systems and print one line of JSON with the keys of
 `step.py --json`; ENVIRONMENTS holds the virtual environments they run in:
@@ -34,7 +34,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STEP, ROLLOUTS, CASES, PEER = (Path(__file__).with_name(f"{name}.py") for name in ("step", "rollouts", "cases", "peer"))
+ROOT = Path(__file__).resolve().parents[2]
+# Arguments of an interpreter that is started in ROOT.
+STEP, ROLLOUTS, CASES, PEER = (
+    ("-m", f"experiments.benchmarks.{name}") for name in ("step", "rollouts", "cases", "peer")
+)
 # Freed memory stays in the process: helps torch (a GRPO step by about 15 %), does nothing for JAX.
 TORCH_ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 COLUMNS = {
@@ -74,12 +78,12 @@ PEERS = {
 def run_json(command: Sequence[str], variables: dict[str, str]) -> dict[str, Any] | str:
     """What a benchmark printed as its last line, or why there is nothing."""
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | variables
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    script = [part for part in command if part.endswith(".py")][-1]
+    script = [part for part in command if part.endswith(".py") or part.startswith("experiments.")][-1]
     return f"{Path(script).name} ended with exit code {done.returncode}: {last}"
 
 
@@ -91,7 +95,7 @@ def step_commands(
 ) -> tuple[list[Command], list[str]]:
     """(what times a step, ours first; what is missing, in words)."""
     found: list[Command] = [
-        ([sys.executable, str(STEP), "--algorithm", algorithm, "--json", "--work", work], {}),
+        ([sys.executable, *STEP, "--algorithm", algorithm, "--json", "--work", work], {}),
     ]
     if peers is None or environments is None:
         return found, ["no other systems: --peers and --environments were not given"]
@@ -102,14 +106,14 @@ def step_commands(
         if absent:
             missing.append(f"{peer.script} not run: {' and '.join(absent)} not found")
         else:
-            known = [] if work in THEIR_WORKS else [str(PEER)]
+            known = [] if work in THEIR_WORKS else PEER
             found.append(([str(python), *known, str(script), "--work", work], peer.variables))
     return found, missing
 
 
 def rollout_commands(case: str, slots: Sequence[int]) -> tuple[list[Command], list[str]]:
     """(what times the ways of decoding a case, all at once first; what is missing, in words)."""
-    command = [sys.executable, str(ROLLOUTS), "--case", case, "--json"]
+    command = [sys.executable, *ROLLOUTS, "--case", case, "--json"]
     found: list[Command] = [(command, {}), *(([*command, "--slots", str(n)], {}) for n in slots)]
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return found, ["no generate of transformers: torch or transformers is not installed here"]
@@ -121,7 +125,7 @@ def way_commands(case: str) -> tuple[list[Command], list[str]]:
     if case == "E" and not importlib.util.find_spec("openai"):
         return [], ['no case E: it needs the package openai (pip install "rlaif-jax[api]")']
     ways = ("ahead", "waiting") if case == "E" else ("packed", "padded")
-    return [([sys.executable, str(CASES), "--case", case, "--way", way, "--json"], {}) for way in ways], []
+    return [([sys.executable, *CASES, "--case", case, "--way", way, "--json"], {}) for way in ways], []
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -184,8 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="how often every system takes its turn (default 1)")
     parser.add_argument("--output", type=Path, help="also write all rows as JSON lines to this file")
     options = parser.parse_args(arguments)
+    # Absolute, but links are kept: a virtual environment's python is a link.
+    peers, environments = (path and path.absolute() for path in (options.peers, options.environments))
     cases = {
-        f"{work} {algorithm}": step_commands(work, algorithm, options.peers, options.environments)
+        f"{work} {algorithm}": step_commands(work, algorithm, peers, environments)
         for work in options.works
         for algorithm in options.algorithms
     }

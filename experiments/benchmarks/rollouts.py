@@ -1,9 +1,9 @@
 """Time rollouts: of fixed length, with a long tail, after long prompts, from large vocabularies.
 
-    python experiments/benchmarks/rollouts.py --case T1
-    python experiments/benchmarks/rollouts.py --case T1 --slots 16 --json
-    python experiments/benchmarks/rollouts.py --case T1 --system transformers
-    python experiments/benchmarks/rollouts.py --case P1 --prompt 1024 --cap 256
+    python -m experiments.benchmarks.rollouts --case T1
+    python -m experiments.benchmarks.rollouts --case T1 --slots 16 --json
+    python -m experiments.benchmarks.rollouts --case T1 --system transformers
+    python -m experiments.benchmarks.rollouts --case P1 --prompt 1024 --cap 256
 
     case   lengths of the answers, in tokens                               prompt  cap  vocabulary
     F      all at the cap                                                  64      64   4096
@@ -47,10 +47,10 @@ from typing import Any, Literal  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from ceilings import measure  # noqa: E402
-from step import GROUP, rollout_cost  # noqa: E402
-from works import Work  # noqa: E402
 
+from experiments.benchmarks.ceilings import measure  # noqa: E402
+from experiments.benchmarks.step import GROUP, rollout_cost  # noqa: E402
+from experiments.benchmarks.works import Work  # noqa: E402
 from rlaif_jax.models.decoder import block_params  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
 from rlaif_jax.models.heads import LanguageModel  # noqa: E402

@@ -1,7 +1,7 @@
 """Time one step of PPO or GRPO through the product's own code: rollout, reward on the host, scoring, update.
 
-    python experiments/benchmarks/step.py --algorithm ppo --work S
-    python experiments/benchmarks/step.py --algorithm grpo --work M --json
+    python -m experiments.benchmarks.step --algorithm ppo --work S
+    python -m experiments.benchmarks.step --algorithm grpo --work M --json
 
 The work is fixed so that other systems can be timed on the same: a random Llama-shaped policy in float32 with untied
 embeddings, prompts of random ids, answers that all run to the length limit, and as reward the share of an answer's ids
@@ -40,9 +40,9 @@ from typing import Any, NamedTuple  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from ceilings import Ceilings, measure  # noqa: E402
-from works import WORKS, Work  # noqa: E402
 
+from experiments.benchmarks.ceilings import Ceilings, measure  # noqa: E402
+from experiments.benchmarks.works import WORKS, Work  # noqa: E402
 from rlaif_jax.algorithms.optimizer import OptimizerConfig  # noqa: E402
 from rlaif_jax.algorithms.ppo import (  # noqa: E402
     Agent,

@@ -1,7 +1,7 @@
 """Time whole GRPO steps whose answers end when they will: most soon, a few late.
 
-    python experiments/benchmarks/uneven.py --case T1
-    python experiments/benchmarks/uneven.py --case T2 --trl ENVIRONMENT/bin/python --tunix ENVIRONMENT/bin/python --json
+    python -m experiments.benchmarks.uneven --case T1
+    python -m experiments.benchmarks.uneven --case T2 --trl ENVIRONMENT/bin/python --tunix ENVIRONMENT/bin/python --json
 
 The policy and the lengths are those of `rollouts.py` (T1 lognormal, T2 nine in ten short and the rest at the cap): 8 prompts
 of 32 tokens, 8 answers to each of at most 256, KL (0.05) in the loss, one update over the batch, AdamW at 1e-6, reward on the
@@ -33,11 +33,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from compare import TORCH_ALLOCATOR, run_json
-from rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
-from step import GROUP, Words, settings, take_steps
-from works import Work
 
+from experiments.benchmarks.compare import TORCH_ALLOCATOR, run_json
+from experiments.benchmarks.rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
+from experiments.benchmarks.step import GROUP, Words, settings, take_steps
+from experiments.benchmarks.works import Work
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.hf.files import save_model

@@ -1,7 +1,6 @@
 """The benchmarks on tiny works, through the same code; the comparison on made-up systems."""
 
 import dataclasses
-import importlib
 import json
 import math
 import sys
@@ -11,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.benchmarks import cases, ceilings, compare, rollouts, step, uneven
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.policies import text as rollout
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 KEYS = [
     "system",
     "version",
@@ -31,10 +30,6 @@ KEYS = [
     "notes",
 ]  # what the other systems' scripts print
 
-
-sys.path.insert(0, str(FOLDER))  # they import each other
-names = ("cases", "ceilings", "compare", "rollouts", "step", "uneven")
-cases, ceilings, compare, rollouts, step, uneven = map(importlib.import_module, names)
 
 TINY = step.Work(layers=1, width=16, heads=2, hidden=32, vocab=64, batch=512, prompt=4, response=32, warmup=1, steps=3)
 
@@ -226,7 +221,7 @@ def test_compare_sets_systems_side_by_side(tmp_path, monkeypatch, capsys):
     for name in ("ppo", "tun"):
         (tmp_path / name / "bin").mkdir(parents=True)
         (tmp_path / name / "bin" / "python").symlink_to(sys.executable)
-    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
+    monkeypatch.setattr(compare, "STEP", (str(tmp_path / "own.py"),))
     output = tmp_path / "rows.jsonl"
     compare.main(
         [
@@ -290,8 +285,8 @@ def test_one_table_of_steps_and_rollouts(tmp_path, monkeypatch, capsys):
         "slots = '--slots' in sys.argv\n"
         f"print(json.dumps({result!r} | {{'system': 'slots' if slots else 'all', 'step_s_median': 1 + slots}}))\n"
     )
-    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
-    monkeypatch.setattr(compare, "ROLLOUTS", tmp_path / "rollouts.py")
+    monkeypatch.setattr(compare, "STEP", (str(tmp_path / "own.py"),))
+    monkeypatch.setattr(compare, "ROLLOUTS", (str(tmp_path / "rollouts.py"),))
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     assert compare.main(["--works", "S", "--algorithms", "ppo", "--rollouts", "T1", "--slots", "4"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -341,7 +336,7 @@ def test_cases_are_rows_of_the_table(tmp_path, monkeypatch, capsys):
         "way = sys.argv[sys.argv.index('--way') + 1]\n"
         "print(json.dumps({'system': way, 'version': '1', 'step_s_median': 1.0 + (way == 'padded')}))\n"
     )
-    monkeypatch.setattr(compare, "CASES", tmp_path / "cases.py")
+    monkeypatch.setattr(compare, "CASES", (str(tmp_path / "cases.py"),))
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     assert compare.main(["--works", "--cases", "U25", "E"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -357,8 +352,8 @@ def test_cases_are_rows_of_the_table(tmp_path, monkeypatch, capsys):
 def test_compare_keeps_the_table_when_a_case_fails(tmp_path, monkeypatch, capsys):
     fake(tmp_path / "own.py", "ours", 2.0)
     fake(tmp_path / "rollouts.py", "", 0.0, fails=True)
-    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
-    monkeypatch.setattr(compare, "ROLLOUTS", tmp_path / "rollouts.py")
+    monkeypatch.setattr(compare, "STEP", (str(tmp_path / "own.py"),))
+    monkeypatch.setattr(compare, "ROLLOUTS", (str(tmp_path / "rollouts.py"),))
     assert compare.main(["--works", "S", "--algorithms", "ppo", "--rollouts", "T1"]) == 1
     printed = capsys.readouterr().out
     assert "| S ppo | ours " in printed
