@@ -1,9 +1,9 @@
-"""Run another system's script on a work that its own table lacks.
+"""Runs another system's script on a work that its own table lacks.
 
     ENVIRONMENT/bin/python -m experiments.benchmarks.peer PEERS/tunix_grpo.py --work V
 
-Run by `compare.py`. The script has a table `WORK` of dicts with the fields of `Work`, and a `main` that reads the command
-line.
+`compare.py` starts it in the root of the repository. The script has a table `WORK` of dicts with the fields
+of `Work` and a function `main` that reads the command line.
 """
 
 import dataclasses

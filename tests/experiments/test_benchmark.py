@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import cases, ceilings, compare, rollouts, step, uneven
+from experiments.benchmarks import cases, ceilings, compare, costs, rollouts, step, uneven
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.policies import text as rollout
 
@@ -101,7 +101,7 @@ def test_the_works_are_those_of_the_other_systems():
 
 def test_the_cost_of_a_rollout_against_a_count_by_hand():
     work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=4, prompt=2, response=3, warmup=0, steps=1)
-    cost = step.rollout_cost(work, np.array([[1, 3], [2, 2]]))
+    cost = costs.rollout_cost(work, np.array([[1, 3], [2, 2]]))
     # Two prompts: of the first token nothing but key and value is needed, the second takes 7 multiply-adds in the block and
     # sees 2 columns at 2 each; the head takes 10.
     assert cost.prefill == 2 * (2 * 2 + 2 * (7 + 4) + 2 * 10)
@@ -311,7 +311,7 @@ def test_one_update_both_ways(monkeypatch):
 
 def test_flops_of_uneven_answers_are_those_of_their_tokens():
     work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=2, prompt=2, response=3, warmup=0, steps=1)
-    blocks, head = step.trained_flops(work, np.array([[1, 3]]))
+    blocks, head = costs.trained_flops(work, np.array([[1, 3]]))
     # Of the first column key and value once; the second, fed once an answer, and two more of the longer one: 7 and 2 for each
     # column seen.
     assert blocks == 2 * (2 + 2 * (7 + 4) + (7 + 6) + (7 + 8))
@@ -378,13 +378,13 @@ def test_other_systems_get_the_weights_and_what_to_expect_of_them(tmp_path):
     case = rollouts.Case(TINY, "mixed")
     model, params = rollouts.stopping_policy(TINY, rollouts.distribution(case))
     uneven.save_policy(str(tmp_path / "policy"), model, params, TINY)
-    told = np.load(tmp_path / "policy" / "expected.npz")
-    assert told["tokens"].shape == (2, 36) and told["tokens"].min() >= 2, "no padding and no stop among them"
+    expected = np.load(tmp_path / "policy" / "expected.npz")
+    assert expected["tokens"].shape == (2, 36) and expected["tokens"].min() >= 2, "no padding and no stop among them"
     theirs, weights = load_model(tmp_path / "policy")
-    logits = theirs(weights, told["tokens"], np.ones((2, 36), bool))
+    logits = theirs(weights, expected["tokens"], np.ones((2, 36), bool))
     logprobs = jax.nn.log_softmax(logits)[:, 3:-1]
     np.testing.assert_allclose(
-        np.take_along_axis(np.asarray(logprobs), told["tokens"][:, 4:, None], axis=-1)[..., 0],
-        told["logprobs"],
+        np.take_along_axis(np.asarray(logprobs), expected["tokens"][:, 4:, None], axis=-1)[..., 0],
+        expected["logprobs"],
         atol=1e-4,
     )
