@@ -141,11 +141,12 @@ def documented(docstring: str) -> set[str]:
     heads = [i for i, line in enumerate(lines) if line.strip() == "Args:"]
     if not heads:
         return names
-    margin = len(lines[heads[0]]) - len(lines[heads[0]].lstrip())
+    margin, indent = len(lines[heads[0]]) - len(lines[heads[0]].lstrip()), 0
     for line in lines[heads[0] + 1 :]:
-        if line.strip() and len(line) - len(line.lstrip()) <= margin:
+        depth = len(line) - len(line.lstrip())
+        if line.strip() and depth <= margin:
             break
-        if entry := _ENTRY.match(line):
+        if (entry := _ENTRY.match(line)) and depth == (indent := indent or depth):
             names |= {name.strip().lstrip("*") for name in entry[2].split(",")}
     return names
 
@@ -180,6 +181,8 @@ def check_docstrings(path: str, tree: ast.Module) -> Iterator[Violation]:
             if missing:
                 message = f"{name} has {len(wanted)} parameters; `Args:` lacks {', '.join(missing)}"
                 yield Violation(path, function.lineno, "args", message)
+        if unknown := sorted(documented(text) - set(wanted)):
+            yield Violation(path, function.lineno, "args", f"{name} has no parameter {', '.join(unknown)}")
 
 
 # --- sizes and capabilities ---
@@ -243,7 +246,7 @@ def check_file(root: Path, path: Path, long: set[str]) -> Iterator[Violation]:
     text = path.read_text()
     if room != "tests":
         for line, phrase in phrases(readable(path, text)):
-            yield Violation(name, line, "word", f"{phrase!r} is no plain English here: see CONTRIBUTING.md")
+            yield Violation(name, line, "word", f"{phrase!r} is one of the forbidden words of CONTRIBUTING.md")
     if path.suffix != ".md" and room != "docs" and text.count("\n") > FILE_LINES:
         yield Violation(name, 1, "file-length", f"{text.count(chr(10))} lines; at most {FILE_LINES}")
     if path.suffix != ".py":
@@ -251,7 +254,7 @@ def check_file(root: Path, path: Path, long: set[str]) -> Iterator[Violation]:
     tree = ast.parse(text)
     if room != "tests":
         for line, identifier in identifiers(text):
-            yield Violation(name, line, "word", f"the name {identifier} is made of a forbidden word")
+            yield Violation(name, line, "word", f"the name {identifier} contains a forbidden word")
     for function, node, _ in definitions(tree):
         if function_lines(node) > FUNCTION_LINES:
             long.add(f"{name}: {function}")

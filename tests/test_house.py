@@ -58,7 +58,8 @@ def total(a, b=0, *more, scale=1, **named):
     Args:
         a, b: numbers.
         *more: more numbers,
-            as many as wished: none too.
+            as many as
+            wished: none, too.
         scale (float): a factor.
         **named: numbers with names.
 
@@ -169,6 +170,7 @@ def test_forbidden_words_elsewhere(house, tmp_path, name, text, lines):
             "args",
             1,
         ),
+        ('def f(a):\n    """Returns a.\n\n    Args:\n        a: x.\n        b: z.\n    """\n', "args", 1),
         ("x = hasattr(1, 'a')\n", "capability", 1),
         ("y = 1\nx = getattr(1, 'a', None)\n", "capability", 2),
     ],
