@@ -1,1 +1,1 @@
-"""Judges behind an OpenAI-compatible server: templates, limits, cache and verdicts. Needs the extra `api`."""
+"""Judges behind an OpenAI-compatible server: templates, limits, cache. Needs the extra `api`."""
