@@ -1,8 +1,8 @@
-# make install | quickstart | test | lint | bench. PYTHON=python3.12 picks another interpreter.
+# make install | quickstart | lint | docs | test | test-slow | bench. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint bench
+.PHONY: install quickstart lint docs test test-slow bench
 
 install: .venv/.user
 
@@ -22,15 +22,27 @@ OUT ?= runs/quickstart
 quickstart: install
 	$(BIN)/python experiments/quickstart.py --seed $(SEED) --out $(OUT)
 
-# The order of tests/conftest.py is kept: slow files first, not those with the most tests.
-test: .venv/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-
 lint: .venv/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/house.py
 	$(BIN)/mypy
 
-# PEERS and ENVIRONMENTS: folders of other systems' scripts and of what they run in (experiments/benchmarks/compare.py).
+# Not --quiet: mkdocs then counts no warnings, and --strict finds none. The variable silences an advertisement of the theme.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open .cache/site/index.html"
+
+# The order of tests/conftest.py is kept: files with slow tests first, not those with the most tests.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test: .venv/.dev
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/.dev
+	$(PYTEST) -m slow
+
+# PEERS and ENVIRONMENTS: folders of other systems' scripts and of their environments (experiments/benchmarks/compare.py).
 bench: install
-	$(BIN)/python experiments/benchmarks/compare.py --works S V --rollouts F T1 T2 P1 V32k V152k G --cases U25 U50 U100 E \
+	$(BIN)/python -m experiments.benchmarks.compare --works S V --rollouts F T1 T2 P1 V32k V152k G --cases U25 U50 U100 E \
 		$(if $(PEERS),--peers $(PEERS)) $(if $(ENVIRONMENTS),--environments $(ENVIRONMENTS))

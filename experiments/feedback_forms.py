@@ -58,7 +58,6 @@ from rlaif_jax.feedback.record_rewards import (
 from rlaif_jax.feedback.records.forms import Comment, Judgement, Rating
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource
-from rlaif_jax.types import Feedback
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner
@@ -66,7 +65,7 @@ from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
 from rlaif_jax.rewards.shaping import fit_normaliser
 from rlaif_jax.run import Run, StopRequested, command_line
 from rlaif_jax.train import TrainConfig, train
-from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, Rollout, step_key
+from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Feedback, Params, Rollout, step_key
 
 Origin = Literal["ai", "rule", "simulated", "page"]
 KINDS: dict[Form, Kind] = {"comment": "comment", "rating": "rate", "correction": "edit", "ranking": "rank"}

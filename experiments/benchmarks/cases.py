@@ -1,21 +1,23 @@
-"""Time what is not a plain step: updates at several fills, and steps that wait for a judge.
+"""Times updates at several fills, and steps that wait for a judge.
 
-    python experiments/benchmarks/cases.py --case U25
-    python experiments/benchmarks/cases.py --case E --way ahead --json
+    python -m experiments.benchmarks.cases --case U25
+    python -m experiments.benchmarks.cases --case E --way ahead --json
 
     case  what is timed                                                       ways
     U25   the update alone: 64 answers to 8 prompts, which fill a quarter     packed (`packed_rows`), padded
     U50   of the [64, 128] places, half of them, all of them
     U100
-    E     the loop itself (`train`), its judge behind HTTP on this machine,   ahead (`train.staleness` 1), waiting (0)
-          which takes 200 ms for an answer
+    E     the loop itself (`train`) with a judge behind HTTP on this          ahead (`train.staleness` 1), waiting (0)
+          machine that takes 200 ms per answer
 
-GRPO on the random Llama shape of work S (`step.py`), prompts of 32 tokens. U: lengths evenly spread, all answers random ids;
-`update_roofline` counts the matrix products of real tokens only. E: answers of 64 tokens, a call an answer, all at a time, by
-the project's own client; medians without the last step, which has none to draw ahead. Judge and client share the cores with
-the devices. `hidden`: by how much a step ahead is shorter, as a share of the rollout that one that waits spends its time on.
+Both cases train with GRPO on the random Llama shape of work S (`step.py`) with prompts of 32 tokens.
 
-Both ways by default. Run it on an idle machine; `compare.py` sets them side by side.
+U: lengths are evenly spread and answers are random ids. `update_roofline` counts the matrix products of real
+tokens only. E: answers have 64 tokens; the project's own client judges each in one call, all at the same
+time. Medians leave out the last step, which draws nothing ahead. Judge and client share the cores with the
+devices. `hidden` is the time that a step ahead saves, as a share of the rollout time of a step that waits.
+
+Both ways run by default. Run it on an idle machine; `compare.py` compares the ways.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ceilings import measure
-from step import GROUP, Words, decoder, settings, trained_flops
-from works import WORKS, Work
 
+from experiments.benchmarks.ceilings import measure
+from experiments.benchmarks.costs import trained_flops
+from experiments.benchmarks.step import GROUP, Words, decoder, settings
+from experiments.benchmarks.works import WORKS, Work
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.tokenizers import WordTokenizer
@@ -52,14 +55,13 @@ from rlaif_jax.feedback.api.builtin_templates import RATING
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import ApiJudge
 from rlaif_jax.feedback.api.source import ApiJudgeSource
-from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import CompilationClock, make_runner
 from rlaif_jax.rewards.shaping import identity_normaliser
 from rlaif_jax.run import Run
 from rlaif_jax.train import compile_steps, train
-from rlaif_jax.types import Rollout
+from rlaif_jax.types import Feedback, Rollout
 
 FILLS = {"U25": 0.25, "U50": 0.5, "U100": 1.0}
 WAYS = {**dict.fromkeys(FILLS, ("packed", "padded")), "E": ("ahead", "waiting")}
@@ -68,7 +70,7 @@ UPDATE = dataclasses.replace(WORKS["S"], response=128, warmup=1, steps=3)
 
 
 def spread_lengths(work: Work, fill: float) -> np.ndarray:
-    """Lengths [prompts, K] in a random order, evenly spread about the mean `fill` x limit as widely as they can be."""
+    """Returns lengths [prompts, K] in random order, spread evenly and as widely as possible about `fill` x limit."""
     limit = work.response
     low, high = max(1, (2 * fill - 1) * limit), min(2 * fill * limit - 1, limit)
     lengths = np.linspace(low, high, work.batch).round().astype(int)
@@ -76,7 +78,7 @@ def spread_lengths(work: Work, fill: float) -> np.ndarray:
 
 
 def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) -> dict[str, Any]:
-    """Time the update of one batch again and again."""
+    """Times repeated updates of one batch and returns what was measured."""
     clock, config = CompilationClock(), settings(work, "grpo", "recompute")
     if way == "packed":
         config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
@@ -106,22 +108,22 @@ def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) 
         assert float(metrics["nonfinite"]) == 0, "a loss is not finite"
         losses.append(float(metrics["loss"]))
     median = statistics.median(seconds[warmup:])
-    told = row(way, work, seconds[warmup:], clock)
+    common = row(way, work, seconds[warmup:], clock)
     ceilings = measure(model.config.compute_dtype)
     least = 3 * sum(trained_flops(work, lengths)) / ceilings.flops
-    return told | {
+    return common | {
         "update_s_median": round(median, 4),
         "tokens_per_s": round(float(lengths.sum()) / median, 1),
         "update_roofline": round(least / median, 3),
         "padding": round(1 - float(mask.mean()), 3),
         "loss": losses[0],
-        "notes": f"{told['notes']}; ceilings: {ceilings}",
+        "notes": f"{common['notes']}; ceilings: {ceilings}",
     }
 
 
 @contextmanager
 def judge(delay: float) -> Iterator[str]:
-    """The address of a server that gives every answer a score after `delay` seconds, however many ask at a time."""
+    """Runs a server that scores each answer after `delay` seconds, any number at a time; yields its address."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -132,9 +134,9 @@ def judge(delay: float) -> Iterator[str]:
             pass
 
         def do_POST(self) -> None:
-            asked = self.rfile.read(int(self.headers["Content-Length"]))
+            request = self.rfile.read(int(self.headers["Content-Length"]))
             time.sleep(delay)
-            letter = "ABCDEFGHIJ"[sum(asked) % 10]
+            letter = "ABCDEFGHIJ"[sum(request) % 10]
             scored = {"token": letter, "logprob": 0.0, "bytes": list(letter.encode())}
             choice = {
                 "index": 0,
@@ -164,7 +166,10 @@ def judge(delay: float) -> Iterator[str]:
 
 
 def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int) -> dict[str, Any]:
-    """Time the steps of a run. AssertionError where judgements are missing or the steps are not of the wished staleness."""
+    """Times the steps of a run and returns what was measured.
+
+    Raises AssertionError if judgements are missing or steps do not have the staleness of `way`.
+    """
     clock, config = CompilationClock(), settings(work, "grpo", "recompute")
     config = dataclasses.replace(config, steps=warmup + steps + 1, staleness=int(way == "ahead"), save_every=10**6)
     tokenizer = WordTokenizer(tuple(f"t{i}" for i in range(len(WordTokenizer.specials), work.vocab)))
@@ -210,7 +215,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
 
 
 def row(way: str, work: Work, seconds: list[float], clock: CompilationClock) -> dict[str, Any]:
-    """What is printed of every way."""
+    """Returns the columns that each way has."""
     return {
         "system": way,
         "version": f"rlaif_jax {importlib.metadata.version('rlaif-jax')}, jax {jax.__version__}",
@@ -225,7 +230,7 @@ def row(way: str, work: Work, seconds: list[float], clock: CompilationClock) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=tuple(WAYS), default="U50", help="default U50")
     parser.add_argument("--way", help="one way only")

@@ -1,12 +1,15 @@
-"""Measure what this machine can do: the ceilings of a roofline.
+"""Measures what this machine can do: the ceilings of a roofline.
 
-    python experiments/benchmarks/ceilings.py --dtype bfloat16
+    python -m experiments.benchmarks.ceilings --dtype bfloat16
 
-A big matrix product gives FLOP/s, a big matrix times a vector the bytes read a second, an elementwise pass over the same
-matrix the bytes that a copy reads and writes. Decoding reads weights and caches and writes next to nothing, so that its
-bound is the read: on a CPU the copy, which also pays for the pages of its result, is several times slower. Medians of five
-after one untimed call, on one device: other accelerators are taken to be equal, and CPU devices to share one CPU. What fits
-in a cache is read faster than these say, so that a small model may pass its bound.
+A large matrix product gives FLOP/s. A large matrix times a vector gives the bytes that are read per second.
+An elementwise pass over the same matrix gives the bytes that a copy reads and writes per second. Decoding
+reads weights and caches and writes little, so the read is its bound; on a CPU the copy, which also allocates
+the pages of its result, is several times slower.
+
+Each number is the median of five calls after one untimed call on one device. Other accelerators are assumed
+to be equal, and CPU devices to share one CPU. Data that fits in a cache is read faster than this, so a small
+model may exceed its bound.
 """
 
 from __future__ import annotations
@@ -23,7 +26,13 @@ import jax.numpy as jnp
 
 
 class Ceilings(NamedTuple):
-    """flops: FLOP/s of a big matrix product, 2 a multiply-add; read and copy: bytes a second, a copy's counted twice."""
+    """What a machine can do.
+
+    Attributes:
+        flops: FLOP/s of a large matrix product; a multiply-add counts as 2.
+        read: bytes per second of a read.
+        copy: bytes per second of a copy, each byte counted twice.
+    """
 
     flops: float
     read: float
@@ -34,7 +43,7 @@ class Ceilings(NamedTuple):
 
 
 def seconds(function: Callable[..., jax.Array], *arrays: jax.Array) -> float:
-    """Median time of the compiled `function`."""
+    """Returns the median time of the compiled `function` in seconds."""
     compiled: Any = jax.jit(function)
     jax.block_until_ready(compiled(*arrays))
     times = []
@@ -46,9 +55,12 @@ def seconds(function: Callable[..., jax.Array], *arrays: jax.Array) -> float:
 
 
 def measure(dtype: str, *, side: int | None = None, size: int | None = None) -> Ceilings:
-    """The ceilings in `dtype`: a product of two [side, side] matrices, a read and a copy of about `size` bytes.
+    """Returns the ceilings in `dtype`.
 
-    By default 2048 and 256 MiB on a CPU, 8192 and 2 GiB on an accelerator.
+    Args:
+        dtype: "float32" or "bfloat16".
+        side: rows and columns of the matrices that are multiplied; default 2048 on a CPU, 8192 on an accelerator.
+        size: bytes that are read and copied; default 256 MiB on a CPU, 2 GiB on an accelerator.
     """
     cpu = jax.default_backend() == "cpu"
     side = side or (2048 if cpu else 8192)
@@ -64,7 +76,7 @@ def measure(dtype: str, *, side: int | None = None, size: int | None = None) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(arguments)

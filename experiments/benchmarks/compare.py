@@ -1,12 +1,13 @@
-"""Set our steps and rollouts beside those of other systems: same work, same machine, one process at a time, in turn.
+"""Compares our steps and rollouts with those of other systems on the same work and the same machine.
 
-    python experiments/benchmarks/compare.py --peers PEERS --environments ENVIRONMENTS
-    python experiments/benchmarks/compare.py --works S --algorithms grpo --rounds 3 --peers ... --environments ...
-    python experiments/benchmarks/compare.py --works --rollouts G --slots 8 16 32
-    python experiments/benchmarks/compare.py --works --cases U25 U50 U100 E
+    python -m experiments.benchmarks.compare --peers PEERS --environments ENVIRONMENTS
+    python -m experiments.benchmarks.compare --works S --algorithms grpo --rounds 3 --peers ... --environments ...
+    python -m experiments.benchmarks.compare --works --rollouts G --slots 8 16 32
+    python -m experiments.benchmarks.compare --works --cases U25 U50 U100 E
 
-PEERS is a folder of scripts that time the same work in other systems and print one line of JSON with the keys of
-`step.py --json`; ENVIRONMENTS holds the virtual environments they run in:
+One process runs at a time, the systems in turn. PEERS is a folder of scripts that time the same work in other
+systems and print one line of JSON with the keys of `step.py --json`. ENVIRONMENTS holds the virtual
+environments that they run in:
 
     system  PEERS/            ENVIRONMENTS/      with
     TRL     trl_grpo.py       trl/bin/python     torch 2.13.0, trl 1.16.0, transformers 5.23.0
@@ -14,13 +15,16 @@ PEERS is a folder of scripts that time the same work in other systems and print 
     Tunix   tunix_grpo.py     tun/bin/python     google-tunix 0.1.7, jax 0.10.2, flax 0.12.8
     Tunix   tunix_ppo.py      tun/bin/python
 
-Without the two options, or where one of these files is missing, the table has our own steps alone and says so.
-A case of `rollouts.py` is decoded all at once, in slots, and by transformers where it is installed beside us; one of `cases.py`
-is taken in both of our ways. Works that the scripts' own tables lack are added by `peer.py`.
-A round runs every system once; with several rounds a system's number is the median over them. The ratio is a system's
-time over that of the case's first row, which is ours: 2.0x means that we take half its time. `roof` is the share of the
-speed that the machine's ceilings allow (`ceilings.py`), of our own systems and of rollouts. Run on an idle machine only:
-timings of threads that share their cores with other work say nothing.
+Without the two options, or if one of these files is missing, the table contains only our own steps, and a
+remark says so. A case of `rollouts.py` is decoded all at once, in slots, and by transformers if this
+environment has it. A case of `cases.py` runs in both of our ways. `peer.py` adds works that the scripts' own
+tables lack.
+
+A round runs each system once; with several rounds a system's number is the median over the rounds. The ratio
+is a system's time divided by the time of the first row of the case, which is ours: 2.0x means that we take
+half of that system's time. `roof` is the share of the speed that the ceilings of the machine allow
+(`ceilings.py`), for our own systems and for rollouts. Run it on an idle machine only: timings of threads that
+share their cores with other work are meaningless.
 """
 
 import argparse
@@ -34,7 +38,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STEP, ROLLOUTS, CASES, PEER = (Path(__file__).with_name(f"{name}.py") for name in ("step", "rollouts", "cases", "peer"))
+ROOT = Path(__file__).resolve().parents[2]
+# Arguments of an interpreter that is started in ROOT.
+STEP, ROLLOUTS, CASES, PEER = (
+    ("-m", f"experiments.benchmarks.{name}") for name in ("step", "rollouts", "cases", "peer")
+)
 # Freed memory stays in the process: helps torch (a GRPO step by about 15 %), does nothing for JAX.
 TORCH_ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 COLUMNS = {
@@ -53,18 +61,24 @@ COLUMNS = {
     "compile_s": "compile s",
     "peak_rss_gib": "peak GiB",
 }
-Command = tuple[list[str], dict[str, str]]  # a command line, and the variables that its process finds
+Command = tuple[list[str], dict[str, str]]  # a command line, and the environment variables of its process
 
 
 class Peer(NamedTuple):
-    """Another system: the folder of its environment, its script, and what its process finds in its environment."""
+    """Another system.
+
+    Attributes:
+        environment: the folder of its virtual environment.
+        script: the name of its script.
+        variables: environment variables of its process.
+    """
 
     environment: str
     script: str
     variables: dict[str, str]
 
 
-THEIR_WORKS = ("S", "M")  # those in the tables of their scripts; `peer.py` adds the others
+THEIR_WORKS = ("S", "M")  # the tables of their scripts have these; `peer.py` adds the others
 PEERS = {
     "ppo": (Peer("ppo", "trl_ppo.py", {"GLIBC_TUNABLES": TORCH_ALLOCATOR}), Peer("tun", "tunix_ppo.py", {})),
     "grpo": (Peer("trl", "trl_grpo.py", {"GLIBC_TUNABLES": TORCH_ALLOCATOR}), Peer("tun", "tunix_grpo.py", {})),
@@ -72,14 +86,14 @@ PEERS = {
 
 
 def run_json(command: Sequence[str], variables: dict[str, str]) -> dict[str, Any] | str:
-    """What a benchmark printed as its last line, or why there is nothing."""
+    """Runs a benchmark and returns the JSON of its last line, or a sentence about why it gave no result."""
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | variables
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    script = [part for part in command if part.endswith(".py")][-1]
+    script = [part for part in command if part.endswith(".py") or part.startswith("experiments.")][-1]
     return f"{Path(script).name} ended with exit code {done.returncode}: {last}"
 
 
@@ -89,9 +103,9 @@ def step_commands(
     peers: Path | None,
     environments: Path | None,
 ) -> tuple[list[Command], list[str]]:
-    """(what times a step, ours first; what is missing, in words)."""
+    """Returns (the commands that time a step, ours first; a remark for each missing system)."""
     found: list[Command] = [
-        ([sys.executable, str(STEP), "--algorithm", algorithm, "--json", "--work", work], {}),
+        ([sys.executable, *STEP, "--algorithm", algorithm, "--json", "--work", work], {}),
     ]
     if peers is None or environments is None:
         return found, ["no other systems: --peers and --environments were not given"]
@@ -102,14 +116,14 @@ def step_commands(
         if absent:
             missing.append(f"{peer.script} not run: {' and '.join(absent)} not found")
         else:
-            known = [] if work in THEIR_WORKS else [str(PEER)]
+            known = [] if work in THEIR_WORKS else PEER
             found.append(([str(python), *known, str(script), "--work", work], peer.variables))
     return found, missing
 
 
 def rollout_commands(case: str, slots: Sequence[int]) -> tuple[list[Command], list[str]]:
-    """(what times the ways of decoding a case, all at once first; what is missing, in words)."""
-    command = [sys.executable, str(ROLLOUTS), "--case", case, "--json"]
+    """Returns (the commands that time the ways of decoding a case, all at once first; remarks on missing ones)."""
+    command = [sys.executable, *ROLLOUTS, "--case", case, "--json"]
     found: list[Command] = [(command, {}), *(([*command, "--slots", str(n)], {}) for n in slots)]
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return found, ["no generate of transformers: torch or transformers is not installed here"]
@@ -117,15 +131,15 @@ def rollout_commands(case: str, slots: Sequence[int]) -> tuple[list[Command], li
 
 
 def way_commands(case: str) -> tuple[list[Command], list[str]]:
-    """(what times the two ways of a case of `cases.py`; what is missing, in words)."""
+    """Returns (the commands that time the two ways of a case of `cases.py`; remarks on missing ones)."""
     if case == "E" and not importlib.util.find_spec("openai"):
         return [], ['no case E: it needs the package openai (pip install "rlaif-jax[api]")']
     ways = ("ahead", "waiting") if case == "E" else ("packed", "padded")
-    return [([sys.executable, str(CASES), "--case", case, "--way", way, "--json"], {}) for way in ways], []
+    return [([sys.executable, *CASES, "--case", case, "--way", way, "--json"], {}) for way in ways], []
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One system's rounds as one row: medians, except the least of the minima and the greatest peak memory."""
+    """Combines a system's rounds: the median of each column, the least minimum, the greatest peak memory."""
     row = {"system": runs[0]["system"], "version": runs[0]["version"]}
     for key in COLUMNS:
         values = [r[key] for r in runs if r.get(key) is not None]
@@ -135,7 +149,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of the rows in their order, without the columns that none has a value for; versions below."""
+    """Returns a Markdown table of the rows without columns that are empty in all rows, and the versions."""
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -152,7 +166,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def compare(case: str, systems: Sequence[Command], rounds: int = 1) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a row a system, ours first, none when that one failed; what failed, in words)."""
+    """Runs the systems in turn and returns (a row for each, ours first; a sentence for each failure).
+
+    Without a result of our own there is nothing to compare with, and no row.
+    """
     runs: list[list[dict[str, Any]]] = [[] for _ in systems]
     remarks = []
     for turn in range(rounds):
@@ -170,7 +187,7 @@ def compare(case: str, systems: Sequence[Command], rounds: int = 1) -> tuple[lis
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder of the other systems' scripts")
     parser.add_argument("--environments", type=Path, help="folder with their virtual environments: trl/, ppo/ and tun/")
@@ -184,8 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="how often every system takes its turn (default 1)")
     parser.add_argument("--output", type=Path, help="also write all rows as JSON lines to this file")
     options = parser.parse_args(arguments)
+    # Absolute, but links are kept: a virtual environment's python is a link.
+    peers, environments = (path and path.absolute() for path in (options.peers, options.environments))
     cases = {
-        f"{work} {algorithm}": step_commands(work, algorithm, options.peers, options.environments)
+        f"{work} {algorithm}": step_commands(work, algorithm, peers, environments)
         for work in options.works
         for algorithm in options.algorithms
     }

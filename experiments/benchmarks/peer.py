@@ -1,9 +1,9 @@
-"""Run another system's script on a work that its own table lacks.
+"""Runs another system's script on a work that its own table lacks.
 
-    ENVIRONMENT/bin/python experiments/benchmarks/peer.py PEERS/tunix_grpo.py --work V
+    ENVIRONMENT/bin/python -m experiments.benchmarks.peer PEERS/tunix_grpo.py --work V
 
-Run by `compare.py`. The script has a table `WORK` of dicts with the fields of `Work`, and a `main` that reads the command
-line.
+`compare.py` starts it in the root of the repository. The script has a table `WORK` of dicts with the fields
+of `Work` and a function `main` that reads the command line.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from works import WORKS
+from experiments.benchmarks.works import WORKS
 
 script = sys.argv[1]
 spec = importlib.util.spec_from_file_location(Path(script).stem, script)

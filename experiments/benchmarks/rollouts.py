@@ -1,9 +1,9 @@
-"""Time rollouts: of fixed length, with a long tail, after long prompts, from large vocabularies.
+"""Times rollouts: of fixed length, with a long tail, after long prompts, from large vocabularies.
 
-    python experiments/benchmarks/rollouts.py --case T1
-    python experiments/benchmarks/rollouts.py --case T1 --slots 16 --json
-    python experiments/benchmarks/rollouts.py --case T1 --system transformers
-    python experiments/benchmarks/rollouts.py --case P1 --prompt 1024 --cap 256
+    python -m experiments.benchmarks.rollouts --case T1
+    python -m experiments.benchmarks.rollouts --case T1 --slots 16 --json
+    python -m experiments.benchmarks.rollouts --case T1 --system transformers
+    python -m experiments.benchmarks.rollouts --case P1 --prompt 1024 --cap 256
 
     case   lengths of the answers, in tokens                               prompt  cap  vocabulary
     F      all at the cap                                                  64      64   4096
@@ -14,16 +14,18 @@
     V152k  the same                                                        16      32   152000
     G      geometric with mean 64                                          32      512  4096
 
-64 answers (V: 32), 8 to a prompt, decoded all at once or in slots (`decode_slots`). A random GPT-2 shape in float32 of
-4 x 256 x 8 and GELU 1536 (as many weights as SwiGLU 1024), untied. Its stop token's logit depends on the position alone, so
-that P(stop at t | not before) is that of the wished lengths: the policy itself draws them, in any system that loads its
-weights. Where torch and transformers are installed, Hugging Face `generate` draws from the same, as TRL's trainers do.
+64 answers (V: 32), 8 to a prompt, are decoded all at once or in slots (`decode_slots`). The model is a random
+GPT-2 shape in float32 of 4 x 256 x 8 and GELU 1536 (as many weights as SwiGLU 1024), untied. The logit of its
+stop token depends on the position alone and is such that P(stop at t | not before) is that of the wished
+lengths. So the policy itself draws the lengths, in any system that loads its weights. Hugging Face
+`generate`, which TRL's trainers use, draws from the same weights if torch and transformers are installed.
 
-Every run checks that the lengths drawn are those wished. `tokens_per_s` counts tokens up to the stop; `occupancy` is the share
-of rows x steps in which a token was drawn that counts, `padding` the share of the result that lies behind the stops,
-`gen_roofline` that of the speed which the ceilings allow (`RolloutCost`), whatever order the answers are drawn in. Medians over
-rounds with other random numbers. The peak memory of transformers includes JAX, which makes the weights. Run it on an idle
-machine; `compare.py` sets the ways of decoding side by side.
+Each run checks that the drawn lengths have the wished distribution. `tokens_per_s` counts tokens up to the
+stop. `occupancy` is the share of rows x steps in which a token of an answer was drawn, `padding` the share of
+the result after the stops, and `gen_roofline` the share of the speed that the ceilings allow (`RolloutCost`)
+in any order of drawing. Numbers are medians over rounds with different random numbers. The peak memory of
+transformers includes JAX, which makes the weights. Run it on an idle machine; `compare.py` compares the ways
+of decoding.
 """
 
 import time
@@ -47,13 +49,14 @@ from typing import Any, Literal  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from ceilings import measure  # noqa: E402
-from step import GROUP, rollout_cost  # noqa: E402
-from works import Work  # noqa: E402
 
+from experiments.benchmarks.ceilings import measure  # noqa: E402
+from experiments.benchmarks.costs import rollout_cost  # noqa: E402
+from experiments.benchmarks.step import GROUP  # noqa: E402
+from experiments.benchmarks.works import Work  # noqa: E402
+from rlaif_jax.models.causal_lm import CausalLM  # noqa: E402
 from rlaif_jax.models.decoder import block_params  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
-from rlaif_jax.models.causal_lm import CausalLM  # noqa: E402
 from rlaif_jax.models.hf.files import save_model  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import CompilationClock  # noqa: E402
@@ -67,8 +70,13 @@ Draw = Callable[[int], np.ndarray]  # round -> mask [R, T] of an answer's tokens
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A work whose `batch` counts answers, `response` is the cap on their tokens and `steps` are the timed rounds; the
-    distribution of their lengths, with its `mean` before the cap where that is free."""
+    """A work with a distribution of lengths.
+
+    Attributes:
+        work: the size; `batch` counts answers, `response` is the cap on their tokens, `steps` are the timed rounds.
+        lengths: the distribution of the lengths.
+        mean: its mean before the cap; NaN if the distribution has no free mean.
+    """
 
     work: Work
     lengths: Literal["fixed", "lognormal", "mixed", "geometric"]
@@ -93,7 +101,7 @@ CASES = {
 
 
 def distribution(case: Case) -> np.ndarray:
-    """P(an answer has 1, 2 ... cap tokens) [cap]; what would be longer is at the cap."""
+    """Returns P(an answer has 1, 2 ... cap tokens) [cap]; longer answers count at the cap."""
     cap, mean = case.work.response, case.mean
     t = np.arange(cap + 1)
     if case.lengths == "lognormal":  # rounded up
@@ -110,12 +118,12 @@ def distribution(case: Case) -> np.ndarray:
 
 
 def stopping_policy(work: Work, chances: np.ndarray) -> tuple[CausalLM, Params]:
-    """The model and weights whose answers have 1 .. cap tokens with `chances` [cap].
+    """Returns the model and weights whose answers have 1 .. cap tokens with the probabilities `chances` [cap].
 
-    Four coordinates of the residual stream belong to the position embeddings alone. The first carries the stop token's
-    logit, the second its negative, so that the mean stays; the other two are +-level, so large that every norm divides by
-    the same number whatever the tokens are. The norms multiply the other coordinates by it again, and the blocks see none
-    of the four.
+    Four coordinates of the residual stream belong to the position embeddings alone. The first carries the
+    logit of the stop token and the second its negative, so that the mean stays. The other two are +-level, so
+    large that each norm divides by the same number for all tokens. The norms multiply the other coordinates
+    by this number again, and the blocks see none of the four coordinates.
     """
     config = DecoderConfig(
         vocab_size=work.vocab,
@@ -164,14 +172,14 @@ def stopping_policy(work: Work, chances: np.ndarray) -> tuple[CausalLM, Params]:
 
 
 def prompts(work: Work) -> Prompts:
-    """Prompts of random words, none padded."""
+    """Returns prompts of random words without padding."""
     tokens = np.random.default_rng(1).integers(2, work.vocab, (work.batch // GROUP, work.prompt), dtype=np.int32)
     return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.arange(len(tokens), dtype=jnp.uint32))
 
 
 def ours(model: CausalLM, params: Params, work: Work, slots: int) -> Draw:
-    """The project's own engine, compiled in its first round."""
-    roll = jax.jit(
+    """Returns the draw by the project's own engine, which is compiled in the first round."""
+    rollout_fn = jax.jit(
         functools.partial(
             generate,
             model,
@@ -182,12 +190,12 @@ def ours(model: CausalLM, params: Params, work: Work, slots: int) -> Draw:
             slots=slots,
         )
     )
-    placed, asked = jax.tree.map(jnp.asarray, params), prompts(work)
-    return lambda turn: np.asarray(roll(placed, asked, jax.random.key(turn)).response_mask)
+    placed, batch = jax.tree.map(jnp.asarray, params), prompts(work)
+    return lambda turn: np.asarray(rollout_fn(placed, batch, jax.random.key(turn)).response_mask)
 
 
 def huggingface(model: CausalLM, params: Params, work: Work) -> Draw:
-    """transformers' `generate` on the same weights."""
+    """Returns the draw by `generate` of transformers on the same weights."""
     import torch
     import transformers
 
@@ -217,8 +225,10 @@ def huggingface(model: CausalLM, params: Params, work: Work) -> Draw:
 
 
 def steps_in_slots(lengths: Sequence[int], slots: int) -> int:
-    """How many steps the engine decodes for answers of these lengths in so many slots, by its own rule: free slots are
-    filled from the queue, an eighth of them in one go."""
+    """Returns the number of steps that the engine decodes for answers of these lengths in `slots` slots.
+
+    The rule is the engine's: free slots are filled from the queue, an eighth of all slots at a time.
+    """
     waiting, left, some, steps = list(lengths), np.zeros(slots, int), max(1, slots // 8), 0
     while waiting or left.any():
         free = np.flatnonzero(left == 0)[:some][: len(waiting)]
@@ -229,7 +239,7 @@ def steps_in_slots(lengths: Sequence[int], slots: int) -> int:
 
 
 def check_lengths(chances: np.ndarray, lengths: np.ndarray) -> None:
-    """AssertionError where mean or share at the cap are further from those wished than chance explains."""
+    """Asserts that mean and share at the cap are as near to the wished ones as chance allows."""
     t = np.arange(1, len(chances) + 1)
     mean, capped = float(chances @ t), float(chances[-1])
     spread = math.sqrt(max(float(chances @ t**2) - mean**2, 0))
@@ -243,9 +253,9 @@ def check_lengths(chances: np.ndarray, lengths: np.ndarray) -> None:
 
 
 def run(name: str, case: Case, way: str, slots: int = 0) -> dict[str, Any]:
-    """Draw the case's rounds in one of the `WAYS`, check them, and return what was measured (`--json`'s keys).
+    """Draws the rounds of a case in one of the `WAYS`, checks them and returns what was measured (the keys of `--json`).
 
-    Raises AssertionError when the answers have not the lengths that the case stands for.
+    Raises AssertionError if the answers do not have the lengths of the case.
     """
     compiled = CompilationClock()
     work, chances = case.work, distribution(case)
@@ -302,7 +312,7 @@ def run(name: str, case: Case, way: str, slots: int = 0) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=tuple(CASES), default="T1", help="default T1")
     parser.add_argument("--system", choices=("rlaif_jax", "transformers"), default="rlaif_jax")
@@ -316,9 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     case = CASES[options.case]
     if options.mean is not None and math.isnan(case.mean):
-        parser.error(f"--mean is of T1 and G: the lengths of {options.case} are {case.lengths}")
+        parser.error(f"--mean is an option of T1 and G: the lengths of {options.case} are {case.lengths}")
     if options.slots and options.system == "transformers":
-        parser.error("--slots is of rlaif_jax alone")
+        parser.error("--slots is an option of --system rlaif_jax only")
     if options.system == "transformers" and not has_transformers():
         parser.error("--system transformers needs torch and transformers, which are not installed")
     sizes = {
@@ -336,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def has_transformers() -> bool:
-    """Whether torch and transformers are installed."""
+    """Returns whether torch and transformers are installed."""
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 

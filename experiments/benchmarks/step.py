@@ -1,26 +1,27 @@
-"""Time one step of PPO or GRPO through the product's own code: rollout, reward on the host, scoring, update.
+"""Times one step of PPO or GRPO through the product's own code: rollout, host reward, scoring, update.
 
-    python experiments/benchmarks/step.py --algorithm ppo --work S
-    python experiments/benchmarks/step.py --algorithm grpo --work M --json
+    python -m experiments.benchmarks.step --algorithm ppo --work S
+    python -m experiments.benchmarks.step --algorithm grpo --work M --json
 
-The work is fixed so that other systems can be timed on the same: a random Llama-shaped policy in float32 with untied
-embeddings, prompts of random ids, answers that all run to the length limit, and as reward the share of an answer's ids
-in the lower half of the vocabulary.
+The work is fixed so that other systems can be timed on the same work: a random Llama-shaped policy in float32
+with untied embeddings, prompts of random ids, and answers that all run to the length limit. The reward is the
+share of an answer's ids in the lower half of the vocabulary.
 
     work  layers x width x heads  SwiGLU  vocabulary  sequences a step  prompt + answer  untimed + timed steps
     S     4 x 256 x 8             1024    4096        64                32 + 64          2 + 6
     M     12 x 768 x 12           2048    32000       8                 64 + 64          1 + 3
     V     2 x 128 x 4             256     152000      32                16 + 32          1 + 3
 
-PPO: one answer a prompt, a separate value model of the same size, 2 epochs x 2 minibatches, KL (0.05) to a reference
-model in the reward. GRPO: 8 answers a prompt, KL (0.05) in the loss, one update over the batch. AdamW at 1e-6.
-Every run checks that every answer has its full length and that every weight tensor moved.
+PPO has one answer per prompt, a separate value model of the same size, 2 epochs x 2 minibatches, and KL
+(0.05) to a reference model in the reward. GRPO has 8 answers per prompt, KL (0.05) in the loss, and one
+update over the batch. Both use AdamW at 1e-6. Each run checks that each answer has its full length and that
+each weight tensor changed.
 
-`*_roofline` is the share that a phase reached of the speed that this machine's ceilings (`ceilings.py`, measured after the
-steps) allow: scoring and update are bounded by their matrix products; a rollout also by reading the weights once a step,
-and the keys and values of every token before.
+`*_roofline` is the share that a phase reached of the speed that the ceilings of this machine allow
+(`ceilings.py`, measured after the steps). Scoring and update are bounded by their matrix products; a rollout
+also by reading the weights once per step, and the keys and values of all earlier tokens.
 
-Run it on an idle machine; `compare.py` sets it beside other systems.
+Run it on an idle machine; `compare.py` compares it with other systems.
 """
 
 import time
@@ -40,9 +41,10 @@ from typing import Any, NamedTuple  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from ceilings import Ceilings, measure  # noqa: E402
-from works import WORKS, Work  # noqa: E402
 
+from experiments.benchmarks.ceilings import Ceilings, measure  # noqa: E402
+from experiments.benchmarks.costs import RolloutCost, rollout_cost, trained_flops  # noqa: E402
+from experiments.benchmarks.works import WORKS, Work  # noqa: E402
 from rlaif_jax.algorithms.optimizer import OptimizerConfig  # noqa: E402
 from rlaif_jax.algorithms.ppo import (  # noqa: E402
     Agent,
@@ -50,8 +52,8 @@ from rlaif_jax.algorithms.ppo import (  # noqa: E402
 )
 from rlaif_jax.data.prompts import PromptBatch  # noqa: E402
 from rlaif_jax.feedback.sources import FunctionSource  # noqa: E402
-from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
 from rlaif_jax.models.causal_lm import CausalLM
+from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
 from rlaif_jax.models.heads import ScalarModel  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import CompilationClock, make_runner  # noqa: E402
@@ -69,7 +71,7 @@ KL_COEF = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Word i is `t<i>`. Without a stop token every answer runs to its length limit."""
+    """A tokenizer whose word i is `t<i>`. Without a stop token each answer runs to its length limit."""
 
     vocab_size: int
     pad_id: int = 0
@@ -77,13 +79,13 @@ class Words:
     eos_id: int | None = None
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The words of `ids`, a space between two."""
+        """Returns the words of `ids`, separated by spaces."""
         del skip_special  # there are none
         return " ".join(f"t{i}" for i in ids)
 
 
 def settings(work: Work, algorithm: str, behaviour: str) -> TrainConfig:
-    """The loop's settings for this work."""
+    """Returns the loop's settings for this work."""
     # Without warm-up or decay, and with the usual epsilon, as the systems compared with have it.
     optimizer = OptimizerConfig(learning_rate=1e-6, schedule="constant", eps=1e-8)
     common: dict[str, Any] = {
@@ -107,7 +109,7 @@ def settings(work: Work, algorithm: str, behaviour: str) -> TrainConfig:
 
 
 def decoder(work: Work) -> DecoderConfig:
-    """The random Llama shape."""
+    """Returns the random Llama shape."""
     return DecoderConfig(
         vocab_size=work.vocab,
         num_layers=work.layers,
@@ -123,7 +125,7 @@ def decoder(work: Work) -> DecoderConfig:
 
 
 def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
-    """Endless batches of `count` prompts of uniformly random ids, none of them padded."""
+    """Yields batches of `count` prompts of uniformly random ids without padding, endlessly."""
     rng = np.random.default_rng(seed)
     mask = np.ones((count, work.prompt), bool)
     first = 0
@@ -138,73 +140,11 @@ def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
         first += count
 
 
-def block_flops(work: Work, sequences: int, first: int, last: int, read: bool = True) -> float:
-    """FLOPs of the matrix products of the blocks over columns first .. last - 1 of so many sequences: 2 a multiply-add,
-    causal attention. Of columns whose hidden states nobody reads, the last block makes keys and values only."""
-    whole = work.layers if read else work.layers - 1
-    block = whole * (4 * work.width**2 + 3 * work.width * work.hidden) + (work.layers - whole) * 2 * work.width**2
-    attention = 2 * whole * work.width * (last * (last + 1) - first * (first + 1)) / 2
-    return 2.0 * sequences * ((last - first) * block + attention)
-
-
-class RolloutCost(NamedTuple):
-    """What a rollout cannot do without, whatever draws it.
-
-    prefill, decode, attention: FLOPs of the prompts' pass with the first token's logits, of the decoded tokens' products
-    with weights, of their attention. steps: how often the weights are read, once for each token of the longest answer but
-    the first. weights: bytes of a step's weights. cache: bytes of keys and values read in all steps.
-    """
-
-    prefill: float
-    decode: float
-    attention: float
-    steps: int
-    weights: float
-    cache: float
-
-    def seconds(self, ceilings: Ceilings) -> float:
-        """The least time at these ceilings, in whatever order the answers are drawn: products with weights either compute
-        or wait for the weights, attention for its cache."""
-        return (
-            self.prefill / ceilings.flops
-            + max(self.decode / ceilings.flops, self.steps * self.weights / ceilings.read)
-            + max(self.attention / ceilings.flops, self.cache / ceilings.read)
-        )
-
-
-def rollout_cost(work: Work, lengths: np.ndarray, itemsize: int = 4) -> RolloutCost:
-    """The cost of answers of `lengths` [prompts, K] tokens, weights and caches having `itemsize` bytes a number.
-
-    A prompt is computed once for its K answers, and its cache is read once a step for those of them that still run.
-    """
-    prompts, column = lengths.shape[0], work.layers * work.width  # numbers in a column's keys
-    fed = lengths - 1  # no answer's last token is fed
-    weights = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden) + work.width * work.vocab
-    own = float((fed * (fed + 1) / 2).sum())  # answer columns seen
-    return RolloutCost(
-        prefill=block_flops(work, prompts, 0, work.prompt - 1, read=False)
-        + block_flops(work, prompts, work.prompt - 1, work.prompt)
-        + 2.0 * prompts * work.width * work.vocab,
-        decode=2.0 * float(fed.sum()) * weights,
-        attention=4.0 * column * (work.prompt * float(fed.sum()) + own),
-        steps=int(fed.max()),
-        weights=float(itemsize * weights),
-        cache=2.0 * itemsize * column * (work.prompt * float(fed.max(-1).sum()) + own),
-    )
-
-
-def trained_flops(work: Work, lengths: np.ndarray) -> tuple[float, float]:
-    """(FLOPs of the blocks, of the head) in one forward pass over answers of `lengths` [prompts, K] tokens. A prompt's
-    columns but the last are computed once for its answers, and none of them is read."""
-    prompts, first = lengths.shape[0], work.prompt - 1
-    blocks = block_flops(work, prompts, 0, first, read=False)
-    blocks += sum(block_flops(work, 1, first, first + int(n)) for n in lengths.flat)
-    return blocks, 2.0 * float(lengths.sum()) * work.width * work.vocab
-
-
 def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
-    """Floating-point operations of the matrix products of one step, per phase: a backward pass counted as two forward
-    passes, nothing for what XLA computes twice."""
+    """Returns the FLOPs of the matrix products of one step by phase.
+
+    A backward pass counts as two forward passes. What XLA computes twice counts once.
+    """
     critics = int(config.ppo.advantage == "gae")
     trained, heads = trained_flops(work, full_lengths(work, config))
     policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
@@ -217,30 +157,30 @@ def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
 
 
 def full_lengths(work: Work, config: TrainConfig) -> np.ndarray:
-    """The lengths [prompts, K] of a step's answers, all at the limit."""
+    """Returns the lengths [prompts, K] of a step's answers, all at the limit."""
     return np.full((config.prompts_per_step, config.answers_per_prompt), work.response)
 
 
 def full_length(work: Work, config: TrainConfig) -> RolloutCost:
-    """The cost of a step's rollout, in which every answer has its full length."""
+    """Returns the cost of a step's rollout in which each answer has its full length."""
     return rollout_cost(work, full_lengths(work, config))
 
 
 def rooflines(work: Work, config: TrainConfig, took: dict[str, float], ceilings: Ceilings) -> dict[str, float]:
-    """The share of the roofline that each phase reached, given the seconds it took: 1 is the least time there can be."""
+    """Returns the share of the roofline that each phase reached in `took` seconds; 1 is the least possible time."""
     least = {name: flops / ceilings.flops for name, flops in matmul_flops(work, config).items()}
     least["gen"] = full_length(work, config).seconds(ceilings)
     return {f"{name}_roofline": round(seconds / took[name], 3) for name, seconds in least.items()}
 
 
 def thin(x: Any) -> np.ndarray:
-    """About 65k elements spread over the whole tensor (in an embedding: over all rows), copied to the host."""
+    """Copies about 65k elements, spread over the whole tensor (all rows of an embedding), to the host."""
     flat = np.asarray(x).ravel()
     return flat[:: max(1, flat.size // 65536)].copy()
 
 
 class Step(NamedTuple):
-    """A step taken: seconds by phase, what it drew, the time and the compiler's count at its end."""
+    """A step: its seconds by phase, its rollout, and the time and the compiler's count at its end."""
 
     seconds: dict[str, float]
     rollout: Rollout
@@ -263,9 +203,23 @@ def take_steps(
     seed: int,
     compiled: CompilationClock,
 ) -> tuple[list[Step], list[float]]:
-    """(`count` steps from `state` by the product's own code, each phase awaited; how far each weight tensor has moved).
+    """Takes steps by the product's own code, each phase awaited.
 
-    Raises AssertionError when a loss was not finite or a tensor did not move.
+    Args:
+        work: the size.
+        config: the loop's settings.
+        agent: policy, critic and algorithm.
+        tokenizer: turns answers into words.
+        state: the state before the first step.
+        reference: parameters of the reference policy.
+        count: number of steps.
+        seed: of the prompts.
+        compiled: counts the compiled programs.
+
+    Returns:
+        (the steps, how far each weight tensor has moved)
+
+    Raises AssertionError if a loss was not finite or a tensor did not move.
     """
     runner = make_runner(config.parallel)
     roll, advantages, update = compile_steps(config, agent, runner, tokenizer)  # type: ignore[arg-type]
@@ -302,9 +256,16 @@ def take_steps(
 
 
 def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, seed: int) -> dict[str, Any]:
-    """Build the work, take `warmup` + `steps` steps, check them, and return what was measured (`--json`'s keys).
+    """Takes `warmup` + `steps` steps of a work, checks them, and returns what was measured (the keys of `--json`).
 
-    Raises AssertionError when a step did not do the work it is timed for.
+    Args:
+        work: the size.
+        algorithm: "ppo" or "grpo".
+        behaviour: whose log-probabilities the ratio is measured against, "sampler" or "recompute".
+        warmup, steps: untimed and timed steps.
+        seed: of weights and prompts.
+
+    Raises AssertionError if a step did not do the work that is timed.
     """
     compiled = CompilationClock()
     config = settings(work, algorithm, behaviour)
@@ -361,7 +322,7 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
 
 
 def check_answers(work: Work, answers: list[str], rollout: Any) -> None:
-    """Every answer has its full length, in ids of the vocabulary."""
+    """Asserts that each answer has its full length and consists of ids of the vocabulary."""
     assert len(answers) == work.batch
     assert {len(a.split()) for a in answers} == {work.response}
     tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
@@ -371,7 +332,7 @@ def check_answers(work: Work, answers: list[str], rollout: Any) -> None:
 
 
 def readable(result: dict[str, Any]) -> str:
-    """What was measured, a line a number."""
+    """Returns the result as text, one number per line."""
     units = {
         "first_step_s": "from the start of the process",
         "compile_s": "of it in XLA's compiler",
@@ -388,7 +349,7 @@ def readable(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithm", choices=("ppo", "grpo"), default="ppo")
     parser.add_argument("--work", choices=tuple(WORKS), metavar="{S,M,V}", default="S", help="size (default S)")

@@ -1,22 +1,22 @@
-"""Time whole GRPO steps whose answers end when they will: most soon, a few late.
+"""Times whole GRPO steps whose answers have uneven lengths: most are short, a few are long.
 
-    python experiments/benchmarks/uneven.py --case T1
-    python experiments/benchmarks/uneven.py --case T2 --trl ENVIRONMENT/bin/python --tunix ENVIRONMENT/bin/python --json
+    python -m experiments.benchmarks.uneven --case T1
+    python -m experiments.benchmarks.uneven --case T2 --trl ENVIRONMENT/bin/python --tunix ENVIRONMENT/bin/python --json
 
-The policy and the lengths are those of `rollouts.py` (T1 lognormal, T2 nine in ten short and the rest at the cap): 8 prompts
-of 32 tokens, 8 answers to each of at most 256, KL (0.05) in the loss, one update over the batch, AdamW at 1e-6, reward on the
-host.
+The policy and the lengths are those of `rollouts.py` (T1 lognormal; T2 nine of ten short and the rest at the
+cap). A step has 8 prompts of 32 tokens, 8 answers to each of at most 256 tokens, KL (0.05) in the loss, one
+update over the batch, AdamW at 1e-6 and the reward on the host.
 
     way     rollout              scoring and update
-    padded  all at once          all sequences side by side, as long as the longest may be
+    padded  all at once          one row per sequence, as long as the cap
     packed  8 slots              rows of many answers, 2 at a time (`decode_slots`, `packed_rows`)
     trl     TRL's GRPOTrainer on the same weights, by the Python that `--trl` names (torch, trl), without and with its
             continuous batching where that runs
     tunix   Tunix's GRPOLearner on the same weights, by the Python that `--tunix` names (google-tunix), without and with its
             packing (`uneven_tunix.py`)
 
-Medians over the steps, which are the same lengths for both ways and other draws of the same lengths for the others: their
-tokens/s compare better than their seconds. Run it on an idle machine.
+Numbers are medians over the steps. Both of our ways have the same lengths; the other systems draw other
+answers from the same distribution, so tokens/s compare better than seconds. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from compare import TORCH_ALLOCATOR, run_json
-from rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
-from step import GROUP, Words, settings, take_steps
-from works import Work
 
+from experiments.benchmarks.compare import TORCH_ALLOCATOR, run_json
+from experiments.benchmarks.rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
+from experiments.benchmarks.step import GROUP, Words, settings, take_steps
+from experiments.benchmarks.works import Work
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.hf.files import save_model
@@ -49,7 +49,7 @@ SLOTS, ROWS = 8, 2
 
 
 def way_settings(case: Case, way: str) -> TrainConfig:
-    """The loop's settings for one of our ways."""
+    """Returns the loop's settings for one of our ways."""
     config = settings(case.work, "grpo", "sampler")
     if way == "padded":
         return config
@@ -57,7 +57,10 @@ def way_settings(case: Case, way: str) -> TrainConfig:
 
 
 def ours(case: Case, way: str, model: CausalLM, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:
-    """`warmup` + `steps` steps by the product's own code. AssertionError where they did not do the work."""
+    """Takes `warmup` + `steps` steps by the product's own code and returns the row of `way`.
+
+    Raises AssertionError if the steps did not do the work.
+    """
     config = way_settings(case, way)
     agent, tokenizer = Agent(model, None, config.ppo, answers=GROUP), Words(case.work.vocab, pad_id=PAD, eos_id=STOP)
     state, clock = agent.init(params, None, 0), CompilationClock()
@@ -70,7 +73,7 @@ def ours(case: Case, way: str, model: CausalLM, params: Params, *, warmup: int, 
 
 
 def summary(case: Case, way: str, times: dict[str, list[float]], lengths: np.ndarray) -> dict[str, Any]:
-    """What is printed of a way."""
+    """Returns the row of a way: medians of the phases and the lengths."""
     check_lengths(distribution(case), lengths)
     return {
         "way": way,
@@ -82,7 +85,7 @@ def summary(case: Case, way: str, times: dict[str, list[float]], lengths: np.nda
 
 
 def peers(work: Work) -> dict[str, list[str]]:
-    """The other systems: script and options by way; the first word of a way names the Python that it needs."""
+    """Returns script and options of the other systems by way; the first word of a way names its Python."""
     tunix, budget = "uneven_tunix.py", 4 * (work.prompt + work.response)
     return {
         "trl": ["uneven_trl.py"],
@@ -93,13 +96,13 @@ def peers(work: Work) -> dict[str, list[str]]:
 
 
 def peer(case: Case, way: str, python: Path, folder: str, *, warmup: int, steps: int) -> dict[str, Any] | str:
-    """The same steps by another system on the weights in `folder`, or why there are none."""
+    """Runs the same steps in another system on the weights in `folder`; returns its row or why it has none."""
     work, (script, *more) = case.work, peers(case.work)[way]
     options = {"prompts": work.batch // GROUP, "prompt": work.prompt, "cap": work.response}
     options |= {"vocab": work.vocab, "group": GROUP, "warmup": warmup, "steps": steps}
     command = [str(python), str(Path(__file__).with_name(script)), folder]
     command += [*(f"--{name}={value}" for name, value in options.items()), *more]
-    # TRL is told to stay on the CPU in its script.
+    # The script of TRL sets the CPU itself.
     variables = {"GLIBC_TUNABLES": TORCH_ALLOCATOR} if way.startswith("trl") else {"JAX_PLATFORMS": "cpu"}
     found = run_json(command, variables)
     if isinstance(found, str):
@@ -109,7 +112,7 @@ def peer(case: Case, way: str, python: Path, folder: str, *, warmup: int, steps:
 
 
 def save_policy(folder: str, model: CausalLM, params: Params, work: Work) -> None:
-    """The weights as others read them, and the log-probabilities of some answers by which they can tell that they have."""
+    """Saves the weights for other systems, with log-probabilities of some answers to check them by."""
     save_model(folder, model, params)
     tokens = np.random.default_rng(0).integers(2, work.vocab, (2, work.prompt + work.response), dtype=np.int32)
     logits = jax.jit(model.__call__)(params, tokens, np.ones(tokens.shape, bool))[:, work.prompt - 1 : -1]
@@ -119,7 +122,7 @@ def save_policy(folder: str, model: CausalLM, params: Params, work: Work) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=("T1", "T2"), default="T1", help="default T1")
     parser.add_argument("--prompts", type=int, help=f"prompts of {GROUP} answers each (default 8)")

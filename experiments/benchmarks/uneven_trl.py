@@ -1,4 +1,7 @@
-"""The steps of `uneven.py` by TRL's GRPOTrainer: run by it, in an environment with torch, transformers and trl."""
+"""Takes the steps of `uneven.py` by TRL's GRPOTrainer.
+
+`uneven.py` starts this script in an environment with torch, transformers and trl.
+"""
 
 import argparse
 import json

@@ -1,13 +1,14 @@
-"""The steps of `uneven.py` by Tunix's GRPOLearner: run by it, in an environment with google-tunix.
+"""Takes the steps of `uneven.py` by Tunix's GRPOLearner.
 
-Tunix has no model with learned positions, which carry the chances of a stop here. So `GPT2` below is one with the interface of
-Tunix's own models, written as its Llama3 is (einsums, a cache of fixed size, full attention with a mask), on the weights in
-`folder`: Tunix's sampler, learner and trainer draw from and train the very policy that the others do. Its log-probabilities
-are checked against `expected.npz` in that folder. The stop token itself is no part of an answer to Tunix, which trains on one
-token less.
+`uneven.py` starts this script in an environment with google-tunix. Tunix has no model with learned positions,
+which carry the probabilities of a stop here. `GPT2` below is such a model with the interface of Tunix's own
+models, written like its Llama3 (einsums, a cache of fixed size, full attention with a mask), on the weights
+in `folder`. So Tunix's sampler, learner and trainer use the same policy as the other systems; its
+log-probabilities are checked against `expected.npz` in that folder. Tunix does not count the stop token as
+part of an answer, and trains on one token less.
 
-`--budget` turns on Tunix's own packing of sequences into rows of so many tokens (`max_seq_token_per_tpu`). A row is then an
-update of its own: as many AdamW steps as rows, not one.
+`--budget` turns on Tunix's own packing of sequences into rows of that number of tokens
+(`max_seq_token_per_tpu`). Each row is then an update: there are as many AdamW steps as rows instead of one.
 """
 
 import argparse
@@ -44,7 +45,7 @@ Cache = dict[str, dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What Tunix's sampler asks of a model, to make its cache."""
+    """The shape that Tunix's sampler needs to make its cache."""
 
     num_layers: int
     num_kv_heads: int
@@ -134,12 +135,12 @@ class Words:
 
 weights = load_file(Path(o.folder) / "model.safetensors")
 policy, reference = GPT2(weights), GPT2(weights)
-told = np.load(Path(o.folder) / "expected.npz")
+expected = np.load(Path(o.folder) / "expected.npz")
 graph, params = nnx.split(policy)
 ours = common.compute_per_token_logps(
-    graph, params, told["tokens"][:, : o.prompt], told["tokens"][:, o.prompt :], pad_id=PAD, eos_id=STOP
+    graph, params, expected["tokens"][:, : o.prompt], expected["tokens"][:, o.prompt :], pad_id=PAD, eos_id=STOP
 )
-np.testing.assert_allclose(ours, told["logprobs"], atol=1e-3, err_msg="this is not the policy of the others")
+np.testing.assert_allclose(ours, expected["logprobs"], atol=1e-3, err_msg="this is not the policy of the others")
 
 mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
 rollout = base_rollout.RolloutConfig(
@@ -207,7 +208,7 @@ cluster.get_ref_per_token_logps = lambda *a, **k: jax.block_until_ready(plain_sc
 rng = np.random.default_rng(0)
 
 
-def batches() -> Any:  # one is asked for when the step before is over
+def batches() -> Any:  # the next batch is requested when a step is done
     for _ in range(total):
         starts.append(time.perf_counter())
         ids = rng.integers(2, o.vocab, (o.prompts, o.prompt))

@@ -1,11 +1,18 @@
-"""The works that steps are timed on. Without imports of JAX, so that any environment can read them."""
+"""Defines the sizes that steps are timed on. Imports no JAX, so that any environment can read them."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One size of the benchmark; `batch` counts sequences a step, `prompt` and `response` tokens."""
+    """One size of the benchmark.
+
+    Attributes:
+        layers, width, heads, hidden, vocab: the shape of the model; `hidden` is the width of its SwiGLU.
+        batch: sequences of a step.
+        prompt, response: tokens of a prompt and of an answer.
+        warmup, steps: untimed and timed steps.
+    """
 
     layers: int
     width: int

@@ -1,0 +1,1 @@
+"""Training algorithms: pure steps, losses and advantage estimators."""

@@ -1,0 +1,1 @@
+"""Kinds of output of a policy: how answers are sampled, scored and turned into text."""

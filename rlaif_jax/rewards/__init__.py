@@ -1,0 +1,1 @@
+"""Pure `jnp` functions that turn feedback arrays into rewards."""

@@ -1,7 +1,6 @@
 """The benchmarks on tiny works, through the same code; the comparison on made-up systems."""
 
 import dataclasses
-import importlib
 import json
 import math
 import sys
@@ -11,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.benchmarks import cases, ceilings, compare, costs, rollouts, step, uneven
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.policies import text as rollout
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
 KEYS = [
     "system",
     "version",
@@ -31,10 +30,6 @@ KEYS = [
     "notes",
 ]  # what the other systems' scripts print
 
-
-sys.path.insert(0, str(FOLDER))  # they import each other
-names = ("cases", "ceilings", "compare", "rollouts", "step", "uneven")
-cases, ceilings, compare, rollouts, step, uneven = map(importlib.import_module, names)
 
 TINY = step.Work(layers=1, width=16, heads=2, hidden=32, vocab=64, batch=512, prompt=4, response=32, warmup=1, steps=3)
 
@@ -106,7 +101,7 @@ def test_the_works_are_those_of_the_other_systems():
 
 def test_the_cost_of_a_rollout_against_a_count_by_hand():
     work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=4, prompt=2, response=3, warmup=0, steps=1)
-    cost = step.rollout_cost(work, np.array([[1, 3], [2, 2]]))
+    cost = costs.rollout_cost(work, np.array([[1, 3], [2, 2]]))
     # Two prompts: of the first token nothing but key and value is needed, the second takes 7 multiply-adds in the block and
     # sees 2 columns at 2 each; the head takes 10.
     assert cost.prefill == 2 * (2 * 2 + 2 * (7 + 4) + 2 * 10)
@@ -226,7 +221,7 @@ def test_compare_sets_systems_side_by_side(tmp_path, monkeypatch, capsys):
     for name in ("ppo", "tun"):
         (tmp_path / name / "bin").mkdir(parents=True)
         (tmp_path / name / "bin" / "python").symlink_to(sys.executable)
-    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
+    monkeypatch.setattr(compare, "STEP", (str(tmp_path / "own.py"),))
     output = tmp_path / "rows.jsonl"
     compare.main(
         [
@@ -290,8 +285,8 @@ def test_one_table_of_steps_and_rollouts(tmp_path, monkeypatch, capsys):
         "slots = '--slots' in sys.argv\n"
         f"print(json.dumps({result!r} | {{'system': 'slots' if slots else 'all', 'step_s_median': 1 + slots}}))\n"
     )
-    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
-    monkeypatch.setattr(compare, "ROLLOUTS", tmp_path / "rollouts.py")
+    monkeypatch.setattr(compare, "STEP", (str(tmp_path / "own.py"),))
+    monkeypatch.setattr(compare, "ROLLOUTS", (str(tmp_path / "rollouts.py"),))
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     assert compare.main(["--works", "S", "--algorithms", "ppo", "--rollouts", "T1", "--slots", "4"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -316,7 +311,7 @@ def test_one_update_both_ways(monkeypatch):
 
 def test_flops_of_uneven_answers_are_those_of_their_tokens():
     work = step.Work(layers=1, width=1, heads=1, hidden=1, vocab=10, batch=2, prompt=2, response=3, warmup=0, steps=1)
-    blocks, head = step.trained_flops(work, np.array([[1, 3]]))
+    blocks, head = costs.trained_flops(work, np.array([[1, 3]]))
     # Of the first column key and value once; the second, fed once an answer, and two more of the longer one: 7 and 2 for each
     # column seen.
     assert blocks == 2 * (2 + 2 * (7 + 4) + (7 + 6) + (7 + 8))
@@ -341,7 +336,7 @@ def test_cases_are_rows_of_the_table(tmp_path, monkeypatch, capsys):
         "way = sys.argv[sys.argv.index('--way') + 1]\n"
         "print(json.dumps({'system': way, 'version': '1', 'step_s_median': 1.0 + (way == 'padded')}))\n"
     )
-    monkeypatch.setattr(compare, "CASES", tmp_path / "cases.py")
+    monkeypatch.setattr(compare, "CASES", (str(tmp_path / "cases.py"),))
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     assert compare.main(["--works", "--cases", "U25", "E"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -357,8 +352,8 @@ def test_cases_are_rows_of_the_table(tmp_path, monkeypatch, capsys):
 def test_compare_keeps_the_table_when_a_case_fails(tmp_path, monkeypatch, capsys):
     fake(tmp_path / "own.py", "ours", 2.0)
     fake(tmp_path / "rollouts.py", "", 0.0, fails=True)
-    monkeypatch.setattr(compare, "STEP", tmp_path / "own.py")
-    monkeypatch.setattr(compare, "ROLLOUTS", tmp_path / "rollouts.py")
+    monkeypatch.setattr(compare, "STEP", (str(tmp_path / "own.py"),))
+    monkeypatch.setattr(compare, "ROLLOUTS", (str(tmp_path / "rollouts.py"),))
     assert compare.main(["--works", "S", "--algorithms", "ppo", "--rollouts", "T1"]) == 1
     printed = capsys.readouterr().out
     assert "| S ppo | ours " in printed
@@ -383,13 +378,13 @@ def test_other_systems_get_the_weights_and_what_to_expect_of_them(tmp_path):
     case = rollouts.Case(TINY, "mixed")
     model, params = rollouts.stopping_policy(TINY, rollouts.distribution(case))
     uneven.save_policy(str(tmp_path / "policy"), model, params, TINY)
-    told = np.load(tmp_path / "policy" / "expected.npz")
-    assert told["tokens"].shape == (2, 36) and told["tokens"].min() >= 2, "no padding and no stop among them"
+    expected = np.load(tmp_path / "policy" / "expected.npz")
+    assert expected["tokens"].shape == (2, 36) and expected["tokens"].min() >= 2, "no padding and no stop among them"
     theirs, weights = load_model(tmp_path / "policy")
-    logits = theirs(weights, told["tokens"], np.ones((2, 36), bool))
+    logits = theirs(weights, expected["tokens"], np.ones((2, 36), bool))
     logprobs = jax.nn.log_softmax(logits)[:, 3:-1]
     np.testing.assert_allclose(
-        np.take_along_axis(np.asarray(logprobs), told["tokens"][:, 4:, None], axis=-1)[..., 0],
-        told["logprobs"],
+        np.take_along_axis(np.asarray(logprobs), expected["tokens"][:, 4:, None], axis=-1)[..., 0],
+        expected["logprobs"],
         atol=1e-4,
     )

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from experiments import feedback_real
 from rlaif_jax.config import UserError
-
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "feedback_real.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("feedback_real", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return feedback_real
 
 
 @pytest.fixture

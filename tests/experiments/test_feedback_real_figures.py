@@ -1,6 +1,5 @@
 """The experiment on published feedback, on small files: what its intervals draw, and what has no worth stays out."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import feedback_real
 from rlaif_jax.evaluate import bootstrap_ci
 from rlaif_jax.quality.statistics import Bootstrap, interval_alpha, interval_moments
 
@@ -19,11 +19,7 @@ PROPERTIES = ("correctness", "selection", "overall")
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("feedback_real_figures", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return feedback_real
 
 
 def write_squality(folder, *orders):

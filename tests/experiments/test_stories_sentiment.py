@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import stories_sentiment
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.data.tokenizers import WordTokenizer
@@ -27,18 +27,13 @@ from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.run import command_line
 from rlaif_jax.train import TrainConfig
 
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "stories_sentiment.py"
 MOODS = (("happy", "good", "warm", "kind"), ("sad", "bad", "cold", "mean"))
 PLAIN = ("the", "dog", "tree", "saw", "a", "park")
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stories_sentiment", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return stories_sentiment
 
 
 @pytest.fixture(scope="module")

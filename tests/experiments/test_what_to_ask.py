@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import what_to_ask as ask
+from rlaif_jax.config import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import what_to_ask as ask  # noqa: E402
-
-from rlaif_jax.config import UserError  # noqa: E402
 
 
 def test_features_see_what_matters_in_a_summary():

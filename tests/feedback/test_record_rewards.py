@@ -19,8 +19,8 @@ from rlaif_jax.feedback.record_rewards import (
 )
 from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rater, Rating, Span
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.types import Feedback
 from rlaif_jax.rewards.rankings import fit_plackett_luce
+from rlaif_jax.types import Feedback
 
 ANNA, BEN = Rater("anna", "simulated"), Rater("ben", "simulated")
 RECORDS = [{"prompt": "p"}, {"prompt": "p"}, {"prompt": "q"}, {"prompt": "q"}]

@@ -10,14 +10,14 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.models.attention import (
-    SharedPrefixMask,
     AttentionMask,
+    SharedPrefixMask,
     attend,
     attend_groups,
     attend_library,
     attend_splash,
-    implementation,
     build_mask,
+    implementation,
 )
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import make_mesh

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.models import CausalLM, ScalarModel, ValueHead, decoder, heads, gather_last
+from rlaif_jax.models import CausalLM, ScalarModel, ValueHead, decoder, gather_last, heads
 from rlaif_jax.models.decoder import (
     Block,
     Trunk,

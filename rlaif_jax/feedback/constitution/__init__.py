@@ -1,0 +1,1 @@
+"""Constitutions: principles, rules and formulas in one TOML file, and what they give as feedback."""

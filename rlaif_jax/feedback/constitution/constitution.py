@@ -397,4 +397,4 @@ class ConstitutionSource:
         for problem in rule_values.problems:
             warnings.warn(problem, RuntimeWarning, stacklevel=2)
         rewards, _ = constitution_rewards(self.constitution, rule_values.values, rule_values.valid)
-        return Feedback(*map(np.asarray, rewards))
+        return Feedback.single(*map(np.asarray, rewards))

@@ -1,0 +1,1 @@
+"""Judges that run on the devices: language models, reward models, sentiment classifiers."""

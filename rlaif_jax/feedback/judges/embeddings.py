@@ -19,7 +19,7 @@ from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
-from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params
 

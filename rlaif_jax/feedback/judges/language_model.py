@@ -24,8 +24,7 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
-from rlaif_jax.feedback.sources import Feedback
-from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, generate

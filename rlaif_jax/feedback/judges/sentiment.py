@@ -29,7 +29,6 @@ from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.judges.language_model import weights_hash
-from rlaif_jax.feedback.sources import Feedback
 from rlaif_jax.files import read_bytes
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
@@ -398,7 +397,7 @@ class SentimentJudge:
         tokens, mask = known_words(self.tokenizer, texts, self.max_words)
         valid = np.asarray(mask.any(-1))
         values = in_batches(partial(self._score, self.params), (tokens, mask), self.batch_size)
-        return Feedback(np.where(valid.reshape(-1, *[1] * (values.ndim - 1)), values, 0.0), valid)
+        return Feedback.single(np.where(valid.reshape(-1, *[1] * (values.ndim - 1)), values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
         """Computes the weighted share of labels that the judge predicts.

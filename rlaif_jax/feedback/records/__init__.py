@@ -1,0 +1,1 @@
+"""Records of feedback in four forms, their store, and readers of published formats."""

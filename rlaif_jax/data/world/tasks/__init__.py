@@ -1,0 +1,1 @@
+"""The tasks of the text world: prompts, demonstrations and principles."""
