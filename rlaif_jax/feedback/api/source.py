@@ -11,6 +11,7 @@ from rlaif_jax.config import require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
 from rlaif_jax.feedback.api.templates import Question, Template
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.types import Feedback, Rollout
 
 
@@ -25,7 +26,7 @@ def against_field(field: str) -> Callable[[Record, str], Question]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ApiJudgeSource:
+class ApiJudgeSource(FeedbackSource):
     """A `FeedbackSource`: the expected score of each answer, or P(the answer beats another answer).
 
     A call waits for its judgements; `prefetch` does not: with `train.rollout_parts` > 1 the loop hands over

@@ -74,6 +74,7 @@ from rlaif_jax.feedback.constitution.rules import (
 )
 from rlaif_jax.feedback.constitution.toml_lines import TomlEntry, read_entries
 from rlaif_jax.feedback.judges.embeddings import Encoder, similarities
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.rewards.logic import Formula, TNorm, atoms, logic_rewards, parse_formula
 from rlaif_jax.rewards.shaping import Masked
 from rlaif_jax.types import Feedback, Rollout
@@ -377,7 +378,7 @@ def constitution_rewards(
 
 
 @dataclass(frozen=True, eq=False)
-class ConstitutionSource:
+class ConstitutionSource(FeedbackSource):
     """A constitution's rules and formulas as a feedback source.
 
     The reward of an answer is missing where no formula can be evaluated. Each problem of a rule is a

@@ -24,6 +24,7 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
@@ -280,7 +281,7 @@ class LanguageModelJudge:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DirectScoreSource:
+class DirectScoreSource(FeedbackSource):
     """Direct RLAIF: an answer's value is its expected score by a judge (Lee 2023, section 2.2.2)."""
 
     judge: LanguageModelJudge

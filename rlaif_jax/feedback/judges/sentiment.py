@@ -29,6 +29,7 @@ from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.judges.language_model import weights_hash
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.files import read_bytes
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
@@ -411,7 +412,7 @@ class SentimentJudge:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SentimentSource:
+class SentimentSource(FeedbackSource):
     """The judge's log-odds of each answer (without its prompt) as a feedback source.
 
     They are negated for the mood "sadder".
