@@ -26,7 +26,7 @@ from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, FitConfig,
 from rlaif_jax.algorithms.fit import fit_reward_model
 from rlaif_jax.algorithms.ppo import reference_logprobs
 from rlaif_jax.config import require
-from rlaif_jax.data.prompts import TfdsRecords
+from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import pair_arrays
 from rlaif_jax.data.world import corpus, scene_from_json, templates
 from rlaif_jax.data.world.gold import scores as gold

@@ -17,7 +17,8 @@ from rlaif_jax.algorithms.fit import fit_language_model
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import require
-from rlaif_jax.data.prompts import PromptBatch, TfdsRecords, prompt_batches
+from rlaif_jax.data.prompts import PromptBatch, prompt_batches
+from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import Segments, text_arrays
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.data.world import corpus, templates

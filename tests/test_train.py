@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.config import UserError
-from rlaif_jax.data.prompts import jsonl_records, prompt_batches
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import read_metrics, without_time

@@ -14,7 +14,8 @@ import numpy as np
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
-from rlaif_jax.data.prompts import jsonl_records, prompt_batches
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import WordTokenizer, load_tokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import MetricsWriter

@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from rlaif_jax.algorithms.ppo import Agent, PPOConfig, ppo_step, prepare, reference_logprobs, side_by_side
-from rlaif_jax.data.prompts import FileRecords, prompt_batches
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.models import LanguageModel, attention_cached
 from rlaif_jax.models.decoder_config import small_decoder

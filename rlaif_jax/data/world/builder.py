@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core.utils import gcs_utils
 
 from rlaif_jax.config import UserError
+from rlaif_jax.data.tfds_offline import tfds
 from rlaif_jax.data.world.scenes import SPLITS, Split, sample_scene, scene_to_json
 from rlaif_jax.data.world.tasks import dialogue, summarisation
 from rlaif_jax.data.world.tasks.base import Task
@@ -145,7 +144,6 @@ def build_world(config: WorldConfig, data_dir: str | Path | None = None) -> Brin
 
     Raises UserError when the folder cannot be written.
     """
-    gcs_utils._is_gcs_disabled = True  # else TFDS looks its data sets up in a bucket, which loads TensorFlow
     config = Brindlemoor.builder_configs.get(config.name, config)  # TFDS wants its own object for a listed name
     folder = (Path(data_dir) if data_dir is not None else cache_folder() / "tfds") / _fingerprint(config)
     try:
