@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world import builder, sample_scene, scene_from_json
+from rlaif_jax.data.world import builder
 from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.scenes import sample_scene, scene_from_json
 from rlaif_jax.data.world.tasks import dialogue, summarisation
 
 SCRIPT = """
@@ -34,7 +35,7 @@ def test_examples_read_back_in_order(folder):
         record = {name: value.decode() for name, value in source[index].items() if name != "uid"}
         assert scene_from_json(record["scene"]) == scene
         assert record["prompt"] == summarisation.prompt(scene)
-        assert 0 <= gold.summarisation_gold(scene, record["demonstration"]) <= 1
+        assert 0 <= gold.gold_score(summarisation.TASK, scene, record["demonstration"]) <= 1
     assert len(builder.load_world(summarisation.TASK, "test_entities", folder, size=200, test_size=10)) == 10
 
 
