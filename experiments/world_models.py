@@ -20,7 +20,7 @@ from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptBatch, prompt_batches
 from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import Segments, text_arrays
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, word_level_tokenizer
 from rlaif_jax.data.world import corpus, labeler_prompts
 from rlaif_jax.data.world.builder import load_world
 from rlaif_jax.data.world.scenes import Split
@@ -104,7 +104,7 @@ class WorldModels:
     run: Run
     writer: MetricsWriter
     runner: Runner
-    tokenizer: WordTokenizer = WordTokenizer(VOCABULARY[len(SPECIALS) :])
+    tokenizer: HuggingFaceTokenizer = word_level_tokenizer(VOCABULARY[len(SPECIALS) :])
 
     @property
     def model(self) -> LanguageModel:

@@ -16,7 +16,7 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import jsonl_records
-from rlaif_jax.data.tokenizers import WordTokenizer, load_tokenizer
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import LanguageModel, ScalarModel
@@ -65,7 +65,7 @@ def reward(config: TinyConfig, record: Any, answer: str) -> float | None:
 
 def main(config: TinyConfig) -> None:
     records = jsonl_records(config.prompts)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else WordTokenizer(WORDS)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else word_level_tokenizer(WORDS)
     if config.model:
         policy, params = load_model(config.model)
     else:

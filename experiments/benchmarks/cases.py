@@ -47,7 +47,7 @@ from works import WORKS, Work
 
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.data.prompts import prompt_batches
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.tokenizers import WORD_SPECIALS, word_level_tokenizer
 from rlaif_jax.feedback.api.builtin_templates import RATING
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import JudgeClient
@@ -167,7 +167,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
     """Time the steps of a run. AssertionError where judgements are missing or the steps are not of the wished staleness."""
     clock, config = CompilationClock(), settings(work, "grpo", "recompute")
     config = dataclasses.replace(config, steps=warmup + steps + 1, staleness=int(way == "ahead"), save_every=10**6)
-    tokenizer = WordTokenizer(tuple(f"t{i}" for i in range(len(WordTokenizer.specials), work.vocab)))
+    tokenizer = word_level_tokenizer(tuple(f"t{i}" for i in range(len(WORD_SPECIALS), work.vocab)))
     words = np.random.default_rng(0).integers(4, work.vocab, (8 * config.prompts_per_step, work.prompt))
     prompts = prompt_batches(
         [{"prompt": tokenizer.decode(ids)} for ids in words.tolist()],

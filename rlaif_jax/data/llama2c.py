@@ -7,9 +7,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-
-import tokenizers as hf
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizer_files import (
@@ -19,9 +16,8 @@ from rlaif_jax.data.tokenizer_files import (
     hash_vocabulary,
     not_one_token,
     own_place,
-    read_bytes,
-    write_file,
 )
+from rlaif_jax.files import atomic_write, read_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +35,7 @@ class Llama2cTokenizer:
         pieces: each token's bytes, by id.
         scores: each token's score, by id; of two possible merges the one of higher score comes first.
         max_token_length: the header of the file, in bytes; kept so that `save` writes the same file.
-        eos_id: the token that ends a text. The file does not say it: `save` does not keep it.
+        eos_id: the token that ends a text. It is not in the file, so `save` does not keep it.
     """
 
     pieces: tuple[bytes, ...]
@@ -52,11 +48,11 @@ class Llama2cTokenizer:
 
     @classmethod
     def read(cls, path: PathLike) -> Llama2cTokenizer:
-        """Read the file: int32 `max_token_length`, then a float32 score, int32 length and bytes a token.
+        """Reads the file: int32 `max_token_length`, then a float32 score, int32 length and bytes a token.
 
-        All little-endian. The vocabulary is what the file holds; it has no count of its own.
+        All is little-endian; the vocabulary ends where the file ends. Raises UserError for any other file.
         """
-        data = read_bytes(Path(path))
+        data = read_bytes(path)
         if len(data) < 4:
             raise UserError(f"{path} is not a llama2.c tokenizer: {len(data)} bytes are too few for its header")
         (longest,) = struct.unpack_from("<i", data)
@@ -83,7 +79,7 @@ class Llama2cTokenizer:
         return cls(tuple(pieces), tuple(scores), longest)
 
     def stopping_at_bos(self) -> Llama2cTokenizer:
-        """The same tokenizer for a model whose texts end where the next begins."""
+        """Returns the same tokenizer for a model whose texts end where the next begins."""
         return replace(self, eos_id=self.bos_id)
 
     @property
@@ -107,7 +103,7 @@ class Llama2cTokenizer:
         return bos_prefix(self.bos_id, add_bos) + self._merge(ids)
 
     def _merge(self, ids: list[int]) -> list[int]:
-        """Join neighbours until no pair has a joint piece: the highest score first, the leftmost of equals.
+        """Joins neighbours until no pair has a joint piece: the highest score first, the leftmost of equals.
 
         `run.c` scans the whole text for every merge; a heap of candidates gives the same merges in n log n.
         """
@@ -143,7 +139,7 @@ class Llama2cTokenizer:
         for i in map(int, ids):
             if i in (0, 1, 2):
                 out += b"" if skip_special else self.pieces[i]
-                # Padding may stand before the text; only a token of the text ends its start.
+                # Padding may precede the text; only a token of the text ends its start.
                 at_start = at_start or i == self.bos_id
             elif 3 <= i < 259:
                 out.append(i - 3)
@@ -166,34 +162,5 @@ class Llama2cTokenizer:
 
     def save(self, folder: PathLike) -> None:
         rows = [struct.pack("<fi", s, len(p)) + p for p, s in zip(self.pieces, self.scores, strict=True)]
-        write_file(own_place(folder, "tokenizer.bin"), struct.pack("<i", self.max_token_length) + b"".join(rows))
-
-
-def to_tokenizer_json(tokenizer: Llama2cTokenizer) -> hf.Tokenizer:
-    """The same vocabulary as a `tokenizer.json` of the Llama kind, for folders that `transformers` should read.
-
-    Its ids are the same but for one case: where two different splits of one piece overlap in the text, `run.c` joins
-    the left one and a ranked list of merges the one listed first.
-    """
-
-    def spelled(piece: bytes) -> str:
-        return piece.decode(errors="replace").replace(" ", "▁")
-
-    names = ["<unk>", "<s>", "</s>", *map(spelled, tokenizer.pieces[3:])]
-    vocab = {name: i for i, name in reversed(list(enumerate(names)))}
-    merges: list[tuple[str, str]] = []
-    for i in sorted(range(259, len(names)), key=lambda i: -tokenizer.scores[i]):
-        splits = [(names[i][:cut], names[i][cut:]) for cut in range(1, len(names[i]))]
-        merges += [(a, b) for a, b in splits if a in vocab and b in vocab]
-    backend = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")])
-    backend.decoder = hf.decoders.Sequence(
-        [
-            hf.decoders.Replace("▁", " "),
-            hf.decoders.ByteFallback(),
-            hf.decoders.Fuse(),
-            hf.decoders.Strip(" ", 1, 0),
-        ]
-    )
-    backend.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in names[:3]])
-    return backend
+        with atomic_write(own_place(folder, "tokenizer.bin"), "wb") as file:
+            file.write(struct.pack("<i", self.max_token_length) + b"".join(rows))

@@ -11,9 +11,9 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import jsonl_records, pair_records, tfds_records
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 
-WORDS = WordTokenizer(tuple(f"w{i}" for i in range(30)))
+WORDS = word_level_tokenizer(tuple(f"w{i}" for i in range(30)))
 
 
 def write(path: Path, *lines: object) -> Path:

@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.llama2c import Llama2cTokenizer, to_tokenizer_json
+from rlaif_jax.data.llama2c import Llama2cTokenizer
+from rlaif_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rlaif_jax.data.tokenizers import (
     HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    WordTokenizer,
     check_tokenizer,
     load_tokenizer,
+    word_level_tokenizer,
 )
+from tests.data.llama2c_json import to_tokenizer_json
 
 TEXT = 'Once upon a time, there was a little girl named Lily. She said, "Let\'s go!"\n\nÜnï → 🎈 the end'
 
@@ -233,7 +234,7 @@ def test_gpt2_saved_folder_is_read_by_transformers(shared_data, tmp_path: Path):
     (tmp_path / "from").mkdir()
     tokenizer = gpt2(shared_data, tmp_path / "from")
     tokenizer.save(tmp_path / "to")
-    # As beside a model: transformers chooses the class by config.json where nothing else says.
+    # As in a model's folder: transformers chooses the class by config.json where nothing else says.
     (tmp_path / "to" / "config.json").write_text('{"model_type": "gpt2"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
     assert theirs(TEXT).input_ids == tokenizer.encode(TEXT)
@@ -351,7 +352,7 @@ def test_truncated_sentencepiece(shared_data, tmp_path: Path):
 
 
 def test_words(tmp_path: Path):
-    tokenizer = WordTokenizer(("the", "moor", "<1>"))
+    tokenizer = word_level_tokenizer(("the", "moor", "<1>"))
     assert tokenizer.vocab_size == 7
     assert tokenizer.encode("the  moor\n<1> sings <eos>", add_bos=True) == [1, 4, 5, 6, 3, 2]
     assert tokenizer.decode([0, 1, 4, 5, 3, 2, 99]) == "the moor <unk>"
@@ -359,24 +360,31 @@ def test_words(tmp_path: Path):
     assert tokenizer.token_id("<1>") == 6
     with pytest.raises(UserError, match="'fen' is not one token"):
         tokenizer.token_id("fen")
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     tokenizer.save(tmp_path)
-    assert load_tokenizer(tmp_path) == tokenizer
-    assert tokenizer.fingerprint != WordTokenizer(("moor", "the", "<1>")).fingerprint
+    again = load_tokenizer(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert (again.pad_id, again.bos_id, again.eos_id) == (0, 1, 2)
+    assert again.encode("the  moor\n<1> sings <eos>", add_bos=True) == [1, 4, 5, 6, 3, 2]
+    assert again.decode([0, 1, 4, 5, 3, 2, 99]) == "the moor <unk>"
+    assert again.decode([1, 4, 2], skip_special=False) == "<bos> the <eos>"
+    assert tokenizer.fingerprint != word_level_tokenizer(("moor", "the", "<1>")).fingerprint
 
 
 @pytest.mark.parametrize("words", [("a", "a"), ("<pad>",), ("a b",), ("",), (" a",), (1,)])
-def test_bad_words(words: tuple[str, ...], tmp_path: Path):
+def test_bad_words(words: tuple[str, ...]):
     with pytest.raises(UserError, match="of the vocabulary is"):
-        WordTokenizer(words)
-    (tmp_path / "words.json").write_text(json.dumps({"words": words}))
-    with pytest.raises(UserError, match=r"words\.json: word"):
-        load_tokenizer(tmp_path)
+        word_level_tokenizer(words)
 
 
-def test_words_file_without_words(tmp_path: Path):
-    (tmp_path / "words.json").write_text('{"vocabulary": []}')
-    with pytest.raises(UserError, match="no list"):
-        load_tokenizer(tmp_path)
+@given(st.lists(st.sampled_from(("mill", "inn", ".", "<1>", "other", "<unk>", "<pad>", "<bos>", "<eos>")), max_size=20))
+def test_words_are_looked_up_one_by_one(words: list[str]):
+    vocabulary = ("<pad>", "<bos>", "<eos>", "<unk>", "mill", "inn", ".", "<1>")
+    tokenizer = word_level_tokenizer(vocabulary[4:])
+    ids = [vocabulary.index(word) if word in vocabulary else 3 for word in words]
+    assert tokenizer.encode(" ".join(words)) == ids
+    assert tokenizer.decode(ids) == " ".join(vocabulary[i] for i in ids if i > 2)
+    assert tokenizer.decode(ids, skip_special=False) == " ".join(vocabulary[i] for i in ids)
 
 
 # ------------------------------------------------------------------------------------------- all kinds
@@ -385,7 +393,7 @@ def test_words_file_without_words(tmp_path: Path):
 def test_nothing_to_load(tmp_path: Path):
     with pytest.raises(UserError, match=r"no such file or folder"):
         load_tokenizer(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"looked for tokenizer\.json.*tokenizer\.model.*words\.json"):
+    with pytest.raises(UserError, match=r"looked for tokenizer\.json.*tokenizer\.model.*tok512\.bin"):
         load_tokenizer(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match=r"notes\.txt is not a tokenizer file"):
@@ -395,25 +403,25 @@ def test_nothing_to_load(tmp_path: Path):
 def test_save_refuses_to_hide_behind_another_kind(tmp_path: Path):
     gpt2_like(tmp_path)
     with pytest.raises(UserError, match=r"already holds another tokenizer, tokenizer\.json"):
-        WordTokenizer(("a",)).save(tmp_path)
-    assert not (tmp_path / "words.json").exists()
+        llama2c(b" ").save(tmp_path)
+    assert not (tmp_path / "tokenizer.bin").exists()
 
 
 def test_save_again_replaces(tmp_path: Path):
-    WordTokenizer(("a",)).save(tmp_path)
-    WordTokenizer(("b",)).save(tmp_path)
-    assert load_tokenizer(tmp_path) == WordTokenizer(("b",))
-    assert [path.name for path in tmp_path.iterdir()] == ["words.json"]
+    word_level_tokenizer(("a",)).save(tmp_path)
+    word_level_tokenizer(("b",)).save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == word_level_tokenizer(("b",)).fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_save_where_no_folder_can_be(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
-        WordTokenizer(("a",)).save(tmp_path / "file" / "folder")
+        word_level_tokenizer(("a",)).save(tmp_path / "file" / "folder")
 
 
 def test_check_tokenizer():
-    tokenizer = WordTokenizer(("a", "b"))
+    tokenizer = word_level_tokenizer(("a", "b"))
     check_tokenizer(tokenizer, 6, "model")
     check_tokenizer(tokenizer, 64, "model")
     with pytest.raises(UserError, match=r"runs/x: .*another vocabulary: it has 6 ids, the model only 5"):

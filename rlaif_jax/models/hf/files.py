@@ -45,11 +45,10 @@ DOWNLOADED = [
     "merges.txt",
     "*.model",
     "special_tokens_map.json",
-    "words.json",
 ]
 # What `save_model` may replace when it overwrites a folder.
 MODEL_FILES = re.compile(
-    r"(config|generation_config|tokenizer.*|vocab|special_tokens_map|added_tokens|words)\.json"
+    r"(config|generation_config|tokenizer.*|vocab|special_tokens_map|added_tokens)\.json"
     r"|model.*\.safetensors(\.index\.json)?|tokenizer\.(bin|model)|merges\.txt|chat_template\.jinja"
 )
 # Constant buffers that old checkpoints hold in addition to their weights.
