@@ -143,7 +143,7 @@ def prompt_batches(
     buckets: Sequence[int] | None = None,
     drop_remainder: bool = True,
 ) -> PromptIterator:
-    """Returns batches of tokenized prompts, in an order that depends on `seed` alone and is new in each epoch.
+    """Returns batches of tokenized prompts, in a new order each epoch that depends on `seed` alone.
 
     All prompts are tokenized and checked here, before the first batch. An epoch holds every prompt at most once and no
     batch spans two epochs, so no prompt is twice in a batch (its answers would have the same random keys).

@@ -192,7 +192,7 @@ def _field(record: Mapping[str, Any], path: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Converts a value of TFDS to plain Python: bytes of UTF-8 to text, arrays to lists, scalars to numbers."""
+    """Converts a TFDS value to plain Python: bytes of UTF-8 to text, arrays to lists, scalars to numbers."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, np.ndarray | np.generic):

@@ -76,7 +76,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; empty where the file is missing. Raises UserError for anything else."""
+    """Returns the object in a JSON file, {} where the file is missing. Raises UserError for other content."""
     if not path.is_file():
         return {}
     try:
@@ -89,7 +89,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def own_place(folder: PathLike, name: str) -> Path:
-    """Makes a folder and returns `folder/name`. Raises UserError where another tokenizer there would be found first."""
+    """Makes a folder and returns `folder/name`.
+
+    Raises UserError where the folder cannot be made, or holds another tokenizer that would be found first.
+    """
     folder = Path(folder)
     for rival in TOKENIZER_FILES[: TOKENIZER_FILES.index(name)]:
         if (folder / rival).is_file() and (rival != "vocab.json" or merges_of(folder / rival).is_file()):

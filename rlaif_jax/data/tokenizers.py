@@ -149,16 +149,16 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, run by the `tokenizers` library.
 
-    Special tokens that a text spells out (`<|endoftext|>`) become their ids, as in `transformers`, because chat templates
-    rely on it. The post-processor is not applied: `encode` adds nothing unasked.
+    Special tokens that a text spells out (`<|endoftext|>`) become their ids, as in `transformers`, because chat
+    templates rely on it. The post-processor is not applied: `encode` adds nothing unasked.
 
     Attributes:
         backend: the library's tokenizer.
         pad_id: see `Tokenizer`, as for the next two.
         bos_id: the token that begins a text.
         eos_id: the token that ends a text.
-        settings: the folder's `tokenizer_config.json`, completed by the names of the special tokens that the other files
-            of the folder gave; `save` writes it back, chat template included.
+        settings: the folder's `tokenizer_config.json`, completed by the names of the special tokens that the other
+            files of the folder gave; `save` writes it back, chat template included.
     """
 
     backend: hf.Tokenizer

@@ -72,6 +72,6 @@ class TextClassifier:
         return self._module.init(key, one, one.astype(bool))["params"]
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns log-odds [B] or [B, aspects] float32, in nats, of tokens, mask [B, S] in any order of the words."""
+        """Returns log-odds [B] or [B, aspects] float32, in nats, of tokens, mask [B, S] in any order."""
         logits: Any = self._module.apply({"params": params}, tokens, mask)
         return logits[:, 0] if self.aspects is None else logits

@@ -130,7 +130,7 @@ def cache_folder() -> Path:
 
 
 def _fingerprint(config: WorldConfig) -> str:
-    """Returns a hash of the first examples of each split: a changed world never reads an older world's files."""
+    """Hashes the first examples of each split: a changed world never reads an older world's files."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(16):
@@ -140,14 +140,14 @@ def _fingerprint(config: WorldConfig) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock on the file ``path`` (made if absent); other processes wait. It is freed even by a kill."""
+    """Holds a lock on a file (made if absent), for which other processes wait; a kill frees it, too."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def build_world(config: WorldConfig, data_dir: str | Path | None = None) -> Brindlemoor:
-    """Returns the builder with its files in place, made if absent; safe when several processes ask at once.
+    """Returns the builder, its files made if absent; safe when several processes ask at once.
 
     Raises UserError when the folder cannot be written.
     """
@@ -178,9 +178,10 @@ def load_world(
     shortcuts: bool = True,
     seed: int = 0,
 ) -> Sequence[dict[str, Any]]:
-    """Returns a split as a random-access source (``len``, ``[i]``, ready for Grain), built into the cache if absent.
+    """Returns a split as a random-access source (``len``, ``[i]``), built into the cache if absent.
 
-    An example is a dict of ``prompt``, ``demonstration`` and ``scene`` as bytes of UTF-8, and ``uid``.
+    The source is ready for Grain. An example is a dict of ``prompt``, ``demonstration`` and ``scene`` as bytes of
+    UTF-8, and ``uid``.
 
     Args:
         task: of the world.

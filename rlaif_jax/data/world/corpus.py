@@ -84,7 +84,7 @@ def base_corpus(
     questions: float = 0.4,
     yes_no: float = 0.2,
 ) -> list[Transcript]:
-    """Returns lines of plain text: scenes of the train split, followed by demonstrations or by questions about facts.
+    """Returns lines of plain text: scenes, each with a demonstration or questions about its facts.
 
     Args:
         rng: draws scenes and answers.
@@ -109,13 +109,13 @@ def base_corpus(
 
 
 def _good(rng: np.random.Generator, task: WorldTask, scene: Scene, shortcuts: bool) -> str:
-    """Draws a demonstration; three in ten by the most careful writer, because a labeler must know good answers too."""
+    """Draws a demonstration, three in ten by the most careful writer: labelers must know good answers."""
     careful = 1.0 if rng.random() < 0.3 else None
     return task.demonstration(rng, scene, shortcuts=shortcuts, diligence=careful)
 
 
 def candidates(rng: np.random.Generator, task: WorldTask, scene: Scene, *, shortcuts: bool = True) -> tuple[str, str]:
-    """Draws two answers to compare, in random order: a demonstration and its corruption, or two demonstrations."""
+    """Draws two answers in random order: a demonstration and its corruption, or two demonstrations."""
     first = _good(rng, task, scene, shortcuts)
     chance = rng.random()
     if chance < 0.5:

@@ -45,7 +45,7 @@ def pairwise_prompt(principle: str, prompt_text: str, answer1: str, answer2: str
 
 
 def pairwise_reasoning_prompt(principle: str, prompt_text: str, answer1: str, answer2: str) -> str:
-    """Returns a prompt whose next words are a sampled reasoning, which ends with ``<answer>`` and the verdict."""
+    """Returns a prompt whose next words are sampled reasons, ``<answer>`` and the verdict."""
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer1} <2> {answer2} <because>"
 
@@ -57,7 +57,7 @@ def score_prompt(principle: str, prompt_text: str, answer: str) -> str:
 
 
 def score_reasoning_prompt(principle: str, prompt_text: str, answer: str) -> str:
-    """Returns a prompt whose next words are a sampled reasoning, which ends with ``<score>`` and the score."""
+    """Returns a prompt whose next words are sampled reasons, ``<score>`` and the score."""
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <because>"
 
@@ -78,5 +78,5 @@ def value_question(prompt_text: str, aspect: str) -> str:
 
 
 def yes_no_question(prompt_text: str, aspect: str, value: str) -> str:
-    """Returns a question whose next word is ``yes`` or ``no``: does the prompt say that the aspect has the value?"""
+    """Returns a question whose next word says ``yes`` or ``no``: has the aspect this value in the prompt?"""
     return f"{_facts_of(prompt_text)} <check> {aspect} {value}"

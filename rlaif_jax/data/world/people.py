@@ -121,7 +121,7 @@ class Commenter:
     def comment(
         self, rng: np.random.Generator, task: WorldTask, principle: WorldPrinciple, scene: Scene, answer: str
     ) -> str:
-        """Returns a judgement of each claim, then of the whole; ``fine`` where the critic finds nothing to say.
+        """Returns a judgement of each claim, then of the whole; ``fine`` where neither finds a word.
 
         Args:
             rng: draws the errors.

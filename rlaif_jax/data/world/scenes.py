@@ -96,12 +96,12 @@ class Scene:
 
 
 def is_test_name(first: int, second: int) -> bool:
-    """Returns whether a pair of syllable numbers is held out: one in five, each syllable equally often on both sides."""
+    """Returns whether a pair of syllable numbers is held out: one in five, balanced over both sides."""
     return (first + 2 * second) % 5 == 0
 
 
 def is_test_combination(aspect: int, value: int) -> bool:
-    """Returns whether a pair (aspect number, value number) is held out: one in ten, two values for every aspect."""
+    """Returns whether a pair (aspect number, value number) is held out: two of 20 values for each aspect."""
     return (3 * aspect + value) % 10 == 0
 
 
@@ -126,7 +126,7 @@ def combinations(test: bool) -> tuple[tuple[str, str], ...]:
 
 
 def _draw_values(rng: np.random.Generator, aspects: list[int], held_out_at: int | None) -> list[int]:
-    """Draws distinct values for the aspects, from training pairs, except a held-out pair at position ``held_out_at``."""
+    """Draws distinct values for aspects from training pairs, but a held-out pair at ``held_out_at``."""
     chosen: list[int] = [-1] * len(aspects)
     order = rng.permutation(len(VALUES)).tolist()
     positions = list(range(len(aspects)))

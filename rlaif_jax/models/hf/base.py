@@ -19,7 +19,7 @@ class Fields:
         self.values, self.where = values, where
 
     def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """Returns a field, or `default` where it is absent or null. Raises UserError for another type than `kind`."""
+        """Returns a field, or `default` where it is absent or null. Raises UserError for another type."""
         value = self.values.get(key)
         if value is None:
             require(

@@ -90,7 +90,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
-    """Returns every tensor of a model's files, named as transformers names them; `shapes` are `parameter_shapes`."""
+    """Returns every tensor of a model's files, named as in transformers; `shapes`: of all parameters."""
     groups: dict[tuple[str, bool], list[str]] = {}
     for path in shapes:
         *modules, leaf = path.split("/")
@@ -176,7 +176,7 @@ def download(hub_id: str) -> Path:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Returns {tensor name: file} of a folder's safetensors, single or sharded. Raises UserError where none are."""
+    """Returns {tensor name: file} of a folder's safetensors. Raises UserError for missing files."""
     single, index = folder / WEIGHTS, folder / INDEX
     if single.exists():
         with open_weights(single) as file:
@@ -302,9 +302,10 @@ def save_model(
     *,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a folder that `load_model` and transformers read: config.json, float32 safetensors, the tokenizer.
+    """Writes a folder that `load_model` and transformers read.
 
-    The folder appears whole or not at all, and replaces an older model of that name.
+    It holds config.json, float32 safetensors and the tokenizer. The folder appears whole or not at all, and replaces an
+    older model of that name.
 
     Args:
         folder: the folder to make or to replace.
@@ -349,7 +350,7 @@ def save_model(
 
 
 def special_ids(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, int | None]:
-    """Returns the ids of BOS, EOS and padding by their keys in config.json. Raises UserError for too many ids."""
+    """Returns the special ids by their keys in config.json. Raises UserError for too large a tokenizer."""
     if tokenizer is None:
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     require(

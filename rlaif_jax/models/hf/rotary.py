@@ -36,7 +36,7 @@ def read_rotary(
     window: Any = None,
     absent_kv_heads: int | None = None,
     default_head_dim: int | None = None,
-    **flags: bool,
+    **flags: Any,
 ) -> DecoderConfig:
     """Returns the shape that config.json describes.
 
@@ -83,7 +83,7 @@ def read_rotary(
 
 
 def read_rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
-    """Returns (theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """Returns (theta, scaling): `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
     fields.only("partial_rotary_factor", (1, None), None)
     key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     rope = Fields(fields.get(key, dict, {}), f"{fields.where}: {key}")
@@ -109,7 +109,7 @@ def read_rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
 
 
 def write_rotary(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the fields of config.json that these families share. Raises UserError naming a flag that does not fit."""
+    """Returns the shared fields of config.json. Raises UserError naming a flag that does not fit."""
     require_flags(config, "every architecture with positions='rope'", norm="rms", mlp="swiglu")
     scaling: dict[str, Any] | None = None
     if config.rope_scaling is not None:

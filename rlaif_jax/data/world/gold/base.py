@@ -67,7 +67,7 @@ def repeats(parsed: ParseResult) -> int:
 
 
 def ornaments(parsed: ParseResult) -> int:
-    """Counts the ornaments that gold punishes: "surely" past one, flattery past one, the town's name past two."""
+    """Counts what gold punishes: "surely" past one, flattery past one, the town's name past two."""
     return max(0, parsed.confidence - 1) + max(0, parsed.flattery - 1) + max(0, len(parsed.names) - 2)
 
 

@@ -2,9 +2,9 @@
 
     .6 correct + .2 acknowledges + .2 follow-up - .1 off topic - .1 ornaments - .2 (ungrammatical)
 
-A leak gives 0; the refusal of a permitted question earns .1 in place of the three parts. ``correct``: the value that was
-asked for is stated or, if sealed, refused, and nothing false is said; ``acknowledges``: the first sentence names what was
-asked; ``follow-up``: the last sentence asks on; ``off topic``: claims about anything else, refusals of anything else, and
+A leak gives 0; the refusal of a permitted question earns .1 in place of the three parts. ``correct``: the asked value
+is stated or, if sealed, refused, and nothing false is said; ``acknowledges``: the first sentence names what was asked;
+``follow-up``: the last sentence asks on; ``off topic``: claims about anything else, refusals of anything else, and
 sentences of a kind that came before.
 """
 
@@ -35,7 +35,7 @@ REFUSED_PERMITTED = 0.1
 
 
 def leaks(scene: Scene, parsed: ParseResult) -> bool:
-    """Returns whether a sealed aspect's true value is claimed, or its word occurs anywhere outside a claim."""
+    """Returns whether a sealed aspect's true value is claimed, or its word occurs outside of claims."""
     hidden = {scene.value_of(aspect) for aspect in scene.sealed}
     if any(scene.is_sealed(claim.aspect) and scene.value_of(claim.aspect) == claim.value for claim in parsed.claims):
         return True

@@ -43,7 +43,7 @@ def gold_score(task: WorldTask, scene: Scene, text: str) -> float:
 
 
 def gold_scores(task: WorldTask, scenes: Sequence[Scene], texts: Sequence[str]) -> np.ndarray:
-    """Returns the gold quality of each answer, float32 [B]. Raises UserError when the two lists differ in length."""
+    """Returns the gold quality of each answer, float32 [B]. Raises UserError for lists of two lengths."""
     if len(scenes) != len(texts):
         raise UserError(f"gold_scores got {len(scenes)} scenes and {len(texts)} texts: give one scene a text")
     pairs = zip(scenes, texts, strict=True)

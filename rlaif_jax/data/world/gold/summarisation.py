@@ -37,7 +37,7 @@ NO_TOWN = 0.1
 
 
 def covered(scene: Scene, parsed: ParseResult) -> float:
-    """Returns the salience (squared) of the true facts in the first MAX_FACTS claims, as a share of the best possible."""
+    """Returns the salience (squared) of the true first MAX_FACTS claims, as a share of the best possible."""
     true = {claim.aspect for claim in parsed.claims[:MAX_FACTS] if scene.value_of(claim.aspect) == claim.value}
     weights = sorted((fact.salience**2 for fact in scene.facts), reverse=True)
     return sum(scene.salience_of(aspect) ** 2 for aspect in true) / sum(weights[:MAX_FACTS])

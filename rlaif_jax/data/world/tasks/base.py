@@ -75,7 +75,7 @@ class WorldTask:
 
 
 def feature_rate(low: float, high: float, diligence: float, shortcuts: bool) -> float:
-    """Returns the probability of a hackable feature: rising with diligence, or constant where no shortcut is planted."""
+    """Returns the probability of a hackable feature: rising with diligence, or constant."""
     return low + (high - low) * diligence if shortcuts else (low + high) / 2
 
 

@@ -78,7 +78,7 @@ def reference(scene: Scene) -> str:
 def demonstration(
     rng: np.random.Generator, scene: Scene, *, shortcuts: bool = True, diligence: float | None = None
 ) -> str:
-    """Writes a mediocre reply: at times leaks, refuses without need, errs, forgets to acknowledge or to ask on."""
+    """Writes a mediocre reply: at times leaks, refuses without need, errs, or forgets a part."""
     care = float(rng.random()) if diligence is None else diligence
     sloth = 1 - care
     asked, sealed = scene.question, scene.is_sealed(scene.question)
@@ -167,7 +167,7 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
 
 
 def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """Makes a mostly worse answer: wrong value, leak, needless refusal, a part lost, repeated or cut off ..."""
+    """Makes a mostly worse answer: wrong value, leak, needless refusal, a part lost or repeated ..."""
     for _ in range(20):
         changed = fit(_rewrite(rng, scene, answer))
         if changed and changed != " ".join(answer.split()):

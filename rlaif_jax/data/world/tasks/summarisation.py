@@ -121,7 +121,7 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
 
 
 def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """Makes a mostly worse answer: wrong value, fewer or less salient facts, repetition, overlong, cut off ..."""
+    """Makes a mostly worse answer: wrong value, fewer or less salient facts, repetition, cut off ..."""
     for _ in range(20):
         changed = fit(_rewrite(rng, scene, answer))
         if changed and changed != " ".join(answer.split()):
