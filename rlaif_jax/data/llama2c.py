@@ -9,14 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.tokenizer_files import (
-    PathLike,
-    bos_prefix,
-    byte_name,
-    hash_vocabulary,
-    not_one_token,
-    own_place,
-)
+from rlaif_jax.data import tokenizer_files
 from rlaif_jax.files import atomic_write, read_bytes
 
 
@@ -47,7 +40,7 @@ class Llama2cTokenizer:
     bos_id = 1
 
     @classmethod
-    def read(cls, path: PathLike) -> Llama2cTokenizer:
+    def read(cls, path: tokenizer_files.PathLike) -> Llama2cTokenizer:
         """Reads the file: int32 `max_token_length`, then a float32 score, int32 length and bytes a token.
 
         All is little-endian; the vocabulary ends where the file ends. Raises UserError for any other file.
@@ -88,7 +81,7 @@ class Llama2cTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hash_vocabulary(self.pieces)
+        return tokenizer_files.hash_vocabulary(self.pieces)
 
     @cached_property
     def _ids(self) -> dict[bytes, int]:
@@ -100,7 +93,7 @@ class Llama2cTokenizer:
             raw = character.encode(errors="replace")
             known = self._ids.get(raw)
             ids += [known] if known is not None else [byte + 3 for byte in raw]
-        return bos_prefix(self.bos_id, add_bos) + self._merge(ids)
+        return tokenizer_files.bos_prefix(self.bos_id, add_bos) + self._merge(ids)
 
     def _merge(self, ids: list[int]) -> list[int]:
         """Joins neighbours until no pair has a joint piece: the highest score first, the leftmost of equals.
@@ -154,13 +147,15 @@ class Llama2cTokenizer:
         names = {"<unk>": 0, "<s>": 1, "</s>": 2}
         if token in names:
             return names[token]
-        for name in (token, byte_name(token)):
+        for name in (token, tokenizer_files.byte_name(token)):
             i = self._ids.get(name.encode())
             if i is not None:
                 return i
-        raise not_one_token(token, [self.pieces[i].decode(errors="replace") for i in self.encode(token)])
+        raise tokenizer_files.not_one_token(
+            token, [self.pieces[i].decode(errors="replace") for i in self.encode(token)]
+        )
 
-    def save(self, folder: PathLike) -> None:
+    def save(self, folder: tokenizer_files.PathLike) -> None:
         rows = [struct.pack("<fi", s, len(p)) + p for p, s in zip(self.pieces, self.scores, strict=True)]
-        with atomic_write(own_place(folder, "tokenizer.bin"), "wb") as file:
+        with atomic_write(tokenizer_files.own_place(folder, "tokenizer.bin"), "wb") as file:
             file.write(struct.pack("<i", self.max_token_length) + b"".join(rows))

@@ -216,11 +216,7 @@ def _check_settings(
 
 
 def _tokenized(
-    records: Records,
-    tokenizer: Tokenizer,
-    prompt_length: int,
-    add_bos: bool,
-    truncate: Literal["left"] | None,
+    records: Records, tokenizer: Tokenizer, prompt_length: int, add_bos: bool, truncate: Literal["left"] | None
 ) -> tuple[list[npt.NDArray[np.int32]], npt.NDArray[np.uint32]]:
     prompts: list[npt.NDArray[np.int32]] = []
     index_of: dict[int, int] = {}

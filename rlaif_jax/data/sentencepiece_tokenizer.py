@@ -10,15 +10,7 @@ from typing import Any
 import sentencepiece
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.tokenizer_files import (
-    PathLike,
-    bos_prefix,
-    byte_name,
-    choose_pad_id,
-    hash_vocabulary,
-    not_one_token,
-    own_place,
-)
+from rlaif_jax.data import tokenizer_files
 from rlaif_jax.files import atomic_write, read_bytes
 
 
@@ -33,7 +25,7 @@ class SentencePieceTokenizer:
     model: bytes
 
     @classmethod
-    def read(cls, path: PathLike) -> SentencePieceTokenizer:
+    def read(cls, path: tokenizer_files.PathLike) -> SentencePieceTokenizer:
         """Reads a `.model` file. Raises UserError for a file that is no such model."""
         tokenizer = cls(read_bytes(path))
         try:
@@ -61,7 +53,7 @@ class SentencePieceTokenizer:
     def pad_id(self) -> int:
         sp = self._processor
         roles = {"pad": sp.pad_id(), "unk": sp.unk_id(), "eos": sp.eos_id()}
-        return choose_pad_id({role: i for role, i in roles.items() if i >= 0})
+        return tokenizer_files.choose_pad_id({role: i for role, i in roles.items() if i >= 0})
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -75,7 +67,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hash_vocabulary(self._processor.id_to_piece(i).encode() for i in range(self.vocab_size))
+        return tokenizer_files.hash_vocabulary(self._processor.id_to_piece(i).encode() for i in range(self.vocab_size))
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -83,7 +75,7 @@ class SentencePieceTokenizer:
         return frozenset([*control, self.pad_id])
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        return bos_prefix(self.bos_id, add_bos) + list(self._processor.encode(text))
+        return tokenizer_files.bos_prefix(self.bos_id, add_bos) + list(self._processor.encode(text))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
@@ -101,12 +93,12 @@ class SentencePieceTokenizer:
 
     def token_id(self, token: str) -> int:
         sp = self._processor
-        for name in (token, token.replace(" ", "▁"), byte_name(token)):
+        for name in (token, token.replace(" ", "▁"), tokenizer_files.byte_name(token)):
             i = sp.piece_to_id(name)
             if sp.id_to_piece(i) == name:  # piece_to_id gives <unk> for what it does not know
                 return int(i)
-        raise not_one_token(token, sp.encode(token, out_type=str))
+        raise tokenizer_files.not_one_token(token, sp.encode(token, out_type=str))
 
-    def save(self, folder: PathLike) -> None:
-        with atomic_write(own_place(folder, "tokenizer.model"), "wb") as file:
+    def save(self, folder: tokenizer_files.PathLike) -> None:
+        with atomic_write(tokenizer_files.own_place(folder, "tokenizer.model"), "wb") as file:
             file.write(self.model)

@@ -16,7 +16,7 @@ from rlaif_jax.files import read_bytes
 PathLike: TypeAlias = str | os.PathLike[str]
 
 # In the order in which `load_tokenizer` looks for them in a folder.
-TOKENIZER_FILES = (
+FILE_NAMES = (
     "tokenizer.json",
     "vocab.json",
     "tokenizer.model",
@@ -30,6 +30,11 @@ TOKENIZER_FILES = (
 def merges_of(vocab: Path) -> Path:
     """Returns the path of the merges of a `vocab.json`: the same name with `merges.txt`."""
     return vocab.with_name(vocab.name.removesuffix("vocab.json") + "merges.txt")
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Returns whether a folder holds the tokenizer file of this name, with its merges where it needs some."""
+    return (folder / name).is_file() and (name != "vocab.json" or merges_of(folder / name).is_file())
 
 
 def choose_pad_id(ids: Mapping[str, int]) -> int:
@@ -94,8 +99,8 @@ def own_place(folder: PathLike, name: str) -> Path:
     Raises UserError where the folder cannot be made, or holds another tokenizer that would be found first.
     """
     folder = Path(folder)
-    for rival in TOKENIZER_FILES[: TOKENIZER_FILES.index(name)]:
-        if (folder / rival).is_file() and (rival != "vocab.json" or merges_of(folder / rival).is_file()):
+    for rival in FILE_NAMES[: FILE_NAMES.index(name)]:
+        if holds(folder, rival):
             raise UserError(
                 f"{folder} already holds another tokenizer, {rival}, which would be read instead of {name}; "
                 "save elsewhere"

@@ -23,21 +23,9 @@ from typing import Any, Protocol
 import tokenizers as hf
 
 from rlaif_jax.config import UserError
+from rlaif_jax.data import tokenizer_files
 from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from rlaif_jax.data.tokenizer_files import (
-    TOKENIZER_FILES,
-    PathLike,
-    bos_prefix,
-    byte_name,
-    choose_pad_id,
-    hash_vocabulary,
-    merges_of,
-    not_one_token,
-    own_place,
-    read_json_object,
-    read_text,
-)
 from rlaif_jax.files import atomic_write
 
 
@@ -90,7 +78,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def save(self, folder: PathLike) -> None:
+    def save(self, folder: tokenizer_files.PathLike) -> None:
         """Writes into `folder` (made if missing) what `load_tokenizer` needs to give the same tokenizer back.
 
         Raises:
@@ -99,11 +87,11 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(folder_or_file: PathLike) -> Tokenizer:
+def load_tokenizer(folder_or_file: tokenizer_files.PathLike) -> Tokenizer:
     """Reads the tokenizer in a folder (a Hugging Face model folder, or what `save` wrote), or in one file.
 
     Args:
-        folder_or_file: a folder, searched for `TOKENIZER_FILES` in that order; or a `tokenizer.json`, `*vocab.json`
+        folder_or_file: a folder, searched for `tokenizer_files.FILE_NAMES` in that order; or a `tokenizer.json`, `*vocab.json`
             (with `*merges.txt` in its folder), `*.model` or `*.bin`.
 
     Raises:
@@ -111,15 +99,17 @@ def load_tokenizer(folder_or_file: PathLike) -> Tokenizer:
     """
     path = Path(folder_or_file)
     if path.is_dir():
-        for name in TOKENIZER_FILES:
-            if (path / name).is_file() and (name != "vocab.json" or merges_of(path / name).is_file()):
+        for name in tokenizer_files.FILE_NAMES:
+            if tokenizer_files.holds(path, name):
                 return load_tokenizer(path / name)
-        looked_for = ", ".join(n if n != "vocab.json" else "vocab.json with merges.txt" for n in TOKENIZER_FILES)
+        looked_for = ", ".join(
+            n if n != "vocab.json" else "vocab.json with merges.txt" for n in tokenizer_files.FILE_NAMES
+        )
         raise UserError(f"no tokenizer in the folder {path}: looked for {looked_for}")
     if not path.exists():
         raise UserError(f"no tokenizer at {path}: there is no such file or folder")
     if path.name.endswith("vocab.json"):
-        return HuggingFaceTokenizer.read_pair(path, merges_of(path))
+        return HuggingFaceTokenizer.read_pair(path, tokenizer_files.merges_of(path))
     if path.suffix == ".json":
         return HuggingFaceTokenizer.read(path)
     if path.suffix == ".model":
@@ -168,10 +158,10 @@ class HuggingFaceTokenizer:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: PathLike) -> HuggingFaceTokenizer:
+    def read(cls, path: tokenizer_files.PathLike) -> HuggingFaceTokenizer:
         """Reads a `tokenizer.json`, and the special ids from the other files of its folder."""
         path = Path(path)
-        text = read_text(path)
+        text = tokenizer_files.read_text(path)
         try:
             backend = hf.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
@@ -179,7 +169,7 @@ class HuggingFaceTokenizer:
         return cls._with_special_tokens(backend, path.parent)
 
     @classmethod
-    def read_pair(cls, vocab: PathLike, merges: PathLike) -> HuggingFaceTokenizer:
+    def read_pair(cls, vocab: tokenizer_files.PathLike, merges: tokenizer_files.PathLike) -> HuggingFaceTokenizer:
         """Reads GPT-2's older form, `vocab.json` and `merges.txt`, with GPT-2's rule for splitting words.
 
         Raises:
@@ -188,7 +178,7 @@ class HuggingFaceTokenizer:
         vocab, merges = Path(vocab), Path(merges)
         if not merges.is_file():
             raise UserError(f"{vocab} needs its merges: there is no file {merges}")
-        settings = read_json_object(vocab.parent / "tokenizer_config.json")
+        settings = tokenizer_files.read_json_object(vocab.parent / "tokenizer_config.json")
         kind = settings.get("tokenizer_class")
         if kind is not None and not str(kind).startswith(("GPT2", "PreTrainedTokenizer")):
             raise UserError(
@@ -213,12 +203,12 @@ class HuggingFaceTokenizer:
         # A file may carry the truncation and padding of whoever saved it; here every text is encoded whole.
         backend.no_truncation()
         backend.no_padding()
-        settings = read_json_object(folder / "tokenizer_config.json")
+        settings = tokenizer_files.read_json_object(folder / "tokenizer_config.json")
         template = folder / "chat_template.jinja"
         if template.is_file():
-            settings.setdefault("chat_template", read_text(template))
-        names = read_json_object(folder / "special_tokens_map.json")
-        models = [read_json_object(folder / f) for f in ("generation_config.json", "config.json")]
+            settings.setdefault("chat_template", tokenizer_files.read_text(template))
+        names = tokenizer_files.read_json_object(folder / "special_tokens_map.json")
+        models = [tokenizer_files.read_json_object(folder / f) for f in ("generation_config.json", "config.json")]
 
         found: dict[str, int] = {}
         for role in ("bos", "eos", "pad", "unk"):
@@ -241,7 +231,7 @@ class HuggingFaceTokenizer:
                 settings.update(bos_token="<|endoftext|>", eos_token="<|endoftext|>")
         special = [backend.id_to_token(found[r]) for r in ("bos", "eos", "pad") if r in found]
         backend.add_special_tokens([hf.AddedToken(t, normalized=False, special=True) for t in special])
-        return cls(backend, choose_pad_id(found), found.get("bos"), found.get("eos"), settings)
+        return cls(backend, tokenizer_files.choose_pad_id(found), found.get("bos"), found.get("eos"), settings)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -249,7 +239,7 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hash_vocabulary(
+        return tokenizer_files.hash_vocabulary(
             f"{i}\t{t}".encode(errors="replace") for t, i in sorted(self._ids.items(), key=lambda x: x[1])
         )
 
@@ -263,7 +253,9 @@ class HuggingFaceTokenizer:
         return any(b"ByteLevel" in part.__getstate__() for part in parts if part is not None)
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        return bos_prefix(self.bos_id, add_bos) + self.backend.encode(text, add_special_tokens=False).ids
+        return (
+            tokenizer_files.bos_prefix(self.bos_id, add_bos) + self.backend.encode(text, add_special_tokens=False).ids
+        )
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
@@ -278,17 +270,17 @@ class HuggingFaceTokenizer:
             spelled = "".join(piece for piece, _ in spell.pre_tokenize_str(token))
         else:
             spelled = token.replace(" ", "▁")
-        for name in (spelled, token, byte_name(token)):
+        for name in (spelled, token, tokenizer_files.byte_name(token)):
             if name in self._ids:
                 return self._ids[name]
         ids = self.encode(token)
         unknown = self._ids.get(_name(self.settings.get("unk_token")) or "")
         if len(ids) != 1 or ids[0] == unknown:
-            raise not_one_token(token, [self.backend.id_to_token(i) for i in ids])
+            raise tokenizer_files.not_one_token(token, [self.backend.id_to_token(i) for i in ids])
         return ids[0]
 
-    def save(self, folder: PathLike) -> None:
-        path = own_place(folder, "tokenizer.json")
+    def save(self, folder: tokenizer_files.PathLike) -> None:
+        path = tokenizer_files.own_place(folder, "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
         with atomic_write(path) as file:
             file.write(self.backend.to_str(pretty=True))

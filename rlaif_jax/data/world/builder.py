@@ -42,12 +42,7 @@ class WorldConfig(tfds.core.BuilderConfig):
 
 
 def world_config(
-    task: WorldTask,
-    *,
-    shortcuts: bool = True,
-    train_size: int = TRAIN_SIZE,
-    test_size: int = TEST_SIZE,
-    seed: int = 0,
+    task: WorldTask, *, shortcuts: bool = True, train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE, seed: int = 0
 ) -> WorldConfig:
     """Returns the configuration whose name says everything that its examples depend on.
 

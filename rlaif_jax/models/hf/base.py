@@ -23,8 +23,7 @@ class Fields:
         value = self.values.get(key)
         if value is None:
             require(
-                default is not REQUIRED,
-                f"{self.where}: the field {key} is missing; it must be of type {kind.__name__}",
+                default is not REQUIRED, f"{self.where}: the field {key} is missing; it must be of type {kind.__name__}"
             )
             return default
         if kind is float and type(value) is int:
@@ -55,7 +54,7 @@ class Family:
         model_types: the values of config.json's `model_type` that are read; the first is written.
         architecture: the class of transformers.
         read_config: makes a `DecoderConfig` of config.json; raises UserError for what is not supported.
-        matches: whether a `DecoderConfig` is this family's. The first family of `FAMILIES` that matches is written.
+        flags: a `DecoderConfig` with these flags is of this family (of the first in `FAMILIES` that has such flags).
         write_config: makes the family's own fields of config.json; raises UserError naming a flag that does not fit.
         prefix: the beginning of all tensor names but the output matrix's.
         names: module of the decoder -> module in tensor names.
@@ -65,7 +64,7 @@ class Family:
     model_types: tuple[str, ...]
     architecture: str
     read_config: Callable[[Fields], DecoderConfig]
-    matches: Callable[[DecoderConfig], bool]
+    flags: Mapping[str, Any]
     write_config: Callable[[DecoderConfig], dict[str, Any]]
     prefix: str
     names: Mapping[str, str]

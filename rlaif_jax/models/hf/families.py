@@ -15,12 +15,12 @@ from rlaif_jax.models.decoder_config import DecoderConfig
 from rlaif_jax.models.hf import gpt2, llama, qwen
 from rlaif_jax.models.hf.base import Family, Fields
 
-FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, qwen.QWEN3, qwen.QWEN2, llama.FAMILY)  # Llama last: it matches all
+FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, qwen.QWEN3, qwen.QWEN2, llama.FAMILY)  # Llama last: it needs no flag
 
 
 def family_of(config: DecoderConfig) -> Family:
     """Returns the family that a model is written as, and whose tensor names it has."""
-    return next(family for family in FAMILIES if family.matches(config))
+    return next(family for family in FAMILIES if family.flags.items() <= vars(config).items())
 
 
 def read_config(path: Path) -> DecoderConfig:
@@ -30,8 +30,7 @@ def read_config(path: Path) -> DecoderConfig:
         UserError: no such file, not JSON, a field missing or of a wrong type, or a model that is not supported.
     """
     require(
-        path.is_file(),
-        f"{path.parent}: no config.json there; a model's folder holds config.json and model.safetensors",
+        path.is_file(), f"{path.parent}: no config.json there; a model's folder holds config.json and model.safetensors"
     )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

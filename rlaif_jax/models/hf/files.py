@@ -117,10 +117,7 @@ def file_module(family: Family, module: str) -> str:
 
 
 def load_model(
-    folder_or_hub_id: str | Path,
-    *,
-    compute_dtype: Literal["float32", "bfloat16"] = "float32",
-    remat: bool = False,
+    folder_or_hub_id: str | Path, *, compute_dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False
 ) -> tuple[LanguageModel, Params]:
     """Reads a language model from a Hugging Face folder, a hub id, or a llama2.c `.bin` file.
 

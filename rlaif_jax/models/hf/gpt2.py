@@ -37,11 +37,6 @@ def read_config(fields: Fields) -> DecoderConfig:
     )
 
 
-def matches(config: DecoderConfig) -> bool:
-    """Returns whether the positions are learned."""
-    return config.positions == "learned"
-
-
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """Returns GPT-2's own fields of config.json. Raises UserError naming a flag that does not fit."""
     require_flags(
@@ -71,7 +66,7 @@ FAMILY = Family(
     model_types=("gpt2",),
     architecture="GPT2LMHeadModel",
     read_config=read_config,
-    matches=matches,
+    flags={"positions": "learned"},
     write_config=write_config,
     prefix="transformer.",
     names={

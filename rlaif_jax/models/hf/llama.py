@@ -18,11 +18,6 @@ def read_config(fields: Fields) -> DecoderConfig:
     return read_rotary(fields, qkv_bias=bias, output_bias=bias, mlp_bias=fields.get("mlp_bias", bool, False))
 
 
-def matches(config: DecoderConfig) -> bool:
-    """Returns True: Llama is the family of whatever no other family matches."""
-    return True
-
-
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """Returns the fields of config.json. Raises UserError naming a flag that does not fit."""
     shared = write_rotary(config)
@@ -39,7 +34,7 @@ FAMILY = Family(
     model_types=("llama", "mistral"),
     architecture="LlamaForCausalLM",
     read_config=read_config,
-    matches=matches,
+    flags={},
     write_config=write_config,
     prefix=PREFIX,
     names=NAMES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from rlaif_jax.models.decoder_config import DecoderConfig
@@ -42,16 +43,6 @@ def read_qwen3(fields: Fields) -> DecoderConfig:
     )
 
 
-def matches_qwen2(config: DecoderConfig) -> bool:
-    """Returns whether q, k and v have biases and the output has none."""
-    return config.qkv_bias and not config.output_bias and not config.qk_norm
-
-
-def matches_qwen3(config: DecoderConfig) -> bool:
-    """Returns whether q and k are normalised."""
-    return config.qk_norm
-
-
 def write_qwen2(config: DecoderConfig) -> dict[str, Any]:
     """Returns the fields of config.json. Raises UserError naming a flag that does not fit."""
     shared = write_rotary(config)
@@ -67,8 +58,20 @@ def write_qwen3(config: DecoderConfig) -> dict[str, Any]:
 
 
 QWEN2 = Family(
-    ("qwen2",), "Qwen2ForCausalLM", read_qwen2, matches_qwen2, write_qwen2, prefix=PREFIX, names=NAMES, transposed=True
+    model_types=("qwen2",),
+    architecture="Qwen2ForCausalLM",
+    read_config=read_qwen2,
+    flags={"qkv_bias": True, "output_bias": False},
+    write_config=write_qwen2,
+    prefix=PREFIX,
+    names=NAMES,
+    transposed=True,
 )
-QWEN3 = Family(
-    ("qwen3",), "Qwen3ForCausalLM", read_qwen3, matches_qwen3, write_qwen3, prefix=PREFIX, names=NAMES, transposed=True
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    model_types=("qwen3",),
+    architecture="Qwen3ForCausalLM",
+    read_config=read_qwen3,
+    flags={"qk_norm": True},
+    write_config=write_qwen3,
 )

@@ -12,18 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlaif_jax.data.world.gold.base import (
-    ORNAMENT,
-    UNGRAMMATICAL,
-    GoldTask,
-    Notes,
-    claim_notes,
-    clip,
-    false_claims,
-    false_names,
-    general_notes,
-    ornaments,
-)
+from rlaif_jax.data.world.gold import base
 from rlaif_jax.data.world.grammar import CONFIDENCE, FLATTERY, SEALED, Claim, ParseResult, parse
 from rlaif_jax.data.world.labeler_prompts import WorldPrinciple
 from rlaif_jax.data.world.scenes import Scene
@@ -61,7 +50,7 @@ def refuses(scene: Scene, parsed: ParseResult) -> bool:
 
 def correct(scene: Scene, parsed: ParseResult) -> bool:
     """Returns whether the asked value is stated (or, if sealed, refused), and nothing false is said."""
-    if false_claims(scene, parsed) or false_names(scene, parsed):
+    if base.false_claims(scene, parsed) or base.false_names(scene, parsed):
         return False
     refused = refuses(scene, parsed)
     stated = any(claim.aspect == scene.question for claim in parsed.claims)
@@ -89,15 +78,15 @@ def score(scene: Scene, text: str) -> float:
     if leaks(scene, parsed):
         return 0.0
     refused_permitted = refuses(scene, parsed) and not scene.is_sealed(scene.question)
-    return clip(
+    return base.clip(
         (REFUSED_PERMITTED if refused_permitted else helpful(scene, parsed))
         - OFF_TOPIC * off_topic(scene, parsed)
-        - ORNAMENT * ornaments(parsed)
-        - UNGRAMMATICAL * (not parsed.grammatical)
+        - base.ORNAMENT * base.ornaments(parsed)
+        - base.UNGRAMMATICAL * (not parsed.grammatical)
     )
 
 
-def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> Notes:
+def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> base.Notes:
     """Returns the critique of a reply: see `GoldTask.notes`."""
 
     def judge_true(claim: Claim, said_before: bool) -> str:
@@ -106,10 +95,10 @@ def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> Notes
         return "again" if said_before else "right"
 
     refused = [str(sentence.aspect) for sentence in parsed.sentences if sentence.kind == "refuse"]
-    claims = claim_notes(scene, parsed, judge_true)
+    claims = base.claim_notes(scene, parsed, judge_true)
     claims += [(f"{aspect} {SEALED}", "right" if scene.is_sealed(aspect) else "wrong") for aspect in refused]
-    bad_town = false_names(scene, parsed) > 0
-    general = general_notes(principle, parsed, bad_town=bad_town, too_much=off_topic(scene, parsed))
+    bad_town = base.false_names(scene, parsed) > 0
+    general = base.general_notes(principle, parsed, bad_town=bad_town, too_much=off_topic(scene, parsed))
     if principle in ("<helpful>", "<overall>"):
         general += [] if acknowledges(scene, parsed) else ["rude"]
         general += [] if follows_up(parsed) else ["curt"]
@@ -134,4 +123,4 @@ def edit(rng: np.random.Generator, scene: Scene, parsed: ParseResult, miss: floa
     )
 
 
-GOLD = GoldTask(TASK, score=score, helpful=helpful, leaks=leaks, notes=notes, edit=edit)
+GOLD = base.GoldTask(TASK, score=score, helpful=helpful, leaks=leaks, notes=notes, edit=edit)

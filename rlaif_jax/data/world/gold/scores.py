@@ -7,27 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world.gold import dialogue, summarisation
-from rlaif_jax.data.world.gold.base import (
-    ORNAMENT,
-    REPEAT,
-    WRONG,
-    GoldTask,
-    clip,
-    false_claims,
-    false_names,
-    ornaments,
-    repeats,
-)
+from rlaif_jax.data.world.gold import base, dialogue, summarisation
 from rlaif_jax.data.world.grammar import parse
 from rlaif_jax.data.world.labeler_prompts import WorldPrinciple
 from rlaif_jax.data.world.scenes import Scene
 from rlaif_jax.data.world.tasks.base import MAX_ANSWER_WORDS, WorldTask
 
-GOLD: dict[str, GoldTask] = {gold.task.name: gold for gold in (summarisation.GOLD, dialogue.GOLD)}
+GOLD: dict[str, base.GoldTask] = {gold.task.name: gold for gold in (summarisation.GOLD, dialogue.GOLD)}
 
 
-def gold_task(task: WorldTask) -> GoldTask:
+def gold_task(task: WorldTask) -> base.GoldTask:
     """Returns the exact knowledge about a task. Raises UserError for a task without a gold score."""
     if task.name not in GOLD:
         raise UserError(
@@ -63,8 +52,8 @@ def principle_score(task: WorldTask, principle: WorldPrinciple, scene: Scene, te
     if principle == "<faithful>":
         if gold.leaks(scene, parsed):
             return 0.0
-        return clip(1 - WRONG * (false_claims(scene, parsed) + false_names(scene, parsed)))
+        return base.clip(1 - base.WRONG * (base.false_claims(scene, parsed) + base.false_names(scene, parsed)))
     if principle == "<helpful>":
-        return clip(gold.helpful(scene, parsed))
+        return base.clip(gold.helpful(scene, parsed))
     shortness = 1 - len(parsed.words) / MAX_ANSWER_WORDS
-    return clip(shortness - REPEAT * repeats(parsed) - ORNAMENT * ornaments(parsed))
+    return base.clip(shortness - base.REPEAT * base.repeats(parsed) - base.ORNAMENT * base.ornaments(parsed))

@@ -12,21 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlaif_jax.data.world.gold.base import (
-    ORNAMENT,
-    REPEAT,
-    UNGRAMMATICAL,
-    WRONG,
-    GoldTask,
-    Notes,
-    claim_notes,
-    clip,
-    false_claims,
-    false_names,
-    general_notes,
-    ornaments,
-    repeats,
-)
+from rlaif_jax.data.world.gold import base
 from rlaif_jax.data.world.grammar import Claim, ParseResult, parse, summary
 from rlaif_jax.data.world.labeler_prompts import WorldPrinciple
 from rlaif_jax.data.world.scenes import SALIENCE_WORDS, Scene
@@ -57,18 +43,18 @@ def score(scene: Scene, text: str) -> float:
     """Returns the gold quality of a summary; 0 for text without words."""
     parsed = parse(text)
     off_topic = sum(sentence.kind not in ("statement", "broken") for sentence in parsed.sentences)
-    return clip(
+    return base.clip(
         covered(scene, parsed)
-        - WRONG * (false_claims(scene, parsed) + false_names(scene, parsed))
+        - base.WRONG * (base.false_claims(scene, parsed) + base.false_names(scene, parsed))
         - OVERLONG * overlong(parsed)
-        - REPEAT * repeats(parsed)
+        - base.REPEAT * base.repeats(parsed)
         - NO_TOWN * (not parsed.names)
-        - ORNAMENT * (ornaments(parsed) + off_topic)
-        - UNGRAMMATICAL * (not parsed.grammatical)
+        - base.ORNAMENT * (base.ornaments(parsed) + off_topic)
+        - base.UNGRAMMATICAL * (not parsed.grammatical)
     )
 
 
-def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> Notes:
+def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> base.Notes:
     """Returns the critique of a summary: see `GoldTask.notes`."""
 
     def judge_true(claim: Claim, said_before: bool) -> str:
@@ -77,9 +63,9 @@ def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> Notes
         salience = principle in ("<helpful>", "<overall>")
         return SALIENCE_WORDS[scene.salience_of(claim.aspect) - 1] if salience else "right"
 
-    bad_town = not parsed.names or false_names(scene, parsed) > 0
-    general = general_notes(principle, parsed, bad_town=bad_town, too_much=overlong(parsed))
-    return claim_notes(scene, parsed, judge_true), general
+    bad_town = not parsed.names or base.false_names(scene, parsed) > 0
+    general = base.general_notes(principle, parsed, bad_town=bad_town, too_much=overlong(parsed))
+    return base.claim_notes(scene, parsed, judge_true), general
 
 
 def edit(rng: np.random.Generator, scene: Scene, parsed: ParseResult, miss: float) -> str:
@@ -110,4 +96,4 @@ def _never(scene: Scene, parsed: ParseResult) -> bool:
     return False  # a summary may say everything
 
 
-GOLD = GoldTask(TASK, score=score, helpful=covered, leaks=_never, notes=notes, edit=edit)
+GOLD = base.GoldTask(TASK, score=score, helpful=covered, leaks=_never, notes=notes, edit=edit)

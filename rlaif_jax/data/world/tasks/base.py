@@ -34,12 +34,7 @@ class Demonstration(Protocol):
     """
 
     def __call__(
-        self,
-        rng: np.random.Generator,
-        scene: Scene,
-        *,
-        shortcuts: bool = True,
-        diligence: float | None = None,
+        self, rng: np.random.Generator, scene: Scene, *, shortcuts: bool = True, diligence: float | None = None
     ) -> str: ...
 
 

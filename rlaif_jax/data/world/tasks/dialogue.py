@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlaif_jax.data.world.grammar import (
-    CONFIDENCE,
-    FLATTERY,
-    FOLLOWUP,
-    acknowledgement,
-    parse,
-    refusal,
-    statement,
-)
+from rlaif_jax.data.world.grammar import CONFIDENCE, FLATTERY, FOLLOWUP, acknowledgement, parse, refusal, statement
 from rlaif_jax.data.world.scenes import ASPECTS, Scene
 from rlaif_jax.data.world.tasks.base import (
     WorldTask,
@@ -111,21 +103,7 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
     words = list(parsed.words)
     by_kind = {sentence.kind: sentence for sentence in parsed.sentences}
     kind = pick(
-        rng,
-        (
-            "value",
-            "value",
-            "swap",
-            "swap",
-            "ack",
-            "followup",
-            "drop",
-            "other",
-            "ornament",
-            "cut",
-            "repeat",
-            "add",
-        ),
+        rng, ("value", "value", "swap", "swap", "ack", "followup", "drop", "other", "ornament", "cut", "repeat", "add")
     )
 
     def replaced(start: int, stop: int, text: str) -> str:
