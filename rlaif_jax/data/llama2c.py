@@ -77,10 +77,12 @@ class Llama2cTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Returns the largest id + 1."""
         return len(self.pieces)
 
     @cached_property
     def fingerprint(self) -> str:
+        """Returns a hash of the vocabulary."""
         return tokenizer_files.hash_vocabulary(self.pieces)
 
     @cached_property
@@ -88,6 +90,7 @@ class Llama2cTokenizer:
         return {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Returns the ids of `text`; see `Tokenizer.encode`."""
         ids: list[int] = []
         for character in " " + text if text else "":
             raw = character.encode(errors="replace")
@@ -128,6 +131,7 @@ class Llama2cTokenizer:
         return [i for i, living in zip(ids, alive, strict=True) if living]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Returns the text of `ids`; see `Tokenizer.decode`."""
         out, at_start = bytearray(), True
         for i in map(int, ids):
             if i in (0, 1, 2):
@@ -144,6 +148,7 @@ class Llama2cTokenizer:
         return out.decode(errors="replace")
 
     def token_id(self, token: str) -> int:
+        """Returns the id of a text that is one token; see `Tokenizer.token_id`."""
         names = {"<unk>": 0, "<s>": 1, "</s>": 2}
         if token in names:
             return names[token]
@@ -156,6 +161,7 @@ class Llama2cTokenizer:
         )
 
     def save(self, folder: tokenizer_files.PathLike) -> None:
+        """Writes the tokenizer into a folder; see `Tokenizer.save`."""
         rows = [struct.pack("<fi", s, len(p)) + p for p, s in zip(self.pieces, self.scores, strict=True)]
         with atomic_write(tokenizer_files.own_place(folder, "tokenizer.bin"), "wb") as file:
             file.write(struct.pack("<i", self.max_token_length) + b"".join(rows))

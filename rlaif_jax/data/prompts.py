@@ -57,18 +57,19 @@ def padded(
     return tokens, mask
 
 
-def bucket_length(n: int, buckets: Sequence[int] | None = None) -> int:
+def bucket_length(n: int, buckets: Sequence[int] | None = None, *, smallest: int = 16) -> int:
     """Returns the smallest bucket >= n, so that a jitted function meets few different lengths.
 
     Args:
         n: tokens (or rows).
-        buckets: the allowed lengths, in any order; by default the powers of two from 16.
+        buckets: the allowed lengths, in any order; by default the powers of two from `smallest`.
+        smallest: a power of two.
 
     Raises:
         UserError: `n` exceeds every bucket.
     """
     if buckets is None:
-        return max(16, 1 << max(n - 1, 0).bit_length())
+        return max(smallest, 1 << max(n - 1, 0).bit_length())
     fitting = [bucket for bucket in buckets if bucket >= n]
     if not fitting:
         raise UserError(f"{n} tokens fit in none of the length buckets {sorted(buckets)}; add a longer one")

@@ -1,4 +1,4 @@
-"""Readers of prompts and preference pairs: JSON lines files and TFDS data sets as random-access records."""
+"""Readers of prompts and preference pairs: JSON lines and TFDS data sets as random-access records."""
 
 from __future__ import annotations
 

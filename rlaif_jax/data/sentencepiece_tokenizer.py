@@ -47,26 +47,31 @@ class SentencePieceTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
+        """Returns the largest id + 1."""
         return int(self._processor.get_piece_size())
 
     @cached_property
     def pad_id(self) -> int:
+        """Returns the id to pad with."""
         sp = self._processor
         roles = {"pad": sp.pad_id(), "unk": sp.unk_id(), "eos": sp.eos_id()}
         return tokenizer_files.choose_pad_id({role: i for role, i in roles.items() if i >= 0})
 
     @cached_property
     def bos_id(self) -> int | None:
+        """Returns the id of BOS, or None."""
         i = self._processor.bos_id()
         return i if i >= 0 else None
 
     @cached_property
     def eos_id(self) -> int | None:
+        """Returns the id of EOS, or None."""
         i = self._processor.eos_id()
         return i if i >= 0 else None
 
     @cached_property
     def fingerprint(self) -> str:
+        """Returns a hash of the vocabulary."""
         return tokenizer_files.hash_vocabulary(self._processor.id_to_piece(i).encode() for i in range(self.vocab_size))
 
     @cached_property
@@ -75,9 +80,11 @@ class SentencePieceTokenizer:
         return frozenset([*control, self.pad_id])
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Returns the ids of `text`; see `Tokenizer.encode`."""
         return tokenizer_files.bos_prefix(self.bos_id, add_bos) + list(self._processor.encode(text))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Returns the text of `ids`; see `Tokenizer.decode`."""
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         if skip_special:
             return self._processor.decode([i for i in known if i not in self._special])
@@ -92,6 +99,7 @@ class SentencePieceTokenizer:
         return "".join([*parts, self._processor.decode(run)])
 
     def token_id(self, token: str) -> int:
+        """Returns the id of a text that is one token; see `Tokenizer.token_id`."""
         sp = self._processor
         for name in (token, token.replace(" ", "▁"), tokenizer_files.byte_name(token)):
             i = sp.piece_to_id(name)
@@ -100,5 +108,6 @@ class SentencePieceTokenizer:
         raise tokenizer_files.not_one_token(token, sp.encode(token, out_type=str))
 
     def save(self, folder: tokenizer_files.PathLike) -> None:
+        """Writes the tokenizer into a folder; see `Tokenizer.save`."""
         with atomic_write(tokenizer_files.own_place(folder, "tokenizer.model"), "wb") as file:
             file.write(self.model)

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets without a network and without TensorFlow: import `tfds` from here, and only from here."""
+"""TensorFlow Datasets without a network and without TensorFlow: import `tfds` only from here."""
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import gcs_utils

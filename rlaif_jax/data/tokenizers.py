@@ -30,27 +30,30 @@ from rlaif_jax.files import atomic_write
 
 
 class Tokenizer(Protocol):
-    """The interface that the rest of the project uses.
-
-    Attributes:
-        vocab_size: the largest id + 1.
-        pad_id: an id that a model can look up: the padding token, else <unk>, else EOS, else 0. So masks must never be
-            made by comparing with it.
-        bos_id: the token that begins a text; None where the vocabulary has none.
-        eos_id: the token that ends a text; None where the vocabulary has none.
-        fingerprint: hash of the vocabulary; tokenizers with equal fingerprints give every id the same token.
-    """
+    """The interface of a tokenizer that the rest of the project uses."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Returns the largest id + 1."""
+
     @property
-    def pad_id(self) -> int: ...
+    def pad_id(self) -> int:
+        """Returns an id that a model can look up: the padding token, else <unk>, else EOS, else 0.
+
+        Masks must never be made by comparing with it.
+        """
+
     @property
-    def bos_id(self) -> int | None: ...
+    def bos_id(self) -> int | None:
+        """Returns the id of the token that begins a text; None where the vocabulary has none."""
+
     @property
-    def eos_id(self) -> int | None: ...
+    def eos_id(self) -> int | None:
+        """Returns the id of the token that ends a text; None where the vocabulary has none."""
+
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Returns a hash of the vocabulary: where two are equal, every id is the same token in both."""
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Returns the ids of `text`, without any special token except the BOS that `add_bos` puts first.
@@ -58,14 +61,12 @@ class Tokenizer(Protocol):
         Raises:
             UserError: `add_bos` and the vocabulary has no BOS token.
         """
-        ...
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of `ids` (list or one-dimensional array); ids outside the vocabulary have no text.
 
         Models whose embedding is padded beyond the tokenizer's vocabulary can sample such ids.
         """
-        ...
 
     def token_id(self, token: str) -> int:
         """Returns the id of the one token that `token` becomes in the middle of a text.
@@ -76,7 +77,6 @@ class Tokenizer(Protocol):
         Raises:
             UserError: `token` is not one token of the vocabulary.
         """
-        ...
 
     def save(self, folder: tokenizer_files.PathLike) -> None:
         """Writes into `folder` (made if missing) what `load_tokenizer` needs to give the same tokenizer back.
@@ -84,7 +84,6 @@ class Tokenizer(Protocol):
         Raises:
             UserError: the folder is not writable, or holds another kind that would be found first.
         """
-        ...
 
 
 def load_tokenizer(folder_or_file: tokenizer_files.PathLike) -> Tokenizer:
@@ -235,10 +234,12 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
+        """Returns the largest id + 1."""
         return 1 + max(self._ids.values(), default=-1)
 
     @cached_property
     def fingerprint(self) -> str:
+        """Returns a hash of the vocabulary."""
         return tokenizer_files.hash_vocabulary(
             f"{i}\t{t}".encode(errors="replace") for t, i in sorted(self._ids.items(), key=lambda x: x[1])
         )
@@ -253,15 +254,18 @@ class HuggingFaceTokenizer:
         return any(b"ByteLevel" in part.__getstate__() for part in parts if part is not None)
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Returns the ids of `text`; see `Tokenizer.encode`."""
         return (
             tokenizer_files.bos_prefix(self.bos_id, add_bos) + self.backend.encode(text, add_special_tokens=False).ids
         )
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Returns the text of `ids`; see `Tokenizer.decode`."""
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self.backend.decode(known, skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int:
+        """Returns the id of a text that is one token; see `Tokenizer.token_id`."""
         if token in {t.content for t in self.backend.get_added_tokens_decoder().values()}:
             return self._ids[token]
         if self._byte_level:
@@ -280,6 +284,7 @@ class HuggingFaceTokenizer:
         return ids[0]
 
     def save(self, folder: tokenizer_files.PathLike) -> None:
+        """Writes the tokenizer into a folder; see `Tokenizer.save`."""
         path = tokenizer_files.own_place(folder, "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
         with atomic_write(path) as file:

@@ -47,6 +47,7 @@ def test_padded_by_hand():
 
 def test_bucket_length():
     assert [bucket_length(n) for n in (0, 1, 16, 17, 32, 33, 1000)] == [16, 16, 16, 32, 32, 64, 1024]
+    assert [bucket_length(n, smallest=1) for n in (0, 1, 2, 3, 4, 5)] == [1, 1, 2, 4, 4, 8]
     assert [bucket_length(n, (48, 8)) for n in (1, 8, 9, 48)] == [8, 8, 48, 48]
     with pytest.raises(UserError, match=r"49 tokens fit in none of the length buckets \[8, 48\]"):
         bucket_length(49, (48, 8))

@@ -129,7 +129,7 @@ def candidates(rng: np.random.Generator, task: WorldTask, scene: Scene, *, short
 
 @dataclass(frozen=True)
 class LabelerMix:
-    """Mixture of a labeler's transcripts: a relative weight of each kind, the principles, and the simulated people."""
+    """Mixture of a labeler's transcripts: relative weights of their kinds, principles, simulated people."""
 
     pairwise: float = 0.40
     pairwise_reasoning: float = 0.15

@@ -10,7 +10,7 @@ Grammar (words separated by spaces, punctuation being words)::
                | "will" "you" "ask" "more" "?"                            followup
     clause    := "the" ASPECT VALUE
 
-The value stands right behind its aspect, in prompts as in answers: a small model then answers by one induction step
+The value follows its aspect directly, in prompts as in answers: a small model then answers by one induction step
 (find the aspect, copy what follows), which it learns several times faster than with a word in between.
 """
 
@@ -35,7 +35,7 @@ _ASPECTS, _VALUES, _SYLLABLES = frozenset(ASPECTS), frozenset(VALUES), frozenset
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim ``aspect value`` in sentence number ``sentence``; ``position`` is the aspect's word index."""
+    """A claim ``aspect value`` in sentence ``sentence``; ``position`` is the aspect's word index."""
 
     aspect: str
     value: str
@@ -68,7 +68,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class ParseResult:
-    """A text read back: its words, sentences, claims and names; how often it flatters and says "surely"."""
+    """A text read back: words, sentences, claims, names; how often it flatters and says "surely"."""
 
     words: tuple[str, ...]
     sentences: tuple[Sentence, ...]

@@ -1,4 +1,4 @@
-"""The wording of everything that a labeler reads and writes: the same for its training and for its work.
+"""The wording of everything that a labeler reads and writes, in its training and in its work.
 
 This module is on the labeler's side of the firewall: it knows no gold score.
 """

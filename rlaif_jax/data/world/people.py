@@ -1,7 +1,7 @@
-"""Simulated people with known parameters: they train labelers and test estimators, and are never called AI feedback.
+"""Simulated people with known parameters, who train labelers and test estimators.
 
-Each is a frozen dataclass; a numpy Generator goes in, judgements come out. They look at exact quality (`gold`) through
-noise, so nothing that judges a policy may import this module.
+Their judgements are never called AI feedback. Each person is a frozen dataclass; a numpy Generator goes in, judgements
+come out. They look at exact quality (`gold`) through noise, so nothing that judges a policy may import this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from rlaif_jax.data.world.tasks.base import WorldTask
 
 @dataclass(frozen=True)
 class Comparer:
-    """Compares two answers by Bradley-Terry on the difference of their qualities::
+    """Compares two answers by Bradley-Terry on the difference of their qualities.
+
+    The model is::
 
         P(first wins) = lapse / 2 + (1 - lapse) sigmoid((q1 - q2) / temperature + first_bias + length_bias (n1 - n2))
 
@@ -76,7 +78,7 @@ class Ranker:
 
 @dataclass(frozen=True)
 class SimulatedRater:
-    """Rates 1-10: round(5.5 + 9 scale (quality - 1/2) + bias + noise N(0, 1)), cut to 1..10; units are points."""
+    """Rates 1 to 10 points: round(5.5 + 9 scale (quality - 1/2) + bias + noise N(0, 1)), clipped."""
 
     bias: float = 0.0
     scale: float = 1.0

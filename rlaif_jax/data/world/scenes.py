@@ -52,7 +52,7 @@ _SIDE_NAME = len(SYLLABLES)
 
 @dataclass(frozen=True)
 class Fact:
-    """One truth: ``entity``'s ``aspect`` is ``value``; salience 1 to 3, polarity (how good the value is) -2 to 2."""
+    """One truth: ``entity``'s ``aspect`` is ``value``; salience 1 to 3, polarity (goodness) -2 to 2."""
 
     entity: str
     aspect: str

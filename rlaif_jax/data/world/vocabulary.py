@@ -1,4 +1,4 @@
-"""All words of the world in a fixed order: a word-level vocabulary, in which ``text.split()`` are the tokens."""
+"""All words of the world in a fixed order; the tokens of a text are ``text.split()``."""
 
 from __future__ import annotations
 

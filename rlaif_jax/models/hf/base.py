@@ -13,7 +13,7 @@ REQUIRED = object()
 
 
 class Fields:
-    """A JSON object whose fields are read with their type checked, so that a message can name file and field."""
+    """A JSON object whose fields are read with their type checked; messages name file and field."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -48,7 +48,7 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of Hugging Face model that `DecoderConfig` describes: how its config.json and its tensors are spelled.
+    """A kind of Hugging Face model that `DecoderConfig` describes: its config.json and tensor names.
 
     Attributes:
         model_types: the values of config.json's `model_type` that are read; the first is written.

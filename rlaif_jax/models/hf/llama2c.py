@@ -1,7 +1,8 @@
-"""Checkpoints of llama2.c (version 0, https://github.com/karpathy/llama2.c, `export.py: legacy_export`).
+"""Checkpoints of llama2.c, version 0.
 
-A header of seven int32, then float32 matrices one after another, each with all layers stacked. Rotary embeddings
-rotate neighbouring pairs of rows there and the two halves of a head here, so the rows of q and k change places.
+The format is that of `legacy_export` in export.py of https://github.com/karpathy/llama2.c: a header of seven int32, then
+float32 matrices one after another, each with all layers stacked. Rotary embeddings rotate neighbouring pairs of rows
+there and the two halves of a head here, so the rows of q and k change places.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the gold scores of all tasks share: the record of a task, the weights of faults, and the counting of faults.
+"""Shared parts of the gold scores: the record of a task, the weights and the counting of faults.
 
 Labelers and judges may never import this package.
 """

@@ -1,4 +1,6 @@
-"""Gold quality of replies, in [0, 1]::
+"""Gold quality of replies, in [0, 1].
+
+The score is::
 
     .6 correct + .2 acknowledges + .2 follow-up - .1 off topic - .1 ornaments - .2 (ungrammatical)
 

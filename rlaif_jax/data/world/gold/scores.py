@@ -1,4 +1,7 @@
-"""Exact quality in [0, 1] of the answers to any task, and by any principle. Labelers and judges may never import it."""
+"""Exact quality of the answers to any task, and by any principle, in [0, 1].
+
+Labelers and judges may never import this module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Gold quality of summaries, in [0, 1]::
+"""Gold quality of summaries, in [0, 1].
+
+The score is::
 
     covered - .35 wrong - .2 overlong - .15 repeats - .1 (no town) - .1 ornaments - .2 (ungrammatical)
 

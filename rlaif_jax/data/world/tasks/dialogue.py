@@ -1,4 +1,4 @@
-"""Dialogue: a traveller asks about an aspect; a reply states an open fact and keeps a sealed one secret."""
+"""Dialogue: a traveller asks about an aspect; a reply states open facts and keeps sealed ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Summarisation: a town's facts with their salience -> at most two sentences of at most two facts, three in all."""
+"""Summarisation: facts with their salience -> one or two sentences of one or two facts, three in all."""
 
 from __future__ import annotations
 
