@@ -58,7 +58,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words ``start`` to ``stop`` (exclusive); ``aspect`` is what an acknowledgement or a refusal speaks of."""
+    """Words ``start`` to ``stop`` (exclusive); ``aspect``: of an acknowledgement or a refusal."""
 
     kind: SentenceKind
     start: int
