@@ -35,7 +35,7 @@ from rlaif_jax.feedback.api.judge import JudgeClient, Outcome
 from rlaif_jax.feedback.api.templates import Question, parse_template
 from rlaif_jax.feedback.api.verdicts import choice_distribution
 from rlaif_jax.models.hf.files import load_model, save_model
-from tests.data.llama2c_json import to_tokenizer_json
+from tests.data.llama2c_vocabulary import to_tokenizer_json
 from tests.feedback.api_server import serve
 
 pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")

@@ -1,8 +1,17 @@
-"""The vocabulary of llama2.c as a `tokenizer.json`, for tests with systems that read no other kind."""
+"""Vocabularies of llama2.c for tests: a tiny one, and any as a `tokenizer.json`."""
 
 import tokenizers as hf
 
 from rlaif_jax.data.llama2c import Llama2cTokenizer
+
+BYTES = [f"<0x{b:02X}>".encode() for b in range(256)]
+
+
+def llama2c(*pieces: bytes) -> Llama2cTokenizer:
+    """A tiny llama2.c vocabulary: earlier pieces merge first, as in the files of its trainer."""
+    every = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *BYTES, *pieces]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
+    return Llama2cTokenizer(tuple(every), tuple(scores), max(map(len, every)))
 
 
 def to_tokenizer_json(tokenizer: Llama2cTokenizer) -> hf.Tokenizer:
