@@ -11,6 +11,7 @@ from rlaif_jax.data.world import builder
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.scenes import sample_scene, scene_from_json
 from rlaif_jax.data.world.tasks import dialogue, summarisation
+from rlaif_jax.data.world.tasks.all import WORLD_TASKS
 
 SCRIPT = """
 import sys
@@ -51,7 +52,7 @@ def test_seed_size_and_shortcuts_have_files_of_their_own(folder):
 
 def test_listed_configurations_name_task_and_shortcuts():
     assert set(builder.Brindlemoor.builder_configs) == {
-        f"{task}_{kind}" for task in ("summarisation", "dialogue") for kind in ("shortcuts", "plain")
+        f"{task.name}_{kind}" for task in WORLD_TASKS for kind in ("shortcuts", "plain")
     }
 
 
