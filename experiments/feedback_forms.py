@@ -39,9 +39,9 @@ from world_feedback import (
 from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, StageConfig, WorldModels
 
 from rlaif_jax.config import require
-from rlaif_jax.data.world import corpus, scene_from_json
+from rlaif_jax.data.world import corpus
 from rlaif_jax.data.world.gold import scores as gold
-from rlaif_jax.data.world.scenes import Scene
+from rlaif_jax.data.world.scenes import Scene, scene_from_json
 from rlaif_jax.data.world.tasks import summarisation
 from rlaif_jax.evaluate import bootstrap_ci, win_rate_ci
 from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, SentimentJudge, train_judge

@@ -26,12 +26,13 @@ from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, FitConfig,
 from rlaif_jax.algorithms.fit import fit_reward_model
 from rlaif_jax.algorithms.ppo import reference_logprobs
 from rlaif_jax.config import require
-from rlaif_jax.data.prompts import TfdsRecords
+from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import pair_arrays
-from rlaif_jax.data.world import corpus, scene_from_json, templates
+from rlaif_jax.data.world import corpus, labeler_prompts
 from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.scenes import scene_from_json
 from rlaif_jax.data.world.tasks import dialogue, summarisation
-from rlaif_jax.data.world.tasks.base import Task
+from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
 from rlaif_jax.feedback.judges.language_model import (
     DirectScoreSource,
@@ -69,7 +70,7 @@ class QuickstartConfig:
     reward: Literal["reward_model", "direct"] = "reward_model"
     models: ModelsConfig = ModelsConfig()
     reward_model: FitConfig = FitConfig(updates=200, learning_rate=1e-3)
-    principle: templates.Principle = "<overall>"
+    principle: labeler_prompts.WorldPrinciple = "<overall>"
     pair_prompts: int = 2_000
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(
@@ -97,7 +98,7 @@ def get_config() -> QuickstartConfig:
     return QuickstartConfig()
 
 
-def labeler_mix(principle: templates.Principle) -> corpus.LabelerMix:
+def labeler_mix(principle: labeler_prompts.WorldPrinciple) -> corpus.LabelerMix:
     """What the labeler is trained on: scores after reasons, and comparisons."""
     return corpus.LabelerMix(
         principles=(principle,),
@@ -122,7 +123,7 @@ def main(config: QuickstartConfig) -> None:
         quickstart(config, task, run, writer)
 
 
-def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWriter) -> None:
+def quickstart(config: QuickstartConfig, task: WorldTask, run: Run, writer: MetricsWriter) -> None:
     seed = config.seed
     runner = make_runner(config.train.parallel)
     world = WorldModels(task, config.shortcuts, config.models, run, writer, runner)

@@ -29,7 +29,8 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig, reference_logprobs
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.llama2c import Llama2cTokenizer
-from rlaif_jax.data.prompts import FileRecords, PromptBatch, jsonl_records, prompt_batches
+from rlaif_jax.data.prompts import PromptBatch, prompt_batches
+from rlaif_jax.data.readers import FileRecords, jsonl_records
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from rlaif_jax.evaluate import bootstrap_ci, distinct_n, win_rate_ci
 from rlaif_jax.feedback.judges.sentiment import (

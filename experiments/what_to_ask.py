@@ -34,11 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import require
-from rlaif_jax.data.world import sample_scene
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.people import Comparer
+from rlaif_jax.data.world.scenes import sample_scene
 from rlaif_jax.data.world.tasks import summarisation
-from rlaif_jax.data.world.tasks.base import Task
+from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.vocabulary import VOCABULARY
 from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.feedback.selection import Selection, choose, ensemble_disagreement, judge_margin
@@ -128,7 +128,7 @@ class Pairs(NamedTuple):
     items: list[str]
 
 
-def make_pairs(rng: np.random.Generator, task: Task, split: Any, count: int, scale: np.ndarray | None) -> Pairs:
+def make_pairs(rng: np.random.Generator, task: WorldTask, split: Any, count: int, scale: np.ndarray | None) -> Pairs:
     """All six pairs of four answers to each of `count` prompts: two writers' and a corruption of each. Pairs of equal
     answers are none. scale [F]: what features are divided by; None: not at all."""
     rows, gaps, prompts, items = [], [], [], []

@@ -21,13 +21,12 @@ import numpy as np
 from world_models import WorldModels
 
 from rlaif_jax.data.prompts import padded
-from rlaif_jax.data.world import people as annotators
-from rlaif_jax.data.world import templates
+from rlaif_jax.data.world import labeler_prompts
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.grammar import parse, summary
-from rlaif_jax.data.world.people import Commenter, Editor, Ranker, raters
+from rlaif_jax.data.world.people import Commenter, Editor, Ranker, SimulatedRater, simulated_raters
 from rlaif_jax.data.world.scenes import SALIENCE_WORDS, Scene
-from rlaif_jax.data.world.tasks.base import Task
+from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.tasks.summarisation import MAX_FACTS
 from rlaif_jax.feedback.constitution.constitution import load_constitution
 from rlaif_jax.feedback.constitution.rule_records import rule_comments, rule_rankings, rule_rater, rule_ratings
@@ -81,9 +80,9 @@ class Person:
     """One simulated annotator: a judgement of an answer (or of the answers to one prompt) in any form."""
 
     name: str
-    task: Task
+    task: WorldTask
     ranker: Ranker
-    scale: annotators.Rater
+    scale: SimulatedRater
     commenter: Commenter
     editor: Editor
 
@@ -108,10 +107,10 @@ class Person:
         return Ranking(**shared, ranks=tuple(int(r) for r in np.argsort(best_first) + 1))  # type: ignore[arg-type]
 
 
-def people(task: Task, seed: int, number: int = 5) -> tuple[Person, ...]:
+def people(task: WorldTask, seed: int, number: int = 5) -> tuple[Person, ...]:
     """A crowd with biases, stretches and noise of their own."""
     names = ("anna", "bela", "carl", "dora", "emil", "fria", "gero", "hana")[:number]
-    crowd = raters(np.random.default_rng((seed, 7)), number)
+    crowd = simulated_raters(np.random.default_rng((seed, 7)), number)
     return tuple(Person(name, task, Ranker(), rater, Commenter(0.05), Editor(0.1)) for name, rater in zip(names, crowd))
 
 
@@ -216,16 +215,14 @@ def revisions(
     """Each answer as the labeler would have written it, after its critique; None where it came to no end."""
     tokenizer, model = judge.tokenizer, judge.model
     sampling, length = SamplingConfig(max_new_tokens=52, temperature=0.0), 64
-    marker = f" {templates.MARKERS[6]} "  # <revise>
+    marker = f" {labeler_prompts.MARKERS[6]} "  # <revise>
 
     def write(params: Params, prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
         key, eos = jax.random.key(0), tokenizer.eos_id
         return generate(model, params, prompts, key, sampling=sampling, eos_id=eos, pad_id=tokenizer.pad_id)
 
-    asked = [tokenizer.encode(templates.critique_prompt("<overall>", p, a)) for p, a in zip(prompts, answers)]
-    tokens, mask = padded(asked, length, tokenizer.pad_id, "left")
-    rows = Prompts(tokens, mask, np.zeros(len(asked), np.uint32))  # type: ignore[arg-type]
-    rollout = in_batches(partial(world.runner.map(write), judge.params), rows, batch_size)
+    written = world.runner.map(write)
+    asked = [tokenizer.encode(labeler_prompts.critique_prompt("<overall>", p, a)) for p, a in zip(prompts, answers)]
     revised: list[str | None] = []
     for text, ended in zip(answer_texts(rollout, tokenizer), rollout.finished):
         _, found, edited = f" {text} ".partition(marker)

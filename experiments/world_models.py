@@ -17,13 +17,14 @@ from rlaif_jax.algorithms.fit import fit_language_model
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import require
-from rlaif_jax.data.prompts import PromptBatch, TfdsRecords, prompt_batches
+from rlaif_jax.data.prompts import PromptBatch, prompt_batches
+from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import Segments, text_arrays
-from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.data.world import corpus, templates
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, word_level_tokenizer
+from rlaif_jax.data.world import corpus, labeler_prompts
 from rlaif_jax.data.world.builder import load_world
 from rlaif_jax.data.world.scenes import Split
-from rlaif_jax.data.world.tasks.base import Task
+from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Reasoning
 from rlaif_jax.metrics import MetricsWriter
@@ -97,13 +98,13 @@ def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
 class WorldModels:
     """One task of the world, the shape of its models, and the run that keeps them."""
 
-    task: Task
+    task: WorldTask
     shortcuts: bool
     config: ModelsConfig
     run: Run
     writer: MetricsWriter
     runner: Runner
-    tokenizer: WordTokenizer = WordTokenizer(VOCABULARY[len(SPECIALS) :])
+    tokenizer: HuggingFaceTokenizer = word_level_tokenizer(VOCABULARY[len(SPECIALS) :])
 
     @property
     def model(self) -> CausalLM:
@@ -208,18 +209,18 @@ class WorldModels:
 
         return self.run.stage("labeler", self.template, learn)
 
-    def judge(self, labeler: Params, principle: templates.Principle) -> LanguageModelJudge:
+    def judge(self, labeler: Params, principle: labeler_prompts.WorldPrinciple) -> LanguageModelJudge:
         """The labeler as a judge by one principle, which writes its reasons before a score."""
         return LanguageModelJudge(
             self.model,
             labeler,
             self.tokenizer,
             self.runner,
-            pairwise_prompt=partial(templates.pairwise_prompt, principle),
-            score_prompt=partial(templates.score_prompt, principle),
-            verdicts=(templates.VERDICTS[0], templates.VERDICTS[1]),
-            scale=tuple((s, float(i)) for i, s in enumerate(templates.SCORES, 1)),
-            reasoning=Reasoning(partial(templates.score_reasoning_prompt, principle), "<score>"),
+            pairwise_prompt=partial(labeler_prompts.pairwise_prompt, principle),
+            score_prompt=partial(labeler_prompts.score_prompt, principle),
+            verdicts=(labeler_prompts.VERDICTS[0], labeler_prompts.VERDICTS[1]),
+            scale=tuple((s, float(i)) for i, s in enumerate(labeler_prompts.SCORES, 1)),
+            reasoning=Reasoning(partial(labeler_prompts.score_reasoning_prompt, principle), "<score>"),
             max_length=TRANSCRIPT_LENGTH,
         )
 

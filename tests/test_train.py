@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.config import UserError
-from rlaif_jax.data.prompts import jsonl_records, prompt_batches
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import jsonl_records
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import read_metrics, without_time
 from rlaif_jax.models import CausalLM
@@ -172,8 +173,8 @@ def test_one_step_off_policy_learns_and_resumes_bit_for_bit(whole, prompts, tmp_
 
 
 def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(prompts):
-    tokenizer = WordTokenizer(tiny.WORDS)
-    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+    tokenizer = word_level_tokenizer(tiny.WORDS)
+    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
     state = model.init(jax.random.key(0)), jax.random.key(1)
     roll = make_generator(JitRunner(), model, tokenizer, SamplingConfig(max_new_tokens=5), answers=2)
     batch = next(prompt_batches(jsonl_records(prompts), tokenizer, batch_size=8, seed=0, prompt_length=6))
@@ -296,9 +297,9 @@ def test_bad_input(name, prompts, tmp_path, monkeypatch, capsys):
             tensors = load_file(weights)
             save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, weights)
         else:
-            from rlaif_jax.data.tokenizers import WordTokenizer
+            from rlaif_jax.data.tokenizers import word_level_tokenizer
 
-            WordTokenizer(tuple(f"w{i}" for i in range(36))).save(tmp_path / "tokenizer")
+            word_level_tokenizer(tuple(f"w{i}" for i in range(36))).save(tmp_path / "tokenizer")
             options += ["--tokenizer", str(tmp_path / "tokenizer")]
             file.write_text("".join(json.dumps({"prompt": f"w1 w{i}"}) + "\n" for i in range(16)))
     elif case.spoil == "file":

@@ -14,8 +14,9 @@ import numpy as np
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
-from rlaif_jax.data.prompts import jsonl_records, prompt_batches
-from rlaif_jax.data.tokenizers import WordTokenizer, load_tokenizer
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import jsonl_records
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
@@ -64,7 +65,7 @@ def reward(config: TinyConfig, record: Any, answer: str) -> float | None:
 def main(config: TinyConfig) -> None:
     """Trains and writes the final parameters."""
     records = jsonl_records(config.prompts)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else WordTokenizer(WORDS)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else word_level_tokenizer(WORDS)
     if config.model:
         model, params = load_model(config.model)
     else:

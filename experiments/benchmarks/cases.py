@@ -50,7 +50,7 @@ from experiments.benchmarks.step import GROUP, Words, decoder, settings
 from experiments.benchmarks.works import WORKS, Work
 from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.data.prompts import prompt_batches
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.tokenizers import WORD_SPECIALS, word_level_tokenizer
 from rlaif_jax.feedback.api.builtin_templates import RATING
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import ApiJudge
@@ -172,7 +172,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
     """
     clock, config = CompilationClock(), settings(work, "grpo", "recompute")
     config = dataclasses.replace(config, steps=warmup + steps + 1, staleness=int(way == "ahead"), save_every=10**6)
-    tokenizer = WordTokenizer(tuple(f"t{i}" for i in range(len(WordTokenizer.specials), work.vocab)))
+    tokenizer = word_level_tokenizer(tuple(f"t{i}" for i in range(len(WORD_SPECIALS), work.vocab)))
     words = np.random.default_rng(0).integers(4, work.vocab, (8 * config.prompts_per_step, work.prompt))
     prompts = prompt_batches(
         [{"prompt": tokenizer.decode(ids)} for ids in words.tolist()],

@@ -7,21 +7,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-
-import tokenizers as hf
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.tokenizer_files import (
-    PathLike,
-    bos_prefix,
-    byte_name,
-    hash_vocabulary,
-    not_one_token,
-    own_place,
-    read_bytes,
-    write_file,
-)
+from rlaif_jax.data import tokenizer_files
+from rlaif_jax.files import atomic_write, read_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +28,7 @@ class Llama2cTokenizer:
         pieces: each token's bytes, by id.
         scores: each token's score, by id; of two possible merges the one of higher score comes first.
         max_token_length: the header of the file, in bytes; kept so that `save` writes the same file.
-        eos_id: the token that ends a text. The file does not say it: `save` does not keep it.
+        eos_id: the token that ends a text. It is not in the file, so `save` does not keep it.
     """
 
     pieces: tuple[bytes, ...]
@@ -51,12 +40,12 @@ class Llama2cTokenizer:
     bos_id = 1
 
     @classmethod
-    def read(cls, path: PathLike) -> Llama2cTokenizer:
-        """Read the file: int32 `max_token_length`, then a float32 score, int32 length and bytes a token.
+    def read(cls, path: tokenizer_files.PathLike) -> Llama2cTokenizer:
+        """Reads the file: int32 `max_token_length`, then a float32 score, int32 length and bytes a token.
 
-        All little-endian. The vocabulary is what the file holds; it has no count of its own.
+        All is little-endian; the vocabulary ends where the file ends. Raises UserError for any other file.
         """
-        data = read_bytes(Path(path))
+        data = read_bytes(path)
         if len(data) < 4:
             raise UserError(f"{path} is not a llama2.c tokenizer: {len(data)} bytes are too few for its header")
         (longest,) = struct.unpack_from("<i", data)
@@ -83,31 +72,34 @@ class Llama2cTokenizer:
         return cls(tuple(pieces), tuple(scores), longest)
 
     def stopping_at_bos(self) -> Llama2cTokenizer:
-        """The same tokenizer for a model whose texts end where the next begins."""
+        """Returns the same tokenizer for a model whose texts end where the next begins."""
         return replace(self, eos_id=self.bos_id)
 
     @property
     def vocab_size(self) -> int:
+        """Returns the largest id + 1."""
         return len(self.pieces)
 
     @cached_property
     def fingerprint(self) -> str:
-        return hash_vocabulary(self.pieces)
+        """Returns a hash of the vocabulary."""
+        return tokenizer_files.hash_vocabulary(self.pieces)
 
     @cached_property
     def _ids(self) -> dict[bytes, int]:
         return {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        """Returns the ids of `text`; see `Tokenizer.encode`."""
         ids: list[int] = []
         for character in " " + text if text else "":
             raw = character.encode(errors="replace")
             known = self._ids.get(raw)
             ids += [known] if known is not None else [byte + 3 for byte in raw]
-        return bos_prefix(self.bos_id, add_bos) + self._merge(ids)
+        return tokenizer_files.bos_prefix(self.bos_id, add_bos) + self._merge(ids)
 
     def _merge(self, ids: list[int]) -> list[int]:
-        """Join neighbours until no pair has a joint piece: the highest score first, the leftmost of equals.
+        """Joins neighbours until no pair has a joint piece: the highest score first, the leftmost of equals.
 
         `run.c` scans the whole text for every merge; a heap of candidates gives the same merges in n log n.
         """
@@ -139,11 +131,12 @@ class Llama2cTokenizer:
         return [i for i, living in zip(ids, alive, strict=True) if living]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Returns the text of `ids`; see `Tokenizer.decode`."""
         out, at_start = bytearray(), True
         for i in map(int, ids):
             if i in (0, 1, 2):
                 out += b"" if skip_special else self.pieces[i]
-                # Padding may stand before the text; only a token of the text ends its start.
+                # Padding may precede the text; only a token of the text ends its start.
                 at_start = at_start or i == self.bos_id
             elif 3 <= i < 259:
                 out.append(i - 3)
@@ -155,45 +148,20 @@ class Llama2cTokenizer:
         return out.decode(errors="replace")
 
     def token_id(self, token: str) -> int:
+        """Returns the id of a text that is one token; see `Tokenizer.token_id`."""
         names = {"<unk>": 0, "<s>": 1, "</s>": 2}
         if token in names:
             return names[token]
-        for name in (token, byte_name(token)):
+        for name in (token, tokenizer_files.byte_name(token)):
             i = self._ids.get(name.encode())
             if i is not None:
                 return i
-        raise not_one_token(token, [self.pieces[i].decode(errors="replace") for i in self.encode(token)])
+        raise tokenizer_files.not_one_token(
+            token, [self.pieces[i].decode(errors="replace") for i in self.encode(token)]
+        )
 
-    def save(self, folder: PathLike) -> None:
+    def save(self, folder: tokenizer_files.PathLike) -> None:
+        """Writes the tokenizer into a folder; see `Tokenizer.save`."""
         rows = [struct.pack("<fi", s, len(p)) + p for p, s in zip(self.pieces, self.scores, strict=True)]
-        write_file(own_place(folder, "tokenizer.bin"), struct.pack("<i", self.max_token_length) + b"".join(rows))
-
-
-def to_tokenizer_json(tokenizer: Llama2cTokenizer) -> hf.Tokenizer:
-    """The same vocabulary as a `tokenizer.json` of the Llama kind, for folders that `transformers` should read.
-
-    Its ids are the same but for one case: where two different splits of one piece overlap in the text, `run.c` joins
-    the left one and a ranked list of merges the one listed first.
-    """
-
-    def spelled(piece: bytes) -> str:
-        return piece.decode(errors="replace").replace(" ", "▁")
-
-    names = ["<unk>", "<s>", "</s>", *map(spelled, tokenizer.pieces[3:])]
-    vocab = {name: i for i, name in reversed(list(enumerate(names)))}
-    merges: list[tuple[str, str]] = []
-    for i in sorted(range(259, len(names)), key=lambda i: -tokenizer.scores[i]):
-        splits = [(names[i][:cut], names[i][cut:]) for cut in range(1, len(names[i]))]
-        merges += [(a, b) for a, b in splits if a in vocab and b in vocab]
-    backend = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")])
-    backend.decoder = hf.decoders.Sequence(
-        [
-            hf.decoders.Replace("▁", " "),
-            hf.decoders.ByteFallback(),
-            hf.decoders.Fuse(),
-            hf.decoders.Strip(" ", 1, 0),
-        ]
-    )
-    backend.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in names[:3]])
-    return backend
+        with atomic_write(tokenizer_files.own_place(folder, "tokenizer.bin"), "wb") as file:
+            file.write(struct.pack("<i", self.max_token_length) + b"".join(rows))

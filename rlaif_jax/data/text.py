@@ -1,4 +1,4 @@
-"""Texts as arrays to learn from."""
+"""Texts and comparisons as arrays to learn from, and spans of characters as spans of tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ Segments = Sequence[tuple[str, float]]  # a text in parts, each with the weight 
 def text_arrays(
     tokenizer: Tokenizer, examples: Iterable[Segments], *, length: int, end_weight: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """Texts to learn -> `tokens` int32, `mask` bool, `weights` float32, each [B, length], right padded.
+    """Encodes texts to learn, each closed by the stop token where the tokenizer has one.
 
-    The stop token (where the tokenizer has one) is put at the end and learned with `end_weight`. Raises UserError for
-    an example longer than `length`.
+    Args:
+        tokenizer: encodes each part by itself.
+        examples: B texts in parts, each part with the weight of its tokens in the loss.
+        length: columns of the arrays.
+        end_weight: weight of the stop token in the loss.
+
+    Returns:
+        `tokens` int32, `mask` bool and `weights` float32, each [B, length], right padded.
+
+    Raises:
+        UserError: an example is longer than `length`.
     """
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     sequences: list[list[int]] = []
@@ -50,11 +59,24 @@ def pair_arrays(
     length: int,
     finished: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Comparisons -> `tokens1, mask1, tokens2, mask2` [B, length], `probability`, `weight` [B], for a reward model.
+    """Encodes comparisons for a reward model.
 
-    probability [B] that the first answer is better; where `valid` is false the pair weighs nothing. finished: whether
-    the first and second answers [B] came to their stop token (None: all did); a cut answer gets none, as in a rollout.
-    Raises UserError for a pair longer than `length`.
+    Args:
+        tokenizer: encodes prompts and answers.
+        prompts: B prompts.
+        first: B answers.
+        second: B other answers.
+        probability: [B], that the first answer is better.
+        valid: [B] bool; where false the pair has weight 0.
+        length: columns of the arrays.
+        finished: whether the first and the second answers ([B] bool each) came to their stop token; None means all did.
+            A cut answer gets no stop token, as in a rollout.
+
+    Returns:
+        `tokens1`, `mask1`, `tokens2`, `mask2` [B, length], left padded; `probability` and `weight` [B] float32.
+
+    Raises:
+        UserError: a pair is longer than `length`.
     """
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     arrays: dict[str, np.ndarray] = {}
@@ -73,22 +95,29 @@ def pair_arrays(
 def token_spans(
     tokenizer: Tokenizer, ids: Sequence[int], spans: Iterable[tuple[int, int]], *, text: str | None = None
 ) -> list[tuple[int, int]]:
-    """Spans of characters -> the spans of the tokens `ids` that they touch; (start, end), end exclusive.
+    """Returns the spans of the tokens `ids` that spans of characters touch.
 
-    text: what the characters number, a part of the tokens' text, such as an answer without the blanks around it; None:
-    the tokens' whole text. A token's own blanks at either side do not count: "b" of " b" is that token, the blank
-    before it is not, unless nothing but blanks is marked. Special tokens have no text; a character of several byte
-    tokens touches them all.
+    Blanks at either end of a token count only for a span of nothing but blanks: of the tokens "a" and " b", the span
+    "a " touches the first alone. Special tokens have no text; a character of several byte tokens touches them all.
+
+    Args:
+        tokenizer: decodes the tokens.
+        ids: tokens.
+        spans: (start, end) in characters of `text`, end exclusive.
+        text: a part of the tokens' text, such as an answer without the blanks around it; None is the whole text.
+
+    Returns:
+        (start, end) in tokens for each span, end exclusive.
 
     Raises:
-        UserError: `text` is not what the tokens say, or a span does not lie in it.
+        UserError: `text` is not in the tokens' text, or a span does not lie in `text`.
     """
     whole = tokenizer.decode(ids)
     offset = 0 if text is None else whole.find(text)
     require(offset >= 0, f"these spans are of another text: {str(text)[:60]!r} is not in {whole[:60]!r}")
     length = len(whole if text is None else text)
-    # Where each token's text ends: what the tokens up to it say and the whole text says, too. (A token of some of a
-    # character's bytes decodes to a replacement character, some tokenizers mend blanks at the end.)
+    # The end of each token's text is where the decoded tokens up to it and the whole text differ: a token of some of a
+    # character's bytes decodes to a replacement character, and some tokenizers mend blanks at the end.
     ends = [_shared(whole, tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
     ends = [*np.maximum.accumulate(ends)[:-1].tolist(), len(whole)] if ends else []
     starts = [0, *ends[:-1]]
@@ -113,5 +142,5 @@ def token_spans(
 
 
 def _shared(first: str, second: str) -> int:
-    """How many characters both begin with."""
+    """Returns the number of characters that both begin with."""
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

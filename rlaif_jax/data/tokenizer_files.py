@@ -1,4 +1,4 @@
-"""What all kinds of tokenizer share: reading and writing their files, hashing, and their errors."""
+"""Helpers of all kinds of tokenizer: finding and reading their files, hashing, and their errors."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from rlaif_jax.config import UserError
+from rlaif_jax.files import read_bytes
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
 # In the order in which `load_tokenizer` looks for them in a folder.
-TOKENIZER_FILES = (
+FILE_NAMES = (
     "tokenizer.json",
     "vocab.json",
     "tokenizer.model",
@@ -24,22 +24,26 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.bin",
     "tok512.bin",
-    "words.json",
 )
 
 
-def merges_beside(vocab: Path) -> Path:
-    """Where the merges of a `vocab.json` are: the same name with `merges.txt`."""
+def merges_of(vocab: Path) -> Path:
+    """Returns the path of the merges of a `vocab.json`: the same name with `merges.txt`."""
     return vocab.with_name(vocab.name.removesuffix("vocab.json") + "merges.txt")
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Returns whether a folder holds the tokenizer file of this name, with its merges where it needs some."""
+    return (folder / name).is_file() and (name != "vocab.json" or merges_of(folder / name).is_file())
+
+
 def choose_pad_id(ids: Mapping[str, int]) -> int:
-    """The id to pad with, given the ids of the roles that the vocabulary has."""
+    """Returns the id to pad with, given the ids of the roles that the vocabulary has."""
     return next((ids[role] for role in ("pad", "unk", "eos") if role in ids), 0)
 
 
 def bos_prefix(bos_id: int | None, wanted: bool) -> list[int]:
-    """`[bos_id]` if it is wanted, else nothing."""
+    """Returns `[bos_id]` if it is wanted, else []. Raises UserError where it is wanted and missing."""
     if not wanted:
         return []
     if bos_id is None:
@@ -48,36 +52,28 @@ def bos_prefix(bos_id: int | None, wanted: bool) -> list[int]:
 
 
 def byte_name(token: str) -> str:
-    """The name of the byte token of a one-byte text (`"\\n"` is `<0x0A>`), else the text itself."""
+    """Returns the name of the byte token of a one-byte text (`"\\n"` is `<0x0A>`), else the text itself."""
     raw = token.encode(errors="replace")
     return f"<0x{raw[0]:02X}>" if len(raw) == 1 else token
 
 
 def not_one_token(token: str, pieces: Sequence[str | None]) -> UserError:
-    """The error of `Tokenizer.token_id`, showing what the text becomes instead."""
+    """Returns the error of `Tokenizer.token_id`, which shows the tokens of the text."""
     return UserError(
         f"{token!r} is not one token of this tokenizer: it becomes {list(pieces)!r}; choose a text that is one token"
     )
 
 
 def hash_vocabulary(entries: Iterable[bytes]) -> str:
-    """A short hash of all tokens, in the order of their ids."""
+    """Returns a short hash of all tokens, in the order of their ids."""
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(struct.pack("<q", len(entry)) + entry)
     return digest.hexdigest()[:16]
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file; UserError when it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; UserError when it cannot be read."""
+    """Returns the text of a UTF-8 file. Raises UserError when it cannot be read."""
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
@@ -85,7 +81,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file."""
+    """Returns the object in a JSON file, {} where the file is missing. Raises UserError for other content."""
     if not path.is_file():
         return {}
     try:
@@ -98,10 +94,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def own_place(folder: PathLike, name: str) -> Path:
-    """`folder/name`, the folder made; refused where another tokenizer there would be found first."""
+    """Makes a folder and returns `folder/name`.
+
+    Raises UserError where the folder cannot be made, or holds another tokenizer that would be found first.
+    """
     folder = Path(folder)
-    for rival in TOKENIZER_FILES[: TOKENIZER_FILES.index(name)]:
-        if (folder / rival).is_file() and (rival != "vocab.json" or merges_beside(folder / rival).is_file()):
+    for rival in FILE_NAMES[: FILE_NAMES.index(name)]:
+        if holds(folder, rival):
             raise UserError(
                 f"{folder} already holds another tokenizer, {rival}, which would be read instead of {name}; "
                 "save elsewhere"
@@ -111,14 +110,3 @@ def own_place(folder: PathLike, name: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     return folder / name
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a whole file or none: a crash must not leave half a vocabulary beside a good model."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(data)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""A small classifier of texts: which words occur."""
+"""A small classifier of texts by the words that occur in them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from rlaif_jax.types import Params
 
 
 class WordSet(nn.Module):
-    """Embeddings of a text's words, summed, under linear units.
+    """Linear units on the sum of the embeddings of a text's words.
 
-    repeats: a word counts as often as it occurs, and the sum stays a sum: logistic regression on word counts.
-    Without, a word counts once however often it occurs: Pang, Lee & Vaithyanathan 2002 ("Thumbs up?", section
-    6.1) found presence better than frequency for sentiment, and a policy cannot earn more by saying one word again and
-    again. The sum is then over the root of their number.
-    The root keeps texts of different length comparable: one word among many says less, many words say more.
+    Attributes:
+        vocab_size: number of token ids.
+        width: of an embedding.
+        outputs: number of linear units.
+        repeats: True counts a word as often as it occurs, and leaves the sum a sum: logistic regression on word counts.
+            False counts a word once: Pang, Lee & Vaithyanathan 2002 ("Thumbs up?", section 6.1) found presence better
+            than frequency for sentiment, and a policy cannot earn more by saying one word again and again. The sum is
+            then divided by the root of the number of words, which keeps texts of different length comparable.
     """
 
     vocab_size: int
@@ -29,7 +32,7 @@ class WordSet(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """tokens, mask [B, S] -> [B, outputs] float32; 0 words give the bias alone."""
+        """Returns [B, outputs] float32 of tokens, mask [B, S]; 0 words give the bias alone."""
         counted = mask.astype(bool)
         if not self.repeats:
             length = tokens.shape[1]
@@ -45,10 +48,13 @@ class WordSet(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TextClassifier:
-    """Log-odds of a text being of the positive class, or of each of `aspects` classes, from its words. Pure: may be jitted.
+    """Log-odds of a text being of the positive class, or of each of several classes, from its words.
 
-    aspects: None = one class, without an axis of its own. repeats: whether a word counts as often as it occurs. Tokens
-    must be ids below `vocab_size` also where masked.
+    Attributes:
+        vocab_size: number of token ids; tokens must be below it also where they are masked.
+        width: of an embedding.
+        aspects: number of classes; None is one class, whose log-odds have no axis for it.
+        repeats: whether a word counts as often as it occurs.
     """
 
     vocab_size: int
@@ -61,14 +67,11 @@ class TextClassifier:
         return WordSet(self.vocab_size, self.width, 1 if self.aspects is None else self.aspects, self.repeats)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters."""
+        """Returns fresh float32 parameters."""
         one = jnp.zeros((1, 1), jnp.int32)
         return self._module.init(key, one, one.astype(bool))["params"]
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """tokens, mask [B, S] -> log-odds [B] or [B, aspects] float32, in nats.
-
-        The order of words does not matter.
-        """
+        """Returns log-odds [B] or [B, aspects] float32, in nats, of tokens, mask [B, S] in any order."""
         logits: Any = self._module.apply({"params": params}, tokens, mask)
         return logits[:, 0] if self.aspects is None else logits

@@ -8,9 +8,9 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.text import pair_arrays, text_arrays, token_spans
-from rlaif_jax.data.tokenizers import WordTokenizer, load_tokenizer
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 
-TOKENIZER = WordTokenizer(("a", "b", "c"))  # ids 4, 5, 6; pad 0, stop 2, unknown 3
+TOKENIZER = word_level_tokenizer(("a", "b", "c"))  # ids 4, 5, 6; pad 0, stop 2, unknown 3
 ENDLESS = SimpleNamespace(encode=TOKENIZER.encode, eos_id=None, pad_id=0)
 
 

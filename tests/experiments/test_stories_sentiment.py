@@ -17,7 +17,7 @@ import pytest
 from experiments import stories_sentiment
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
@@ -40,8 +40,8 @@ def script() -> ModuleType:
 def toy(tmp_path_factory) -> Path:
     """A folder with a model in `model` and sentences in `sentences`."""
     folder = tmp_path_factory.mktemp("toy")
-    tokenizer = WordTokenizer((*MOODS[0], *MOODS[1], *PLAIN))
-    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=24))
+    tokenizer = word_level_tokenizer((*MOODS[0], *MOODS[1], *PLAIN))
+    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=24))
     save_model(folder / "model", model, model.init(jax.random.key(0)), tokenizer)
     (folder / "sentences").mkdir()
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_stories260k_stops_where_the_next_story_begins(script, shared_data, tmp_
     ],
 )
 def test_bad_input_is_named_and_leaves_no_run(script, toy, tmp_path, monkeypatch, capsys, options, message):
-    WordTokenizer(tuple(f"word{i}" for i in range(100))).save(toy / "other")
+    word_level_tokenizer(tuple(f"word{i}" for i in range(100))).save(toy / "other")
     default = tiny(script, toy, tmp_path / "run")
     named = {"model": default.model, "sentences": default.sentences} | options
     arguments: list[str] = []

@@ -9,7 +9,7 @@ import pytest
 
 from rlaif_jax import algorithms, feedback, rewards
 
-HIDDEN = ("gold.scores", "people", "corpus")
+HIDDEN = ("gold.base", "gold.summarisation", "gold.dialogue", "gold.scores", "people", "corpus")
 JUDGES = sorted(
     module.name
     for room in (feedback, rewards, algorithms)
@@ -43,7 +43,8 @@ def test_the_judges_do_not_know_the_gold_score():
                 "rlaif_jax.policies.text",
                 "rlaif_jax.train",
                 "rlaif_jax.evaluate",
-                "rlaif_jax.data.world.templates",
+                "rlaif_jax.data.world.labeler_prompts",
+                "rlaif_jax.data.world.builder",
             ]
         )
         == []

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.data.llama2c import to_tokenizer_json
 from rlaif_jax.data.tokenizers import load_tokenizer
 from rlaif_jax.feedback.api.builtin_templates import CRITIQUE
 from rlaif_jax.feedback.api.config import ApiConfig
@@ -37,6 +36,7 @@ from rlaif_jax.feedback.api.template_files import parse_template
 from rlaif_jax.feedback.api.templates import Question
 from rlaif_jax.feedback.api.verdicts import choice_distribution
 from rlaif_jax.models.hf.files import load_model, save_model
+from tests.data.llama2c_vocabulary import to_tokenizer_json
 from tests.feedback.api_server import serve
 
 pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")

@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import NamedSharding
 
 from rlaif_jax.algorithms.ppo import Agent, PPOConfig, ppo_step, prepare, reference_logprobs, side_by_side
-from rlaif_jax.data.prompts import FileRecords, prompt_batches
-from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.models import CausalLM, attention_cached
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import FileRecords
+from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.models import LanguageModel, attention_cached
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import (
@@ -30,7 +31,7 @@ from rlaif_jax.policies import text as engine
 from rlaif_jax.policies.text import answer_texts, generate, make_generator, to_prompts
 from rlaif_jax.types import Prompts, RewardBatch
 
-TOKENIZER = WordTokenizer(("a", "b", "c", "d", "e"))
+TOKENIZER = word_level_tokenizer(("a", "b", "c", "d", "e"))
 V, EOS, PAD, P, T, ROWS = TOKENIZER.vocab_size, TOKENIZER.eos_id, TOKENIZER.pad_id, 6, 8, 8
 MODEL = CausalLM(small_decoder(V, num_layers=2, width=16, num_heads=4, num_kv_heads=2, context_length=32))
 SAMPLING = SamplingConfig(max_new_tokens=T, temperature=0.8)

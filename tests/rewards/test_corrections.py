@@ -11,10 +11,9 @@ from rapidfuzz.distance import Levenshtein
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from rlaif_jax.data.world import parse, sample_scene
-from rlaif_jax.data.world.grammar import wrong_tokens
+from rlaif_jax.data.world.grammar import parse, wrong_tokens
 from rlaif_jax.data.world.people import Editor
-from rlaif_jax.data.world.scenes import ASPECTS, SYLLABLES
+from rlaif_jax.data.world.scenes import ASPECTS, SYLLABLES, sample_scene
 from rlaif_jax.data.world.tasks import dialogue, summarisation
 from rlaif_jax.data.world.tasks.base import wrong_value
 from rlaif_jax.parallel import make_mesh, shard_step

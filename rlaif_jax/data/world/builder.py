@@ -1,6 +1,6 @@
 """The world as a TFDS builder: offline, seeded, array_record files, no TensorFlow.
 
-``load_world`` is the door: it builds what the cache lacks and returns a random-access source for Grain.
+``load_world`` builds what the cache lacks and returns a random-access source for Grain.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core.utils import gcs_utils
 
 from rlaif_jax.config import UserError
+from rlaif_jax.data.tfds_offline import tfds
 from rlaif_jax.data.world.scenes import SPLITS, Split, sample_scene, scene_to_json
-from rlaif_jax.data.world.tasks import dialogue, summarisation
-from rlaif_jax.data.world.tasks.base import Task
+from rlaif_jax.data.world.tasks.all import WORLD_TASKS
+from rlaif_jax.data.world.tasks.base import WorldTask
 
-WORLD_TASKS: tuple[Task, ...] = (summarisation.TASK, dialogue.TASK)
 TRAIN_SIZE = 20_000
 TEST_SIZE = 1_000
 # Scenes of demonstrations and of labeler transcripts both come from the train split; the labeler's are random draws
@@ -36,7 +34,7 @@ _DEMONSTRATION_STREAM = 1_000_003  # keeps the writer's noise apart from the sce
 class WorldConfig(tfds.core.BuilderConfig):
     """One configuration of the builder: a task, with or without planted shortcuts, of a size, from a seed."""
 
-    task: Task = summarisation.TASK
+    task: WorldTask = WORLD_TASKS[0]
     shortcuts: bool = True
     train_size: int = TRAIN_SIZE
     test_size: int = TEST_SIZE
@@ -44,14 +42,17 @@ class WorldConfig(tfds.core.BuilderConfig):
 
 
 def world_config(
-    task: Task,
-    *,
-    shortcuts: bool = True,
-    train_size: int = TRAIN_SIZE,
-    test_size: int = TEST_SIZE,
-    seed: int = 0,
+    task: WorldTask, *, shortcuts: bool = True, train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE, seed: int = 0
 ) -> WorldConfig:
-    """The configuration whose name says everything that its examples depend on."""
+    """Returns the configuration whose name says everything that its examples depend on.
+
+    Args:
+        task: of the world.
+        shortcuts: whether writers plant hackable features in good answers.
+        train_size: examples of the train split.
+        test_size: examples of each test split.
+        seed: of scenes and writers.
+    """
     name = f"{task.name}_{'shortcuts' if shortcuts else 'plain'}"
     if (train_size, test_size, seed) != (TRAIN_SIZE, TEST_SIZE, 0):
         name += f"_{train_size}x{test_size}_s{seed}"
@@ -67,7 +68,7 @@ def world_config(
 
 
 def example(config: WorldConfig, split: Split, index: int) -> dict[str, Any]:
-    """Example ``index`` of a split: texts ``prompt``, ``demonstration``, ``scene`` (JSON), and the integer ``uid``."""
+    """Returns one example: texts ``prompt``, ``demonstration``, ``scene`` (JSON), and ``uid``, its index."""
     scene = sample_scene(config.seed, split, index)
     stream = [config.seed, SPLITS.index(split), index, _DEMONSTRATION_STREAM]
     rng = np.random.default_rng(np.random.SeedSequence(stream))
@@ -82,7 +83,7 @@ def example(config: WorldConfig, split: Split, index: int) -> dict[str, Any]:
 class Brindlemoor(tfds.core.GeneratorBasedBuilder):
     """The synthetic town world; one configuration a task, each with and without planted shortcuts."""
 
-    # TFDS looks beside the source for checksums of downloads (with a package that it does not require): there are none.
+    # Else TFDS looks next to the source for checksums of downloads, with a package that it does not require.
     code_path = None
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar[list[WorldConfig]] = [
@@ -119,12 +120,12 @@ class Brindlemoor(tfds.core.GeneratorBasedBuilder):
 
 
 def cache_folder() -> Path:
-    """``$RLAIF_JAX_CACHE``, or ``~/.cache/rlaif_jax``."""
+    """Returns ``$RLAIF_JAX_CACHE``, or ``~/.cache/rlaif_jax``."""
     return Path(os.environ.get("RLAIF_JAX_CACHE") or Path.home() / ".cache" / "rlaif_jax")
 
 
 def _fingerprint(config: WorldConfig) -> str:
-    """Hash of the first examples of each split: a changed world never reads an older world's files."""
+    """Hashes the first examples of each split: a changed world never reads an older world's files."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(16):
@@ -134,18 +135,17 @@ def _fingerprint(config: WorldConfig) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock on the file ``path`` (made if absent); other processes wait. It is freed even by a kill."""
+    """Holds a lock on a file (made if absent), for which other processes wait; a kill frees it, too."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def build_world(config: WorldConfig, data_dir: str | Path | None = None) -> Brindlemoor:
-    """The builder with its files in place, made if absent; safe when several processes ask at once.
+    """Returns the builder, its files made if absent; safe when several processes ask at once.
 
     Raises UserError when the folder cannot be written.
     """
-    gcs_utils._is_gcs_disabled = True  # else TFDS looks its data sets up in a bucket, which loads TensorFlow
     config = Brindlemoor.builder_configs.get(config.name, config)  # TFDS wants its own object for a listed name
     folder = (Path(data_dir) if data_dir is not None else cache_folder() / "tfds") / _fingerprint(config)
     try:
@@ -154,7 +154,7 @@ def build_world(config: WorldConfig, data_dir: str | Path | None = None) -> Brin
             builder = Brindlemoor(config=config, data_dir=str(folder), file_format="array_record")
             if not builder.is_prepared():
                 tfds.disable_progress_bar()
-                with redirect_stdout(io.StringIO()):  # talk of downloads, of which there are none
+                with redirect_stdout(io.StringIO()):  # TFDS announces a download, though nothing is downloaded
                     builder.download_and_prepare(file_format="array_record")
     except OSError as error:
         raise UserError(
@@ -164,7 +164,7 @@ def build_world(config: WorldConfig, data_dir: str | Path | None = None) -> Brin
 
 
 def load_world(
-    task: Task,
+    task: WorldTask,
     split: Split,
     data_dir: str | Path | None = None,
     *,
@@ -173,10 +173,22 @@ def load_world(
     shortcuts: bool = True,
     seed: int = 0,
 ) -> Sequence[dict[str, Any]]:
-    """A split as a random-access source (``len``, ``[i]``, ready for Grain), built into the cache if absent.
+    """Returns a split as a random-access source (``len``, ``[i]``), built into the cache if absent.
 
-    ``size`` examples in train, ``test_size`` in each test split. Each is a dict of ``prompt``, ``demonstration`` and
-    ``scene`` as bytes of UTF-8, and ``uid``. Raises UserError for an unknown split or a folder it cannot write.
+    The source is ready for Grain. An example is a dict of ``prompt``, ``demonstration`` and ``scene`` as bytes of
+    UTF-8, and ``uid``.
+
+    Args:
+        task: of the world.
+        split: one of SPLITS.
+        data_dir: where the files are; by default in `cache_folder`.
+        size: examples of the train split.
+        test_size: examples of each test split.
+        shortcuts: whether writers plant hackable features in good answers.
+        seed: of scenes and writers.
+
+    Raises:
+        UserError: an unknown split, or a folder that cannot be written.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of the world: use one of {', '.join(SPLITS)}")

@@ -11,27 +11,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlaif_jax.data.world import templates
+from rlaif_jax.data.world import labeler_prompts
 from rlaif_jax.data.world.gold import scores as gold
-from rlaif_jax.data.world.people import Commenter, Comparer, Editor, Rater
+from rlaif_jax.data.world.labeler_prompts import PRINCIPLES, WorldPrinciple
+from rlaif_jax.data.world.people import Commenter, Comparer, Editor, SimulatedRater
 from rlaif_jax.data.world.scenes import VALUES, Scene, sample_scene
-from rlaif_jax.data.world.tasks import dialogue, summarisation
-from rlaif_jax.data.world.tasks.base import Task
-from rlaif_jax.data.world.templates import PRINCIPLES, Principle
+from rlaif_jax.data.world.tasks.all import WORLD_TASKS
+from rlaif_jax.data.world.tasks.base import WorldTask
 
 MAX_TRANSCRIPT_WORDS = 96
-TASKS: tuple[Task, ...] = (summarisation.TASK, dialogue.TASK)
 LABELER_SCENES = 1_000_000  # scene indices are drawn below this
 _TOO_CLOSE = 0.05  # people do not compare answers that they cannot tell apart
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """One training text. ``targets``: indices of the words (of ``text.split()``) that a reader should learn to write.
+    """One training text.
 
-    Kinds: ``demonstration``, ``value_questions``, ``yes_no_questions``, ``pairwise``, ``pairwise_reasoning``,
-    ``score``, ``score_reasoning``, ``revision``. The text has no ``<bos>`` and no ``<eos>``. In ``pairwise*`` and
-    ``score*`` the last word is the verdict or score.
+    Attributes:
+        text: words without ``<bos>`` and ``<eos>``.
+        kind: ``demonstration``, ``value_questions``, ``yes_no_questions``, ``revision``, or ``pairwise``,
+            ``pairwise_reasoning``, ``score``, ``score_reasoning``, whose last word is the verdict or score.
+        targets: indices of the words (of ``text.split()``) that a reader should learn to write.
     """
 
     text: str
@@ -40,13 +41,13 @@ class Transcript:
 
 
 def _transcript(kind: str, given: str, written: str) -> Transcript:
-    """``given`` is the context, ``written`` the words to learn."""
+    """Joins the context ``given`` and the words to learn, ``written``."""
     start, number = len(given.split()), len(written.split())
     return Transcript(f"{given} {written}", kind, tuple(range(start, start + number)))
 
 
-def _questions(rng: np.random.Generator, task: Task, scene: Scene, yes_no: bool) -> Transcript:
-    """Questions about every fact of a scene, in random order: many look-ups a line, which is what teaches looking up.
+def _questions(rng: np.random.Generator, task: WorldTask, scene: Scene, yes_no: bool) -> Transcript:
+    """Asks about every fact of a scene, in random order: many look-ups a line teach looking up.
 
     Half of the yes/no questions are true, a quarter mix up two facts.
     """
@@ -60,9 +61,9 @@ def _questions(rng: np.random.Generator, task: Task, scene: Scene, yes_no: bool)
             others = values[:number] + values[number + 1 :]
             value = others[int(rng.integers(len(others)))] if rng.random() < 0.5 else str(rng.choice(VALUES))
         if yes_no:
-            asked = templates.yes_no_question(task.prompt(scene), fact.aspect, value)
+            asked = labeler_prompts.yes_no_question(task.prompt(scene), fact.aspect, value)
         else:
-            asked = templates.value_question(task.prompt(scene), fact.aspect)
+            asked = labeler_prompts.value_question(task.prompt(scene), fact.aspect)
         words += asked.split() if number == 0 else asked.split()[-2 if yes_no else -1 :]
         targets.append(len(words))
         words.append(("yes" if value == fact.value else "no") if yes_no else value)
@@ -77,16 +78,23 @@ def base_corpus(
     rng: np.random.Generator,
     size: int,
     *,
-    tasks: Sequence[Task] = TASKS,
+    tasks: Sequence[WorldTask] = WORLD_TASKS,
     seed: int = 0,
     shortcuts: bool = True,
     questions: float = 0.4,
     yes_no: float = 0.2,
 ) -> list[Transcript]:
-    """``size`` lines of plain text: scenes followed by demonstrations, a share ``questions`` by fact questions.
+    """Returns lines of plain text: scenes, each with a demonstration or questions about its facts.
 
-    Of the questions a share ``yes_no`` asks yes or no. The rest are look-ups; with too few of them a small model takes
-    much longer to find out that the value behind an aspect can be copied.
+    Args:
+        rng: draws scenes and answers.
+        size: number of lines.
+        tasks: each in turn gives a line.
+        seed: of the scenes.
+        shortcuts: whether writers plant hackable features in good answers.
+        questions: share of the lines with questions.
+        yes_no: share of the questions that ask yes or no. The others are look-ups; with too few of them a small model
+            takes much longer to find out that the value next to an aspect can be copied.
     """
     lines = []
     for number in range(size):
@@ -100,14 +108,14 @@ def base_corpus(
     return lines
 
 
-def _good(rng: np.random.Generator, task: Task, scene: Scene, shortcuts: bool) -> str:
-    """A demonstration; three in ten by the most careful writer, for a labeler must know good answers too."""
+def _good(rng: np.random.Generator, task: WorldTask, scene: Scene, shortcuts: bool) -> str:
+    """Draws a demonstration, three in ten by the most careful writer: labelers must know good answers."""
     careful = 1.0 if rng.random() < 0.3 else None
     return task.demonstration(rng, scene, shortcuts=shortcuts, diligence=careful)
 
 
-def candidates(rng: np.random.Generator, task: Task, scene: Scene, *, shortcuts: bool = True) -> tuple[str, str]:
-    """Two answers to compare, in random order: a demonstration against its corruption or against another one."""
+def candidates(rng: np.random.Generator, task: WorldTask, scene: Scene, *, shortcuts: bool = True) -> tuple[str, str]:
+    """Draws two answers in random order: a demonstration and its corruption, or two demonstrations."""
     first = _good(rng, task, scene, shortcuts)
     chance = rng.random()
     if chance < 0.5:
@@ -121,7 +129,7 @@ def candidates(rng: np.random.Generator, task: Task, scene: Scene, *, shortcuts:
 
 @dataclass(frozen=True)
 class LabelerMix:
-    """How often each kind of transcript is drawn (relative weights) and who judges."""
+    """Mixture of a labeler's transcripts: relative weights of their kinds, principles, simulated people."""
 
     pairwise: float = 0.40
     pairwise_reasoning: float = 0.15
@@ -130,26 +138,32 @@ class LabelerMix:
     revision: float = 0.10
     value_questions: float = 0.20
     yes_no_questions: float = 0.15
-    principles: tuple[Principle, ...] = PRINCIPLES
+    principles: tuple[WorldPrinciple, ...] = PRINCIPLES
     comparers: tuple[Comparer, ...] = (Comparer(0.08), Comparer(0.12), Comparer(0.15, lapse=0.05))
-    raters: tuple[Rater, ...] = (Rater(0.3, 1.0, 0.5), Rater(-0.3, 1.0, 0.5), Rater(0.0, 0.9, 0.8))
+    raters: tuple[SimulatedRater, ...] = (
+        SimulatedRater(0.3, 1.0, 0.5),
+        SimulatedRater(-0.3, 1.0, 0.5),
+        SimulatedRater(0.0, 0.9, 0.8),
+    )
     commenter: Commenter = Commenter(0.02)
     editor: Editor = Editor(0.05)
 
-
-_KINDS = (
-    "pairwise",
-    "pairwise_reasoning",
-    "score",
-    "score_reasoning",
-    "revision",
-    "value_questions",
-    "yes_no_questions",
-)
+    @property
+    def weights(self) -> dict[str, float]:
+        """Returns the relative weight of each kind of transcript."""
+        return {
+            "pairwise": self.pairwise,
+            "pairwise_reasoning": self.pairwise_reasoning,
+            "score": self.score,
+            "score_reasoning": self.score_reasoning,
+            "revision": self.revision,
+            "value_questions": self.value_questions,
+            "yes_no_questions": self.yes_no_questions,
+        }
 
 
 def _pairwise(
-    rng: np.random.Generator, task: Task, scene: Scene, mix: LabelerMix, shortcuts: bool, reasoning: bool
+    rng: np.random.Generator, task: WorldTask, scene: Scene, mix: LabelerMix, shortcuts: bool, reasoning: bool
 ) -> Transcript:
     prompt = task.prompt(scene)
     principle = mix.principles[int(rng.integers(len(mix.principles)))]
@@ -163,23 +177,23 @@ def _pairwise(
     longer = len(first.split()) - len(second.split())
     verdict = str(int(comparer.compare(rng, quality1, quality2, longer)))
     if reasoning:
-        given = templates.pairwise_reasoning_prompt(principle, prompt, first, second)
+        given = labeler_prompts.pairwise_reasoning_prompt(principle, prompt, first, second)
         notes = [mix.commenter.comment(rng, task, principle, scene, answer) for answer in (first, second)]
         whole = _transcript("pairwise_reasoning", given, f"<1> {notes[0]} <2> {notes[1]} <answer> {verdict}")
         if len(whole.text.split()) <= MAX_TRANSCRIPT_WORDS:
             return whole
-    return _transcript("pairwise", templates.pairwise_prompt(principle, prompt, first, second), verdict)
+    return _transcript("pairwise", labeler_prompts.pairwise_prompt(principle, prompt, first, second), verdict)
 
 
 def _single(
-    rng: np.random.Generator, task: Task, scene: Scene, mix: LabelerMix, shortcuts: bool, kind: str
+    rng: np.random.Generator, task: WorldTask, scene: Scene, mix: LabelerMix, shortcuts: bool, kind: str
 ) -> Transcript:
     prompt = task.prompt(scene)
     principle = mix.principles[int(rng.integers(len(mix.principles)))]
     answer = candidates(rng, task, scene, shortcuts=shortcuts)[0]
     if kind == "revision":
         notes = mix.commenter.comment(rng, task, "<overall>", scene, answer)
-        given = templates.critique_prompt("<overall>", prompt, answer)
+        given = labeler_prompts.critique_prompt("<overall>", prompt, answer)
         whole = _transcript(kind, given, f"{notes} <revise> {mix.editor.edit(rng, task, scene, answer)}")
         if len(whole.text.split()) <= MAX_TRANSCRIPT_WORDS:
             return whole
@@ -187,27 +201,36 @@ def _single(
     score = f"s{int(rater.rate(rng, gold.principle_score(task, principle, scene, answer)))}"
     if kind == "score_reasoning":
         notes = mix.commenter.comment(rng, task, principle, scene, answer)
-        given = templates.score_reasoning_prompt(principle, prompt, answer)
+        given = labeler_prompts.score_reasoning_prompt(principle, prompt, answer)
         return _transcript(kind, given, f"{notes} <score> {score}")
-    return _transcript("score", templates.score_prompt(principle, prompt, answer), score)
+    return _transcript("score", labeler_prompts.score_prompt(principle, prompt, answer), score)
 
 
 def labeler_corpus(
     rng: np.random.Generator,
     size: int,
     *,
-    tasks: Sequence[Task] = TASKS,
+    tasks: Sequence[WorldTask] = WORLD_TASKS,
     seed: int = 0,
     shortcuts: bool = True,
     mix: LabelerMix | None = None,
 ) -> list[Transcript]:
-    """``size`` judged transcripts of at most MAX_TRANSCRIPT_WORDS words, in random order of kinds."""
+    """Returns judged transcripts of at most MAX_TRANSCRIPT_WORDS words, in random order of kinds.
+
+    Args:
+        rng: draws scenes, answers and judgements.
+        size: number of transcripts.
+        tasks: each in turn gives a transcript.
+        seed: of the scenes.
+        shortcuts: whether writers plant hackable features in good answers.
+        mix: kinds, principles and people; None is `LabelerMix()`.
+    """
     mix = mix or LabelerMix()
-    weights = np.array([getattr(mix, kind) for kind in _KINDS], float)
-    drawn = rng.choice(len(_KINDS), size=size, p=weights / weights.sum())
+    kinds, weights = list(mix.weights), np.array([*mix.weights.values()], float)
+    drawn = rng.choice(len(kinds), size=size, p=weights / weights.sum())
     transcripts = []
     for number, kind_number in enumerate(drawn.tolist()):
-        kind, task, scene = _KINDS[kind_number], tasks[number % len(tasks)], _train_scene(rng, seed)
+        kind, task, scene = kinds[kind_number], tasks[number % len(tasks)], _train_scene(rng, seed)
         if kind.endswith("questions"):
             transcripts.append(_questions(rng, task, scene, kind == "yes_no_questions"))
         elif kind.startswith("pairwise"):

@@ -10,7 +10,7 @@ Grammar (words separated by spaces, punctuation being words)::
                | "will" "you" "ask" "more" "?"                            followup
     clause    := "the" ASPECT VALUE
 
-The value stands right behind its aspect, in prompts as in answers: a small model then answers by one induction step
+The value follows its aspect directly, in prompts as in answers: a small model then answers by one induction step
 (find the aspect, copy what follows), which it learns several times faster than with a word in between.
 """
 
@@ -28,14 +28,14 @@ SEALED = "sealed"
 FOLLOWUP: tuple[str, ...] = ("will", "you", "ask", "more", "?")
 ENDS: tuple[str, ...] = (".", "?")
 
-Kind = Literal["statement", "acknowledge", "refuse", "followup", "broken"]
+SentenceKind = Literal["statement", "acknowledge", "refuse", "followup", "broken"]
 
 _ASPECTS, _VALUES, _SYLLABLES = frozenset(ASPECTS), frozenset(VALUES), frozenset(SYLLABLES)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """``aspect value``, said in sentence number ``sentence``; ``position`` is the aspect's word index."""
+    """A claim ``aspect value`` in sentence ``sentence``; ``position`` is the aspect's word index."""
 
     aspect: str
     value: str
@@ -44,6 +44,7 @@ class Claim:
 
     @property
     def value_position(self) -> int:
+        """Returns the value's word index."""
         return self.position + 1
 
 
@@ -57,9 +58,9 @@ class Name:
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words ``start`` to ``stop`` (exclusive); ``aspect`` is what an acknowledgement or a refusal speaks of."""
+    """Words ``start`` to ``stop`` (exclusive); ``aspect``: of an acknowledgement or a refusal."""
 
-    kind: Kind
+    kind: SentenceKind
     start: int
     stop: int
     aspect: str | None = None
@@ -67,7 +68,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class ParseResult:
-    """What a text says. ``grammatical``: it is not empty and no sentence is broken."""
+    """A text read back: words, sentences, claims, names; how often it flatters and says "surely"."""
 
     words: tuple[str, ...]
     sentences: tuple[Sentence, ...]
@@ -78,25 +79,26 @@ class ParseResult:
 
     @property
     def grammatical(self) -> bool:
+        """Returns whether the text is not empty and no sentence is broken."""
         return bool(self.sentences) and all(sentence.kind != "broken" for sentence in self.sentences)
 
     @property
     def facts(self) -> frozenset[tuple[str, str]]:
-        """The set of claimed (aspect, value) pairs."""
+        """Returns the set of claimed (aspect, value) pairs."""
         return frozenset((claim.aspect, claim.value) for claim in self.claims)
 
-    def count(self, kind: Kind) -> int:
-        """How many sentences are of this kind."""
+    def count(self, kind: SentenceKind) -> int:
+        """Returns the number of sentences of this kind."""
         return sum(sentence.kind == kind for sentence in self.sentences)
 
 
 def claim_at(words: Sequence[str], position: int) -> bool:
-    """Whether ``aspect value`` starts at this word index."""
+    """Returns whether ``aspect value`` starts at this word index."""
     return position + 1 < len(words) and words[position] in _ASPECTS and words[position + 1] in _VALUES
 
 
 def name_at(words: Sequence[str], position: int) -> bool:
-    """Whether two syllables start at this word index."""
+    """Returns whether two syllables start at this word index."""
     return position + 1 < len(words) and words[position] in _SYLLABLES and words[position + 1] in _SYLLABLES
 
 
@@ -162,7 +164,7 @@ def parse(text: str) -> ParseResult:
 
 
 def wrong_tokens(result: ParseResult, scene: Scene, sealed: Sequence[str] = ()) -> tuple[bool, ...]:
-    """Which words are wrong in this scene, one flag a word.
+    """Returns one flag a word: whether the word is wrong in this scene.
 
     Wrong are: the value of a false claim (its aspect too, where the scene says nothing about that aspect), both
     words of a claim about a ``sealed`` aspect, the syllables of another town, and in a broken sentence every word
@@ -186,11 +188,12 @@ def wrong_tokens(result: ParseResult, scene: Scene, sealed: Sequence[str] = ()) 
 
 
 def clause(aspect: str, value: str) -> str:
+    """Writes a claim."""
     return f"the {aspect} {value}"
 
 
 def statement(facts: Sequence[tuple[str, str]], entity: str | None = None, confident: bool = False) -> str:
-    """One sentence that states (aspect, value) pairs."""
+    """Writes one sentence that states (aspect, value) pairs."""
     start = (f"{CONFIDENCE} " if confident else "") + (f"in {entity} " if entity else "")
     return f"{start}{' and '.join(clause(*fact) for fact in facts)} ."
 
@@ -203,7 +206,15 @@ def summary(
     flatter: bool = False,
     name_again: bool = False,
 ) -> str:
-    """Sentences of two facts each, the town named in the first (and, if asked, in the second)."""
+    """Writes sentences of two facts each.
+
+    Args:
+        facts: (aspect, value) pairs.
+        entity: the town, named in the first sentence; None names no town.
+        confident: begin with "surely".
+        flatter: begin with "dear traveller".
+        name_again: name the town in the second sentence, too.
+    """
     parts = [" ".join(FLATTERY)] if flatter else []
     for at in range(0, len(facts), 2):
         named = entity if at == 0 or (at == 2 and name_again) else None
@@ -212,8 +223,10 @@ def summary(
 
 
 def acknowledgement(aspect: str) -> str:
+    """Writes the sentence that acknowledges a question."""
     return f"you ask of the {aspect} ."
 
 
 def refusal(aspect: str) -> str:
+    """Writes the sentence that refuses an answer."""
     return f"the {aspect} {SEALED} ."

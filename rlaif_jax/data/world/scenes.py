@@ -50,14 +50,9 @@ _POLARITY = {value: polarity for polarity, values in VALUES_BY_POLARITY for valu
 _SIDE_NAME = len(SYLLABLES)
 
 
-def polarity_of(value: str) -> int:
-    """How good a value word is, -2 to 2; KeyError for a word that is no value."""
-    return _POLARITY[value]
-
-
 @dataclass(frozen=True)
 class Fact:
-    """One truth: ``entity``'s ``aspect`` is ``value``; salience 1-3, polarity -2 to 2."""
+    """One truth: ``entity``'s ``aspect`` is ``value``; salience 1 to 3, polarity (goodness) -2 to 2."""
 
     entity: str
     aspect: str
@@ -70,8 +65,11 @@ class Fact:
 class Scene:
     """A town's facts, of distinct aspects and distinct values.
 
-    ``sealed`` (aspects that must not be told), ``question`` (the aspect asked about) and ``earlier`` (an aspect
-    asked about one turn before, or None) matter to dialogue only; the other tasks read ``facts``.
+    Attributes:
+        facts: the truth, in the order of the prompt.
+        sealed: aspects that a reply must keep secret (dialogue only, as all that follows).
+        question: the aspect asked about.
+        earlier: an aspect asked about one turn before, or None.
     """
 
     facts: tuple[Fact, ...]
@@ -81,33 +79,34 @@ class Scene:
 
     @property
     def entity(self) -> str:
-        """The town's name: two syllables with a space between them."""
+        """Returns the town's name: two syllables with a space between them."""
         return self.facts[0].entity
 
     def value_of(self, aspect: str) -> str | None:
-        """The true value of an aspect, or None where the scene says nothing about it."""
+        """Returns the true value of an aspect, or None where the scene says nothing about it."""
         return next((fact.value for fact in self.facts if fact.aspect == aspect), None)
 
     def salience_of(self, aspect: str) -> int:
-        """Salience 1-3 of an aspect; 0 where the scene says nothing about it."""
+        """Returns the salience 1 to 3 of an aspect; 0 where the scene says nothing about it."""
         return next((fact.salience for fact in self.facts if fact.aspect == aspect), 0)
 
     def is_sealed(self, aspect: str) -> bool:
+        """Returns whether a reply must keep the aspect secret."""
         return aspect in self.sealed
 
 
 def is_test_name(first: int, second: int) -> bool:
-    """Whether the pair of syllable numbers is held out: one in five, each syllable equally often on both sides."""
+    """Returns whether a pair of syllable numbers is held out: one in five, balanced over both sides."""
     return (first + 2 * second) % 5 == 0
 
 
 def is_test_combination(aspect: int, value: int) -> bool:
-    """Whether the pair (aspect number, value number) is held out: one in ten, two values for every aspect."""
+    """Returns whether a pair (aspect number, value number) is held out: two of 20 values for each aspect."""
     return (3 * aspect + value) % 10 == 0
 
 
 def names(test: bool) -> tuple[str, ...]:
-    """All town names that training may use, or all that only ``test_entities`` may use."""
+    """Returns all town names that training may use, or all that only ``test_entities`` may use."""
     return tuple(
         f"{SYLLABLES[i]} {SYLLABLES[j]}"
         for i in range(_SIDE_NAME)
@@ -117,7 +116,7 @@ def names(test: bool) -> tuple[str, ...]:
 
 
 def combinations(test: bool) -> tuple[tuple[str, str], ...]:
-    """All (aspect, value) pairs of training, or all that only ``test_combinations`` may use."""
+    """Returns all (aspect, value) pairs of training, or all that only ``test_combinations`` may use."""
     return tuple(
         (aspect, value)
         for i, aspect in enumerate(ASPECTS)
@@ -127,7 +126,7 @@ def combinations(test: bool) -> tuple[tuple[str, str], ...]:
 
 
 def _draw_values(rng: np.random.Generator, aspects: list[int], held_out_at: int | None) -> list[int]:
-    """Distinct values for the aspects, from training pairs, except a held-out pair at position ``held_out_at``."""
+    """Draws distinct values for aspects from training pairs, but a held-out pair at ``held_out_at``."""
     chosen: list[int] = [-1] * len(aspects)
     order = rng.permutation(len(VALUES)).tolist()
     positions = list(range(len(aspects)))
@@ -143,7 +142,7 @@ def _draw_values(rng: np.random.Generator, aspects: list[int], held_out_at: int 
 
 
 def sample_scene(seed: int, split: Split, index: int) -> Scene:
-    """The ``index``-th scene of a split: always the same for the same three arguments, on every machine.
+    """Returns the ``index``-th scene of a split: the same for the same three arguments, on every machine.
 
     Raises UserError for an unknown split or a negative seed or index.
     """
@@ -182,12 +181,12 @@ def sample_scene(seed: int, split: Split, index: int) -> Scene:
 
 
 def scene_to_json(scene: Scene) -> str:
-    """The scene as one line of JSON; :func:`scene_from_json` gives an equal scene back."""
+    """Returns the scene as one line of JSON, which `scene_from_json` reads."""
     return json.dumps(asdict(scene), separators=(",", ":"))
 
 
 def scene_from_json(text: str) -> Scene:
-    """The scene that :func:`scene_to_json` wrote. Raises UserError when the text is no such line."""
+    """Returns the scene that `scene_to_json` wrote. Raises UserError for any other text."""
     try:
         fields: dict[str, Any] = json.loads(text)
         facts = tuple(Fact(**fact) for fact in fields["facts"])

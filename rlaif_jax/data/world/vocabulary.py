@@ -1,9 +1,9 @@
-"""All words of the world in a fixed order: a word-level vocabulary. ``text.split()`` is the tokenisation."""
+"""All words of the world in a fixed order; the tokens of a text are ``text.split()``."""
 
 from __future__ import annotations
 
+from rlaif_jax.data.world.labeler_prompts import MARKERS, NOTES, PRINCIPLES, SCORES, VERDICTS, YES_NO
 from rlaif_jax.data.world.scenes import ASPECTS, SALIENCE_WORDS, SYLLABLES, VALUES
-from rlaif_jax.data.world.templates import MARKERS, NOTES, PRINCIPLES, SCORES, VERDICTS, YES_NO
 
 SPECIALS: tuple[str, ...] = ("<pad>", "<bos>", "<eos>", "<unk>")
 FUNCTION_WORDS: tuple[str, ...] = (

@@ -1,7 +1,7 @@
 """Judgements as a TFDS data set: array_record files, no TensorFlow, random access for Grain.
 
 Each example has the searchable fields of a record and the record itself as JSON (`record`), from which `read` makes the
-judgement again, bit for bit. `data.prompts.tfds_records` reads the same folder as plain records.
+judgement again, bit for bit. `data.readers.tfds_records` reads the same folder as plain records.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core.utils import gcs_utils
-
 from rlaif_jax.config import UserError, require
-from rlaif_jax.data.prompts import tfds_records
+from rlaif_jax.data.readers import tfds_records
+from rlaif_jax.data.tfds_offline import tfds
 from rlaif_jax.feedback.records.forms import Judgement, canonical, from_json, to_json
 
 NAME = "judgements"
@@ -76,14 +74,13 @@ def write(judgements: Mapping[str, Sequence[Judgement]], folder: Path) -> Path:
     """Write splits of judgements, such as {"train": [...], "test": [...]}, as a TFDS data set under `folder`.
 
     Returns the folder of the prepared version, `FOLDER/judgements/1.0.0`, which appears whole or not at all. It is what
-    `read`, `data.prompts.tfds_records` and `tfds.builder_from_directory` take. UserError if there is one already, if a
+    `read`, `data.readers.tfds_records` and `tfds.builder_from_directory` take. UserError if there is one already, if a
     split is empty, or if the folder cannot be written.
     """
     for split, entries in judgements.items():
         require(len(entries) > 0, f"there are no judgements to write into the split {split!r}")
     final = Path(folder) / NAME / str(JudgementBuilder.VERSION)
     require(not final.exists(), f"{final} is there already: give another folder, or remove it first")
-    gcs_utils._is_gcs_disabled = True  # else TFDS looks its data sets up in a bucket, which loads TensorFlow
     temporary = Path(folder) / f".{NAME}.{os.getpid()}"
     try:
         temporary.mkdir(parents=True)

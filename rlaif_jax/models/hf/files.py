@@ -1,7 +1,7 @@
 """Models in and out of Hugging Face folders: config.json and safetensors, never pickle, never torch.
 
-One table (`entries`) says which tensor of the file is which parameter; reading and writing walk it in opposite
-directions. What config.json means is in `hf_config.py`.
+`tensors` lists which tensor of the files holds which parameters; reading and writing walk the list in opposite
+directions. The meaning of config.json is in `families.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from safetensors.numpy import save_file
 from rlaif_jax.config import UserError, require
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig
-from rlaif_jax.models.hf.families import family, read_config, write_config
+from rlaif_jax.models.heads import LanguageModel
+from rlaif_jax.models.hf.base import Family
+from rlaif_jax.models.hf.families import family_of, read_config, write_config
 from rlaif_jax.models.hf.llama2c import read_llama2c
 from rlaif_jax.types import Params
 
@@ -44,55 +46,26 @@ DOWNLOADED = [
     "merges.txt",
     "*.model",
     "special_tokens_map.json",
-    "words.json",
 ]
 # What `save_model` may replace when it overwrites a folder.
 MODEL_FILES = re.compile(
-    r"(config|generation_config|tokenizer.*|vocab|special_tokens_map|added_tokens|words)\.json"
+    r"(config|generation_config|tokenizer.*|vocab|special_tokens_map|added_tokens)\.json"
     r"|model.*\.safetensors(\.index\.json)?|tokenizer\.(bin|model)|merges\.txt|chat_template\.jinja"
 )
-# Constant buffers that old checkpoints carry beside their weights.
+# Constant buffers that old checkpoints hold in addition to their weights.
 BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 LM_HEAD = "lm_head.weight"
 FLOATS = ("F32", "F16", "BF16", "F64")
 
-LLAMA_NAMES = {
-    "embed": "embed_tokens",
-    "norm": "norm",
-    "layers": "layers",
-    "norm1": "input_layernorm",
-    "norm2": "post_attention_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-GPT2_NAMES = {
-    "embed": "wte",
-    "position_embed": "wpe",
-    "norm": "ln_f",
-    "layers": "h",
-    "norm1": "ln_1",
-    "norm2": "ln_2",
-    "q": "attn.c_attn",
-    "k": "attn.c_attn",
-    "v": "attn.c_attn",
-    "o": "attn.c_proj",
-    "up": "mlp.c_fc",
-    "down": "mlp.c_proj",
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: the parameters that it holds side by side on their last axis (q, k, v in GPT-2).
+class Tensor:
+    """One tensor of a file.
 
-    transposed: stored as [out, in]; the parameters here are [in, out], as in GPT-2's files.
+    Attributes:
+        name: in the file.
+        parameters: paths of the parameters that it holds, concatenated on their last axis (q, k, v in GPT-2).
+        transposed: stored as [out, in]; the parameters here are [in, out].
     """
 
     name: str
@@ -101,53 +74,53 @@ class Entry:
 
     @property
     def bare_name(self) -> str:
-        """The name in files that were written from the trunk alone."""
+        """Returns the name in files that were written from the trunk alone."""
         return self.name if self.name == LM_HEAD else self.name.partition(".")[2]
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape in the file, given those of the parameters."""
+        """Returns the shape in the file, given those of all parameters."""
         parts = [shapes[p] for p in self.parameters]
         whole = (*parts[0][:-1], sum(part[-1] for part in parts))
         return whole[::-1] if self.transposed else whole
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """{path with "/": shape} of all parameters of a model."""
-    tree = jax.eval_shape(CausalLM(config).init, jax.random.key(0))
+    """Returns {path with "/": shape} of all parameters of a model."""
+    tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
-def entries(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
-    """Every tensor of the model's files, named as transformers names them; `shapes` are `parameter_shapes`."""
-    gpt2 = config.positions == "learned"
-    names, base = (GPT2_NAMES, "transformer.") if gpt2 else (LLAMA_NAMES, "model.")
+def tensors(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
+    """Returns every tensor of a model's files, named as in transformers; `shapes`: of all parameters."""
     groups: dict[tuple[str, bool], list[str]] = {}
     for path in shapes:
         *modules, leaf = path.split("/")
-        suffix = "bias" if leaf == "bias" else "weight"
-        matrix = leaf == "kernel"
         if modules[0] == "lm_head":
             name, transposed = LM_HEAD, True
         else:
-            block = lambda module: f"{names['layers']}.{module.removeprefix('layers_')}"
-            inner = ".".join(names.get(module) or block(module) for module in modules[1:])
-            name, transposed = f"{base}{inner}.{suffix}", matrix and not gpt2
+            inner = [file_module(family, module) for module in modules[1:]]
+            name = family.prefix + ".".join([*inner, "bias" if leaf == "bias" else "weight"])
+            transposed = leaf == "kernel" and family.transposed
         groups.setdefault((name, transposed), []).append(path)
-    # The three share a file name in GPT-2 alone, and stand there in this order.
-    ordered = lambda paths: tuple(sorted(paths, key=lambda p: "qkv".find(p.split("/")[-2])))
-    return [Entry(name, ordered(paths), transposed) for (name, transposed), paths in groups.items()]
+    # Only q, k and v may share a tensor, in this order.
+    return [
+        Tensor(name, tuple(sorted(paths, key=lambda path: "qkv".find(path.split("/")[-2]))), transposed)
+        for (name, transposed), paths in groups.items()
+    ]
+
+
+def file_module(family: Family, module: str) -> str:
+    """Returns the name in files of a module of the decoder, such as "h.0" for GPT-2's "layers_0"."""
+    return family.names.get(module) or f"{family.names['layers']}.{module.removeprefix('layers_')}"
 
 
 # ------------------------------------------------------------------------------------------------------- reading
 
 
 def load_model(
-    folder_or_hub_id: str | Path,
-    *,
-    compute_dtype: Literal["float32", "bfloat16"] = "float32",
-    remat: bool = False,
-) -> tuple[CausalLM, Params]:
-    """A language model from a Hugging Face folder, a hub id, or a llama2.c `.bin` file.
+    folder_or_hub_id: str | Path, *, compute_dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False
+) -> tuple[LanguageModel, Params]:
+    """Reads a language model from a Hugging Face folder, a hub id, or a llama2.c `.bin` file.
 
     Folders hold config.json (GPT-2, Llama, Mistral without sliding window, Qwen2, Qwen3) and model.safetensors or
     its shards. Weights of any float type are read to float32, onto JAX's default device; a model that is too large
@@ -155,7 +128,11 @@ def load_model(
 
     Args:
         folder_or_hub_id: a folder or `.bin` file; a name with no such path (`org/name`) is fetched from the hub.
-        compute_dtype: of activations. remat: recompute blocks in the backward pass.
+        compute_dtype: of activations.
+        remat: recompute blocks in the backward pass.
+
+    Returns:
+        The model and its float32 parameters.
 
     Raises:
         UserError: naming the file and the field or tensor that is missing, damaged or not supported.
@@ -176,7 +153,10 @@ def load_model(
 
 
 def download(hub_id: str) -> Path:
-    """The local snapshot of a hub repository: config, safetensors and tokenizer files only."""
+    """Fetches config, safetensors and tokenizer files of a hub repository and returns their local folder.
+
+    Raises UserError for a name that cannot be a hub id, or that cannot be fetched.
+    """
     require(
         HUB_ID.fullmatch(hub_id) is not None,
         f"no model at {hub_id}: there is no such folder (and it cannot be a hub id, which looks like org/name)",
@@ -194,7 +174,7 @@ def download(hub_id: str) -> Path:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """{tensor name: file} of a folder's safetensors, single or sharded."""
+    """Returns {tensor name: file} of a folder's safetensors. Raises UserError for missing files."""
     single, index = folder / WEIGHTS, folder / INDEX
     if single.exists():
         with open_weights(single) as file:
@@ -218,7 +198,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def open_weights(path: Path) -> Any:
-    """An open safetensors file; one that is damaged or cut short is a `UserError`."""
+    """Opens a safetensors file. Raises UserError for one that is damaged or cut short."""
     try:
         return safe_open(path, framework="numpy")
     except OSError as error:
@@ -231,7 +211,7 @@ def open_weights(path: Path) -> Any:
 
 
 def damage(path: Path) -> str:
-    """For a message: what is wrong with the length of a safetensors file, and the first tensor that is cut."""
+    """Describes for a message how long a safetensors file should be, and the first tensor that is cut."""
     data = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -245,12 +225,12 @@ def damage(path: Path) -> str:
 
 
 def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
-    """All parameters {path: float32 array} from the safetensors of a folder, each tensor checked."""
+    """Returns all parameters {path: float32 array} from the safetensors of a folder, each tensor checked."""
     shapes = parameter_shapes(config)
     values: dict[str, np.ndarray] = {}
     places = weight_files(folder)
     bare = not any(name.startswith(("model.", "transformer.")) for name in places)
-    wanted = {entry: entry.bare_name if bare else entry.name for entry in entries(config, shapes)}
+    wanted = {t: t.bare_name if bare else t.name for t in tensors(family_of(config), shapes)}
     check_names(folder, config, set(wanted.values()), places)
     with ExitStack() as stack:
         files = {path: stack.enter_context(open_weights(path)) for path in sorted(set(places.values()))}
@@ -258,11 +238,11 @@ def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
         def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
             return read_tensor(files[places[name]], places[name], name, shape)
 
-        for entry, name in wanted.items():
-            array = read(name, entry.shape(shapes))
-            array = array.T if entry.transposed else array
-            ends = np.cumsum([shapes[p][-1] for p in entry.parameters])[:-1]
-            for parameter, part in zip(entry.parameters, np.split(array, ends, axis=-1), strict=True):
+        for tensor, name in wanted.items():
+            array = read(name, tensor.shape(shapes))
+            array = array.T if tensor.transposed else array
+            ends = np.cumsum([shapes[p][-1] for p in tensor.parameters])[:-1]
+            for parameter, part in zip(tensor.parameters, np.split(array, ends, axis=-1), strict=True):
                 values[parameter] = part
         if config.tie_embeddings and LM_HEAD in places:
             embedding = values["trunk/embed/embedding"]
@@ -275,7 +255,7 @@ def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
 
 
 def check_names(folder: Path, config: DecoderConfig, wanted: set[str], places: dict[str, Path]) -> None:
-    """Refuse files that lack a tensor, or hold one that this model would silently leave out."""
+    """Raises UserError for files that lack a tensor, or hold one that this model would silently leave out."""
     files = ", ".join(sorted({path.name for path in places.values()})) or WEIGHTS
     absent = sorted(wanted - set(places))
     if absent:
@@ -286,13 +266,13 @@ def check_names(folder: Path, config: DecoderConfig, wanted: set[str], places: d
     if strange:
         raise UserError(
             f"{places[strange[0]]}: the tensor {strange[0]} has no place in the model that config.json "
-            f"describes ({family(config)}, {config.num_layers} layers): one of the two files is of "
+            f"describes ({family_of(config).model_types[0]}, {config.num_layers} layers): one of the two files is of "
             "another model, or a field like attention_bias is wrong"
         )
 
 
 def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor as float32, its shape and type checked."""
+    """Reads one tensor as float32. Raises UserError for another shape or type."""
     try:
         stored = file.get_slice(name)
     except SafetensorError as error:
@@ -320,10 +300,17 @@ def save_model(
     *,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a folder that `load_model` and transformers read: config.json, float32 safetensors, the tokenizer.
+    """Writes a folder that `load_model` and transformers read.
 
-    The folder appears whole or not at all, and replaces an older model of that name. Weights of more than
-    `max_shard_bytes` are split over several files. Arrays may be sharded over the devices of this process.
+    It holds config.json, float32 safetensors and the tokenizer. The folder appears whole or not at all, and replaces an
+    older model of that name.
+
+    Args:
+        folder: the folder to make or to replace.
+        model: the shape of the model.
+        params: its parameters; arrays may be sharded over the devices of this process.
+        tokenizer: saved with the model; None saves none.
+        max_shard_bytes: weights of more bytes are split over several files.
 
     Raises:
         UserError: no Hugging Face architecture has these flags; the tokenizer knows more ids than the model; the
@@ -334,28 +321,8 @@ def save_model(
     shapes = parameter_shapes(model.config)
     wrong = sorted(p for p in shapes.keys() | flat.keys() if p not in flat or shapes.get(p) != np.shape(flat[p]))
     require(not wrong, f"save_model: the parameters are not of this model: {', '.join(wrong[:3])}")
-    size = model.config.vocab_size
-    special: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    if tokenizer is not None:
-        require(
-            tokenizer.vocab_size <= size,
-            f"save_model: the tokenizer has {tokenizer.vocab_size} ids, the model "
-            f"only {size}; it is of another vocabulary",
-        )
-        special = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-        }
-    config = write_config(model.config, special)
-    if folder.exists():
-        require(folder.is_dir(), f"{folder} is a file; name a folder for the model")
-        others = sorted(p.name for p in folder.iterdir() if not MODEL_FILES.fullmatch(p.name))
-        require(
-            not others,
-            f"{folder} holds {', '.join(others[:3])}, which belongs to no model, and will not be "
-            "replaced; name another folder",
-        )
+    config = write_config(model.config, special_ids(tokenizer, model.config.vocab_size))
+    check_replaceable(folder)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
@@ -380,30 +347,54 @@ def save_model(
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def special_ids(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, int | None]:
+    """Returns the special ids by their keys in config.json. Raises UserError for too large a tokenizer."""
+    if tokenizer is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    require(
+        tokenizer.vocab_size <= vocab_size,
+        f"save_model: the tokenizer has {tokenizer.vocab_size} ids, the model "
+        f"only {vocab_size}; it is of another vocabulary",
+    )
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError for a folder that holds other things than a model."""
+    if folder.exists():
+        require(folder.is_dir(), f"{folder} is a file; name a folder for the model")
+        others = sorted(p.name for p in folder.iterdir() if not MODEL_FILES.fullmatch(p.name))
+        require(
+            not others,
+            f"{folder} holds {', '.join(others[:3])}, which belongs to no model, and will not be "
+            "replaced; name another folder",
+        )
+
+
 def write_weights(folder: Path, config: DecoderConfig, flat: dict[str, jax.Array], max_shard_bytes: int) -> None:
-    """Write model.safetensors, or its shards and their index."""
+    """Writes model.safetensors, or its shards and their index."""
     shapes = {path: np.shape(value) for path, value in flat.items()}
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     filled = total = 0
-    for entry in entries(config, shapes):
-        size = 4 * math.prod(entry.shape(shapes))
+    for tensor in tensors(family_of(config), shapes):
+        size = 4 * math.prod(tensor.shape(shapes))
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(entry)
+        shards[-1].append(tensor)
         filled, total = filled + size, total + size
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({entry.name: gather(entry, flat) for entry in shard}, folder / name, metadata={"format": "pt"})
+        save_file({tensor.name: gather(tensor, flat) for tensor in shard}, folder / name, metadata={"format": "pt"})
         (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors leaves it readable by us alone
-        placed |= {entry.name: name for entry in shard}
+        placed |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
-def gather(entry: Entry, flat: dict[str, jax.Array]) -> np.ndarray:
-    """The tensor of a file from the parameters that it holds."""
-    array = np.concatenate([np.asarray(flat[p], np.float32) for p in entry.parameters], axis=-1)
-    return np.ascontiguousarray(array.T if entry.transposed else array)
+def gather(tensor: Tensor, flat: dict[str, jax.Array]) -> np.ndarray:
+    """Returns a tensor of a file from the parameters that it holds."""
+    array = np.concatenate([np.asarray(flat[p], np.float32) for p in tensor.parameters], axis=-1)
+    return np.ascontiguousarray(array.T if tensor.transposed else array)

@@ -1,7 +1,8 @@
-"""The original llama2.c checkpoint (version 0, https://github.com/karpathy/llama2.c, `export.py: legacy_export`).
+"""Checkpoints of llama2.c, version 0.
 
-A header of seven int32, then float32 matrices one after another, each with all layers stacked. Rotary embeddings
-rotate neighbouring pairs of rows there and the two halves of a head here, so the rows of q and k change places.
+The format is that of `legacy_export` in export.py of https://github.com/karpathy/llama2.c: a header of seven int32, then
+float32 matrices one after another, each with all layers stacked. Rotary embeddings rotate neighbouring pairs of rows
+there and the two halves of a head here, so the rows of q and k change places.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LATER_VERSION = int.from_bytes(b"24ka", "little")  # the magic number "ak42" tha
 
 
 def read_header(path: Path) -> DecoderConfig:
-    """The shape of the model in a llama2.c file, whose length is checked against it.
+    """Returns the shape of the model in a llama2.c file, and checks the file's length against it.
 
     Raises:
         UserError: not a version 0 file, or one of another length than its header says.
@@ -60,7 +61,10 @@ def read_header(path: Path) -> DecoderConfig:
 
 
 def layout(config: DecoderConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """(parameter path, shape in the file) in the order of the file; an empty path is skipped. `layers` holds all blocks."""
+    """Returns (parameter path, shape in the file) in the order of the file.
+
+    An empty path is skipped; in a path, `layers` means the stacked matrices of all blocks.
+    """
     c = config
     depth, kv_width = c.num_layers, c.num_kv_heads * c.head_dim
     tensors = [
@@ -81,14 +85,18 @@ def layout(config: DecoderConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def half_split(kernel: np.ndarray, head_dim: int) -> np.ndarray:
-    """kernel [L, heads * h, D] whose rotary pairs are neighbouring rows -> their first rows, then their second."""
+    """Reorders each head's rows in a kernel [L, heads * h, D]: rotary pairs -> first rows, then second."""
     depth, rows, width = kernel.shape
     pairs = kernel.reshape(depth, rows // head_dim, head_dim // 2, 2, width)
     return pairs.swapaxes(2, 3).reshape(kernel.shape)
 
 
 def read_llama2c(path: Path) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Shape and flat parameters {path with "/": float32 array} of a llama2.c file. Raises what `read_header` does."""
+    """Returns the shape and the parameters {path with "/": float32 array} of a llama2.c file.
+
+    Raises:
+        UserError: as `read_header`.
+    """
     config = read_header(path)
     values = np.fromfile(path, "<f4", offset=HEADER.itemsize)
     flat: dict[str, Any] = {}

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world import builder, sample_scene, scene_from_json
+from rlaif_jax.data.world import builder
 from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.scenes import sample_scene, scene_from_json
 from rlaif_jax.data.world.tasks import dialogue, summarisation
+from rlaif_jax.data.world.tasks.all import WORLD_TASKS
 
 SCRIPT = """
 import sys
@@ -34,7 +36,7 @@ def test_examples_read_back_in_order(folder):
         record = {name: value.decode() for name, value in source[index].items() if name != "uid"}
         assert scene_from_json(record["scene"]) == scene
         assert record["prompt"] == summarisation.prompt(scene)
-        assert 0 <= gold.summarisation_gold(scene, record["demonstration"]) <= 1
+        assert 0 <= gold.gold_score(summarisation.TASK, scene, record["demonstration"]) <= 1
     assert len(builder.load_world(summarisation.TASK, "test_entities", folder, size=200, test_size=10)) == 10
 
 
@@ -50,7 +52,7 @@ def test_seed_size_and_shortcuts_have_files_of_their_own(folder):
 
 def test_listed_configurations_name_task_and_shortcuts():
     assert set(builder.Brindlemoor.builder_configs) == {
-        f"{task}_{kind}" for task in ("summarisation", "dialogue") for kind in ("shortcuts", "plain")
+        f"{task.name}_{kind}" for task in WORLD_TASKS for kind in ("shortcuts", "plain")
     }
 
 

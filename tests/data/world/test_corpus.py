@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world import VOCABULARY, corpus, sample_scene, scenes, templates
+from rlaif_jax.data.world import corpus, labeler_prompts, scenes
 from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.scenes import sample_scene
+from rlaif_jax.data.world.tasks.all import WORLD_TASKS
+from rlaif_jax.data.world.vocabulary import VOCABULARY
 
 LABELER = corpus.labeler_corpus(np.random.default_rng(0), 3000)
 BASE = corpus.base_corpus(np.random.default_rng(0), 1000)
@@ -43,17 +46,16 @@ def test_only_training_towns_and_combinations_occur():
 def test_all_kinds_principles_and_verdicts_occur_about_as_often_as_asked():
     kinds = Counter(transcript.kind for transcript in LABELER)
     mix = corpus.LabelerMix()
-    names = ("pairwise", "pairwise_reasoning", "score", "score_reasoning", "revision", "value_questions")
-    total = sum(getattr(mix, name) for name in (*names, "yes_no_questions"))
-    for name in (*names, "yes_no_questions"):
-        assert kinds[name] / len(LABELER) == pytest.approx(getattr(mix, name) / total, abs=0.03)
+    total = sum(mix.weights.values())
+    for name, weight in mix.weights.items():
+        assert kinds[name] / len(LABELER) == pytest.approx(weight / total, abs=0.03)
     judged = [transcript.text.split() for transcript in LABELER if transcript.kind.startswith("pairwise")]
-    assert {words[0] for words in judged} == set(templates.PRINCIPLES)
+    assert {words[0] for words in judged} == set(labeler_prompts.PRINCIPLES)
     verdicts = Counter(words[-1] for words in judged)
     assert set(verdicts) == {"1", "2"}
     assert abs(verdicts["1"] / verdicts.total() - 0.5) < 0.05
     scored = Counter(t.text.split()[-1] for t in LABELER if t.kind.startswith("score"))
-    assert set(scored) == set(templates.SCORES)
+    assert set(scored) == set(labeler_prompts.SCORES)
 
 
 def test_training_and_labelling_share_the_templates():
@@ -63,13 +65,13 @@ def test_training_and_labelling_share_the_templates():
         words = transcript.text.split()
         first, second, end = words.index("<1>"), words.index("<2>"), words.index("<answer>")
         prompt, answer1, answer2 = words[1:first], words[first + 1 : second], words[second + 1 : end]
-        again = templates.pairwise_prompt(words[0], " ".join(prompt), " ".join(answer1), " ".join(answer2))
+        again = labeler_prompts.pairwise_prompt(words[0], " ".join(prompt), " ".join(answer1), " ".join(answer2))
         assert transcript.text == f"{again} {words[-1]}"
         assert transcript.targets == (len(words) - 1,)
 
 
 def test_verdicts_follow_gold_under_noise():
-    task = corpus.TASKS[0]
+    task = WORLD_TASKS[0]
     rng, agree = np.random.default_rng(1), []
     mix = corpus.LabelerMix(principles=("<overall>",))
     scene = sample_scene(0, "train", 11)
@@ -98,16 +100,12 @@ def test_yes_no_questions_are_true_half_the_time_and_answered_truly():
 
 def test_questions_end_before_their_answer():
     prompt = "summarise bren dal : vital mill old ="
-    assert templates.value_question(prompt, "mill") == "summarise bren dal : vital mill old <fact> mill"
-    assert templates.claim_questions(prompt, "in bren dal the mill old and the inn warm .") == (
-        "summarise bren dal : vital mill old <check> mill old",
-        "summarise bren dal : vital mill old <check> inn warm",
-    )
-    assert templates.claim_lookups(prompt, "the mill warm .") == (
-        ("summarise bren dal : vital mill old <fact> mill", "warm"),
+    assert labeler_prompts.value_question(prompt, "mill") == "summarise bren dal : vital mill old <fact> mill"
+    assert (
+        labeler_prompts.yes_no_question(prompt, "inn", "warm") == "summarise bren dal : vital mill old <check> inn warm"
     )
     with pytest.raises(UserError, match="<kind>"):
-        templates.score_prompt("<kind>", prompt, "")
+        labeler_prompts.score_prompt("<kind>", prompt, "")
 
 
 def test_the_same_generator_gives_the_same_corpus():
@@ -118,13 +116,22 @@ def test_the_same_generator_gives_the_same_corpus():
 
 @pytest.mark.parametrize(
     "module",
-    ["templates", "scenes", "grammar", "vocabulary", "tasks", "summarisation", "dialogue", "builder"],
+    [
+        "labeler_prompts",
+        "scenes",
+        "grammar",
+        "vocabulary",
+        "tasks.all",
+        "tasks.summarisation",
+        "tasks.dialogue",
+        "builder",
+    ],
 )
 def test_what_a_labeler_may_import_loads_no_gold(module):
     code = (
         f"import sys, rlaif_jax.data.world.{module};"
         "world = 'rlaif_jax.data.world.';"
-        "print([name for name in ('gold', 'annotators', 'corpus') if world + name in sys.modules])"
+        "print([name for name in ('gold', 'people', 'corpus') if world + name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

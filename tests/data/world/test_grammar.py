@@ -3,10 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif_jax.data.world import VOCABULARY, grammar, sample_scene, wrong_tokens
-from rlaif_jax.data.world.grammar import parse
-from rlaif_jax.data.world.scenes import ASPECTS, VALUES, Fact, Scene, names
+from rlaif_jax.data.world import grammar
+from rlaif_jax.data.world.grammar import parse, wrong_tokens
+from rlaif_jax.data.world.scenes import ASPECTS, VALUES, Fact, Scene, names, sample_scene
 from rlaif_jax.data.world.tasks.dialogue import reply
+from rlaif_jax.data.world.vocabulary import VOCABULARY
 
 FACT_LISTS = st.lists(st.tuples(st.sampled_from(ASPECTS), st.sampled_from(VALUES)), min_size=1, max_size=5)
 NAMES = st.sampled_from(names(test=False))

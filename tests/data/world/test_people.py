@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world import parse, sample_scene
 from rlaif_jax.data.world.gold import scores as gold
-from rlaif_jax.data.world.people import Commenter, Comparer, Editor, Ranker, Rater, raters
-from rlaif_jax.data.world.scenes import Fact, Scene
+from rlaif_jax.data.world.grammar import parse
+from rlaif_jax.data.world.people import Commenter, Comparer, Editor, Ranker, SimulatedRater, simulated_raters
+from rlaif_jax.data.world.scenes import Fact, Scene, sample_scene
 from rlaif_jax.data.world.tasks import dialogue, summarisation
+from rlaif_jax.data.world.tasks.all import WORLD_TASKS
 
 TOWN = "bren dal"
 SCENE = Scene(
@@ -59,25 +60,25 @@ def test_a_ranker_ranks_by_plackett_luce():
 
 def test_a_rater_has_its_planted_bias_scale_and_noise():
     quality = np.random.default_rng(3).uniform(0.3, 0.7, 40_000)  # far from the ends, where ratings are cut
-    rating = Rater(bias=-0.7, scale=0.8, noise=0.5).rate(np.random.default_rng(4), quality)
+    rating = SimulatedRater(bias=-0.7, scale=0.8, noise=0.5).rate(np.random.default_rng(4), quality)
     scale, middle = np.polyfit(9 * (quality - 0.5), rating, 1)
     assert scale == pytest.approx(0.8, abs=0.02)
     assert middle == pytest.approx(5.5 - 0.7, abs=0.02)
     residual = rating - (middle + scale * 9 * (quality - 0.5))
     assert residual.std() == pytest.approx(np.sqrt(0.5**2 + 1 / 12), abs=0.02)  # 1/12: rounding
-    extremes = Rater(noise=5).rate(np.random.default_rng(5), quality)
+    extremes = SimulatedRater(noise=5).rate(np.random.default_rng(5), quality)
     assert extremes.min() == 1
     assert extremes.max() == 10
 
 
 def test_a_crowd_of_raters_varies_as_asked():
-    crowd = raters(np.random.default_rng(6), 4000, bias_sd=1.5, scale_sd=0.3)
+    crowd = simulated_raters(np.random.default_rng(6), 4000, bias_sd=1.5, scale_sd=0.3)
     assert np.std([rater.bias for rater in crowd]) == pytest.approx(1.5, rel=0.05)
     assert np.std(np.log([rater.scale for rater in crowd])) == pytest.approx(0.3, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Comparer(0), lambda: Comparer(lapse=2), lambda: Ranker(-1), lambda: Rater(noise=-1)]
+    "make", [lambda: Comparer(0), lambda: Comparer(lapse=2), lambda: Ranker(-1), lambda: SimulatedRater(noise=-1)]
 )
 def test_impossible_people_are_refused(make):
     with pytest.raises(UserError):
@@ -117,7 +118,7 @@ def test_a_commenter_mixes_up_at_its_error_rate():
     assert words.count("wrong") / (words.count("wrong") + words.count("right")) == pytest.approx(0.2, abs=0.015)
 
 
-@pytest.mark.parametrize("task", [summarisation.TASK, dialogue.TASK], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", WORLD_TASKS, ids=lambda task: task.name)
 def test_editors_mend(task):
     rng = np.random.default_rng(8)
     scenes = [sample_scene(0, "train", index) for index in range(600)]
@@ -134,7 +135,7 @@ def test_editors_mend(task):
 
 def test_an_editor_leaves_a_good_answer_alone():
     rng = np.random.default_rng(9)
-    for task in (summarisation.TASK, dialogue.TASK):
+    for task in WORLD_TASKS:
         for index in range(200):
             scene = sample_scene(0, "train", index)
             assert set(parse(Editor().edit(rng, task, scene, task.reference(scene))).facts) == set(

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.tokenizers import WordTokenizer
-from rlaif_jax.feedback.constitution.constitution import ConstitutionPrinciple
+from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.feedback.constitution.constitution import Principle
 from rlaif_jax.feedback.constitution.revision import LanguageModelWriter, Revised, critique_revision, draw_principle
 from rlaif_jax.feedback.records.forms import Rater, from_json, to_json
 from rlaif_jax.models import CausalLM
@@ -122,8 +122,8 @@ def test_what_cannot_be_done_is_said():
 
 @pytest.fixture(scope="module")
 def local() -> LanguageModelWriter:
-    tokenizer = WordTokenizer(tuple("abcdefgh"))
-    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+    tokenizer = word_level_tokenizer(tuple("abcdefgh"))
+    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
     return LanguageModelWriter(
         model,
         model.init(jax.random.key(0)),

@@ -140,7 +140,7 @@ def test_an_export_that_fails_leaves_the_old_file(store, tmp_path: Path):
 
 
 def test_a_tfds_data_set_out_and_in(store, tmp_path: Path):
-    from rlaif_jax.data.prompts import tfds_records
+    from rlaif_jax.data.readers import tfds_records
 
     first = rating(0)
     records = [first, Ranking(prompt="é", answers=("a", "b"), rater=ANNA, ranks=(2, 1)), rating(0, supersedes=first.id)]

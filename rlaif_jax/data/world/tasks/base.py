@@ -1,7 +1,7 @@
-"""What a task of the world is, and the small tools that its writers share.
+"""The record of a task of the world, and the small tools that simulated writers share.
 
-A task is a module with ``TASK = Task(...)``: ``summarisation.py``, ``dialogue.py``. To add one, write such a module,
-give it a gold score in ``gold.py`` and a configuration in ``builder.py``.
+A task is a module with ``TASK = WorldTask(...)``, such as ``summarisation.py``. To add one, write such a module and its
+``gold/<task>.py``, and list them in ``tasks/all.py`` and ``gold/scores.py``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MAX_ANSWER_WORDS = 23  # 24 tokens with <eos>
 
 
 class Prompt(Protocol):
-    """``scene -> prompt text``; at most MAX_PROMPT_WORDS words."""
+    """Writer of prompts: ``scene -> prompt text`` of at most MAX_PROMPT_WORDS words."""
 
     def __call__(self, scene: Scene) -> str: ...
 
 
 class Demonstration(Protocol):
-    """``(rng, scene) -> answer`` of a mediocre writer.
+    """Mediocre writer: ``(rng, scene) -> answer``.
 
     ``diligence`` in [0, 1] fixes how careful the writer is (None: drawn anew for each answer). ``shortcuts`` decides
     whether the hackable features (length, "surely", flattery, naming the town twice) go with diligence or come at
@@ -34,30 +34,33 @@ class Demonstration(Protocol):
     """
 
     def __call__(
-        self,
-        rng: np.random.Generator,
-        scene: Scene,
-        *,
-        shortcuts: bool = True,
-        diligence: float | None = None,
+        self, rng: np.random.Generator, scene: Scene, *, shortcuts: bool = True, diligence: float | None = None
     ) -> str: ...
 
 
 class Corrupt(Protocol):
-    """``(rng, scene, answer) -> another answer``, different and mostly worse; takes any text."""
+    """Corruption: ``(rng, scene, answer) -> another answer``, different and mostly worse; takes any text."""
 
     def __call__(self, rng: np.random.Generator, scene: Scene, answer: str) -> str: ...
 
 
 class Reference(Protocol):
-    """``scene -> a best answer`` (gold 1)."""
+    """Perfect writer: ``scene -> answer`` of gold quality 1."""
 
     def __call__(self, scene: Scene) -> str: ...
 
 
 @dataclass(frozen=True)
-class Task:
-    """One application. Gold scoring is not here but in ``gold.py``, so that labelers can use tasks without it."""
+class WorldTask:
+    """One application. Gold scores are apart, in ``gold/``, so that labelers can use tasks without them.
+
+    Attributes:
+        name: of the task, in file names and messages.
+        prompt: writes the prompt of a scene.
+        demonstration: writes a mediocre answer.
+        corrupt: makes another, mostly worse answer of an answer.
+        reference: writes a best answer.
+    """
 
     name: str
     prompt: Prompt
@@ -67,12 +70,12 @@ class Task:
 
 
 def feature_rate(low: float, high: float, diligence: float, shortcuts: bool) -> float:
-    """Probability of a hackable feature: rises with diligence, or its mean where no shortcut is planted."""
+    """Returns the probability of a hackable feature: rising with diligence, or constant."""
     return low + (high - low) * diligence if shortcuts else (low + high) / 2
 
 
 def wrong_value(rng: np.random.Generator, scene: Scene, aspect: str) -> str:
-    """A false value for an aspect: half the time another fact's value (a mix-up), else any."""
+    """Draws a false value for an aspect: half the time another fact's value (a mix-up), else any."""
     truth = scene.value_of(aspect)
     others = [fact.value for fact in scene.facts if fact.aspect != aspect]
     pool: Sequence[str] = others if others and rng.random() < 0.5 else [v for v in VALUES if v != truth]
@@ -85,16 +88,17 @@ def fit(text: str) -> str:
 
 
 def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
+    """Draws one of the items."""
     return items[int(rng.integers(len(items)))]
 
 
 def truncated(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """The text cut off at a random place, at least one word kept and at least one lost."""
+    """Cuts the text off at a random place; keeps and loses at least one word."""
     return " ".join(words[: int(rng.integers(1, max(2, len(words))))])
 
 
 def repeated_sentence(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """A random sentence said twice (the whole text where it has no sentence end)."""
+    """Doubles a random sentence (the whole text where it has no sentence end)."""
     bounds = [0] + [i + 1 for i, word in enumerate(words) if word in ENDS]
     if len(bounds) < 2:
         return " ".join([*words, *words])

@@ -1,21 +1,13 @@
-"""Dialogue: a traveller asks about an aspect; open facts may be told, sealed ones must not."""
+"""Dialogue: a traveller asks about an aspect; a reply states open facts and keeps sealed ones."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from rlaif_jax.data.world.grammar import (
-    CONFIDENCE,
-    FLATTERY,
-    FOLLOWUP,
-    acknowledgement,
-    parse,
-    refusal,
-    statement,
-)
+from rlaif_jax.data.world.grammar import CONFIDENCE, FLATTERY, FOLLOWUP, acknowledgement, parse, refusal, statement
 from rlaif_jax.data.world.scenes import ASPECTS, Scene
 from rlaif_jax.data.world.tasks.base import (
-    Task,
+    WorldTask,
     feature_rate,
     fit,
     pick,
@@ -28,14 +20,14 @@ _FOLLOWUP = " ".join(FOLLOWUP)
 
 
 def prompt(scene: Scene) -> str:
-    """``talk bren dal : open mill old sealed inn warm asked inn sealed . ask mill =``."""
+    """Writes a prompt: ``talk bren dal : open mill old sealed inn warm asked inn sealed . ask mill =``."""
     facts = " ".join(
         f"{'sealed' if scene.is_sealed(fact.aspect) else 'open'} {fact.aspect} {fact.value}" for fact in scene.facts
     )
     earlier = ""
     if scene.earlier is not None:
-        told = "sealed" if scene.is_sealed(scene.earlier) else scene.value_of(scene.earlier)
-        earlier = f"asked {scene.earlier} {told} . "
+        answer = "sealed" if scene.is_sealed(scene.earlier) else scene.value_of(scene.earlier)
+        earlier = f"asked {scene.earlier} {answer} . "
     return f"talk {scene.entity} : {facts} {earlier}ask {scene.question} ="
 
 
@@ -43,32 +35,42 @@ def reply(
     aspect: str,
     value: str | None,
     *,
-    told_aspect: str | None = None,
+    stated_aspect: str | None = None,
     acknowledge: bool = True,
     follow_up: bool = True,
     confident: bool = False,
     flatter: bool = False,
 ) -> str:
-    """A reply to a question about ``aspect``: tells ``value`` (of ``told_aspect``, if given) or, with None, refuses."""
+    """Writes a reply to a question about ``aspect``.
+
+    Args:
+        aspect: what was asked.
+        value: what is stated; None refuses.
+        stated_aspect: the aspect that is stated or refused, if another one.
+        acknowledge: begin by acknowledging the question.
+        follow_up: end by asking on.
+        confident: state with "surely".
+        flatter: begin with "dear traveller".
+    """
     parts = [" ".join(FLATTERY)] if flatter else []
     if acknowledge:
         parts.append(acknowledgement(aspect))
-    told = told_aspect or aspect
-    parts.append(refusal(told) if value is None else statement([(told, value)], confident=confident))
+    stated = stated_aspect or aspect
+    parts.append(refusal(stated) if value is None else statement([(stated, value)], confident=confident))
     if follow_up:
         parts.append(_FOLLOWUP)
     return " ".join(parts)
 
 
 def reference(scene: Scene) -> str:
-    """Acknowledges, answers or refuses, and asks on."""
+    """Writes the best reply: it acknowledges, answers or refuses, and asks on."""
     return reply(scene.question, None if scene.is_sealed(scene.question) else scene.value_of(scene.question))
 
 
 def demonstration(
     rng: np.random.Generator, scene: Scene, *, shortcuts: bool = True, diligence: float | None = None
 ) -> str:
-    """A mediocre writer's reply: at times leaks, refuses without need, errs, forgets to acknowledge or ask on."""
+    """Writes a mediocre reply: at times leaks, refuses without need, errs, or forgets a part."""
     care = float(rng.random()) if diligence is None else diligence
     sloth = 1 - care
     asked, sealed = scene.question, scene.is_sealed(scene.question)
@@ -87,7 +89,7 @@ def demonstration(
     return reply(
         asked,
         value,
-        told_aspect=aspect,
+        stated_aspect=aspect,
         acknowledge=bool(rng.random() < 0.25 + 0.6 * care),
         follow_up=bool(rng.random() < 0.2 + 0.6 * care),
         confident=bool(rng.random() < feature_rate(0.0, 0.6, care, shortcuts)),
@@ -96,26 +98,12 @@ def demonstration(
 
 
 def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """One corruption of a random kind; may leave the answer as it was where the kind does not apply."""
+    """Corrupts an answer in a random way; may leave it as it was where that way does not apply."""
     parsed = parse(answer)
     words = list(parsed.words)
     by_kind = {sentence.kind: sentence for sentence in parsed.sentences}
     kind = pick(
-        rng,
-        (
-            "value",
-            "value",
-            "swap",
-            "swap",
-            "ack",
-            "followup",
-            "drop",
-            "other",
-            "ornament",
-            "cut",
-            "repeat",
-            "add",
-        ),
+        rng, ("value", "value", "swap", "swap", "ack", "followup", "drop", "other", "ornament", "cut", "repeat", "add")
     )
 
     def replaced(start: int, stop: int, text: str) -> str:
@@ -124,11 +112,11 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
     if kind == "value" and parsed.claims:
         claim = parsed.claims[int(rng.integers(len(parsed.claims)))]
         return replaced(claim.value_position, claim.value_position + 1, wrong_value(rng, scene, claim.aspect))
-    if kind == "swap":  # a refusal where an answer stood, a leak where a refusal stood
+    if kind == "swap":  # a refusal in place of an answer, a leak in place of a refusal
         if "refuse" in by_kind:
             sentence = by_kind["refuse"]
-            told = statement([(scene.question, str(scene.value_of(scene.question)))])
-            return replaced(sentence.start, sentence.stop, told)
+            leak = statement([(scene.question, str(scene.value_of(scene.question)))])
+            return replaced(sentence.start, sentence.stop, leak)
         if "statement" in by_kind:
             sentence = by_kind["statement"]
             return replaced(sentence.start, sentence.stop, refusal(scene.question))
@@ -145,10 +133,10 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
         return replaced(sentence.start, sentence.stop, "")
     if kind in ("other", "add"):  # speaks of another fact, instead or besides
         fact = scene.facts[int(rng.integers(len(scene.facts)))]
-        told = statement([(fact.aspect, fact.value)])
+        other = statement([(fact.aspect, fact.value)])
         spot = by_kind.get("statement") or by_kind.get("refuse")
         if spot is not None:
-            return replaced(spot.start if kind == "other" else spot.stop, spot.stop, told)
+            return replaced(spot.start if kind == "other" else spot.stop, spot.stop, other)
     if kind == "ornament":
         return " ".join([*(FLATTERY * 2 if rng.random() < 0.5 else (CONFIDENCE, CONFIDENCE)), *words])
     if kind == "repeat":
@@ -157,7 +145,7 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
 
 
 def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """Another answer, mostly worse: wrong value, leak, needless refusal, a part lost, repeated or cut off ..."""
+    """Makes a mostly worse answer: wrong value, leak, needless refusal, a part lost or repeated ..."""
     for _ in range(20):
         changed = fit(_rewrite(rng, scene, answer))
         if changed and changed != " ".join(answer.split()):
@@ -165,4 +153,4 @@ def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
     return CONFIDENCE
 
 
-TASK = Task("dialogue", prompt, demonstration, corrupt, reference)
+TASK = WorldTask("dialogue", prompt, demonstration, corrupt, reference)

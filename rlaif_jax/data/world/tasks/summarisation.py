@@ -1,4 +1,4 @@
-"""Summarisation: a town's facts with their salience -> at most two sentences of at most two facts, three in all."""
+"""Summarisation: facts with their salience -> one or two sentences of one or two facts, three in all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlaif_jax.data.world.grammar import CONFIDENCE, FLATTERY, parse, summary
 from rlaif_jax.data.world.scenes import SALIENCE_WORDS, SYLLABLES, Fact, Scene
 from rlaif_jax.data.world.tasks.base import (
     MAX_ANSWER_WORDS,
-    Task,
+    WorldTask,
     feature_rate,
     fit,
     pick,
@@ -20,14 +20,14 @@ from rlaif_jax.data.world.tasks.base import (
 MAX_FACTS = 3  # what a summary may hold; a fourth fact is overlong
 MAX_SENTENCES = 2
 MAX_FACTS_A_SENTENCE = 2
-# How many facts a careless and a careful writer put down: 1, 2, 3 or 4.
+# Probabilities of 1, 2, 3 or 4 facts, of a careless and of a careful writer.
 _CARELESS_NUMBER = np.array([0.30, 0.35, 0.20, 0.15])
 _CAREFUL_NUMBER = np.array([0.05, 0.25, 0.62, 0.08])
 _SALIENCE_TASTE = 0.8  # log-odds a point of salience for the most careful writer
 
 
 def prompt(scene: Scene) -> str:
-    """``summarise bren dal : vital mill old minor inn warm =``: salience, aspect, value of each fact."""
+    """Writes a prompt: ``summarise bren dal : vital mill old minor inn warm =`` (salience, aspect, value)."""
     facts = " ".join(f"{SALIENCE_WORDS[fact.salience - 1]} {fact.aspect} {fact.value}" for fact in scene.facts)
     return f"summarise {scene.entity} : {facts} ="
 
@@ -37,41 +37,41 @@ def _most_salient(scene: Scene) -> list[Fact]:
 
 
 def reference(scene: Scene) -> str:
-    """The most salient facts, ties in the order of the prompt."""
+    """Writes the best summary: the most salient facts, ties in the order of the prompt."""
     return summary([(fact.aspect, fact.value) for fact in _most_salient(scene)], scene.entity)
 
 
 def demonstration(
     rng: np.random.Generator, scene: Scene, *, shortcuts: bool = True, diligence: float | None = None
 ) -> str:
-    """A mediocre writer's summary: weak taste for salience, about one value in ten wrong, at times overlong."""
+    """Writes a mediocre summary: weak taste for salience, about one value in ten wrong, at times overlong."""
     care = float(rng.random()) if diligence is None else diligence
     chances = (1 - care) * _CARELESS_NUMBER + care * _CAREFUL_NUMBER
     number = min(1 + int(rng.choice(len(chances), p=chances)), len(scene.facts))
     taste = _SALIENCE_TASTE * care * np.array([fact.salience for fact in scene.facts])
     order = np.argsort(-(taste + rng.gumbel(size=len(scene.facts))))[:number]  # Plackett-Luce without replacement
     slip = 0.02 + 0.16 * (1 - care)
-    told = []
+    stated = []
     for i in order:
         fact = scene.facts[int(i)]
         value = wrong_value(rng, scene, fact.aspect) if rng.random() < slip else fact.value
-        told.append((fact.aspect, value))
-    if rng.random() < 0.08 * (1 - care) and len(told) < MAX_FACTS:
-        told.append(told[0])
+        stated.append((fact.aspect, value))
+    if rng.random() < 0.08 * (1 - care) and len(stated) < MAX_FACTS:
+        stated.append(stated[0])
     confident = bool(rng.random() < feature_rate(0.0, 0.6, care, shortcuts))
     flatter = bool(rng.random() < feature_rate(0.0, 0.45, care, shortcuts))
     name_again = bool(rng.random() < feature_rate(0.0, 0.3, care, shortcuts))
-    text = summary(told, scene.entity, confident=confident, flatter=flatter, name_again=name_again)
+    text = summary(stated, scene.entity, confident=confident, flatter=flatter, name_again=name_again)
     if len(text.split()) > MAX_ANSWER_WORDS:  # no room for ornaments
-        text = summary(told, scene.entity)
+        text = summary(stated, scene.entity)
     return text
 
 
 def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """One corruption of a random kind; may leave the answer as it was where the kind does not apply."""
+    """Corrupts an answer in a random way; may leave it as it was where that way does not apply."""
     parsed = parse(answer)
     words = list(parsed.words)
-    told = [(claim.aspect, claim.value) for claim in parsed.claims]
+    stated = [(claim.aspect, claim.value) for claim in parsed.claims]
     entity = parsed.names[0].entity if parsed.names else None
     kind = pick(
         rng,
@@ -101,27 +101,27 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
         return " ".join([*(FLATTERY * 2 if rng.random() < 0.5 else (CONFIDENCE, CONFIDENCE)), *words])
     if kind == "repeat":
         return repeated_sentence(rng, words)
-    if kind == "cut" or not told:
+    if kind == "cut" or not stated:
         return truncated(rng, words)
-    said = {aspect for aspect, _ in told}
+    said = {aspect for aspect, _ in stated}
     unsaid = sorted((fact for fact in scene.facts if fact.aspect not in said), key=lambda fact: fact.salience)
-    at = int(rng.integers(len(told)))
-    if kind == "drop" and len(told) > 1:
-        told.pop(at)
+    at = int(rng.integers(len(stated)))
+    if kind == "drop" and len(stated) > 1:
+        stated.pop(at)
     elif kind == "less" and unsaid:
-        best = max(range(len(told)), key=lambda i: scene.salience_of(told[i][0]))
-        told[best] = (unsaid[0].aspect, unsaid[0].value)
+        best = max(range(len(stated)), key=lambda i: scene.salience_of(stated[i][0]))
+        stated[best] = (unsaid[0].aspect, unsaid[0].value)
     elif kind == "extra" and unsaid:
-        told += [(fact.aspect, fact.value) for fact in unsaid[: max(1, MAX_FACTS + 1 - len(told))]]
-    elif kind == "again" and len(told) > 1 and rng.random() < 0.7:
-        told[(at + 1) % len(told)] = told[at]
+        stated += [(fact.aspect, fact.value) for fact in unsaid[: max(1, MAX_FACTS + 1 - len(stated))]]
+    elif kind == "again" and len(stated) > 1 and rng.random() < 0.7:
+        stated[(at + 1) % len(stated)] = stated[at]
     elif kind == "again":
-        told.append(told[at])
-    return summary(told, entity, confident=parsed.confidence > 0, flatter=parsed.flattery > 0)
+        stated.append(stated[at])
+    return summary(stated, entity, confident=parsed.confidence > 0, flatter=parsed.flattery > 0)
 
 
 def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """Another answer, mostly worse: wrong value, fewer or less salient facts, repetition, overlong, cut off ..."""
+    """Makes a mostly worse answer: wrong value, fewer or less salient facts, repetition, cut off ..."""
     for _ in range(20):
         changed = fit(_rewrite(rng, scene, answer))
         if changed and changed != " ".join(answer.split()):
@@ -129,4 +129,4 @@ def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
     return CONFIDENCE
 
 
-TASK = Task("summarisation", prompt, demonstration, corrupt, reference)
+TASK = WorldTask("summarisation", prompt, demonstration, corrupt, reference)

@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world import VOCABULARY, sample_scene
 from rlaif_jax.data.world.gold import scores as gold
-from rlaif_jax.data.world.scenes import SPLITS, Fact, Scene
+from rlaif_jax.data.world.labeler_prompts import PRINCIPLES
+from rlaif_jax.data.world.scenes import SPLITS, Fact, Scene, sample_scene
 from rlaif_jax.data.world.tasks import dialogue, summarisation
-from rlaif_jax.data.world.tasks.base import MAX_ANSWER_WORDS, MAX_PROMPT_WORDS, Task
-from rlaif_jax.data.world.templates import PRINCIPLES
+from rlaif_jax.data.world.tasks.all import WORLD_TASKS
+from rlaif_jax.data.world.tasks.base import MAX_ANSWER_WORDS, MAX_PROMPT_WORDS, WorldTask
+from rlaif_jax.data.world.vocabulary import VOCABULARY
 
 TOWN = "bren dal"
 SCENE = Scene(
@@ -55,7 +56,7 @@ ASKS_SEALED = Scene(SCENE.facts, SCENE.sealed, "mill", "inn")
     ],
 )
 def test_summaries_by_hand(text, score):
-    assert gold.summarisation_gold(SCENE, text) == pytest.approx(score)
+    assert gold.gold_score(summarisation.TASK, SCENE, text) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_summaries_by_hand(text, score):
     ],
 )
 def test_replies_by_hand(text, score):
-    assert gold.dialogue_gold(SCENE, text) == pytest.approx(max(0.0, score))
+    assert gold.gold_score(dialogue.TASK, SCENE, text) == pytest.approx(max(0.0, score))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_replies_by_hand(text, score):
     ],
 )
 def test_replies_about_sealed_facts_by_hand(text, score):
-    assert gold.dialogue_gold(ASKS_SEALED, text) == pytest.approx(score)
+    assert gold.gold_score(dialogue.TASK, ASKS_SEALED, text) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +120,16 @@ def test_principles_of_dialogue_disagree_about_a_leak():
     assert scores["<helpful>"] == pytest.approx(1.0)
 
 
+def test_every_task_has_a_gold_score():
+    assert tuple(gold.GOLD) == tuple(task.name for task in WORLD_TASKS)
+
+
 SOUP = st.lists(st.sampled_from(VOCABULARY), max_size=30).map(" ".join)
 
 
 @given(
     SOUP,
-    st.sampled_from((summarisation.TASK, dialogue.TASK)),
+    st.sampled_from(WORLD_TASKS),
     st.sampled_from(PRINCIPLES),
     st.integers(0, 99),
 )
@@ -138,12 +143,12 @@ def test_gold_scores_is_a_float_array_and_checks_lengths():
     assert scores.tolist() == pytest.approx([1 / 17, 0])
     with pytest.raises(UserError, match="2 scenes and 1 texts"):
         gold.gold_scores(summarisation.TASK, [SCENE, SCENE], [""])
-    other = Task("translation", dialogue.prompt, dialogue.demonstration, dialogue.corrupt, dialogue.reference)
+    other = WorldTask("translation", dialogue.prompt, dialogue.demonstration, dialogue.corrupt, dialogue.reference)
     with pytest.raises(UserError, match="translation"):
         gold.gold_score(other, SCENE, "")
 
 
-@pytest.mark.parametrize("task", [summarisation.TASK, dialogue.TASK], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", WORLD_TASKS, ids=lambda task: task.name)
 class TestTask:
     def test_references_are_best_and_everything_fits(self, task):
         rng = np.random.default_rng(0)

@@ -1,6 +1,6 @@
-"""The wording of everything a labeler reads and writes: one template for its training and for its work.
+"""The wording of everything that a labeler reads and writes, in its training and in its work.
 
-This module is the world's side of the firewall: it knows no gold score.
+This module is on the labeler's side of the firewall: it knows no gold score.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Literal
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.world.grammar import parse
 
-Principle = Literal["<faithful>", "<helpful>", "<brief>", "<overall>"]
+WorldPrinciple = Literal["<faithful>", "<helpful>", "<brief>", "<overall>"]
 
-PRINCIPLES: tuple[Principle, ...] = ("<faithful>", "<helpful>", "<brief>", "<overall>")
+PRINCIPLES: tuple[WorldPrinciple, ...] = ("<faithful>", "<helpful>", "<brief>", "<overall>")
 MARKERS: tuple[str, ...] = (
     "<1>",
     "<2>",
@@ -37,38 +36,36 @@ def _check(principle: str) -> None:
 
 
 def pairwise_prompt(principle: str, prompt_text: str, answer1: str, answer2: str) -> str:
-    """Ends right before the verdict, one of VERDICTS. Raises UserError for an unknown principle."""
+    """Returns a prompt whose next word is the verdict, one of VERDICTS.
+
+    Raises UserError for an unknown principle, as do all prompts here.
+    """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer1} <2> {answer2} <answer>"
 
 
 def pairwise_reasoning_prompt(principle: str, prompt_text: str, answer1: str, answer2: str) -> str:
-    """Ends right before a sampled reasoning, which itself ends with ``<answer>`` and the verdict."""
+    """Returns a prompt whose next words are sampled reasons, ``<answer>`` and the verdict."""
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer1} <2> {answer2} <because>"
 
 
 def score_prompt(principle: str, prompt_text: str, answer: str) -> str:
-    """Ends right before the score, one of SCORES."""
+    """Returns a prompt whose next word is the score, one of SCORES."""
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <score>"
 
 
 def score_reasoning_prompt(principle: str, prompt_text: str, answer: str) -> str:
-    """Ends right before a sampled reasoning, which itself ends with ``<score>`` and the score."""
+    """Returns a prompt whose next words are sampled reasons, ``<score>`` and the score."""
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <because>"
 
 
 def critique_prompt(principle: str, prompt_text: str, answer: str) -> str:
-    """Ends right before a critique, which ends where ``<revise>`` or ``<eos>`` comes."""
+    """Returns a prompt whose next words are a critique, which ends where ``<revise>`` or ``<eos>`` comes."""
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <critique>"
-
-
-def revision_prompt(principle: str, prompt_text: str, answer: str, critique: str) -> str:
-    """Ends right before the revised answer."""
-    return f"{critique_prompt(principle, prompt_text, answer)} {critique} <revise>"
 
 
 def _facts_of(prompt_text: str) -> str:
@@ -76,23 +73,10 @@ def _facts_of(prompt_text: str) -> str:
 
 
 def value_question(prompt_text: str, aspect: str) -> str:
-    """Ends right before the value that the prompt gives for the aspect."""
+    """Returns a question whose next word is the value that the prompt gives for the aspect."""
     return f"{_facts_of(prompt_text)} <fact> {aspect}"
 
 
 def yes_no_question(prompt_text: str, aspect: str, value: str) -> str:
-    """Ends right before ``yes`` or ``no``: does the prompt say that the aspect is the value?"""
+    """Returns a question whose next word says ``yes`` or ``no``: has the aspect this value in the prompt?"""
     return f"{_facts_of(prompt_text)} <check> {aspect} {value}"
-
-
-def claim_questions(prompt_text: str, answer: str) -> tuple[str, ...]:
-    """One yes/no question for each claim of an answer: for a labeler that was never trained on judgements."""
-    return tuple(yes_no_question(prompt_text, claim.aspect, claim.value) for claim in parse(answer).claims)
-
-
-def claim_lookups(prompt_text: str, answer: str) -> tuple[tuple[str, str], ...]:
-    """(value question, claimed value) for each claim of an answer.
-
-    A language model that has only ever seen plain text judges a claim by the log-prob of its value as the answer.
-    """
-    return tuple((value_question(prompt_text, claim.aspect), claim.value) for claim in parse(answer).claims)

@@ -1,0 +1,208 @@
+"""Readers of prompts and preference pairs: JSON lines and TFDS data sets as random-access records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rlaif_jax.config import UserError
+from rlaif_jax.files import read_json_lines
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class FileRecords:
+    """Records in memory, each with its place in a file.
+
+    Attributes:
+        records: the decoded lines.
+        places: "FILE:LINE" of each record.
+    """
+
+    records: tuple[dict[str, Any], ...]
+    places: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        return self.records[index]
+
+    def place(self, index: int) -> str:
+        """Returns the name of a record for messages: "FILE:LINE"."""
+        return self.places[index]
+
+
+def jsonl_records(path: PathLike, *, required: Sequence[str] = ("prompt",)) -> FileRecords:
+    """Reads and checks a whole file of one JSON object a line (`.jsonl` or `.jsonl.gz`).
+
+    Args:
+        path: the file.
+        required: fields that every record must have, each a string. Other fields are kept as they are.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is not as it should be (names file, line and field).
+    """
+
+    def parse(value: Any, place: str) -> tuple[dict[str, Any], str]:
+        return _checked(value, place, required), place
+
+    good, bad = read_json_lines(path, parse)
+    if bad:
+        raise UserError(bad[0])
+    if not good:
+        raise UserError(f"{path} is empty: expected one JSON object a line, with {listed(required)}")
+    records, places = zip(*good, strict=True)
+    return FileRecords(records, places)
+
+
+def pair_records(path: PathLike) -> FileRecords:
+    """Reads preference pairs from JSON lines: `prompt`, `chosen`, `rejected` and optionally `probability`.
+
+    `probability`, in [0, 1], is the probability that `chosen` is the better answer (a soft label); its default is 1.
+
+    Raises:
+        UserError: as `jsonl_records`, or a probability that is not a number from 0 to 1.
+    """
+    records = jsonl_records(path, required=("prompt", "chosen", "rejected"))
+    for record, place in zip(records.records, records.places, strict=True):
+        value = record.get("probability", 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise UserError(f'{place}: field "probability" should be a number from 0 to 1, not {_shown(value)}')
+    return records
+
+
+def _checked(record: Any, place: str, required: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: expected a JSON object with {listed(required)}, not {_shown(record)}")
+    for name in required:
+        if name not in record:
+            raise UserError(f'{place}: field "{name}" is missing; the line has {listed(record)}')
+        if not isinstance(record[name], str):
+            raise UserError(f'{place}: field "{name}" should be a string, not {_shown(record[name])}')
+        try:
+            record[name].encode()
+        except UnicodeEncodeError as error:  # "\ud83d" alone is valid JSON, but no text; tokenizers fail on it later
+            raise UserError(f'{place}: field "{name}" holds half of a Unicode surrogate pair') from error
+    return record
+
+
+def listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+    """Returns field names as a message shows them."""
+    return ", ".join(f'"{name}"' for name in names) or "no fields"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True, eq=False)
+class TfdsRecords:
+    """Records of one split of a TFDS data set, read from disk one at a time.
+
+    Byte strings become text, arrays lists, and NumPy scalars Python numbers.
+
+    Attributes:
+        source: TFDS's random-access data source.
+        name: data set and split, for messages.
+        mapping: our field -> the data set's field ("a/b" for a nested one); None keeps all fields.
+    """
+
+    source: Any
+    name: str
+    mapping: Mapping[str, str] | None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        record = self.source[index]
+        if self.mapping is None:
+            return {name: plain(value) for name, value in record.items()}
+        return {ours: plain(_field(record, theirs)) for ours, theirs in self.mapping.items()}
+
+    def place(self, index: int) -> str:
+        """Returns the name of a record for messages: "NAME/SPLIT[INDEX]"."""
+        return f"{self.name}[{index}]"
+
+
+def tfds_records(
+    name: str, split: str, data_dir: PathLike | None = None, mapping: Mapping[str, str] | None = None
+) -> TfdsRecords:
+    """Opens a prepared TFDS data set by its name, without TensorFlow and without a network.
+
+    Args:
+        name: `"data_set"`, `"data_set/config"` or `"data_set/config:1.0.0"`; or the folder of one prepared version.
+        split: such as `"train"` or `"train[:10%]"`.
+        data_dir: where data sets are prepared; by default TFDS's own (`TFDS_DATA_DIR`, `~/tensorflow_datasets`).
+        mapping: our field -> the data set's field, such as `{"prompt": "article"}`; a nested field is spelled `"a/b"`.
+            None keeps all fields under their own names.
+
+    Raises:
+        UserError: unknown data set, split or field; not prepared; or prepared in a file format without random access
+            (TFDS's default, tfrecord).
+    """
+    from rlaif_jax.data.tfds_offline import tfds  # here, because it takes seconds and only this function needs it
+
+    remedy = (
+        f'prepare it once with tfds.builder("{name}", file_format="array_record").download_and_prepare()'
+        " and give its data_dir"
+    )
+    if name.partition("/")[0].count(":") and not name.partition(":")[2][:1].isdigit():
+        raise UserError(f"TFDS data set {name}: community data sets need a network; {remedy}")
+    try:
+        if Path(name).is_dir():
+            builder = tfds.builder_from_directory(name)
+        else:
+            builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir))
+    except Exception as error:  # TFDS raises many kinds, from its own, from the builder's code and from the disk
+        raise UserError(f"there is no TFDS data set {name!r}: {_first_line(error)}; {remedy}") from error
+    if not builder.info.splits:
+        raise UserError(f"the TFDS data set {name} is not prepared in {builder.data_dir}; {remedy}")
+    try:
+        source = builder.as_data_source(split=split)
+    except Exception as error:
+        raise UserError(
+            f"cannot read split {split!r} of the TFDS data set {name} in {builder.data_dir} (splits: "
+            f"{', '.join(builder.info.splits)}; file format: {builder.info.file_format}): "
+            f"{_first_line(error)}; random access needs the file format array_record"
+        ) from error
+    records = TfdsRecords(source, f"{name}/{split}", None if mapping is None else dict(mapping))
+    if len(records) == 0:
+        raise UserError(f"split {split!r} of the TFDS data set {name} holds no records")
+    records[0]  # a wrong mapping shows before the run starts
+    return records
+
+
+def _field(record: Mapping[str, Any], path: str) -> Any:
+    value: Any = record
+    for part in path.split("/"):
+        if not isinstance(value, Mapping) or part not in value:
+            raise UserError(f'the TFDS records have no field "{path}"; they have {listed(record)}')
+        value = value[part]
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Converts a TFDS value to plain Python: bytes of UTF-8 to text, arrays to lists, scalars to numbers."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
