@@ -33,7 +33,7 @@ from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.tasks import dialogue, summarisation
 from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
-from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference, weights_hash
 from rlaif_jax.feedback.sources import DirectScoreSource, FeedbackSource, RewardModelSource, score_sequences
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
@@ -126,9 +126,9 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     # ---- A language model, an AI labeler frozen before any policy exists, a supervised policy
     base = world.base()
     labeler = world.labeler(base, labeler_mix(config.principle))
-    judge = world.judge(labeler, config.principle)
+    judge = world.judge(labeler.params, config.principle)
     frozen_hash = judge.hash
-    sft = world.sft(base, training)
+    sft = world.sft(base, training).params
 
     # ---- AI feedback on its answers, and a reward model of it
     reward_model = ScalarModel(model.config, "normal")
@@ -141,9 +141,9 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         (run.folder / "feedback.tmp.npz").replace(pairs_path)
     pairs = dict(np.load(pairs_path))
     held = len(pairs["weight"]) // 10
-    fresh = reward_model.init(step_key(seed, 1, INIT), trunk=labeler["trunk"])
+    fresh = reward_model.init(step_key(seed, 1, INIT), trunk=labeler.params["trunk"])
 
-    def fit_rewards() -> Params:
+    def fit_rewards(labeler: Params) -> Params:
         with writer.stage("reward_model", config.reward_model.updates) as log:
             return fit_reward_model(
                 reward_model,
@@ -158,7 +158,8 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
                 stop=run.stopped,
             )
 
-    rewards = run.stage("reward_model", fresh, fit_rewards)
+    settings = world.stage_settings(fit=config.reward_model, pairs=weights_hash(pairs))
+    rewards = run.stage("reward_model", fresh, fit_rewards, settings=settings, after=(labeler,)).params
     learned = RewardModelSource(reward_model, rewards, runner)
     source: FeedbackSource = learned if config.reward == "reward_model" else DirectScoreSource(judge)
 
@@ -224,7 +225,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
     run.check(
         "labeler_weights_unchanged",
-        world.judge(labeler, config.principle).hash == frozen_hash,
+        world.judge(labeler.params, config.principle).hash == frozen_hash,
     )
     for name, texts, scores, told in (
         ("before", before_texts, before_gold, before_told),
@@ -245,14 +246,14 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
         "win_rate_gold_ci95": [won.low, won.high],
         "win_rate_gold_length_controlled": controlled.value,
         "win_rate_gold_length_controlled_ci95": [controlled.low, controlled.high],
-        "gold_sft": float(before_gold.mean()),
-        "gold_ppo": float(after_gold.mean()),
+        "gold_before": float(before_gold.mean()),
+        "gold_after": float(after_gold.mean()),
         "judge_agreement_final": agreement_or_none((judged > 0.5)[decided], (after_gold > before_gold)[decided]),
         "judge_win_rate": float(judged[judged_valid].mean()) if judged_valid.any() else None,
         "rm_accuracy": reward_accuracy(learned, {k: v[:held] for k, v in pairs.items()}),
         "kl": float(divergence),
-        "length_sft": float(lengths[0].mean()),
-        "length_ppo": float(lengths[1].mean()),
+        "length_before": float(lengths[0].mean()),
+        "length_after": float(lengths[1].mean()),
         "labeler_sha256": frozen_hash,
         "wall_s": round(run.wall_s, 1),
     }
