@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError
-from rlaif_jax.metrics import RL_STAGE, read_jsonl, read_metrics
+from rlaif_jax.metrics import RL_STAGE, read_appended, read_metrics
 from rlaif_jax.report.curves import MAIN_CURVES, Curves, curve_title, is_number, number_text, stage_title, words
 from rlaif_jax.report.quality_section import FeedbackPage, feedback_page
 
@@ -152,11 +152,8 @@ def _collect(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / "config.json")
     summary = _read_json(folder / "summary.json")
     environment = _read_json(folder / "environment.json")
-    try:
-        rows = read_metrics(folder / "metrics.jsonl")
-        samples = read_jsonl(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else []
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror or error}).") from error
+    rows = read_metrics(folder / "metrics.jsonl")
+    samples = list(read_appended(folder / "samples.jsonl").values())
     status = str(summary.get("status", "running"))
     seed = summary.get("seed", config.get("seed"))
     numbers = summary.get("metrics")

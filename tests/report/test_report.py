@@ -72,7 +72,7 @@ def sample(stage, index, response, **more):
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "quickstart"
-    with MetricsWriter(folder, terminal=False, tensorboard=False) as writer:
+    with MetricsWriter(folder, terminal=False, sinks=()) as writer:
         with writer.stage("reward_model", 60) as stage:
             for step in range(1, 61):
                 stage.write(step, {"loss": 1 / step, "heldout_accuracy": 1 - 0.5 / step, "learning_rate": 1e-3})
@@ -176,7 +176,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(run):
 
 
 def test_hostile_text_is_shown_as_text_wherever_it_comes_from(tmp_path):
-    with MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, terminal=False, sinks=()) as writer:
         with writer.stage("rl", 1) as stage:
             stage.write(1, {ATTACK: 1.0, "reward": 1.0, f"{ATTACK}/kl": 1.0})
         with writer.stage(ATTACK, 1) as stage:
@@ -212,7 +212,7 @@ def test_any_part_of_a_run_makes_a_page(run, count):
 
 def test_a_run_in_its_first_seconds_shows_where_it_stands(tmp_path):
     with (
-        MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer,
+        MetricsWriter(tmp_path, terminal=False, sinks=()) as writer,
         writer.stage("lm", 100) as stage,
     ):
         stage.write(1, {"loss": 6.25, "time/tokens_per_s": 12345.0})
@@ -251,7 +251,7 @@ def test_samples_of_one_index_and_prompt_stand_side_by_side_and_the_newest_count
 
 def test_values_that_are_not_finite_leave_gaps_not_errors(tmp_path):
     with (
-        MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer,
+        MetricsWriter(tmp_path, terminal=False, sinks=()) as writer,
         writer.stage("rl", 100) as stage,
     ):
         for step in range(1, 101):
@@ -313,8 +313,8 @@ def test_secrets_are_hidden_and_counts_are_not(tmp_path):
     [
         ("config.json", "{", r"config\.json: cannot be read as JSON"),
         ("summary.json", "[1]", r"summary\.json: should hold one JSON object"),
-        ("metrics.jsonl", '{"step": 1}\nx\n{"step": 2}\n', r"metrics\.jsonl, line 2"),
-        ("samples.jsonl", "3\n{}\n", r"samples\.jsonl, line 1"),
+        ("metrics.jsonl", '{"step": 1}\nx\n{"step": 2}\n', r"metrics\.jsonl:2"),
+        ("samples.jsonl", "3\n{}\n", r"samples\.jsonl:1"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_last_good_page_stays(run, name, content, says):

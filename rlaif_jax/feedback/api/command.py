@@ -6,15 +6,11 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.api import builtin_templates as builtin
@@ -23,8 +19,8 @@ from rlaif_jax.feedback.api.judge import JudgeClient, Outcome
 from rlaif_jax.feedback.api.templates import Form, Question, read_template, single
 from rlaif_jax.feedback.api.transport import Spent
 from rlaif_jax.feedback.records.forms import Judgement
+from rlaif_jax.progress import ProgressDisplay
 
-PLAIN_LINE_EVERY_S = 5.0
 NAMED_MISSING = 20  # so many are named on the terminal; the store has them all
 
 
@@ -127,20 +123,24 @@ def main(config: JudgeConfig) -> int:
     asked = [one for question in questions for one in single(question, template.form)]
     require(bool(asked), f"{', '.join(map(str, config.items))}: there is nothing to ask for a {template.form}")
     total = len(asked) * config.repeats * (2 if template.form == "ranking" else 1)
-    with _Bar(total, f"{config.model}: {template.name}") as bar:
-        client = JudgeClient(config, store=config.store, listener=bar.count)
+    seen: Counter[bool] = Counter()  # judgements that are answered (True) and missing (False)
+    with ProgressDisplay(stderr=True) as display:
+        bar = display.add(f"{config.model}: {template.name}", total, unit="judgement")
+        client = JudgeClient(config, store=config.store, listener=lambda entry: seen.update([entry.answered]))
         try:
             futures = client.submit(asked, template)
             for done in as_completed(futures):
                 done.result()
-                bar.show(client.spent)
+                used = f"{client.spent.tokens} tokens, ${client.spent.usd:.4f}"
+                bar.update(seen.total(), f"{seen[False]} missing, {used}")
             outcomes = [future.result() for future in futures]
         except KeyboardInterrupt:
             print(
-                f"\nstopped: {bar.answered} judgements are in {config.store}; the same command goes on", file=sys.stderr
+                f"\nstopped: {seen[True]} judgements are in {config.store}; the same command goes on", file=sys.stderr
             )
             raise
         finally:
+            bar.close()
             client.close()
             spent = client.spent
     print(summary(outcomes, spent))
@@ -195,43 +195,3 @@ def _named(question: Question, entry: Judgement) -> str:
     why = " ".join(entry.raw.split())[:160]
     mass = f"the labels have a probability of {entry.label_mass:.3g}; it said " if entry.label_mass is not None else ""
     return f"{question.where or entry.item[:12]}{order}: {entry.status}: {mass}{why!r}"
-
-
-class _Bar:
-    """A progress bar, or plain lines where the output is no terminal."""
-
-    def __init__(self, total: int, title: str) -> None:
-        self._console = Console(stderr=True)
-        self._total, self._title, self._last = total, title, time.monotonic()
-        self.done, self.answered = 0, 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task(title, total=total, note="")
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._progress.stop()
-
-    def count(self, entry: Judgement) -> None:
-        """One more; called by the client's thread."""
-        self.done += 1
-        self.answered += entry.answered
-
-    def show(self, spent: Spent) -> None:
-        """What is done, missing and spent by now."""
-        note = f"{self.done - self.answered} missing, {spent.tokens} tokens, ${spent.usd:.4f}"
-        self._progress.update(self._task, completed=self.done, note=note)
-        if not self._console.is_terminal and time.monotonic() - self._last > PLAIN_LINE_EVERY_S:
-            self._last = time.monotonic()
-            print(f"{self._title}: {self.done}/{self._total}, {note}", file=sys.stderr, flush=True)
