@@ -22,7 +22,8 @@ import tyro
 from rlaif_jax.checkpoint import load_params, save_params
 from rlaif_jax.config import CheckFailed, UserError, differing, require, save_config, to_json
 from rlaif_jax.files import atomic_write
-from rlaif_jax.report.report import save_environment, versions, write_report
+from rlaif_jax.report.environment import save_environment, versions
+from rlaif_jax.report.report import write_report
 from rlaif_jax.types import Params
 
 Config = TypeVar("Config")

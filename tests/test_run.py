@@ -290,6 +290,9 @@ def test_warnings_and_missing_judgements_are_in_the_summary_and_on_the_page(tmp_
         run.missing["timeout"] = 3
     assert capsys.readouterr().err.count("warning: the labeler agrees with <nobody>") == 1
     kept = summary(tmp_path / "one")
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert page.count("the labeler agrees with &lt;nobody&gt;") == 1
+    assert "<td>3</td>" in page
     assert (kept["warnings"], kept["missing"]) == (["the labeler agrees with <nobody>"], {"timeout": 3})
     with open_run(tmp_path / "one", resume=True) as run:
         assert run.missing == {"timeout": 3}

@@ -15,6 +15,7 @@ from rlaif_jax.feedback.records.forms import Ranking, Rater
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.report import report
+from rlaif_jax.report.environment import save_environment
 
 ATTACK = "<script>alert(1)</script><img src=http://evil.example/x.png onerror=alert(2)> {{ 7 * 7 }} \" ' & $x_{1$"
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -78,7 +79,7 @@ def run(tmp_path):
                 stage.write(step, {"loss": 1 / step, "heldout_accuracy": 1 - 0.5 / step, "learning_rate": 1e-3})
         with writer.stage("rl", 5) as stage:
             for step in range(1, 6):
-                values = {"reward": 0.1 * step, "kl": 0.5 * step, "response_length": 20.0, "entropy": 2.0}
+                values = {"reward": 0.1 * step, "kl": 0.5 * step, "length": 20.0, "entropy": 2.0}
                 values |= {"clip_fraction": 0.1, "first/sampler_gap": 1e-7, "grad_norm": 1.0, "time/tokens_per_s": 9e3}
                 stage.write(step, values | ({"gold": 0.4} if step == 1 else {}))
     write_json(folder, "config.json", {"seed": 0, "ppo": {"clip_range": 0.2, "policy": {"lr": 3e-6}}})
@@ -90,14 +91,14 @@ def run(tmp_path):
         sample("after", 1, "everything"),
         sample("after", 0, "The cook gives a cup.", reward=1.5, gold=0.75),
     )
-    metrics = {"win_rate_gold": 0.7134, "win_rate_gold_ci95": [0.651, 0.772], "gold_sft": 0.412}
+    metrics = {"win_rate_gold": 0.7134, "win_rate_gold_ci95": [0.651, 0.772], "gold_before": 0.412}
     metrics |= {
-        "gold_ppo": 0.741,
+        "gold_after": 0.741,
         "judge_agreement": 0.874,
         "same_position_rate": 0.093,
         "rm_accuracy": 0.842,
     }
-    metrics |= {"kl": 8.91, "length_sft": 22.3, "length_ppo": 25.9, "wall_s": 432.7}
+    metrics |= {"kl": 8.91, "length_before": 22.3, "length_after": 25.9, "wall_s": 432.7}
     summary = {"experiment": "quickstart", "status": "done", "seed": 0, "steps": 5, "wall_s": 432.7}
     checks = {"kl_at_step_0_is_zero": True, "loss_finite": False}
     claim = {"claim": "RLAIF beats SFT", "paper": 0.71, "ours": 0.7134, "ci95": [0.651, 0.772]}
@@ -187,8 +188,9 @@ def test_hostile_text_is_shown_as_text_wherever_it_comes_from(tmp_path):
     claim = dict.fromkeys(("claim", "paper", "ours", "verdict"), ATTACK) | {"ci95": [ATTACK]}
     numbers = {ATTACK: 1.0, "text": ATTACK, "x": {ATTACK: ATTACK}}
     summary = dict.fromkeys(("experiment", "status", "seed", "error"), ATTACK)
-    checks = {ATTACK: True, "other": ATTACK}
-    write_json(tmp_path, "summary.json", summary | {"metrics": numbers, "checks": checks, "claims": [claim]})
+    summary |= {"metrics": numbers, "checks": {ATTACK: True, "other": ATTACK}, "claims": [claim]}
+    summary |= {"warnings": [ATTACK], "missing": {ATTACK: 3}, "stages": {ATTACK: ATTACK}}
+    write_json(tmp_path, "summary.json", summary)
     write_json(tmp_path, "environment.json", {"machine": {ATTACK: ATTACK}, "versions": {ATTACK: ATTACK}})
     page = make(tmp_path)
     assert not {"script", "img"} & set(page.tags)
@@ -271,6 +273,30 @@ def test_a_long_run_makes_a_small_page_and_keeps_its_spikes(tmp_path):
     assert "1000" in make(tmp_path).text  # the axis reaches up to the spike
 
 
+def test_whatever_a_new_algorithm_logs_and_changes_is_among_the_first_curves(tmp_path):
+    with (
+        MetricsWriter(tmp_path, terminal=False, sinks=()) as writer,
+        writer.stage("rl", 3) as stage,
+    ):
+        for step in range(1, 4):
+            stage.write(step, {"margin": 0.1 * step, "constant": 1.0, "first/margin": 0.1 * step, "reward": 1.0})
+    page = make(tmp_path)
+    first, _, others = page.text.partition("All other curves (2)")
+    assert first.index("Training loop The number next to a title") < first.index("Margin 0.3")
+    assert "Reward 1 " in first
+    assert "Loop · Constant" in others
+    assert "Loop · First/margin" in others
+
+
+def test_warnings_missing_judgements_and_stages_are_shown(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"warnings": ["the code has changed"], "missing": {"timeout": 12}, "stages": {"lm-0123": "reused"}}
+    write_json(run, "summary.json", summary)
+    text = make(run).text
+    for words in ("Warnings ! warning the code has changed", "by reason. timeout 12", "began with lm-0123 reused"):
+        assert words in text, words
+
+
 def test_unknown_numbers_of_other_experiments_are_shown_too(tmp_path):
     metrics = {"score_before": 0.25, "score_after": 0.5, "distinct_2": 0.4, "distinct_2_ci95": [0.3, 0.5]}
     metrics |= {"directions": {"happier": 1}, "note": "both", "nothing": None, "flag": True, "wall_s": 3700}
@@ -332,13 +358,13 @@ def test_no_folder_is_a_message(tmp_path):
 
 def test_a_page_that_cannot_be_written_is_a_message(tmp_path):
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(UserError, match=r"report\.html: cannot be written"):
+    with pytest.raises(UserError, match=r"cannot write .*report\.html: "):
         report.write_report(tmp_path)
 
 
 def test_the_environment_of_the_run_is_kept(run):
     assert "Of the process that made this page." in make(run).text
-    path = report.save_environment(run)
+    path = save_environment(run)
     saved = json.loads(path.read_text())
     import jax
 
