@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,8 +26,9 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     path = Path(path)
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"cannot read {path}: {reason or error}") from error
     return data.removeprefix(b"\xef\xbb\xbf")
 
 

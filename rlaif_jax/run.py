@@ -222,9 +222,13 @@ class Run:
             print(f"warning: {text}", file=sys.stderr)
 
     def sample(self, **fields: Any) -> None:
-        """Appends a line of JSON values to samples.jsonl."""
-        with open(self.folder / "samples.jsonl", "a") as file:
-            file.write(json.dumps(fields) + "\n")
+        """Appends a line of JSON values to samples.jsonl; raises UserError if it cannot be written."""
+        path = self.folder / "samples.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
     def report(self, status: str = "running") -> None:
         """Writes summary.json and report.html with what is known by now; raises UserError if that is impossible."""

@@ -84,7 +84,11 @@ def test_bytes_may_be_packed_and_begin_with_a_mark(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}\n'))
     assert read_bytes(tmp_path / "a.jsonl.gz") == b'{"a": 1}\n'
     (tmp_path / "b.gz").write_bytes(b"this is not packed")
-    for name in ("b.gz", "missing", "."):
+    packed = bytearray(gzip.compress(b"x" * 1000))
+    (tmp_path / "short.gz").write_bytes(packed[:-9])
+    packed[12] ^= 255
+    (tmp_path / "spoilt.gz").write_bytes(packed)
+    for name in ("b.gz", "short.gz", "spoilt.gz", "missing", "."):
         with pytest.raises(UserError, match=f"cannot read {tmp_path / name}: "):
             read_bytes(tmp_path / name)
 

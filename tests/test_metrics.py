@@ -281,6 +281,49 @@ def test_events_of_a_resumed_run_show_every_step_once_a_stage(tmp_path):
     assert len(scalars(tmp_path / "tensorboard" / "sft")) == 20
 
 
+class Tracker:
+    """What a tracker such as Weights & Biases would be: a sink that keeps what it is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self, stage, total, resume_from):
+        self.calls.append(("start", stage, total, resume_from))
+
+    def write(self, stage, step, values):
+        self.calls.append(("write", stage, step, dict(values)))
+
+    def flush(self):
+        self.calls.append(("flush",))
+
+    def end(self, stage):
+        self.calls.append(("end", stage))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_a_sink_sees_every_stage_and_only_finite_numbers_or_none(tmp_path):
+    trackers = [Tracker(), Tracker()]
+    with writer(tmp_path, sinks=trackers) as out:
+        with out.stage("sft", 1) as sft:
+            sft.write(1, {"loss": np.float32(0.5)})
+        with out.stage("rl", None, resume_from=4) as log:
+            log.write(5, {"reward": math.nan})
+            log.flush()
+    assert trackers[0].calls == trackers[1].calls
+    assert trackers[0].calls == [
+        ("start", "sft", 1, None),
+        ("write", "sft", 1, {"loss": 0.5}),
+        ("end", "sft"),
+        ("start", "rl", None, 4),
+        ("write", "rl", 5, {"reward": None}),
+        ("flush",),
+        ("end", "rl"),
+        ("close",),
+    ]
+
+
 # -- the terminal ----------------------------------------------------------------------------------
 
 

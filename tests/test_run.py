@@ -314,6 +314,20 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_first_error(tmp_path)
         run_into_a_full_disk("two")
 
 
+def test_samples_are_appended_and_a_full_disk_is_a_message(tmp_path):
+    with open_run(tmp_path / "one") as run:
+        run.settled()
+        run.sample(step=1, response="a")
+        run.sample(step=2, response="b")
+        lines = (run.folder / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["response"] for line in lines] == ["a", "b"]
+        (run.folder / "samples.jsonl").unlink()
+        (run.folder / "samples.jsonl").mkdir()
+        with pytest.raises(UserError, match=r"cannot write .*samples\.jsonl: Is a directory"):
+            run.sample(step=3, response="c")
+        (run.folder / "samples.jsonl").rmdir()
+
+
 # ---- The command line
 
 
