@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -48,7 +50,8 @@ def check_choices(config: Any, name: str) -> None:
 def to_json(config: Any) -> Any:
     """Returns a config, or a dict or list of configs and values, as plain JSON types.
 
-    A field whose type is a union of several dataclasses becomes {"type": "NameOfItsClass", ...its fields}.
+    A field whose type is a union of several dataclasses becomes {"type": "NameOfItsClass", ...its fields}. A path
+    becomes a text, an array nested lists, a function or class its name. Raises TypeError for other objects.
     """
     return _to_json(config, type(config))
 
@@ -62,7 +65,13 @@ def _to_json(value: Any, hint: Any) -> Any:
         return {str(key): _to_json(item, inner) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_json(item, inner) for item, inner in zip(value, _item_hints(hint, len(value)), strict=True)]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (type, types.FunctionType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    if value is None or isinstance(value, (bool, int, float, str, Path)):
+        return str(value) if isinstance(value, Path) else value
+    raise TypeError(f"settings cannot hold {value!r:.80}: JSON has nothing for the type {type(value).__name__}")
 
 
 def save_config(config: Any, path: Path) -> None:

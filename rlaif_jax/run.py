@@ -184,6 +184,7 @@ class Run:
             if self.stop_requested:
                 raise StopRequested
             kept = not save_params(self._stages / key, params, {**described, "made_by": made_by})
+            self.settled()
         if kept:
             params, saved = load_params(self._stages / key, like)
             changed = differing({**saved, "made_by": None}, {**described, "made_by": None})

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -221,6 +222,16 @@ def test_a_dict_of_settings_is_plain_json_too():
         "files": ["a"],
         "mix": [{}, None],
     }
+
+
+def test_other_objects_have_a_name_or_an_error():
+    values = to_json(
+        {"f": to_json, "class": Mean, "array": np.arange(3), "number": np.float32(0.5), "many": np.ones(9999)}
+    )
+    assert values.pop("many") == [1.0] * 9999, "nothing is left out"
+    assert values == {"f": "rlaif_jax.config.to_json", "class": f"{__name__}.Mean", "array": [0, 1, 2], "number": 0.5}
+    with pytest.raises(TypeError, match="JSON has nothing for the type object"):
+        to_json({"a": object()})
 
 
 FLOATS = st.floats(allow_nan=False)
