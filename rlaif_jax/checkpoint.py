@@ -13,6 +13,8 @@ import logging
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import orbax.checkpoint as ocp
 from rlaif_jax.config import UserError, differing, require
 from rlaif_jax.types import Params
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it opens
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it opens; its errors are raised, too
 
 
 class Restored(NamedTuple):
@@ -69,22 +71,17 @@ class Checkpointer:
             host: JSON values, such as the position of the data and counters.
 
         Raises:
-            UserError: it cannot be written; earlier checkpoints are whole.
+            UserError: it, or the checkpoint before it, cannot be written; earlier checkpoints are whole.
         """
         if step in self._manager.all_steps():
             return
-        try:
+        with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave({"settings": self.settings, **host})
                 ),
             )
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: the checkpoint of step {step} cannot be written "
-                f"({error.strerror or error}); earlier checkpoints are whole"
-            ) from error
 
     def latest(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
@@ -124,9 +121,24 @@ class Checkpointer:
         return Restored(step, arrays, host)
 
     def close(self) -> None:
-        """Waits until all files are written and releases the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until all files are written and releases the folder; raises UserError if they cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written ({_reason(error)}); earlier checkpoints are whole"
+            ) from error
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Returns why something cannot be written; Orbax raises ValueError for a full disk and says why at the end."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)[-200:]
 
 
 # ---- Stages: parameters with the settings that they were made with
@@ -158,12 +170,12 @@ def save_params(folder: Path, params: Params, settings: dict[str, Any]) -> bool:
         (temporary / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
         os.rename(temporary, folder)  # fails if the folder exists and holds something
         return True
-    except (OSError, ValueError) as error:  # Orbax raises ValueError for a full disk
+    except (OSError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _TAKEN and folder.is_dir():
             return False
         raise UserError(
-            f"{folder}: these parameters cannot be written ({str(error)[:300]}); nothing of them was kept"
+            f"{folder}: these parameters cannot be written ({_reason(error)}); nothing of them was kept"
         ) from error
 
 

@@ -200,9 +200,10 @@ def test_a_stage_that_is_stopped_is_not_kept(tmp_path):
     assert summary(tmp_path / "one")["status"] == "stopped"
 
 
-def test_a_full_disk_is_a_message_and_nothing_of_the_stage_is_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError(f"Error {'/' * 900} No space left")])
+def test_a_full_disk_is_a_message_and_nothing_of_the_stage_is_kept(error, tmp_path, monkeypatch):
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
     with (
