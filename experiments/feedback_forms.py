@@ -161,8 +161,8 @@ def feedback_forms(config: FormsConfig, run: Run, writer: MetricsWriter) -> None
     # ---- A supervised policy, and an AI labeler
     base = world.base()
     labeler = world.labeler(base, labeler_mix())
-    judge = world.judge(labeler, "<overall>")
-    sft = world.sft(base, training)
+    judge = world.judge(labeler.params, "<overall>")
+    sft = world.sft(base, training).params
     run.settled()
 
     # ---- Those who judge

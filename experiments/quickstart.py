@@ -26,22 +26,15 @@ from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, FitConfig,
 from rlaif_jax.algorithms.fit import fit_reward_model
 from rlaif_jax.algorithms.ppo import reference_logprobs
 from rlaif_jax.config import require
-from rlaif_jax.data.readers import TfdsRecords
+from rlaif_jax.data.prompts import TfdsRecords
 from rlaif_jax.data.text import pair_arrays
-from rlaif_jax.data.world import corpus, labeler_prompts
+from rlaif_jax.data.world import corpus, scene_from_json, templates
 from rlaif_jax.data.world.gold import scores as gold
-from rlaif_jax.data.world.scenes import scene_from_json
 from rlaif_jax.data.world.tasks import dialogue, summarisation
-from rlaif_jax.data.world.tasks.base import WorldTask
+from rlaif_jax.data.world.tasks.base import Task
 from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
-from rlaif_jax.feedback.judges.language_model import (
-    DirectScoreSource,
-    LanguageModelJudge,
-    Scores,
-    preference_from_scores,
-)
-from rlaif_jax.feedback.judges.reward_model import RewardModelSource, score_sequences
-from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference, weights_hash
+from rlaif_jax.feedback.sources import DirectScoreSource, FeedbackSource, RewardModelSource, score_sequences
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner
@@ -70,7 +63,7 @@ class QuickstartConfig:
     reward: Literal["reward_model", "direct"] = "reward_model"
     models: ModelsConfig = ModelsConfig()
     reward_model: FitConfig = FitConfig(updates=200, learning_rate=1e-3)
-    principle: labeler_prompts.WorldPrinciple = "<overall>"
+    principle: templates.Principle = "<overall>"
     pair_prompts: int = 2_000
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(
@@ -98,7 +91,7 @@ def get_config() -> QuickstartConfig:
     return QuickstartConfig()
 
 
-def labeler_mix(principle: labeler_prompts.WorldPrinciple) -> corpus.LabelerMix:
+def labeler_mix(principle: templates.Principle) -> corpus.LabelerMix:
     """What the labeler is trained on: scores after reasons, and comparisons."""
     return corpus.LabelerMix(
         principles=(principle,),
@@ -123,7 +116,7 @@ def main(config: QuickstartConfig) -> None:
         quickstart(config, task, run, writer)
 
 
-def quickstart(config: QuickstartConfig, task: WorldTask, run: Run, writer: MetricsWriter) -> None:
+def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWriter) -> None:
     seed = config.seed
     runner = make_runner(config.train.parallel)
     world = WorldModels(task, config.shortcuts, config.models, run, writer, runner)
@@ -133,9 +126,9 @@ def quickstart(config: QuickstartConfig, task: WorldTask, run: Run, writer: Metr
     # ---- A language model, an AI labeler frozen before any policy exists, a supervised policy
     base = world.base()
     labeler = world.labeler(base, labeler_mix(config.principle))
-    judge = world.judge(labeler, config.principle)
+    judge = world.judge(labeler.params, config.principle)
     frozen_hash = judge.hash
-    sft = world.sft(base, training)
+    sft = world.sft(base, training).params
 
     # ---- AI feedback on its answers, and a reward model of it
     reward_model = ScalarModel(model.config, "normal")
@@ -148,9 +141,9 @@ def quickstart(config: QuickstartConfig, task: WorldTask, run: Run, writer: Metr
         (run.folder / "feedback.tmp.npz").replace(pairs_path)
     pairs = dict(np.load(pairs_path))
     held = len(pairs["weight"]) // 10
-    fresh = reward_model.init(step_key(seed, 1, INIT), trunk=labeler["trunk"])
+    fresh = reward_model.init(step_key(seed, 1, INIT), trunk=labeler.params["trunk"])
 
-    def fit_rewards() -> Params:
+    def fit_rewards(labeler: Params) -> Params:
         with writer.stage("reward_model", config.reward_model.updates) as log:
             return fit_reward_model(
                 reward_model,
@@ -165,7 +158,8 @@ def quickstart(config: QuickstartConfig, task: WorldTask, run: Run, writer: Metr
                 stop=run.stopped,
             )
 
-    rewards = run.stage("reward_model", fresh, fit_rewards)
+    settings = world.stage_settings(fit=config.reward_model, pairs=weights_hash(pairs))
+    rewards = run.stage("reward_model", fresh, fit_rewards, settings=settings, after=(labeler,)).params
     learned = RewardModelSource(reward_model, rewards, runner)
     source: FeedbackSource = learned if config.reward == "reward_model" else DirectScoreSource(judge)
 
@@ -225,15 +219,13 @@ def quickstart(config: QuickstartConfig, task: WorldTask, run: Run, writer: Metr
         (after_gold > before_gold) + 0.5 * (after_gold == before_gold), lengths[1] - lengths[0], seed=seed
     )
     texts_of = [record["prompt"] for record in records]
-    judged, judged_valid = preference_from_scores(
-        judge.score(texts_of, after_texts), judge.score(texts_of, before_texts)
-    )
+    judged, judged_valid = preference(judge.score(texts_of, after_texts), judge.score(texts_of, before_texts))
     decided = judged_valid & (after_gold != before_gold)
     kl = jax.jit(partial(reference_logprobs, model, temperature=eval_sampling.temperature))
     divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
     run.check(
         "labeler_weights_unchanged",
-        world.judge(labeler, config.principle).hash == frozen_hash,
+        world.judge(labeler.params, config.principle).hash == frozen_hash,
     )
     for name, texts, scores, told in (
         ("before", before_texts, before_gold, before_told),
@@ -254,14 +246,14 @@ def quickstart(config: QuickstartConfig, task: WorldTask, run: Run, writer: Metr
         "win_rate_gold_ci95": [won.low, won.high],
         "win_rate_gold_length_controlled": controlled.value,
         "win_rate_gold_length_controlled_ci95": [controlled.low, controlled.high],
-        "gold_sft": float(before_gold.mean()),
-        "gold_ppo": float(after_gold.mean()),
+        "gold_before": float(before_gold.mean()),
+        "gold_after": float(after_gold.mean()),
         "judge_agreement_final": agreement_or_none((judged > 0.5)[decided], (after_gold > before_gold)[decided]),
         "judge_win_rate": float(judged[judged_valid].mean()) if judged_valid.any() else None,
         "rm_accuracy": reward_accuracy(learned, {k: v[:held] for k, v in pairs.items()}),
         "kl": float(divergence),
-        "length_sft": float(lengths[0].mean()),
-        "length_ppo": float(lengths[1].mean()),
+        "length_before": float(lengths[0].mean()),
+        "length_after": float(lengths[1].mean()),
         "labeler_sha256": frozen_hash,
         "wall_s": round(run.wall_s, 1),
     }
@@ -294,7 +286,7 @@ def compare_answers(
     scored = judge.score(prompts + prompts, first + second)
     half = len(prompts)
     one, two = (Scores(*(part[rows] for part in scored)) for rows in (slice(half), slice(half, None)))
-    probability, valid = preference_from_scores(one, two)
+    probability, valid = preference(one, two)
     scenes = [scene_from_json(record["scene"]) for record in records]
     better = gold.gold_scores(world.task, scenes, first) - gold.gold_scores(world.task, scenes, second)
     decided, both = valid & (better != 0), verdict.valid & (better != 0)

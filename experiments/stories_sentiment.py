@@ -45,6 +45,7 @@ from rlaif_jax.feedback.judges.sentiment import (
     read_sentences,
     split_sentences,
 )
+from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.hf.files import download, load_model, save_model
@@ -246,7 +247,8 @@ def trained_judge(
         with writer.stage("judge", config.judge.updates) as log:
             return fit_judge(judge, training, config.judge, config.seed, log=log.write, stop=run.stopped)
 
-    judge = dataclasses.replace(judge, params=run.stage("judge", judge.params, learn))
+    settings = {"judge": config.judge, "sentences": sha256([training.texts, np.asarray(training.labels).tolist()])}
+    judge = dataclasses.replace(judge, params=run.stage("judge", judge.params, learn, settings=settings).params)
     run.metrics |= {"judge_accuracy": judge.accuracy(held_out), "judge_sha256": judge.hash}
     return judge
 

@@ -1,6 +1,6 @@
 """The models that experiments on the text world begin with: a base language model, an AI labeler, a supervised policy.
 
-Each is a stage of a run: made once, kept in its checkpoints, read back on `--resume`.
+Each is a stage of a run: made once, kept, and read back by a resumed run and by runs that share the folder of stages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rlaif_jax.models.decoder import with_recall_heads
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
-from rlaif_jax.run import Run
+from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.types import INIT, Params, step_key
 
 PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82
@@ -173,7 +173,18 @@ class WorldModels:
                 stop=self.run.stopped,
             )
 
-    def base(self) -> Params:
+    def stage_settings(self, **settings: Any) -> dict[str, Any]:
+        """Returns what every stage of these models depends on, with the `settings` that are this stage's."""
+        return {
+            "task": self.task.name,
+            "shortcuts": self.shortcuts,
+            "model": self.model.config,
+            "runner": type(self.runner).__name__,
+            "devices": self.runner.devices,
+            **settings,
+        }
+
+    def base(self) -> FinishedStage:
         """A language model of the world: scenes, demonstrations, questions about facts."""
 
         def learn() -> Params:
@@ -189,12 +200,12 @@ class WorldModels:
             length = PROMPT_LENGTH + ANSWER_LENGTH
             return self.supervised("lm", fresh, [segments(t) for t in lines], length, self.config.base)
 
-        return self.run.stage("lm", self.template, learn)
+        return self.run.stage("lm", self.template, learn, settings=self.stage_settings(fit=self.config.base))
 
-    def labeler(self, base: Params, mix: corpus.LabelerMix) -> Params:
+    def labeler(self, base: FinishedStage, mix: corpus.LabelerMix) -> FinishedStage:
         """The AI labeler: trained on simulated people's transcripts of training towns."""
 
-        def learn() -> Params:
+        def learn(base: Params) -> Params:
             lines = corpus.labeler_corpus(
                 np.random.default_rng((self.run.seed, 1)),
                 self.config.labeler.examples,
@@ -207,7 +218,8 @@ class WorldModels:
             length, end = (corpus.MAX_TRANSCRIPT_WORDS + 1, 1.0) if mix.revision else (TRANSCRIPT_LENGTH, 0.0)
             return self.supervised("labeler", base, examples, length, self.config.labeler, end_weight=end)
 
-        return self.run.stage("labeler", self.template, learn)
+        settings = self.stage_settings(fit=self.config.labeler, mix=mix)
+        return self.run.stage("labeler", self.template, learn, settings=settings, after=(base,))
 
     def judge(self, labeler: Params, principle: labeler_prompts.WorldPrinciple) -> LanguageModelJudge:
         """The labeler as a judge by one principle, which writes its reasons before a score."""
@@ -224,13 +236,14 @@ class WorldModels:
             max_length=TRANSCRIPT_LENGTH,
         )
 
-    def sft(self, base: Params, training: TfdsRecords) -> Params:
+    def sft(self, base: FinishedStage, training: TfdsRecords) -> FinishedStage:
         """The supervised policy: imitates the demonstrations of a mediocre writer."""
 
-        def learn() -> Params:
+        def learn(base: Params) -> Params:
             examples: list[Segments] = [
                 [(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))
             ]
             return self.supervised("sft", base, examples, PROMPT_LENGTH + ANSWER_LENGTH, self.config.sft)
 
-        return self.run.stage("sft", self.template, learn)
+        settings = self.stage_settings(fit=self.config.sft)
+        return self.run.stage("sft", self.template, learn, settings=settings, after=(base,))

@@ -15,7 +15,7 @@ usage: python -m rlaif_jax TOOL [options]
 
 
 def judge() -> None:
-    """Ask an API judge; exit 1 if a judgement is missing."""
+    """Asks a judge behind an API about answers; exits with 1 if a judgement is missing."""
     from rlaif_jax.feedback.api import command as judge_tool
     from rlaif_jax.run import command_line
 
@@ -32,7 +32,7 @@ def judge() -> None:
 
 
 def annotate() -> None:
-    """Serve the annotation page."""
+    """Serves the annotation page."""
     from rlaif_jax.run import command_line
     from rlaif_jax.ui.annotate import AnnotateConfig, main
 
@@ -40,7 +40,7 @@ def annotate() -> None:
 
 
 def tool(arguments: list[str]) -> None:
-    """Run the tool that the first argument names on the rest; exit 2 with the list of tools if there is none such."""
+    """Runs the tool that the first argument names, on the rest; exits with 2 and the list of tools for another name."""
     name = arguments[0] if arguments else ""
     sys.argv = [f"python -m rlaif_jax {name}", *arguments[1:]]
     if name == "judge":

@@ -1,13 +1,20 @@
-"""Checkpoints of the complete state by Orbax: after a resume every later number is the same, bit for bit.
+"""Checkpoints by Orbax: of a training loop's complete state, and of the finished stages before it.
 
-A checkpoint holds the train state (policy, critic, both optimisers, KL coefficient, seed and step), the reward
-normaliser, the data iterator's position, the number of missing judgements and the settings it was made with.
-Orbax writes to a temporary folder and renames it: a process killed while saving leaves the previous checkpoint whole.
+After a resume every later number is the same, bit for bit: a checkpoint holds all the arrays that the loop is given
+back, the host's side (position of the data, counters) and the settings that it was made with. Everything is written to
+a temporary folder that is then renamed, so a process that is killed while it saves leaves the previous checkpoint whole.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +24,17 @@ import orbax.checkpoint as ocp
 from rlaif_jax.config import UserError, differing, require
 from rlaif_jax.types import Params
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it opens
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it opens; its errors are raised, too
 
 
 class Restored(NamedTuple):
-    """What came back: the step it was saved after, the arrays, and the host's side."""
+    """A checkpoint that was read.
+
+    Attributes:
+        step: the step after which it was saved.
+        arrays: the pytree of arrays.
+        host: the JSON values that were saved with them.
+    """
 
     step: int
     arrays: Any
@@ -29,9 +42,15 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """The checkpoints of one run, the newest `keep` of them.
+    """Writes and reads the checkpoints of one run, and keeps the newest ones.
 
-    `settings` (JSON-like) must be those of the run that is resumed; a difference raises UserError and names it.
+    Args:
+        folder: holds one folder per checkpoint; made if missing.
+        settings: the run's settings as JSON values; a checkpoint of other settings is refused.
+        keep: number of checkpoints to keep.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, keep: int = 2) -> None:
@@ -44,30 +63,38 @@ class Checkpointer:
             raise UserError(f"{folder}: checkpoints cannot be written here ({error.strerror or error})") from error
 
     def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
-        """Save after `step`. `host` is JSON: the data iterator's state, counters. Returns while files are still written."""
+        """Saves a checkpoint, and returns while its files are still being written; does nothing if `step` has one.
+
+        Args:
+            step: the step that is done.
+            arrays: a pytree of arrays.
+            host: JSON values, such as the position of the data and counters.
+
+        Raises:
+            UserError: it, or the checkpoint before it, cannot be written; earlier checkpoints are whole.
+        """
         if step in self._manager.all_steps():
             return
-        try:
+        with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave({"settings": self.settings, **host})
                 ),
             )
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: the checkpoint of step {step} cannot be written "
-                f"({error.strerror or error}); earlier checkpoints are whole"
-            ) from error
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def restore(self, like: Any) -> Restored | None:
-        """The newest checkpoint, its arrays placed and shaped as in `like`; None where there is none.
+        """Reads the newest checkpoint; returns None if there is no checkpoint.
 
-        Raises UserError when the checkpoint was made with other settings (names them) or is damaged.
+        Args:
+            like: a pytree of arrays with the shapes, dtypes and placement that the result shall have.
+
+        Raises:
+            UserError: the checkpoint was made with other settings (they are named), does not fit or is damaged.
         """
         step = self.latest()
         if step is None:
@@ -94,21 +121,81 @@ class Checkpointer:
         return Restored(step, arrays, host)
 
     def close(self) -> None:
-        """Wait for the files and let go."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until all files are written and releases the folder; raises UserError if they cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written ({_reason(error)}); earlier checkpoints are whole"
+            ) from error
 
 
-def save_params(folder: Path, params: Params) -> None:
-    """Write one pytree of parameters (a finished stage of a run), replacing what stood there."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), params, force=True)
+def _reason(error: OSError | ValueError) -> str:
+    """Returns why something cannot be written; Orbax raises ValueError for a full disk and says why at the end."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)[-200:]
 
 
-def load_params(folder: Path, like: Params) -> Params:
-    """Read what `save_params` wrote, shaped as `like`; UserError when it does not fit."""
+# ---- Stages: parameters with the settings that they were made with
+
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY)  # the errors of a rename when another process has been quicker
+
+
+def save_params(folder: Path, params: Params, settings: dict[str, Any]) -> bool:
+    """Writes a pytree of arrays and `settings.json` into a new folder, whole or not at all.
+
+    A process that is killed leaves a folder whose name begins with a dot; nothing reads it, and it may be deleted.
+
+    Args:
+        folder: the folder to make; its parents are made too.
+        params: a pytree of arrays.
+        settings: JSON values: all that the arrays depend on.
+
+    Returns:
+        False if another process has written `folder` in the meantime; its content is then left as it is.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = folder.absolute().with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        temporary.mkdir(parents=True)
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+            checkpointer.save(temporary / "arrays", params)
+        (temporary / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+        os.rename(temporary, folder)  # fails if the folder exists and holds something
+        return True
+    except (OSError, ValueError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _TAKEN and folder.is_dir():
+            return False
+        raise UserError(
+            f"{folder}: these parameters cannot be written ({_reason(error)}); nothing of them was kept"
+        ) from error
+
+
+def load_params(folder: Path, like: Params) -> tuple[Params, dict[str, Any]]:
+    """Reads what `save_params` wrote and returns (the arrays, the settings).
+
+    Args:
+        folder: the folder that `save_params` made.
+        like: a pytree of arrays or `jax.ShapeDtypeStruct`, of the result's shapes and dtypes.
+
+    Raises:
+        UserError: a file is missing or damaged, or the arrays have other shapes.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder.absolute() / "arrays", abstract), settings
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: these parameters do not fit or cannot be read ({str(error)[:300]})") from error
+        raise UserError(
+            f"{folder}: these parameters do not fit or cannot be read ({str(error)[:300]}); "
+            "remove this folder to make them again"
+        ) from error

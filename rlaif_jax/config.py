@@ -1,12 +1,23 @@
-"""Settings: frozen dataclasses, the only schema. A config names a function or another dataclass, never a string key."""
+"""Settings: frozen dataclasses are the only schema; this module writes them to JSON, reads them back and changes them.
+
+A choice between things is a field whose type is a union of dataclasses (`advantage: GAE | LeaveOneOut`). JSON holds
+the name of the class under "type", next to its fields.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import types
 import typing
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, Union
+
+import numpy as np
+
+T = TypeVar("T")
 
 
 class CheckFailed(RuntimeError):
@@ -18,59 +29,248 @@ class UserError(Exception):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise `UserError(message)` unless `condition` holds."""
+    """Raises `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
 
 
 def check_choices(config: Any, name: str) -> None:
-    """UserError when a field whose type is a Literal holds another value; `name` is how messages call the config."""
+    """Raises UserError if a field whose type is a Literal holds another value; messages call the config `name`."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         choices = typing.get_args(hints[field.name])
-        if typing.get_origin(hints[field.name]) is Literal and getattr(config, field.name) not in choices:
-            named = ", ".join(map(str, choices))
-            raise UserError(f"{name}.{field.name} is {getattr(config, field.name)!r}; it is one of {named}")
+        value = getattr(config, field.name)
+        if typing.get_origin(hints[field.name]) is Literal and value not in choices:
+            raise UserError(f"{name}.{field.name} is {value!r}; it is one of {', '.join(map(str, choices))}")
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """The complete settings as plain JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+# ---- To JSON
 
 
-def from_json(cls: type, values: dict[str, Any], where: str = "config.json") -> Any:
-    """Rebuild a config dataclass from `to_json`'s output; unknown or missing fields are named."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    require(not unknown, f"{where}: {cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
-    built = {}
-    for name, value in values.items():
-        nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
-        if nested and isinstance(value, dict):
-            value = from_json(nested[0], value, f"{where}: {name}")  # type: ignore[arg-type]
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in built and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    require(not missing, f"{where}: {cls.__name__} misses {', '.join(missing)}")
-    return cls(**built)
+def to_json(config: Any) -> Any:
+    """Returns a config, or a dict or list of configs and values, as plain JSON types.
+
+    A field whose type is a union of several dataclasses becomes {"type": "NameOfItsClass", ...its fields}. A path
+    becomes a text, an array nested lists, a function or class its name. Raises TypeError for other objects.
+    """
+    return _to_json(config, type(config))
 
 
-def differing(saved: Any, now: Any, prefix: str = "") -> list[str]:
-    """The dotted names of settings that differ between two nested dicts, with both values."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        found = []
-        for name in sorted(set(saved) | set(now)):
-            found += differing(saved.get(name), now.get(name), f"{prefix}{name}.")
-        return found
-    return [] if saved == now else [f"{prefix[:-1]} was {saved!r} and is now {now!r}"]
+def _to_json(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {name: _to_json(getattr(value, name), inner) for name, inner in _hints(type(value)).items()}
+        return {"type": type(value).__name__, **fields} if len(_dataclasses(hint)) > 1 else fields
+    if isinstance(value, Mapping):
+        inner = (typing.get_args(hint) or (Any, Any))[-1]
+        return {str(key): _to_json(item, inner) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item, inner) for item, inner in zip(value, _item_hints(hint, len(value)), strict=True)]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (type, types.FunctionType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    if value is None or isinstance(value, (bool, int, float, str, Path)):
+        return str(value) if isinstance(value, Path) else value
+    raise TypeError(f"settings cannot hold {value!r:.80}: JSON has nothing for the type {type(value).__name__}")
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write `config` as indented JSON."""
+    """Writes `config` as indented JSON."""
     path.write_text(json.dumps(to_json(config), indent=1) + "\n")
+
+
+def differing(saved: Any, now: Any, prefix: str = "") -> list[str]:
+    """Returns a message for each setting that differs between two nested dicts: its dotted name and both values."""
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        names = sorted(set(saved) | set(now))
+        return [line for name in names for line in differing(saved.get(name), now.get(name), f"{prefix}{name}.")]
+    return [] if saved == now else [f"{prefix[:-1]} was {saved!r} and is now {now!r}"]
+
+
+# ---- From JSON, and from the texts of a command line
+
+
+def from_json(cls: type[T], values: Any, where: str = "config.json") -> T:
+    """Rebuilds a config from the output of `to_json`; fields that are left out have their defaults.
+
+    Args:
+        cls: the config's dataclass.
+        values: what JSON holds.
+        where: the file's name, for messages.
+
+    Raises:
+        UserError: a field is unknown, missing or of another type; the message gives its dotted name and what is right.
+    """
+    return _parse(cls, values, _Place(where), text=False)
+
+
+def override(config: T, values: Mapping[str, Any]) -> T:
+    """Returns `config` with some settings replaced, all at once: {"steps": 5, "ppo.kl_coef": "0.1"}.
+
+    Args:
+        config: a dataclass; it is not changed.
+        values: dotted name -> the new value as a Python value, as JSON, or as its text on a command line. One of
+            several dataclasses is chosen by its name ("LeaveOneOut") or as an object or dict of its settings; a tuple
+            is a text with spaces or commas between the items.
+
+    Raises:
+        UserError: there is no such setting, or the value is not of its type; the message names it and what is right.
+    """
+    return _override(config, values, _Place(""))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a value is: the file, and the dotted name of the setting."""
+
+    file: str
+    name: str = ""
+
+    def __truediv__(self, name: object) -> _Place:
+        return _Place(self.file, f"{self.name}.{name}" if self.name else str(name))
+
+    def error(self, what: str) -> UserError:
+        return UserError(": ".join(part for part in (self.file, self.name, what) if part))
+
+
+def _override(config: Any, values: Mapping[str, Any], place: _Place) -> Any:
+    hints = _hints(type(config))
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        if first not in hints:
+            raise (place / first).error(f"{type(config).__name__} has no such field; it has {', '.join(hints)}")
+        nested.setdefault(first, {})[rest] = value
+    changed = {}
+    for name, inner in nested.items():
+        now = getattr(config, name)
+        if "" in inner:
+            now = _parse(hints[name], inner.pop(""), place / name, text=True)
+        if inner and not dataclasses.is_dataclass(now):
+            raise (place / name).error(
+                f"this is {now!r} and has no field {', '.join(inner)}; it is {_said(hints[name])}"
+            )
+        changed[name] = _override(now, inner, place / name) if inner else now
+    return dataclasses.replace(config, **changed)
+
+
+def _parse(hint: Any, value: Any, place: _Place, *, text: bool) -> Any:
+    """Returns `value` as the annotated type; with `text`, a str may also be what a person would type."""
+    if hint is Any or (isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, hint)):
+        return value
+    if members := _members(hint):
+        return _parse_union(members, value, place, text=text)
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, place, text=text)
+    if origin is Literal:
+        found = [choice for choice in arguments if choice == value or (text and str(choice) == value)]
+        if found:
+            return found[0]
+    elif origin in (tuple, list) and arguments:
+        items = [item for item in re.split(r"[,\s]+", value) if item] if text and isinstance(value, str) else value
+        if isinstance(items, (list, tuple)):
+            hints = _item_hints(hint, len(items))
+            if len(hints) == len(items):
+                return origin(_parse(h, item, place / i, text=text) for i, (h, item) in enumerate(zip(hints, items)))
+    elif origin is dict and isinstance(value, Mapping):
+        return {key: _parse((arguments or (Any, Any))[1], item, place / key, text=text) for key, item in value.items()}
+    elif hint in (bool, int, float, str, None, type(None), Path):
+        typed = _of_text(hint, value) if text and isinstance(value, str) else value
+        right: Any = {float: (int, float), Path: (str, Path), None: type(None)}.get(hint, hint)
+        if isinstance(typed, right) and (hint is bool or not isinstance(typed, bool)):
+            return hint(typed) if hint in (float, Path) else typed
+    raise place.error(f"should be {_said(hint)}, not {value!r}")
+
+
+def _of_text(hint: Any, text: str) -> Any:
+    """Returns the value that a text on a command line means; the text itself where it means none."""
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            return text
+    named: dict[Any, dict[str, Any]] = {
+        bool: {"true": True, "false": False},
+        None: {"none": None},
+        type(None): {"none": None},
+    }
+    return named.get(hint, {}).get(text.lower(), text)
+
+
+def _parse_union(members: Sequence[Any], value: Any, place: _Place, *, text: bool) -> Any:
+    classes = {cls.__name__: cls for cls in _dataclasses(members)}
+    if isinstance(value, Mapping) and len(classes) > 1:
+        name = value.get("type")
+        if name not in classes:
+            raise (place / "type").error(f"should be one of {', '.join(classes)}, not {name!r}")
+        return _build(classes[name], {k: v for k, v in value.items() if k != "type"}, place, text=text)
+    if isinstance(value, Mapping) and classes:
+        return _build(next(iter(classes.values())), value, place, text=text)
+    if text and isinstance(value, str) and value in classes:
+        return _build(classes[value], {}, place, text=text)
+    # A text that means None or a number is that one first, a text in itself last.
+    for member in sorted((m for m in members if m not in classes.values()), key=lambda m: m in (str, Path)):
+        try:
+            return _parse(member, value, place, text=text)
+        except UserError:
+            continue
+    if any(isinstance(value, cls) for cls in classes.values()):
+        return value
+    raise place.error(f"should be {_said(Union[tuple(members)])}, not {value!r}")  # noqa: UP007
+
+
+def _build(cls: type, values: Any, place: _Place, *, text: bool) -> Any:
+    if not isinstance(values, Mapping):
+        raise place.error(f"should be the settings of {cls.__name__}, not {values!r}")
+    hints = _hints(cls)
+    for name in values:
+        if name not in hints:
+            raise (place / name).error(f"{cls.__name__} has no such field; it has {', '.join(hints)}")
+    empty = dataclasses.MISSING
+    needed = [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory is empty]
+    if missing := [name for name in needed if name not in values]:
+        raise place.error(f"{cls.__name__} misses {', '.join(missing)}")
+    return cls(**{name: _parse(hints[name], value, place / name, text=text) for name, value in values.items()})
+
+
+# ---- Types
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Returns the types of the fields that can be set."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else ()
+
+
+def _dataclasses(hint: Any) -> list[type]:
+    members: Iterable[Any] = hint if isinstance(hint, (list, tuple)) else _members(hint) or (hint,)
+    return [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
+
+
+def _item_hints(hint: Any, count: int) -> Sequence[Any]:
+    """Returns the types of `count` items of a tuple or list; fewer or more where its length is fixed."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and arguments[-1] is not ...:
+        return [] if arguments == ((),) else arguments
+    return [arguments[0] if arguments else Any] * count
+
+
+def _said(hint: Any) -> str:
+    """Returns how messages call a type."""
+    if members := _members(hint):
+        return " or ".join(map(_said, members))
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    said: Mapping[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Path: "a path",
+    }
+    return said.get(hint) or ("none" if hint in (None, type(None)) else re.sub(r"\b\w+\.|^<class '|'>$", "", str(hint)))

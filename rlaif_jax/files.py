@@ -1,13 +1,14 @@
-"""Files: JSON lines read with the place of every fault, files written whole or not at all."""
+"""Files: reads JSON lines with the place of every fault, and writes files whole or not at all."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
-import tempfile
+import uuid
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -25,13 +26,16 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     path = Path(path)
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"cannot read {path}: {reason or error}") from error
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
-def read_json_lines(path: str | os.PathLike[str], parse: Callable[[Any, str], T]) -> tuple[list[T], list[str]]:
-    """Reads a file of one JSON value a line and returns (parsed lines, one message for each bad line).
+def read_json_lines(
+    path: str | os.PathLike[str], parse: Callable[[Any, str], T], *, skip_cut: bool = False
+) -> tuple[list[T], list[str]]:
+    """Reads a file of one JSON value per line and returns (parsed lines, one message for each bad line).
 
     Blank lines are skipped. A line that is no JSON (such as one that a crash cut short), or for which `parse` raises
     UserError, is a message "FILE:LINE: what is wrong"; the other lines are kept.
@@ -39,31 +43,32 @@ def read_json_lines(path: str | os.PathLike[str], parse: Callable[[Any, str], T]
     Args:
         path: the file, or a .gz of it.
         parse: called with the decoded value and its place "FILE:LINE"; raises UserError for a value that is not right.
+        skip_cut: ignore a bad last line without a newline: its writer was killed in the middle.
 
     Raises:
         UserError: the file cannot be read.
     """
     good: list[T] = []
     bad: list[str] = []
-    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
+    lines = read_bytes(path).split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
             good.append(parse(json.loads(line.decode()), place))
-        except UserError as error:
-            message = str(error)
-            bad.append(message if message.startswith(place) else f"{place}: {message}")
-        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            bad.append(f"{place}: no valid JSON ({error})")
+        except (UserError, ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+            message = str(error) if isinstance(error, UserError) else f"no valid JSON ({error})"
+            if not (skip_cut and number == len(lines)):
+                bad.append(message if message.startswith(place) else f"{place}: {message}")
     return good, bad
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w", *, private: bool = False) -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` for writing and renames it to `path` when the block ends without an error.
+    """Opens a temporary file in the folder of `path` and renames it to `path` when the block ends without an error.
 
-    A process that is killed, or an error inside the block, leaves the old file as it was and no new one.
+    A process that is killed, or an error inside the block, leaves the old file as it was.
 
     Args:
         path: the file that is replaced.
@@ -75,21 +80,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", *, private: bool
     """
     path = Path(path)
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
         with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if not private:  # mkstemp makes files that only their owner can read
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; an earlier file is unchanged") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

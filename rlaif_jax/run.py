@@ -1,54 +1,95 @@
-"""The life of a run: its folder opened or resumed, stopped by a person, ended as done, stopped or failed."""
+"""The life of a run: its folder, the stages before its loop, and how it ends: done, stopped or failed."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 import json
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import tyro
 
 from rlaif_jax.checkpoint import load_params, save_params
 from rlaif_jax.config import CheckFailed, UserError, differing, require, save_config, to_json
-from rlaif_jax.report.report import save_environment, write_report
+from rlaif_jax.files import atomic_write
+from rlaif_jax.report.environment import save_environment, versions
+from rlaif_jax.report.report import write_report
 from rlaif_jax.types import Params
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 
 class StopRequested(Exception):
-    """SIGTERM or Ctrl-C came, outside the loop that would have saved; the run ends as `stopped`."""
+    """SIGTERM or Ctrl-C came outside of the loop, which would have saved a checkpoint; the run ends as `stopped`."""
+
+
+class FinishedStage(NamedTuple):
+    """A stage before the loop that is done.
+
+    Attributes:
+        key: the name of its folder, made of all that its parameters depend on.
+        params: its parameters, a pytree of arrays.
+    """
+
+    key: str
+    params: Params
 
 
 class Run:
     """A run's folder as a context manager.
 
-    Inside, SIGTERM and the first Ctrl-C only set `stop_requested`: the loop saves a checkpoint and leaves. On the way
-    out summary.json and report.html are written, with status done, stopped or failed. A `UserError` before anything
+    Inside, SIGTERM and the first Ctrl-C only set `stop_requested`: the loop saves a checkpoint and leaves. At the end
+    summary.json and report.html are written, with the status done, stopped or failed. A `UserError` before anything
     was computed removes the folder again: bad input leaves no half-written run.
 
-    A folder that holds a run already is resumed with `resume`, else it is moved aside to NAME.1, NAME.2 ...: nothing
-    collected is lost. A resumed run must have the settings it was started with, but for `out` and `resume`.
+    If the folder holds a run already, that run is resumed with `resume`, else it is moved to NAME.1, NAME.2 ...: nothing
+    that was collected is lost. A resumed run must have the settings that it was started with, except for where its
+    files are (`out`, `stages`) and `resume`.
+
+    Args:
+        folder: the run's folder.
+        experiment: its name in summary.json.
+        config: the settings, a dataclass.
+        seed: of everything random, in 0 .. 2**32 - 1.
+        resume: go on with the run in `folder`.
+        stages: the folder of finished stages, which several runs may share; None: `folder`/checkpoints/stages.
+
+    Attributes:
+        metrics, checks, warnings, missing, claims: go to summary.json; `missing` counts missing judgements by reason.
+        steps_done: steps of the loop.
+        stop_requested: whether a person or the system asked the run to stop.
+        resuming: whether the run was begun by an earlier process.
     """
 
-    def __init__(self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False) -> None:
+    def __init__(
+        self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False, stages: Path | None = None
+    ) -> None:
         require(0 <= seed < 2**32, f"seed must lie in 0 .. 2**32 - 1, not {seed}")
         self.folder, self.experiment, self.seed = Path(folder), experiment, seed
         self.config, self.resuming = config, resume
         self.stop_requested = False
         self.metrics: dict[str, Any] = {}
         self.checks: dict[str, bool] = {}
+        self.warnings: list[str] = []
+        self.missing: dict[str, int] = {}
         self.claims: list[dict[str, Any]] = []
         self.steps_done = 0
+        self._stages = stages or self.folder / "checkpoints" / "stages"
+        self._used_stages: dict[str, str] = {}  # key -> "made" or "reused"
         self._started = time.time()
         self._settled = False  # something worth keeping has been computed
-        self._aside: Path | None = None  # where the run that stood here before has gone
+        self._aside: Path | None = None  # the new place of an earlier run of this folder
 
     def __enter__(self) -> Run:
         folder = self.folder
@@ -79,59 +120,119 @@ class Run:
         return self
 
     def _continue(self) -> None:
-        """Take over the clock, metrics and checks of the run that is resumed, after a look at its settings."""
+        """Takes over the summary of the run that is resumed; raises UserError if its settings were others."""
         try:
             saved = json.loads((self.folder / "config.json").read_text())
             summary = self.folder / "summary.json"
             before = json.loads(summary.read_text()) if summary.exists() else {}
         except ValueError as error:
             raise UserError(f"{self.folder}: config.json or summary.json is damaged ({error})") from error
-        changed = [line for line in differing(saved, to_json(self.config)) if line.split()[0] not in ("out", "resume")]
+        places = ("out", "resume", "stages")
+        changed = [line for line in differing(saved, to_json(self.config)) if line.split()[0] not in places]
         require(not changed, f"{self.folder}: the run was started with another config: {'; '.join(changed)}")
         self._started -= before.get("wall_s", 0.0)
         self.metrics, self.checks = before.get("metrics", {}), before.get("checks", {})
+        self.warnings, self.missing = before.get("warnings", []), before.get("missing", {})
+        self._used_stages = before.get("stages", {})
 
-    def stage(self, name: str, like: Params, make: Callable[[], Params]) -> Params:
-        """The parameters of a stage before the loop: made by `make` and kept, or read back when the run is resumed.
+    def stage(
+        self,
+        name: str,
+        like: Params,
+        make: Callable[..., Params],
+        *,
+        settings: Any,
+        after: Sequence[FinishedStage] = (),
+    ) -> FinishedStage:
+        """Returns a stage before the loop: read back if it was made before, by this run or one that shares the folder.
 
-        A stage that was stopped half-way is not kept: StopRequested, and a resume starts it again.
+        A stage is made again when anything differs that it depends on: `settings`, the run's seed, the stages of
+        `after`, the arrays' shapes, the code of this package and of the script, the libraries, the backend. Only a
+        resumed run keeps to the stages that it began with, and warns if the code has changed since.
+        A stage that was stopped before its end is not kept.
+
+        Args:
+            name: for people; the first part of the folder's name.
+            like: a pytree of arrays or `jax.ShapeDtypeStruct`, of the result's shapes and dtypes.
+            make: a function that is called with the parameters of each stage of `after` and returns the stage's own.
+                It should leave nothing else that the run needs: it is not called when the stage is reused.
+            settings: a dataclass, or a dict of JSON values and dataclasses: everything else that `make` depends on.
+            after: the stages that `make` builds on.
+
+        Raises:
+            StopRequested: the run was asked to stop while `make` worked.
+            UserError: the stage cannot be written, or a kept one is damaged.
         """
-        folder = self.folder / "checkpoints" / f"stage_{name}"
-        if self.resuming and folder.exists():
-            return load_params(folder, like)
-        params = make()
-        if self.stop_requested:
-            raise StopRequested
-        save_params(folder, params)
+        described = {
+            "stage": name,
+            "seed": self.seed,
+            "settings": to_json(settings),
+            "after": [stage.key for stage in after],
+            "arrays": {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in _leaves(like)},
+        }
+        made_by = _made_by(make)
+        stem = f"{name}-{_digest(described)}"
+        key = f"{stem}-{_digest(made_by)[:8]}"
+        if self.resuming:
+            known = [used for used in self._used_stages if used.startswith(f"{stem}-") and self._stage_exists(used)]
+            if known and key not in known:
+                key = known[0]
+                self.warn(f"the stage {key} was made by another version of the code; a resumed run keeps to it")
+        kept = self._stage_exists(key)
+        if not kept:
+            params = make(*(stage.params for stage in after))
+            if self.stop_requested:
+                raise StopRequested
+            kept = not save_params(self._stages / key, params, {**described, "made_by": made_by})
+            self.settled()
+        if kept:
+            params, saved = load_params(self._stages / key, like)
+            changed = differing({**saved, "made_by": None}, {**described, "made_by": None})
+            require(not changed, f"{self._stages / key}: settings.json is of another stage: {'; '.join(changed)}")
+            print(f"[{name}] reused from {self._stages / key}", file=sys.stderr)
+        self._used_stages.setdefault(key, "reused" if kept else "made")
         self.report()
-        return params
+        return FinishedStage(key, params)
+
+    def _stage_exists(self, key: str) -> bool:
+        return (self._stages / key).is_dir()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:  # a second Ctrl-C means now
+        if self.stop_requested:  # at a second Ctrl-C the person does not want to wait
             raise KeyboardInterrupt
         self.stop_requested = True
         print("\nstopping: this step is finished, a checkpoint saved (once more to leave at once)", file=sys.stderr)
 
     def settled(self) -> None:
-        """From here on the folder is kept whatever happens."""
+        """Keeps the folder from now on, whatever happens."""
         self._settled = True
 
     def stopped(self) -> bool:
-        """Whether somebody asked to stop; as a callable for long stages."""
+        """Returns `stop_requested`: a callable that long stages ask."""
         return self.stop_requested
 
     def check(self, name: str, holds: bool) -> bool:
-        """Record a check of the run; once failed it stays failed."""
+        """Records a check of the run and returns whether it holds; a check that failed once stays failed."""
         self.checks[name] = bool(holds) and self.checks.get(name, True)
         return self.checks[name]
 
+    def warn(self, text: str) -> None:
+        """Prints a warning and records it for summary.json and the page; the same warning only once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            print(f"warning: {text}", file=sys.stderr)
+
     def sample(self, **fields: Any) -> None:
-        """Append a line to samples.jsonl."""
-        with open(self.folder / "samples.jsonl", "a") as file:
-            file.write(json.dumps(fields) + "\n")
+        """Appends a line of JSON values to samples.jsonl; raises UserError if it cannot be written."""
+        path = self.folder / "samples.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
     def report(self, status: str = "running") -> None:
-        """Write summary.json and report.html as things stand."""
+        """Writes summary.json and report.html with what is known by now; raises UserError if that is impossible."""
         summary = {
             "experiment": self.experiment,
             "status": status,
@@ -140,16 +241,18 @@ class Run:
             "wall_s": round(time.time() - self._started, 3),
             "metrics": self.metrics,
             "checks": self.checks,
+            "warnings": self.warnings,
+            "missing": self.missing,
             "claims": self.claims,
+            "stages": self._used_stages,
         }
-        temporary = self.folder / "summary.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        temporary.replace(self.folder / "summary.json")
+        with atomic_write(self.folder / "summary.json") as file:
+            file.write(json.dumps(summary, indent=1) + "\n")
         write_report(self.folder)
 
     @property
     def wall_s(self) -> float:
-        """Seconds since the run began, over all its resumes."""
+        """Seconds since the run began, summed over its resumes."""
         return time.time() - self._started
 
     def __exit__(
@@ -168,28 +271,74 @@ class Run:
         status = "stopped" if stopped else "done" if error is None else "failed"
         try:
             self.report(status)
-        except OSError as full:
-            if error is None:
-                raise UserError(f"{self.folder}: the report cannot be written ({full.strerror or full})") from full
+        except UserError:
+            if error is None:  # else the first error counts
+                raise
         if status == "stopped":
             print(f"stopped after step {self.steps_done}; go on with --resume --out {self.folder}", file=sys.stderr)
         return isinstance(error, StopRequested)
 
 
+# ---- The key of a stage
+
+
+def _leaves(like: Params) -> Sequence[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(like)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def package_sources() -> str:
+    """Returns a hash of all Python files of this package: what a stage computes may depend on any of them."""
+    root = Path(__file__).parent
+    files = {str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*.py"))}
+    return _digest(files)
+
+
+def _made_by(make: Callable[..., Params]) -> dict[str, str]:
+    while isinstance(make, functools.partial):
+        make = make.func
+    script = Path(inspect.getsourcefile(make) or "")
+    return {
+        **versions(),
+        "backend": jax.default_backend(),
+        "sources": package_sources(),
+        "script": _digest(script.read_text()) if script.is_file() else "",
+    }
+
+
+# ---- The command line
+
+
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/rlaif_jax/xla."""
+    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/rlaif_jax/xla."""
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         base = Path(os.environ.get("RLAIF_JAX_CACHE", Path.home() / ".cache" / "rlaif_jax"))
         jax.config.update("jax_compilation_cache_dir", str(base / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def command_line(main: Callable[[Any], Any], default: Any, description: str | None = None) -> None:
-    """Parse the options of `default` (a frozen dataclass), run `main(config)`; exit 2 with one line on bad input."""
+def command_line(main: Callable[[Config], Result], default: Config, description: str | None = None) -> Result:
+    """Parses the command line, runs `main` and returns what it returns.
+
+    A field of several dataclasses is a word with the options of that class: `ppo.advantage:leave-one-out`; options may be
+    anywhere after it. Exits with 2 and one line on bad input, with 1 when a check of the run
+    failed, with 130 on Ctrl-C.
+
+    Args:
+        main: called with the config.
+        default: a frozen dataclass: the options and their defaults.
+        description: the text of --help.
+    """
     try:
-        config = tyro.cli(type(default), default=default, description=description)
+        config = tyro.cli(
+            type(default), default=default, description=description, config=(tyro.conf.CascadeSubcommandArgs,)
+        )
         use_compilation_cache()
-        main(config)
+        return main(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@ import rlaif_jax
 
 ROOT = Path(rlaif_jax.__file__).parent
 LEVELS = [
-    {"types", "config", "files"},
+    {"types", "config", "files", "progress"},
     {"models", "data", "rewards", "parallel"},
     {"policies", "feedback", "algorithms"},
     {"train", "evaluate", "report", "quality"},
@@ -16,7 +16,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Helpers with few friends: what each may import; nothing below the loop may import them.
 HELPERS = {
-    "metrics": {"config", "files"},
+    "metrics": {"config", "files", "progress"},
     "report": {"config", "files", "metrics", "quality"},
     "checkpoint": {"types", "config", "files"},
     "run": {"types", "config", "files", "metrics", "progress", "report", "checkpoint"},

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def writer(folder, **settings):
-    return MetricsWriter(folder, **({"terminal": False, "tensorboard": False} | settings))
+    return MetricsWriter(folder, **({"terminal": False, "sinks": ()} | settings))
 
 
 @contextmanager
@@ -161,9 +161,9 @@ def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
 def test_damage_in_the_middle_names_file_and_line(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         read_metrics(path)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         writer(tmp_path)
     assert len(path.read_text().splitlines()) == 3
 
@@ -225,7 +225,7 @@ def test_a_disk_that_fills_up_is_a_message_and_the_lines_before_stay(tmp_path):
             log.write(step, {"x": 1.0})
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with rl(tmp_path, tensorboard=True) as log:
+    with rl(tmp_path, sinks=None) as log:
         log.write(1, {"x": 1.0})
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -272,13 +272,56 @@ def test_events_of_a_resumed_run_show_every_step_once_a_stage(tmp_path):
         with out.stage("rl", 8) as log:
             for step in range(1, 8):
                 log.write(step, {"reward": 1.0, "kl": math.nan})
-    with rl(tmp_path, 8, resume_from=5, tensorboard=True) as log:
+    with rl(tmp_path, 8, resume_from=5, sinks=None) as log:
         log.write(6, {"reward": 2.0})
         log.write(7, {"reward": 2.0})  # the first write flushes by itself
         log.flush()
         assert scalars(tmp_path / "tensorboard" / "rl")["reward", 7] == 2.0
     assert scalars(tmp_path / "tensorboard" / "rl") == {("reward", s): 1.0 if s < 6 else 2.0 for s in range(1, 8)}
     assert len(scalars(tmp_path / "tensorboard" / "sft")) == 20
+
+
+class Tracker:
+    """What a tracker such as Weights & Biases would be: a sink that keeps what it is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self, stage, total, resume_from):
+        self.calls.append(("start", stage, total, resume_from))
+
+    def write(self, stage, step, values):
+        self.calls.append(("write", stage, step, dict(values)))
+
+    def flush(self):
+        self.calls.append(("flush",))
+
+    def end(self, stage):
+        self.calls.append(("end", stage))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_a_sink_sees_every_stage_and_only_finite_numbers_or_none(tmp_path):
+    trackers = [Tracker(), Tracker()]
+    with writer(tmp_path, sinks=trackers) as out:
+        with out.stage("sft", 1) as sft:
+            sft.write(1, {"loss": np.float32(0.5)})
+        with out.stage("rl", None, resume_from=4) as log:
+            log.write(5, {"reward": math.nan})
+            log.flush()
+    assert trackers[0].calls == trackers[1].calls
+    assert trackers[0].calls == [
+        ("start", "sft", 1, None),
+        ("write", "sft", 1, {"loss": 0.5}),
+        ("end", "sft"),
+        ("start", "rl", None, 4),
+        ("write", "rl", 5, {"reward": None}),
+        ("flush",),
+        ("end", "rl"),
+        ("close",),
+    ]
 
 
 # -- the terminal ----------------------------------------------------------------------------------
@@ -316,7 +359,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from rlaif_jax.metrics import MetricsWriter
-with MetricsWriter(Path(sys.argv[1]), tensorboard=False) as out:
+with MetricsWriter(Path(sys.argv[1]), sinks=()) as out:
     with out.stage("sft", 2) as sft:
         sft.write(1, {"loss": 0.5}); sft.write(2, {"loss": 0.25})
     with out.stage("rl", 9) as log:

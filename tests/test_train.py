@@ -353,3 +353,6 @@ def test_full_disk_keeps_what_was_computed(prompts, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert str(out) in last
+    assert "a checkpoint cannot be written" in last
+    assert "File too large" in last
+    assert [line["step"] for line in numbers(out)] == list(range(1, 11)), "the numbers of all steps are kept"

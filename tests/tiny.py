@@ -85,7 +85,7 @@ def main(config: TinyConfig) -> None:
     settings = dataclasses.replace(config, resume=False)
     with (
         Run(config.out, "tiny", settings, seed=config.seed, resume=config.resume) as run,
-        MetricsWriter(config.out, terminal=False, tensorboard=False) as writer,
+        MetricsWriter(config.out, terminal=False, sinks=()) as writer,
     ):
         final = train(
             config.train,

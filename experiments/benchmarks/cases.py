@@ -188,7 +188,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
         ApiJudge(ApiConfig(server=address, model="judge", concurrency=work.batch)) as client,
     ):
         out = Path(folder) / "run"
-        with Run(out, "judged", config, seed=0) as run, MetricsWriter(out, terminal=False, tensorboard=False) as writer:
+        with Run(out, "judged", config, seed=0) as run, MetricsWriter(out, terminal=False, sinks=()) as writer:
             train(
                 config,
                 run,

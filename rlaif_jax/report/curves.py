@@ -1,4 +1,4 @@
-"""The curves of a run's page: one small SVG for every stage and key of metrics.jsonl; how numbers are put."""
+"""The curves of a run's page: one small SVG for every stage and key of metrics.jsonl; numbers and keys as text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import numpy as np
 
 from rlaif_jax.metrics import RL_STAGE
 
-# The curves of the RL loop that everybody looks at first: last part of the key -> (title, unit).
-MAIN_CURVES = {
+# Quantities with a title and a unit, in the order of the page: last part of the key -> (title, unit). Any other key is
+# shown by its words.
+QUANTITIES = {
     "reward": ("Reward", "score"),
     "gold": ("Gold score", "score"),
-    "gold_score": ("Gold score", "score"),
     "kl": ("KL to the reference", "nats per answer"),
     "length": ("Answer length", "tokens"),
-    "response_length": ("Answer length", "tokens"),
     "entropy": ("Entropy", "nats per token"),
     "clip_fraction": ("Clip fraction", "share of tokens"),
     "sampler_gap": ("Sampler gap", "nats per token"),
@@ -29,7 +28,7 @@ _STAGE_TITLES = {
     "sft": "Supervised fine-tuning",
     "labeler": "Labeler",
     "reward_model": "Reward model",
-    RL_STAGE: "Reinforcement learning",
+    RL_STAGE: "Training loop",
 }
 _LOSS_UNITS = {
     "lm": "nats per token",
@@ -42,7 +41,7 @@ _ABBREVIATIONS = {"kl", "ppo", "grpo", "sft", "rl", "rm", "eos", "lm", "ece", "l
 
 @dataclass(frozen=True)
 class Plot:
-    """A curve: its title, its last finite value as text, and an SVG element that is safe to embed."""
+    """A curve: its title, its last finite value as text, and an SVG element that holds no foreign text."""
 
     title: str
     last: str
@@ -50,12 +49,12 @@ class Plot:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a finite number (true and false are none)."""
+    """Returns whether a JSON value is a finite number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def number_text(value: float) -> str:
-    """Four digits that matter: 0.1235, 12.35, 1,235."""
+    """Returns a number with three or four digits that matter: 0.123, 12.35, 1,235."""
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if abs(value) >= 1000:
@@ -64,21 +63,32 @@ def number_text(value: float) -> str:
 
 
 def words(key: str) -> str:
-    """first_kl_zero -> First KL zero."""
+    """Returns a key as words: first_kl_zero -> First KL zero."""
     text = " ".join(word.upper() if word in _ABBREVIATIONS else word for word in key.split("_") if word)
     return text[:1].upper() + text[1:]
 
 
 def stage_title(stage: str) -> str:
-    """reward_model -> Reward model."""
+    """Returns the name of a stage for people: reward_model -> Reward model."""
     return _STAGE_TITLES.get(stage) or words(str(stage))
 
 
-def curve_title(stage: str, key: str) -> tuple[str, str]:
-    """(title, unit) of a key of metrics.jsonl; the unit is empty when it is not known."""
+def quantity(name: str) -> tuple[str, str]:
+    """Returns (title, unit) of a number; the unit is empty if it is not known."""
+    return QUANTITIES.get(name) or (words(name), "")
+
+
+def is_main(stage: str, key: str) -> bool:
+    """Returns whether a key is one that everybody looks at first, whatever its values are."""
     name = key.split("/")[-1]
-    if stage == RL_STAGE and name in MAIN_CURVES:
-        title, unit = MAIN_CURVES[name]
+    return name in QUANTITIES if stage == RL_STAGE else name.endswith(("loss", "accuracy"))
+
+
+def curve_title(stage: str, key: str) -> tuple[str, str]:
+    """Returns (title, unit) of a key of metrics.jsonl; the unit is empty if it is not known."""
+    name = key.split("/")[-1]
+    if stage == RL_STAGE and name in QUANTITIES:
+        title, unit = quantity(name)
         return (title if "/" not in key else f"{title} ({key.rsplit('/', 1)[0]})"), unit
     if key == "time/tokens_per_s":
         return "Speed", "tokens per second"
@@ -88,7 +98,14 @@ def curve_title(stage: str, key: str) -> tuple[str, str]:
 
 
 class Curves:
-    """The plots of the lines of `read_metrics`; `window`: whether any plotted so far is smoothed."""
+    """Draws the lines of `read_metrics`.
+
+    Args:
+        rows: the lines, of all stages.
+
+    Attributes:
+        window: whether one of the curves that were drawn is smoothed.
+    """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._series: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -103,23 +120,25 @@ class Curves:
         self.window = False
 
     def main(self, stage: str) -> list[Plot]:
-        """What everybody looks at first: losses and accuracies, or the RL loop's `MAIN_CURVES` in order."""
+        """Returns the plots to look at first: losses and accuracies; of the loop `QUANTITIES`, then whatever changes."""
         keys = [key for at, key in self._series if at == stage and self._is_main(stage, key)]
         if stage == RL_STAGE:
-            order = list(MAIN_CURVES)
-            keys.sort(key=lambda key: order.index(key.split("/")[-1]))
+            place = {name: i for i, name in enumerate(QUANTITIES)}
+            keys.sort(key=lambda key: place.get(key.split("/")[-1], len(place)))
             return [self._plot(stage, key, "#4453c8") for key in keys]
         return [self._plot(stage, key, "#0b7a6f", stage_title(stage)) for key in keys]
 
     def others(self, stage: str) -> list[Plot]:
-        """Every other key of the stage."""
+        """Returns the plots of all other keys of the stage."""
         keys = [key for at, key in self._series if at == stage and not self._is_main(stage, key)]
-        prefix = "RL" if stage == RL_STAGE else stage_title(stage)
+        prefix = "Loop" if stage == RL_STAGE else stage_title(stage)
         return [self._plot(stage, key, "#5b6475", prefix) for key in keys]
 
     def _is_main(self, stage: str, key: str) -> bool:
-        name = key.split("/")[-1]
-        return name in MAIN_CURVES if stage == RL_STAGE else name.endswith(("loss", "accuracy"))
+        if stage != RL_STAGE or is_main(stage, key) or "/" in key:
+            return is_main(stage, key)
+        finite = [value for _, value in self._series[stage, key] if np.isfinite(value)]
+        return bool(finite) and min(finite) < max(finite)
 
     def _plot(self, stage: str, key: str, color: str, prefix: str = "") -> Plot:
         points = np.asarray(sorted(self._series[stage, key]), dtype=np.float64)
@@ -139,7 +158,7 @@ class Curves:
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, Any] | None:
-    """Centred mean over a twentieth of the points, without the missing ones; None for short series."""
+    """Returns the centred mean over a twentieth of the points, without missing ones; None for short series."""
     if len(values) < 40:
         return None
     window = np.ones(max(3, len(values) // 20) // 2 * 2 + 1)
@@ -150,7 +169,7 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, An
 
 
 def _extremes(values: np.ndarray[Any, np.dtype[np.float64]], bins: int = 500) -> np.ndarray[Any, Any]:
-    """Which points to draw: all, or of a long series the lowest and highest of each bin (spikes stay)."""
+    """Returns the points to draw: all, or of a long series the lowest and highest of each bin (spikes stay)."""
     if len(values) <= 2 * bins:
         return np.arange(len(values))
     kept = {0, len(values) - 1}
@@ -162,8 +181,14 @@ def _extremes(values: np.ndarray[Any, np.dtype[np.float64]], bins: int = 500) ->
 
 
 def draw_reliability(bins: Sequence[tuple[float, float, float]], name: str) -> str:
-    """An SVG element: share right over confidence of each bin (confidence, right, count); larger bins, larger dots. On
-    the diagonal a judge is as often right as it says. `name` keeps the ids of a page's plots apart."""
+    """Returns an SVG element: how often a judge is right over how confident it is. Larger bins have larger dots.
+
+    On the diagonal a judge is as often right as it says.
+
+    Args:
+        bins: (mean confidence, share right, number of verdicts) of each bin.
+        name: keeps the ids of a page's plots apart.
+    """
     confidence, right, count = np.array(bins, np.float64).reshape(-1, 3).T
 
     def plot(axes: Any) -> None:
@@ -198,7 +223,7 @@ def _draw(steps: Any, values: Any, smooth: Any, unit: str, color: str, name: str
 
 
 def _figure(plot: Callable[[Any], None], xlabel: str, ylabel: str, name: str) -> str:
-    """An SVG element; made without pyplot, so nothing is shared with plots of the caller's own."""
+    """Returns an SVG element; made without pyplot, which would share state with plots of the caller."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

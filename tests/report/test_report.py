@@ -1,6 +1,5 @@
 """The page as a parser and a person see it: complete, escaped, and in need of nothing outside itself."""
 
-import html.parser
 import json
 import os
 import re
@@ -15,95 +14,8 @@ from rlaif_jax.feedback.records.forms import Ranking, Rater
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.report import report
-
-ATTACK = "<script>alert(1)</script><img src=http://evil.example/x.png onerror=alert(2)> {{ 7 * 7 }} \" ' & $x_{1$"
-VOID = {"meta", "img", "br", "hr", "input", "link"}
-
-
-class Page(html.parser.HTMLParser):
-    """Tags, attributes and visible text of a page; checks that every tag is closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.open = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.texts.append(data)
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.texts))
-
-
-def make(folder):
-    return Page(report.write_report(folder).read_text(encoding="utf-8"))
-
-
-def write_json(folder, name, value):
-    (folder / name).write_text(json.dumps(value))
-
-
-def write_samples(folder, *samples):
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-
-
-def sample(stage, index, response, **more):
-    base = {"step": 0, "stage": stage, "prompt": f"prompt {index}", "response": response, "index": index}
-    return base | {"reward": None, "gold": None} | more
-
-
-@pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / "quickstart"
-    with MetricsWriter(folder, terminal=False, tensorboard=False) as writer:
-        with writer.stage("reward_model", 60) as stage:
-            for step in range(1, 61):
-                stage.write(step, {"loss": 1 / step, "heldout_accuracy": 1 - 0.5 / step, "learning_rate": 1e-3})
-        with writer.stage("rl", 5) as stage:
-            for step in range(1, 6):
-                values = {"reward": 0.1 * step, "kl": 0.5 * step, "response_length": 20.0, "entropy": 2.0}
-                values |= {"clip_fraction": 0.1, "first/sampler_gap": 1e-7, "grad_norm": 1.0, "time/tokens_per_s": 9e3}
-                stage.write(step, values | ({"gold": 0.4} if step == 1 else {}))
-    write_json(folder, "config.json", {"seed": 0, "ppo": {"clip_range": 0.2, "policy": {"lr": 3e-6}}})
-    write_samples(
-        folder,
-        sample("before", 0, "a cup cup", reward=-0.25, gold=0.5),
-        sample("before", 1, "nothing"),
-        sample("rl", 0, "while it learns", step=3),
-        sample("after", 1, "everything"),
-        sample("after", 0, "The cook gives a cup.", reward=1.5, gold=0.75),
-    )
-    metrics = {"win_rate_gold": 0.7134, "win_rate_gold_ci95": [0.651, 0.772], "gold_sft": 0.412}
-    metrics |= {
-        "gold_ppo": 0.741,
-        "judge_agreement": 0.874,
-        "same_position_rate": 0.093,
-        "rm_accuracy": 0.842,
-    }
-    metrics |= {"kl": 8.91, "length_sft": 22.3, "length_ppo": 25.9, "wall_s": 432.7}
-    summary = {"experiment": "quickstart", "status": "done", "seed": 0, "steps": 5, "wall_s": 432.7}
-    checks = {"kl_at_step_0_is_zero": True, "loss_finite": False}
-    claim = {"claim": "RLAIF beats SFT", "paper": 0.71, "ours": 0.7134, "ci95": [0.651, 0.772]}
-    claim["verdict"] = "reproduced"
-    write_json(folder, "summary.json", summary | {"metrics": metrics, "checks": checks, "claims": [claim]})
-    return folder
+from rlaif_jax.report.environment import save_environment
+from tests.report.pages import ATTACK, Page, make, sample, write_json, write_samples
 
 
 def test_the_page_tells_the_whole_run(run):
@@ -176,7 +88,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(run):
 
 
 def test_hostile_text_is_shown_as_text_wherever_it_comes_from(tmp_path):
-    with MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, terminal=False, sinks=()) as writer:
         with writer.stage("rl", 1) as stage:
             stage.write(1, {ATTACK: 1.0, "reward": 1.0, f"{ATTACK}/kl": 1.0})
         with writer.stage(ATTACK, 1) as stage:
@@ -187,8 +99,9 @@ def test_hostile_text_is_shown_as_text_wherever_it_comes_from(tmp_path):
     claim = dict.fromkeys(("claim", "paper", "ours", "verdict"), ATTACK) | {"ci95": [ATTACK]}
     numbers = {ATTACK: 1.0, "text": ATTACK, "x": {ATTACK: ATTACK}}
     summary = dict.fromkeys(("experiment", "status", "seed", "error"), ATTACK)
-    checks = {ATTACK: True, "other": ATTACK}
-    write_json(tmp_path, "summary.json", summary | {"metrics": numbers, "checks": checks, "claims": [claim]})
+    summary |= {"metrics": numbers, "checks": {ATTACK: True, "other": ATTACK}, "claims": [claim]}
+    summary |= {"warnings": [ATTACK], "missing": {ATTACK: 3}, "stages": {ATTACK: ATTACK}}
+    write_json(tmp_path, "summary.json", summary)
     write_json(tmp_path, "environment.json", {"machine": {ATTACK: ATTACK}, "versions": {ATTACK: ATTACK}})
     page = make(tmp_path)
     assert not {"script", "img"} & set(page.tags)
@@ -212,7 +125,7 @@ def test_any_part_of_a_run_makes_a_page(run, count):
 
 def test_a_run_in_its_first_seconds_shows_where_it_stands(tmp_path):
     with (
-        MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer,
+        MetricsWriter(tmp_path, terminal=False, sinks=()) as writer,
         writer.stage("lm", 100) as stage,
     ):
         stage.write(1, {"loss": 6.25, "time/tokens_per_s": 12345.0})
@@ -251,7 +164,7 @@ def test_samples_of_one_index_and_prompt_stand_side_by_side_and_the_newest_count
 
 def test_values_that_are_not_finite_leave_gaps_not_errors(tmp_path):
     with (
-        MetricsWriter(tmp_path, terminal=False, tensorboard=False) as writer,
+        MetricsWriter(tmp_path, terminal=False, sinks=()) as writer,
         writer.stage("rl", 100) as stage,
     ):
         for step in range(1, 101):
@@ -269,6 +182,30 @@ def test_a_long_run_makes_a_small_page_and_keeps_its_spikes(tmp_path):
             file.write(json.dumps({"step": step, "reward": value, "grad_norm": None}) + "\n")
     assert report.write_report(tmp_path).stat().st_size < 150_000
     assert "1000" in make(tmp_path).text  # the axis reaches up to the spike
+
+
+def test_whatever_a_new_algorithm_logs_and_changes_is_among_the_first_curves(tmp_path):
+    with (
+        MetricsWriter(tmp_path, terminal=False, sinks=()) as writer,
+        writer.stage("rl", 3) as stage,
+    ):
+        for step in range(1, 4):
+            stage.write(step, {"margin": 0.1 * step, "constant": 1.0, "first/margin": 0.1 * step, "reward": 1.0})
+    page = make(tmp_path)
+    first, _, others = page.text.partition("All other curves (2)")
+    assert first.index("Training loop The number next to a title") < first.index("Margin 0.3")
+    assert "Reward 1 " in first
+    assert "Loop · Constant" in others
+    assert "Loop · First/margin" in others
+
+
+def test_warnings_missing_judgements_and_stages_are_shown(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"warnings": ["the code has changed"], "missing": {"timeout": 12}, "stages": {"lm-0123": "reused"}}
+    write_json(run, "summary.json", summary)
+    text = make(run).text
+    for words in ("Warnings ! warning the code has changed", "by reason. timeout 12", "began with lm-0123 reused"):
+        assert words in text, words
 
 
 def test_unknown_numbers_of_other_experiments_are_shown_too(tmp_path):
@@ -313,8 +250,8 @@ def test_secrets_are_hidden_and_counts_are_not(tmp_path):
     [
         ("config.json", "{", r"config\.json: cannot be read as JSON"),
         ("summary.json", "[1]", r"summary\.json: should hold one JSON object"),
-        ("metrics.jsonl", '{"step": 1}\nx\n{"step": 2}\n', r"metrics\.jsonl, line 2"),
-        ("samples.jsonl", "3\n{}\n", r"samples\.jsonl, line 1"),
+        ("metrics.jsonl", '{"step": 1}\nx\n{"step": 2}\n', r"metrics\.jsonl:2"),
+        ("samples.jsonl", "3\n{}\n", r"samples\.jsonl:1"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_last_good_page_stays(run, name, content, says):
@@ -332,13 +269,13 @@ def test_no_folder_is_a_message(tmp_path):
 
 def test_a_page_that_cannot_be_written_is_a_message(tmp_path):
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(UserError, match=r"report\.html: cannot be written"):
+    with pytest.raises(UserError, match=r"cannot write .*report\.html: "):
         report.write_report(tmp_path)
 
 
 def test_the_environment_of_the_run_is_kept(run):
     assert "Of the process that made this page." in make(run).text
-    path = report.save_environment(run)
+    path = save_environment(run)
     saved = json.loads(path.read_text())
     import jax
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.api import builtin_templates as builtin
@@ -24,8 +20,8 @@ from rlaif_jax.feedback.api.templates import Form, Question, split_question
 from rlaif_jax.feedback.api.transport import Spent
 from rlaif_jax.feedback.records.forms import Judgement
 from rlaif_jax.files import read_json_lines
+from rlaif_jax.progress import ProgressDisplay
 
-PLAIN_LINE_EVERY_S = 5.0
 NAMED_MISSING = 20  # missing judgements that are named on the terminal; the store has them all
 
 
@@ -194,35 +190,3 @@ def _named(question: Question, entry: Judgement) -> str:
     why = " ".join(entry.raw.split())[:160]
     mass = f"the labels have a probability of {entry.label_mass:.3g}; it said " if entry.label_mass is not None else ""
     return f"{question.where or entry.item[:12]}{order}: {entry.status}: {mass}{why!r}"
-
-
-class _Bar:
-    """A progress bar, or plain lines where the output is no terminal."""
-
-    def __init__(self, total: int, title: str) -> None:
-        self._total, self._title, self._last = total, title, time.monotonic()
-        self.done, self.answered = 0, 0
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        console = Console(stderr=True)
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task(title, total=total, note="")
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._progress.stop()
-
-    def count(self, entry: Judgement) -> None:
-        """Counts a judgement; called by the judge's thread."""
-        self.done += 1
-        self.answered += entry.answered
-
-    def show(self, spent: Spent) -> None:
-        """Shows the number of judgements and what was spent."""
-        note = f"{self.done - self.answered} missing, {spent.tokens} tokens, ${spent.usd:.4f}"
-        self._progress.update(self._task, completed=self.done, note=note)
-        if self._progress.disable and time.monotonic() - self._last > PLAIN_LINE_EVERY_S:
-            self._last = time.monotonic()
-            print(f"{self._title}: {self.done}/{self._total}, {note}", file=sys.stderr, flush=True)
