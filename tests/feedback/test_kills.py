@@ -25,9 +25,10 @@ from tests.feedback.writers import made
 pytest.importorskip("fastapi", reason="needs the page's extra")
 pytest.importorskip("openai", reason="needs the openai package")
 
+from rlaif_jax.feedback.people.kinds import RATE
 from rlaif_jax.feedback.people.queue import TaskQueue
-from rlaif_jax.feedback.people.tasks import Task
-from rlaif_jax.ui.client import PageClient
+from rlaif_jax.feedback.people.tasks import PersonTask
+from rlaif_jax.recipes.crowd import PageClient
 from rlaif_jax.ui.tokens import rater_tokens
 
 HERE = Path(__file__).parent
@@ -70,29 +71,30 @@ def free_port() -> int:
 def test_fifty_kills_of_page_judge_and_trainer_lose_and_double_nothing(tmp_path: Path):
     path, port = tmp_path / "feedback.sqlite", free_port()
     with Store(path), TaskQueue(path) as queue:
-        queue.put(Task(kind="rate", prompt=f"task {n}", answers=("an answer",)) for n in range(5000))
+        queue.put(PersonTask(kind=RATE, prompt=f"task {n}", answers=("an answer",)) for n in range(5000))
     answered: list[str] = []  # what the page has acknowledged to the one who answers
-    over = threading.Event()
+    done = threading.Event()
 
     def annotate() -> None:
         # A post that fails on the way is sent again as it is, until the page is back.
         client = PageClient(f"http://127.0.0.1:{port}/?token={rater_tokens(path, ('anna',))['anna']}", retries=200)
         passed = False
-        while not over.is_set():
+        while not done.is_set():
             try:
                 passed = passed or client.call("/api/check", {"answers": [1, 2]})["passed"]
                 task = client.next()
                 assert task is not None
                 answered.extend(client.answer(task, {"value": 3})["recorded"])
             except UserError:
-                if not over.is_set():
+                if not done.is_set():
                     raise
 
     with serve() as server:
         page = [
             sys.executable,
             "-m",
-            "rlaif_jax.ui.annotate",
+            "rlaif_jax",
+            "annotate",
             "--store",
             str(path),
             "--raters",
@@ -129,7 +131,7 @@ def test_fifty_kills_of_page_judge_and_trainer_lose_and_double_nothing(tmp_path:
             for thread in threads:
                 thread.join()
         finally:
-            over.set()
+            done.set()
             person.join(30)
             for worker in workers.values():
                 if worker.process is not None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from rlaif_jax.feedback.people.kinds import CHAT, COMMENT, COMPARE, EDIT, RANK, RATE
 from rlaif_jax.feedback.people.queue import TaskQueue
-from rlaif_jax.feedback.people.tasks import Task
+from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rater, Rating, Span
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.ui.client import PageClient, running_page
+from rlaif_jax.recipes.crowd import PageClient, running_page
 
 pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
 pytest.importorskip("openai", reason="the page's chat talks to a served model with the package openai")
@@ -26,12 +27,12 @@ EVIL = (
 EVIL += "A long answer goes on. " * ((10_000 - len(EVIL)) // 23 + 1)
 SUGGESTION = Ranking(prompt="Which?", answers=("yes", "no"), rater=Rater("judge", "ai", "gpt"), ranks=(1, 2))
 TASKS = {
-    "compare": Task(kind="compare", prompt="Which?", answers=("yes", "no"), suggestion=SUGGESTION),
-    "rank": Task(kind="rank", prompt="Order!", answers=("alpha", "beta", "gamma")),
-    "rate": Task(kind="rate", prompt="How?", answers=("so",), low=1, high=10, principle="How kind is it?"),
-    "edit": Task(kind="edit", prompt="Mend!", answers=("The mill 🎉 is new.",), labels=("fact", "style")),
-    "comment": Task(kind="comment", prompt="Say!", answers=("something",), labels=("tone", "facts")),
-    "chat": Task(kind="chat", prompt="Talk about mills."),
+    "compare": PersonTask(kind=COMPARE, prompt="Which?", answers=("yes", "no"), suggestion=SUGGESTION),
+    "rank": PersonTask(kind=RANK, prompt="Order!", answers=("alpha", "beta", "gamma")),
+    "rate": PersonTask(kind=RATE, prompt="How?", answers=("so",), low=1, high=10, principle="How kind is it?"),
+    "edit": PersonTask(kind=EDIT, prompt="Mend!", answers=("The mill 🎉 is new.",), labels=("fact", "style")),
+    "comment": PersonTask(kind=COMMENT, prompt="Say!", answers=("something",), labels=("tone", "facts")),
+    "chat": PersonTask(kind=CHAT, prompt="Talk about mills."),
 }
 
 
@@ -89,7 +90,7 @@ def opened(browser, running, rater, tasks, *, width=1280, check=True, expected="
     """(the page in the browser, a function that gives the rater's standing judgements); asserts that nothing went wrong."""
     store, urls = running
     with TaskQueue(store) as queue:
-        queue.withdraw([waiting.task.id for waiting in queue.tasks()])
+        queue.withdraw([queued.task.id for queued in queue.tasks()])
         queue.put(tasks, overlap=len(RATERS))
     if check:
         PageClient(urls[rater]).call("/api/check", {"answers": [1, 2]})
@@ -347,11 +348,11 @@ def test_a_session_of_every_form_by_keyboard_alone(browser, running):
 
 def test_hostile_and_long_texts_are_shown_as_text(browser, running):
     tasks = [
-        Task(kind="compare", prompt=EVIL, answers=(EVIL, "short"), principle="<b>Which</b>?"),
-        Task(kind="rank", prompt="e1", answers=(EVIL, "short")),
-        Task(kind="rate", prompt="e2", answers=(EVIL,)),
-        Task(kind="edit", prompt="e3", answers=(EVIL,), labels=("<i>kind</i>",)),
-        Task(kind="comment", prompt="e4", answers=(EVIL,), labels=("<i>aspect</i>",)),
+        PersonTask(kind=COMPARE, prompt=EVIL, answers=(EVIL, "short"), principle="<b>Which</b>?"),
+        PersonTask(kind=RANK, prompt="e1", answers=(EVIL, "short")),
+        PersonTask(kind=RATE, prompt="e2", answers=(EVIL,)),
+        PersonTask(kind=EDIT, prompt="e3", answers=(EVIL,), labels=("<i>kind</i>",)),
+        PersonTask(kind=COMMENT, prompt="e4", answers=(EVIL,), labels=("<i>aspect</i>",)),
     ]
     with opened(browser, running, "evil", tasks) as (page, judgements):
         for done, keys in enumerate([("b",), ("b",), ("3",), (), None]):
@@ -405,7 +406,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, running):
 
 
 def test_a_finger_marks_what_it_selects(browser, running):
-    task = Task(kind="edit", prompt="touched", answers=("The old mill is new.",))
+    task = PersonTask(kind=EDIT, prompt="touched", answers=("The old mill is new.",))
     with opened(browser, running, "phone", [task], width=390, has_touch=True) as (page, judgements):
         select = """([from, to]) => getSelection().setBaseAndExtent(
             document.querySelector(".words span:nth-child(3)").firstChild, from,
@@ -427,7 +428,7 @@ def test_a_finger_marks_what_it_selects(browser, running):
 
 
 def test_an_answer_whose_acknowledgement_is_lost_counts_once(browser, running):
-    task = Task(kind="rate", prompt="lost", answers=("x",))
+    task = PersonTask(kind=RATE, prompt="lost", answers=("x",))
     with opened(browser, running, "other", [task], expected="net::ERR_FAILED") as (page, judgements):
         lost, held = [], []
 
@@ -453,7 +454,7 @@ def test_an_answer_whose_acknowledgement_is_lost_counts_once(browser, running):
 
 
 def test_what_was_written_survives_a_reload(browser, running):
-    task = Task(kind="comment", prompt="draft", answers=("x",))
+    task = PersonTask(kind=COMMENT, prompt="draft", answers=("x",))
     with opened(browser, running, "other", [task]) as (page, _):
         page.fill("#comment", "half a thought")
         page.reload()
@@ -463,7 +464,7 @@ def test_what_was_written_survives_a_reload(browser, running):
 
 def test_the_coordinator_adjudicates_stops_and_exports(browser, running):
     store, urls = running
-    task = Task(kind="compare", prompt="dispute", answers=("yes", "no"))
+    task = PersonTask(kind=COMPARE, prompt="dispute", answers=("yes", "no"))
     with opened(browser, running, "mouse", [task]) as (page, _):
         for rater, wanted in (("phone", "yes"), ("other", "no")):
             client = PageClient(urls[rater])
@@ -476,7 +477,7 @@ def test_the_coordinator_adjudicates_stops_and_exports(browser, running):
         page.click("#yes")
         page.wait_for_selector("#stopped:not([hidden])")
         with TaskQueue(store) as queue:
-            assert queue.stop_requested()
+            assert queue.team.stop_requested()
         page.click("#stop")  # taken back
         page.wait_for_selector("#stopped", state="hidden")
         with page.expect_download() as download:

@@ -21,17 +21,19 @@ pytest.importorskip("fastapi", reason="the annotation page is an extra: pip inst
 pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
 
 from rlaif_jax.config import UserError
+from rlaif_jax.feedback.people.kinds import COMPARE, EDIT, RATE
 from rlaif_jax.feedback.people.queue import TaskQueue
-from rlaif_jax.feedback.people.tasks import Task
-from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating, from_json
+from rlaif_jax.feedback.people.tasks import PersonTask
+from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
+from rlaif_jax.feedback.records.parsing import from_json
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.ui.annotate import AnnotateConfig, read_questions
-from rlaif_jax.ui.client import PageClient, _printed_urls, answer_through_page, running_page
+from rlaif_jax.recipes.crowd import PageClient, _printed_urls, answer_through_page, running_page
+from rlaif_jax.ui.annotate import AnnotateConfig, read_check
 from rlaif_jax.ui.tokens import csrf_token, rater_tokens, token_file
 
-PAIRS = [Task(kind="compare", prompt=f"p{i}", answers=(f"good {i}", f"bad {i}")) for i in range(4)]
-SUGGESTED = Task(
-    kind="compare",
+PAIRS = [PersonTask(kind=COMPARE, prompt=f"p{i}", answers=(f"good {i}", f"bad {i}")) for i in range(4)]
+SUGGESTED = PersonTask(
+    kind=COMPARE,
     prompt="suggested",
     answers=("one", "two"),
     suggestion=Ranking(
@@ -39,7 +41,7 @@ SUGGESTED = Task(
     ),
     generators=("writer-one", "writer-two"),
 )
-RATED = [Task(kind="rate", prompt=f"q{i}", answers=(f"a{i}",), high=10) for i in range(3)]
+RATED = [PersonTask(kind=RATE, prompt=f"q{i}", answers=(f"a{i}",), high=10) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def fresh(page):
     """The page with no open tasks and everybody past the check."""
     store, urls = page
     with TaskQueue(store) as queue:
-        queue.withdraw([waiting.task.id for waiting in queue.tasks()])
+        queue.withdraw([queued.task.id for queued in queue.tasks()])
     for url in urls.values():
         PageClient(url).call("/api/check", {"answers": [1, 2]})
     return store, urls
@@ -254,7 +256,7 @@ def test_who_has_once_seen_the_suggestion_is_informed_for_good(fresh):
 def test_half_a_character_locks_nobody_out(fresh):
     store, urls = fresh
     half = "\ud83d"
-    put(store, [Task(kind="edit", prompt=half, answers=("x" + half,), labels=(half,))])
+    put(store, [PersonTask(kind=EDIT, prompt=half, answers=("x" + half,), labels=(half,))])
     client = PageClient(urls["anna"])
     task = client.next()
     assert (task["prompt"], task["answers"], task["labels"]) == (half, ["x" + half], [half])
@@ -286,7 +288,7 @@ def test_a_post_counts_once_and_is_on_disk_before_it_is_acknowledged(fresh):
 
 def test_undo_is_a_record(fresh):
     store, urls = fresh
-    task = Task(kind="rate", prompt="undone", answers=("x",))
+    task = PersonTask(kind=RATE, prompt="undone", answers=("x",))
     put(store, [task])
     client = PageClient(urls["anna"])
     made = client.answer(client.next(), {"value": 2, "note": "hasty"})
@@ -325,22 +327,22 @@ def test_a_run_waits_for_the_page(fresh):
     from rlaif_jax.feedback.people.source import PeopleSource
 
     store, urls = fresh
-    over = threading.Event()
+    done = threading.Event()
     count = lambda task: {"value": len(task["answers"][0])}
-    arguments = {"wait_s": 60.0, "over": over.is_set}
+    arguments = {"wait_s": 60.0, "done": done.is_set}
     robot = threading.Thread(target=answer_through_page, args=(urls["robot"], count), kwargs=arguments)
     robot.start()
     people = PeopleSource(store, low=0, high=10, timeout_s=30, poll_s=0.02)
     for step in range(3):  # the tasks come step by step
         judged = people([{"prompt": f"step {step}"}] * 3, ["x" * step, "xxxxx", "xxxxx"], None)
         assert judged.valid.all() and judged.values.tolist() == pytest.approx([step / 10, 0.5, 0.5])
-    over.set()
+    done.set()
     robot.join()
 
 
 def test_disagreement_is_counted_adjudicated_and_exported(fresh):
     store, urls = fresh
-    tasks = [Task(kind="rate", prompt=f"shared {i}", answers=("x",)) for i in range(3)]
+    tasks = [PersonTask(kind=RATE, prompt=f"shared {i}", answers=("x",)) for i in range(3)]
     put(store, tasks, overlap=2)
     given = {"anna": [1, 3, 5], "ben": [1, 3, 4]}
     for name, values in given.items():
@@ -373,7 +375,7 @@ def test_disagreement_is_counted_adjudicated_and_exported(fresh):
 def test_the_page_says_who_answers(page):
     store, _ = page
     with TaskQueue(store) as queue:
-        assert queue.raters == {"anna", "ben", "robot"}
+        assert queue.team.raters == {"anna", "ben", "robot"}
 
 
 @pytest.mark.parametrize("status", ["200 OK", "400 Bad Request"])
@@ -466,10 +468,10 @@ def test_settings_that_cannot_be(tmp_path):
     for text, words in [("[]", "list of questions"), ("{", "check.json"), ('[{"question": "q"}]', "options")]:
         bad.write_text(text)
         with pytest.raises(UserError, match=words):
-            read_questions(bad)
+            read_check(bad)
     bad.write_text('[{"question": "q", "options": ["a"], "answer": 1}]')
     with pytest.raises(UserError, match=r"check.json: .*answer is 1; options has 1"):
-        read_questions(bad)
+        read_check(bad)
     token_file(tmp_path / "f").write_text("{")
     with pytest.raises(UserError, match="delete it"):
         rater_tokens(tmp_path / "f", ("a",))

@@ -6,14 +6,15 @@ import sqlite3
 import pytest
 
 from rlaif_jax.config import UserError
+from rlaif_jax.feedback.people.kinds import CHAT, COMPARE, RATE
 from rlaif_jax.feedback.people.queue import Conflict, Post, TaskQueue
-from rlaif_jax.feedback.people.tasks import Task, read_tasks, task_from_json, task_to_json
+from rlaif_jax.feedback.people.tasks import PersonTask, read_tasks, task_from_json, task_to_json
 from rlaif_jax.feedback.records.forms import Rater, Rating
 from rlaif_jax.feedback.records.store import Store
 
 
 def task(n=0, **more):
-    return Task(kind="rate", prompt=f"p{n}", answers=(f"a{n}",), **more)
+    return PersonTask(kind=RATE, prompt=f"p{n}", answers=(f"a{n}",), **more)
 
 
 def rating(task, rater="anna", value=3.0, time=1.0):
@@ -95,7 +96,7 @@ def test_undo_gives_the_task_back_to_the_same_hands(desk):
     assert queue.undone("anna", task(0).id).payload == {"value": 3}
     assert queue.lease("ben") is None  # anna holds both
     queue.post(answer(task(0), value=4.0), "r3", "b3", store)
-    assert queue.answered([task(0).id, task(1).id]) == 1
+    assert [queued.answered for queued in queue.tasks()] == [("anna",), ()]
 
 
 def test_a_skip_passes_the_task_on(desk):
@@ -109,18 +110,18 @@ def test_a_skip_passes_the_task_on(desk):
 
 def test_stop_is_heard_by_those_who_came_before_it(desk):
     _, queue = desk
-    assert not queue.stop_requested()
-    queue.stop("anna")
-    early, late = 0, queue.stops
-    assert queue.stop_requested(early) and not queue.stop_requested(late)
-    queue.stop("anna", False)
-    assert not queue.stop_requested(early)
+    assert not queue.team.stop_requested()
+    queue.team.request_stop("anna")
+    early, late = 0, queue.team.last_stop
+    assert queue.team.stop_requested(early) and not queue.team.stop_requested(late)
+    queue.team.request_stop("anna", False)
+    assert not queue.team.stop_requested(early)
 
 
 def test_tasks_are_the_same_whatever_the_order_of_their_answers():
-    one = Task(kind="compare", prompt="p", answers=("a", "b"))
-    other = Task(kind="compare", prompt="p", answers=("b", "a"))
-    assert one.id == other.id != Task(kind="compare", prompt="p", answers=("a", "c")).id
+    one = PersonTask(kind=COMPARE, prompt="p", answers=("a", "b"))
+    other = PersonTask(kind=COMPARE, prompt="p", answers=("b", "a"))
+    assert one.id == other.id != PersonTask(kind=COMPARE, prompt="p", answers=("a", "c")).id
     assert task_from_json(json.loads(json.dumps(task_to_json(one)))) == one
 
 
@@ -171,17 +172,17 @@ def test_half_a_character_is_refused_where_tasks_are_read(tmp_path, wrong):
 
 def test_a_reply_with_half_a_character_is_kept_and_the_first_one_stays(desk):
     _, queue = desk
-    chat = Task(kind="chat", prompt="talk")
+    chat = PersonTask(kind=CHAT, prompt="talk")
     queue.put([chat])
-    queue.say(chat.id, "anna", "r1", "hello")
-    queue.reply("anna", "r1", "half \ud83d of it")
-    queue.reply("anna", "r1", "another")
-    assert [turn.reply for turn in queue.turns(chat.id, "anna")] == ["half ? of it"]
+    queue.chats.say(chat.id, "anna", "r1", "hello")
+    queue.chats.reply("anna", "r1", "half \ud83d of it")
+    queue.chats.reply("anna", "r1", "another")
+    assert [turn.reply for turn in queue.chats.turns(chat.id, "anna")] == ["half ? of it"]
 
 
 def test_half_a_character_that_a_run_asks_about_is_asked(desk):
     _, queue = desk
-    asked = Task(kind="rate", prompt="p", answers=(HALF,))
+    asked = PersonTask(kind=RATE, prompt="p", answers=(HALF,))
     queue.put([asked])
     assert queue.lease("anna") == queue.task(asked.id) == queue.tasks()[0].task == asked
 
@@ -234,12 +235,12 @@ def test_of_an_origin_only_its_own_tasks_are_withdrawn(desk):
     queue.put([task(0)], origin="items.jsonl")
     queue.put([task(0), task(1)], origin="training")
     queue.withdraw([task(0).id, task(1).id], origin="training")
-    assert [waiting.task for waiting in queue.tasks()] == [task(0)]
+    assert [queued.task for queued in queue.tasks()] == [task(0)]
 
 
 def test_those_who_answer_are_those_named_last(desk):
     _, queue = desk
-    assert queue.raters == frozenset()
-    queue.register(["anna", "ben"])
-    queue.register(["ben", "eve"])
-    assert queue.raters == {"ben", "eve"}
+    assert queue.team.raters == frozenset()
+    queue.team.register(["anna", "ben"])
+    queue.team.register(["ben", "eve"])
+    assert queue.team.raters == {"ben", "eve"}

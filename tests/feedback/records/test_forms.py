@@ -24,10 +24,9 @@ from rlaif_jax.feedback.records.forms import (
     Rating,
     Span,
     canonical,
-    from_json,
-    read_jsonl,
     to_json,
 )
+from rlaif_jax.feedback.records.parsing import from_json, read_judgements
 
 ANNA = Rater("anna", "person")
 
@@ -205,7 +204,7 @@ BAD = [
     ("rating", {"value": math.inf}, "value is inf, off the scale"),
     ("rating", {"value": "7"}, "value must be a number, not '7'"),
     ("rating", {"value": True}, "value must be a number, not True"),
-    ("rating", {"value": 10**400}, "value is beyond all numbers"),
+    ("rating", {"value": 10**400}, "value is too large for a float"),
     ("rating", {"low": 10}, "low must be less"),
     ("rating", {"high": math.inf}, "both finite"),
     ("rating", {"confidence": 1.5}, "confidence is 1.5; it lies between 0 and 1"),
@@ -276,7 +275,7 @@ def test_bad_lines_are_named_and_the_good_ones_kept(line, message, tmp_path: Pat
     good = [json.dumps(SHARED | record).encode() for record in GOOD.values()]
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([good[0], good[1], line, good[2], b"", good[3]]))
-    read, bad = read_jsonl(path)
+    read, bad = read_judgements(path)
     assert [judgement.form for judgement in read] == list(GOOD)
     assert len(bad) == 1
     with pytest.raises(UserError, match=message):
@@ -289,10 +288,10 @@ def test_a_file_cut_in_the_middle_of_its_last_line(tmp_path: Path):
     lines = [json.dumps(to_json(rating(time=float(i)))) for i in range(10)]
     path = tmp_path / "cut.jsonl"
     path.write_text("\ufeff" + "\r\n".join(lines))
-    whole, none = read_jsonl(path)
+    whole, none = read_judgements(path)
     assert len(whole) == 10 and none == []
     path.write_bytes(path.read_bytes()[:-40])
-    read, bad = read_jsonl(path)
+    read, bad = read_judgements(path)
     assert read == whole[:9]
     assert len(bad) == 1 and bad[0].startswith(f"{path}:10: no valid JSON")
 
@@ -305,17 +304,17 @@ def test_judgements_of_other_prompts_and_answers_are_bad_where_the_right_ones_ar
         Ranking(prompt="p", answers=("a", "z"), rater=ANNA, ranks=(1, 2)),
     ]
     path.write_text("\n".join(json.dumps(to_json(record)) for record in records))
-    read, bad = read_jsonl(path, {"p": ("a", "b"), "q": ("c",)})
+    read, bad = read_judgements(path, {"p": ("a", "b"), "q": ("c",)})
     assert read == records[:1]
     assert bad == [
-        f"{path}:2: a correction of another prompt: 'another' is none of the 2 asked",
+        f"{path}:2: a correction of another prompt: 'another' is not among the 2 asked",
         f"{path}:3: a ranking of an unknown answer to 'p': 'z'",
     ]
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(UserError, match="cannot read"):
-        read_jsonl(tmp_path / "none.jsonl")
+        read_judgements(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize("status", ["unparsed", "refused", "error", "abstained"])

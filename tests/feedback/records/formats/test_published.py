@@ -14,7 +14,8 @@ import pytest
 
 from rlaif_jax.feedback.records.formats import judges, pairs, texts, tools
 from rlaif_jax.feedback.records.formats.rows import Found, chosen
-from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rating, from_json, to_json
+from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rating, to_json
+from rlaif_jax.feedback.records.parsing import from_json
 
 Data = Callable[[str], Path]
 
