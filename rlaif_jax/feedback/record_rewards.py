@@ -1,4 +1,4 @@
-"""Turns the judgements recorded for a step into `Feedback`: records become arrays here, and `rewards/` does the maths.
+"""Turns the judgements recorded for a step into `Feedback`; the maths is in `rewards/`.
 
 Each function here is a `RewardFn`. An answer that nobody has judged, or whose judgements have no value, is missing.
 """
@@ -52,7 +52,9 @@ class RewardFn(Protocol):
 def group_by_answer(
     records: Sequence[Record], answers: Sequence[str], judgements: Sequence[Judgement]
 ) -> list[list[Judgement]]:
-    """Returns the judgements of each of B answers; a judgement of several answers is listed at each of them.
+    """Returns the judgements of each of B answers.
+
+    A judgement of several answers is listed at each of them.
 
     Args:
         records: the source records of the B prompts.
@@ -72,14 +74,16 @@ def group_by_answer(
 def mean_rating(
     records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
 ) -> Feedback:
-    """Returns the mean of each answer's ratings, rescaled to [0, 1]; missing for an answer without ratings."""
+    """Returns the mean of each answer's ratings on [0, 1]; missing for an answer without ratings."""
     return _means([[j.unit for j in given if isinstance(j, Rating) and j.answered] for given in judgements])
 
 
 def standard_rating(
     records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
 ) -> Feedback:
-    """Returns the mean of each answer's ratings in standard deviations of their raters, over the ratings of the step.
+    """Returns the mean of each answer's ratings in standard deviations of their raters.
+
+    Mean and deviation of a rater are those of the step's ratings.
 
     It removes differences between raters in generosity and spread (`rewards.ratings.z_score_mean`).
     """
@@ -108,13 +112,16 @@ def next_power_of_two(n: int) -> int:
 def win_share(
     records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
 ) -> Feedback:
-    """Returns the share of its comparisons that each answer wins, in [0, 1]; a tie counts half; missing without any."""
+    """Returns the share of comparisons that each answer wins, in [0, 1]; missing without any.
+
+    A tie counts half.
+    """
     return _means([_wins(answer, given) for answer, given in zip(answers, judgements)])
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingUtility:
-    """Computes the Plackett-Luce utility of each answer among the answers to its prompt, in nats, with mean 0.
+    """Computes the Plackett-Luce utility of each answer among those to its prompt, in nats, mean 0.
 
     Ties and partial lists are used as they are (`rewards.rankings.fit_plackett_luce`). Rankings with `beats` instead of
     `ranks` are not used; see `win_share`.
@@ -204,7 +211,7 @@ class CommentValence:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CorrectionRewards:
-    """Computes minus the edit rate of each answer as its score, and blame of single tokens as dense rewards.
+    """Computes minus the edit rate of each answer as score, and blame of tokens as dense rewards.
 
     Of several corrections of an answer the last one counts. A correction with marked spans and no edits scores 0, and each
     span's value is paid at the span's last token (Wu 2023, "Fine-grained human feedback gives better rewards"). The maths
@@ -281,7 +288,7 @@ def _correction_rewards(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JudgementSource:
-    """A `FeedbackSource` that asks a judge for records, keeps them in the store and turns them into rewards.
+    """A `FeedbackSource` that asks a judge for records, stores them and makes rewards of them.
 
     Attributes:
         judge: (prompts [B], answers [B]) -> judgements; of rankings, one for each prompt.

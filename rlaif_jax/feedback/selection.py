@@ -57,7 +57,7 @@ def judge_margin(probability: ArrayLike) -> Floats:
 
 
 def order_disagreement(p12: ArrayLike, p21: ArrayLike) -> Floats:
-    """Computes how far a judge's verdicts in the two orders contradict each other: |p12 + p21 - 1| in [0, 1], [n].
+    """Computes how far verdicts in the two orders contradict each other, |p12 + p21 - 1|, [n].
 
     p12, p21: [n], P(the answer shown first wins) in each order; without position bias they add up to one. Raises UserError
     for a value outside [0, 1].
@@ -167,7 +167,7 @@ def choose(
     chosen: list[Choice] = []
 
     def take(order: Sequence[int], money: float, reason: str | None) -> float:
-        """Takes the allowed questions in this order and returns the money left; stops where nothing is affordable."""
+        """Takes the allowed questions in this order, as long as any is affordable; returns the money left."""
         cheapest = float(price.min()) if count else 0.0
         for index in order:
             if money < cheapest - 1e-9:
@@ -194,7 +194,10 @@ def choose(
 
 
 def _scores(signals: Mapping[str, ArrayLike], count: int, weights: Mapping[str, float]) -> tuple[Floats, list[str]]:
-    """Returns the weighted mean rank [n] over the known signals (.5 where all are unknown) and a reason for each question."""
+    """Returns the weighted mean rank [n] over the known signals, and a reason for each question.
+
+    The rank is .5 where all signals are unknown.
+    """
     total, weight = np.zeros(count), np.zeros(count)
     best, reasons = np.full(count, -1.0), ["nothing known about it"] * count
     for name, given in signals.items():

@@ -1,4 +1,4 @@
-"""Simulated annotators: start the annotation page in another process and answer its tasks by functions, over HTTP."""
+"""Simulated annotators: start the annotation page and answer its tasks by functions, over HTTP."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class PageClient:
         return self.call("/api/next", {})["task"]
 
     def answer(self, task: Mapping[str, Any], answer: Mapping[str, Any] | str, seconds: float = 0.0) -> dict[str, Any]:
-        """Sends an answer, or a skip with its reason; returns the page's reply once the answer is on disk."""
+        """Sends an answer, or a skip with its reason; returns the reply once the answer is on disk."""
         content = {"skip": answer} if isinstance(answer, str) else {"payload": dict(answer)}
         return self.call(
             "/api/answer", {"request": uuid.uuid4().hex, "task": task["id"], "seconds": seconds, **content}
@@ -165,7 +165,7 @@ def answer_through_page(
     wait_s: float = 0.0,
     done: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Answers a rater's tasks by a function over HTTP, as a simulated annotator; returns the number of answers.
+    """Answers a rater's tasks by a function over HTTP; returns the number of answers.
 
     Args:
         url: the rater's address, with the token.

@@ -47,7 +47,9 @@ CHECK = (
 
 @dataclasses.dataclass(frozen=True)
 class AnnotateConfig:
-    """Serves the annotation page; every rater gets a personal address. Stop it with Ctrl-C: nothing sent is lost.
+    """Serves the annotation page; every rater gets a personal address.
+
+    Stop it with Ctrl-C: nothing that was sent is lost.
 
     Attributes:
         store: the feedback store that everything goes into; created if absent.
@@ -104,7 +106,7 @@ class AnnotateConfig:
 
 
 def read_check(path: Path) -> tuple[CheckQuestion, ...]:
-    """Returns the questions of a check file. Raises UserError for a file that cannot be read or is no check."""
+    """Returns the questions of a check file. Raises UserError where the file is no check."""
     try:
         entries = json.loads(path.read_text())
         require(isinstance(entries, list) and bool(entries), f"{path}: a check is a list of questions")
@@ -199,7 +201,10 @@ def main(config: AnnotateConfig) -> None:
 def _add_items(
     items: Mapping[Path, tuple[Sequence[PersonTask], Sequence[str]]], config: AnnotateConfig, queue: TaskQueue
 ) -> None:
-    """Puts the tasks of files into the queue and prints what was left out. items: file -> what `read_tasks` returns."""
+    """Puts the tasks of files into the queue and prints what was left out.
+
+    items: file -> the result of `read_tasks`.
+    """
     for path, (tasks, bad) in items.items():
         new = queue.put(tasks, overlap=config.overlap, origin=path.name)
         print(f"{path}: {len(tasks)} tasks, {new} of them new")

@@ -62,7 +62,9 @@ def _served_model(url: str, name: str) -> ChatModel:
 def local_model(
     folder: Path, tokenizer_file: Path | None = None, sampling: SamplingConfig = SamplingConfig(64, 0.8), seed: int = 0
 ) -> ChatModel:
-    """Returns the language model of a Hugging Face folder; it reads the last tokens of a conversation that its context holds.
+    """Returns the language model of a Hugging Face folder as a chat model.
+
+    It reads the last tokens of a conversation that its context holds.
 
     A reply is drawn with a key of (seed, conversation), so the same conversation gets the same reply.
 

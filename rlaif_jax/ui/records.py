@@ -1,4 +1,7 @@
-"""Turns what a rater sends into records, and records into words. Only this file undoes the order on the screen."""
+"""Turns a rater's answers into records, and records into words.
+
+Only this file undoes the order of the answers on the screen.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ FIRST, SECOND = "first", "second"
 
 
 def shown_order(task: PersonTask, rater: str, seed: int) -> tuple[int, ...]:
-    """Returns the index of the answer that this rater sees at each place: a function of (seed, rater, task) alone."""
+    """Returns the index of the answer at each place of this rater's screen.
+
+    It is a function of (seed, rater, task) alone.
+    """
     # Sorted first: the order on the screen must not depend on the order in which the answers came.
     by_text = sorted(range(len(task.answers)), key=lambda i: task.answers[i])
     random.Random(sha256([seed, rater, task.id])).shuffle(by_text)
@@ -38,7 +44,7 @@ def shown_order(task: PersonTask, rater: str, seed: int) -> tuple[int, ...]:
 
 
 def dialogue(prompt: str, turns: Sequence[Turn]) -> str:
-    """Returns a conversation up to the rater's last message as one text, which is the prompt of the model's reply."""
+    """Returns a conversation up to the rater's last message as one text, the prompt of the reply."""
     parts = [f"[{prompt}]"] if prompt else []
     for turn in turns[:-1]:
         parts += [f"Human: {turn.message}", f"Assistant: {turn.reply or ''}"]
@@ -83,11 +89,17 @@ class AnswerContext:
         }
 
     def records(self, payload: Mapping[str, Any]) -> list[Judgement]:
-        """Returns the judgements that an answer makes. Raises UserError for an answer that the task does not allow."""
+        """Returns the judgements that an answer makes.
+
+        Raises UserError for an answer that the task does not allow.
+        """
         return _MAKERS[self.task.kind](self, payload)
 
     def skipped(self, reason: str) -> list[Judgement]:
-        """Returns the record of a skip: abstained, with the reason. A skipped chat judged no answer and leaves no record."""
+        """Returns the record of a skip: abstained, with the reason.
+
+        A skipped chat judged no answer and leaves no record.
+        """
         record = self.task.kind.record
         if record is None:
             return []
@@ -221,7 +233,10 @@ def retraction(record: Judgement, time: float) -> Judgement:
 
 
 def in_words(record: Judgement, shown: Sequence[int] = ()) -> str:
-    """Returns a record in words, with the answers numbered in the order on the screen (by default the record's order)."""
+    """Returns a record in words, with the answers numbered as on the screen.
+
+    shown: the order on the screen; () means the record's order.
+    """
     shown = tuple(shown) or tuple(range(len(record.answers)))
     if not record.answered:
         return f"{record.status}{f': {record.raw}' if record.raw else ''}"

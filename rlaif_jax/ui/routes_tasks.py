@@ -60,7 +60,7 @@ async def json_body(request: Request) -> dict[str, Any]:
 
 
 def request_id(body: Mapping[str, Any]) -> str:
-    """Returns the id that the sender made for a post. Raises UserError where it is missing or unusable."""
+    """Returns the id that the sender made for a post. Raises UserError where it is unusable."""
     identifier = body.get("request")
     if not isinstance(identifier, str) or not 8 <= len(identifier) <= 80 or not identifier.isascii():
         raise UserError("request must be an id of 8 to 80 ASCII characters that the sender makes")

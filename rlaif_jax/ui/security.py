@@ -1,4 +1,4 @@
-"""Decides which requests the annotation page answers: only with a rater's token, and posts only from the page itself."""
+"""Decides which requests the annotation page answers: with a rater's token, from the page itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ class Guard:
     hosts: tuple[str, ...]
 
     def refusal(self, request: Request) -> Response | None:
-        """Returns the response to a request that is not let in; else None, with `request.state.rater` and `.csrf` set."""
+        """Returns the response to a request that is refused; None for one that is let in.
+
+        A request that is let in gets `request.state.rater` and `request.state.csrf`.
+        """
         own = parse_address(f"//{request.headers.get('host', '')}")
         if own.hostname not in self.hosts:  # another name that points here: DNS rebinding
             return error_response(403, "this page is not reached under that name: start it with --host NAME")

@@ -109,7 +109,7 @@ class AnnotationService:
         return {"answered": row.answered, "skipped": row.skipped, "left": row.left}
 
     def view(self, rater: str, task: PersonTask) -> Json:
-        """Returns the task as this rater sees it: blind, in the rater's order, without the AI's suggestion."""
+        """Returns the task as this rater sees it: blind, shuffled, without the AI's suggestion."""
         order = shown_order(task, rater, self.seed)
         before = self.queue.undone(rater, task.id)
         return {
@@ -194,21 +194,24 @@ class AnnotationService:
         }
 
     def _repeated(self, rater: str, request: str, body: Json) -> Post | None:
-        """Returns the post of an earlier request with this id, whose records are in the store then, or None."""
+        """Returns the earlier post of a repeated request, whose records are in the store then, or None."""
         posted = self.queue.posted(rater, request, canonical(body))
         if posted is not None:
             self.queue.deliver(self.store)  # a crash may have come between the queue and the store
         return posted
 
     def _seconds(self, rater: str, task: PersonTask, measured: Any) -> float:
-        """Returns the time spent as the page measured it, limited to the time since the rater took the task."""
+        """Returns the measured time, limited to the time since the rater took the task."""
         held = self.queue.held_since(task.id, rater)
         most = now() - held if held is not None else float("inf")
         number = measured if isinstance(measured, (int, float)) and not isinstance(measured, bool) else 0.0
         return float(min(max(number, 0.0), most, 86_400.0)) if number == number else 0.0
 
     def undo(self, rater: str, request: str, body: Json) -> Json:
-        """Withdraws the rater's last answer or skip and returns its task. Raises Conflict where there is no such post."""
+        """Withdraws the rater's last answer or skip and returns its task.
+
+        Raises Conflict where the rater has no such post.
+        """
         posted = self._repeated(rater, request, body)
         if posted is None:
             found = self.queue.last(rater)
@@ -342,7 +345,10 @@ def _records(context: AnswerContext, payload: Any, reason: Any) -> list[Judgemen
 
 
 def _verdict(post: Post) -> str:
-    """Returns what two raters must share to agree: the verdict, without margins, notes and the order on the screen."""
+    """Returns the parts of a post that are equal where two raters agree.
+
+    Margins, notes and the order on the screen are no part of it.
+    """
     names = ("answers", "ranks", "beats", "both_bad", "value", "edited", "spans", "text")
     return canonical([to_json(record).get(name) for record in post.records for name in names])
 

@@ -13,12 +13,12 @@ from rlaif_jax.files import atomic_write
 
 
 def csrf_token(token: str) -> str:
-    """Returns what a page must send with every post; it is derived from the rater's token and opens nothing."""
+    """Returns the token of a page's posts, which is derived from the rater's token and opens nothing."""
     return hmac.new(token.encode(), b"rlaif-jax page", hashlib.sha256).hexdigest()
 
 
 def token_file(store: Path) -> Path:
-    """Returns the file of the raters' tokens: next to the store, never in it, and readable only by its owner."""
+    """Returns the file of the raters' tokens: next to the store and readable only by its owner."""
     return store.with_name(store.name + ".tokens.json")
 
 

@@ -67,41 +67,33 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def annotate(path: Path, port: int, answered: list[str], done: threading.Event) -> None:
+    """Answers tasks until `done` is set and adds the ids of acknowledged records to `answered`."""
+    # A post that fails on the way is sent again as it is, until the page is back.
+    client = PageClient(f"http://127.0.0.1:{port}/?token={rater_tokens(path, ('anna',))['anna']}", retries=200)
+    passed = False
+    while not done.is_set():
+        try:
+            passed = passed or client.call("/api/check", {"answers": [1, 2]})["passed"]
+            task = client.next()
+            assert task is not None
+            answered.extend(client.answer(task, {"value": 3})["recorded"])
+        except UserError:
+            if not done.is_set():
+                raise
+
+
 @pytest.mark.slow
 def test_fifty_kills_of_page_judge_and_trainer_lose_and_double_nothing(tmp_path: Path):
     path, port = tmp_path / "feedback.sqlite", free_port()
     with Store(path), TaskQueue(path) as queue:
         queue.put(PersonTask(kind=RATE, prompt=f"task {n}", answers=("an answer",)) for n in range(5000))
-    answered: list[str] = []  # what the page has acknowledged to the one who answers
+    answered: list[str] = []  # the ids of the records that the page has acknowledged
     done = threading.Event()
 
-    def annotate() -> None:
-        # A post that fails on the way is sent again as it is, until the page is back.
-        client = PageClient(f"http://127.0.0.1:{port}/?token={rater_tokens(path, ('anna',))['anna']}", retries=200)
-        passed = False
-        while not done.is_set():
-            try:
-                passed = passed or client.call("/api/check", {"answers": [1, 2]})["passed"]
-                task = client.next()
-                assert task is not None
-                answered.extend(client.answer(task, {"value": 3})["recorded"])
-            except UserError:
-                if not done.is_set():
-                    raise
-
     with serve() as server:
-        page = [
-            sys.executable,
-            "-m",
-            "rlaif_jax",
-            "annotate",
-            "--store",
-            str(path),
-            "--raters",
-            "anna",
-            "--port",
-            str(port),
-        ]
+        annotation = ["annotate", "--store", str(path), "--raters", "anna", "--port", str(port)]
+        page = [sys.executable, "-m", "rlaif_jax", *annotation]
         judge = [sys.executable, str(HERE / "judging.py"), str(path), server.url, str(tmp_path / "judge")]
         trainer = [sys.executable, str(HERE / "writers.py"), str(path), "trainer", str(tmp_path / "trainer")]
         workers = {
@@ -122,7 +114,7 @@ def test_fifty_kills_of_page_judge_and_trainer_lose_and_double_nothing(tmp_path:
             except BaseException as error:
                 failed.append(error)
 
-        person = threading.Thread(target=annotate, daemon=True)
+        person = threading.Thread(target=annotate, args=(path, port, answered, done), daemon=True)
         person.start()
         threads = [threading.Thread(target=torment, args=(role,)) for role in workers]
         try:

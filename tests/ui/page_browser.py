@@ -29,7 +29,7 @@ RATERS = ("mouse", "keys", "phone", "evil", "other")
 
 
 class Model(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server of few words."""
+    """An OpenAI-compatible server that repeats the last message."""
 
     def do_POST(self):
         said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
@@ -58,7 +58,10 @@ def model_server():
 
 @contextmanager
 def opened(browser, running, rater, tasks, *, width=1280, check=True, expected="nothing", **more):
-    """(the page in the browser, a function that gives the rater's standing judgements); asserts that nothing went wrong."""
+    """(the page in the browser, a function that returns the rater's judgements that were not undone).
+
+    Asserts at the end that nothing went wrong.
+    """
     store, urls = running
     with TaskQueue(store) as queue:
         queue.withdraw([queued.task.id for queued in queue.tasks()])
@@ -94,7 +97,7 @@ def on_screen(page):
 
 
 def settled(page, done):
-    """Wait for what comes after so many tasks."""
+    """Wait for the screen that follows this number of tasks."""
     page.wait_for_selector(f'body[data-done="{done}"]')
 
 

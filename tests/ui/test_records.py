@@ -123,6 +123,6 @@ def test_each_rater_has_an_own_order_and_keeps_it():
     assert min(counts) > 25  # 50 expected; 25 is 4 deviations away
     assert orders != [shown_order(RANK, f"rater {i}", 1) for i in range(200)]
     turned = PersonTask(kind=kinds.RANK, prompt="p", answers=("d", "c", "b", "a"))
-    for i in range(20):  # the order in which answers were put says nothing about where they stand
+    for i in range(20):  # the order in which answers were put does not influence their places
         first, second = shown_order(RANK, f"rater {i}", 0), shown_order(turned, f"rater {i}", 0)
         assert [RANK.answers[k] for k in first] == [turned.answers[k] for k in second]

@@ -24,8 +24,10 @@ def empty_app(**more):
 
 
 def routes():
+    from fastapi.routing import APIRoute
+
     app = empty_app()
-    return [(method, route.path) for route in app.routes if hasattr(route, "methods") for method in route.methods]
+    return [(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods]
 
 
 ROUTES = routes()

@@ -1,4 +1,4 @@
-"""The conversations of raters with a model, one for each rater and chat task, kept in the file of the tasks."""
+"""The conversations of raters with a model, kept in the file of the tasks."""
 
 from __future__ import annotations
 

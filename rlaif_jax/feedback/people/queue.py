@@ -116,7 +116,9 @@ class Conflict(UserError):
 
 
 class TaskQueue(Database):
-    """The tasks in the SQLite file `path`, which may be a Store's. One object per thread; any number of processes.
+    """The tasks in the SQLite file `path`, which may be a Store's.
+
+    One object per thread; any number of processes.
 
     Args:
         path: the file; created where absent.
@@ -135,7 +137,9 @@ class TaskQueue(Database):
     # ---- Asking
 
     def put(self, tasks: Iterable[PersonTask], *, overlap: int = 1, priority: float = 0.0, origin: str = "") -> int:
-        """Adds tasks; returns how many are new. A known task is opened again and its overlap raised to `overlap`.
+        """Adds tasks; returns the number of new ones.
+
+        A known task is opened again and its overlap raised to `overlap`.
 
         Args:
             tasks: the questions.
@@ -184,7 +188,7 @@ class TaskQueue(Database):
     # ---- Answering
 
     def lease(self, rater: str, *, at: float | None = None) -> PersonTask | None:
-        """Leases the rater's next task and returns it: first one that the rater holds already; None where nothing is open.
+        """Leases the rater's next task, first one that the rater holds; None where nothing is open.
 
         at: the time in Unix seconds; by default the clock's.
         """
@@ -207,7 +211,7 @@ class TaskQueue(Database):
         return self._parse_task(*row)
 
     def held_since(self, task: str, rater: str) -> float | None:
-        """Returns when the rater took the task (Unix seconds), or None where the rater does not hold it."""
+        """Returns when the rater took the task (Unix seconds); None where the rater does not hold it."""
         row = self.row("SELECT granted FROM page_lease WHERE task = ? AND rater = ?", (task, rater))
         return None if row is None else row[0]
 
@@ -257,7 +261,9 @@ class TaskQueue(Database):
         self.deliver(store)
 
     def deliver(self, store: Store) -> int:
-        """Adds the records of undelivered posts to the store; returns the number of posts. Call it when a page starts.
+        """Adds the records of undelivered posts to the store; returns the number of posts.
+
+        Call it when a page starts.
 
         After a crash the store may have the records already: adding them again changes nothing.
         """
@@ -318,7 +324,7 @@ class TaskQueue(Database):
         return found
 
     def tasks(self, *, only_open: bool = True) -> list[QueuedTask]:
-        """Returns the tasks in the order in which they were put, with the raters who answered or skipped each."""
+        """Returns the tasks in their order, with the raters who answered or skipped each."""
         by_task: dict[str, dict[str, list[str]]] = {}
         for task, act, rater in self.rows(
             "SELECT DISTINCT task, act, rater FROM page_post WHERE is_undone = 0 AND act IN ('answer', 'skip') "

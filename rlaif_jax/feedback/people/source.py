@@ -1,4 +1,7 @@
-"""People as a source of feedback: a run puts its answers on the annotation page and waits; and a mixture of sources."""
+"""People as a source of feedback: a run puts its answers on the annotation page and waits.
+
+A mixture of several sources is `MixedSource`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from rlaif_jax.types import Rollout
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PeopleSource:
-    """Puts a step's answers on the annotation page of `store` and waits until enough of them are judged.
+    """Puts a step's answers on the annotation page of `store` and waits for judgements.
 
     Start the page on the same file: `python -m rlaif_jax annotate --store FILE`. What the store holds already is not asked
     again. A judgement that does not come in time is missing, not zero; it still goes into the store when it comes.
@@ -131,7 +134,7 @@ class PeopleSource:
         return reward_fn(records, answers, rollout, group_by_answer(records, answers, judged))
 
     def _judgements(self, store: Store, task: PersonTask) -> list[Judgement]:
-        """Returns people's judgements for the task; where one of them adjudicated, only the adjudication."""
+        """Returns people's judgements for the task, or only the adjudication where one was made."""
         item = sha256([task.prompt, sorted(task.answers)])
         found = [
             judgement
@@ -143,7 +146,7 @@ class PeopleSource:
         return [j for j in found if j.rater.name.startswith(ADJUDICATED)][-1:] or found
 
     def _wait(self, store: Store, queue: TaskQueue, tasks: Sequence[PersonTask]) -> None:
-        """Asks what the store does not know yet; returns when enough has come, at the timeout or on a request to stop."""
+        """Asks what the store does not know yet and waits: for enough, the timeout or a stop."""
         deadline = time.monotonic() + self.timeout_s
         raters: frozenset[str] = frozenset()  # while no page has named them, anyone may still answer
 
@@ -173,7 +176,9 @@ class PeopleSource:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MixedSource:
-    """Combines sources: a reward is the weighted mean over the sources that judged the answer; missing where none did.
+    """Combines sources: a reward is the weighted mean over the sources that judged the answer.
+
+    An answer that no source judged is missing.
 
     Attributes:
         sources: the sources, asked one after the other.

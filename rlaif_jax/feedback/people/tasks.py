@@ -65,14 +65,14 @@ class PersonTask:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 of the question, whatever the order of its answers, so that the same question put twice is one task."""
+        """SHA-256 of the question, whatever the order of its answers."""
         asked = [self.kind.name, self.prompt, sorted(self.answers), self.principle]
         return sha256([*asked, [self.low, self.high] if self.kind is RATE else [], sorted(self.labels)])
 
 
 def task_to_json(task: PersonTask) -> dict[str, Any]:
     """Returns the task in plain JSON types; `task_from_json` reads it back."""
-    values = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+    values = {field.name: vars(task)[field.name] for field in dataclasses.fields(task)}
     suggestion = values.pop("suggestion")
     plain = json.loads(json.dumps(values | {"kind": task.kind.name}))
     return plain if suggestion is None else plain | {"suggestion": to_json(suggestion)}

@@ -1,4 +1,4 @@
-"""The raters of an annotation page: their names, the checks that they passed, and requests to stop a run."""
+"""The raters of an annotation page: names, passed checks, and requests to stop a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Team:
 
     @property
     def raters(self) -> frozenset[str]:
-        """The raters that the page registered when it last started; empty where no page ever started."""
+        """The raters that the page registered when it last started; empty before the first start."""
         return frozenset(row[0] for row in self.database.rows("SELECT name FROM page_rater"))
 
     def has_passed(self, rater: str, questions: str) -> bool:
@@ -44,7 +44,7 @@ class Team:
             db.execute("INSERT OR IGNORE INTO page_passed VALUES (?, ?)", (rater, questions))
 
     def request_stop(self, rater: str, stop: bool = True) -> None:
-        """Stores that the rater asks waiting runs to stop asking people, or (`stop` false) withdraws the request."""
+        """Stores a request to stop asking people, or (`stop` false) to go on."""
         with self.database.write() as db:
             db.execute("INSERT INTO page_stop (time, rater, stop) VALUES (?, ?, ?)", (now(), rater, stop))
 

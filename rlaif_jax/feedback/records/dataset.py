@@ -107,7 +107,7 @@ def write(judgements: Mapping[str, Sequence[Judgement]], folder: Path) -> Path:
 
 
 def read(folder: Path, split: str = "train") -> tuple[list[Judgement], list[str]]:
-    """Returns (the judgements of a split in the order in which they were written, a message for each bad record).
+    """Returns (the judgements of a split as they were written, a message for each bad record).
 
     Args:
         folder: the folder that `write` returned, or the one that it was given.

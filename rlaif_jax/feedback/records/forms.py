@@ -1,4 +1,4 @@
-"""The record types of feedback: comments, ratings, corrections and rankings; each is validated and written as JSON.
+"""The record types of feedback: comments, ratings, corrections and rankings, validated, as JSON.
 
 A judgement records who judged which answers to which prompt, by which principle, and the result. A judgement that failed
 is a record as well (`status` gives the reason): missing is neither wrong nor zero; it is counted and can be asked again.
@@ -24,7 +24,7 @@ ANSWERED: tuple[Status, ...] = ("ok", "tie")
 
 
 def canonical(value: Any) -> str:
-    """Returns `value` as ASCII JSON with sorted keys and no blanks, so that equal values give equal text.
+    """Returns `value` as ASCII JSON with sorted keys and no blanks: equal values give equal text.
 
     Raises ValueError for NaN and infinities.
     """
@@ -168,12 +168,15 @@ class Judgement:
 
     @cached_property
     def item(self) -> str:
-        """SHA-256 of the prompt and the answers in any order: equal for all judgements of the same answers."""
+        """SHA-256 of the prompt and the answers in any order, equal for all judgements of them."""
         return sha256([self.prompt, sorted(self.answers)])
 
     @cached_property
     def id(self) -> str:
-        """Content hash over the non-default fields except `call`, so that a new field with a default keeps old ids."""
+        """Content hash over the non-default fields except `call`.
+
+        A later field with a default therefore keeps the ids of old records.
+        """
         defaults = {
             field.name: _plain(field.name, field.default)
             for field in dataclasses.fields(self)
@@ -325,7 +328,7 @@ class Ranking(Judgement):
         )
 
     def pairs(self) -> Iterator[tuple[int, int, float]]:
-        """Yields (i, j, P(answer i is better)), i < j, for every comparison of the ranking: 1, 0, or .5 for a tie."""
+        """Yields (i, j, P(answer i is better)), i < j, of every comparison: 1, 0, or .5 for a tie."""
         if self.probability is not None:
             yield 0, 1, self.probability
             return
@@ -371,7 +374,7 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def to_json(judgement: Judgement) -> dict[str, Any]:
-    """Returns the record in plain JSON types, with `form` and `version`; `parsing.from_json` reads it back.
+    """Returns the record as JSON types, with `form` and `version`; `parsing.from_json` reads it back.
 
     Equal records give equal JSON: where a field is a number, 7 and 7.0 are the same value, and NumPy numbers become
     Python numbers.
@@ -382,7 +385,7 @@ def to_json(judgement: Judgement) -> dict[str, Any]:
 def _plain(name: str, value: Any) -> Any:
     """Returns the value of the field `name` in plain JSON types."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _plain(field.name, vars(value)[field.name]) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [_plain(name, entry) for entry in value]
     if value is not None and float in FIELD_TYPES.get(name, ()):

@@ -1,4 +1,4 @@
-"""Reads judgements from JSON and from files of JSON lines; every fault is a message with file, line and field."""
+"""Reads judgements from JSON and JSON lines; every fault is a message with file, line and field."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _parse_form(form: str, values: Mapping[str, Any]) -> Judgement:
 
 
 def _parse_object(cls: type, values: Any, name: str) -> Any:
-    """Returns a Rater, Call or Span from its JSON object; UserError for a missing or unknown field or a wrong type."""
+    """Returns a Rater, Call or Span from its JSON object. Raises UserError where it is malformed."""
     require(isinstance(values, Mapping), f"{name} must be an object, not {_shortened(values)}")
     fields = dataclasses.fields(cls)
     unknown = sorted(set(values) - {field.name for field in fields})
@@ -76,7 +76,7 @@ def _parse_object(cls: type, values: Any, name: str) -> Any:
 
 
 def _parse_field(name: str, value: Any) -> Any:
-    """Returns the value of the field `name` as the field's type; UserError for a value of another type."""
+    """Returns the value of the field `name`. Raises UserError for a value of another type."""
     types = FIELD_TYPES[name]
     if types[0] is list:
         is_right = isinstance(value, (list, tuple)) and all(_is(entry, types[1:]) for entry in value)
@@ -116,7 +116,10 @@ def _shortened(value: Any) -> str:
 
 
 def require_known(judgement: Judgement, known: Mapping[str, Collection[str]]) -> None:
-    """Raises UserError unless the judgement's prompt is in `known` (prompt -> its answers) and so are its answers."""
+    """Raises UserError unless the judgement is of a known prompt and known answers to it.
+
+    known: prompt -> its answers.
+    """
     answers = known.get(judgement.prompt)
     if answers is None:
         raise UserError(

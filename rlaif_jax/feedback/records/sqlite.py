@@ -17,7 +17,7 @@ PATIENCE = 60.0
 
 
 def connect(path: Path | None) -> sqlite3.Connection:
-    """Opens the file `path`, which is created with its folder where absent, or a database in memory for None.
+    """Opens the file `path`, created with its folder where absent; a database in memory for None.
 
     Raises OSError or sqlite3.Error.
     """
@@ -40,7 +40,7 @@ def connect(path: Path | None) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Runs the block as one transaction: it waits for other writers, and an error inside leaves the file unchanged."""
+    """Runs the block as one transaction: it waits for other writers, and is undone by an error."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -51,7 +51,9 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 class Database:
-    """A SQLite file whose errors are UserErrors that name it. One object per thread; any number of processes.
+    """A SQLite file whose errors are UserErrors that name it.
+
+    One object per thread; any number of processes.
 
     Args:
         path: the file; created with its folder where absent.

@@ -1,4 +1,4 @@
-"""The feedback of a project in one local file: SQLite, append-only, content-addressed, several writers at once.
+"""The feedback of a project in one SQLite file: append-only, content-addressed, several writers.
 
 The key of a record is its id (`Judgement.id`), so the same record added twice is stored once. `add` returns after the
 transaction is on disk; what it acknowledged survives kill -9. Nothing is changed or removed: a correction of a record is a
@@ -41,14 +41,19 @@ CREATE INDEX IF NOT EXISTS judgement_supersedes ON judgement (supersedes) WHERE 
 
 
 class StoredJudgement(NamedTuple):
-    """A judgement and its place in the store: `sequence` rises with every record added, so it serves as a cursor."""
+    """A judgement and its place in the store.
+
+    `sequence` rises with every record added, so it serves as a cursor for readers.
+    """
 
     sequence: int
     judgement: Judgement
 
 
 class Store(Database):
-    """The feedback in the SQLite file `path`, which is created where absent. One object per thread; any number of processes.
+    """The feedback in the SQLite file `path`, which is created where absent.
+
+    One object per thread; any number of processes.
 
     Raises:
         UserError: the file cannot be opened, or is a store of another version.
@@ -66,7 +71,7 @@ class Store(Database):
             super()._create(tables)
 
     def add(self, judgements: Iterable[Judgement]) -> int:
-        """Appends all judgements in one transaction, on disk when this returns; returns how many are new.
+        """Appends all judgements in one transaction, on disk at return; returns the number of new ones.
 
         Raises:
             UserError: disk full, file read-only, or another writer that does not finish; none is stored then.
@@ -129,7 +134,7 @@ class Store(Database):
             yield StoredJudgement(sequence, from_json(json.loads(record), f"{self.path}: record {sequence}"))
 
     def judgements(self, **selection: object) -> list[Judgement]:
-        """Returns the judgements that `read` yields for the same arguments, without their sequence numbers."""
+        """Returns the judgements that `read` yields, without their sequence numbers."""
         return [stored.judgement for stored in self.read(**selection)]  # type: ignore[arg-type]
 
     def __contains__(self, identifier: str) -> bool:
@@ -144,7 +149,7 @@ class Store(Database):
         return self.row("SELECT coalesce(max(sequence), 0) FROM judgement")[0]
 
     def counts(self) -> list[tuple[str, str, str, int, float]]:
-        """Returns (form, source, status, number of records, total cost) of every combination that occurs."""
+        """Returns (form, source, status, number of records, cost) of every combination that occurs."""
         return self.rows(
             "SELECT form, source, status, count(*), sum(cost) FROM judgement GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
         )
@@ -162,7 +167,7 @@ class Store(Database):
         return count
 
     def import_jsonl(self, path: Path, known: Mapping[str, Collection[str]] | None = None) -> tuple[int, Sequence[str]]:
-        """Adds the good lines of a JSONL file; returns (number of new records, a message for each bad line).
+        """Adds the good lines of a JSONL file; returns (number of new records, messages on bad lines).
 
         Args:
             path: the file.
@@ -172,13 +177,13 @@ class Store(Database):
         return self.add(good), bad
 
     def export_tfds(self, folder: Path) -> Path:
-        """Writes all records, superseded ones included, as a TFDS data set; returns its folder (see `dataset.write`)."""
+        """Writes all records, also superseded ones, as a TFDS data set; returns its folder."""
         from rlaif_jax.feedback.records import dataset  # TFDS takes a second to import, and few stores are exported
 
         return dataset.write({"train": self.judgements(superseded=True)}, folder)
 
     def import_tfds(self, folder: Path, split: str = "train") -> tuple[int, Sequence[str]]:
-        """Adds a split that `export_tfds` wrote; returns (number of new records, a message for each bad record)."""
+        """Adds a split that `export_tfds` wrote; returns (number of new records, messages)."""
         from rlaif_jax.feedback.records import dataset
 
         good, bad = dataset.read(folder, split)
@@ -186,5 +191,5 @@ class Store(Database):
 
 
 def _searchable(text: str) -> str:
-    """Replaces lone surrogates, which JSON can carry and SQLite cannot, by "?"; the `record` column keeps them."""
+    """Replaces lone surrogates, which SQLite cannot hold, by "?"; the column `record` keeps them."""
     return text.encode(errors="replace").decode()

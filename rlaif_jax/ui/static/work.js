@@ -21,7 +21,7 @@ setInterval(() => {
 
 function show(section) {
   for (const name of ["intro", "task", "done"]) $(name).hidden = name !== section;
-  document.body.dataset.done = section === "intro" ? "" : $("bar").value; // what is on the screen comes after so many
+  document.body.dataset.done = section === "intro" ? "" : $("bar").value; // the number of tasks that were done before this screen
   $("actions").hidden = section === "intro";
 }
 
@@ -112,10 +112,10 @@ async function once(action) {
 
 /** The post of an answer, with one id for as long as it says the same: sent twice, it counts once. */
 let pending = null;
-async function post(said) {
-  const text = JSON.stringify([task.id, said]);
+async function post(content) {
+  const text = JSON.stringify([task.id, content]);
   if (pending?.text !== text) pending = { text, request: requestId(), seconds: Math.round(seconds * 10) / 10 };
-  const body = { request: pending.request, task: task.id, seconds: pending.seconds, ...said };
+  const body = { request: pending.request, task: task.id, seconds: pending.seconds, ...content };
   const found = await call("/api/answer", body, () => notice("Not saved yet: the server does not answer. Trying again …"));
   pending = null;
   notice("");

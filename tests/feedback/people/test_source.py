@@ -32,7 +32,7 @@ def rank(task, rater="anna", **more):
 
 
 class Crowd:
-    """Raters that answer through the queue in a thread of their own, until the test is over."""
+    """Raters that answer through the queue in another thread, until the test ends."""
 
     def __init__(self, store, judge, raters=("anna",)):
         self.path, self.judge, self.raters, self.seen, self.done = store, judge, raters, [], threading.Event()

@@ -1,4 +1,4 @@
-"""Verdicts of AI judges, and of people on the same answers: alpaca_eval, FastChat, PandaLM, LLMBar, prometheus."""
+"""Verdicts of judges on the same answers: alpaca_eval, FastChat, PandaLM, LLMBar, prometheus."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _both(first: Any, second: Any) -> tuple[str, ...]:
 
 
 def write_alpaca_eval(judgements: Iterable[Judgement], path: Path) -> int:
-    """Writes comparisons of two answers as alpaca_eval's annotations; missing verdicts get preference null.
+    """Writes comparisons of two answers as alpaca_eval's annotations; missing verdicts are null.
 
     Returns the number of rows.
     """
@@ -335,7 +335,10 @@ def _graded(shared: dict[str, Any], seed: int, score: Any, remark: str) -> list[
 
 
 def read_autoj_pairs(path: Path) -> Found:
-    """Reads Auto-J's pairs from prometheus-eval, with people's label 0 (response 1 is better), 1 (response 2) or 2 (tie)."""
+    """Reads Auto-J's pairs from prometheus-eval, with people's labels.
+
+    The label is 0 where response 1 is better, 1 where response 2 is better, 2 for a tie.
+    """
     return parse_rows(path, lambda row: [_autoj(row)])
 
 

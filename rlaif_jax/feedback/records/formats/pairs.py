@@ -1,4 +1,4 @@
-"""Preference data sets (Anthropic HH, distilabel, oasst trees), and the Anthropic critique and revision requests."""
+"""Preference data sets: Anthropic HH, distilabel, oasst trees, critique and revision requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _hh(row: Any, rater: Rater) -> Ranking:
 
 
 def write_hh(judgements: Iterable[Judgement], path: Path) -> int:
-    """Writes every comparison of the rankings as an HH pair; ties are left out. Returns the number of rows."""
+    """Writes every comparison of the rankings except ties as an HH pair; returns the number of rows."""
     return write_jsonl(
         ({"chosen": j.prompt + j.answers[better], "rejected": j.prompt + j.answers[worse]}
          for j, better, worse in _strict_pairs(judgements)),
@@ -56,7 +56,7 @@ def write_hh(judgements: Iterable[Judgement], path: Path) -> int:
 
 
 def _strict_pairs(judgements: Iterable[Judgement]) -> Iterator[tuple[Ranking, int, int]]:
-    """Yields (ranking, index of the better answer, index of the worse) of every comparison that is no tie."""
+    """Yields (ranking, index of the better answer, index of the worse) of comparisons without ties."""
     for judgement in judgements:
         if isinstance(judgement, Ranking) and judgement.answered:
             for first, second, p in judgement.pairs():
@@ -145,7 +145,7 @@ def _generations(found: Collector, where: str, row: Any, rater: Rater, low: floa
 
 
 def write_distilabel(judgements: Iterable[Judgement], path: Path) -> int:
-    """Writes every comparison of the rankings with messages, as distilabel's DPO formatters do; ties are left out.
+    """Writes every comparison of the rankings except ties with messages, as distilabel's formatters do.
 
     Returns the number of rows.
     """
@@ -174,7 +174,7 @@ def write_distilabel(judgements: Iterable[Judgement], path: Path) -> int:
 
 
 def read_oasst(path: Path, rater: Rater = CROWD) -> Found:
-    """Reads OpenAssistant's conversation trees: a ranking of the replies wherever two or more of them have ranks.
+    """Reads OpenAssistant's conversation trees: a ranking wherever two or more replies have ranks.
 
     The prompt is the conversation so far; where the replies are a person's next turn, it ends where the person speaks.
     """
@@ -207,7 +207,7 @@ def _replies(turns: tuple[tuple[bool, str], ...], replies: list[Any], rater: Rat
 
 
 class CritiqueRequest(NamedTuple):
-    """The wording by which a principle asks for a critique (`prompt`) and for the revision after it (`edit_request`)."""
+    """The wording by which a principle asks for a critique (`prompt`) and a revision (`edit_request`)."""
 
     name: str
     prompt: str
@@ -215,7 +215,9 @@ class CritiqueRequest(NamedTuple):
 
 
 def read_critique_requests(path: Path) -> tuple[list[CritiqueRequest], list[str]]:
-    """Reads the critique and revision requests published with Constitutional AI (Bai 2022): principles, no judgements.
+    """Reads the critique and revision requests published with Constitutional AI (Bai 2022).
+
+    They are principles, not judgements.
 
     The file holds {"name": {"prompt": ..., "edit_request": ...}, ...}, or rows with these two fields.
 

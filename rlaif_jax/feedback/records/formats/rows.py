@@ -1,4 +1,4 @@
-"""Shared parts of the readers and writers: rows of files with their places, typed fields, common judgements."""
+"""Shared parts of the readers: rows of files with their places, typed fields, common judgements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Collector:
 
     @contextlib.contextmanager
     def at(self, where: str) -> Iterator[None]:
-        """Turns an error inside the block into a message about `where`; judgements added before it are kept."""
+        """Turns an error inside the block into a message about `where`.
+
+        Judgements that were added before the error are kept.
+        """
         try:
             yield
         except UserError as error:
@@ -47,7 +50,7 @@ class Collector:
 
 
 def _read_text(path: Path) -> str:
-    """Returns a file's text, unpacked from a `.gz`; bytes that are no UTF-8 become characters that `_no_text` finds."""
+    """Returns the text of a file or a .gz; `_no_text` finds the bytes that are no UTF-8."""
     return read_bytes(path).decode(errors="surrogateescape")
 
 
@@ -135,7 +138,7 @@ def table_rows(
 
 
 def parse_rows(path: Path, parse: Callable[[Any], Iterable[Judgement]]) -> Found:
-    """Returns the judgements that `parse` makes of each row of a JSON or JSONL file, and the messages."""
+    """Returns the judgements that `parse` makes of each row of a JSON file, and the messages."""
     found = Collector()
     for where, row in json_rows(path, found.bad):
         with found.at(where):
@@ -194,14 +197,14 @@ def unscored_pair(prompt: str, answers: Sequence[str], rater: Rater, **more: Any
 
 
 def choice(prompt: str, options: Sequence[str], chosen: str, rater: Rater) -> Ranking:
-    """Returns a label as a ranking of the `options` that the rater could choose from: `chosen` first, the others tied."""
+    """Returns a label as a ranking of the `options`: `chosen` is first, the others are tied."""
     require(chosen in options, f"the label {chosen!r} is not among {', '.join(options)}")
     ranks = tuple(1 if option == chosen else 2 for option in options)
     return Ranking(prompt=prompt, answers=tuple(options), rater=rater, ranks=ranks)
 
 
 def chosen(judgement: Judgement) -> int | None:
-    """Returns the index of the single best answer of a ranking: the winner of a comparison, the label of a `choice`.
+    """Returns the index of the single best answer of a ranking, such as the label of a `choice`.
 
     None for a tie at the top, a partial order, a record of another form or a record without a value.
     """
@@ -212,7 +215,9 @@ def chosen(judgement: Judgement) -> int | None:
 
 
 def locate(text: str, quote: str, near: int = 0) -> tuple[int, int]:
-    """Returns (start, end) of the occurrence of `quote` that begins nearest to `near`; blanks and line ends are equal.
+    """Returns (start, end) of the occurrence of `quote` that begins nearest to `near`.
+
+    All blanks and line ends count as equal.
 
     Raises UserError where the text does not contain the quote.
     """
@@ -228,7 +233,10 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def dialogue(turns: Iterable[tuple[bool, str]]) -> str:
-    """Returns a conversation as one prompt that ends where the assistant speaks. turns: (by the assistant, text)."""
+    """Returns a conversation as one prompt that ends where the assistant speaks.
+
+    turns: (whether the assistant speaks, text) of each turn.
+    """
     return "".join(f"{ASSISTANT if assistant else HUMAN} {text}" for assistant, text in turns) + ASSISTANT
 
 

@@ -1,4 +1,4 @@
-"""Texts with marks, edits and remarks: FineGrained RLHF, SQuALITY, MLQE-PE, XSum hallucinations, ILF."""
+"""Texts with marks, edits and remarks: FineGrained RLHF, SQuALITY, MLQE-PE, XSum, ILF."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _archive(path: Path, suffixes: Sequence[str]) -> dict[str, tuple[str, str]]:
                 members = [member for member in archive.getmembers() if member.isfile()]
                 files = [(f"{path}:{m.name}", archive.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
     except (OSError, tarfile.TarError, EOFError) as error:
-        reason = isinstance(error, OSError) and error.strerror or error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"cannot read {path}: {reason}") from error
     for suffix in suffixes:
         place, data = next(((name, data) for name, data in files if name.endswith(suffix)), ("", None))
@@ -199,7 +199,7 @@ def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person
 
 
 def read_mlqe_ratings(path: Path) -> Found:
-    """Reads MLQE-PE's direct assessments from a folder or a .tar.gz: 0 .. 100 for each translation by three or more raters.
+    """Reads MLQE-PE's direct assessments (folder or .tar.gz): scores 0 .. 100 by three or more raters.
 
     The file has each score with its z-score, (score - the rater's mean) / the rater's deviation, and no names. Scores that
     lie on one such line are of one rater: `SPLIT/1`, `SPLIT/2` ... by falling number of ratings.
@@ -229,7 +229,10 @@ def read_mlqe_ratings(path: Path) -> Found:
 
 
 def _raters_of_lines(points: np.ndarray) -> list[int]:
-    """Returns the number of the rater of each (score, z-score), 1 = the rater with most; 0 where no line has three points."""
+    """Returns the number of the rater of each (score, z-score), 1 = the rater with most scores.
+
+    The number is 0 for a point that lies on no line with two others.
+    """
     if not len(points):
         return []
     distinct, index, counts = np.unique(points, axis=0, return_inverse=True, return_counts=True)
@@ -324,7 +327,7 @@ def _factual(row: Mapping[str, str]) -> Rating:
 
 
 def read_ilf(path: Path) -> Found:
-    """Reads ILF's code refinements: a comment on a failing program, and the program that a person corrected after it.
+    """Reads ILF's code refinements: a comment on a failing program, and a person's corrected program.
 
     The program is the text after the prompt.
     """

@@ -1,4 +1,4 @@
-"""Formats of annotation tools and crowd libraries: Argilla, label-studio, crowd-kit, get-another-label."""
+"""Formats of annotation tools: Argilla, label-studio, crowd-kit, get-another-label."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _judgement(
 
 
 def write_argilla(judgements: Iterable[Judgement], path: Path) -> int:
-    """Writes each judgement that has a value as a nested Argilla record, as `read_argilla` reads it; returns the number.
+    """Writes each judgement that has a value as a nested Argilla record; returns the number of rows.
 
     People's judgements become responses, the others suggestions. The fields are `prompt` and `answer`, for rankings
     `answer_1`, `answer_2` ...
@@ -191,7 +191,7 @@ def read_label_studio(
     edits: Collection[str] = EDITS,
     scale: tuple[float, float] = (1, 5),
 ) -> Found:
-    """Reads label-studio's JSON export: tasks with `data`, `annotations[].result[]` of people and `predictions[]` of models.
+    """Reads label-studio's JSON export: `annotations[].result[]` of people, `predictions[]` of models.
 
     `pairwise` (value.selected "left" or "right") and `choices` that name an answer are comparisons, `rating` is a rating,
     `textarea` a comment, or a correction if its from_name is one of `edits`. `labels` are marked spans; all spans of one
@@ -339,13 +339,19 @@ def _crowd_pair(row: Mapping[str, str], prompt: str, source: Source) -> Ranking:
 
 
 def write_crowd_labels(judgements: Iterable[Judgement], path: Path) -> int:
-    """Writes rankings with a single best answer as `task, worker, label`: prompt, rater, that answer; returns the number."""
+    """Writes rankings with a single best answer as `task, worker, label`; returns the number of rows.
+
+    The task is the prompt, the label the best answer.
+    """
     rows = [(j.prompt, j.rater.name, j.answers[best]) for j in judgements if (best := chosen(j)) is not None]
     return write_table(rows, ("task", "worker", "label"), path)
 
 
 def write_crowd_pairs(judgements: Iterable[Judgement], path: Path) -> int:
-    """Writes every comparison of the rankings as `worker, left, right, label` ("tie" for a tie); returns the number."""
+    """Writes every comparison of the rankings as `worker, left, right, label`; returns the number.
+
+    The label of a tie is "tie".
+    """
     rows = []
     for j in judgements:
         if isinstance(j, Ranking) and j.answered:
