@@ -248,7 +248,7 @@ class CorrectionRewards:
         for row, places in enumerate(marks):
             for k, place in enumerate(places):
                 spans[:, row, k] = place
-        rewards = _correction_rewards(ids, masks, corrected, corrected_mask, valid, spans, self.dense, self.kept)
+        rewards = _correction_rewards(spans, self.dense, self.kept, ids, masks, corrected, corrected_mask, valid)
         return Feedback(*map(np.asarray, rewards))
 
     def _corrected(self, correction: Correction, answer: str, written: list[int], ended: bool) -> list[int]:
@@ -267,19 +267,11 @@ class CorrectionRewards:
 
 
 @jax.jit
-def _correction_rewards(
-    answer: jax.Array,
-    mask: jax.Array,
-    corrected: jax.Array,
-    corrected_mask: jax.Array,
-    valid: jax.Array,
-    spans: jax.Array,
-    dense: float,
-    kept: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    rewards = correction_rewards(answer, mask, corrected, corrected_mask, valid, dense=dense, kept=kept)
+def _correction_rewards(spans: jax.Array, dense: float, kept: float, *texts: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns (score, valid, token_rewards). texts: the arrays that `correction_rewards` takes."""
+    rewards = correction_rewards(*texts, dense=dense, kept=kept)
     starts, ends = spans[:2].astype(jnp.int32)
-    marked = dense * span_rewards(starts, ends, spans[2], ends > starts, mask)
+    marked = dense * span_rewards(starts, ends, spans[2], ends > starts, texts[1])
     return rewards.score, rewards.valid, rewards.token_rewards + marked
 
 

@@ -130,16 +130,12 @@ def _read_text(path: Path) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    is_ipv6 = ":" in host
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-        found.listen(128)
-    except (OSError, UnicodeError) as error:
-        found.close()
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=is_ipv6)
+    except (OSError, ValueError) as error:  # a UnicodeError of the host's name is a ValueError
         raise UserError(f"cannot listen on {host}:{port} ({error}); port 0 takes a free one") from error
-    return found
 
 
 def main(config: AnnotateConfig) -> None:

@@ -57,17 +57,9 @@ class JudgementBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def _example(judgement: Judgement) -> dict[str, Any]:
-    texts = {
-        "id": judgement.id,
-        "form": judgement.form,
-        "item": judgement.item,
-        "prompt": judgement.prompt,
-        "rater": judgement.rater.name,
-        "source": judgement.rater.source,
-        "principle": judgement.principle,
-        "status": judgement.status,
-        "record": canonical(to_json(judgement)),
-    }
+    rater, record = judgement.rater, canonical(to_json(judgement))
+    about = (judgement.id, judgement.form, judgement.item, judgement.prompt)
+    texts = dict(zip(_TEXTS, (*about, rater.name, rater.source, judgement.principle, judgement.status, record)))
     # `record` is ASCII and keeps everything; the other fields are UTF-8, which cannot hold lone surrogates.
     readable = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
     return readable | {"answers": [answer.encode(errors="replace").decode() for answer in judgement.answers]}

@@ -148,12 +148,6 @@ class Store(Database):
         """The sequence number of the newest record; 0 in an empty store."""
         return self.row("SELECT coalesce(max(sequence), 0) FROM judgement")[0]
 
-    def counts(self) -> list[tuple[str, str, str, int, float]]:
-        """Returns (form, source, status, number of records, cost) of every combination that occurs."""
-        return self.rows(
-            "SELECT form, source, status, count(*), sum(cost) FROM judgement GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
-        )
-
     def export_jsonl(self, path: Path) -> int:
         """Writes all records, superseded ones included, as JSON lines; returns how many.
 
