@@ -210,7 +210,13 @@ class Comment(Judgement):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rating(Judgement):
-    """A number for one answer on the scale `low` .. `high`."""
+    """A number for one answer.
+
+    Attributes:
+        value: the number, from `low` to `high`; NaN in a record without a value.
+        low: the lowest number of the scale.
+        high: the highest number of the scale.
+    """
 
     form: ClassVar[str] = "rating"
     value: float = math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,17 @@ from rlaif_jax.feedback.records.forms import (
 EDITS = ("correction",)
 """Names of questions whose text is a correction, not a comment."""
 
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """What raters of an annotation tool judged: the prompt, the answers by the names of their fields, and the settings."""
+
+    prompt: str
+    answers: dict[str, str]
+    edits: Collection[str]
+    scale: tuple[float, float]
+
+
 # ---- Argilla
 
 
@@ -67,11 +79,10 @@ def read_argilla(
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             fields = row["fields"] if isinstance(row, Mapping) and "fields" in row else row
-            texts = {name: field(fields, name) for name in answers}
-            prompt_text = field(fields, prompt)
+            item = _Item(field(fields, prompt), {name: field(fields, name) for name in answers}, edits, scale)
             for question, value, rater, more in _argilla(row):
                 with found.at(f"{where}, question {question}"):
-                    found.good.append(_judgement(prompt_text, texts, question, value, rater, edits, scale, more))
+                    found.good.append(_judgement(item, question, value, rater, more))
     return found.found
 
 
@@ -100,19 +111,16 @@ def _argilla(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Rater, dict[str
             yield question, value, Rater(str(agent or "suggestion"), "ai"), _confidence(score)
 
 
-def _judgement(
-    prompt: str, texts: Mapping[str, str], question: str, value: Any, rater: Rater, edits: Collection[str],
-    scale: tuple[float, float], more: Mapping[str, Any],
-) -> Judgement:  # fmt: skip
+def _judgement(item: _Item, question: str, value: Any, rater: Rater, more: Mapping[str, Any]) -> Judgement:
     """Returns the judgement that a question's value expresses."""
-    names = list(texts)
+    names = list(item.answers)
     about = next((name for name in names if question.endswith(name)), names[0])
-    one = {"prompt": prompt, "answers": (texts[about],), "rater": rater, **more}
-    every = {"prompt": prompt, "answers": tuple(texts.values()), "rater": rater, **more}
+    one = {"prompt": item.prompt, "answers": (item.answers[about],), "rater": rater, **more}
+    every = {"prompt": item.prompt, "answers": tuple(item.answers.values()), "rater": rater, **more}
     principle = question.removesuffix(about).rstrip("_-. ") if question.endswith(about) else question
     shared: dict[str, Any] = {"principle": "" if principle in FORMS else principle}
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Rating(**one, **shared, value=float(value), low=scale[0], high=scale[1])
+        return Rating(**one, **shared, value=float(value), low=item.scale[0], high=item.scale[1])
     if isinstance(value, list) and value and all(isinstance(e, Mapping) and "rank" in e for e in value):
         ranks = {field(e, "value"): e["rank"] for e in value}
         unknown = sorted(set(ranks) - set(names))
@@ -128,12 +136,10 @@ def _judgement(
         if "status" in more:
             return Ranking(**every, **shared)
         if len(names) == 2:
-            return pair(
-                prompt, every["answers"], names.index(value) if value in names else None, rater, **shared, **more
-            )
-        ranks_ = tuple(1 if name == value else 2 for name in names)
-        return Ranking(**every, **shared, ranks=ranks_)
-    if any(edit in question for edit in edits):
+            winner = names.index(value) if value in names else None
+            return pair(item.prompt, every["answers"], winner, rater, **shared, **more)
+        return Ranking(**every, **shared, ranks=tuple(1 if name == value else 2 for name in names))
+    if any(edit in question for edit in item.edits):
         return Correction(**one, **shared, edited=value)
     return Comment(**one, **shared, text=value)
 
@@ -209,23 +215,20 @@ def read_label_studio(
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             data = field(row, "data", dict)
-            texts = {name: field(data, name) for name in answers}
-            prompt_text = field(data, prompt)
+            item = _Item(field(data, prompt), {name: field(data, name) for name in answers}, edits, scale)
             for annotation in row.get("annotations") or []:
                 with found.at(where):
-                    _annotation(found, where, annotation, prompt_text, texts, edits, scale)
+                    _annotation(found, where, annotation, item)
             for prediction in row.get("predictions") or []:
                 with found.at(where):
                     more = _confidence(prediction.get("score"))
                     rater = Rater(str(prediction.get("model_version") or "prediction"), "ai")
-                    _results(found, where, prediction, prompt_text, texts, rater, edits, scale, more)
+                    _results(found, where, prediction, item, rater, more)
     return found.found
 
 
-def _annotation(
-    found: Collector, where: str, annotation: Any, prompt: str, texts: Mapping[str, str], edits: Collection[str],
-    scale: tuple[float, float],
-) -> None:  # fmt: skip
+def _annotation(found: Collector, where: str, annotation: Any, item: _Item) -> None:
+    """Adds the judgements of one annotation to `found`."""
     who = annotation.get("completed_by", "unknown")
     who = (who.get("email") or who.get("id")) if isinstance(who, Mapping) else who
     rater = Rater(str(who), "person")
@@ -234,9 +237,9 @@ def _annotation(
         "call": Call(latency_s=annotation.get("lead_time")),
     }
     if not annotation.get("was_cancelled"):
-        return _results(found, where, annotation, prompt, texts, rater, edits, scale, more)
-    form = Ranking if len(texts) > 1 else Rating
-    found.good.append(form(prompt=prompt, answers=tuple(texts.values()), rater=rater, status="abstained", **more))
+        return _results(found, where, annotation, item, rater, more)
+    form, answers = Ranking if len(item.answers) > 1 else Rating, tuple(item.answers.values())
+    found.good.append(form(prompt=item.prompt, answers=answers, rater=rater, status="abstained", **more))
     return None
 
 
@@ -249,12 +252,9 @@ def _unix(stamp: str | None) -> float | None:
     return None if stamp is None else datetime.datetime.fromisoformat(stamp).timestamp()
 
 
-def _results(
-    found: Collector, where: str, annotation: Any, prompt: str, texts: Mapping[str, str], rater: Rater,
-    edits: Collection[str], scale: tuple[float, float], more: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Adds the judgements of one annotation or prediction to `found`."""
-    names = list(texts)
+def _results(found: Collector, where: str, annotation: Any, item: _Item, rater: Rater, more: Mapping[str, Any]) -> None:
+    """Adds the judgements of the results of one annotation or prediction to `found`."""
+    names = list(item.answers)
     spans: dict[str, list[Span]] = {}
     for result in field(annotation, "result", list):
         with found.at(where):
@@ -263,18 +263,19 @@ def _results(
             if kind == "labels":
                 label = "/".join(value.get("labels") or [])
                 span = Span(field(value, "start", int), field(value, "end", int), category=label)
-                require(span.end <= len(texts[about]), f"span {span.start} .. {span.end} does not lie in {about}")
+                require(
+                    span.end <= len(item.answers[about]), f"span {span.start} .. {span.end} does not lie in {about}"
+                )
                 spans.setdefault(about, []).append(span)
                 continue
-            read = _values(kind, value, names)
+            parsed = _values(kind, value, names)
             principle = "" if question == kind else question
             title = f"{principle}_{about}" if kind in ("rating", "textarea") else principle
-            found.good.append(_judgement(prompt, texts, title or kind, read, rater, edits, scale, more))
+            found.good.append(_judgement(item, title or kind, parsed, rater, more))
     for about, marks in spans.items():
         with found.at(where):
-            found.good.append(
-                Correction(prompt=prompt, answers=(texts[about],), rater=rater, spans=tuple(marks), **more)
-            )
+            answers = (item.answers[about],)
+            found.good.append(Correction(prompt=item.prompt, answers=answers, rater=rater, spans=tuple(marks), **more))
 
 
 def _values(kind: str, value: Mapping[str, Any], names: Sequence[str]) -> Any:
