@@ -27,7 +27,7 @@ person would send: {"choice": "first" | "second" | "tie" | "both_bad", "margin":
 [...]} for a comment. A plain string skips the task for that reason."""
 
 
-class Page(NamedTuple):
+class RunningPage(NamedTuple):
     """A running page.
 
     Attributes:
@@ -42,7 +42,7 @@ class Page(NamedTuple):
 @contextmanager
 def running_page(
     store: Path, raters: Sequence[str] = ("rater",), *arguments: str, timeout_s: float = 60.0
-) -> Iterator[Page]:
+) -> Iterator[RunningPage]:
     """Runs the page on a free port in another process while the block runs.
 
     Args:
@@ -57,7 +57,7 @@ def running_page(
     command = [sys.executable, "-m", "rlaif_jax", "annotate", "--store", str(store), "--raters", *raters, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        yield Page(process, _printed_urls(process, raters, timeout_s))
+        yield RunningPage(process, _printed_urls(process, raters, timeout_s))
     finally:
         process.terminate()
         try:

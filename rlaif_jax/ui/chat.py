@@ -11,7 +11,7 @@ from typing import TypeAlias
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.people.chats import Turn
 from rlaif_jax.models.sampling import SamplingConfig
-from rlaif_jax.ui.records import dialogue
+from rlaif_jax.ui.records import chat_prompt
 
 ChatModel: TypeAlias = Callable[[str, Sequence[Turn]], str]
 """(topic of the chat, turns so far, of which the last has no reply yet) -> the reply.
@@ -101,7 +101,7 @@ def local_model(
 
         from rlaif_jax.data.prompts import padded
 
-        text = dialogue(prompt, turns)
+        text = chat_prompt(prompt, turns)
         ids = tokenizer.encode(text, add_bos=True)
         ids = ids if len(ids) <= length else [*ids[:1], *ids[-(length - 1) :]]
         tokens, mask = padded([ids], length, tokenizer.pad_id, "left")

@@ -43,7 +43,7 @@ def shown_order(task: PersonTask, rater: str, seed: int) -> tuple[int, ...]:
     return tuple(by_text)
 
 
-def dialogue(prompt: str, turns: Sequence[Turn]) -> str:
+def chat_prompt(prompt: str, turns: Sequence[Turn]) -> str:
     """Returns a conversation up to the rater's last message as one text, the prompt of the reply."""
     parts = [f"[{prompt}]"] if prompt else []
     for turn in turns[:-1]:
@@ -202,7 +202,7 @@ class AnswerContext:
         reply = self.turns[turn].reply
         require(reply is not None, f"turn {turn} has no reply yet")
         shared = self._shared(note) | {
-            "prompt": dialogue(self.task.prompt, self.turns[: turn + 1]),
+            "prompt": chat_prompt(self.task.prompt, self.turns[: turn + 1]),
             "answers": (reply,),
             "shown": (),
             "generators": (),

@@ -278,7 +278,7 @@ class AnnotationService:
                 continue
             task = self.queue.task(identifier)
             if task.kind is CHAT:
-                continue  # every conversation is another one
+                continue  # no two conversations are alike
             shown = shown_order(task, rater, self.seed)
             opinions = [
                 {"rater": post.rater, "says": "; ".join(in_words(r, shown) for r in post.records), "payload": None}

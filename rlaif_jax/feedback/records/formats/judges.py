@@ -12,7 +12,7 @@ from typing import Any
 from rlaif_jax.config import require
 from rlaif_jax.feedback.records.formats.rows import (
     Collector,
-    Found,
+    ReadResult,
     field,
     json_rows,
     pair,
@@ -28,7 +28,7 @@ PEOPLE = Rater("people", "person")
 # ---- alpaca_eval
 
 
-def read_alpaca_eval(path: Path, annotator: str = "alpaca_eval") -> Found:
+def read_alpaca_eval(path: Path, annotator: str = "alpaca_eval") -> ReadResult:
     """Reads alpaca_eval's annotations.
 
     `preference` runs from 1 (output_1 is better) to 2; 1.5 and the older 0 are ties; null and NaN mean that the verdict
@@ -88,7 +88,7 @@ def write_alpaca_eval(judgements: Iterable[Judgement], path: Path) -> int:
 # ---- FastChat (Zheng et al. 2023): MT-bench
 
 
-def read_fastchat(path: Path, questions: Path | None = None, answers: Sequence[Path] = ()) -> Found:
+def read_fastchat(path: Path, questions: Path | None = None, answers: Sequence[Path] = ()) -> ReadResult:
     """Reads FastChat's `model_judgment` files.
 
     They hold pairs in two games (`g1_winner, g2_winner`, the second with the answers swapped), single scores 1 .. 10
@@ -131,7 +131,7 @@ def read_fastchat(path: Path, questions: Path | None = None, answers: Sequence[P
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             found.good.extend(_fastchat(row, prompt(row), partial(text, row)))
-    return found.found
+    return found.result
 
 
 def _fastchat(row: Any, prompt: str, text: Callable[[str], str]) -> Iterator[Judgement]:
@@ -178,7 +178,7 @@ def _vote(
 # ---- PandaLM (Wang et al. 2023)
 
 
-def read_pandalm(path: Path, judges: Sequence[Path] = ()) -> Found:
+def read_pandalm(path: Path, judges: Sequence[Path] = ()) -> ReadResult:
     """Reads PandaLM's test set: three annotators' verdicts 0 (tie), 1 or 2 on each pair.
 
     Args:
@@ -205,7 +205,7 @@ def read_pandalm(path: Path, judges: Sequence[Path] = ()) -> Found:
                 index = field(row, "idx", int)
                 require(index in pairs, f"idx {index} is no pair of {path}")
                 found.good.append(_pandalm_judge(row, *pairs[index]))
-    return found.found
+    return found.result
 
 
 def _response(row: Any, name: str) -> str:
@@ -233,7 +233,7 @@ def _pandalm_judge(row: Any, prompt: str, answers: tuple[str, str], writers: tup
 # ---- LLMBar (Zeng et al. 2023)
 
 
-def read_llmbar(path: Path) -> Found:
+def read_llmbar(path: Path) -> ReadResult:
     """Reads LLMBar's pairs with the authors' label of the output that follows the instruction."""
     return parse_rows(path, lambda row: [_llmbar(row)])
 
@@ -245,7 +245,7 @@ def _llmbar(row: Any) -> Ranking:
     return pair(field(row, "input"), answers, label - 1, Rater("gold", "person"))
 
 
-def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | None] | None = None) -> Found:
+def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | None] | None = None) -> ReadResult:
     """Reads a judge's outputs on LLMBar's pairs.
 
     Each pair becomes two comparisons, `shown` (0, 1) and (1, 0), with the judge's text in `raw`; in files with scores, two
@@ -272,7 +272,7 @@ def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | Non
                     if "completion" in order:
                         with found.at(where):
                             found.good.append(_order(prompt, answers, order, shown, rater, verdict))
-    return found.found
+    return found.result
 
 
 def _score(prompt: str, answer: str, raw: str, rater: Rater) -> Rating:
@@ -301,7 +301,7 @@ def _order(
 _SECTION = re.compile(r"^###([^\n:]*):[ \t]*\n?", re.MULTILINE)
 
 
-def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4")) -> Found:
+def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4")) -> ReadResult:
     """Reads prometheus-eval's rubric gradings.
 
     Each try of the judge (`gpt4_score`, `gpt4_feedback`) becomes a rating 1 .. 5 and a comment, with the rubric's question
@@ -324,7 +324,7 @@ def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4
             for seed, (score, remark) in enumerate(zip(scores, remarks)):
                 with found.at(where):
                     found.good.extend(_graded(shared, seed, score, remark))
-    return found.found
+    return found.result
 
 
 def _graded(shared: dict[str, Any], seed: int, score: Any, remark: str) -> list[Judgement]:
@@ -334,7 +334,7 @@ def _graded(shared: dict[str, Any], seed: int, score: Any, remark: str) -> list[
     return [*made, Comment(**shared, seed=seed, text=remark)] if remark.strip() else made
 
 
-def read_autoj_pairs(path: Path) -> Found:
+def read_autoj_pairs(path: Path) -> ReadResult:
     """Reads Auto-J's pairs from prometheus-eval, with people's labels.
 
     The label is 0 where response 1 is better, 1 where response 2 is better, 2 for a tie.

@@ -10,8 +10,8 @@ from rlaif_jax.config import require
 from rlaif_jax.feedback.records.formats.rows import (
     ASSISTANT,
     Collector,
-    Found,
-    dialogue,
+    ReadResult,
+    conversation_prompt,
     field,
     json_rows,
     pair,
@@ -27,7 +27,7 @@ DISTILABEL = Rater("distilabel", "ai")
 # ---- HH (Bai et al. 2022): {"chosen": dialogue, "rejected": dialogue}
 
 
-def read_hh(path: Path, rater: Rater = CROWD) -> Found:
+def read_hh(path: Path, rater: Rater = CROWD) -> ReadResult:
     """Reads Anthropic's HH pairs.
 
     The prompt is the shared beginning, up to the last place where the assistant speaks. An answer is the remaining text:
@@ -67,7 +67,7 @@ def _strict_pairs(judgements: Iterable[Judgement]) -> Iterator[tuple[Ranking, in
 # ---- distilabel
 
 
-def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, high: float = 5) -> Found:
+def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, high: float = 5) -> ReadResult:
     """Reads distilabel's rows, of either kind.
 
     `prompt, chosen, rejected` (texts, or lists of messages), optionally with `chosen_rating, rejected_rating` and the names
@@ -87,7 +87,7 @@ def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, hi
                 _generations(found, where, row, rater, low, high)
             else:
                 found.good.extend(_chosen(row, rater, low, high))
-    return found.found
+    return found.result
 
 
 def _chosen(row: Any, rater: Rater, low: float, high: float) -> list[Judgement]:
@@ -121,7 +121,9 @@ def _messages(side: Any) -> tuple[str, str]:
     texts = [field(message, "content") for message in side]
     if len(side) == 2:
         return texts[0], texts[1]
-    return dialogue((message.get("role") == "assistant", text) for message, text in zip(side[:-1], texts)), texts[-1]
+    return conversation_prompt(
+        (message.get("role") == "assistant", text) for message, text in zip(side[:-1], texts)
+    ), texts[-1]
 
 
 def _generations(found: Collector, where: str, row: Any, rater: Rater, low: float, high: float) -> None:
@@ -173,7 +175,7 @@ def write_distilabel(judgements: Iterable[Judgement], path: Path) -> int:
 # ---- oasst (Köpf et al. 2023)
 
 
-def read_oasst(path: Path, rater: Rater = CROWD) -> Found:
+def read_oasst(path: Path, rater: Rater = CROWD) -> ReadResult:
     """Reads OpenAssistant's conversation trees: a ranking wherever two or more replies have ranks.
 
     The prompt is the conversation so far; where the replies are a person's next turn, it ends where the person speaks.
@@ -191,11 +193,11 @@ def read_oasst(path: Path, rater: Rater = CROWD) -> Found:
                 if len(ranked) >= 2:
                     with found.at(where):
                         found.good.append(_replies(turns, replies, rater))
-    return found.found
+    return found.result
 
 
 def _replies(turns: tuple[tuple[bool, str], ...], replies: list[Any], rater: Rater) -> Ranking:
-    prompt = dialogue(turns)
+    prompt = conversation_prompt(turns)
     if replies[0].get("role") != "assistant":
         prompt = prompt.removesuffix(ASSISTANT) + "\n\nHuman:"
     ranks = tuple(None if reply.get("rank") is None else field(reply, "rank", int) + 1 for reply in replies)

@@ -14,7 +14,7 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rater
 from rlaif_jax.files import atomic_write, read_bytes
 
-Found = tuple[list[Judgement], list[str]]
+ReadResult = tuple[list[Judgement], list[str]]
 """(judgements, a message "FILE:LINE: fault" for each bad row): what a reader returns."""
 
 _SHAPE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -41,7 +41,7 @@ class Collector:
             self.bad.append(f"{where}: not of this shape ({type(error).__name__}: {error})")
 
     @property
-    def found(self) -> Found:
+    def result(self) -> ReadResult:
         """(judgements, messages)."""
         return self.good, self.bad
 
@@ -137,13 +137,13 @@ def table_rows(
             bad.append(f"{where}: {len(row)} columns; the {len(names)} are {', '.join(names)}")
 
 
-def parse_rows(path: Path, parse: Callable[[Any], Iterable[Judgement]]) -> Found:
+def parse_rows(path: Path, parse: Callable[[Any], Iterable[Judgement]]) -> ReadResult:
     """Returns the judgements that `parse` makes of each row of a JSON file, and the messages."""
     found = Collector()
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             found.good.extend(parse(row))
-    return found.found
+    return found.result
 
 
 # ---- Fields
@@ -232,7 +232,7 @@ def locate(text: str, quote: str, near: int = 0) -> tuple[int, int]:
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-def dialogue(turns: Iterable[tuple[bool, str]]) -> str:
+def conversation_prompt(turns: Iterable[tuple[bool, str]]) -> str:
     """Returns a conversation as one prompt that ends where the assistant speaks.
 
     turns: (whether the assistant speaks, text) of each turn.

@@ -14,7 +14,7 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.formats.rows import (
     Collector,
-    Found,
+    ReadResult,
     field,
     json_rows,
     locate,
@@ -33,7 +33,7 @@ RULE = Rater("hter", "rule")
 _PAIRS = tuple(itertools.combinations(range(4), 2))
 
 
-def read_fine_grained(path: Path, rater: Rater = WORKER) -> Found:
+def read_fine_grained(path: Path, rater: Rater = WORKER) -> ReadResult:
     """Reads FineGrained RLHF's QA feedback.
 
     Each row becomes a correction of the first prediction with its typed errors as spans, comments on missing or wrong
@@ -57,7 +57,7 @@ def read_fine_grained(path: Path, rater: Rater = WORKER) -> Found:
                 with found.at(where):
                     require(vote in (0, 1, 2), f"preference holds {vote!r}; 0 is a tie, 1 and 2 are the predictions")
                     found.good.append(pair(prompt, (answers[i], answers[j]), (None, 0, 1)[vote], rater))
-    return found.found
+    return found.result
 
 
 def _fine_spans(prompt: str, answer: str, feedback: Any, rater: Rater) -> list[Judgement]:
@@ -80,7 +80,7 @@ def _fine_spans(prompt: str, answer: str, feedback: Any, rater: Rater) -> list[J
 _PROPERTIES = ("correctness", "selection", "overall")
 
 
-def read_squality(path: Path, stories: Path | None = None) -> Found:
+def read_squality(path: Path, stories: Path | None = None) -> ReadResult:
     """Reads SQuALITY's human evaluation.
 
     Each worker rates (0 .. 100) and ranks the three answers to a question by correctness, selection (coverage) and overall,
@@ -104,7 +104,7 @@ def read_squality(path: Path, stories: Path | None = None) -> Found:
                 with found.at(f"{where}, question {number}"):
                     prompt = f"Story {story}: {question_texts.get((story, number), f'question {number}')}"
                     _squality(found, f"{where}, question {number}", prompt, systems)
-    return found.found
+    return found.result
 
 
 def _squality(found: Collector, where: str, prompt: str, systems: Mapping[str, Any]) -> None:
@@ -175,7 +175,7 @@ def _archive(path: Path, suffixes: Sequence[str]) -> dict[str, tuple[str, str]]:
     return texts
 
 
-def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person")) -> Found:
+def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person")) -> ReadResult:
     """Reads MLQE-PE's post-edits from a folder or a .tar.gz.
 
     Each translation becomes a correction and a rule's rating 1 - HTER (HTER = edits over the words of the post-edit, 0 ..
@@ -195,10 +195,10 @@ def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person
             found.good.append(Correction(**shared, rater=rater, edited=edited))
         with found.at(place):
             found.good.append(Rating(**shared, rater=RULE, principle="1 - HTER", value=1 - float(hter), low=0, high=1))
-    return found.found
+    return found.result
 
 
-def read_mlqe_ratings(path: Path) -> Found:
+def read_mlqe_ratings(path: Path) -> ReadResult:
     """Reads MLQE-PE's direct assessments (folder or .tar.gz): scores 0 .. 100 by three or more raters.
 
     The file has each score with its z-score, (score - the rater's mean) / the rater's deviation, and no names. Scores that
@@ -225,7 +225,7 @@ def read_mlqe_ratings(path: Path) -> Found:
                         prompt=row["original"], answers=(row["translation"],), rater=rater, value=score, low=0, high=100
                     )
                 )
-    return found.found
+    return found.result
 
 
 def _raters_of_lines(points: np.ndarray) -> list[int]:
@@ -264,7 +264,7 @@ def _raters_of_lines(points: np.ndarray) -> list[int]:
 # ---- XSum hallucinations (Maynez et al. 2020)
 
 
-def read_xsum_spans(path: Path) -> Found:
+def read_xsum_spans(path: Path) -> ReadResult:
     """Reads XSum's hallucination annotations: one correction for each worker and summary.
 
     The correction has the marked spans, extrinsic or intrinsic; without marks, it leaves the summary unchanged. The prompt is
@@ -301,16 +301,16 @@ def read_xsum_spans(path: Path) -> Found:
                         spans=spans, edited=None if spans else entry["summary"], generators=(system,),
                     )
                 )  # fmt: skip
-    return found.found
+    return found.result
 
 
-def read_xsum_factuality(path: Path) -> Found:
+def read_xsum_factuality(path: Path) -> ReadResult:
     """Reads XSum's factuality annotations: a rating 0 or 1 of each worker; NULL is an abstention."""
     found = Collector()
     for where, row in table_rows(path, found.bad, ("bbcid", "system", "summary", "is_factual", "worker_id")):
         with found.at(where):
             found.good.append(_factual(row))
-    return found.found
+    return found.result
 
 
 def _factual(row: Mapping[str, str]) -> Rating:
@@ -326,7 +326,7 @@ def _factual(row: Mapping[str, str]) -> Rating:
 # ---- ILF (Chen et al. 2023): code
 
 
-def read_ilf(path: Path) -> Found:
+def read_ilf(path: Path) -> ReadResult:
     """Reads ILF's code refinements: a comment on a failing program, and a person's corrected program.
 
     The program is the text after the prompt.

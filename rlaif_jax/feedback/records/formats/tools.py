@@ -11,7 +11,7 @@ from typing import Any
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.formats.rows import (
     Collector,
-    Found,
+    ReadResult,
     choice,
     chosen,
     field,
@@ -58,7 +58,7 @@ def read_argilla(
     answers: Sequence[str] = ("answer",),
     edits: Collection[str] = EDITS,
     scale: tuple[float, float] = (1, 5),
-) -> Found:
+) -> ReadResult:
     """Reads Argilla's exported records.
 
     They are nested (`responses: {question: [{value, user_id}]}`) or flat (`question.responses`, `question.responses.users`,
@@ -83,7 +83,7 @@ def read_argilla(
             for question, value, rater, more in _argilla(row):
                 with found.at(f"{where}, question {question}"):
                     found.good.append(_judgement(item, question, value, rater, more))
-    return found.found
+    return found.result
 
 
 def _argilla(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Rater, dict[str, Any]]]:
@@ -196,7 +196,7 @@ def read_label_studio(
     answers: Sequence[str] = ("answer",),
     edits: Collection[str] = EDITS,
     scale: tuple[float, float] = (1, 5),
-) -> Found:
+) -> ReadResult:
     """Reads label-studio's JSON export: `annotations[].result[]` of people, `predictions[]` of models.
 
     `pairwise` (value.selected "left" or "right") and `choices` that name an answer are comparisons, `rating` is a rating,
@@ -224,7 +224,7 @@ def read_label_studio(
                     more = _confidence(prediction.get("score"))
                     rater = Rater(str(prediction.get("model_version") or "prediction"), "ai")
                     _results(found, where, prediction, item, rater, more)
-    return found.found
+    return found.result
 
 
 def _annotation(found: Collector, where: str, annotation: Any, item: _Item) -> None:
@@ -296,7 +296,7 @@ def _values(kind: str, value: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def read_crowd_labels(
     path: Path, options: Sequence[str] = (), *, source: Source = "person", delimiter: str = ",", header: bool = True
-) -> Found:
+) -> ReadResult:
     """Reads crowd-kit's labels, with the columns `task, worker, label`.
 
     A label becomes a ranking of the options that puts it first; `rows.chosen` returns its index. The prompt is the task.
@@ -317,10 +317,10 @@ def read_crowd_labels(
     for where, row in rows:
         with found.at(where):
             found.good.append(choice(row["task"], labels, row["label"], Rater(row["worker"], source)))
-    return found.found
+    return found.result
 
 
-def read_crowd_pairs(path: Path, prompt: str = "", *, source: Source = "person") -> Found:
+def read_crowd_pairs(path: Path, prompt: str = "", *, source: Source = "person") -> ReadResult:
     """Reads crowd-kit's comparisons, with the columns `worker, left, right, label`.
 
     The label repeats the better answer; "tie" or an empty label is a tie. prompt: the prompt of all comparisons.
@@ -329,7 +329,7 @@ def read_crowd_pairs(path: Path, prompt: str = "", *, source: Source = "person")
     for where, row in table_rows(path, found.bad, ("worker", "left", "right", "label")):
         with found.at(where):
             found.good.append(_crowd_pair(row, prompt, source))
-    return found.found
+    return found.result
 
 
 def _crowd_pair(row: Mapping[str, str], prompt: str, source: Source) -> Ranking:
@@ -365,7 +365,7 @@ def write_crowd_pairs(judgements: Iterable[Judgement], path: Path) -> int:
 # ---- get-another-label (Sheng, Provost & Ipeirotis 2008)
 
 
-def read_get_another_label(path: Path, options: Sequence[str] = (), gold: Path | None = None) -> Found:
+def read_get_another_label(path: Path, options: Sequence[str] = (), gold: Path | None = None) -> ReadResult:
     """Reads get-another-label's lines `worker TAB object TAB category` as choices.
 
     Args:
