@@ -45,14 +45,14 @@ from rlaif_jax.data.world.scenes import Scene, scene_from_json
 from rlaif_jax.data.world.tasks import summarisation
 from rlaif_jax.evaluate import bootstrap_ci, win_rate_ci
 from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, SentimentJudge, train_judge
+from rlaif_jax.feedback.people.kinds import kind_of_form
 from rlaif_jax.feedback.people.source import PeopleSource
-from rlaif_jax.feedback.people.tasks import Kind
 from rlaif_jax.feedback.record_rewards import (
     CommentValence,
     CorrectionRewards,
     JudgementSource,
     RankingUtility,
-    Worth,
+    RewardFn,
     standard_rating,
 )
 from rlaif_jax.feedback.records.forms import Comment, Judgement, Rating
@@ -68,7 +68,6 @@ from rlaif_jax.train import TrainConfig, train
 from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Feedback, Params, Rollout, step_key
 
 Origin = Literal["ai", "rule", "simulated", "page"]
-KINDS: dict[Form, Kind] = {"comment": "comment", "rating": "rate", "correction": "edit", "ranking": "rank"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +177,10 @@ def feedback_forms(config: FormsConfig, run: Run, writer: MetricsWriter) -> None
         return by_rules(form, pool) if origin == "rule" else simulated(form, pool, scene_of, crowd, seed)
 
     @contextmanager
-    def asking(origin: Origin, store: Store) -> Iterator[Callable[[Form, Worth], FeedbackSource]]:
+    def asking(origin: Origin, store: Store) -> Iterator[Callable[[Form, RewardFn], FeedbackSource]]:
         """From a form and what it is worth to a source; within, the people at the page are at work."""
 
-        def directly(form: Form, worth: Worth) -> FeedbackSource:
+        def directly(form: Form, reward_fn: RewardFn) -> FeedbackSource:
             def told(prompts: Sequence[str], answers: Sequence[str]) -> Sequence[Judgement]:
                 pool = pool_of(prompts, answers)
                 if form == "ranking":  # one answer cannot be ranked
@@ -189,13 +188,13 @@ def feedback_forms(config: FormsConfig, run: Run, writer: MetricsWriter) -> None
                     pool = Pool(tuple(pool.prompts[i] for i in kept), tuple(pool.answers[i] for i in kept))
                 return judges(origin, form, pool)
 
-            return JudgementSource(told, worth, store)
+            return JudgementSource(told, reward_fn, store)
 
-        def by_people(form: Form, worth: Worth) -> FeedbackSource:
+        def by_people(form: Form, reward_fn: RewardFn) -> FeedbackSource:
             return PeopleSource(
                 store.path,
-                KINDS[form],
-                worth=worth,
+                kind_of_form(form),
+                reward_fn=reward_fn,
                 low=1,
                 high=10,
                 timeout_s=300,
@@ -274,13 +273,13 @@ def improve(
         asking(store) as source_of,
     ):
         run.settled()
-        worth: Worth
+        reward_fn: RewardFn
         if form == "rating":
-            worth = standard_rating
+            reward_fn = standard_rating
         elif form == "ranking":
-            worth = RankingUtility(most=config.train.answers_per_prompt)
+            reward_fn = RankingUtility(most=config.train.answers_per_prompt)
         elif form == "correction":
-            worth = CorrectionRewards(world.tokenizer, length=ANSWER_LENGTH + 8, dense=0.3, kept=1.0)
+            reward_fn = CorrectionRewards(world.tokenizer, length=ANSWER_LENGTH + 8, dense=0.3, kept=1.0)
         else:
             taught: dict[Form, list[Judgement]] = {"comment": [], "rating": []}
 
@@ -291,8 +290,8 @@ def improve(
             for asked in taught:
                 source_of(asked, partial(keep, asked))(records, texts, rollout)
             # Not from the store: after a resume that holds the comments of the steps, too.
-            worth = CommentValence(learned_valence(taught["comment"], taught["rating"], seed, runner))
-        source = source_of(form, worth)
+            reward_fn = CommentValence(learned_valence(taught["comment"], taught["rating"], seed, runner))
+        source = source_of(form, reward_fn)
         told = source(records, texts, rollout)
         critic = ScalarModel(world.model.config, "zero")
         policy = train(

@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import numpy as np
 from world_models import WorldModels
 
-from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.world import labeler_prompts
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.grammar import parse, summary
@@ -30,11 +29,12 @@ from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.tasks.summarisation import MAX_FACTS
 from rlaif_jax.feedback.constitution.constitution import load_constitution
 from rlaif_jax.feedback.constitution.rule_records import rule_comments, rule_rankings, rule_rater, rule_ratings
-from rlaif_jax.feedback.judges.batching import in_batches
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
+from rlaif_jax.feedback.people.kinds import kind_named
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Status, sha256
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import answer_texts, generate
+from rlaif_jax.recipes.crowd import answer_through_page, running_page
 from rlaif_jax.types import Params, Prompts, Rollout
 
 Form = Literal["comment", "rating", "correction", "ranking"]
@@ -134,35 +134,32 @@ def chance(seed: int, form: Form, *words: str) -> np.random.Generator:
 def crowd_at_the_page(store: Path, scene_of: SceneOf, crowd: Sequence[Person], seed: int) -> Iterator[None]:
     """The same people (simulated, and labelled so) at work on the annotation page of `store`: its own server in a process
     of its own, each of them a client that answers whatever task it is given, over HTTP, until this is left."""
-    from rlaif_jax.ui.client import answer_through_page, running_page
-
-    forms: dict[str, Form] = {"comment": "comment", "rate": "rating", "edit": "correction", "rank": "ranking"}
-    over = threading.Event()
+    done = threading.Event()
 
     def answer(person: Person, task: Any) -> dict[str, Any]:
-        form, prompt, answers = forms[task["kind"]], task["prompt"], tuple(task["answers"])
+        form, prompt, answers = cast(Form, kind_named(task["kind"]).form), task["prompt"], tuple(task["answers"])
         rng = chance(seed, form, prompt, *sorted(answers))
-        told = person.judge(rng, form, scene_of(prompt), prompt, answers)
-        if isinstance(told, Ranking):
-            return {"order": [[place] for place in np.argsort([rank or 0 for rank in told.ranks]).tolist()]}
-        if isinstance(told, Rating):
-            return {"value": int(told.value)}
-        return {"text": told.text} if isinstance(told, Comment) else {"edited": getattr(told, "edited", None)}
+        judged = person.judge(rng, form, scene_of(prompt), prompt, answers)
+        if isinstance(judged, Ranking):
+            return {"order": [[place] for place in np.argsort([rank or 0 for rank in judged.ranks]).tolist()]}
+        if isinstance(judged, Rating):
+            return {"value": int(judged.value)}
+        return {"text": judged.text} if isinstance(judged, Comment) else {"edited": cast(Correction, judged).edited}
 
     names = [person.name for person in crowd]
     with running_page(store, names, "--simulated", *names) as page, ThreadPoolExecutor(len(crowd)) as threads:
         working = [
             threads.submit(
-                answer_through_page, page.urls[p.name], partial(answer, p), wait_s=math.inf, over=over.is_set
+                answer_through_page, page.urls[p.name], partial(answer, p), wait_s=math.inf, done=done.is_set
             )
             for p in crowd
         ]
         try:
             yield
         finally:
-            over.set()
-        for done in working:
-            done.result()
+            done.set()
+        for work in working:
+            work.result()
 
 
 # ---- The AI labeler

@@ -11,6 +11,7 @@ LEVELS = [
     {"models", "data", "rewards", "parallel"},
     {"policies", "feedback", "algorithms"},
     {"train", "evaluate", "report", "quality"},
+    {"recipes"},
     {"ui", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -270,7 +270,6 @@ BAD = {
 def saved_model(folder: Path) -> None:
     import jax
 
-    from rlaif_jax.models import CausalLM
     from rlaif_jax.models.decoder_config import small_decoder
     from rlaif_jax.models.hf.files import save_model
 

@@ -1,7 +1,6 @@
-"""What a step's judgements are worth: the border where records become arrays, and pure functions make rewards of them.
+"""Turns the judgements recorded for a step into `Feedback`; the maths is in `rewards/`.
 
-Each function here is a `Worth`: the judgements of each row's answer go in, `Feedback` comes out. A row that nobody has
-judged, or whose judgements have no value, is missing.
+Each function here is a `RewardFn`. An answer that nobody has judged, or whose judgements have no value, is missing.
 """
 
 from __future__ import annotations
@@ -28,21 +27,40 @@ from rlaif_jax.rewards.rankings import fit_plackett_luce
 from rlaif_jax.rewards.ratings import z_score_mean
 from rlaif_jax.types import Feedback, Rollout
 
-Rows = Sequence[Sequence[Judgement]]
+JudgementsPerRow = Sequence[Sequence[Judgement]]
+"""The judgements of each of B answers; empty for an answer that nobody has judged."""
 
 
-class Worth(Protocol):
-    """What judgements are worth. judgements [B]: those of each row's answer, none where nobody judged it."""
+class RewardFn(Protocol):
+    """Turns the judgements of B answers into rewards.
+
+    Args:
+        records: the source records of the B prompts, with the prompt's text in "prompt".
+        answers: the B decoded answers.
+        rollout: the answers' tokens.
+        judgements: the judgements of each answer, as `group_by_answer` returns them.
+
+    Returns:
+        Feedback on the B answers, on the host.
+    """
 
     def __call__(
-        self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows
+        self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
     ) -> Feedback: ...
 
 
-def rows_of(
+def group_by_answer(
     records: Sequence[Record], answers: Sequence[str], judgements: Sequence[Judgement]
 ) -> list[list[Judgement]]:
-    """The judgements of each of B answers, whatever other answers they are of, too."""
+    """Returns the judgements of each of B answers.
+
+    A judgement of several answers is listed at each of them.
+
+    Args:
+        records: the source records of the B prompts.
+        answers: the B answers.
+        judgements: judgements of any prompts and answers, in any order.
+    """
     found: dict[tuple[str, str], list[Judgement]] = {}
     for judgement in judgements:
         for answer in judgement.answers:
@@ -53,89 +71,109 @@ def rows_of(
 # ---- Ratings
 
 
-def mean_rating(records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows) -> Feedback:
-    """The mean of an answer's ratings on [0, 1]; missing where it has none."""
+def mean_rating(
+    records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
+) -> Feedback:
+    """Returns the mean of each answer's ratings on [0, 1]; missing for an answer without ratings."""
     return _means([[j.unit for j in given if isinstance(j, Rating) and j.answered] for given in judgements])
 
 
-def standard_rating(records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows) -> Feedback:
-    """The mean of an answer's ratings in standard deviations of their raters (`rewards.ratings.z_score_mean`), over the
-    ratings of the step: raters may differ in generosity and stretch."""
-    told = [(row, j) for row, given in enumerate(judgements) for j in given if isinstance(j, Rating) and j.answered]
-    names = {name: i for i, name in enumerate(sorted({j.rater.name for _, j in told}))}
+def standard_rating(
+    records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
+) -> Feedback:
+    """Returns the mean of each answer's ratings in standard deviations of their raters.
+
+    Mean and deviation of a rater are those of the step's ratings.
+
+    It removes differences between raters in generosity and spread (`rewards.ratings.z_score_mean`).
+    """
+    ratings = [(row, j) for row, given in enumerate(judgements) for j in given if isinstance(j, Rating) and j.answered]
+    names = {name: i for i, name in enumerate(sorted({j.rater.name for _, j in ratings}))}
     # A power of two of ratings and raters, so that few programs are compiled.
-    size, raters = _power(max(len(told), len(answers))), _power(len(names))
+    size, num_raters = next_power_of_two(max(len(ratings), len(answers))), next_power_of_two(len(names))
     item, rater, value, weight = (np.zeros(size, t) for t in (np.int32, np.int32, np.float32, np.float32))
-    for i, (row, j) in enumerate(told):
+    for i, (row, j) in enumerate(ratings):
         item[i], rater[i], value[i], weight[i] = row, names[j.rater.name], j.unit, 1.0
-    fitted = _standardised(item, rater, value, weight, len(answers), raters)
+    fitted = _z_score_mean(item, rater, value, weight, num_items=len(answers), num_raters=num_raters)
     return Feedback.single(np.asarray(fitted.value, np.float32), np.asarray(fitted.valid))
 
 
-@partial(jax.jit, static_argnums=(4, 5))
-def _standardised(item, rater, value, weight, num_items, num_raters):  # type: ignore[no-untyped-def]
-    return z_score_mean(item, rater, value, weight, num_items=num_items, num_raters=num_raters)
+_z_score_mean = jax.jit(z_score_mean, static_argnames=("num_items", "num_raters"))
 
 
-def _power(n: int) -> int:
+def next_power_of_two(n: int) -> int:
+    """Returns the smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 # ---- Rankings
 
 
-def win_share(records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows) -> Feedback:
-    """The share of comparisons that an answer wins, a tie counting half, in [0, 1]; missing where it has none."""
+def win_share(
+    records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
+) -> Feedback:
+    """Returns the share of comparisons that each answer wins, in [0, 1]; missing without any.
+
+    A tie counts half.
+    """
     return _means([_wins(answer, given) for answer, given in zip(answers, judgements)])
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingUtility:
-    """The Plackett-Luce utility of each answer among those to its prompt, in nats, mean 0 (`fit_plackett_luce` with a
-    prior N(0, 1 / ridge)); lists of up to `most` answers, ties and partial lists as they are. Without `ranks` (partial
-    orders) see `win_share`."""
+    """Computes the Plackett-Luce utility of each answer among those to its prompt, in nats, mean 0.
+
+    Ties and partial lists are used as they are (`rewards.rankings.fit_plackett_luce`). Rankings with `beats` instead of
+    `ranks` are not used; see `win_share`.
+
+    Attributes:
+        most: the expected number of different answers to a prompt; more answers compile another program.
+        ridge: precision of the prior N(0, 1 / ridge) on a utility.
+    """
 
     most: int
     ridge: float = 1.0
 
     def __call__(
-        self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows
+        self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
     ) -> Feedback:
-        lists = {
+        rankings = {
             j.id: j for given in judgements for j in given if isinstance(j, Ranking) and j.answered and len(j.ranks) > 1
         }
         by_prompt: dict[str, list[Ranking]] = {}
-        for ranking in lists.values():
+        for ranking in rankings.values():
             by_prompt.setdefault(ranking.prompt, []).append(ranking)
-        texts = {p: sorted({a for ranking in given for a in ranking.answers}) for p, given in by_prompt.items()}
+        # The index of each answer to each ranked prompt.
+        index = {
+            prompt: {text: i for i, text in enumerate(sorted({a for ranking in given for a in ranking.answers}))}
+            for prompt, given in by_prompt.items()
+        }
         longest = max((len(given) for given in by_prompt.values()), default=1)
-        width = max([self.most, *(_power(len(given)) for given in texts.values() if len(given) > self.most)])
-        shape = (len(answers), _power(longest), width)  # never more prompts than answers: one compiled program
+        width = max([self.most, *(next_power_of_two(len(texts)) for texts in index.values() if len(texts) > self.most)])
+        # Never more prompts than answers: one compiled program.
+        shape = (len(answers), next_power_of_two(longest), width)
         items, ranks, weight = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape[:2], np.float32)
+        placed = np.zeros((len(answers), width), bool)
         for number, (prompt, given) in enumerate(by_prompt.items()):
             for place, ranking in enumerate(given):
                 weight[number, place] = 1.0
                 for k, (answer, rank) in enumerate(zip(ranking.answers, ranking.ranks)):
-                    items[number, place, k], ranks[number, place, k] = texts[prompt].index(answer), rank or 0
-        fitted = np.asarray(_utilities(items, ranks, weight, width, self.ridge))
-        placed = np.zeros((len(answers), width), bool)
-        for number, given in enumerate(by_prompt.values()):
-            for place in range(len(given)):
+                    items[number, place, k], ranks[number, place, k] = index[prompt][answer], rank or 0
                 placed[number, items[number, place][ranks[number, place] > 0]] = True
+        fitted = np.asarray(_utilities(items, ranks, weight, width, self.ridge))
         numbers = {prompt: number for number, prompt in enumerate(by_prompt)}
         values, valid = np.zeros(len(answers), np.float32), np.zeros(len(answers), bool)
         for row, (record, answer) in enumerate(zip(records, answers)):
             prompt = str(record["prompt"])
-            if prompt in numbers and answer in texts[prompt]:
-                at = numbers[prompt], texts[prompt].index(answer)
+            if prompt in numbers and answer in index[prompt]:
+                at = numbers[prompt], index[prompt][answer]
                 values[row], valid[row] = fitted[at], placed[at]
         return Feedback.single(np.where(valid, values, 0.0), valid)
 
 
 @partial(jax.jit, static_argnums=(3,))
-def _utilities(items, ranks, weight, num_items, ridge):  # type: ignore[no-untyped-def]
-    one = lambda i, r, w: fit_plackett_luce(i, r, w, num_items=num_items, ridge=ridge)
-    return jax.vmap(one)(items, ranks, weight)
+def _utilities(items: jax.Array, ranks: jax.Array, weight: jax.Array, num_items: int, ridge: float) -> jax.Array:
+    return jax.vmap(partial(fit_plackett_luce, num_items=num_items, ridge=ridge))(items, ranks, weight)
 
 
 # ---- Comments
@@ -143,24 +181,28 @@ def _utilities(items, ranks, weight, num_items, ridge):  # type: ignore[no-untyp
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CommentValence:
-    """The mean valence in [-1, 1] of the comments on each answer, read by a sentiment judge."""
+    """Computes the mean valence in [-1, 1] of the comments on each answer.
+
+    Attributes:
+        sentiment: reads the valence of a comment.
+    """
 
     sentiment: SentimentJudge
 
     def __call__(
-        self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows
+        self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
     ) -> Feedback:
-        told = [
+        comments = [
             (row, j.text)
             for row, given in enumerate(judgements)
             for j in given
             if isinstance(j, Comment) and j.answered
         ]
-        if not told:
+        if not comments:
             return Feedback.single(np.zeros(len(answers), np.float32), np.zeros(len(answers), bool))
-        read = self.sentiment.log_odds([text for _, text in told])
-        values, valid = valence(jnp.asarray(read.values), jnp.asarray(read.valid))
-        pooled = pool_comments(values, valid, jnp.array([row for row, _ in told]), len(answers))
+        odds = self.sentiment.log_odds([text for _, text in comments])
+        values, valid = valence(jnp.asarray(odds.values), jnp.asarray(odds.valid))
+        pooled = pool_comments(values, valid, jnp.array([row for row, _ in comments]), len(answers))
         return Feedback.single(np.asarray(pooled.values), np.asarray(pooled.valid))
 
 
@@ -169,16 +211,18 @@ class CommentValence:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CorrectionRewards:
-    """Minus the edit rate of each answer as its score, and blame of single tokens as dense rewards (`rewards.corrections`).
+    """Computes minus the edit rate of each answer as score, and blame of tokens as dense rewards.
 
-    Of several corrections of an answer the last one counts. One with marked spans only has no edits: its score is 0,
-    and each span's value is paid at the span's last token (Wu 2023).
+    Of several corrections of an answer the last one counts. A correction with marked spans and no edits scores 0, and each
+    span's value is paid at the span's last token (Wu 2023, "Fine-grained human feedback gives better rewards"). The maths
+    is in `rewards.corrections`.
 
     Attributes:
-        length: tokens of a correction that are read.
-        dense: what a token that had to go costs, and what a span of value 1 earns; an insertion costs half.
-        kept: what a token that stayed earns, as a share of that. Without it the safest answer is the shortest, for
-          whoever says little is seldom corrected.
+        tokenizer: the policy's tokenizer.
+        length: the number of tokens of a correction that are read.
+        dense: minus the reward of a token that was removed, and the reward of a span of value 1; an insertion costs half.
+        kept: the reward of a token that stayed, as a share of `dense`. Without it the safest answer is the shortest,
+            because short answers are seldom corrected.
     """
 
     tokenizer: Tokenizer
@@ -187,67 +231,71 @@ class CorrectionRewards:
     kept: float = 0.0
 
     def __call__(
-        self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: Rows
+        self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
     ) -> Feedback:
         found = [[j for j in given if isinstance(j, Correction) and j.answered] for given in judgements]
         ids, masks = np.asarray(rollout.responses), np.asarray(rollout.response_mask, bool)
         finished = np.asarray(rollout.finished)
         rows: list[list[int]] = []
         marks: list[list[tuple[int, int, float]]] = []
-        for given, answer, own, mask, ended in zip(found, answers, ids, masks, finished):
-            written = own[mask].tolist()
+        for given, answer, response, mask, ended in zip(found, answers, ids, masks, finished):
+            written = response[mask].tolist()
             rows.append(self._corrected(given[-1], answer, written, bool(ended))[: self.length] if given else [])
             marks.append(self._marked(given[-1], answer, written) if given else [])
         corrected, corrected_mask = padded(rows, self.length, self.tokenizer.pad_id, "right")
         valid = np.array([bool(given) for given in found])
-        most = _power(max(map(len, marks), default=1))
-        spans = np.zeros((3, len(answers), most), np.float32)
+        spans = np.zeros((3, len(answers), next_power_of_two(max(map(len, marks), default=1))), np.float32)
         for row, places in enumerate(marks):
             for k, place in enumerate(places):
                 spans[:, row, k] = place
-        rewards = _corrected(ids, masks, corrected, corrected_mask, valid, spans, self.dense, self.kept)
+        rewards = _correction_rewards(spans, self.dense, self.kept, ids, masks, corrected, corrected_mask, valid)
         return Feedback.single(*map(np.asarray, rewards))
 
     def _corrected(self, correction: Correction, answer: str, written: list[int], ended: bool) -> list[int]:
-        """The tokens of the answer as it should have been; the answer's own where nothing was edited."""
+        """Returns the tokens of the edited answer; the written ones where nothing was edited."""
         if correction.edited is None or correction.edited == answer:
             return written
         text = self.tokenizer.decode(written)
-        blank = text[: len(text) - len(text.lstrip())]  # records have the answer without the blanks around it
+        blank = text[: len(text) - len(text.lstrip())]  # records hold the answer without the blanks around it
         ends = [] if self.tokenizer.eos_id is None or not ended else [self.tokenizer.eos_id]
         return [*self.tokenizer.encode(blank + correction.edited), *ends]
 
     def _marked(self, correction: Correction, answer: str, written: list[int]) -> list[tuple[int, int, float]]:
+        """Returns (first token, token after the last, value) of each marked span."""
         places = token_spans(self.tokenizer, written, [(s.start, s.end) for s in correction.spans], text=answer)
         return [(start, end, span.value) for (start, end), span in zip(places, correction.spans)]
 
 
 @jax.jit
-def _corrected(answer, mask, corrected, corrected_mask, valid, spans, dense, kept):  # type: ignore[no-untyped-def]
-    rewards = correction_rewards(answer, mask, corrected, corrected_mask, valid, dense=dense, kept=kept)
+def _correction_rewards(spans: jax.Array, dense: float, kept: float, *texts: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns (score, valid, token_rewards). texts: the arrays that `correction_rewards` takes."""
+    rewards = correction_rewards(*texts, dense=dense, kept=kept)
     starts, ends = spans[:2].astype(jnp.int32)
-    marked = dense * span_rewards(starts, ends, spans[2], ends > starts, mask)
+    marked = dense * span_rewards(starts, ends, spans[2], ends > starts, texts[1])
     return rewards.score, rewards.valid, rewards.token_rewards + marked
 
 
-# ---- A source of any form
+# ---- A source for any form
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JudgementSource(FeedbackSource):
-    """Any judge that gives records, and what they are worth: a `FeedbackSource` that keeps them in the store.
+    """A `FeedbackSource` that asks a judge for records, stores them and makes rewards of them.
 
-    judge(prompts, answers) -> judgements of B answers side by side (of rankings: one a prompt).
+    Attributes:
+        judge: (prompts [B], answers [B]) -> judgements; of rankings, one for each prompt.
+        reward_fn: makes rewards of the judgements.
+        store: keeps the judgements.
     """
 
     judge: Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
-    worth: Worth
+    reward_fn: RewardFn
     store: Store
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         judged = self.judge([str(record["prompt"]) for record in records], answers)
         self.store.add(judged)
-        return self.worth(records, answers, rollout, rows_of(records, answers, judged))
+        return self.reward_fn(records, answers, rollout, group_by_answer(records, answers, judged))
 
 
 def _means(values: Sequence[Sequence[float]]) -> Feedback:

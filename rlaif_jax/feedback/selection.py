@@ -1,10 +1,11 @@
-"""What to ask next: the questions whose answers would teach most, within a budget.
+"""Selects the questions to ask next: those from whose answers there is most to learn, within a budget.
 
-Signals say how much there is to learn from a pool of n candidate questions; `choose` takes the best of them. All plain
-NumPy on the host, deterministic under a seed. A NaN in a signal means "not known": that signal has no say there.
+Signals say how much there is to learn from each of a pool of n candidate questions; `choose` takes the best of them. All
+of it is NumPy on the host, deterministic under a seed. A NaN in a signal means "unknown": that signal is ignored for that
+question.
 
-What was chosen because it is hard is no random sample: estimates that need one (a win rate debiased by human labels)
-should use the share drawn at random (`Selection.explore`, marked `RANDOM` in the reasons).
+Questions chosen because they are hard are no random sample: estimates that need one (a win rate debiased by human labels)
+should use the share drawn at random (`Selection.explore`, with the reason `RANDOM`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
+from scipy.stats import rankdata
 
 from rlaif_jax.config import require
 
@@ -23,32 +26,41 @@ Floats = NDArray[np.float64]
 RANDOM = "drawn at random"
 
 
-# ---- Signals: larger = more to learn
+# ---- Signals: a larger value means more to learn
 
 
 def ensemble_disagreement(margins: ArrayLike) -> Floats:
-    """How much the members of an ensemble disagree about each pair, in nats, [n].
+    """Computes how much the models of an ensemble disagree about each pair, in nats, [n].
 
-    margins: [M, n], reward of the first answer minus that of the second by each of M models. The mutual information of
-    the verdict and the model, H(mean_m p) - mean_m H(p) with p = sigmoid(margin): high where models contradict each
-    other, zero where all of them call the pair a toss-up, which no label would change (BALD: Houlsby et al. 2011,
-    "Bayesian Active Learning for Classification and Preference Learning", eq. 2). NaN where a margin is NaN.
+    It is the mutual information of the verdict and the model, H(mean_m p) - mean_m H(p) with p = sigmoid(margin): high
+    where models contradict each other, zero where all of them call the pair a toss-up, which no label would change (BALD:
+    Houlsby et al. 2011, "Bayesian Active Learning for Classification and Preference Learning", eq. 2).
+
+    Args:
+        margins: [M, n], the reward of the first answer minus that of the second by each of M >= 2 models; NaN gives NaN.
+
+    Raises:
+        UserError: margins of another shape.
     """
     values = np.asarray(margins, np.float64)
     require(values.ndim == 2 and len(values) >= 2, f"margins should be [models >= 2, n], not {list(values.shape)}")
-    p = _sigmoid(values)
+    p = expit(values)
     return np.maximum(_entropy(p.mean(0)) - _entropy(p).mean(0), 0.0)
 
 
 def judge_margin(probability: ArrayLike) -> Floats:
-    """How undecided a judge is about each pair: 1 - |2 p - 1| in [0, 1], 1 = a toss-up. probability: [n]."""
+    """Computes how undecided a judge is about each pair: 1 - |2 p - 1| in [0, 1], 1 = a toss-up, [n].
+
+    probability: [n], P(the first answer is better). Raises UserError for a value outside [0, 1].
+    """
     return 1 - np.abs(2 * _probabilities(probability, "probability") - 1)
 
 
 def order_disagreement(p12: ArrayLike, p21: ArrayLike) -> Floats:
-    """How far a judge's two orders contradict each other: |p12 + p21 - 1| in [0, 1], [n].
+    """Computes how far verdicts in the two orders contradict each other, |p12 + p21 - 1|, [n].
 
-    p12, p21: [n], P(what is shown first wins) in each order; without position bias they add up to one.
+    p12, p21: [n], P(the answer shown first wins) in each order; without position bias they add up to one. Raises UserError
+    for a value outside [0, 1].
     """
     return np.abs(_probabilities(p12, "p12") + _probabilities(p21, "p21") - 1)
 
@@ -58,14 +70,18 @@ def order_disagreement(p12: ArrayLike, p21: ArrayLike) -> Floats:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """How to choose.
+    """Settings of `choose`.
 
-    weights: of each signal by name; one that is not named weighs 1. per_prompt: questions about one prompt in a round.
-    hard: a question that was asked before, or that is in the pool twice, is asked again only where its score is at least
-    this (a share of the pool that is easier, 0 .. 1): duplicates of easy items are not. max_asks: and never more often.
-    explore: share of the budget drawn at random. power: None takes the highest scores; p draws without replacement with
-    chances in proportion to score ** p, so that a large round is not all of one kind (Kirsch et al. 2021, "Stochastic
-    batch acquisition for deep active learning").
+    Attributes:
+        weights: the weight of each signal by name; 1 for a signal that is not named.
+        per_prompt: the largest number of questions about one prompt in a round.
+        hard: a question that was answered before, or that is in the pool twice, is asked again only where its score is at
+            least this (the share of the pool that is easier, 0 .. 1).
+        max_asks: the largest number of times that a question is asked.
+        explore: the share of the budget that is drawn at random.
+        power: None takes the highest scores; p draws without replacement with probabilities in proportion to score ** p,
+            so that a large round is not uniform (Kirsch et al. 2021, "Stochastic batch acquisition for deep active
+            learning").
     """
 
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -86,7 +102,13 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A question to ask: its index in the pool, its score in [0, 1], and why it was chosen, for people."""
+    """A question to ask.
+
+    Attributes:
+        index: its index in the pool.
+        score: its score in [0, 1].
+        reason: why it was chosen, in words.
+    """
 
     index: int
     score: float
@@ -104,22 +126,23 @@ def choose(
     seed: int = 0,
     selection: Selection = Selection(),
 ) -> list[Choice]:
-    """The questions to ask next, the most telling first.
+    """Chooses the questions to ask next, the highest score first.
 
-    A question's score is the weighted mean of its ranks among the pool by each signal, 0 the easiest .. 1 the hardest.
+    A question's score is the weighted mean of its ranks in the pool by each signal, 0 the easiest .. 1 the hardest.
 
     Args:
-        budget: what may be spent: the sum of the costs of the chosen questions is at most this.
-        signals: name -> [n], larger = more to learn. The names appear in the reasons. None at all: random order.
-        prompts: [n], no more than `selection.per_prompt` questions of a round are about one of them.
-        items: [n], what is asked, such as `Judgement.item`: equal names are duplicates. None: all differ.
-        asked: how often each item has been answered already.
-        costs: [n], of each question, in the budget's units; None: each costs 1.
-        seed: ties and random draws; the same pool, seed and selection give the same choice.
+        budget: upper bound of the sum of the costs of the chosen questions.
+        signals: name -> [n], larger = more to learn; the names appear in the reasons. Without signals the order is random.
+        prompts: [n], the prompt of each question; a round has at most `selection.per_prompt` questions about each.
+        items: [n], a name for each question, such as `Judgement.item`: equal names are duplicates. None: all differ.
+        asked: item -> how often it has been answered already.
+        costs: [n], the cost of each question, in the budget's unit; None: each costs 1.
+        seed: seed of ties and random draws; the same pool, seed and selection give the same choice.
+        selection: the settings.
 
     Returns:
-        Choices, at most n; fewer than the budget allows where all that is left is too dear, a duplicate of what is easy,
-        or about a prompt that has had its share.
+        At most n choices; fewer than the budget allows where the other questions are too expensive, duplicates of easy
+        questions, or about a prompt that has reached `per_prompt`.
 
     Raises:
         UserError: lengths that differ, infinite signals, costs that are not positive, a negative budget.
@@ -143,8 +166,8 @@ def choose(
     taken: set[int] = set()
     chosen: list[Choice] = []
 
-    def walk(order: Sequence[int], money: float, reason: str | None) -> float:
-        """Takes what is allowed in this order; the money left. The cheapest that is left ends the walk."""
+    def take(order: Sequence[int], money: float, reason: str | None) -> float:
+        """Takes the allowed questions in this order, as long as any is affordable; returns the money left."""
         cheapest = float(price.min()) if count else 0.0
         for index in order:
             if money < cheapest - 1e-9:
@@ -164,14 +187,17 @@ def choose(
         return money
 
     at_random = budget * selection.explore if signals else budget
-    left = walk(generator.permutation(count).tolist(), at_random, RANDOM) if at_random > 0 else 0.0
+    left = take(generator.permutation(count).tolist(), at_random, RANDOM) if at_random > 0 else 0.0
     if signals:
-        walk(order.tolist(), budget - at_random + left, None)
+        take(order.tolist(), budget - at_random + left, None)
     return sorted(chosen, key=lambda choice: -choice.score) if signals else chosen
 
 
 def _scores(signals: Mapping[str, ArrayLike], count: int, weights: Mapping[str, float]) -> tuple[Floats, list[str]]:
-    """Weighted mean rank [n] over the known signals (.5 where none is), and the strongest signal in words."""
+    """Returns the weighted mean rank [n] over the known signals, and a reason for each question.
+
+    The rank is .5 where all signals are unknown.
+    """
     total, weight = np.zeros(count), np.zeros(count)
     best, reasons = np.full(count, -1.0), ["nothing known about it"] * count
     for name, given in signals.items():
@@ -179,24 +205,16 @@ def _scores(signals: Mapping[str, ArrayLike], count: int, weights: Mapping[str, 
         require(values.shape == (count,), f"signal {name!r} should have shape [{count}], not {list(values.shape)}")
         known = ~np.isnan(values)
         require(bool(np.isfinite(values[known]).all()), f"signal {name!r} holds an infinite value")
-        share = weights.get(name, 1.0)
+        signal_weight = weights.get(name, 1.0)
         rank = np.zeros(count)
-        rank[known] = _mean_ranks(values[known])
-        total += share * np.where(known, rank, 0.0)
-        weight += share * known
-        for index in np.flatnonzero(known & (rank * share > best)):
-            best[index] = rank[index] * share
+        # The share of the other questions that is easier; ties count half.
+        rank[known] = (rankdata(values[known]) - 1) / (known.sum() - 1) if known.sum() > 1 else 0.5
+        total += signal_weight * np.where(known, rank, 0.0)
+        weight += signal_weight * known
+        for index in np.flatnonzero(known & (rank * signal_weight > best)):
+            best[index] = rank[index] * signal_weight
             reasons[index] = f"{name} {values[index]:.3g}, more than {100 * rank[index]:.0f} % of the pool"
     return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), 0.5), reasons
-
-
-def _mean_ranks(values: Floats) -> Floats:
-    """The share of the others that is smaller, ties counting half: in [0, 1]."""
-    if len(values) < 2:
-        return np.full(len(values), 0.5)
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    below = np.cumsum(counts) - counts
-    return (below + (counts - 1) / 2)[inverse] / (len(values) - 1)
 
 
 def _probabilities(values: ArrayLike, name: str) -> Floats:
@@ -204,10 +222,6 @@ def _probabilities(values: ArrayLike, name: str) -> Floats:
     known = p[~np.isnan(p)]
     require(not len(known) or (known.min() >= 0 and known.max() <= 1), f"{name} should lie between 0 and 1")
     return p
-
-
-def _sigmoid(x: Floats) -> Floats:
-    return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
 def _entropy(p: Floats) -> Floats:

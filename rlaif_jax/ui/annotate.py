@@ -1,4 +1,4 @@
-"""`python -m rlaif_jax annotate`: serve the annotation page of a feedback store."""
+"""`python -m rlaif_jax annotate`: serves the annotation page of a feedback store."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import dataclasses
 import json
 import socket
 import sys
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.feedback.people.kinds import CHAT
 from rlaif_jax.feedback.people.queue import TaskQueue
-from rlaif_jax.feedback.people.tasks import read_tasks
+from rlaif_jax.feedback.people.tasks import PersonTask, read_tasks
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.ui.service import Desk, Question
+from rlaif_jax.ui.service import AnnotationService, CheckQuestion
 from rlaif_jax.ui.tokens import rater_tokens
 
 INSTRUCTIONS = """\
@@ -30,13 +30,13 @@ You can undo your last answer at any time. What you have sent is saved, even if 
 """
 
 CHECK = (
-    Question(
+    CheckQuestion(
         "Two answers are equally good, but one is much longer. What do you choose?",
         ("The longer one", "A tie", "Both bad"),
         1,
         "Length alone does not make an answer better: equally good is a tie.",
     ),
-    Question(
+    CheckQuestion(
         "You do not know the topic well enough to judge an answer. What do you do?",
         ("Guess", "Take the one that sounds sure", "Skip and say why"),
         2,
@@ -47,28 +47,31 @@ CHECK = (
 
 @dataclasses.dataclass(frozen=True)
 class AnnotateConfig:
-    """Serve the annotation page; every rater gets an address of their own. Stop it with Ctrl-C: nothing sent is lost.
+    """Serves the annotation page; every rater gets a personal address.
+
+    Stop it with Ctrl-C: nothing that was sent is lost.
 
     Attributes:
         store: the feedback store that everything goes into; created if absent.
         items: JSONL files of tasks to add: {"kind": "compare", "prompt": ..., "answers": [..., ...]}; kinds are compare,
-          rank, rate, edit, comment, chat; `rlaif_jax.feedback.people.tasks.Task` has all fields. The same task twice is one.
-        raters: who annotates.
+          rank, rate, edit, comment, chat; `rlaif_jax.feedback.people.tasks.PersonTask` has all fields. The same task in two
+          lines is one task.
+        raters: the names of the raters.
         coordinator: the rater who adjudicates, exports and may stop a run; the first rater if empty.
         simulated: those of the raters that are programs; their records say so.
-        overlap: how many raters answer each task.
+        overlap: the number of raters who answer each task.
         instructions: a text file shown before the work; a short general text if absent.
-        check: a JSON file of questions on the instructions, [{"question", "options": [...], "answer": index, "why"}]; the
-          built-in ones if absent and there are no instructions of your own.
-        model: what chats talk to: the URL of an OpenAI-compatible server or a folder with a language model.
-        model_name: its name on that server.
-        model_tokenizer: the tokenizer of the model in the folder, if it lies elsewhere.
-        title: of the page.
-        host: address or name to listen on; under it and the loopback ones the page is reached, under no other. Any but a
+        check: a JSON file of questions on the instructions, [{"question", "options": [...], "answer": index, "why"}]. If
+          absent, the built-in questions on the built-in instructions; none on other instructions.
+        model: the model that chats talk to: the URL of an OpenAI-compatible server, or a folder with a language model.
+        model_name: the model's name on that server.
+        model_tokenizer: the tokenizer of the model in the folder, if it is in another place.
+        title: the title of the page.
+        host: address or name to listen on; the page is reached under this name and the loopback names only. Any but a
           loopback address sends the raters' tokens over the network in the clear.
-        port: to listen on; 0 takes a free one.
-        seed: of the order in which answers are shown.
-        lease_minutes: after which a task that was taken and not answered goes to others.
+        port: the port to listen on; 0 takes a free one.
+        seed: seed of the order in which answers are shown.
+        lease_minutes: minutes after which a task that was taken and not answered is offered to others.
     """
 
     store: Path = Path("feedback.sqlite")
@@ -102,13 +105,13 @@ class AnnotateConfig:
         require(0 <= self.port < 65_536, f"port must lie between 0 (a free one) and 65535, not {self.port}")
 
 
-def read_questions(path: Path) -> tuple[Question, ...]:
-    """The questions of a check file; UserError for a file that holds none."""
+def read_check(path: Path) -> tuple[CheckQuestion, ...]:
+    """Returns the questions of a check file. Raises UserError where the file is no check."""
     try:
         entries = json.loads(path.read_text())
         require(isinstance(entries, list) and bool(entries), f"{path}: a check is a list of questions")
         return tuple(
-            Question(str(e["question"]), tuple(map(str, e["options"])), int(e["answer"]), str(e.get("why", "")))
+            CheckQuestion(str(e["question"]), tuple(map(str, e["options"])), int(e["answer"]), str(e.get("why", "")))
             for e in entries
         )
     except OSError as error:
@@ -119,7 +122,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         raise UserError(f"{path}: a check is a list of objects with question, options, answer ({error})") from error
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -127,56 +130,42 @@ def _read(path: Path) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    is_ipv6 = ":" in host
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-        found.listen(128)
-    except (OSError, UnicodeError) as error:
-        found.close()
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=is_ipv6)
+    except (OSError, ValueError) as error:  # a UnicodeError of the host's name is a ValueError
         raise UserError(f"cannot listen on {host}:{port} ({error}); port 0 takes a free one") from error
-    return found
 
 
 def main(config: AnnotateConfig) -> None:
-    """Serve until interrupted. Prints `NAME: URL` for each rater once the page can be opened."""
+    """Serves the page until interrupted. Prints `NAME: URL` for each rater once the page can be opened.
+
+    Raises UserError where the extra is missing, a file cannot be read or the port is taken.
+    """
     try:
         import uvicorn
         from starlette.concurrency import run_in_threadpool
 
-        from rlaif_jax.ui.server import LOOPBACK, create_app, names_let_in
+        from rlaif_jax.ui.security import LOOPBACK, allowed_hosts
+        from rlaif_jax.ui.server import create_app
     except ImportError as error:
         raise UserError(f"the annotation page needs an extra ({error}): pip install 'rlaif-jax[ui]'") from error
 
-    instructions = INSTRUCTIONS if config.instructions is None else _read(config.instructions)
-    questions = read_questions(config.check) if config.check else CHECK if config.instructions is None else ()
-    added = [read_tasks(path) for path in config.items]
-    model: dict[str, Any] = {}
+    instructions = INSTRUCTIONS if config.instructions is None else _read_text(config.instructions)
+    questions = read_check(config.check) if config.check else CHECK if config.instructions is None else ()
+    items = {path: read_tasks(path) for path in config.items}
+    chat = None
     if config.model:
         from rlaif_jax.ui.chat import open_chat_model
 
-        model = {
-            "chat": open_chat_model(config.model, config.model_name, config.model_tokenizer),
-            "in_thread": run_in_threadpool,
-        }
-    with ExitStack() as closing:
-        store = closing.enter_context(Store(config.store))
-        queue = closing.enter_context(TaskQueue(config.store, lease_s=60 * config.lease_minutes))
-        queue.register(config.raters)
+        chat = open_chat_model(config.model, config.model_name, config.model_tokenizer)
+    with Store(config.store) as store, TaskQueue(config.store, lease_s=60 * config.lease_minutes) as queue:
+        queue.team.register(config.raters)
         if delivered := queue.deliver(store):
             print(f"finished {delivered} posts that a crash had cut short")
-        for path, (tasks, bad) in zip(config.items, added):
-            new = queue.put(tasks, overlap=config.overlap, origin=path.name)
-            print(f"{path}: {len(tasks)} tasks, {new} of them new")
-            for message in bad[:20]:
-                print(f"  left out: {message}", file=sys.stderr)
-            if bad:
-                print(f"  {len(bad)} bad lines were left out", file=sys.stderr)
-        chats = sum(waiting.task.kind == "chat" for waiting in queue.tasks())
-        if chats and not config.model:
-            print(f"warning: {chats} tasks are chats, but there is no --model to talk to", file=sys.stderr)
-        desk = Desk(
+        _add_items(items, config, queue)
+        service = AnnotationService(
             store,
             queue,
             config.raters,
@@ -184,36 +173,41 @@ def main(config: AnnotateConfig) -> None:
             frozenset(config.simulated),
             questions,
             config.seed,
-            **model,
+            chat,
+            run_in_threadpool,
         )
         tokens = rater_tokens(config.store, config.raters)
-        app = create_app(desk, tokens, instructions=instructions, title=config.title, host=config.host)
-        listening = closing.enter_context(_listen(config.host, config.port))
-        port = listening.getsockname()[1]
-        if config.host not in LOOPBACK:
-            print(
-                f"warning: {config.host} is not loopback: tokens cross the network in the clear. Safer: keep the default "
-                "host and reach the page through `ssh -L`.",
-                file=sys.stderr,
-            )
-            names = ", ".join(names_let_in(config.host))
-            print(
-                f"the page is reached under these names only: {names}; under another with --host NAME", file=sys.stderr
-            )
-        name = f"[{config.host}]" if ":" in config.host else config.host
-        for rater in config.raters:
-            print(f"{rater}: http://{name}:{port}/?token={tokens[rater]}", flush=True)
-        # No access log: an address may hold a token.
-        settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
-        uvicorn.Server(settings).run(sockets=[listening])
+        app = create_app(service, tokens, instructions=instructions, title=config.title, host=config.host)
+        with _listen(config.host, config.port) as listening:
+            if config.host not in LOOPBACK:
+                print(
+                    f"warning: {config.host} is not loopback: tokens cross the network in the clear. Safer: keep the "
+                    "default host and reach the page through `ssh -L`.\nthe page is reached under these names only: "
+                    f"{', '.join(allowed_hosts(config.host))}; under another with --host NAME",
+                    file=sys.stderr,
+                )
+            name = f"[{config.host}]" if ":" in config.host else config.host
+            for rater in config.raters:
+                print(f"{rater}: http://{name}:{listening.getsockname()[1]}/?token={tokens[rater]}", flush=True)
+            # No access log: an address may hold a token.
+            settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+            uvicorn.Server(settings).run(sockets=[listening])
 
 
-if __name__ == "__main__":
-    import tyro
+def _add_items(
+    items: Mapping[Path, tuple[Sequence[PersonTask], Sequence[str]]], config: AnnotateConfig, queue: TaskQueue
+) -> None:
+    """Puts the tasks of files into the queue and prints what was left out.
 
-    try:
-        main(tyro.cli(AnnotateConfig))
-    except UserError as problem:
-        sys.exit(f"error: {problem}")
-    except KeyboardInterrupt:
-        pass
+    items: file -> the result of `read_tasks`.
+    """
+    for path, (tasks, bad) in items.items():
+        new = queue.put(tasks, overlap=config.overlap, origin=path.name)
+        print(f"{path}: {len(tasks)} tasks, {new} of them new")
+        for message in bad[:20]:
+            print(f"  left out: {message}", file=sys.stderr)
+        if bad:
+            print(f"  {len(bad)} bad lines were left out", file=sys.stderr)
+    chats = sum(queued.task.kind is CHAT for queued in queue.tasks())
+    if chats and not config.model:
+        print(f"warning: {chats} tasks are chats, but there is no --model to talk to", file=sys.stderr)

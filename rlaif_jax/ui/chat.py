@@ -1,4 +1,4 @@
-"""The model that a rater talks to: a server that speaks the OpenAI API, or weights in a local folder."""
+"""The model that a rater talks to: a server with the OpenAI API, or weights in a local folder."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from threading import Lock
 from typing import TypeAlias
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.people.queue import Turn
+from rlaif_jax.feedback.people.chats import Turn
 from rlaif_jax.models.sampling import SamplingConfig
-from rlaif_jax.ui.records import dialogue
+from rlaif_jax.ui.records import chat_prompt
 
 ChatModel: TypeAlias = Callable[[str, Sequence[Turn]], str]
-"""(what the chat is about, the turns so far; the last one has no reply yet) -> the reply. May be slow, may fail with a
-UserError; runs in a thread of its own."""
+"""(topic of the chat, turns so far, of which the last has no reply yet) -> the reply.
+
+It may be slow, runs in a separate thread, and may raise UserError."""
 
 
 def open_chat_model(model: str, name: str = "", tokenizer: Path | None = None) -> ChatModel:
-    """The model at a URL (`http://localhost:8000/v1`, its key in OPENAI_API_KEY) or in a folder.
+    """Returns the chat model at a URL or in a folder.
 
-    name: of the model on the server. tokenizer: of the folder's model, if it lies elsewhere. UserError if it cannot be
-    used.
+    Args:
+        model: a URL such as `http://localhost:8000/v1`, whose key is in OPENAI_API_KEY, or a Hugging Face folder.
+        name: the model's name on the server.
+        tokenizer: the tokenizer of the folder's model, if it is in another place.
+
+    Raises:
+        UserError: the model cannot be used.
     """
     if model.startswith(("http://", "https://")):
-        return _served(model, name)
+        return _served_model(model, name)
     return local_model(Path(model), tokenizer)
 
 
-def _served(url: str, name: str) -> ChatModel:
+def _served_model(url: str, name: str) -> ChatModel:
     try:
         import openai
     except ImportError as error:
@@ -56,10 +62,20 @@ def _served(url: str, name: str) -> ChatModel:
 def local_model(
     folder: Path, tokenizer_file: Path | None = None, sampling: SamplingConfig = SamplingConfig(64, 0.8), seed: int = 0
 ) -> ChatModel:
-    """The language model of a Hugging Face folder; sees the conversation's last tokens as its context allows.
+    """Returns the language model of a Hugging Face folder as a chat model.
 
-    tokenizer_file: where its tokenizer is, if not in the folder. A reply is drawn with a key of (seed, conversation): the
-    same conversation gets the same reply.
+    It reads the last tokens of a conversation that its context holds.
+
+    A reply is drawn with a key of (seed, conversation), so the same conversation gets the same reply.
+
+    Args:
+        folder: the model's folder.
+        tokenizer_file: the tokenizer, if it is not in the folder.
+        sampling: how replies are drawn.
+        seed: seed of the replies.
+
+    Raises:
+        UserError: the folder holds no usable model, or the context is too short.
     """
     import jax
 
@@ -85,7 +101,7 @@ def local_model(
 
         from rlaif_jax.data.prompts import padded
 
-        text = dialogue(prompt, turns)
+        text = chat_prompt(prompt, turns)
         ids = tokenizer.encode(text, add_bos=True)
         ids = ids if len(ids) <= length else [*ids[:1], *ids[-(length - 1) :]]
         tokens, mask = padded([ids], length, tokenizer.pad_id, "left")

@@ -1,15 +1,19 @@
-"""From what a rater sends to records, and from records to words. The order on the screen is undone here, and only here."""
+"""Turns a rater's answers into records, and records into words.
+
+Only this file undoes the order of the answers on the screen.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.feedback.people.queue import Turn
-from rlaif_jax.feedback.people.tasks import Task
+from rlaif_jax.feedback.people.chats import Turn
+from rlaif_jax.feedback.people.kinds import CHAT, COMMENT, COMPARE, EDIT, RANK, RATE, Kind
+from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.records.forms import (
     Call,
     Comment,
@@ -23,32 +27,45 @@ from rlaif_jax.feedback.records.forms import (
 )
 
 MAX_TEXT = 100_000
-"""Characters that a rater may write in one field."""
+"""The largest number of characters that a rater may write in one field."""
 
 FIRST, SECOND = "first", "second"
 
 
-def shown_order(task: Task, rater: str, seed: int) -> tuple[int, ...]:
-    """Which answer this rater sees at each place, drawn from (seed, rater, task); the same again after a reload."""
-    # Sorted first: the order must not depend on the one in which the answers came.
+def shown_order(task: PersonTask, rater: str, seed: int) -> tuple[int, ...]:
+    """Returns the index of the answer at each place of this rater's screen.
+
+    It is a function of (seed, rater, task) alone.
+    """
+    # Sorted first: the order on the screen must not depend on the order in which the answers came.
     by_text = sorted(range(len(task.answers)), key=lambda i: task.answers[i])
     random.Random(sha256([seed, rater, task.id])).shuffle(by_text)
     return tuple(by_text)
 
 
-def dialogue(prompt: str, turns: Sequence[Turn]) -> str:
-    """A conversation as one text, up to the rater's last message; of a rated turn, the prompt."""
-    said = [f"[{prompt}]"] if prompt else []
+def chat_prompt(prompt: str, turns: Sequence[Turn]) -> str:
+    """Returns a conversation up to the rater's last message as one text, the prompt of the reply."""
+    parts = [f"[{prompt}]"] if prompt else []
     for turn in turns[:-1]:
-        said += [f"Human: {turn.message}", f"Assistant: {turn.reply or ''}"]
-    return "\n\n".join([*said, f"Human: {turns[-1].message}", "Assistant:"])
+        parts += [f"Human: {turn.message}", f"Assistant: {turn.reply or ''}"]
+    return "\n\n".join([*parts, f"Human: {turns[-1].message}", "Assistant:"])
 
 
 @dataclasses.dataclass(frozen=True)
-class Sheet:
-    """What a rater had before them when answering: the task, the order of its answers, the conversation of a chat."""
+class AnswerContext:
+    """The circumstances of an answer, from which `records` makes judgements.
 
-    task: Task
+    Attributes:
+        task: the task.
+        rater: who answers.
+        shown: the order of the answers on the screen, as indices into `task.answers`.
+        seconds: the time that the rater spent.
+        time: when the answer came, Unix seconds.
+        turns: the conversation of a chat.
+        informed: whether the rater had seen the AI's suggestion before.
+    """
+
+    task: PersonTask
     rater: Rater
     shown: tuple[int, ...]
     seconds: float
@@ -56,7 +73,8 @@ class Sheet:
     turns: tuple[Turn, ...] = ()
     informed: bool = False
 
-    def _common(self, note: str) -> dict[str, Any]:
+    def _shared(self, note: str) -> dict[str, Any]:
+        """Returns the fields that do not depend on the form; `note` is the rater's free text."""
         seen = "[after seeing the suggestion] " if self.informed else ""
         return {
             "prompt": self.task.prompt,
@@ -71,37 +89,45 @@ class Sheet:
         }
 
     def records(self, payload: Mapping[str, Any]) -> list[Judgement]:
-        """The judgements that an answer makes; UserError for one that the task does not allow."""
+        """Returns the judgements that an answer makes.
+
+        Raises UserError for an answer that the task does not allow.
+        """
         return _MAKERS[self.task.kind](self, payload)
 
     def skipped(self, reason: str) -> list[Judgement]:
-        """The record of a skip: abstained, with the reason. A chat that was skipped judged no answer and leaves none."""
-        if not self.task.answers:
+        """Returns the record of a skip: abstained, with the reason.
+
+        A skipped chat judged no answer and leaves no record.
+        """
+        record = self.task.kind.record
+        if record is None:
             return []
-        cls = {"compare": Ranking, "rank": Ranking, "rate": Rating, "edit": Correction, "comment": Comment}[
-            self.task.kind
-        ]
-        scale = {"low": float(self.task.low), "high": float(self.task.high)} if cls is Rating else {}
-        return [cls(status="abstained", **scale, **self._common(reason))]
+        fields = self._shared(reason) | {"status": "abstained"}
+        if record is Rating:
+            fields |= {"low": float(self.task.low), "high": float(self.task.high)}
+        return [record(**fields)]
 
     def _compare(self, payload: Mapping[str, Any]) -> list[Judgement]:
         choice = _one_of(payload, "choice", (FIRST, SECOND, "tie", "both_bad"))
         margin = payload.get("margin")
         require(margin is None or (_is_whole(margin) and 1 <= margin <= 5), f"margin is {margin!r}; it is 1 to 5")
-        common = self._common(_text(payload, "note"))
+        shared = self._shared(_text(payload, "note"))
         if choice in ("tie", "both_bad"):
-            return [Ranking(status="tie", ranks=(1, 1), both_bad=choice == "both_bad", **common)]
+            return [Ranking(status="tie", ranks=(1, 1), both_bad=choice == "both_bad", **shared)]
         ranks = [2, 2]
         ranks[self.shown[0 if choice == FIRST else 1]] = 1
-        return [Ranking(ranks=tuple(ranks), strength=None if margin is None else float(margin), **common)]
+        return [Ranking(ranks=tuple(ranks), strength=None if margin is None else float(margin), **shared)]
 
     def _rank(self, payload: Mapping[str, Any]) -> list[Judgement]:
-        count, common = len(self.task.answers), self._common(_text(payload, "note"))
+        count, shared = len(self.task.answers), self._shared(_text(payload, "note"))
         if payload.get("all_bad"):
-            return [Ranking(status="tie", ranks=(1,) * count, both_bad=True, **common)]
+            return [Ranking(status="tie", ranks=(1,) * count, both_bad=True, **shared)]
         groups = payload.get("order")
-        right = isinstance(groups, list) and all(isinstance(g, list) and g and all(map(_is_whole, g)) for g in groups)
-        require(right, "order must be a list of lists of places, the best first")
+        is_right = isinstance(groups, list) and all(
+            isinstance(g, list) and g and all(map(_is_whole, g)) for g in groups
+        )
+        require(is_right, "order must be a list of lists of places, the best first")
         placed = [place for group in groups or [] for place in group]
         unknown = [place for place in placed if not 0 <= place < count]
         require(not unknown, f"order names the place {unknown[0] if unknown else ''}; there are 0 .. {count - 1}")
@@ -114,14 +140,14 @@ class Sheet:
                 ranks[self.shown[place]] = rank
             rank += len(group)
         tie = len({r for r in ranks if r is not None}) == 1
-        return [Ranking(status="tie" if tie else "ok", ranks=tuple(ranks), **common)]
+        return [Ranking(status="tie" if tie else "ok", ranks=tuple(ranks), **shared)]
 
     def _rate(self, payload: Mapping[str, Any]) -> list[Judgement]:
         value, low, high = payload.get("value"), self.task.low, self.task.high
         require(_is_whole(value), f"value must be a whole number, not {str(value)[:40]!r}")
         assert isinstance(value, int)
         require(low <= value <= high, f"value is {value}, off the scale {low} .. {high}")
-        return [Rating(value=float(value), low=float(low), high=float(high), **self._common(_text(payload, "note")))]
+        return [Rating(value=float(value), low=float(low), high=float(high), **self._shared(_text(payload, "note")))]
 
     def _edit(self, payload: Mapping[str, Any]) -> list[Judgement]:
         answer, edited, spans = self.task.answers[0], payload.get("edited"), payload.get("spans", [])
@@ -132,21 +158,20 @@ class Sheet:
         )
         if edited is not None and edited == answer.replace("\r\n", "\n").replace("\r", "\n"):
             edited = answer  # a text field has one kind of line end only
-        marks = []
-        for span in spans:
-            start, end, value = span.get("start"), span.get("end"), span.get("value", -1)
-            require(_is_whole(start) and _is_whole(end), "a span has start and end, whole numbers")
-            require(
-                _is_whole(value) and -3 <= value <= 3 and value != 0, f"a span's value is {value!r}; -3 .. 3, not 0"
-            )
-            category = _text(span, "category")
-            require(
-                not category or category in self.task.labels,
-                f"unknown kind {category[:40]!r}; this task knows {', '.join(self.task.labels)}",
-            )
-            marks.append(Span(start, end, float(value), category))
+        marks = [self._span(span) for span in spans]
         marks.sort(key=lambda span: (span.start, span.end))
-        return [Correction(edited=edited, spans=tuple(marks), **self._common(_text(payload, "note")))]
+        return [Correction(edited=edited, spans=tuple(marks), **self._shared(_text(payload, "note")))]
+
+    def _span(self, span: Any) -> Span:
+        start, end, value = span.get("start"), span.get("end"), span.get("value", -1)
+        require(_is_whole(start) and _is_whole(end), "a span has start and end, whole numbers")
+        require(_is_whole(value) and -3 <= value <= 3 and value != 0, f"a span's value is {value!r}; -3 .. 3, not 0")
+        category = _text(span, "category")
+        require(
+            not category or category in self.task.labels,
+            f"unknown kind {category[:40]!r}; this task knows {', '.join(self.task.labels)}",
+        )
+        return Span(start, end, float(value), category)
 
     def _comment(self, payload: Mapping[str, Any]) -> list[Judgement]:
         aspects = payload.get("aspects", [])
@@ -154,75 +179,82 @@ class Sheet:
         require(known, f"aspects must be among {', '.join(self.task.labels) or 'none'}, not {str(aspects)[:60]}")
         text = _text(payload, "text")
         require(bool(text.strip()), "the comment is empty: write something, or skip with a reason")
-        return [Comment(text=text.strip(), aspects=tuple(dict.fromkeys(aspects)), **self._common(""))]
+        return [Comment(text=text.strip(), aspects=tuple(dict.fromkeys(aspects)), **self._shared(""))]
 
     def _chat(self, payload: Mapping[str, Any]) -> list[Judgement]:
         given = payload.get("turns")
         require(
             isinstance(given, list) and all(isinstance(g, Mapping) for g in given), "turns must be a list of objects"
         )
-        made: list[Judgement] = []
-        seen: set[int] = set()
-        for entry in given or []:
-            turn, value, comment = entry.get("turn"), entry.get("value"), _text(entry, "comment").strip()
-            require(_is_whole(turn) and 0 <= turn < len(self.turns), f"there is no turn {turn!r} in this conversation")
-            require(turn not in seen, f"turn {turn} is judged twice")
-            seen.add(turn)
-            reply = self.turns[turn].reply
-            require(reply is not None, f"turn {turn} has no reply yet")
-            common = self._common(_text(payload, "note")) | {
-                "prompt": dialogue(self.task.prompt, self.turns[: turn + 1]),
-                "answers": (reply,),
-                "shown": (),
-                "generators": (),
-            }
-            low, high = self.task.low, self.task.high
-            if value is not None:
-                require(
-                    _is_whole(value) and low <= value <= high, f"value of turn {turn} is {value!r}, off {low} .. {high}"
-                )
-                made.append(Rating(value=float(value), low=float(low), high=float(high), **common))
-            if comment:
-                made.append(Comment(text=comment, **common))
-        require(bool(made), "rate at least one reply, or skip with a reason")
-        return made
+        judged = [entry.get("turn") for entry in given or []]
+        repeated = next((turn for i, turn in enumerate(judged) if turn in judged[:i]), None)
+        require(repeated is None, f"turn {repeated} is judged twice")
+        note = _text(payload, "note")
+        records = [record for entry in given or [] for record in self._turn(entry, note)]
+        require(bool(records), "rate at least one reply, or skip with a reason")
+        return records
+
+    def _turn(self, entry: Mapping[str, Any], note: str) -> list[Judgement]:
+        """Returns the judgements of one turn of a chat."""
+        turn, value, comment = entry.get("turn"), entry.get("value"), _text(entry, "comment").strip()
+        if not (_is_whole(turn) and 0 <= turn < len(self.turns)):
+            raise UserError(f"there is no turn {turn!r} in this conversation")
+        reply = self.turns[turn].reply
+        require(reply is not None, f"turn {turn} has no reply yet")
+        shared = self._shared(note) | {
+            "prompt": chat_prompt(self.task.prompt, self.turns[: turn + 1]),
+            "answers": (reply,),
+            "shown": (),
+            "generators": (),
+        }
+        low, high = self.task.low, self.task.high
+        records: list[Judgement] = []
+        if value is not None:
+            require(
+                _is_whole(value) and low <= value <= high, f"value of turn {turn} is {value!r}, off {low} .. {high}"
+            )
+            records.append(Rating(value=float(value), low=float(low), high=float(high), **shared))
+        return [*records, Comment(text=comment, **shared)] if comment else records
 
 
-_MAKERS: dict[str, Callable[[Sheet, Mapping[str, Any]], list[Judgement]]] = {
-    "compare": Sheet._compare,
-    "rank": Sheet._rank,
-    "rate": Sheet._rate,
-    "edit": Sheet._edit,
-    "comment": Sheet._comment,
-    "chat": Sheet._chat,
+_MAKERS: dict[Kind, Callable[[AnswerContext, Mapping[str, Any]], list[Judgement]]] = {
+    COMPARE: AnswerContext._compare,
+    RANK: AnswerContext._rank,
+    RATE: AnswerContext._rate,
+    EDIT: AnswerContext._edit,
+    COMMENT: AnswerContext._comment,
+    CHAT: AnswerContext._chat,
 }
 
 
 def retraction(record: Judgement, time: float) -> Judgement:
-    """The record that takes `record` back."""
+    """Returns the record that withdraws `record` at `time` (Unix seconds)."""
     return dataclasses.replace(record, status="retracted", supersedes=record.id, time=time, call=Call())
 
 
 def in_words(record: Judgement, shown: Sequence[int] = ()) -> str:
-    """What a record says, in terms of the order on the screen (default: the answers' own)."""
+    """Returns a record in words, with the answers numbered as on the screen.
+
+    shown: the order on the screen; () means the record's order.
+    """
     shown = tuple(shown) or tuple(range(len(record.answers)))
     if not record.answered:
         return f"{record.status}{f': {record.raw}' if record.raw else ''}"
     match record:
         case Ranking():
-            said = _ranking_in_words(record, shown)
+            words = _ranking_in_words(record, shown)
         case Rating():
-            said = f"{record.value:g} on the scale {record.low:g} to {record.high:g}"
+            words = f"{record.value:g} on the scale {record.low:g} to {record.high:g}"
         case Correction():
-            changed = record.edited is not None and record.edited != record.answers[0]
-            parts = ["an edited answer"] if changed else ["nothing to change"] if record.edited is not None else []
+            is_changed = record.edited is not None and record.edited != record.answers[0]
+            parts = ["an edited answer"] if is_changed else ["nothing to change"] if record.edited is not None else []
             parts += [f"{len(record.spans)} marked passage{'s' * (len(record.spans) != 1)}"] if record.spans else []
-            said = " and ".join(parts)
+            words = " and ".join(parts)
         case Comment():
-            said = f"“{record.text}”" + (f" ({', '.join(record.aspects)})" if record.aspects else "")
+            words = f"“{record.text}”" + (f" ({', '.join(record.aspects)})" if record.aspects else "")
         case _:
             raise UserError(f"no words for a {record.form}")
-    return said + (f" — “{record.raw}”" if record.raw and record.form != "comment" else "")
+    return words + (f" — “{record.raw}”" if record.raw and record.form != "comment" else "")
 
 
 def _ranking_in_words(record: Ranking, shown: Sequence[int]) -> str:
@@ -232,7 +264,7 @@ def _ranking_in_words(record: Ranking, shown: Sequence[int]) -> str:
         chance = next(iter(record.pairs()))[2]
         if chance == 0.5:
             return "a tie"
-        place = ("first", "second")[shown.index(0 if chance > 0.5 else 1)]
+        place = (FIRST, SECOND)[shown.index(0 if chance > 0.5 else 1)]
         sure = f" (probability {max(chance, 1 - chance):.2f})" if record.probability is not None else ""
         return f"the {place} is better" + sure + (f", by {record.strength:g} of 5" if record.strength else "")
     if record.beats:
@@ -248,7 +280,7 @@ def _start(answer: str, length: int = 32) -> str:
     return f"“{answer if len(answer) <= length else answer[: length - 1].rstrip() + '…'}”"
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -31,7 +31,8 @@ def test_what_the_page_collects_reaches_the_policy(tmp_path):
     pytest.importorskip("fastapi", reason="the annotation page needs the extra `ui`")
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "experiments" / "feedback_forms.py"), "--out", str(out), *SMALL]
-    # The other forms are read off the page in the same way (tests/feedback/test_people.py, test_worth.py).
+    # The other forms are read off the page in the same way: tests/feedback/people/test_source.py and
+    # tests/feedback/test_record_rewards.py.
     forms = ("correction",)
     options = ("--origins", "page", "--forms", *forms)
     subprocess.run(

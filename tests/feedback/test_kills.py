@@ -25,9 +25,10 @@ from tests.feedback.writers import made
 pytest.importorskip("fastapi", reason="needs the page's extra")
 pytest.importorskip("openai", reason="needs the openai package")
 
+from rlaif_jax.feedback.people.kinds import RATE
 from rlaif_jax.feedback.people.queue import TaskQueue
-from rlaif_jax.feedback.people.tasks import Task
-from rlaif_jax.ui.client import PageClient
+from rlaif_jax.feedback.people.tasks import PersonTask
+from rlaif_jax.recipes.crowd import PageClient
 from rlaif_jax.ui.tokens import rater_tokens
 
 HERE = Path(__file__).parent
@@ -66,40 +67,33 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def annotate(path: Path, port: int, answered: list[str], done: threading.Event) -> None:
+    """Answers tasks until `done` is set and adds the ids of acknowledged records to `answered`."""
+    # A post that fails on the way is sent again as it is, until the page is back.
+    client = PageClient(f"http://127.0.0.1:{port}/?token={rater_tokens(path, ('anna',))['anna']}", retries=200)
+    passed = False
+    while not done.is_set():
+        try:
+            passed = passed or client.call("/api/check", {"answers": [1, 2]})["passed"]
+            task = client.next()
+            assert task is not None
+            answered.extend(client.answer(task, {"value": 3})["recorded"])
+        except UserError:
+            if not done.is_set():
+                raise
+
+
 @pytest.mark.slow
 def test_fifty_kills_of_page_judge_and_trainer_lose_and_double_nothing(tmp_path: Path):
     path, port = tmp_path / "feedback.sqlite", free_port()
     with Store(path), TaskQueue(path) as queue:
-        queue.put(Task(kind="rate", prompt=f"task {n}", answers=("an answer",)) for n in range(5000))
-    answered: list[str] = []  # what the page has acknowledged to the one who answers
-    over = threading.Event()
-
-    def annotate() -> None:
-        # A post that fails on the way is sent again as it is, until the page is back.
-        client = PageClient(f"http://127.0.0.1:{port}/?token={rater_tokens(path, ('anna',))['anna']}", retries=200)
-        passed = False
-        while not over.is_set():
-            try:
-                passed = passed or client.call("/api/check", {"answers": [1, 2]})["passed"]
-                task = client.next()
-                assert task is not None
-                answered.extend(client.answer(task, {"value": 3})["recorded"])
-            except UserError:
-                if not over.is_set():
-                    raise
+        queue.put(PersonTask(kind=RATE, prompt=f"task {n}", answers=("an answer",)) for n in range(5000))
+    answered: list[str] = []  # the ids of the records that the page has acknowledged
+    done = threading.Event()
 
     with serve() as server:
-        page = [
-            sys.executable,
-            "-m",
-            "rlaif_jax.ui.annotate",
-            "--store",
-            str(path),
-            "--raters",
-            "anna",
-            "--port",
-            str(port),
-        ]
+        annotation = ["annotate", "--store", str(path), "--raters", "anna", "--port", str(port)]
+        page = [sys.executable, "-m", "rlaif_jax", *annotation]
         judge = [sys.executable, str(HERE / "judging.py"), str(path), server.url, str(tmp_path / "judge")]
         trainer = [sys.executable, str(HERE / "writers.py"), str(path), "trainer", str(tmp_path / "trainer")]
         workers = {
@@ -120,7 +114,7 @@ def test_fifty_kills_of_page_judge_and_trainer_lose_and_double_nothing(tmp_path:
             except BaseException as error:
                 failed.append(error)
 
-        person = threading.Thread(target=annotate, daemon=True)
+        person = threading.Thread(target=annotate, args=(path, port, answered, done), daemon=True)
         person.start()
         threads = [threading.Thread(target=torment, args=(role,)) for role in workers]
         try:
@@ -129,7 +123,7 @@ def test_fifty_kills_of_page_judge_and_trainer_lose_and_double_nothing(tmp_path:
             for thread in threads:
                 thread.join()
         finally:
-            over.set()
+            done.set()
             person.join(30)
             for worker in workers.values():
                 if worker.process is not None:

@@ -1,4 +1,4 @@
-"""What judgements are worth: numbers by hand, and nothing made of what is missing."""
+"""Rewards from judgements: numbers by hand, and missing judgements stay missing."""
 
 from types import SimpleNamespace
 
@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.feedback.record_rewards import (
     CommentValence,
     CorrectionRewards,
     JudgementSource,
     RankingUtility,
+    group_by_answer,
     mean_rating,
-    rows_of,
     standard_rating,
     win_share,
 )
@@ -31,42 +31,42 @@ def rating(prompt, answer, value, rater=ANNA, **more):
     return Rating(prompt=prompt, answers=(answer,), rater=rater, value=value, **more)
 
 
-def worth_of(worth, judgements, records=RECORDS, answers=ANSWERS, rollout=None):
-    return worth(records, answers, rollout, rows_of(records, answers, judgements))
+def rewards_of(reward_fn, judgements, records=RECORDS, answers=ANSWERS, rollout=None):
+    return reward_fn(records, answers, rollout, group_by_answer(records, answers, judgements))
 
 
 def test_rows_are_found_by_prompt_and_answer():
-    told = [rating("p", "one", 3), rating("q", "one", 4), rating("q", "four", 5)]
-    assert rows_of(RECORDS, ANSWERS, told) == [[told[0]], [], [told[1]], []]
+    given = [rating("p", "one", 3), rating("q", "one", 4), rating("q", "four", 5)]
+    assert group_by_answer(RECORDS, ANSWERS, given) == [[given[0]], [], [given[1]], []]
 
 
 def test_standard_ratings_are_free_of_a_raters_generosity_and_stretch():
-    told = [rating("p", "one", 2), rating("p", "two", 4), rating("q", "one", 9, BEN), rating("q", "three", 10, BEN)]
-    feedback = worth_of(standard_rating, told)
+    given = [rating("p", "one", 2), rating("p", "two", 4), rating("q", "one", 9, BEN), rating("q", "three", 10, BEN)]
+    feedback = rewards_of(standard_rating, given)
     np.testing.assert_allclose(feedback.values, [-1, 1, -1, 1], atol=1e-6)
     assert feedback.valid.all()
-    assert worth_of(mean_rating, told).values.tolist() == pytest.approx([1 / 9, 3 / 9, 8 / 9, 1])
+    assert rewards_of(mean_rating, given).values.tolist() == pytest.approx([1 / 9, 3 / 9, 8 / 9, 1])
 
 
 def test_what_has_no_rating_or_no_value_is_missing():
     refused = Rating(prompt="p", answers=("two",), rater=ANNA, status="refused")
-    for worth in (standard_rating, mean_rating, win_share, RankingUtility(most=2)):
-        feedback = worth_of(worth, [refused])
+    for reward_fn in (standard_rating, mean_rating, win_share, RankingUtility(most=2)):
+        feedback = rewards_of(reward_fn, [refused])
         assert not feedback.valid.any()
         assert not feedback.values.any()
-    told = [rating("p", "one", 2), refused, rating("q", "one", 4), rating("q", "three", 6)]
-    assert worth_of(standard_rating, told).valid.tolist() == [True, False, True, True]
+    given = [rating("p", "one", 2), refused, rating("q", "one", 4), rating("q", "three", 6)]
+    assert rewards_of(standard_rating, given).valid.tolist() == [True, False, True, True]
 
 
-def test_rankings_are_worth_their_plackett_luce_utilities():
+def test_rankings_become_plackett_luce_utilities():
     records = [{"prompt": "p"}] * 3 + [{"prompt": "q"}] * 3
     answers = ["a", "b", "c", "c", "d", "e"]
-    told = [
+    given = [
         Ranking(prompt="p", answers=("b", "a", "c"), rater=ANNA, ranks=(1, 2, 3)),
         Ranking(prompt="p", answers=("a", "b", "c"), rater=BEN, ranks=(1, 2, 3)),
         Ranking(prompt="q", answers=("c", "d", "e"), rater=ANNA, ranks=(None, 2, 1)),
     ]
-    feedback = worth_of(RankingUtility(most=3, ridge=0.5), told, records, answers)
+    feedback = rewards_of(RankingUtility(most=3, ridge=0.5), given, records, answers)
     items, ranks = jnp.array([[1, 0, 2], [0, 1, 2]]), jnp.array([[1, 2, 3], [1, 2, 3]])
     np.testing.assert_allclose(feedback.values[:3], fit_plackett_luce(items, ranks, num_items=3, ridge=0.5), atol=1e-5)
     assert feedback.values[0] == pytest.approx(feedback.values[1], abs=1e-5)
@@ -74,28 +74,28 @@ def test_rankings_are_worth_their_plackett_luce_utilities():
     assert feedback.valid.tolist() == [True, True, True, False, True, True]
     assert feedback.values[3] == 0
     assert feedback.values[5] > 0 > feedback.values[4]
-    assert worth_of(win_share, told[:2], records, answers).values[:3].tolist() == [0.75, 0.75, 0]
+    assert rewards_of(win_share, given[:2], records, answers).values[:3].tolist() == [0.75, 0.75, 0]
 
 
-def test_comments_are_worth_their_mean_valence():
+def test_comments_become_their_mean_valence():
     odds = {"good": 2.0, "bad": -1.0, "xyz": 0.0}
     sentiment = SimpleNamespace(
         log_odds=lambda texts: Feedback.single(
             np.array([odds[t] for t in texts]), np.array([t != "xyz" for t in texts])
         )
     )
-    told = [
+    given = [
         Comment(prompt="p", answers=(answer,), rater=ANNA, text=text)
         for answer, text in (("one", "good"), ("one", "bad"), ("two", "xyz"))
     ]
-    feedback = worth_of(CommentValence(sentiment), told)
+    feedback = rewards_of(CommentValence(sentiment), given)
     assert feedback.valid.tolist() == [True, False, False, False]
     assert feedback.values[0] == pytest.approx((np.tanh(1.0) + np.tanh(-0.5)) / 2)
-    assert not worth_of(CommentValence(sentiment), []).valid.any()
+    assert not rewards_of(CommentValence(sentiment), []).valid.any()
 
 
-def test_corrections_are_worth_their_edits_and_blame_single_tokens():
-    tokenizer = word_level_tokenizer(("a", "b", "c", "d"))
+def test_corrections_become_edit_rates_and_blame_single_tokens():
+    tokenizer = WordTokenizer(("a", "b", "c", "d"))
     eos = tokenizer.eos_id
     answers = ["a b c", "d d", "a", "b"]
     ids = np.full((4, 5), tokenizer.pad_id, np.int32)
@@ -104,13 +104,13 @@ def test_corrections_are_worth_their_edits_and_blame_single_tokens():
         row[: len(own)] = own
     mask = np.arange(5) < np.array([4, 3, 2, 2])[:, None]
     rollout = SimpleNamespace(responses=ids, response_mask=mask, finished=np.ones(4, bool))
-    told = [
+    given = [
         Correction(prompt="p", answers=("a b c",), rater=ANNA, edited="a d c"),
         Correction(prompt="p", answers=("d d",), rater=ANNA, edited="d"),
         Correction(prompt="q", answers=("a",), rater=ANNA, edited="a"),
         Correction(prompt="q", answers=("b",), rater=ANNA, status="refused"),
     ]
-    feedback = worth_of(CorrectionRewards(tokenizer, length=8, dense=0.5), told, RECORDS, answers, rollout)
+    feedback = rewards_of(CorrectionRewards(tokenizer, length=8, dense=0.5), given, RECORDS, answers, rollout)
     np.testing.assert_allclose(feedback.values, [-1 / 4, -1 / 2, 0, 0])
     assert feedback.valid.tolist() == [True, True, True, False]
     np.testing.assert_allclose(feedback.token_rewards[0], [0, -0.5, 0, 0, 0])
@@ -130,20 +130,22 @@ def test_a_correction_of_nothing_is_no_edit_however_the_answer_was_written():
     )
     ids = np.array([[2, 3, 4, 1], [2, 3, 4, 1]], np.int32)
     rollout = SimpleNamespace(responses=ids, response_mask=np.ones((2, 4), bool), finished=np.ones(2, bool))
-    told = [
+    given = [
         Correction(prompt="p", answers=("ab",), rater=ANNA, edited="ab"),
         Correction(prompt="q", answers=("ab",), rater=ANNA, spans=(Span(1, 2, -2.0),)),
     ]
     records = [{"prompt": "p"}, {"prompt": "q"}]
-    feedback = worth_of(CorrectionRewards(tokenizer, length=6, dense=0.5, kept=0.0), told, records, ["ab"] * 2, rollout)
+    feedback = rewards_of(
+        CorrectionRewards(tokenizer, length=6, dense=0.5, kept=0.0), given, records, ["ab"] * 2, rollout
+    )
     np.testing.assert_array_equal(feedback.values, [0, 0])
     assert feedback.valid.all()
     np.testing.assert_allclose(feedback.token_rewards, [[0, 0, 0, 0], [0, 0, -1, 0]])
 
 
 def test_more_answers_than_expected_are_ranked_all_the_same():
-    told = [Ranking(prompt="p", answers=("one", "two", "three"), rater=ANNA, ranks=(1, 2, 3))]
-    feedback = worth_of(RankingUtility(most=2), told, [{"prompt": "p"}] * 3, ["one", "two", "three"])
+    given = [Ranking(prompt="p", answers=("one", "two", "three"), rater=ANNA, ranks=(1, 2, 3))]
+    feedback = rewards_of(RankingUtility(most=2), given, [{"prompt": "p"}] * 3, ["one", "two", "three"])
     assert feedback.values[0] > feedback.values[1] > feedback.values[2]
 
 

@@ -36,11 +36,11 @@ def test_ensemble_disagreement_is_mutual_information_by_enumeration():
 
 def test_a_toss_up_that_all_agree_on_teaches_nothing():
     margins = np.array([[0.0, -4.0, 3.0, 1000.0], [0.0, 4.0, 3.0, -1000.0]])
-    told = ensemble_disagreement(margins)
-    assert told[0] == pytest.approx(0)
-    assert told[2] == pytest.approx(0, abs=1e-12)
-    assert told[3] == pytest.approx(math.log(2))
-    assert told[1] > 0.5
+    disagreement = ensemble_disagreement(margins)
+    assert disagreement[0] == pytest.approx(0)
+    assert disagreement[2] == pytest.approx(0, abs=1e-12)
+    assert disagreement[3] == pytest.approx(math.log(2))
+    assert disagreement[1] > 0.5
     assert judge_margin(1 / (1 + np.exp(-margins[0])))[0] == 1  # the margin alone cannot tell them apart
 
 

@@ -15,7 +15,7 @@ from rlaif_jax.algorithms.ppo import Agent, PPOConfig, ppo_step, prepare, refere
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import word_level_tokenizer
-from rlaif_jax.models import LanguageModel, attention_cached
+from rlaif_jax.models import CausalLM, attention_cached
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import (

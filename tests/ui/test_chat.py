@@ -3,7 +3,7 @@
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.people.queue import Turn
+from rlaif_jax.feedback.people.chats import Turn
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.ui.chat import local_model, open_chat_model
 

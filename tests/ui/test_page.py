@@ -1,19 +1,16 @@
-"""The page in a real browser: every form by mouse and by keyboard alone, hostile texts, a phone's width."""
+"""The page in a real browser: hostile texts, a phone's width, lost replies, adjudication."""
 
-import json
-import shutil
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from rlaif_jax.feedback.people.kinds import COMMENT, COMPARE, EDIT, RANK, RATE
 from rlaif_jax.feedback.people.queue import TaskQueue
-from rlaif_jax.feedback.people.tasks import Task
-from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rater, Rating, Span
+from rlaif_jax.feedback.people.tasks import PersonTask
+from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.ui.client import PageClient, running_page
+from rlaif_jax.recipes.crowd import PageClient
+from tests.ui.page_browser import TASKS, on_screen, one, opened, settled
 
 pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
 pytest.importorskip("openai", reason="the page's chat talks to a served model with the package openai")
@@ -24,334 +21,15 @@ EVIL = (
     "![pixel](http://evil.example/pixel.png) https://evil.example/ </div></body> &lt;b&gt; {{ 7 * 7 }}\n"
 )
 EVIL += "A long answer goes on. " * ((10_000 - len(EVIL)) // 23 + 1)
-SUGGESTION = Ranking(prompt="Which?", answers=("yes", "no"), rater=Rater("judge", "ai", "gpt"), ranks=(1, 2))
-TASKS = {
-    "compare": Task(kind="compare", prompt="Which?", answers=("yes", "no"), suggestion=SUGGESTION),
-    "rank": Task(kind="rank", prompt="Order!", answers=("alpha", "beta", "gamma")),
-    "rate": Task(kind="rate", prompt="How?", answers=("so",), low=1, high=10, principle="How kind is it?"),
-    "edit": Task(kind="edit", prompt="Mend!", answers=("The mill 🎉 is new.",), labels=("fact", "style")),
-    "comment": Task(kind="comment", prompt="Say!", answers=("something",), labels=("tone", "facts")),
-    "chat": Task(kind="chat", prompt="Talk about mills."),
-}
-
-
-class Model(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server of few words."""
-
-    def do_POST(self):
-        said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
-        text = f"<b>You said</b> {said[-1]['content']} ({len(said)} messages)"
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        body = json.dumps(
-            {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-        ).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def model_server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Model) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
-
-
-RATERS = ("mouse", "keys", "phone", "evil", "other")
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    store = tmp_path_factory.mktemp("page") / "feedback.sqlite"
-    with model_server() as url, running_page(store, RATERS, "--model", url) as page:
-        yield store, page.urls
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        if path is None and not Path(driver.chromium.executable_path).exists():
-            pytest.skip("needs Chromium: install it, or run `playwright install chromium`")
-        found = driver.chromium.launch(executable_path=path)
-        yield found
-        found.close()
-
-
-@contextmanager
-def opened(browser, running, rater, tasks, *, width=1280, check=True, expected="nothing", **more):
-    """(the page in the browser, a function that gives the rater's standing judgements); asserts that nothing went wrong."""
-    store, urls = running
-    with TaskQueue(store) as queue:
-        queue.withdraw([waiting.task.id for waiting in queue.tasks()])
-        queue.put(tasks, overlap=len(RATERS))
-    if check:
-        PageClient(urls[rater]).call("/api/check", {"answers": [1, 2]})
-    context = browser.new_context(viewport={"width": width, "height": 844}, **more)
-    page = context.new_page()
-    page.set_default_timeout(8000)
-    base, problems, asked = urls[rater].split("/?")[0], [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("dialog", lambda dialog: (problems.append(f"dialog {dialog.message}"), dialog.dismiss()))
-    page.on("pageerror", lambda error: problems.append(f"error {error}"))
-    page.on("console", lambda line: problems.append(f"{line.text} {line.location}") if line.type == "error" else None)
-    page.goto(urls[rater])
-    page.wait_for_url(base + "/")
-
-    def judgements():
-        with Store(store) as kept:
-            prompts = {task.prompt for task in tasks}
-            mine = [j for j in kept.judgements() if j.rater.name == rater]
-            return [j for j in mine if j.prompt in prompts or "Human:" in j.prompt]
-
-    yield page, judgements
-    assert [problem for problem in problems if expected not in problem] == []
-    assert asked and all(url.startswith(base + "/") for url in asked)
-    context.close()
-
-
-def on_screen(page):
-    """The texts of the answers in their order on the screen."""
-    return page.locator("article .text, .ranking .text").all_inner_texts()
-
-
-def settled(page, done):
-    """Wait for what comes after so many tasks."""
-    page.wait_for_selector(f'body[data-done="{done}"]')
-
-
-def one(records, form):
-    found = [record for record in records if isinstance(record, form)]
-    assert len(found) == 1, found
-    return found[0]
-
-
-@pytest.mark.slow
-def test_a_session_of_every_form_by_mouse(browser, running):
-    with opened(browser, running, "mouse", list(TASKS.values()), check=False) as (page, judgements):
-        page.click("#begin")  # nothing answered yet
-        assert "every question" in page.inner_text("#notice")
-        page.click("label[for=check-0-0]")
-        page.click("label[for=check-1-2]")
-        page.click("#begin")
-        page.wait_for_selector("text=Not quite")
-        page.click("label[for=check-0-1]")
-        page.click("#begin")
-
-        page.wait_for_selector("text=Which?")  # compare: by the card itself
-        answers = on_screen(page)
-        assert "gpt" not in page.content()
-        page.click("#submit")
-        assert "Choose first" in page.inner_text("#notice")
-        page.click(f"article >> nth={answers.index('no')}")
-        page.click("label[for=margin-3]")
-        page.fill("#note", "shorter")
-        page.click("#submit")
-        page.wait_for_selector("#reveal")
-        place = ("first", "second")[answers.index("yes")]
-        assert f"gpt: the {place} is better" in page.inner_text("#reveal")
-        compared = one(judgements(), Ranking)
-        assert compared.answers[compared.ranks.index(1)] == "no"
-        assert (compared.strength, compared.raw, compared.rater.source) == (3.0, "shorter", "person")
-        assert [compared.answers[i] for i in compared.shown] == answers
-        page.click("#submit")
-
-        page.wait_for_selector(".ranking")  # rank: by drag, the last one to the top
-        last = on_screen(page)[-1]
-        handle = page.locator(".rail >> nth=2").bounding_box()
-        top = page.locator(".ranking .card >> nth=0").bounding_box()
-        page.mouse.move(handle["x"] + 10, handle["y"] + 20)
-        page.mouse.down()
-        page.mouse.move(handle["x"] + 10, top["y"] + 4, steps=8)
-        page.mouse.up()
-        order = on_screen(page)
-        assert order[0] == last
-        page.click(".ranking .card >> nth=2 >> [aria-label='As good as the one above']")
-        page.click("#submit")
-        settled(page, 2)
-        ranked = next(j for j in judgements() if j.prompt == "Order!")
-        assert [ranked.ranks[ranked.answers.index(text)] for text in order] == [1, 2, 2]
-
-        page.wait_for_selector("text=How kind is it?")
-        page.click("label[for=value-10]")
-        page.click("#submit")
-        settled(page, 3)
-        assert one(judgements(), Rating).value == 10
-
-        page.wait_for_selector("#edited")  # edit, and mark a word
-        page.fill("#edited", "The mill 🎉 is old.")
-        page.wait_for_selector(".diff ins")
-        assert (page.inner_text(".diff del"), page.inner_text(".diff ins")) == ("new", "old")
-        page.select_option("#severity", "-2")
-        page.select_option("#kind", "fact")
-        page.dblclick(".words span:text-is('new')")
-        page.click("text=Mark the selection")
-        assert page.inner_text(".marks li span") == "new"
-        page.click("#submit")
-        settled(page, 4)
-        edited = one(judgements(), Correction)
-        start = edited.answers[0].index("new")
-        assert edited.edited == "The mill 🎉 is old." and edited.spans == (Span(start, start + 3, -2.0, "fact"),)
-
-        page.wait_for_selector("#comment")
-        page.fill("#comment", "too short")
-        page.click("label[for=aspect-1]")
-        page.click("#submit")
-        settled(page, 5)
-        comment = one(judgements(), Comment)
-        assert (comment.text, comment.aspects) == ("too short", ("facts",))
-
-        page.wait_for_selector("#message")  # chat
-        page.fill("#message", "hello")
-        page.click("button:text-is('Send')")
-        page.wait_for_selector("text=<b>You said</b> hello (2 messages)")
-        page.fill("#message", "more")
-        page.click("button:text-is('Send')")
-        page.wait_for_selector("text=<b>You said</b> more (4 messages)")
-        page.click("label[for=turn-1-4]")
-        page.fill("#comment-1", "repeats me")
-        page.click("#submit")
-        page.wait_for_selector("text=Nothing to do for now")
-        turn = next(j for j in judgements() if isinstance(j, Rating) and "Human:" in j.prompt)
-        assert turn.value == 4 and turn.answers == ("<b>You said</b> more (4 messages)",)
-        assert turn.prompt.endswith("Human: more\n\nAssistant:")
-        assert any(isinstance(j, Comment) and j.text == "repeats me" for j in judgements())
-
-        page.click("#undo")  # back to the chat, as it was left
-        page.wait_for_selector("text=Taken back")
-        assert page.is_checked("#turn-1-4") and not [j for j in judgements() if "Human:" in j.prompt]
-        page.click("#skip-button")
-        page.click("label:has-text('Other')")
-        page.fill("#why", "tired")
-        page.click("#skip-now")
-        page.wait_for_selector("text=Nothing to do for now")
-        assert all(record.call.latency_s is not None for record in judgements())
-
-
-@pytest.mark.slow
-def test_a_session_of_every_form_by_keyboard_alone(browser, running):
-    with opened(browser, running, "keys", list(TASKS.values()), check=False) as (page, judgements):
-        press = page.keyboard.press
-
-        def tab_to(selector):
-            for _ in range(40):
-                if page.evaluate(f"document.activeElement.matches({json.dumps(selector)})"):
-                    return
-                press("Tab")
-            raise AssertionError(f"{selector} is not reached by Tab")
-
-        page.wait_for_selector("#begin")
-        tab_to("#check-0-0, [name=check-0]")
-        press("Space")
-        press("ArrowDown")
-        tab_to("[name=check-1]")
-        press("Space")
-        press("ArrowDown")
-        press("ArrowDown")
-        tab_to("#begin")
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"  # the focus is seen
-        press("Enter")
-
-        page.wait_for_selector("text=Which?")
-        answers = on_screen(page)
-        press("t")
-        press("ArrowRight")
-        press("5")
-        press("Enter")
-        page.wait_for_selector("#reveal")
-        press("u")  # seen otherwise: both are bad
-        page.wait_for_selector("text=Taken back")
-        press("b")
-        press("Enter")
-        page.wait_for_selector("#reveal")
-        compared = one(judgements(), Ranking)
-        assert compared.both_bad and compared.status == "tie" and compared.raw == "[after seeing the suggestion]"
-        with Store(running[0]) as kept:
-            mine = [e.judgement for e in kept.read(superseded=True) if e.judgement.rater.name == "keys"]
-        assert [j.status for j in mine] == ["ok", "retracted", "tie"]
-        assert mine[0].ranks[mine[0].answers.index(answers[1])] == 1 and mine[0].strength == 5
-        press("Enter")
-
-        page.wait_for_selector(".ranking")
-        shown = on_screen(page)
-        press("Enter")  # the order as shown is asked about first
-        assert "order in which they were shown" in page.inner_text("#notice")
-        press("ArrowDown")  # the first
-        press("ArrowDown")
-        press("Shift+ArrowUp")
-        press("ArrowDown")
-        press("3")
-        assert on_screen(page) == [shown[1], shown[2], shown[0]]
-        press("x")
-        press("Enter")
-        settled(page, 2)
-        ranked = next(j for j in judgements() if j.prompt == "Order!")
-        assert [ranked.ranks[ranked.answers.index(text)] for text in shown] == [None, 1, 2]
-
-        page.wait_for_selector("text=How kind is it?")
-        press("?")
-        page.wait_for_selector("#help[open]")
-        assert "the score; 0 is 10" in page.inner_text("#help")
-        press("Escape")
-        press("0")
-        press("Enter")
-        settled(page, 3)
-        assert one(judgements(), Rating).value == 10
-
-        page.wait_for_selector("#edited")
-        tab_to("#edited")
-        press("Control+End")
-        page.keyboard.type(" Indeed.")
-        press("Escape")
-        tab_to(".words")
-        for key in ("ArrowRight", "ArrowRight", "Shift+ArrowRight", "m"):  # mill [🎉 is]
-            press(key)
-        press("Control+Enter")
-        settled(page, 4)
-        edited = one(judgements(), Correction)
-        assert edited.edited == "The mill 🎉 is new. Indeed."
-        assert [edited.answers[0][s.start : s.end] for s in edited.spans] == ["🎉 is"]
-
-        page.wait_for_selector("#comment")
-        press("1")
-        tab_to("#comment")
-        page.keyboard.type("said with keys: t b s u ?")
-        press("Control+Enter")
-        settled(page, 5)
-        comment = one(judgements(), Comment)
-        assert (comment.text, comment.aspects) == ("said with keys: t b s u ?", ("tone",))
-
-        page.wait_for_selector("#message")
-        tab_to("#message")
-        page.keyboard.type("hello")
-        press("Enter")
-        page.wait_for_selector("text=(2 messages)")
-        press("Escape")
-        press("2")
-        press("Control+Enter")
-        page.wait_for_selector("text=Nothing to do for now")
-        assert next(j for j in judgements() if isinstance(j, Rating) and "Human:" in j.prompt).value == 2
-        press("u")
-        page.wait_for_selector("text=Taken back")
-        press("s")
-        press("3")
-        press("Enter")
-        page.wait_for_selector("text=1 of them skipped")
 
 
 def test_hostile_and_long_texts_are_shown_as_text(browser, running):
     tasks = [
-        Task(kind="compare", prompt=EVIL, answers=(EVIL, "short"), principle="<b>Which</b>?"),
-        Task(kind="rank", prompt="e1", answers=(EVIL, "short")),
-        Task(kind="rate", prompt="e2", answers=(EVIL,)),
-        Task(kind="edit", prompt="e3", answers=(EVIL,), labels=("<i>kind</i>",)),
-        Task(kind="comment", prompt="e4", answers=(EVIL,), labels=("<i>aspect</i>",)),
+        PersonTask(kind=COMPARE, prompt=EVIL, answers=(EVIL, "short"), principle="<b>Which</b>?"),
+        PersonTask(kind=RANK, prompt="e1", answers=(EVIL, "short")),
+        PersonTask(kind=RATE, prompt="e2", answers=(EVIL,)),
+        PersonTask(kind=EDIT, prompt="e3", answers=(EVIL,), labels=("<i>kind</i>",)),
+        PersonTask(kind=COMMENT, prompt="e4", answers=(EVIL,), labels=("<i>aspect</i>",)),
     ]
     with opened(browser, running, "evil", tasks) as (page, judgements):
         for done, keys in enumerate([("b",), ("b",), ("3",), (), None]):
@@ -405,7 +83,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, running):
 
 
 def test_a_finger_marks_what_it_selects(browser, running):
-    task = Task(kind="edit", prompt="touched", answers=("The old mill is new.",))
+    task = PersonTask(kind=EDIT, prompt="touched", answers=("The old mill is new.",))
     with opened(browser, running, "phone", [task], width=390, has_touch=True) as (page, judgements):
         select = """([from, to]) => getSelection().setBaseAndExtent(
             document.querySelector(".words span:nth-child(3)").firstChild, from,
@@ -427,7 +105,7 @@ def test_a_finger_marks_what_it_selects(browser, running):
 
 
 def test_an_answer_whose_acknowledgement_is_lost_counts_once(browser, running):
-    task = Task(kind="rate", prompt="lost", answers=("x",))
+    task = PersonTask(kind=RATE, prompt="lost", answers=("x",))
     with opened(browser, running, "other", [task], expected="net::ERR_FAILED") as (page, judgements):
         lost, held = [], []
 
@@ -453,7 +131,7 @@ def test_an_answer_whose_acknowledgement_is_lost_counts_once(browser, running):
 
 
 def test_what_was_written_survives_a_reload(browser, running):
-    task = Task(kind="comment", prompt="draft", answers=("x",))
+    task = PersonTask(kind=COMMENT, prompt="draft", answers=("x",))
     with opened(browser, running, "other", [task]) as (page, _):
         page.fill("#comment", "half a thought")
         page.reload()
@@ -463,7 +141,7 @@ def test_what_was_written_survives_a_reload(browser, running):
 
 def test_the_coordinator_adjudicates_stops_and_exports(browser, running):
     store, urls = running
-    task = Task(kind="compare", prompt="dispute", answers=("yes", "no"))
+    task = PersonTask(kind=COMPARE, prompt="dispute", answers=("yes", "no"))
     with opened(browser, running, "mouse", [task]) as (page, _):
         for rater, wanted in (("phone", "yes"), ("other", "no")):
             client = PageClient(urls[rater])
@@ -476,7 +154,7 @@ def test_the_coordinator_adjudicates_stops_and_exports(browser, running):
         page.click("#yes")
         page.wait_for_selector("#stopped:not([hidden])")
         with TaskQueue(store) as queue:
-            assert queue.stop_requested()
+            assert queue.team.stop_requested()
         page.click("#stop")  # taken back
         page.wait_for_selector("#stopped", state="hidden")
         with page.expect_download() as download:

@@ -3,23 +3,25 @@
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.people.queue import Turn
-from rlaif_jax.feedback.people.tasks import Task
-from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating, from_json, to_json
-from rlaif_jax.ui.records import Sheet, in_words, retraction, shown_order
+from rlaif_jax.feedback.people import kinds
+from rlaif_jax.feedback.people.chats import Turn
+from rlaif_jax.feedback.people.tasks import PersonTask
+from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating, to_json
+from rlaif_jax.feedback.records.parsing import from_json
+from rlaif_jax.ui.records import AnswerContext, in_words, retraction, shown_order
 
 ANNA = Rater("anna", "person")
-COMPARE = Task(kind="compare", prompt="p", answers=("left", "right"), generators=("m1", "m2"))
-RANK = Task(kind="rank", prompt="p", answers=("a", "b", "c", "d"))
-RATE = Task(kind="rate", prompt="p", answers=("a",), low=1, high=10, principle="How kind?")
-EDIT = Task(kind="edit", prompt="p", answers=("héllo\r\nwörld 🎉 end",), labels=("fact",))
-COMMENT = Task(kind="comment", prompt="p", answers=("a",), labels=("tone",))
-CHAT = Task(kind="chat", prompt="mills")
+COMPARE = PersonTask(kind=kinds.COMPARE, prompt="p", answers=("left", "right"), generators=("m1", "m2"))
+RANK = PersonTask(kind=kinds.RANK, prompt="p", answers=("a", "b", "c", "d"))
+RATE = PersonTask(kind=kinds.RATE, prompt="p", answers=("a",), low=1, high=10, principle="How kind?")
+EDIT = PersonTask(kind=kinds.EDIT, prompt="p", answers=("héllo\r\nwörld 🎉 end",), labels=("fact",))
+COMMENT = PersonTask(kind=kinds.COMMENT, prompt="p", answers=("a",), labels=("tone",))
+CHAT = PersonTask(kind=kinds.CHAT, prompt="mills")
 
 
 def records(task, payload, shown=None, turns=(), informed=False):
     order = tuple(range(len(task.answers))) if shown is None else shown
-    return Sheet(task, ANNA, order, 12.34, 1000.0, tuple(turns), informed).records(payload)
+    return AnswerContext(task, ANNA, order, 12.34, 1000.0, tuple(turns), informed).records(payload)
 
 
 @pytest.mark.parametrize("shown", [(0, 1), (1, 0)])
@@ -77,7 +79,7 @@ def test_ratings_comments_and_conversations():
 
 
 def test_a_skip_and_a_retraction_are_records():
-    (skip,) = Sheet(COMPARE, ANNA, (0, 1), 1.0, 5.0).skipped("not my topic")
+    (skip,) = AnswerContext(COMPARE, ANNA, (0, 1), 1.0, 5.0).skipped("not my topic")
     assert (skip.status, skip.raw, skip.answered) == ("abstained", "not my topic", False)
     back = retraction(skip, 6.0)
     assert (back.status, back.supersedes, back.form) == ("retracted", skip.id, "ranking")
@@ -120,7 +122,7 @@ def test_each_rater_has_an_own_order_and_keeps_it():
     counts = [sum(order[0] == i for order in orders) for i in range(4)]
     assert min(counts) > 25  # 50 expected; 25 is 4 deviations away
     assert orders != [shown_order(RANK, f"rater {i}", 1) for i in range(200)]
-    turned = Task(kind="rank", prompt="p", answers=("d", "c", "b", "a"))
-    for i in range(20):  # the order in which answers were put says nothing about where they stand
+    turned = PersonTask(kind=kinds.RANK, prompt="p", answers=("d", "c", "b", "a"))
+    for i in range(20):  # the order in which answers were put does not influence their places
         first, second = shown_order(RANK, f"rater {i}", 0), shown_order(turned, f"rater {i}", 0)
         assert [RANK.answers[k] for k in first] == [turned.answers[k] for k in second]

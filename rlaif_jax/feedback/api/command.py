@@ -108,19 +108,23 @@ def main(config: JudgeConfig) -> int:
     questions = [question for item in items for question in split_question(item, template.form)]
     require(bool(questions), f"{', '.join(map(str, config.items))}: there is nothing to ask for a {template.form}")
     total = len(questions) * config.repeats * (2 if template.form == "ranking" else 1)
-    with _Bar(total, f"{config.model}: {template.name}") as bar:
-        judge = ApiJudge(config, store=config.store, listener=bar.count)
+    seen: Counter[bool] = Counter()  # judgements that are answered (True) and missing (False)
+    with ProgressDisplay(stderr=True) as display:
+        bar = display.add(f"{config.model}: {template.name}", total, unit="judgement")
+        judge = ApiJudge(config, store=config.store, listener=lambda entry: seen.update([entry.answered]))
         try:
             futures = judge.submit(questions, template)
             for done in as_completed(futures):
                 done.result()
-                bar.show(judge.spent)
+                used = f"{judge.spent.tokens} tokens, ${judge.spent.usd:.4f}"
+                bar.update(seen.total(), f"{seen[False]} missing, {used}")
             outcomes = [future.result() for future in futures]
         except KeyboardInterrupt:
-            message = f"stopped: {bar.answered} judgements are in {config.store}; the same command goes on"
+            message = f"stopped: {seen[True]} judgements are in {config.store}; the same command goes on"
             print(f"\n{message}", file=sys.stderr)
             raise
         finally:
+            bar.close()
             judge.close()
             spent = judge.spent
     print(summarise_outcomes(outcomes, spent))

@@ -1,7 +1,7 @@
 """Judgements as a TFDS data set: array_record files, no TensorFlow, random access for Grain.
 
-Each example has the searchable fields of a record and the record itself as JSON (`record`), from which `read` makes the
-judgement again, bit for bit. `data.readers.tfds_records` reads the same folder as plain records.
+Each example has the searchable fields of a record and the complete record as JSON (`record`), from which `read` restores
+the judgement bit for bit. `data.readers.tfds_records` reads the same folder as plain records.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Any
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.readers import tfds_records
 from rlaif_jax.data.tfds_offline import tfds
-from rlaif_jax.feedback.records.forms import Judgement, canonical, from_json, to_json
+from rlaif_jax.feedback.records.forms import Judgement, canonical, to_json
+from rlaif_jax.feedback.records.parsing import from_json
 
 NAME = "judgements"
 _TEXTS = ("id", "form", "item", "prompt", "rater", "source", "principle", "status", "record")
 
 
 class JudgementBuilder(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder of the judgements that it is given, by split."""
+    """The TFDS builder of splits of judgements."""
 
     name = NAME
-    code_path = None  # TFDS looks beside the source for checksums of downloads: there are none
+    code_path = None  # TFDS looks next to the source for checksums of downloads: nothing is downloaded
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, judgements: Mapping[str, Sequence[Judgement]], data_dir: Path) -> None:
@@ -54,28 +55,25 @@ class JudgementBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def _example(judgement: Judgement) -> dict[str, Any]:
-    texts = {
-        "id": judgement.id,
-        "form": judgement.form,
-        "item": judgement.item,
-        "prompt": judgement.prompt,
-        "rater": judgement.rater.name,
-        "source": judgement.rater.source,
-        "principle": judgement.principle,
-        "status": judgement.status,
-        "record": canonical(to_json(judgement)),
-    }
-    # The record is ASCII and keeps everything; the others are UTF-8, which has no half of a surrogate pair.
+    rater, record = judgement.rater, canonical(to_json(judgement))
+    about = (judgement.id, judgement.form, judgement.item, judgement.prompt)
+    texts = dict(zip(_TEXTS, (*about, rater.name, rater.source, judgement.principle, judgement.status, record)))
+    # `record` is ASCII and keeps everything; the other fields are UTF-8, which cannot hold lone surrogates.
     readable = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
     return readable | {"answers": [answer.encode(errors="replace").decode() for answer in judgement.answers]}
 
 
 def write(judgements: Mapping[str, Sequence[Judgement]], folder: Path) -> Path:
-    """Write splits of judgements, such as {"train": [...], "test": [...]}, as a TFDS data set under `folder`.
+    """Writes splits of judgements as a TFDS data set and returns its folder, `FOLDER/judgements/1.0.0`.
 
-    Returns the folder of the prepared version, `FOLDER/judgements/1.0.0`, which appears whole or not at all. It is what
-    `read`, `data.readers.tfds_records` and `tfds.builder_from_directory` take. UserError if there is one already, if a
-    split is empty, or if the folder cannot be written.
+    The folder appears whole or not at all. `read`, `data.readers.tfds_records` and `tfds.builder_from_directory` take it.
+
+    Args:
+        judgements: the judgements of each split, such as {"train": [...], "test": [...]}.
+        folder: the folder under which the data set is written.
+
+    Raises:
+        UserError: the data set exists already, a split is empty, or the folder cannot be written.
     """
     for split, entries in judgements.items():
         require(len(entries) > 0, f"there are no judgements to write into the split {split!r}")
@@ -86,7 +84,7 @@ def write(judgements: Mapping[str, Sequence[Judgement]], folder: Path) -> Path:
         temporary.mkdir(parents=True)
         builder = JudgementBuilder(judgements, temporary)
         tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # talk of downloads, of which there are none
+        with contextlib.redirect_stdout(io.StringIO()):  # messages about downloads, although nothing is downloaded
             builder.download_and_prepare(file_format="array_record")
         final.parent.mkdir(parents=True, exist_ok=True)
         Path(builder.data_dir).rename(final)
@@ -98,9 +96,14 @@ def write(judgements: Mapping[str, Sequence[Judgement]], folder: Path) -> Path:
 
 
 def read(folder: Path, split: str = "train") -> tuple[list[Judgement], list[str]]:
-    """(the judgements of one split, a message for each record that is none), in the order in which they were written.
+    """Returns (the judgements of a split as they were written, a message for each bad record).
 
-    folder: what `write` returned, or the folder it was given. UserError if there is no such data set or split.
+    Args:
+        folder: the folder that `write` returned, or the one that it was given.
+        split: the name of the split.
+
+    Raises:
+        UserError: the data set or the split does not exist.
     """
     inner = Path(folder) / NAME / str(JudgementBuilder.VERSION)
     records = tfds_records(str(inner if inner.is_dir() else folder), split)

@@ -1,7 +1,8 @@
-"""The forms that feedback comes in: comments, ratings, corrections, rankings; one record of each, validated, as JSON.
+"""The record types of feedback: comments, ratings, corrections and rankings, validated, as JSON.
 
-A judgement says who judged which answers to which prompt, by which principle, and what came of it. Judgements that
-could not be had are records too (`status`): unscored is not wrong and not zero, it is counted and can be asked again.
+A judgement records who judged which answers to which prompt, by which principle, and the result. A judgement that failed
+is a record as well (`status` gives the reason): missing is neither wrong nor zero; it is counted and can be asked again.
+`parsing.py` reads the records back.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import require
 
 VERSION = 1
 Source = Literal["ai", "rule", "person", "simulated"]
@@ -24,21 +24,27 @@ ANSWERED: tuple[Status, ...] = ("ok", "tie")
 
 
 def canonical(value: Any) -> str:
-    """JSON in ASCII with sorted keys and no blanks: equal values give equal text. NaN and infinities are refused."""
+    """Returns `value` as ASCII JSON with sorted keys and no blanks: equal values give equal text.
+
+    Raises ValueError for NaN and infinities.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sha256(value: Any) -> str:
-    """Hex digest of the canonical JSON of `value`."""
+    """Returns the hex SHA-256 digest of the canonical JSON of `value`."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Rater:
-    """Who judges.
+    """The identity of a judge.
 
-    name: unique within a run ("anna", "gpt-4o", "rule/length"). source: what kind of judge. model: name and revision of
-    an AI judge's weights. prompt_hash: SHA-256 of the wording of its question.
+    Attributes:
+        name: unique within a run ("anna", "gpt-4o", "rule/length").
+        source: the kind of judge.
+        model: name and revision of an AI judge's weights.
+        prompt_hash: SHA-256 of the wording of an AI judge's question.
     """
 
     name: str
@@ -56,9 +62,13 @@ class Rater:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What it took to have a judgement; no part of what makes two judgements the same one.
+    """The expense of one judgement. It is not part of the judgement's id.
 
-    latency_s: seconds, of a person the time spent. prompt_tokens, completion_tokens. cost: in the budget's currency.
+    Attributes:
+        latency_s: seconds until the reply; for a person, the time spent; None where unknown.
+        prompt_tokens: tokens that the judge read.
+        completion_tokens: tokens that the judge wrote.
+        cost: money, in the budget's currency.
     """
 
     latency_s: float | None = None
@@ -67,32 +77,35 @@ class Call:
     cost: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("latency_s", "prompt_tokens", "completion_tokens", "cost"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             require(value is None or 0 <= value < math.inf, f"call.{name} is {value}; it is a number from 0 up")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What all forms share.
+    """One judgement: the fields that all forms share.
 
     Attributes:
+        form: name of the record type, as written in JSON.
         prompt: the text that was answered.
-        answers: the answers that were judged, in an order of no meaning; `shown` tells the one on the screen.
-        rater: who judged.
-        principle: by what ("" = overall quality): a name or a sentence.
-        status: `ok`; `tie`; or why there is no value: `unparsed`, `refused`, `error`, `abstained`; `retracted` takes
-          the record `supersedes` back.
-        confidence: the rater's own, in [0, 1].
-        time: when, Unix seconds; None = not known.
-        shown: the order in which the answers were shown, as indices into `answers`; () = not recorded.
-        probabilities: the judge's distribution over its choices or scores; () = none.
-        label_mass: probability of all choice tokens together, before renormalising.
-        raw: what the judge wrote.
-        seed: of the judge's sampling.
-        supersedes: id of the record that this one replaces.
-        generators: who wrote each answer; () = not known.
-        call: what it took.
+        answers: the judged answers; their order carries no meaning (`shown` records the order on the screen).
+        rater: the judge.
+        principle: the criterion, a name or a sentence; "" means overall quality.
+        status: `ok` or `tie`; `unparsed`, `refused`, `error` or `abstained` where the record has no value; `retracted`
+            withdraws the record that `supersedes` names.
+        confidence: the rater's confidence in [0, 1]; None where not given.
+        time: Unix seconds; None where unknown.
+        shown: the order in which the answers were shown, as indices into `answers`; () where not recorded.
+        probabilities: the judge's distribution over its choices or scores; () where not given.
+        label_mass: the total probability of all choice tokens before renormalising; None where not given.
+        raw: the text that the judge wrote.
+        seed: the seed of the judge's sampling; None where not given.
+        supersedes: the id of the record that this one replaces; "" where it replaces nothing.
+        generators: the name of the writer of each answer; () where unknown.
+        call: the expense of the judgement.
+
+    Raises:
+        UserError: a field holds a value that is not allowed; the message names the field.
     """
 
     form: ClassVar[str]
@@ -146,22 +159,24 @@ class Judgement:
             self._check()
 
     def _check(self) -> None:
-        """What a judgement with a value must hold; UserError otherwise."""
+        """Raises UserError unless the fields of a judgement that has a value are consistent."""
 
     @property
     def answered(self) -> bool:
-        """Whether there is a value."""
+        """Whether the record has a value."""
         return self.status in ANSWERED
 
     @cached_property
     def item(self) -> str:
-        """What was judged: SHA-256 of the prompt and the set of answers, whatever their order."""
+        """SHA-256 of the prompt and the answers in any order, equal for all judgements of them."""
         return sha256([self.prompt, sorted(self.answers)])
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 of all that differs from a field's default, but `call`: the same judgement has the same id wherever it
-        is read, and keeps it when a later version of this program gives the form another field."""
+        """Content hash over the non-default fields except `call`.
+
+        A later field with a default therefore keeps the ids of old records.
+        """
         defaults = {
             field.name: _plain(field.name, field.default)
             for field in dataclasses.fields(self)
@@ -174,8 +189,13 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comment(Judgement):
-    """A remark in words on one answer. aspects: what it is about, if the rater said so. quote: the words of the answer
-    that it is about; "" = all of it."""
+    """A remark in words on one answer.
+
+    Attributes:
+        text: the remark.
+        aspects: what the remark is about, where the rater named it.
+        quote: the words of the answer that the remark is about; "" means the whole answer.
+    """
 
     form: ClassVar[str] = "comment"
     text: str = ""
@@ -190,7 +210,13 @@ class Comment(Judgement):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rating(Judgement):
-    """A number for one answer on the scale low .. high."""
+    """A number for one answer.
+
+    Attributes:
+        value: the number, from `low` to `high`; NaN in a record without a value.
+        low: the lowest number of the scale.
+        high: the highest number of the scale.
+    """
 
     form: ClassVar[str] = "rating"
     value: float = math.nan
@@ -212,14 +238,20 @@ class Rating(Judgement):
 
     @property
     def unit(self) -> float:
-        """The value on [0, 1]."""
+        """The value rescaled to [0, 1]."""
         return (self.value - self.low) / (self.high - self.low)
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Characters start .. end (exclusive) of an answer. value: negative = a fault, positive = good; its size is the
-    severity. category: what kind."""
+    """A marked passage of an answer.
+
+    Attributes:
+        start: index of the first character.
+        end: index after the last character.
+        value: negative for a fault, positive for a good passage; the magnitude is the severity.
+        category: the kind of fault; "" where not given.
+    """
 
     start: int
     end: int
@@ -229,9 +261,12 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correction(Judgement):
-    """One answer as it should have been (`edited`), or marked (`spans`), or both.
+    """An improved version of one answer (`edited`), or marked passages (`spans`), or both.
 
-    An empty `edited` deletes everything; an `edited` equal to the answer says that nothing is wrong with it.
+    Attributes:
+        edited: the answer as it should be. "" deletes everything; text equal to the answer says that it is right as it is;
+            None means that no version was written.
+        spans: the marked passages.
     """
 
     form: ClassVar[str] = "correction"
@@ -255,14 +290,14 @@ class Correction(Judgement):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking(Judgement):
-    """Two or more answers in order.
+    """An order of two or more answers.
 
     Attributes:
-        ranks: place of each answer, 1 = best, equal numbers are ties; None = not placed. () where `beats` is used.
-        beats: (better, worse) pairs of answer indices, for orders that no list expresses. Without circles.
-        strength: by how much, 1 (barely) .. 5 (far); None = not said. Of pairs.
-        both_bad: of a tie: none of the answers is acceptable.
-        probability: of a pair: P(answers[0] is better) where the judge gives one.
+        ranks: the place of each answer, 1 = best; equal numbers are ties, None = not placed; () where `beats` is used.
+        beats: (better, worse) pairs of answer indices, for partial orders that no list expresses; without circles.
+        strength: for two answers, how much better the winner is, 1 (barely) .. 5 (far); None where not given.
+        both_bad: for a tie, that no answer is acceptable.
+        probability: for two answers, P(answers[0] is better) where the judge gives one.
     """
 
     form: ClassVar[str] = "ranking"
@@ -289,7 +324,7 @@ class Ranking(Judgement):
             require(len(pair) == 2 and pair[0] != pair[1], f"beats has {list(pair)}; a pair is (better, worse)")
             for index in pair:
                 require(0 <= index < count, f"beats names the unknown answer {index}; there are 0 .. {count - 1}")
-        require(not _circle(self.beats, count), "beats goes in a circle: no answer beats itself")
+        require(not _has_circle(self.beats, count), "beats goes in a circle: no answer beats itself")
         require(
             self.probability is None or (count == 2 and 0 <= self.probability <= 1),
             f"probability is {self.probability}: it is of two answers and lies between 0 and 1",
@@ -299,7 +334,7 @@ class Ranking(Judgement):
         )
 
     def pairs(self) -> Iterator[tuple[int, int, float]]:
-        """(i, j, P(i is better)) of every comparison this ranking makes, i < j: 1, 0, or .5 for a tie."""
+        """Yields (i, j, P(answer i is better)), i < j, of every comparison: 1, 0, or .5 for a tie."""
         if self.probability is not None:
             yield 0, 1, self.probability
             return
@@ -317,7 +352,8 @@ class Ranking(Judgement):
 FORMS: dict[str, type[Judgement]] = {cls.form: cls for cls in (Comment, Rating, Correction, Ranking)}
 
 
-def _circle(pairs: Iterable[tuple[int, int]], count: int) -> bool:
+def _has_circle(pairs: Iterable[tuple[int, int]], count: int) -> bool:
+    """Returns whether (better, worse) pairs among `count` answers form a circle."""
     remaining = set(pairs)
     for _ in range(count):
         losers = {worse for _, worse in remaining}
@@ -328,14 +364,7 @@ def _circle(pairs: Iterable[tuple[int, int]], count: int) -> bool:
 # ---- JSON
 
 
-def to_json(judgement: Judgement) -> dict[str, Any]:
-    """Plain JSON types with `form` and `version`; `from_json` reads them back. Equal records give equal JSON: 7 and 7.0
-    are one value where the field is a number, and NumPy's numbers are Python's."""
-    fields = {field.name: getattr(judgement, field.name) for field in dataclasses.fields(judgement)}
-    return {"form": judgement.form, "version": VERSION} | {name: _plain(name, value) for name, value in fields.items()}
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("prompt", "principle", "status", "raw", "supersedes", "text", "quote", "edited"), (str,)),
     **dict.fromkeys(("name", "source", "model", "prompt_hash", "category"), (str,)),
     **dict.fromkeys(("confidence", "time", "label_mass", "value", "low", "high", "strength", "probability"), (float,)),
@@ -347,147 +376,24 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "ranks": (list, int, type(None)),
     "both_bad": (bool,),
 }
-_NESTED: dict[str, type] = {"rater": Rater, "call": Call}
-_ONE = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-_MANY = {str: "texts", int: "whole numbers", float: "numbers", type(None): "nulls"}
+"""Field name -> (its JSON type,), or (list, the types of its elements)."""
+
+
+def to_json(judgement: Judgement) -> dict[str, Any]:
+    """Returns the record as JSON types, with `form` and `version`; `parsing.from_json` reads it back.
+
+    Equal records give equal JSON: where a field is a number, 7 and 7.0 are the same value, and NumPy numbers become
+    Python numbers.
+    """
+    return {"form": judgement.form, "version": VERSION} | _plain("", judgement)
 
 
 def _plain(name: str, value: Any) -> Any:
-    """The value of a field in JSON's types."""
+    """Returns the value of the field `name` in plain JSON types."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _plain(field.name, vars(value)[field.name]) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [_plain(name, entry) for entry in value]
-    if value is not None and float in _KINDS.get(name, ()):
+    if value is not None and float in FIELD_TYPES.get(name, ()):
         return float(value) + 0.0 if math.isfinite(value) else None  # + 0.0 makes -0.0 the same as 0.0
     return value if value is None or isinstance(value, (str, bool, int)) else value.item()
-
-
-def _checked(name: str, value: Any) -> Any:
-    """`value` of a field as its type; UserError if it is another."""
-    kinds = _KINDS[name]
-    if kinds[0] is list:
-        right = isinstance(value, (list, tuple)) and all(_is(entry, kinds[1:]) for entry in value)
-        require(right, f"{name} must be a list of {' or '.join(_MANY[k] for k in kinds[1:])}, not {_shown(value)}")
-        return tuple(_number(name, entry) if float in kinds else entry for entry in value)
-    require(_is(value, kinds), f"{name} must be {_ONE[kinds[0]]}, not {_shown(value)}")
-    return _number(name, value) if float in kinds else value
-
-
-def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-
-
-def _number(name: str, value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise UserError(f"{name} is beyond all numbers: {_shown(value)}") from error
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _built(cls: type, values: Any, name: str) -> Any:
-    """One of the small records from its JSON object; UserError if a field is missing, unknown or of another type."""
-    require(isinstance(values, Mapping), f"{name} must be an object, not {_shown(values)}")
-    fields = dataclasses.fields(cls)
-    unknown = sorted(set(values) - {field.name for field in fields})
-    require(
-        not unknown, f"{name} has no field {', '.join(unknown)}; it has {', '.join(sorted(f.name for f in fields))}"
-    )
-    built = {key: _checked(key, value) for key, value in values.items() if value is not None}
-    for field in fields:
-        require(field.name in built or field.default is not dataclasses.MISSING, f"{name} needs {field.name}")
-    return cls(**built)
-
-
-def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
-    right = isinstance(value, (list, tuple)) and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(_is(index, (int,)) for index in pair)
-        for pair in value
-    )
-    require(right, f"beats must be a list of (better, worse) pairs of answer numbers, not {_shown(value)}")
-    return tuple((better, worse) for better, worse in value)
-
-
-def from_json(values: Any, where: str = "") -> Judgement:
-    """A judgement from `to_json`'s shape. UserError, beginning with `where`, for an unknown form, another version, a
-    missing or unknown field, a wrong type, a value that cannot be."""
-    try:
-        require(isinstance(values, Mapping), f"a judgement is a JSON object, not {_shown(values)}")
-        form = values.get("form")
-        require(
-            isinstance(form, str) and form in FORMS, f"unknown form {_shown(form)}; the forms are {', '.join(FORMS)}"
-        )
-        version = values.get("version", VERSION)
-        require(version == VERSION, f"version {_shown(version)} of the record; this program reads version {VERSION}")
-        cls = FORMS[form]
-        fields = [field.name for field in dataclasses.fields(cls)]
-        given = {k: v for k, v in values.items() if k not in ("form", "version")}
-        unknown = sorted(set(given) - set(fields))
-        require(not unknown, f"a {form} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
-        built: dict[str, Any] = {}
-        for name, value in given.items():
-            if value is None:
-                continue
-            if name in _NESTED:
-                built[name] = _built(_NESTED[name], value, name)
-            elif name == "spans":
-                require(isinstance(value, (list, tuple)), f"spans must be a list of objects, not {_shown(value)}")
-                built[name] = tuple(_built(Span, entry, "a span") for entry in value)
-            elif name == "beats":
-                built[name] = _pairs(value)
-            else:
-                built[name] = _checked(name, value)
-        for name in ("prompt", "answers", "rater"):
-            require(name in built, f"a {form} needs {name}")
-        return cls(**built)
-    except UserError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from error
-
-
-def belongs(judgement: Judgement, known: Mapping[str, Collection[str]]) -> None:
-    """UserError unless the judgement is of a known prompt and of answers to that prompt. known: prompt -> its answers."""
-    answers = known.get(judgement.prompt)
-    if answers is None:
-        raise UserError(
-            f"a {judgement.form} of another prompt: {_shown(judgement.prompt)} is none of the {len(known)} asked"
-        )
-    for answer in judgement.answers:
-        require(
-            answer in answers,
-            f"a {judgement.form} of an unknown answer to {_shown(judgement.prompt)}: {_shown(answer)}",
-        )
-
-
-def read_jsonl(path: Path, known: Mapping[str, Collection[str]] | None = None) -> tuple[list[Judgement], list[str]]:
-    """(the good judgements of a JSONL file, one message with file and line for each bad line).
-
-    A line that a crash cut short is one bad line; the rest is kept. Where `known` gives the answers to each prompt,
-    judgements of others are bad, too. UserError only if the file cannot be read.
-    """
-    try:
-        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    good: list[Judgement] = []
-    bad: list[str] = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            judgement = from_json(json.loads(line.decode()))
-            if known is not None:
-                belongs(judgement, known)
-            good.append(judgement)
-        except UserError as error:
-            bad.append(f"{where}: {error}")
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{where}: no valid JSON ({error})")
-    return good, bad

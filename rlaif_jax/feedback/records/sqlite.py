@@ -1,19 +1,26 @@
-"""SQLite as this package uses it: a file that several processes write at once, and that keeps what was acknowledged."""
+"""SQLite files that several processes write at once and that keep what was acknowledged."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rlaif_jax.config import UserError
 
 PATIENCE = 60.0
 """Seconds to wait for another writer."""
 
 
 def connect(path: Path | None) -> sqlite3.Connection:
-    """Open `path`, created if absent with its folder; memory for None. Raises OSError or sqlite3.Error."""
+    """Opens the file `path`, created with its folder where absent; a database in memory for None.
+
+    Raises OSError or sqlite3.Error.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     db = sqlite3.connect(path or ":memory:", timeout=PATIENCE, isolation_level=None)
@@ -23,7 +30,7 @@ def connect(path: Path | None) -> sqlite3.Connection:
             db.execute("PRAGMA journal_mode = WAL")
             break
         except sqlite3.OperationalError as error:
-            # SQLite does not wait here by itself when several open a new file.
+            # SQLite does not wait here by itself when several processes open a new file.
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
@@ -33,7 +40,7 @@ def connect(path: Path | None) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """BEGIN IMMEDIATE .. COMMIT: writers wait for each other here, and a failure leaves nothing behind."""
+    """Runs the block as one transaction: it waits for other writers, and is undone by an error."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -41,3 +48,63 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     finally:
         if db.in_transaction:  # after an error, or a commit that failed
             db.execute("ROLLBACK")
+
+
+class Database:
+    """A SQLite file whose errors are UserErrors that name it.
+
+    One object per thread; any number of processes.
+
+    Args:
+        path: the file; created with its folder where absent.
+        tables: SQL statements, separated by ";", that create what is missing.
+        failure: what cannot be done if the file cannot be opened, for the message.
+    """
+
+    def __init__(self, path: Path, tables: str, failure: str) -> None:
+        self.path = Path(path)
+        try:
+            self._db = connect(self.path)
+            self._create(tables)
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{path}: {failure} ({error})") from error
+
+    def _create(self, tables: str) -> None:
+        with transaction(self._db):
+            for statement in tables.split(";"):
+                self._db.execute(statement)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    @contextmanager
+    def write(self, what: str = "the change") -> Iterator[sqlite3.Connection]:
+        """Yields the connection inside a transaction.
+
+        Raises UserError, which says that `what` could not be stored, where SQLite fails; nothing is stored then.
+        """
+        try:
+            with transaction(self._db):
+                yield self._db
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: {what} could not be stored ({error}); nothing was") from error
+
+    def rows(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
+        """Returns all rows of a query. Raises UserError where SQLite fails."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: cannot be read ({error})") from error
+
+    def row(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
+        """Returns the first row of a query, or None. Raises UserError where SQLite fails."""
+        return next(iter(self.rows(query, values)), None)

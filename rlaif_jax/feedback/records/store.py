@@ -1,25 +1,23 @@
-"""All feedback of a project in one local file: SQLite, append-only, content-addressed, several writers at once.
+"""The feedback of a project in one SQLite file: append-only, content-addressed, several writers.
 
-A record's key is its id (`Judgement.id`): the same record added twice is one. `add` returns after the transaction is on
-disk; what it acknowledged survives kill -9. Nothing is changed or removed: a correction of a record is a new record that
-`supersedes` it, and readers see the newest. What was superseded stays so: to have it back, add it again as a new record
-(with its own time).
+The key of a record is its id (`Judgement.id`), so the same record added twice is stored once. `add` returns after the
+transaction is on disk; what it acknowledged survives kill -9. Nothing is changed or removed: a correction of a record is a
+new record that `supersedes` it, and readers see the newest. A superseded record stays superseded; to restore it, add it
+again as a new record (with another time).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
-from rlaif_jax.config import UserError, require
-from rlaif_jax.feedback.records.forms import Judgement, Source, canonical, from_json, read_jsonl, to_json
-from rlaif_jax.feedback.records.sqlite import connect, transaction
+from rlaif_jax.config import require
+from rlaif_jax.feedback.records.forms import Judgement, Source, canonical, to_json
+from rlaif_jax.feedback.records.parsing import from_json, read_judgements
+from rlaif_jax.feedback.records.sqlite import Database
+from rlaif_jax.files import atomic_write
 
 SCHEMA = 1
 _TABLES = """
@@ -42,60 +40,50 @@ CREATE INDEX IF NOT EXISTS judgement_supersedes ON judgement (supersedes) WHERE 
 """
 
 
-class Entry(NamedTuple):
-    """A stored judgement and its place: `sequence` rises with every record added, so it is a cursor for readers."""
+class StoredJudgement(NamedTuple):
+    """A judgement and its place in the store.
+
+    `sequence` rises with every record added, so it serves as a cursor for readers.
+    """
 
     sequence: int
     judgement: Judgement
 
 
-class Store:
-    """The feedback in the SQLite file `path`, created if absent. One object a thread; any number of processes."""
+class Store(Database):
+    """The feedback in the SQLite file `path`, which is created where absent.
+
+    One object per thread; any number of processes.
+
+    Raises:
+        UserError: the file cannot be opened, or is a store of another version.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        try:
-            self._db = connect(self.path)
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            require(
-                version in (0, SCHEMA), f"{path}: a feedback store of version {version}; this program reads {SCHEMA}"
-            )
-            if version == 0:
-                with self._write():
-                    for statement in _TABLES.split(";"):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version = {SCHEMA}")
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(f"{path}: no feedback store can be opened here ({error})") from error
+        super().__init__(path, f"{_TABLES}PRAGMA user_version = {SCHEMA}", "no feedback store can be opened here")
 
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the file."""
-        self._db.close()
-
-    def _write(self) -> AbstractContextManager[None]:
-        return transaction(self._db)
+    def _create(self, tables: str) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        require(
+            version in (0, SCHEMA), f"{self.path}: a feedback store of version {version}; this program reads {SCHEMA}"
+        )
+        if version == 0:
+            super()._create(tables)
 
     def add(self, judgements: Iterable[Judgement]) -> int:
-        """Append all in one transaction, on disk before this returns; the number that was not there already.
+        """Appends all judgements in one transaction, on disk at return; returns the number of new ones.
 
-        Either all are in the store or, with a UserError (disk full, read-only, another writer never done), none.
+        Raises:
+            UserError: disk full, file read-only, or another writer that does not finish; none is stored then.
         """
         rows = [
             (
                 j.id,
                 j.form,
                 j.item,
-                _column(j.rater.name),
+                _searchable(j.rater.name),
                 j.rater.source,
-                _column(j.principle),
+                _searchable(j.principle),
                 j.status,
                 j.time,
                 j.call.cost,
@@ -106,17 +94,14 @@ class Store:
         ]
         if not rows:
             return 0
-        try:
-            with self._write():
-                before = self._db.total_changes
-                self._db.executemany(
-                    "INSERT OR IGNORE INTO judgement (id, form, item, rater, source, principle, status, time, cost, "
-                    "supersedes, record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    rows,
-                )
-                return self._db.total_changes - before
-        except sqlite3.Error as error:
-            raise UserError(f"{self.path}: {len(rows)} judgements could not be stored ({error}); none was") from error
+        with self.write(f"{len(rows)} judgements") as db:
+            before = db.total_changes
+            db.executemany(
+                "INSERT OR IGNORE INTO judgement (id, form, item, rater, source, principle, status, time, cost, "
+                "supersedes, record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                rows,
+            )
+            return db.total_changes - before
 
     def read(
         self,
@@ -126,9 +111,16 @@ class Store:
         item: str | None = None,
         after: int = 0,
         superseded: bool = False,
-    ) -> Iterator[Entry]:
-        """The judgements in the order of their coming, those behind the cursor `after`, without those that a later one
-        supersedes and without retractions (with both if `superseded`)."""
+    ) -> Iterator[StoredJudgement]:
+        """Yields judgements in the order in which they were added.
+
+        Args:
+            form: only judgements of this form.
+            source: only judgements of this kind of judge.
+            item: only judgements with this `Judgement.item`.
+            after: only judgements whose `sequence` is larger.
+            superseded: yield superseded judgements and retractions as well.
+        """
         conditions, values = ["sequence > ?"], [after]  # type: tuple[list[str], list[object]]
         for column, wanted in (("form", form), ("source", source), ("item", item)):
             if wanted is not None:
@@ -139,65 +131,59 @@ class Store:
             conditions.append("id NOT IN (SELECT supersedes FROM judgement WHERE supersedes <> '')")
         query = f"SELECT sequence, record FROM judgement WHERE {' AND '.join(conditions)} ORDER BY sequence"
         for sequence, record in self._db.execute(query, values):
-            yield Entry(sequence, from_json(json.loads(record), f"{self.path}: record {sequence}"))
+            yield StoredJudgement(sequence, from_json(json.loads(record), f"{self.path}: record {sequence}"))
 
-    def judgements(self, **wanted: object) -> list[Judgement]:
-        """What `read` yields, without the cursors."""
-        return [entry.judgement for entry in self.read(**wanted)]  # type: ignore[arg-type]
+    def judgements(self, **selection: object) -> list[Judgement]:
+        """Returns the judgements that `read` yields, without their sequence numbers."""
+        return [stored.judgement for stored in self.read(**selection)]  # type: ignore[arg-type]
 
     def __contains__(self, identifier: str) -> bool:
-        return self._db.execute("SELECT 1 FROM judgement WHERE id = ?", (identifier,)).fetchone() is not None
+        return self.row("SELECT 1 FROM judgement WHERE id = ?", (identifier,)) is not None
 
     def __len__(self) -> int:
-        return self._db.execute("SELECT count(*) FROM judgement").fetchone()[0]
+        return self.row("SELECT count(*) FROM judgement")[0]
 
     @property
     def cursor(self) -> int:
         """The sequence number of the newest record; 0 in an empty store."""
-        return self._db.execute("SELECT coalesce(max(sequence), 0) FROM judgement").fetchone()[0]
-
-    def counts(self) -> list[tuple[str, str, str, int, float]]:
-        """(form, source, status, records, cost) of every combination that occurs."""
-        return self._db.execute(
-            "SELECT form, source, status, count(*), sum(cost) FROM judgement GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
-        ).fetchall()
+        return self.row("SELECT coalesce(max(sequence), 0) FROM judgement")[0]
 
     def export_jsonl(self, path: Path) -> int:
-        """Write all records, the superseded too, one a line; the number written. The file appears whole or not at all."""
-        temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
+        """Writes all records, superseded ones included, as JSON lines; returns how many.
+
+        Raises UserError where the file cannot be written; it appears whole or not at all.
+        """
         count = 0
-        try:
-            with open(temporary, "w") as file:
-                for entry in self.read(superseded=True):
-                    file.write(canonical(to_json(entry.judgement)) + "\n")
-                    count += 1
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            for stored in self.read(superseded=True):
+                file.write(canonical(to_json(stored.judgement)) + "\n")
+                count += 1
         return count
 
     def import_jsonl(self, path: Path, known: Mapping[str, Collection[str]] | None = None) -> tuple[int, Sequence[str]]:
-        """(records added, a message for each bad line); the good lines are kept. known: see `forms.read_jsonl`."""
-        good, bad = read_jsonl(path, known)
+        """Adds the good lines of a JSONL file; returns (number of new records, messages on bad lines).
+
+        Args:
+            path: the file.
+            known: the prompts and answers that may be judged, as in `parsing.read_judgements`.
+        """
+        good, bad = read_judgements(path, known)
         return self.add(good), bad
 
     def export_tfds(self, folder: Path) -> Path:
-        """Write all records, the superseded too, as a TFDS data set; the folder of its files. See `dataset.write`."""
+        """Writes all records, also superseded ones, as a TFDS data set; returns its folder."""
         from rlaif_jax.feedback.records import dataset  # TFDS takes a second to import, and few stores are exported
 
         return dataset.write({"train": self.judgements(superseded=True)}, folder)
 
     def import_tfds(self, folder: Path, split: str = "train") -> tuple[int, Sequence[str]]:
-        """(records added, a message for each bad record) of a split that `export_tfds` wrote."""
+        """Adds a split that `export_tfds` wrote; returns (number of new records, messages)."""
         from rlaif_jax.feedback.records import dataset
 
         good, bad = dataset.read(folder, split)
         return self.add(good), bad
 
 
-def _column(text: str) -> str:
-    """Text that SQLite can hold: half a surrogate pair, which JSON can carry, is a question mark in the columns that
-    are searched; the record keeps it."""
+def _searchable(text: str) -> str:
+    """Replaces lone surrogates, which SQLite cannot hold, by "?"; the column `record` keeps them."""
     return text.encode(errors="replace").decode()

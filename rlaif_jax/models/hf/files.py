@@ -26,7 +26,6 @@ from safetensors.numpy import save_file
 from rlaif_jax.config import UserError, require
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig
-from rlaif_jax.models.heads import LanguageModel
 from rlaif_jax.models.hf.base import Family
 from rlaif_jax.models.hf.families import family_of, read_config, write_config
 from rlaif_jax.models.hf.llama2c import read_llama2c
@@ -86,7 +85,7 @@ class Tensor:
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Returns {path with "/": shape} of all parameters of a model."""
-    tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    tree = jax.eval_shape(CausalLM(config).init, jax.random.key(0))
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
@@ -119,7 +118,7 @@ def file_module(family: Family, module: str) -> str:
 
 def load_model(
     folder_or_hub_id: str | Path, *, compute_dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False
-) -> tuple[LanguageModel, Params]:
+) -> tuple[CausalLM, Params]:
     """Reads a language model from a Hugging Face folder, a hub id, or a llama2.c `.bin` file.
 
     Folders hold config.json (GPT-2, Llama, Mistral without sliding window, Qwen2, Qwen3) and model.safetensors or

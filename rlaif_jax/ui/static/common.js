@@ -1,4 +1,4 @@
-// What all pages share. Texts from outside become text nodes only; nothing here writes HTML.
+// Shared by all pages. Texts from outside become text nodes only; nothing here writes HTML.
 
 /** An element: el("p", {class: "note", onclick: f}, "text", child, ...). Strings become text nodes. */
 export function el(tag, attributes = {}, ...children) {

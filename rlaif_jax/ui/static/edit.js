@@ -6,7 +6,7 @@ import { diff, words } from "./diff.js";
 const SEVERITY = [[-1, "small fault"], [-2, "fault"], [-3, "grave fault"], [1, "good"]];
 
 export function mountEdit(root, task, before) {
-  const original = task.answers[0], plain = original.replace(/\r\n?/g, "\n"); // what a text field makes of it
+  const original = task.answers[0], plain = original.replace(/\r\n?/g, "\n"); // a text field converts line ends
   const field = el("textarea", { id: "edited", rows: 8, spellcheck: "true", value: before?.edited ?? original });
   const changes = el("div", { class: "text diff", "aria-label": "Changes" });
   const summary = el("p", { class: "soft", role: "status" });
@@ -20,7 +20,7 @@ export function mountEdit(root, task, before) {
       : el(kind === "new" ? "ins" : "del", {}, text))));
     const count = (kind) => parts.filter(([k]) => k === kind).reduce((n, [, text]) => n + words(text).filter((w) => w.trim()).length, 0);
     const gone = count("gone"), fresh = count("new");
-    summary.textContent = field.value === plain ? "Nothing changed yet. Sent like this, it says: nothing to change."
+    summary.textContent = field.value === plain ? "Nothing changed yet. If you send it now, your record says that nothing needs to change."
       : gone || fresh ? `${gone} removed, ${fresh} added (words and signs)` : "only blanks changed";
   }
   field.addEventListener("input", () => {
@@ -103,8 +103,8 @@ function markPassages(text, labels, given) {
     const ends = [offset(anchorNode, anchorOffset), offset(focusNode, focusOffset)];
     return ends.includes(null) || ends[0] === ends[1] ? null : ends.sort((a, b) => a - b);
   }
-  // A mouse has selected when its button is up. A finger drags the selection's handles, of which no pointer event tells:
-  // then the selection is followed, and the text drawn anew, which would take the handles away, only once it is gone.
+  // A mouse selection ends when the button is up. A finger drags the selection's handles, which makes no pointer event:
+  // then the selection is followed, and the text is drawn again only when it is gone, because drawing removes the handles.
   let mouse = false, followed = false;
   area.addEventListener("pointerdown", (event) => { mouse = event.pointerType === "mouse"; });
   area.addEventListener("pointerup", () => {

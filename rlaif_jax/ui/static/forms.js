@@ -1,4 +1,4 @@
-// One function a kind of task: draws it into `root` and returns what the page needs to know of it:
+// One function per kind of task: draws it into `root` and returns
 // payload() - what to send, throws an Error with words for the rater; draft() - the same, unchecked;
 // key(event) - true if the key was for it; keys - [[key, what it does], ...].
 

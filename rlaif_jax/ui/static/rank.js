@@ -156,7 +156,7 @@ export function mountRank(root, task, before) {
       if (!allBad && groups().flat().length < 2) throw new Error("Place at least two answers, or skip and say why.");
       if (!touched && !allBad && !asked) {
         asked = true;
-        throw new Error("This is the order in which they were shown. If it is also yours, send it once more.");
+        throw new Error("This is the order in which they were shown. If it is also your order, send it again.");
       }
       return { order: groups(), all_bad: allBad, note: note.value() };
     },

@@ -8,7 +8,7 @@ const me = await call("/api/me");
 let view = null, task = null, revealed = null, sending = false;
 let seconds = 0, active = Date.now();
 
-// ---- Time spent: while the page is looked at and something moved within a minute
+// ---- Time spent: counted while the page is visible and something moved within the last minute
 
 for (const kind of ["pointermove", "pointerdown", "keydown", "wheel", "scroll"]) {
   addEventListener(kind, () => { active = Date.now(); }, { passive: true });
@@ -17,11 +17,11 @@ setInterval(() => {
   if (document.visibilityState === "visible" && Date.now() - active < 60_000) seconds += 0.25;
 }, 250);
 
-// ---- What is shown
+// ---- Display
 
 function show(section) {
   for (const name of ["intro", "task", "done"]) $(name).hidden = name !== section;
-  document.body.dataset.done = section === "intro" ? "" : $("bar").value; // what is on the screen comes after so many
+  document.body.dataset.done = section === "intro" ? "" : $("bar").value; // the number of tasks that were done before this screen
   $("actions").hidden = section === "intro";
 }
 
@@ -84,7 +84,7 @@ function reveal(suggestion) {
   revealed = suggestion;
   add($("task"), el("section", { class: "panel reveal", tabindex: "-1", id: "reveal" }, el("h2", {}, "What the AI judge said"),
     el("p", {}, el("b", {}, suggestion.judge), ": ", suggestion.says),
-    el("p", { class: "soft" }, "Your answer is saved. If you now see it otherwise, undo it; the record will tell that you had seen this.")));
+    el("p", { class: "soft" }, "Your answer is saved. If you change your mind now, undo it; the record will note that you had seen this suggestion.")));
   for (const control of $("task").querySelectorAll("input, textarea, button, select")) control.disabled = true;
   $("submit").replaceChildren("Next ", kbd("Enter"));
   $("skip-button").hidden = true;
@@ -92,7 +92,7 @@ function reveal(suggestion) {
   $("reveal").scrollIntoView({ block: "center" });
 }
 
-// ---- What is done
+// ---- Actions
 
 /** Run one action at a time; its failure becomes a notice. */
 async function once(action) {
@@ -112,10 +112,10 @@ async function once(action) {
 
 /** The post of an answer, with one id for as long as it says the same: sent twice, it counts once. */
 let pending = null;
-async function post(said) {
-  const text = JSON.stringify([task.id, said]);
+async function post(content) {
+  const text = JSON.stringify([task.id, content]);
   if (pending?.text !== text) pending = { text, request: requestId(), seconds: Math.round(seconds * 10) / 10 };
-  const body = { request: pending.request, task: task.id, seconds: pending.seconds, ...said };
+  const body = { request: pending.request, task: task.id, seconds: pending.seconds, ...content };
   const found = await call("/api/answer", body, () => notice("Not saved yet: the server does not answer. Trying again …"));
   pending = null;
   notice("");
@@ -207,7 +207,7 @@ addEventListener("keydown", (event) => {
     return;
   }
   if (event.altKey && !event.key.startsWith("Arrow")) return;
-  // On a button or link, Enter is its own; in a group of radio buttons, so are the arrows.
+  // A button or link handles Enter itself; a group of radio buttons also handles the arrows.
   const own = event.target.closest?.("button, a, summary");
   const radio = event.target.tagName === "INPUT" && event.key.startsWith("Arrow");
   if (event.key === "Enter" && !own) submit();

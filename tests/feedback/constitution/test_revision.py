@@ -9,10 +9,9 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
-from rlaif_jax.feedback.constitution.constitution import Principle
 from rlaif_jax.feedback.constitution.revision import LanguageModelWriter, Revised, critique_revision, draw_principle
-from rlaif_jax.feedback.records.forms import Rater, from_json, to_json
-from rlaif_jax.models import CausalLM
+from rlaif_jax.feedback.records.forms import Rater, to_json
+from rlaif_jax.feedback.records.parsing import from_json
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig, make_runner

@@ -13,7 +13,8 @@ from rlaif_jax.feedback.constitution.rule_records import (
     rule_rater,
     rule_ratings,
 )
-from rlaif_jax.feedback.records.forms import Span, from_json, to_json
+from rlaif_jax.feedback.records.forms import Span, to_json
+from rlaif_jax.feedback.records.parsing import from_json
 from rlaif_jax.feedback.records.store import Store
 
 FILE = """\

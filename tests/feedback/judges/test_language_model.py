@@ -12,7 +12,6 @@ from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges import language_model as module
 from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, Scores, weights_hash
-from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
+from rlaif_jax.feedback.people.kinds import CHAT, COMPARE, EDIT, RANK
 from rlaif_jax.feedback.people.queue import ADJUDICATED, Post, TaskQueue
-from rlaif_jax.feedback.people.source import MixedSource, PeopleSource, mean_rating, win_share
+from rlaif_jax.feedback.people.source import PeopleSource, mean_rating, win_share
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import FunctionSource
+from rlaif_jax.feedback.sources import FunctionSource, MixedSource
 from rlaif_jax.types import Feedback
 
 ROLLOUT = SimpleNamespace()
@@ -32,10 +33,10 @@ def rank(task, rater="anna", **more):
 
 
 class Crowd:
-    """Raters that answer through the queue in a thread of their own, until the test is over."""
+    """Raters that answer through the queue in another thread, until the test ends."""
 
     def __init__(self, store, judge, raters=("anna",)):
-        self.path, self.judge, self.raters, self.seen, self.over = store, judge, raters, [], threading.Event()
+        self.path, self.judge, self.raters, self.seen, self.done = store, judge, raters, [], threading.Event()
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.work)
@@ -43,12 +44,12 @@ class Crowd:
         return self
 
     def __exit__(self, *_):
-        self.over.set()
+        self.done.set()
         self.thread.join()
 
     def work(self):
         with Store(self.path) as store, TaskQueue(self.path) as queue:
-            while not self.over.is_set():
+            while not self.done.is_set():
                 for rater in self.raters:
                     if (task := queue.lease(rater)) is not None:
                         self.seen.append(task)
@@ -99,7 +100,7 @@ def test_what_does_not_come_in_time_is_missing(tmp_path):
 def test_what_nobody_is_left_to_answer_is_not_waited_for(tmp_path):
     people = source(tmp_path, overlap=2, timeout_s=30.0)
     with TaskQueue(people.store) as queue:
-        queue.register(["anna", "ben"])
+        queue.team.register(["anna", "ben"])
 
     def judge(task, who):
         skipped = {"anna": ("long one", "x"), "ben": ("x",)}[who]
@@ -120,7 +121,7 @@ def test_a_skip_is_waited_for_while_another_may_answer(tmp_path):
         queue.put([task])
         queue.post(Post("anna", "skip", task.id, {}, (), 1.0, False), "r1", "", store)
         for raters in ((), ("anna", "ben")):
-            queue.register(raters)
+            queue.team.register(raters)
             started = time.monotonic()
             assert not people(RECORDS, ANSWERS, ROLLOUT).valid.any()
             assert time.monotonic() - started >= 0.3
@@ -134,7 +135,7 @@ def test_a_skip_is_waited_for_while_another_may_answer(tmp_path):
 
 def register(store, *raters):
     with TaskQueue(store) as queue:
-        queue.register(raters)
+        queue.team.register(raters)
 
 
 def test_a_run_withdraws_what_it_asked_and_nothing_else(tmp_path):
@@ -147,7 +148,7 @@ def test_a_run_withdraws_what_it_asked_and_nothing_else(tmp_path):
         queue.put([first], origin="items.jsonl")
         with pytest.raises(RuntimeError, match="lost"):
             people(RECORDS, ANSWERS, ROLLOUT)
-        assert [waiting.task for waiting in queue.tasks()] == [first]
+        assert [queued.task for queued in queue.tasks()] == [first]
 
 
 def test_enough_is_enough(tmp_path):
@@ -167,7 +168,7 @@ def test_enough_is_enough(tmp_path):
 
 def test_stop_ends_the_wait_and_an_old_stop_does_not(tmp_path):
     with TaskQueue(tmp_path / "f.sqlite") as queue:
-        queue.stop("anna")
+        queue.team.request_stop("anna")
         people = source(tmp_path)
         assert not people.stop_requested()
         timer = threading.Timer(0.2, lambda: press(people.store))
@@ -182,16 +183,16 @@ def test_stop_ends_the_wait_and_an_old_stop_does_not(tmp_path):
 
 def press(store):
     with TaskQueue(store) as queue:
-        queue.stop("anna")
+        queue.team.request_stop("anna")
 
 
-@pytest.mark.parametrize("kind", ["rank", "compare"])
+@pytest.mark.parametrize("kind", [RANK, COMPARE])
 def test_rankings_become_shares_of_comparisons_won(tmp_path, kind):
     people = source(tmp_path, kind=kind)
     records, answers = [{"prompt": "p"}] * 3 + RECORDS[2:], ["ccc", "a", "bb", "same", "same"]
     with Crowd(people.store, rank) as crowd:
         judged = people(records, answers, ROLLOUT)
-    assert len(crowd.seen) == (1 if kind == "rank" else 2)
+    assert len(crowd.seen) == (1 if kind is RANK else 2)
     # compared in pairs a-bb, bb-ccc; as a list of three, each against two
     expected = [1, 0, 0.5]
     np.testing.assert_allclose(judged.values[:3], expected)
@@ -210,14 +211,14 @@ def test_only_people_about_this_principle_count_and_an_adjudication_alone(tmp_pa
         assert people(RECORDS, ANSWERS, ROLLOUT).values[0] == 1
 
 
-def test_an_own_worth_gets_the_judgements_of_each_row(tmp_path):
+def test_a_reward_function_gets_the_judgements_of_each_row(tmp_path):
     rows = []
 
-    def worth(records, answers, rollout, judgements):
+    def keep(records, answers, rollout, judgements):
         rows.extend(judgements)
         return mean_rating(records, answers, rollout, judgements)
 
-    people = source(tmp_path, timeout_s=0.1, limit=1, worth=worth)
+    people = source(tmp_path, timeout_s=0.1, limit=1, reward_fn=keep)
     (task,) = people.tasks(RECORDS, ANSWERS)
     with Store(people.store) as store:
         store.add([rating(task, 5)])
@@ -234,8 +235,8 @@ def test_a_tie_counts_half():
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        ({"kind": "chat"}, "people.kind"),
-        ({"kind": "edit"}, "people.worth"),
+        ({"kind": CHAT}, "people.kind"),
+        ({"kind": EDIT}, "people.reward_fn"),
         ({"enough": 0}, "enough"),
         ({"overlap": 0}, "overlap"),
         ({"limit": 0}, "limit"),

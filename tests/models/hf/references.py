@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -117,7 +117,7 @@ def assert_same_params(got: Any, want: Any) -> None:
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
-def random_params(model: LanguageModel) -> Any:
+def random_params(model: CausalLM) -> Any:
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32),

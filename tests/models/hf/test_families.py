@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from rlaif_jax.config import UserError
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
 from rlaif_jax.models.hf.families import FAMILIES, read_config
 from rlaif_jax.models.hf.files import load_model, save_model
@@ -209,7 +209,7 @@ def test_a_window_of_the_whole_context_is_no_window(tmp_path: Path) -> None:
     ],
 )
 def test_a_shape_that_no_architecture_has_is_not_written(flags: dict[str, Any], named: str, tmp_path: Path) -> None:
-    model = LanguageModel(dataclasses.replace(TINY, **flags))
+    model = CausalLM(dataclasses.replace(TINY, **flags))
     with pytest.raises(UserError, match=re.escape(named)):
         save_model(tmp_path / "model", model, random_params(model))
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.config import UserError
-from rlaif_jax.models import LanguageModel
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf import files
 from rlaif_jax.models.hf.files import load_model, save_model
 from tests.models.hf.references import (

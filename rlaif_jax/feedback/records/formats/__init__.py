@@ -1,9 +1,9 @@
-"""Readers and writers for the shapes in which other tools and published data sets keep feedback.
+"""Readers and writers of the formats in which other tools and published data sets keep feedback.
 
-A reader is `read_X(path, ...) -> (judgements, messages)`: the good records are kept, and each bad one is a message with
-its file and line. A file that cannot be read at all is a UserError. Readers of files that do not say who judged take the
-rater as an argument. A writer is `write_X(judgements, path) -> number of rows`; judgements that the shape cannot hold
-(another form, no value) are left out.
+A reader is `read_X(path, ...) -> (judgements, messages)`: good records are kept, and each bad one is a message with file and
+line. A file that cannot be read at all is a UserError. Readers of files that do not name the judge take the rater as an
+argument. A writer is `write_X(judgements, path) -> number of rows`; judgements that the format cannot hold (another form, no
+value) are left out.
 
     pairs:   HH, distilabel, oasst trees; the Anthropic critique and revision requests
     judges:  alpaca_eval, FastChat, PandaLM, LLMBar, prometheus

@@ -1,4 +1,4 @@
-"""Verdicts of AI judges, and of people beside them: alpaca_eval, FastChat, PandaLM, LLMBar, prometheus."""
+"""Verdicts of judges on the same answers: alpaca_eval, FastChat, PandaLM, LLMBar, prometheus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import require
-from rlaif_jax.feedback.records.formats.rows import Collector, Found, field, json_rows, pair, unscored_pair, write_jsonl
+from rlaif_jax.feedback.records.formats.rows import (
+    Collector,
+    ReadResult,
+    field,
+    json_rows,
+    pair,
+    parse_rows,
+    unscored_pair,
+    write_jsonl,
+)
 from rlaif_jax.feedback.records.forms import Call, Comment, Judgement, Ranking, Rater, Rating
 
 PEOPLE = Rater("people", "person")
@@ -19,14 +28,13 @@ PEOPLE = Rater("people", "person")
 # ---- alpaca_eval
 
 
-def read_alpaca_eval(path: Path, annotator: str = "alpaca_eval") -> Found:
-    """alpaca_eval's annotations: `preference` runs from 1 (output_1 is better) to 2; 1.5 and the old 0 are ties, null and
-    NaN mean that the verdict could not be read. annotator: who judged where the file does not say."""
-    found = Collector()
-    for where, row in json_rows(path, found.bad):
-        with found.at(where):
-            found.good.append(_alpaca(row, annotator))
-    return found.found
+def read_alpaca_eval(path: Path, annotator: str = "alpaca_eval") -> ReadResult:
+    """Reads alpaca_eval's annotations.
+
+    `preference` runs from 1 (output_1 is better) to 2; 1.5 and the older 0 are ties; null and NaN mean that the verdict
+    could not be read. annotator: the judge's name where the file has none.
+    """
+    return parse_rows(path, lambda row: [_alpaca(row, annotator)])
 
 
 def _alpaca(row: Any, annotator: str) -> Ranking:
@@ -52,7 +60,10 @@ def _both(first: Any, second: Any) -> tuple[str, ...]:
 
 
 def write_alpaca_eval(judgements: Iterable[Judgement], path: Path) -> int:
-    """Comparisons of two answers as alpaca_eval's annotations; verdicts that could not be read have preference null."""
+    """Writes comparisons of two answers as alpaca_eval's annotations; missing verdicts are null.
+
+    Returns the number of rows.
+    """
     return write_jsonl(
         (
             {
@@ -77,44 +88,50 @@ def write_alpaca_eval(judgements: Iterable[Judgement], path: Path) -> int:
 # ---- FastChat (Zheng et al. 2023): MT-bench
 
 
-def read_fastchat(path: Path, questions: Path | None = None, answers: Sequence[Path] = ()) -> Found:
-    """FastChat's `model_judgment` files: pairs in two games (`g1_winner, g2_winner`, the second with the answers swapped),
-    single scores 1 .. 10 (`score`, -1 = not read), and people's votes (`model_a, model_b, winner`).
+def read_fastchat(path: Path, questions: Path | None = None, answers: Sequence[Path] = ()) -> ReadResult:
+    """Reads FastChat's `model_judgment` files.
 
-    The files name questions and models; `questions` (question.jsonl) and `answers` (model_answer/*.jsonl) have the texts.
-    Without them, a prompt is the question's number and an answer the model's name. Of the second turn, an answer is the
-    model's whole side of the conversation.
+    They hold pairs in two games (`g1_winner, g2_winner`, the second with the answers swapped), single scores 1 .. 10
+    (`score`, -1 = not read) and people's votes (`model_a, model_b, winner`). In the second turn, an answer is the whole
+    conversation.
+
+    Args:
+        path: the judgements, which name questions and models.
+        questions: question.jsonl with the texts of the questions; without it a prompt is the question's number.
+        answers: model_answer/*.jsonl with the texts of the answers; without them an answer is the model's name.
     """
     found = Collector()
-    asked: dict[Any, list[str]] = {}
-    said: dict[tuple[str, Any], list[str]] = {}
+    question_turns: dict[Any, list[str]] = {}
+    answer_turns: dict[tuple[str, Any], list[str]] = {}
     if questions is not None:
         for where, row in json_rows(questions, found.bad):
             with found.at(where):
-                asked[field(row, "question_id", (int, str))] = field(row, "turns", list)
+                question_turns[field(row, "question_id", (int, str))] = field(row, "turns", list)
     for file in answers:
         for where, row in json_rows(file, found.bad):
             with found.at(where):
                 turns = field(field(row, "choices", list)[0], "turns", list)
-                said[field(row, "model_id"), field(row, "question_id", (int, str))] = turns
+                answer_turns[field(row, "model_id"), field(row, "question_id", (int, str))] = turns
 
     def text(row: Any, model: str) -> str:
         key = (model, row["question_id"])
-        if key not in said:
+        if key not in answer_turns:
             return model
-        turns, questions_ = said[key], asked.get(row["question_id"], [])
-        if row.get("turn", 1) == 1 or len(questions_) < 2:
+        turns, asked = answer_turns[key], question_turns.get(row["question_id"], [])
+        if row.get("turn", 1) == 1 or len(asked) < 2:
             return turns[0]
-        return f"{turns[0]}\n\nHuman: {questions_[1]}\n\nAssistant: {turns[1]}"
+        return f"{turns[0]}\n\nHuman: {asked[1]}\n\nAssistant: {turns[1]}"
 
     def prompt(row: Any) -> str:
         number = field(row, "question_id", (int, str))
-        return asked[number][0] if number in asked else f"question {number}, turn {row.get('turn', 1)}"
+        return (
+            question_turns[number][0] if number in question_turns else f"question {number}, turn {row.get('turn', 1)}"
+        )
 
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             found.good.extend(_fastchat(row, prompt(row), partial(text, row)))
-    return found.found
+    return found.result
 
 
 def _fastchat(row: Any, prompt: str, text: Callable[[str], str]) -> Iterator[Judgement]:
@@ -161,18 +178,23 @@ def _vote(
 # ---- PandaLM (Wang et al. 2023)
 
 
-def read_pandalm(path: Path, judges: Sequence[Path] = ()) -> Found:
-    """PandaLM's test set: three annotators' 0 (tie), 1 or 2 of each pair; and files of AI judges of the same pairs, which
-    have `NAME_result` and `NAME_reason` by `idx`. A result that is no verdict ("garbage") is unparsed, with its reason."""
+def read_pandalm(path: Path, judges: Sequence[Path] = ()) -> ReadResult:
+    """Reads PandaLM's test set: three annotators' verdicts 0 (tie), 1 or 2 on each pair.
+
+    Args:
+        path: the test set.
+        judges: files of AI judges on the same pairs, with `NAME_result` and `NAME_reason` by `idx`; a result that is no
+            verdict ("garbage") becomes an unparsed record.
+    """
     found = Collector()
     pairs: dict[Any, tuple[str, tuple[str, str], tuple[str, ...]]] = {}
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             given = field(row, "input")
             prompt = field(row, "instruction") + (f"\n\n{given}" if given else "")
-            written = row.get("cmp_key", "").split("_")
+            writers = row.get("cmp_key", "").split("_")
             answers = (_response(row, "response1"), _response(row, "response2"))
-            item = (prompt, answers, tuple(written) if len(written) == 2 else ())
+            item = (prompt, answers, tuple(writers) if len(writers) == 2 else ())
             pairs[field(row, "idx", int)] = item
             for number in (1, 2, 3):
                 with found.at(where):
@@ -183,7 +205,7 @@ def read_pandalm(path: Path, judges: Sequence[Path] = ()) -> Found:
                 index = field(row, "idx", int)
                 require(index in pairs, f"idx {index} is no pair of {path}")
                 found.good.append(_pandalm_judge(row, *pairs[index]))
-    return found.found
+    return found.result
 
 
 def _response(row: Any, name: str) -> str:
@@ -191,18 +213,18 @@ def _response(row: Any, name: str) -> str:
 
 
 def _annotator(row: Any, item: tuple[str, tuple[str, str], tuple[str, ...]], number: int) -> Ranking:
-    prompt, answers, written = item
+    prompt, answers, writers = item
     vote = field(row, f"annotator{number}", int)
     require(vote in (0, 1, 2), f"annotator{number} is {vote}; 0 is a tie, 1 and 2 are the responses")
     rater = Rater(f"annotator{number}", "person")
-    return pair(prompt, answers, (None, 0, 1)[vote], rater, generators=written)
+    return pair(prompt, answers, (None, 0, 1)[vote], rater, generators=writers)
 
 
-def _pandalm_judge(row: Any, prompt: str, answers: tuple[str, str], written: tuple[str, ...]) -> Ranking:
+def _pandalm_judge(row: Any, prompt: str, answers: tuple[str, str], writers: tuple[str, ...]) -> Ranking:
     key = next((key for key in row if key.endswith("_result")), "result")
     name = key.removesuffix("_result")
     verdict = str(field(row, key, (str, int))).strip().lower()
-    more: dict[str, Any] = {"raw": str(row.get(f"{name}_reason") or verdict), "generators": written}
+    more: dict[str, Any] = {"raw": str(row.get(f"{name}_reason") or verdict), "generators": writers}
     if verdict not in ("0", "1", "2", "tie"):
         return unscored_pair(prompt, answers, Rater(name, "ai"), **more)
     return pair(prompt, answers, {"1": 0, "2": 1}.get(verdict), Rater(name, "ai"), **more)
@@ -211,24 +233,29 @@ def _pandalm_judge(row: Any, prompt: str, answers: tuple[str, str], written: tup
 # ---- LLMBar (Zeng et al. 2023)
 
 
-def read_llmbar(path: Path) -> Found:
-    """LLMBar's pairs with the authors' label: which output follows the instruction."""
-    found = Collector()
-    for where, row in json_rows(path, found.bad):
-        with found.at(where):
-            label = field(row, "label", int)
-            require(label in (1, 2), f"label is {label}; it is 1 or 2")
-            answers = (field(row, "output_1"), field(row, "output_2"))
-            found.good.append(pair(field(row, "input"), answers, label - 1, Rater("gold", "person")))
-    return found.found
+def read_llmbar(path: Path) -> ReadResult:
+    """Reads LLMBar's pairs with the authors' label of the output that follows the instruction."""
+    return parse_rows(path, lambda row: [_llmbar(row)])
 
 
-def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | None] | None = None) -> Found:
-    """A judge's outputs on LLMBar's pairs, in both orders: two comparisons a pair, `shown` (0, 1) and (1, 0), what the
-    judge wrote in `raw`; of the files with scores, two ratings 0 .. 10.
+def _llmbar(row: Any) -> Ranking:
+    label = field(row, "label", int)
+    require(label in (1, 2), f"label is {label}; it is 1 or 2")
+    answers = (field(row, "output_1"), field(row, "output_2"))
+    return pair(field(row, "input"), answers, label - 1, Rater("gold", "person"))
 
-    judge: its name. verdict: reads what the judge wrote, 0 or 1 for the output shown first or second, None for neither;
-    by default the file's own reading (`winner`) counts.
+
+def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | None] | None = None) -> ReadResult:
+    """Reads a judge's outputs on LLMBar's pairs.
+
+    Each pair becomes two comparisons, `shown` (0, 1) and (1, 0), with the judge's text in `raw`; in files with scores, two
+    ratings 0 .. 10.
+
+    Args:
+        path: the judge's file.
+        judge: the judge's name.
+        verdict: parses the judge's text: 0 or 1 for the output shown first or second, None for neither; by default the
+            file's parsed `winner` is used.
     """
     found = Collector()
     rater = Rater(judge, "ai", model=judge)
@@ -245,7 +272,7 @@ def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | Non
                     if "completion" in order:
                         with found.at(where):
                             found.good.append(_order(prompt, answers, order, shown, rater, verdict))
-    return found.found
+    return found.result
 
 
 def _score(prompt: str, answer: str, raw: str, rater: Rater) -> Rating:
@@ -274,10 +301,12 @@ def _order(
 _SECTION = re.compile(r"^###([^\n:]*):[ \t]*\n?", re.MULTILINE)
 
 
-def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4")) -> Found:
-    """prometheus-eval's rubric gradings: for each of a judge's tries (`gpt4_score`, `gpt4_feedback`) a rating 1 .. 5 and a
-    comment by the rubric's question; `seed` tells the tries apart. The prompt and the answer are cut from the text that
-    the judge was shown."""
+def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4")) -> ReadResult:
+    """Reads prometheus-eval's rubric gradings.
+
+    Each try of the judge (`gpt4_score`, `gpt4_feedback`) becomes a rating 1 .. 5 and a comment, with the rubric's question
+    as principle and the number of the try as `seed`. The prompt and the answer are cut from the text that the judge read.
+    """
     found = Collector()
     for where, row in json_rows(path, found.bad):
         with found.at(where):
@@ -295,7 +324,7 @@ def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4
             for seed, (score, remark) in enumerate(zip(scores, remarks)):
                 with found.at(where):
                     found.good.extend(_graded(shared, seed, score, remark))
-    return found.found
+    return found.result
 
 
 def _graded(shared: dict[str, Any], seed: int, score: Any, remark: str) -> list[Judgement]:
@@ -305,13 +334,16 @@ def _graded(shared: dict[str, Any], seed: int, score: Any, remark: str) -> list[
     return [*made, Comment(**shared, seed=seed, text=remark)] if remark.strip() else made
 
 
-def read_autoj_pairs(path: Path) -> Found:
-    """Auto-J's pairs as prometheus-eval keeps them: people's label 0 (response 1 is better), 1 (response 2) or 2 (tie)."""
-    found = Collector()
-    for where, row in json_rows(path, found.bad):
-        with found.at(where):
-            label = field(row, "label", int)
-            require(label in (0, 1, 2), f"label is {label}; 0 and 1 are the responses, 2 is a tie")
-            answers = (field(row, "response 1"), field(row, "response 2"))
-            found.good.append(pair(field(row, "prompt"), answers, None if label == 2 else label, PEOPLE))
-    return found.found
+def read_autoj_pairs(path: Path) -> ReadResult:
+    """Reads Auto-J's pairs from prometheus-eval, with people's labels.
+
+    The label is 0 where response 1 is better, 1 where response 2 is better, 2 for a tie.
+    """
+    return parse_rows(path, lambda row: [_autoj(row)])
+
+
+def _autoj(row: Any) -> Ranking:
+    label = field(row, "label", int)
+    require(label in (0, 1, 2), f"label is {label}; 0 and 1 are the responses, 2 is a tie")
+    answers = (field(row, "response 1"), field(row, "response 2"))
+    return pair(field(row, "prompt"), answers, None if label == 2 else label, PEOPLE)

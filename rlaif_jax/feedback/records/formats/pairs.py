@@ -1,4 +1,4 @@
-"""Preference data sets: Anthropic HH, distilabel, oasst trees; and the Anthropic critique and revision requests."""
+"""Preference data sets: Anthropic HH, distilabel, oasst trees, critique and revision requests."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from rlaif_jax.config import require
 from rlaif_jax.feedback.records.formats.rows import (
     ASSISTANT,
     Collector,
-    Found,
-    dialogue,
+    ReadResult,
+    conversation_prompt,
     field,
     json_rows,
     pair,
+    parse_rows,
     write_jsonl,
 )
 from rlaif_jax.feedback.records.forms import Comment, Judgement, Ranking, Rater, Rating
@@ -26,14 +27,13 @@ DISTILABEL = Rater("distilabel", "ai")
 # ---- HH (Bai et al. 2022): {"chosen": dialogue, "rejected": dialogue}
 
 
-def read_hh(path: Path, rater: Rater = CROWD) -> Found:
-    """Anthropic's HH pairs. The prompt is the shared beginning, up to the last place where the assistant speaks; an answer
-    holds the rest, several turns where the two dialogues part early, nothing where one ends there."""
-    found = Collector()
-    for where, row in json_rows(path, found.bad):
-        with found.at(where):
-            found.good.append(_hh(row, rater))
-    return found.found
+def read_hh(path: Path, rater: Rater = CROWD) -> ReadResult:
+    """Reads Anthropic's HH pairs.
+
+    The prompt is the shared beginning, up to the last place where the assistant speaks. An answer is the remaining text:
+    several turns where the two dialogues part early, "" where one of them ends there.
+    """
+    return parse_rows(path, lambda row: [_hh(row, rater)])
 
 
 def _hh(row: Any, rater: Rater) -> Ranking:
@@ -47,7 +47,7 @@ def _hh(row: Any, rater: Rater) -> Ranking:
 
 
 def write_hh(judgements: Iterable[Judgement], path: Path) -> int:
-    """Every comparison that rankings make, ties left out, as HH pairs."""
+    """Writes every comparison of the rankings except ties as an HH pair; returns the number of rows."""
     return write_jsonl(
         ({"chosen": j.prompt + j.answers[better], "rejected": j.prompt + j.answers[worse]}
          for j, better, worse in _strict_pairs(judgements)),
@@ -56,6 +56,7 @@ def write_hh(judgements: Iterable[Judgement], path: Path) -> int:
 
 
 def _strict_pairs(judgements: Iterable[Judgement]) -> Iterator[tuple[Ranking, int, int]]:
+    """Yields (ranking, index of the better answer, index of the worse) of comparisons without ties."""
     for judgement in judgements:
         if isinstance(judgement, Ranking) and judgement.answered:
             for first, second, p in judgement.pairs():
@@ -66,12 +67,18 @@ def _strict_pairs(judgements: Iterable[Judgement]) -> Iterator[tuple[Ranking, in
 # ---- distilabel
 
 
-def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, high: float = 5) -> Found:
-    """distilabel's rows, of either kind.
+def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, high: float = 5) -> ReadResult:
+    """Reads distilabel's rows, of either kind.
 
-    `prompt, chosen, rejected` (texts, or lists of messages) with `chosen_rating, rejected_rating` and the models' names if
-    there: a comparison, a tie where the ratings are equal, and two ratings. `instruction, generations, ratings` with
-    `rationales` and `generation_models` if there: a rating and a comment each. low, high: the ratings' scale.
+    `prompt, chosen, rejected` (texts, or lists of messages), optionally with `chosen_rating, rejected_rating` and the names
+    of the models, become a comparison (a tie where the ratings are equal) and two ratings. `instruction, generations,
+    ratings`, optionally with `rationales` and `generation_models`, become a rating and a comment for each generation.
+
+    Args:
+        path: the file.
+        rater: the judge.
+        low: the lowest rating.
+        high: the highest rating.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):
@@ -80,7 +87,7 @@ def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, hi
                 _generations(found, where, row, rater, low, high)
             else:
                 found.good.extend(_chosen(row, rater, low, high))
-    return found.found
+    return found.result
 
 
 def _chosen(row: Any, rater: Rater, low: float, high: float) -> list[Judgement]:
@@ -107,14 +114,16 @@ def _chosen(row: Any, rater: Rater, low: float, high: float) -> list[Judgement]:
 
 
 def _messages(side: Any) -> tuple[str, str]:
-    """(what was said before, the last message)."""
+    """Returns (the text before the last message, the last message)."""
     if isinstance(side, str):
         return "", side
     require(bool(side), "a conversation without messages")
     texts = [field(message, "content") for message in side]
     if len(side) == 2:
         return texts[0], texts[1]
-    return dialogue((message.get("role") == "assistant", text) for message, text in zip(side[:-1], texts)), texts[-1]
+    return conversation_prompt(
+        (message.get("role") == "assistant", text) for message, text in zip(side[:-1], texts)
+    ), texts[-1]
 
 
 def _generations(found: Collector, where: str, row: Any, rater: Rater, low: float, high: float) -> None:
@@ -138,17 +147,20 @@ def _generations(found: Collector, where: str, row: Any, rater: Rater, low: floa
 
 
 def write_distilabel(judgements: Iterable[Judgement], path: Path) -> int:
-    """Every comparison that rankings make, ties left out, with messages as distilabel's DPO formatters give them."""
+    """Writes every comparison of the rankings except ties with messages, as distilabel's formatters do.
 
-    def said(prompt: str, answer: str) -> list[dict[str, str]]:
+    Returns the number of rows.
+    """
+
+    def messages(prompt: str, answer: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
     return write_jsonl(
         (
             {
                 "prompt": j.prompt,
-                "chosen": said(j.prompt, j.answers[better]),
-                "rejected": said(j.prompt, j.answers[worse]),
+                "chosen": messages(j.prompt, j.answers[better]),
+                "rejected": messages(j.prompt, j.answers[worse]),
                 "chosen_model": j.generators[better] if j.generators else None,
                 "rejected_model": j.generators[worse] if j.generators else None,
                 "chosen_rating": None,
@@ -163,9 +175,11 @@ def write_distilabel(judgements: Iterable[Judgement], path: Path) -> int:
 # ---- oasst (Köpf et al. 2023)
 
 
-def read_oasst(path: Path, rater: Rater = CROWD) -> Found:
-    """OpenAssistant's conversation trees: a ranking of the replies wherever two or more of them have ranks. The prompt is
-    the conversation so far; of ranked *prompts* (a person's next turn) it ends where the person speaks."""
+def read_oasst(path: Path, rater: Rater = CROWD) -> ReadResult:
+    """Reads OpenAssistant's conversation trees: a ranking wherever two or more replies have ranks.
+
+    The prompt is the conversation so far; where the replies are a person's next turn, it ends where the person speaks.
+    """
     found = Collector()
     for where, row in json_rows(path, found.bad):
         with found.at(where):
@@ -179,11 +193,11 @@ def read_oasst(path: Path, rater: Rater = CROWD) -> Found:
                 if len(ranked) >= 2:
                     with found.at(where):
                         found.good.append(_replies(turns, replies, rater))
-    return found.found
+    return found.result
 
 
 def _replies(turns: tuple[tuple[bool, str], ...], replies: list[Any], rater: Rater) -> Ranking:
-    prompt = dialogue(turns)
+    prompt = conversation_prompt(turns)
     if replies[0].get("role") != "assistant":
         prompt = prompt.removesuffix(ASSISTANT) + "\n\nHuman:"
     ranks = tuple(None if reply.get("rank") is None else field(reply, "rank", int) + 1 for reply in replies)
@@ -194,24 +208,31 @@ def _replies(turns: tuple[tuple[bool, str], ...], replies: list[Any], rater: Rat
 # ---- The Anthropic critique and revision requests
 
 
-class Request(NamedTuple):
-    """How one principle asks for a critique (`prompt`) and for the revision after it (`edit_request`)."""
+class CritiqueRequest(NamedTuple):
+    """The wording by which a principle asks for a critique (`prompt`) and a revision (`edit_request`)."""
 
     name: str
     prompt: str
     edit_request: str
 
 
-def read_critique_requests(path: Path) -> tuple[list[Request], list[str]]:
-    """(requests, messages) of {"name": {"prompt": ..., "edit_request": ...}, ...}, as published with Constitutional AI (Bai
-    2022), or of rows with these two fields. They are knowledge, not judgements: principles of a constitution."""
+def read_critique_requests(path: Path) -> tuple[list[CritiqueRequest], list[str]]:
+    """Reads the critique and revision requests published with Constitutional AI (Bai 2022).
+
+    They are principles, not judgements.
+
+    The file holds {"name": {"prompt": ..., "edit_request": ...}, ...}, or rows with these two fields.
+
+    Returns:
+        (requests, a message for each bad row).
+    """
     found = Collector()
-    requests: list[Request] = []
+    requests: list[CritiqueRequest] = []
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             require(isinstance(row, dict), "expected an object with prompt and edit_request, or one of such objects")
             named = {row.get("name", f"{len(requests)}"): row} if "edit_request" in row else row
             for name, entry in named.items():
                 with found.at(f"{where}, {name}"):
-                    requests.append(Request(str(name), field(entry, "prompt"), field(entry, "edit_request")))
+                    requests.append(CritiqueRequest(str(name), field(entry, "prompt"), field(entry, "edit_request")))
     return requests, found.bad

@@ -1,26 +1,27 @@
-"""What the readers share: rows of files with their places, fields with their types, and judgements made of them."""
+"""Shared parts of the readers: rows of files with their places, typed fields, common judgements."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import gzip
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rater
+from rlaif_jax.files import atomic_write, read_bytes
 
-Found = tuple[list[Judgement], list[str]]
-SHAPE_ERRORS = (UserError, KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+ReadResult = tuple[list[Judgement], list[str]]
+"""(judgements, a message "FILE:LINE: fault" for each bad row): what a reader returns."""
+
+_SHAPE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 class Collector:
-    """The judgements read so far, and a message for each row that gave none."""
+    """The judgements read so far (`good`), and a message for each fault (`bad`)."""
 
     def __init__(self) -> None:
         self.good: list[Judgement] = []
@@ -28,31 +29,29 @@ class Collector:
 
     @contextlib.contextmanager
     def at(self, where: str) -> Iterator[None]:
-        """What goes wrong inside is a message about `where`; what was added before stays."""
+        """Turns an error inside the block into a message about `where`.
+
+        Judgements that were added before the error are kept.
+        """
         try:
             yield
         except UserError as error:
             self.bad.append(f"{where}: {error}")
-        except SHAPE_ERRORS as error:
+        except _SHAPE_ERRORS as error:
             self.bad.append(f"{where}: not of this shape ({type(error).__name__}: {error})")
 
     @property
-    def found(self) -> Found:
+    def result(self) -> ReadResult:
+        """(judgements, messages)."""
         return self.good, self.bad
 
 
 # ---- Files
 
 
-def read_text(path: Path) -> str:
-    """A file's text, also of a `.gz`; bytes that are no UTF-8 become characters that `no_text` finds again."""
-    try:
-        data = Path(path).read_bytes()
-        if Path(path).suffix == ".gz":
-            data = gzip.decompress(data)
-    except (OSError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    return data.decode(errors="surrogateescape").removeprefix("\ufeff")
+def _read_text(path: Path) -> str:
+    """Returns the text of a file or a .gz; `_no_text` finds the bytes that are no UTF-8."""
+    return read_bytes(path).decode(errors="surrogateescape")
 
 
 def _no_text(piece: str) -> bool:
@@ -60,11 +59,18 @@ def _no_text(piece: str) -> bool:
 
 
 def json_rows(path: Path, bad: list[str]) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each element of a JSON array, or of each line of a JSONL file.
+    """Yields (place, value) of each element of a JSON array, or of each value of a file of JSON values.
 
-    A value that is no JSON, such as one cut short, is a message in `bad`; reading goes on at the next line.
+    A value that is no JSON, such as one cut short, becomes a message in `bad`; reading goes on at the next line.
+
+    Args:
+        path: the file, or a .gz of it.
+        bad: receives the messages.
+
+    Raises:
+        UserError: the file cannot be read.
     """
-    text = read_text(path)
+    text = _read_text(path)
     damaged = _no_text(text)
     blanks = re.compile(r"[\s,]*" if text.lstrip().startswith("[") else r"\s*")
     array = re.match(r"\s*\[", text)
@@ -95,9 +101,21 @@ def table_rows(
     path: Path, bad: list[str], columns: Sequence[str], *, delimiter: str = ",", header: bool = True, quoted: bool = True,
     text: str | None = None,
 ) -> Iterator[tuple[str, dict[str, str]]]:  # fmt: skip
-    """(place, row) of a table with at least these columns. header: the first line names them; else they are these, in
-    this order. A row of another width is a message in `bad`. text: the file's, if it is read already."""
-    lines = (read_text(path) if text is None else text).splitlines(keepends=True)
+    """Yields (place, row) of each row of a table; a row of another width becomes a message in `bad`.
+
+    Args:
+        path: the file.
+        bad: receives the messages.
+        columns: the columns that the table must have.
+        delimiter: the character between columns.
+        header: the first line names the columns; else the table has just `columns`, in this order.
+        quoted: cells may be quoted.
+        text: the content of the file, if it is read already.
+
+    Raises:
+        UserError: the file cannot be read, or lacks a column.
+    """
+    lines = (_read_text(path) if text is None else text).splitlines(keepends=True)
     reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
     names = list(columns)
     if header:
@@ -119,21 +137,39 @@ def table_rows(
             bad.append(f"{where}: {len(row)} columns; the {len(names)} are {', '.join(names)}")
 
 
+def parse_rows(path: Path, parse: Callable[[Any], Iterable[Judgement]]) -> ReadResult:
+    """Returns the judgements that `parse` makes of each row of a JSON file, and the messages."""
+    found = Collector()
+    for where, row in json_rows(path, found.bad):
+        with found.at(where):
+            found.good.extend(parse(row))
+    return found.result
+
+
 # ---- Fields
 
-_KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object", int: "a whole number", float: "a number"}
+_TYPE_NAMES: dict[type, str] = {
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    int: "a whole number",
+    float: "a number",
+}
 
 
-def field(row: Any, name: str, kind: type | tuple[type, ...] = str) -> Any:
-    """A field of a row; UserError if the row is no object, lacks it, or holds another type there."""
+def field(row: Any, name: str, expected: type | tuple[type, ...] = str) -> Any:
+    """Returns a field of a row; an int where a float is expected is converted.
+
+    Raises UserError where the row is no object, lacks the field, or holds a value of another type.
+    """
     require(isinstance(row, Mapping), f"a row must be an object, not {str(row)[:40]!r}")
     require(name in row, f"no field {name!r}; the fields are {', '.join(map(str, row))}"[:300])
     value = row[name]
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    types = expected if isinstance(expected, tuple) else (expected,)
+    if float in types and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    right = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-    require(right, f"{name} must be {_KINDS.get(kinds[0], kinds[0].__name__)}, not {str(value)[:40]!r}")
+    is_right = isinstance(value, types) and (not isinstance(value, bool) or bool in types)
+    require(is_right, f"{name} must be {_TYPE_NAMES.get(types[0], types[0].__name__)}, not {str(value)[:40]!r}")
     return value
 
 
@@ -141,27 +177,37 @@ def field(row: Any, name: str, kind: type | tuple[type, ...] = str) -> Any:
 
 
 def pair(prompt: str, answers: Sequence[str], winner: int | None, rater: Rater, **more: Any) -> Ranking:
-    """Two answers, of which number `winner` (0 or 1) is better; None = a tie."""
+    """Returns the comparison of two answers.
+
+    Args:
+        prompt: the prompt.
+        answers: the two answers.
+        winner: the index of the better answer; None for a tie.
+        rater: the judge.
+        more: further fields of the record.
+    """
     ranks = {0: (1, 2), 1: (2, 1), None: (1, 1)}[winner]
     status = "ok" if winner is not None else "tie"
     return Ranking(prompt=prompt, answers=tuple(answers), rater=rater, ranks=ranks, status=status, **more)  # type: ignore[arg-type]
 
 
 def unscored_pair(prompt: str, answers: Sequence[str], rater: Rater, **more: Any) -> Ranking:
-    """A comparison whose verdict could not be read."""
+    """Returns the record of a comparison whose verdict could not be read."""
     return Ranking(prompt=prompt, answers=tuple(answers), rater=rater, status="unparsed", **more)
 
 
 def choice(prompt: str, options: Sequence[str], chosen: str, rater: Rater) -> Ranking:
-    """A label as a judgement: of the `options` that the rater could choose from, `chosen` is first, the others tie."""
-    require(chosen in options, f"the label {chosen!r} is none of {', '.join(options)}")
+    """Returns a label as a ranking of the `options`: `chosen` is first, the others are tied."""
+    require(chosen in options, f"the label {chosen!r} is not among {', '.join(options)}")
     ranks = tuple(1 if option == chosen else 2 for option in options)
     return Ranking(prompt=prompt, answers=tuple(options), rater=rater, ranks=ranks)
 
 
 def chosen(judgement: Judgement) -> int | None:
-    """The index of the one best answer of a ranking: of a comparison the winner, of a `choice` the label; None for a tie,
-    a partial order, another form, and where there is no value."""
+    """Returns the index of the single best answer of a ranking, such as the label of a `choice`.
+
+    None for a tie at the top, a partial order, a record of another form or a record without a value.
+    """
     if not isinstance(judgement, Ranking) or not judgement.answered or not judgement.ranks:
         return None
     placed = [rank for rank in judgement.ranks if rank is not None]
@@ -169,7 +215,12 @@ def chosen(judgement: Judgement) -> int | None:
 
 
 def locate(text: str, quote: str, near: int = 0) -> tuple[int, int]:
-    """(start, end) of the occurrence of `quote` that begins nearest to `near`, blanks and line ends taken as equal."""
+    """Returns (start, end) of the occurrence of `quote` that begins nearest to `near`.
+
+    All blanks and line ends count as equal.
+
+    Raises UserError where the text does not contain the quote.
+    """
     words = quote.split()
     require(bool(words), "the quoted words are empty")
     matches = list(re.finditer(r"\s+".join(map(re.escape, words)), text))
@@ -181,30 +232,25 @@ def locate(text: str, quote: str, near: int = 0) -> tuple[int, int]:
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-def dialogue(turns: Iterable[tuple[bool, str]]) -> str:
-    """A conversation as one prompt that ends where the assistant speaks. turns: (by the assistant, text)."""
+def conversation_prompt(turns: Iterable[tuple[bool, str]]) -> str:
+    """Returns a conversation as one prompt that ends where the assistant speaks.
+
+    turns: (whether the assistant speaks, text) of each turn.
+    """
     return "".join(f"{ASSISTANT if assistant else HUMAN} {text}" for assistant, text in turns) + ASSISTANT
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
-    """Write rows as JSONL, whole or not at all; their number."""
+    """Writes rows as JSON lines, the whole file or nothing; returns the number of rows."""
     lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
-    _write(path, "".join(lines))
+    with atomic_write(path) as file:
+        file.writelines(lines)
     return len(lines)
 
 
 def write_table(rows: Iterable[Sequence[str]], columns: Sequence[str], path: Path) -> int:
-    """Write rows as CSV under a header, whole or not at all; their number."""
-    out, kept = io.StringIO(), list(rows)
-    csv.writer(out, lineterminator="\n").writerows([columns, *kept])
-    _write(path, out.getvalue())
-    return len(kept)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    """Writes rows as CSV under a header, the whole file or nothing; returns the number of rows."""
+    table = list(rows)
+    with atomic_write(path) as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *table])
+    return len(table)

@@ -1,4 +1,4 @@
-"""Marked, edited and remarked texts: FineGrained RLHF, SQuALITY, MLQE-PE, XSum hallucinations, ILF."""
+"""Texts with marks, edits and remarks: FineGrained RLHF, SQuALITY, MLQE-PE, XSum, ILF."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.feedback.records.formats.rows import Collector, Found, field, json_rows, locate, pair, table_rows
+from rlaif_jax.feedback.records.formats.rows import (
+    Collector,
+    ReadResult,
+    field,
+    json_rows,
+    locate,
+    pair,
+    parse_rows,
+    table_rows,
+)
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Span
 
 WORKER = Rater("worker", "person")
@@ -24,10 +33,13 @@ RULE = Rater("hter", "rule")
 _PAIRS = tuple(itertools.combinations(range(4), 2))
 
 
-def read_fine_grained(path: Path, rater: Rater = WORKER) -> Found:
-    """FineGrained RLHF's QA feedback: the first prediction corrected, its typed errors as spans; remarks on what is missing
-    or wrong as comments; and the six comparisons of the four predictions (0 = tie). The prompt is the question with the
-    passages that the writer saw."""
+def read_fine_grained(path: Path, rater: Rater = WORKER) -> ReadResult:
+    """Reads FineGrained RLHF's QA feedback.
+
+    Each row becomes a correction of the first prediction with its typed errors as spans, comments on missing or wrong
+    content, and the six comparisons of the four predictions (0 = tie). The prompt is the question with the passages that
+    the writer saw.
+    """
     found = Collector()
     for where, row in json_rows(path, found.bad):
         with found.at(where):
@@ -45,22 +57,22 @@ def read_fine_grained(path: Path, rater: Rater = WORKER) -> Found:
                 with found.at(where):
                     require(vote in (0, 1, 2), f"preference holds {vote!r}; 0 is a tie, 1 and 2 are the predictions")
                     found.good.append(pair(prompt, (answers[i], answers[j]), (None, 0, 1)[vote], rater))
-    return found.found
+    return found.result
 
 
 def _fine_spans(prompt: str, answer: str, feedback: Any, rater: Rater) -> list[Judgement]:
     errors = field(feedback, "errors", list)
     shared: dict[str, Any] = {"prompt": prompt, "answers": (answer,), "rater": rater}
     spans = tuple(Span(field(e, "start", int), field(e, "end", int), category=field(e, "error type")) for e in errors)
-    made: list[Judgement] = [Correction(**shared, edited=field(feedback, "corrected-prediction"), spans=spans)]
+    records: list[Judgement] = [Correction(**shared, edited=field(feedback, "corrected-prediction"), spans=spans)]
     for error, span in zip(errors, spans):
         if error.get("explanation", "").strip():
             quote = answer[span.start : span.end]
-            made.append(Comment(**shared, text=error["explanation"], aspects=(span.category,), quote=quote))
+            records.append(Comment(**shared, text=error["explanation"], aspects=(span.category,), quote=quote))
     missing = [field(entry, "error type") for entry in feedback.get("missing-info") or []]
     if missing:
-        made.append(Comment(**shared, text=", ".join(missing), aspects=tuple(dict.fromkeys(missing))))
-    return made
+        records.append(Comment(**shared, text=", ".join(missing), aspects=tuple(dict.fromkeys(missing))))
+    return records
 
 
 # ---- SQuALITY (Wang et al. 2022)
@@ -68,28 +80,31 @@ def _fine_spans(prompt: str, answer: str, feedback: Any, rater: Rater) -> list[J
 _PROPERTIES = ("correctness", "selection", "overall")
 
 
-def read_squality(path: Path, stories: Path | None = None) -> Found:
-    """SQuALITY's human evaluation: each worker rates (0 .. 100) and ranks the three answers to a question by correctness,
-    selection (coverage) and overall, and highlights parts of them, with or without a remark.
+def read_squality(path: Path, stories: Path | None = None) -> ReadResult:
+    """Reads SQuALITY's human evaluation.
 
-    Ratings and rankings have the property as principle; a remark is a comment with its quote, and a worker's highlights of
-    one answer are one correction with spans. The file has no questions: those of `stories` (v1-3 JSONL) are the prompts,
-    where they hold the story, else the story's and the question's number.
+    Each worker rates (0 .. 100) and ranks the three answers to a question by correctness, selection (coverage) and overall,
+    which become the principles of ratings and rankings. A worker's highlights of one answer become one correction with
+    spans; a highlight with a remark also becomes a comment with a quote.
+
+    Args:
+        path: the evaluation, which has no questions.
+        stories: the v1-3 JSONL file with the questions; a question that it lacks is replaced by its number.
     """
     found = Collector()
-    asked: dict[tuple[str, str], str] = {}
+    question_texts: dict[tuple[str, str], str] = {}
     for where, row in json_rows(stories, found.bad) if stories is not None else ():
         with found.at(where):
             for number, question in enumerate(field(row, "questions", list)):
-                asked[row["metadata"]["passage_id"], str(number)] = field(question, "question_text")
+                question_texts[row["metadata"]["passage_id"], str(number)] = field(question, "question_text")
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             story = field(row, "passage-id")
             for number, systems in field(row, "questions", dict).items():
                 with found.at(f"{where}, question {number}"):
-                    prompt = f"Story {story}: {asked.get((story, number), f'question {number}')}"
+                    prompt = f"Story {story}: {question_texts.get((story, number), f'question {number}')}"
                     _squality(found, f"{where}, question {number}", prompt, systems)
-    return found.found
+    return found.result
 
 
 def _squality(found: Collector, where: str, prompt: str, systems: Mapping[str, Any]) -> None:
@@ -140,7 +155,7 @@ def _highlights(found: Collector, where: str, shared: Mapping[str, Any], marks: 
 
 
 def _archive(path: Path, suffixes: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """suffix -> (place, text) of the files of a folder or a .tar.gz that end so."""
+    """Returns suffix -> (place, text) of the files with these suffixes in a folder or a .tar.gz."""
     texts: dict[str, tuple[str, str]] = {}
     try:
         if Path(path).is_dir():
@@ -150,7 +165,8 @@ def _archive(path: Path, suffixes: Sequence[str]) -> dict[str, tuple[str, str]]:
                 members = [member for member in archive.getmembers() if member.isfile()]
                 files = [(f"{path}:{m.name}", archive.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
     for suffix in suffixes:
         place, data = next(((name, data) for name, data in files if name.endswith(suffix)), ("", None))
         if data is None:
@@ -159,10 +175,12 @@ def _archive(path: Path, suffixes: Sequence[str]) -> dict[str, tuple[str, str]]:
     return texts
 
 
-def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person")) -> Found:
-    """MLQE-PE's post-edits (folder or .tar.gz): each translation with its correction, and with the rule's rating 1 - HTER
-    (HTER = edits over the words of the post-edit, 0 .. 1). The prompt is the source sentence; texts are as tokenised there,
-    words apart by blanks."""
+def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person")) -> ReadResult:
+    """Reads MLQE-PE's post-edits from a folder or a .tar.gz.
+
+    Each translation becomes a correction and a rule's rating 1 - HTER (HTER = edits over the words of the post-edit, 0 ..
+    1). The prompt is the source sentence; texts are tokenised as in the files, with blanks between words.
+    """
     found = Collector()
     texts = _archive(path, (".src", ".mt", ".pe", ".hter"))
     columns = {suffix: text.split("\n") for suffix, (_, text) in texts.items()}
@@ -177,14 +195,14 @@ def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person
             found.good.append(Correction(**shared, rater=rater, edited=edited))
         with found.at(place):
             found.good.append(Rating(**shared, rater=RULE, principle="1 - HTER", value=1 - float(hter), low=0, high=1))
-    return found.found
+    return found.result
 
 
-def read_mlqe_ratings(path: Path) -> Found:
-    """MLQE-PE's direct assessments (folder or .tar.gz): 0 .. 100 for each translation by three raters or more.
+def read_mlqe_ratings(path: Path) -> ReadResult:
+    """Reads MLQE-PE's direct assessments (folder or .tar.gz): scores 0 .. 100 by three or more raters.
 
-    The file gives each score beside its z-score, (score - the rater's mean) / the rater's deviation, and no names. The scores
-    that lie on one such line are one rater's: `SPLIT/1`, `SPLIT/2` ... by falling number of ratings.
+    The file has each score with its z-score, (score - the rater's mean) / the rater's deviation, and no names. Scores that
+    lie on one such line are of one rater: `SPLIT/1`, `SPLIT/2` ... by falling number of ratings.
     """
     found = Collector()
     place, text = _archive(path, (".df.short.tsv",))[".df.short.tsv"]
@@ -207,11 +225,14 @@ def read_mlqe_ratings(path: Path) -> Found:
                         prompt=row["original"], answers=(row["translation"],), rater=rater, value=score, low=0, high=100
                     )
                 )
-    return found.found
+    return found.result
 
 
 def _raters_of_lines(points: np.ndarray) -> list[int]:
-    """The number of the rater of each (score, z-score), 1 = the one with most; 0 where two points fix no line."""
+    """Returns the number of the rater of each (score, z-score), 1 = the rater with most scores.
+
+    The number is 0 for a point that lies on no line with two others.
+    """
     if not len(points):
         return []
     distinct, index, counts = np.unique(points, axis=0, return_inverse=True, return_counts=True)
@@ -230,7 +251,7 @@ def _raters_of_lines(points: np.ndarray) -> list[int]:
     for end in (first, second):
         on_best = votes[on_line] == best[end, 0]
         best[end[on_best], 1] = on_line[on_best] + 1
-    line_of = np.where(best[:, 0] >= 3, best[:, 1], 0)  # three points on a line are no chance at five decimals
+    line_of = np.where(best[:, 0] >= 3, best[:, 1], 0)  # at five decimals, three points on a line are no coincidence
     weight = np.bincount(line_of, weights=counts, minlength=len(lines) + 1)
     weight[0] = 0
     order = np.argsort(-weight, kind="stable")
@@ -243,11 +264,12 @@ def _raters_of_lines(points: np.ndarray) -> list[int]:
 # ---- XSum hallucinations (Maynez et al. 2020)
 
 
-def read_xsum_spans(path: Path) -> Found:
-    """The hallucination annotations: of each worker and summary one correction with the marked spans, extrinsic or
-    intrinsic; without marks, the summary left as it is. The prompt is the article's BBC number: the file has no text.
+def read_xsum_spans(path: Path) -> ReadResult:
+    """Reads XSum's hallucination annotations: one correction for each worker and summary.
 
-    Its offsets count from 1 and, in some rows, in a text with other escapes: a span is where its words stand nearest to them.
+    The correction has the marked spans, extrinsic or intrinsic; without marks, it leaves the summary unchanged. The prompt is
+    the article's BBC number, because the file has no articles. The file's offsets count from 1 and, in some rows, in a text
+    with other escapes: a span is placed where its words occur nearest to the offset.
     """
     found = Collector()
     grouped: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -279,16 +301,16 @@ def read_xsum_spans(path: Path) -> Found:
                         spans=spans, edited=None if spans else entry["summary"], generators=(system,),
                     )
                 )  # fmt: skip
-    return found.found
+    return found.result
 
 
-def read_xsum_factuality(path: Path) -> Found:
-    """The factuality annotations: a rating 0 or 1 of each worker; NULL is an abstention."""
+def read_xsum_factuality(path: Path) -> ReadResult:
+    """Reads XSum's factuality annotations: a rating 0 or 1 of each worker; NULL is an abstention."""
     found = Collector()
     for where, row in table_rows(path, found.bad, ("bbcid", "system", "summary", "is_factual", "worker_id")):
         with found.at(where):
             found.good.append(_factual(row))
-    return found.found
+    return found.result
 
 
 def _factual(row: Mapping[str, str]) -> Rating:
@@ -304,14 +326,12 @@ def _factual(row: Mapping[str, str]) -> Rating:
 # ---- ILF (Chen et al. 2023): code
 
 
-def read_ilf(path: Path) -> Found:
-    """ILF's code refinements: a comment on a program that fails, and the program as a person corrected it after the comment.
-    The program is what follows the prompt."""
-    found = Collector()
-    for where, row in json_rows(path, found.bad):
-        with found.at(where):
-            found.good.extend(_refined(row))
-    return found.found
+def read_ilf(path: Path) -> ReadResult:
+    """Reads ILF's code refinements: a comment on a failing program, and a person's corrected program.
+
+    The program is the text after the prompt.
+    """
+    return parse_rows(path, _refined)
 
 
 def _refined(row: Any) -> Iterator[Judgement]:

@@ -1,7 +1,8 @@
-"""What annotation tools and crowd libraries keep: Argilla, label-studio, crowd-kit, get-another-label."""
+"""Formats of annotation tools: Argilla, label-studio, crowd-kit, get-another-label."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.formats.rows import (
     Collector,
-    Found,
+    ReadResult,
     choice,
     chosen,
     field,
@@ -34,6 +35,18 @@ from rlaif_jax.feedback.records.forms import (
 )
 
 EDITS = ("correction",)
+"""Names of questions whose text is a correction, not a comment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """What raters of an annotation tool judged: the prompt, the answers by the names of their fields, and the settings."""
+
+    prompt: str
+    answers: dict[str, str]
+    edits: Collection[str]
+    scale: tuple[float, float]
+
 
 # ---- Argilla
 
@@ -45,30 +58,36 @@ def read_argilla(
     answers: Sequence[str] = ("answer",),
     edits: Collection[str] = EDITS,
     scale: tuple[float, float] = (1, 5),
-) -> Found:
-    """Argilla's exported records, nested (`responses: {question: [{value, user_id}]}`) or flat (`question.responses`,
-    `question.responses.users`, `question.suggestion`, `.score`, `.agent`).
+) -> ReadResult:
+    """Reads Argilla's exported records.
 
-    The value says the form: a number is a rating, a list of `{value, rank}` a ranking, a list of `{start, end, label}` marked
-    spans, a text a choice if it names one of `answers` (or "tie"), a correction if its question is one of `edits`, else a
-    comment. A question about one of several answers has that field's name at its end (`quality_answer_2`).
-    The question's name is the principle, unless it is the form's name. Suggestions are the AI's judgements; discarded
-    responses are abstentions, drafts are left out. prompt, answers: names of fields. scale: of the ratings.
+    They are nested (`responses: {question: [{value, user_id}]}`) or flat (`question.responses`, `question.responses.users`,
+    `question.suggestion`, `.score`, `.agent`). The value decides the form: a number is a rating, a list of `{value, rank}` a
+    ranking, a list of `{start, end, label}` marked spans. A text is a choice if it names one of `answers` (or "tie"), a
+    correction if its question is one of `edits`, else a comment. The name of a question about one of several answers ends
+    with that field's name (`quality_answer_2`). The question's name is the principle, unless it is the form's name.
+    Suggestions are judgements of an AI; discarded responses are abstentions; drafts are left out.
+
+    Args:
+        path: the export.
+        prompt: the name of the prompt's field.
+        answers: the names of the answers' fields.
+        edits: the names of the questions whose text is a correction.
+        scale: the lowest and the highest rating.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             fields = row["fields"] if isinstance(row, Mapping) and "fields" in row else row
-            texts = {name: field(fields, name) for name in answers}
-            asked = field(fields, prompt)
+            item = _Item(field(fields, prompt), {name: field(fields, name) for name in answers}, edits, scale)
             for question, value, rater, more in _argilla(row):
                 with found.at(f"{where}, question {question}"):
-                    found.good.append(_answered(asked, texts, question, value, rater, edits, scale, more))
-    return found.found
+                    found.good.append(_judgement(item, question, value, rater, more))
+    return found.result
 
 
 def _argilla(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Rater, dict[str, Any]]]:
-    """(question, value, rater, more) of every response and suggestion."""
+    """Yields (question, value, rater, further fields) of every response and suggestion."""
     responses: list[tuple[str, Any, Any, Any]] = []
     suggestions: list[tuple[str, Any, Any, Any]] = []
     for question, entries in (row.get("responses") or {}).items():
@@ -89,22 +108,19 @@ def _argilla(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Rater, dict[str
             yield question, value, Rater(str(user or "unknown"), "person"), more
     for question, value, agent, score in suggestions:
         if value is not None:
-            yield question, value, Rater(str(agent or "suggestion"), "ai"), _share(score)
+            yield question, value, Rater(str(agent or "suggestion"), "ai"), _confidence(score)
 
 
-def _answered(
-    prompt: str, texts: Mapping[str, str], question: str, value: Any, rater: Rater, edits: Collection[str],
-    scale: tuple[float, float], more: Mapping[str, Any],
-) -> Judgement:  # fmt: skip
-    """The judgement that a question's value is."""
-    names = list(texts)
+def _judgement(item: _Item, question: str, value: Any, rater: Rater, more: Mapping[str, Any]) -> Judgement:
+    """Returns the judgement that a question's value expresses."""
+    names = list(item.answers)
     about = next((name for name in names if question.endswith(name)), names[0])
-    one = {"prompt": prompt, "answers": (texts[about],), "rater": rater, **more}
-    every = {"prompt": prompt, "answers": tuple(texts.values()), "rater": rater, **more}
+    one = {"prompt": item.prompt, "answers": (item.answers[about],), "rater": rater, **more}
+    every = {"prompt": item.prompt, "answers": tuple(item.answers.values()), "rater": rater, **more}
     principle = question.removesuffix(about).rstrip("_-. ") if question.endswith(about) else question
     shared: dict[str, Any] = {"principle": "" if principle in FORMS else principle}
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Rating(**one, **shared, value=float(value), low=scale[0], high=scale[1])
+        return Rating(**one, **shared, value=float(value), low=item.scale[0], high=item.scale[1])
     if isinstance(value, list) and value and all(isinstance(e, Mapping) and "rank" in e for e in value):
         ranks = {field(e, "value"): e["rank"] for e in value}
         unknown = sorted(set(ranks) - set(names))
@@ -120,19 +136,20 @@ def _answered(
         if "status" in more:
             return Ranking(**every, **shared)
         if len(names) == 2:
-            return pair(
-                prompt, every["answers"], names.index(value) if value in names else None, rater, **shared, **more
-            )
-        ranks_ = tuple(1 if name == value else 2 for name in names)
-        return Ranking(**every, **shared, ranks=ranks_)
-    if any(edit in question for edit in edits):
+            winner = names.index(value) if value in names else None
+            return pair(item.prompt, every["answers"], winner, rater, **shared, **more)
+        return Ranking(**every, **shared, ranks=tuple(1 if name == value else 2 for name in names))
+    if any(edit in question for edit in item.edits):
         return Correction(**one, **shared, edited=value)
     return Comment(**one, **shared, text=value)
 
 
 def write_argilla(judgements: Iterable[Judgement], path: Path) -> int:
-    """Nested Argilla records, one a judgement with a value: people's as responses, the others' as suggestions. Their fields
-    are `prompt` and `answer`, of rankings `answer_1`, `answer_2` ..., as `read_argilla` takes them."""
+    """Writes each judgement that has a value as a nested Argilla record; returns the number of rows.
+
+    People's judgements become responses, the others suggestions. The fields are `prompt` and `answer`, for rankings
+    `answer_1`, `answer_2` ...
+    """
     return write_jsonl(filter(None, map(_argilla_record, judgements)), path)
 
 
@@ -179,35 +196,39 @@ def read_label_studio(
     answers: Sequence[str] = ("answer",),
     edits: Collection[str] = EDITS,
     scale: tuple[float, float] = (1, 5),
-) -> Found:
-    """label-studio's JSON export: tasks with `data`, `annotations[].result[]` of people and `predictions[]` of models.
+) -> ReadResult:
+    """Reads label-studio's JSON export: `annotations[].result[]` of people, `predictions[]` of models.
 
     `pairwise` (value.selected "left" or "right") and `choices` that name an answer are comparisons, `rating` is a rating,
-    `textarea` a comment, or a correction if its from_name is one of `edits`, `labels` are marked spans: those of one
-    annotation are one correction. from_name is the principle, unless it is the form's or the type's name. A cancelled
-    annotation is an abstention. prompt, answers: names in `data`. scale: of the ratings.
+    `textarea` a comment, or a correction if its from_name is one of `edits`. `labels` are marked spans; all spans of one
+    annotation make one correction. from_name is the principle, unless it is the form's or the type's name. A cancelled
+    annotation is an abstention.
+
+    Args:
+        path: the export.
+        prompt: the name of the prompt in `data`.
+        answers: the names of the answers in `data`.
+        edits: the from_names whose text is a correction.
+        scale: the lowest and the highest rating.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):
         with found.at(where):
             data = field(row, "data", dict)
-            texts = {name: field(data, name) for name in answers}
-            asked = field(data, prompt)
+            item = _Item(field(data, prompt), {name: field(data, name) for name in answers}, edits, scale)
             for annotation in row.get("annotations") or []:
                 with found.at(where):
-                    _annotation(found, where, annotation, asked, texts, edits, scale)
+                    _annotation(found, where, annotation, item)
             for prediction in row.get("predictions") or []:
                 with found.at(where):
-                    sure = _share(prediction.get("score"))
+                    more = _confidence(prediction.get("score"))
                     rater = Rater(str(prediction.get("model_version") or "prediction"), "ai")
-                    _results(found, where, prediction, asked, texts, rater, edits, scale, sure)
-    return found.found
+                    _results(found, where, prediction, item, rater, more)
+    return found.result
 
 
-def _annotation(
-    found: Collector, where: str, annotation: Any, prompt: str, texts: Mapping[str, str], edits: Collection[str],
-    scale: tuple[float, float],
-) -> None:  # fmt: skip
+def _annotation(found: Collector, where: str, annotation: Any, item: _Item) -> None:
+    """Adds the judgements of one annotation to `found`."""
     who = annotation.get("completed_by", "unknown")
     who = (who.get("email") or who.get("id")) if isinstance(who, Mapping) else who
     rater = Rater(str(who), "person")
@@ -216,14 +237,14 @@ def _annotation(
         "call": Call(latency_s=annotation.get("lead_time")),
     }
     if not annotation.get("was_cancelled"):
-        return _results(found, where, annotation, prompt, texts, rater, edits, scale, more)
-    form = Ranking if len(texts) > 1 else Rating
-    found.good.append(form(prompt=prompt, answers=tuple(texts.values()), rater=rater, status="abstained", **more))
+        return _results(found, where, annotation, item, rater, more)
+    form, answers = Ranking if len(item.answers) > 1 else Rating, tuple(item.answers.values())
+    found.good.append(form(prompt=item.prompt, answers=answers, rater=rater, status="abstained", **more))
     return None
 
 
-def _share(score: Any) -> dict[str, Any]:
-    """A score that can be a confidence, as one."""
+def _confidence(score: Any) -> dict[str, Any]:
+    """Returns a score from 0 to 1 as the field `confidence`; no field for another score."""
     return {"confidence": float(score)} if isinstance(score, (int, float)) and 0 <= score <= 1 else {}
 
 
@@ -231,12 +252,9 @@ def _unix(stamp: str | None) -> float | None:
     return None if stamp is None else datetime.datetime.fromisoformat(stamp).timestamp()
 
 
-def _results(
-    found: Collector, where: str, annotation: Any, prompt: str, texts: Mapping[str, str], rater: Rater,
-    edits: Collection[str], scale: tuple[float, float], more: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Add the judgements of one annotation or prediction."""
-    names = list(texts)
+def _results(found: Collector, where: str, annotation: Any, item: _Item, rater: Rater, more: Mapping[str, Any]) -> None:
+    """Adds the judgements of the results of one annotation or prediction to `found`."""
+    names = list(item.answers)
     spans: dict[str, list[Span]] = {}
     for result in field(annotation, "result", list):
         with found.at(where):
@@ -245,22 +263,23 @@ def _results(
             if kind == "labels":
                 label = "/".join(value.get("labels") or [])
                 span = Span(field(value, "start", int), field(value, "end", int), category=label)
-                require(span.end <= len(texts[about]), f"span {span.start} .. {span.end} does not lie in {about}")
+                require(
+                    span.end <= len(item.answers[about]), f"span {span.start} .. {span.end} does not lie in {about}"
+                )
                 spans.setdefault(about, []).append(span)
                 continue
-            read = _values(kind, value, names)
+            parsed = _values(kind, value, names)
             principle = "" if question == kind else question
             title = f"{principle}_{about}" if kind in ("rating", "textarea") else principle
-            found.good.append(_answered(prompt, texts, title or kind, read, rater, edits, scale, more))
+            found.good.append(_judgement(item, title or kind, parsed, rater, more))
     for about, marks in spans.items():
         with found.at(where):
-            found.good.append(
-                Correction(prompt=prompt, answers=(texts[about],), rater=rater, spans=tuple(marks), **more)
-            )
+            answers = (item.answers[about],)
+            found.good.append(Correction(prompt=item.prompt, answers=answers, rater=rater, spans=tuple(marks), **more))
 
 
 def _values(kind: str, value: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """A result's value as Argilla would give it."""
+    """Returns a result's value in Argilla's shape."""
     if kind == "pairwise":
         return {"left": names[0], "right": names[-1]}.get(field(value, "selected"), "tie")
     if kind == "choices":
@@ -277,29 +296,40 @@ def _values(kind: str, value: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def read_crowd_labels(
     path: Path, options: Sequence[str] = (), *, source: Source = "person", delimiter: str = ",", header: bool = True
-) -> Found:
-    """crowd-kit's labels: columns `task, worker, label`. A label is a choice among `options` (by default all labels that
-    occur, sorted): a ranking of them that puts it first; `rows.chosen` gives its index back. The prompt is the task."""
+) -> ReadResult:
+    """Reads crowd-kit's labels, with the columns `task, worker, label`.
+
+    A label becomes a ranking of the options that puts it first; `rows.chosen` returns its index. The prompt is the task.
+
+    Args:
+        path: the table.
+        options: the labels that a worker could choose from; by default all labels that occur, sorted.
+        source: the kind of judge.
+        delimiter: the character between columns.
+        header: whether the first line names the columns; else they are `worker, task, label`.
+    """
     found = Collector()
     columns = ("task", "worker", "label") if header else ("worker", "task", "label")
     rows = list(table_rows(path, found.bad, columns, delimiter=delimiter, header=header))
-    seen = tuple(options) or tuple(sorted({row["label"] for _, row in rows}))
+    labels = tuple(options) or tuple(sorted({row["label"] for _, row in rows}))
     if rows:
-        require(len(seen) >= 2, f"{path}: only the label {', '.join(seen)} occurs; give the options")
+        require(len(labels) >= 2, f"{path}: only the label {', '.join(labels)} occurs; give the options")
     for where, row in rows:
         with found.at(where):
-            found.good.append(choice(row["task"], seen, row["label"], Rater(row["worker"], source)))
-    return found.found
+            found.good.append(choice(row["task"], labels, row["label"], Rater(row["worker"], source)))
+    return found.result
 
 
-def read_crowd_pairs(path: Path, prompt: str = "", *, source: Source = "person") -> Found:
-    """crowd-kit's comparisons: columns `worker, left, right, label`, where label repeats the better one; "tie" or an empty
-    label is a tie. prompt: of all."""
+def read_crowd_pairs(path: Path, prompt: str = "", *, source: Source = "person") -> ReadResult:
+    """Reads crowd-kit's comparisons, with the columns `worker, left, right, label`.
+
+    The label repeats the better answer; "tie" or an empty label is a tie. prompt: the prompt of all comparisons.
+    """
     found = Collector()
     for where, row in table_rows(path, found.bad, ("worker", "left", "right", "label")):
         with found.at(where):
             found.good.append(_crowd_pair(row, prompt, source))
-    return found.found
+    return found.result
 
 
 def _crowd_pair(row: Mapping[str, str], prompt: str, source: Source) -> Ranking:
@@ -310,13 +340,19 @@ def _crowd_pair(row: Mapping[str, str], prompt: str, source: Source) -> Ranking:
 
 
 def write_crowd_labels(judgements: Iterable[Judgement], path: Path) -> int:
-    """Rankings with one best answer as `task, worker, label`: the task is the prompt, the label that answer's text."""
+    """Writes rankings with a single best answer as `task, worker, label`; returns the number of rows.
+
+    The task is the prompt, the label the best answer.
+    """
     rows = [(j.prompt, j.rater.name, j.answers[best]) for j in judgements if (best := chosen(j)) is not None]
     return write_table(rows, ("task", "worker", "label"), path)
 
 
 def write_crowd_pairs(judgements: Iterable[Judgement], path: Path) -> int:
-    """Every comparison that rankings make as `worker, left, right, label`; of a tie the label is "tie"."""
+    """Writes every comparison of the rankings as `worker, left, right, label`; returns the number.
+
+    The label of a tie is "tie".
+    """
     rows = []
     for j in judgements:
         if isinstance(j, Ranking) and j.answered:
@@ -329,9 +365,14 @@ def write_crowd_pairs(judgements: Iterable[Judgement], path: Path) -> int:
 # ---- get-another-label (Sheng, Provost & Ipeirotis 2008)
 
 
-def read_get_another_label(path: Path, options: Sequence[str] = (), gold: Path | None = None) -> Found:
-    """get-another-label's `worker TAB object TAB category` lines as choices among `options` (by default all categories that
-    occur, sorted); with `gold`, a file of `object TAB category`, the choices of the rater "gold" behind them."""
+def read_get_another_label(path: Path, options: Sequence[str] = (), gold: Path | None = None) -> ReadResult:
+    """Reads get-another-label's lines `worker TAB object TAB category` as choices.
+
+    Args:
+        path: the lines.
+        options: the categories to choose from; by default all that occur, sorted.
+        gold: a file of `object TAB category`, whose choices are appended with the rater "gold".
+    """
     good, bad = read_crowd_labels(path, options, delimiter="\t", header=False)
     if gold is not None and good:
         for where, row in table_rows(gold, bad, ("task", "label"), delimiter="\t", header=False):

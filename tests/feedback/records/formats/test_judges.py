@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from rlaif_jax.feedback.records.formats import judges
-from rlaif_jax.feedback.records.forms import Rater
+from rlaif_jax.feedback.records.forms import Ranking, Rater
 from tests.feedback.records.formats.verdicts import verdicts
 
 
@@ -54,13 +54,13 @@ def test_fastchat_pairs_scores_and_votes(write):
     )
     good, bad = judges.read_fastchat(path, questions, said)
     second = ("m1\n\nHuman: more\n\nAssistant: m2", "n1\n\nHuman: more\n\nAssistant: n2")
-    assert [(j.prompt, j.answers, j.status, getattr(j, "ranks", None), j.shown) for j in good] == [
+    assert [(j.prompt, j.answers, j.status, isinstance(j, Ranking) and j.ranks, j.shown) for j in good] == [
         ("ask", ("m1", "n1"), "ok", (1, 2), (0, 1)),
         ("ask", ("m1", "n1"), "ok", (2, 1), (1, 0)),
         ("ask", second, "tie", (1, 1), (0, 1)),
         ("ask", second, "unparsed", (), (1, 0)),
-        ("ask", ("m1",), "ok", None, ()),
-        ("ask", ("m1",), "unparsed", None, ()),
+        ("ask", ("m1",), "ok", False, ()),
+        ("ask", ("m1",), "unparsed", False, ()),
         ("ask", second, "ok", (2, 1), ()),
         ("ask", second, "tie", (1, 1), ()),
     ]

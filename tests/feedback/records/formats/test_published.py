@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from rlaif_jax.feedback.records.formats import judges, pairs, texts, tools
-from rlaif_jax.feedback.records.formats.rows import Found, chosen
-from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rating, from_json, to_json
+from rlaif_jax.feedback.records.formats.rows import ReadResult, chosen
+from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rating, to_json
+from rlaif_jax.feedback.records.parsing import from_json
 
 Data = Callable[[str], Path]
 
@@ -23,7 +24,7 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def forms(found: Found) -> dict[tuple[str, str], int]:
+def forms(found: ReadResult) -> dict[tuple[str, str], int]:
     """Records by form and status, after a round through JSON; there are no messages."""
     good, bad = found
     assert bad == []

@@ -77,7 +77,7 @@ def test_choice_and_chosen():
     assert rows.chosen(rows.pair("p", ("a", "b"), None, ANNA)) is None
     assert rows.chosen(rows.unscored_pair("p", ("a", "b"), ANNA)) is None
     assert rows.chosen(Ranking(prompt="p", answers=("a", "b", "c"), rater=ANNA, ranks=(2, None, 1))) == 2
-    with pytest.raises(UserError, match="'maybe' is none of no, yes"):
+    with pytest.raises(UserError, match="'maybe' is not among no, yes"):
         rows.choice("task", ("no", "yes"), "maybe", ANNA)
 
 

@@ -133,7 +133,7 @@ def test_crowd_kit_labels_and_pairs(write, tmp_path):
     assert good[0].answers == ("cat", "dog") and bad == [f"{path}:4: 2 columns; the 3 are task, worker, label"]
     assert tools.write_crowd_labels(good, tmp_path / "again.csv") == 3
     assert tools.read_crowd_labels(tmp_path / "again.csv") == (good, [])
-    assert tools.read_crowd_labels(path, ("dog", "bird"))[1][1] == f"{path}:2: the label 'cat' is none of dog, bird"
+    assert tools.read_crowd_labels(path, ("dog", "bird"))[1][1] == f"{path}:2: the label 'cat' is not among dog, bird"
     with pytest.raises(UserError, match="only the label a occurs; give the options"):
         tools.read_crowd_labels(write("one.csv", "task,worker,label", "t,w,a"))
 
@@ -156,4 +156,4 @@ def test_get_another_label(write):
     assert [(j.prompt, j.rater.name, rows.chosen(j)) for j in good] == [
         ("t1", "w1", 0), ("t1", "w2", 1), ("t2", "w2", 1), ("t1", "gold", 1)
     ]  # fmt: skip
-    assert bad == [f"{gold}:2: the label '2' is none of 0, 1"]
+    assert bad == [f"{gold}:2: the label '2' is not among 0, 1"]

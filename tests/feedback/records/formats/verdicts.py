@@ -8,7 +8,7 @@ from rlaif_jax.feedback.records.formats import rows
 from rlaif_jax.feedback.records.forms import Ranking
 
 
-def verdicts(found: rows.Found) -> list[tuple[Any, ...]]:
+def verdicts(found: rows.ReadResult) -> list[tuple[Any, ...]]:
     """(prompt, answers, ranks, status) of rankings, without messages."""
     good, bad = found
     assert bad == []

@@ -1,4 +1,4 @@
-"""The page without a browser: start it in a process of its own, answer its tasks by a function. Standard library only."""
+"""Simulated annotators: start the annotation page and answer its tasks by functions, over HTTP."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlaif_jax.config import UserError
-from rlaif_jax.ui.tokens import csrf_token
 
 AnswerFunction = Callable[[Mapping[str, Any]], "Mapping[str, Any] | str"]
 """From a task as the page shows it (kind, prompt, principle, answers in the order shown, low, high, labels) to what a
-person would send: {"choice": "first" | "second" | "tie" | "both_bad", "margin": 1..5} of a comparison, {"order": [[place],
-...]} of a ranking, {"value": n} of a rating, {"edited": text, "spans": [...]} of an edit, {"text": ..., "aspects": [...]}
-of a comment. A plain string skips the task for that reason."""
+person would send: {"choice": "first" | "second" | "tie" | "both_bad", "margin": 1..5} for a comparison, {"order": [[place],
+...]} for a ranking, {"value": n} for a rating, {"edited": text, "spans": [...]} for an edit, {"text": ..., "aspects":
+[...]} for a comment. A plain string skips the task for that reason."""
 
 
-class Page(NamedTuple):
-    """A running page. urls: rater -> address with the token, as printed."""
+class RunningPage(NamedTuple):
+    """A running page.
+
+    Attributes:
+        process: the server.
+        urls: rater -> the rater's address with the token.
+    """
 
     process: subprocess.Popen[str]
     urls: dict[str, str]
@@ -37,15 +42,22 @@ class Page(NamedTuple):
 @contextmanager
 def running_page(
     store: Path, raters: Sequence[str] = ("rater",), *arguments: str, timeout_s: float = 60.0
-) -> Iterator[Page]:
-    """Start the page on a free port in a process of its own, and end it afterwards.
+) -> Iterator[RunningPage]:
+    """Runs the page on a free port in another process while the block runs.
 
-    arguments: further ones of `annotate`, as on the command line ("--overlap", "2"). UserError if it does not come up.
+    Args:
+        store: the feedback store.
+        raters: the names of the raters.
+        arguments: further options of `python -m rlaif_jax annotate`, such as "--overlap", "2".
+        timeout_s: seconds to wait for the page.
+
+    Raises:
+        UserError: the page does not start in time.
     """
-    command = [sys.executable, "-m", "rlaif_jax.ui.annotate", "--store", str(store), "--raters", *raters, *arguments]
+    command = [sys.executable, "-m", "rlaif_jax", "annotate", "--store", str(store), "--raters", *raters, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        yield Page(process, _printed_urls(process, raters, timeout_s))
+        yield RunningPage(process, _printed_urls(process, raters, timeout_s))
     finally:
         process.terminate()
         try:
@@ -68,7 +80,7 @@ def _printed_urls(process: subprocess.Popen[str], raters: Sequence[str], timeout
             line = process.stdout.readline()
             if not line:
                 late = f" within {timeout_s:g} s" if time.monotonic() - started >= timeout_s else ""
-                raise UserError(f"the page did not start{late} (exit code {process.poll()}); what it printed tells why")
+                raise UserError(f"the page did not start{late} (exit code {process.poll()}); its output says why")
             name, separator, url = line.strip().partition(": http")
             if separator and name in raters:
                 urls[name] = "http" + url
@@ -79,23 +91,37 @@ def _printed_urls(process: subprocess.Popen[str], raters: Sequence[str], timeout
 
 @dataclasses.dataclass(frozen=True)
 class PageClient:
-    """One rater's side of the page's HTTP interface. url: the address as printed, with its token."""
+    """A client of the page for one rater.
+
+    Attributes:
+        url: the rater's address, with the token.
+        retries: how often a request that fails on the way is sent again.
+    """
 
     url: str
     retries: int = 3
 
     @property
     def base(self) -> str:
-        """Scheme, host and port."""
+        """Scheme, host and port of the page."""
         return self.url.split("/?")[0].rstrip("/")
 
+    @cached_property
+    def _csrf(self) -> str:
+        return self.call("/api/me")["csrf"]
+
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """GET `path`, or POST `body` to it; the JSON answer. A post that fails on the way is sent again as it is: with its
-        request id it counts once. UserError with the page's own words when it refuses."""
+        """Sends GET `path`, or POST with `body`, and returns the decoded JSON reply.
+
+        A post that fails on the way is sent again unchanged: because of its request id it counts once.
+
+        Raises:
+            UserError: the page refuses (the message has its words) or does not answer.
+        """
         token = self.url.partition("token=")[2]
         headers = {"Authorization": f"Bearer {token}", "Origin": self.base}
         if body is not None:
-            headers |= {"Content-Type": "application/json", "X-CSRF-Token": csrf_token(token)}
+            headers |= {"Content-Type": "application/json", "X-CSRF-Token": self._csrf}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.base + path, data, headers)
         for attempt in range(self.retries + 1):
@@ -106,8 +132,8 @@ class PageClient:
                         return json.load(response)
                 except urllib.error.HTTPError as error:
                     with error:
-                        words = error.read().decode(errors="replace").strip()
-                    raise UserError(f"{path}: {error.code} {words}") from error
+                        reason = error.read().decode(errors="replace").strip()
+                    raise UserError(f"{path}: {error.code} {reason}") from error
             except (OSError, http.client.HTTPException) as error:  # the latter when an answer breaks off
                 if attempt == self.retries:
                     raise UserError(f"{self.base} does not answer ({error})") from error
@@ -115,16 +141,18 @@ class PageClient:
         raise AssertionError
 
     def next(self) -> dict[str, Any] | None:
-        """The next task, leased; None when there is none for now."""
+        """Leases the next task and returns it; None where nothing is open for now."""
         return self.call("/api/next", {})["task"]
 
     def answer(self, task: Mapping[str, Any], answer: Mapping[str, Any] | str, seconds: float = 0.0) -> dict[str, Any]:
-        """Send an answer, or a skip with its reason; returns once it is on disk."""
-        said = {"skip": answer} if isinstance(answer, str) else {"payload": dict(answer)}
-        return self.call("/api/answer", {"request": uuid.uuid4().hex, "task": task["id"], "seconds": seconds, **said})
+        """Sends an answer, or a skip with its reason; returns the reply once the answer is on disk."""
+        content = {"skip": answer} if isinstance(answer, str) else {"payload": dict(answer)}
+        return self.call(
+            "/api/answer", {"request": uuid.uuid4().hex, "task": task["id"], "seconds": seconds, **content}
+        )
 
     def undo(self) -> dict[str, Any]:
-        """Take the last answer back."""
+        """Withdraws the last answer."""
         return self.call("/api/undo", {"request": uuid.uuid4().hex})
 
 
@@ -135,13 +163,21 @@ def answer_through_page(
     check: Sequence[int] = (1, 2),
     most: int | None = None,
     wait_s: float = 0.0,
-    over: Callable[[], bool] = lambda: False,
+    done: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Answer a rater's tasks by a function over HTTP, as a simulated annotator does; the number answered.
+    """Answers a rater's tasks by a function over HTTP; returns the number of answers.
 
-    url: the rater's address. check: answers to the check's questions (default: of the built-in ones). most: stop after
-    that many. wait_s: how long to look for new tasks before giving up; a training run puts them step by step. over: asked
-    before every look; True ends it at once (an Event's `is_set` where this runs in a thread beside the training).
+    Args:
+        url: the rater's address, with the token.
+        answer: makes the answer to a task.
+        check: the answers to the check's questions; by default those of the built-in check.
+        most: the largest number of answers; None for all.
+        wait_s: seconds to wait for new tasks; a training run puts them step by step.
+        done: asked before every look for a task; True ends the work at once (such as `is_set` of an Event, where this
+            runs in a thread).
+
+    Raises:
+        UserError: the page refuses an answer or does not reply, or the check is not passed.
     """
     client, count, idle, pause = PageClient(url), 0, time.monotonic(), 0.0
     me = client.call("/api/me")
@@ -149,7 +185,7 @@ def answer_through_page(
         marked = client.call("/api/check", {"answers": list(check)})
         if not marked["passed"]:
             raise UserError(f"the check was not passed: {marked['wrong']}")
-    while not over() and (most is None or count < most):
+    while not done() and (most is None or count < most):
         task = client.next()
         if task is None:
             if time.monotonic() - idle >= wait_s:

@@ -1,0 +1,62 @@
+"""The conversations of raters with a model, kept in the file of the tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from rlaif_jax.feedback.records.sqlite import Database
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS page_turn (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, task TEXT NOT NULL, rater TEXT NOT NULL, request TEXT NOT NULL,
+    message TEXT NOT NULL, reply TEXT, UNIQUE (rater, request));
+"""
+
+
+class Turn(NamedTuple):
+    """One exchange of a chat; reply is None until the model has answered."""
+
+    message: str
+    reply: str | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chats:
+    """The conversations in a `TaskQueue`'s file."""
+
+    database: Database
+
+    def turns(self, task: str, rater: str) -> list[Turn]:
+        """Returns the rater's conversation about the task with this id, oldest turn first."""
+        rows = self.database.rows(
+            "SELECT message, reply FROM page_turn WHERE task = ? AND rater = ? ORDER BY sequence", (task, rater)
+        )
+        return [Turn(*row) for row in rows]
+
+    def say(self, task: str, rater: str, request: str, message: str) -> None:
+        """Stores a message of the rater to the model; the same request twice is stored once.
+
+        Args:
+            task: the id of the chat task.
+            rater: the rater's name.
+            request: the id that the sender made for this message.
+            message: the text.
+        """
+        with self.database.write() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO page_turn (task, rater, request, message) VALUES (?, ?, ?, ?)",
+                (task, rater, request, message),
+            )
+
+    def reply(self, rater: str, request: str, reply: str) -> None:
+        """Stores the model's reply to a request; the first reply stays.
+
+        A lone surrogate, which SQLite cannot hold, becomes a question mark.
+        """
+        reply = reply.encode(errors="replace").decode()
+        with self.database.write() as db:
+            db.execute(
+                "UPDATE page_turn SET reply = ? WHERE rater = ? AND request = ? AND reply IS NULL",
+                (reply, rater, request),
+            )

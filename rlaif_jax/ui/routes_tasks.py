@@ -1,0 +1,67 @@
+"""The routes of a rater's work: the check, tasks, answers, undo and chats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+
+from rlaif_jax.config import UserError
+from rlaif_jax.ui.service import AnnotationService
+
+
+def add_task_routes(app: FastAPI, service: AnnotationService) -> None:
+    """Adds the routes of a rater's work to the application."""
+
+    @app.get("/api/me")
+    async def me(request: Request) -> Any:
+        return service.me(request.state.rater) | {"csrf": request.state.csrf}
+
+    @app.post("/api/check")
+    async def check(request: Request) -> Any:
+        return service.check(request.state.rater, (await json_body(request)).get("answers"))
+
+    @app.post("/api/next")
+    async def next_task(request: Request) -> Any:
+        await json_body(request)
+        return service.next(request.state.rater)
+
+    @app.post("/api/answer")
+    async def answer(request: Request) -> Any:
+        body = await json_body(request)
+        return service.answer(request.state.rater, request_id(body), body)
+
+    @app.post("/api/undo")
+    async def undo(request: Request) -> Any:
+        body = await json_body(request)
+        return service.undo(request.state.rater, request_id(body), body)
+
+    @app.post("/api/say")
+    async def say(request: Request) -> Any:
+        body = await json_body(request)
+        return await service.say(request.state.rater, request_id(body), body)
+
+
+async def json_body(request: Request) -> dict[str, Any]:
+    """Returns the body of a post, which must be a JSON object. Raises UserError where it is not."""
+
+    def refuse_constant(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        body = json.loads(await request.body(), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the post is no valid JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise UserError("the post must be a JSON object")
+    return body
+
+
+def request_id(body: Mapping[str, Any]) -> str:
+    """Returns the id that the sender made for a post. Raises UserError where it is unusable."""
+    identifier = body.get("request")
+    if not isinstance(identifier, str) or not 8 <= len(identifier) <= 80 or not identifier.isascii():
+        raise UserError("request must be an id of 8 to 80 ASCII characters that the sender makes")
+    return identifier

@@ -1,0 +1,32 @@
+"""Agreement among the raters of the annotation page: by hand."""
+
+import pytest
+
+from rlaif_jax.feedback.people.kinds import COMMENT, COMPARE, RATE
+from rlaif_jax.feedback.people.queue import Post
+from rlaif_jax.feedback.records.forms import Comment, Ranking, Rater, Rating
+from rlaif_jax.quality.annotators import annotator_agreement
+
+
+def post(rater, task, record, **fields):
+    answers = ("a", "b") if record is Ranking else ("a",)
+    made = record(prompt="p", answers=answers, rater=Rater(rater, "person"), **fields)
+    return Post(rater, "answer", task, {}, (made,), 1.0, False)
+
+
+def test_each_kind_that_two_raters_share_has_a_row():
+    kinds = {"c1": COMPARE, "c2": COMPARE, "r1": RATE, "s1": COMMENT}
+    posts = [
+        post("anna", "c1", Ranking, ranks=(1, 2)),
+        post("ben", "c1", Ranking, ranks=(1, 2)),
+        post("anna", "c2", Ranking, ranks=(1, 2)),
+        post("ben", "c2", Ranking, ranks=(2, 1)),
+        post("anna", "r1", Rating, value=3.0),  # by one rater alone
+        post("anna", "s1", Comment, text="x"),
+        post("ben", "s1", Comment, text="x"),
+        post("ben", "unknown", Comment, text="x"),
+    ]
+    (row,) = annotator_agreement(posts, kinds)
+    assert (row["kind"], row["units"], row["same"]) == ("compare", 2, 0.5)
+    # Three "first" and one "second": observed disagreement 1/2, expected 2 * 3 * 1 / (4 * 3) = 1/2.
+    assert row["alpha"] == pytest.approx(0.0)

@@ -1,0 +1,147 @@
+"""Who is let in, and what a post needs."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
+pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
+
+from rlaif_jax.recipes.crowd import running_page
+from rlaif_jax.ui.tokens import csrf_token
+from tests.ui.page_requests import post_headers, raw, token_of
+
+
+def empty_app(**more):
+    from rlaif_jax.ui.server import create_app
+
+    class Nothing:
+        store = type("S", (), {"path": Path("x")})
+
+    return create_app(Nothing(), {}, instructions="", **more)
+
+
+def routes():
+    from fastapi.routing import APIRoute
+
+    app = empty_app()
+    return [(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods]
+
+
+ROUTES = routes()
+
+
+OTHERS = [
+    ("GET", "/static/work.js"),
+    ("GET", "/static/page.css"),
+    ("GET", "/nothing"),
+    ("GET", "/docs"),
+    ("GET", "/openapi.json"),
+]
+
+
+def test_without_a_token_nothing_is_served(page):
+    _, urls = page
+    assert len(ROUTES) == 14
+    for method, path in ROUTES + OTHERS:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "annotate_x=wrong"}):
+            status, sent, text = raw(
+                urls["anna"], path, method=method, body=b"{}" if method == "POST" else None, **headers
+            )
+            assert status == 401, (method, path, status)
+            assert "token" in text and "anna" not in text and "set-cookie" not in sent
+    assert raw(urls["anna"], "/?token=wrong")[0] == 401
+    assert raw(urls["anna"], "/progress?token=" + token_of(urls["anna"]))[0] == 401  # only the door takes it
+
+
+def test_under_another_name_nothing_is_served(page):
+    _, urls = page
+    token = token_of(urls["anna"])
+    assert raw(urls["anna"], "/api/me", Authorization=f"Bearer {token}")[0] == 200
+    assert raw(urls["anna"], "/api/me", Authorization=f"Bearer {token}", Host="evil.example")[0] == 403
+
+
+def test_it_is_reached_under_the_name_of_its_host_in_any_case():
+    def status(app, name):
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": b""}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": [(b"host", name)]}
+        asyncio.run(app(scope, receive, send))
+        return sent[0]["status"]
+
+    app = empty_app(host="MyBox.example")
+    assert [status(app, name) for name in (b"mybox.example:80", b"MYBOX.example", b"localhost")] == [401] * 3
+    assert status(app, b"example") == 403
+
+
+def test_a_page_on_the_network_says_under_which_names_it_is_reached(tmp_path, capfd):
+    with running_page(tmp_path / "f.sqlite", ("anna",), "--host", "0.0.0.0") as running:
+        base = running.urls["anna"].replace("0.0.0.0", "127.0.0.1")
+        status, _, text = raw(base, "/", Host="mybox")
+    assert status == 403 and "--host NAME" in text
+    assert (
+        "these names only: 127.0.0.1, localhost, ::1, 0.0.0.0; under another with --host NAME" in capfd.readouterr().err
+    )
+
+
+def test_the_door_takes_the_token_out_of_the_address(page):
+    _, urls = page
+    status, headers, text = raw(urls["anna"], "/?" + urls["anna"].partition("?")[2])
+    cookie = headers["set-cookie"]
+    assert status == 200 and "url=/" in text and "token" not in text
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+    status, headers, text = raw(urls["anna"], "/", Cookie=cookie.split(";")[0])
+    assert status == 200 and "Instructions" in text
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy and "form-action 'none'" in policy
+    assert headers["referrer-policy"] == "same-origin" and headers["cache-control"] == "no-store"
+    assert "<script>" not in text and 'style="' not in text and "http://" not in text and "https://" not in text
+
+
+@pytest.mark.parametrize(
+    "change, status",
+    [
+        ({}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": None}, 403),
+        ({"X-CSRF-Token": None}, 403),
+        ({"X-CSRF-Token": "0" * 64}, 403),
+        ({"X-CSRF-Token": "é"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Origin": "http://[::1"}, 403),
+        ({"Host": "[::1"}, 403),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),  # a name that was pointed at this machine
+        ({"Host": "localhost:8888", "Origin": "http://localhost:8888"}, 200),  # through a tunnel
+    ],
+)
+def test_posts_from_elsewhere_are_refused(fresh, change, status):
+    _, urls = fresh
+    headers = post_headers(urls["anna"], **change)
+    for path in [path for method, path in ROUTES if method == "POST"] if status != 200 else ["/api/next"]:
+        found = raw(urls["anna"], path, method="POST", body=b"{}", **headers)
+        assert found[0] == status, (path, found)
+
+
+def test_the_csrf_token_of_another_rater_is_of_no_use(fresh):
+    _, urls = fresh
+    headers = post_headers(urls["anna"], **{"X-CSRF-Token": csrf_token(token_of(urls["ben"]))})
+    assert raw(urls["anna"], "/api/next", method="POST", body=b"{}", **headers)[0] == 403
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"task": NaN}', b'{"request": "short", "task": "x"}', b"[" * 100_000])
+def test_bad_posts_are_answered_with_what_is_wrong(fresh, body):
+    _, urls = fresh
+    status, _, text = raw(urls["anna"], "/api/answer", method="POST", body=body, **post_headers(urls["anna"]))
+    assert status == 400 and json.loads(text)["error"]
