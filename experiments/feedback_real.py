@@ -50,7 +50,8 @@ from rlaif_jax.quality.values import sum_by_group
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import edit_reward, levenshtein
 from rlaif_jax.rewards.raters import dawid_skene, hierarchical_dawid_skene, majority_vote
-from rlaif_jax.rewards.ratings import fit_gaussian, raw_mean, z_score_mean
+from rlaif_jax.rewards.rating_models import fit_gaussian
+from rlaif_jax.rewards.ratings import raw_mean, z_score_mean
 from rlaif_jax.run import command_line
 
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from rlaif_jax.parallel import psum
-from rlaif_jax.rewards.ratings import Utilities, as_float, group_sum, minimise
+from rlaif_jax.rewards.optimise import lbfgs
+from rlaif_jax.rewards.ratings import Utilities, as_float, group_sum
 
 _SMALLEST = 1e-10  # of a count, as in crowd-kit: keeps logarithms finite
 
@@ -317,7 +318,7 @@ def crowd_bt(
         jnp.sqrt(total / (shown / 4 + utility_std**-2)),
         jnp.sqrt(total / ((seen + right + wrong) / 4)),
     )
-    (utility, logit), steps, gradient = minimise(objective, start, scale, max_steps=max_steps)
+    (utility, logit), steps, gradient = lbfgs(objective, start, scale, max_steps=max_steps)
     valid = shown > 0
     # At the maximum the utilities have mean 0; the optimiser is slowest along that direction, so make it exact.
     utility -= jnp.sum(jnp.where(valid, utility, 0.0)) / jnp.maximum(valid.sum(), 1)

@@ -243,7 +243,7 @@ def test_crowd_bts_objective_and_gradient_agree(monkeypatch):
         calls.append((objective, start))
         return start, jnp.int32(0), jnp.zeros(())
 
-    monkeypatch.setattr(raters, "minimise", spy)
+    monkeypatch.setattr(raters, "lbfgs", spy)
     with jax.enable_x64(True):
         first, second, worker, wins, *_ = comparisons(items=6, count=40)
         crowd_bt(first, second, worker, wins.astype(float), num_items=6, num_workers=20)
