@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlaif_jax.parallel import masked_mean, masked_whiten
+from rlaif_jax.parallel import masked_mean
 from rlaif_jax.types import RewardBatch
 
 
@@ -85,20 +84,6 @@ def sequence_rewards(
     return RewardBatch(score=reward.astype(jnp.float32), valid=valid, token_rewards=dense)
 
 
-def whiten(scores: jax.Array, valid: jax.Array, axis_name: str | None = None, *, shift_mean: bool = True) -> Masked:
-    """(score - mean) / std over the valid scores [...] of all devices; the mean added back with shift_mean=False.
-
-    The statistics are global sums over a global count, never a mean of the devices' means. Scores that do not differ
-    become 0.
-    """
-    scores, valid = masked(scores, valid)
-    mean = masked_mean(scores, valid, axis_name)
-    # What is left of equal scores is rounding: whitened it would be a difference blown up.
-    offset = jnp.where(jnp.abs(scores - mean) <= 1e-6 * jnp.abs(mean), 0.0, scores - mean)
-    white = masked_whiten(offset, valid, axis_name)
-    return Masked(jnp.where(valid, white if shift_mean else white + mean, 0.0), valid)
-
-
 def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked:
     """Scores [...] held between `low` and `high`."""
     scores, valid = masked(scores, valid)
@@ -106,17 +91,6 @@ def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked
 
 
 # ---- Penalise
-
-
-def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array, coef: jax.Array | float) -> jax.Array:
-    """Dense rewards [B, T]: -coef (logp_t - ref_logp_t) per token in nats, clamped to +-20 (Stiennon 2020, section 3.4).
-
-    PPO subtracts this itself (`kl_coef`); this is for other algorithms and for a second reference: not for both at once.
-    """
-    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
-    mask = mask.astype(bool)
-    log_ratio = jnp.where(mask, logprobs, 0).astype(jnp.float32) - jnp.where(mask, ref_logprobs, 0).astype(jnp.float32)
-    return -coef * jnp.clip(log_ratio, -20.0, 20.0)
 
 
 def length_penalty(
