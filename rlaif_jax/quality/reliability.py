@@ -15,7 +15,8 @@ from scipy.special import expit, logit
 from rlaif_jax.quality.clusters import PREFERENCE, SOURCES, EstimateFields, VoteShares, missing_estimate, rater_fields
 from rlaif_jax.quality.values import Floats
 from rlaif_jax.quality.votes import Votes
-from rlaif_jax.rewards.raters import crowd_bt, hierarchical_dawid_skene
+from rlaif_jax.rewards.crowd_bt import crowd_bt
+from rlaif_jax.rewards.raters import hierarchical_dawid_skene
 
 MIN_SHARED = 10
 """With fewer pairs that two raters judged, no model is fitted."""

@@ -13,6 +13,9 @@ from jax.flatten_util import ravel_pytree
 ValueAndGrad = Callable[[Any], tuple[jax.Array, Any]]
 Damping = Callable[[jax.Array, jax.Array], jax.Array]
 """(x, full step) -> the step to take."""
+_Search = tuple[
+    jax.Array, jax.Array, jax.Array, jax.Array
+]  # x [D], steps [], size of the last one [], curvature [D, D]
 
 
 def newton_step(curvature: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -46,17 +49,17 @@ def newton(
         (x [D], curvature [D, D] at the last step).
     """
 
-    def iterate(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def iterate(state: _Search) -> _Search:
         x, count, _, _ = state
         matrix = curvature(x)
         full = newton_step(matrix, gradient(x))
         return x + damping(x, full), count + 1, jnp.max(jnp.abs(full)), matrix
 
-    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+    def unfinished(state: _Search) -> jax.Array:
         x, count, size, _ = state
         return (size > tolerance * (1 + jnp.max(jnp.abs(x)))) & (count < max_steps)
 
-    first = (start, jnp.int32(0), jnp.asarray(jnp.inf, start.dtype), jnp.eye(len(start), dtype=start.dtype))
+    first: _Search = (start, jnp.int32(0), jnp.asarray(jnp.inf, start.dtype), jnp.eye(len(start), dtype=start.dtype))
     x, _, _, matrix = jax.lax.while_loop(unfinished, iterate, first)
     return x, matrix
 

@@ -117,6 +117,7 @@ class _OrdinalModel:
     Attributes:
         ratings: the ratings; weight 0 where the category is missing.
         category: [N] int32, 0 where missing.
+        valid: [I] bool, whether the item has a rating.
         total: [], weight of all ratings on all devices.
         cuts: [C - 1], thresholds that would give the observed shares of the categories.
         spread: prior of the raters' parameters.
@@ -127,6 +128,7 @@ class _OrdinalModel:
 
     ratings: RatingRows
     category: jax.Array
+    valid: jax.Array
     total: jax.Array
     cuts: jax.Array
     spread: RaterSpread
@@ -185,7 +187,7 @@ class _OrdinalModel:
         evidence = jax.nn.logsumexp(joint, axis=1)
         return evidence, jnp.exp(joint - evidence[:, None])
 
-    def objective(self, valid: jax.Array, nodes: jax.Array, step: jax.Array) -> ValueAndGrad:
+    def objective(self, nodes: jax.Array, step: jax.Array) -> ValueAndGrad:
         """Returns the function params -> (negative log posterior in nats a rating, gradient) on fixed nodes."""
 
         def value_and_grad(params: Params) -> tuple[jax.Array, Params]:
@@ -194,10 +196,29 @@ class _OrdinalModel:
             # Fisher's identity: the gradient of the log evidence is the posterior mean of the gradient.
             gradient = jax.grad(lambda p: -jnp.sum(share * self.log_probs(p, nodes)) / self.total)(params)
             value, own = jax.value_and_grad(self.prior)(params)
-            loss = -jnp.sum(jnp.where(valid, evidence, 0.0)) / self.total
+            loss = -jnp.sum(jnp.where(self.valid, evidence, 0.0)) / self.total
             return loss + value, optax.tree.add(psum(gradient, self.axis_name), own)
 
         return value_and_grad
+
+
+def _ordinal_model(
+    ratings: RatingRows,
+    num_categories: int,
+    spread: RaterSpread,
+    num_raters: int,
+    num_items: int,
+    axis_name: str | None,
+) -> _OrdinalModel:
+    """Returns the model of ratings whose values are categories; a value that is no category is missing."""
+    present = (ratings.weight > 0) & (ratings.value >= 0) & (ratings.value < num_categories)
+    ratings = ratings._replace(weight=jnp.where(present, ratings.weight, 0.0))
+    category = jnp.where(present, ratings.value, 0).astype(jnp.int32)
+    valid = group_sum(ratings.weight, ratings.item, num_items, axis_name) > 0
+    total = jnp.maximum(psum(ratings.weight.sum(), axis_name), 1.0)
+    cumulative = jnp.cumsum(group_sum(ratings.weight, category, num_categories, axis_name) + 0.5)
+    cuts = jax.scipy.special.logit(cumulative[:-1] / cumulative[-1])
+    return _OrdinalModel(ratings, category, valid, total, cuts, spread, num_raters, num_items, axis_name)
 
 
 def fit_ordinal(
@@ -242,16 +263,9 @@ def fit_ordinal(
         axis_name: the ratings are split over the devices of this pmap axis; all get the same model.
     """
     ratings = rating_rows(item, rater, category, weight)
-    present = (ratings.weight > 0) & (ratings.value >= 0) & (ratings.value < num_categories)
-    ratings = ratings._replace(weight=jnp.where(present, ratings.weight, 0.0))
-    index = jnp.where(present, ratings.value, 0).astype(jnp.int32)
-    total = jnp.maximum(psum(ratings.weight.sum(), axis_name), 1.0)
-    cumulative = jnp.cumsum(group_sum(ratings.weight, index, num_categories, axis_name) + 0.5)
-    cuts = jax.scipy.special.logit(cumulative[:-1] / cumulative[-1])
     spread = RaterSpread(bias_std, scale_std, noise_std)
-    model = _OrdinalModel(ratings, index, total, cuts, spread, num_raters, num_items, axis_name)
+    model = _ordinal_model(ratings, num_categories, spread, num_raters, num_items, axis_name)
     dtype = ratings.value.dtype
-    valid = group_sum(ratings.weight, ratings.item, num_items, axis_name) > 0
     typical = model.typical_change()
     grid = jnp.linspace(-6.0, 6.0, num_nodes).astype(dtype)
 
@@ -260,7 +274,7 @@ def fit_ordinal(
 
     def fit_round(_: Any, carry: Any) -> Any:
         params, mean, std, steps, _ = carry
-        objective = model.objective(valid, *quadrature(mean, std))
+        objective = model.objective(*quadrature(mean, std))
         params, more, gradient = lbfgs(objective, params, typical, max_steps=max_steps)
 
         def refine(_: Any, moments: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -275,18 +289,10 @@ def fit_ordinal(
     params, mean, std, steps, gradient = jax.lax.fori_loop(0, 2, fit_round, carry)
     evidence, _ = model.posterior(params, *quadrature(mean, std))
     bias, scale, noise, thresholds = model.raters(params)
-    return RatingModel(
-        items=_items(mean, std, valid),
-        rater_bias=bias,
-        rater_scale=scale,
-        rater_noise=noise,
-        thresholds=thresholds,
-        centre=jnp.zeros((), dtype),
-        unit=jnp.ones((), dtype),
-        log_likelihood=jnp.sum(jnp.where(valid, evidence, 0.0)),
-        steps=steps,
-        gradient=gradient,
-    )
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    likelihood = jnp.sum(jnp.where(model.valid, evidence, 0.0))
+    items = _items(mean, std, model.valid)
+    return RatingModel(items, bias, scale, noise, thresholds, zero, one, likelihood, steps, gradient)
 
 
 def _moments(weights: jax.Array, nodes: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scipy.integrate import quad
 from scipy.stats import norm, spearmanr
 
 from rlaif_jax.rewards import rating_models
 from rlaif_jax.rewards.rating_models import bin_values, fit_gaussian, fit_ordinal, ordinal_log_prob
 from rlaif_jax.rewards.ratings import raw_mean, z_score_mean
+from tests.rewards.everywhere import fit_agrees_everywhere
 from tests.rewards.planted_ratings import categories, continuous
 
 pytestmark = pytest.mark.slow  # as a whole: many programs to compile
@@ -244,22 +244,10 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_device_vmap_pmap_and_eight_shards_agree(method):
-    fit = METHODS[method]
     data = [categories(seed, items=12, raters=4, count=64)[:3] for seed in (0, 1)]
     with jax.enable_x64(True):
-        data = [(item, rater, value.astype(float)) for item, rater, value in data]
-        alone = jax.jit(fit)(*data[0])
-        mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-        shard = NamedSharding(mesh, PartitionSpec("data"))
-        sharded = jax.jit(fit)(*(jax.device_put(x, shard) for x in data[0]))
-        parts = [x.reshape(8, -1) for x in data[0]]
-        pmapped = jax.pmap(partial(fit, axis_name="d"), axis_name="d", out_axes=None)(*parts)
-        batched = jax.jit(jax.vmap(fit))(*(np.stack(x) for x in zip(*data)))
-        first = jax.tree.map(lambda x: x[0], batched)
-        for a, *others in zip(*(jax.tree.leaves(x) for x in (alone, sharded, pmapped, first))):
-            for b in others:
-                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
-        assert any((x[0] != x[1]).any() for x in jax.tree.leaves(batched)), "each problem of a batch is its own"
+        problems = [(item, rater, value.astype(float)) for item, rater, value in data]
+        fit_agrees_everywhere(METHODS[method], problems, rtol=1e-6, atol=1e-8)
 
 
 def mlqe(path):
