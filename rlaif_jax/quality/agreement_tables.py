@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,21 +40,13 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap)
         longer = np.array([1.0, 0, 0]) if pair.longer > 0 else np.array([0, 0, 1.0])
         longer = longer if pair.longer else np.array([0.5, 0, 0.5])
         for one, two in itertools.combinations(sort_by_source(votes, by_rater), 2):
-            row = [*np.outer(by_rater[one], by_rater[two]).ravel(), longer @ by_rater[two], *first_shown(index, two)]
-            groups.add(("raters", one, two), pair.cluster, row)
-            sources = votes.raters[one][1], votes.raters[two][1]
-            if sources[0] == sources[1]:  # neither is the rows': count both ways
-                back = [
-                    *np.outer(by_rater[two], by_rater[one]).ravel(),
-                    longer @ by_rater[one],
-                    *first_shown(index, one),
-                ]
-                row = list((np.array(row) + back) / 2)
-            groups.add(("sources", *sources), pair.cluster, row)
-        for source in (*SOURCES, "all"):
-            given = [vote for rater, vote in by_rater.items() if source in ("all", votes.raters[rater][1])]
-            if len(given) >= 2:
-                alpha.add(source, pair.cluster, stats.coincidences(np.stack(given)))
+            row, swapped = (
+                np.array([*np.outer(by_rater[a], by_rater[b]).ravel(), longer @ by_rater[b], *first_shown(index, b)])
+                for a, b in ((one, two), (two, one))
+            )
+            _add_rater_pair(groups, votes, (one, two), pair.cluster, row, swapped)
+        for source, given in _shared_values(votes, by_rater):
+            alpha.add(source, pair.cluster, stats.coincidences(np.stack(given)))
 
     def described(key: Any) -> dict[str, Any]:
         sums = groups.sums(key)
@@ -68,6 +60,24 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap)
         }
 
     return _agreement_rows(groups, described) | {"alpha": _alphas(alpha, bootstrap, np.arange(3.0))}
+
+
+def _add_rater_pair(
+    groups: GroupedRows, votes: Votes, raters: tuple[int, int], cluster: int, row: Floats, swapped: Floats
+) -> None:
+    """Adds the row of two raters under their names and under their sources; `swapped` is the row of the two in turn."""
+    groups.add(("raters", *raters), cluster, row)
+    first, second = (votes.raters[rater][1] for rater in raters)
+    # Within one source neither rater is the rows': count both ways.
+    groups.add(("sources", first, second), cluster, (row + swapped) / 2 if first == second else row)
+
+
+def _shared_values(votes: Votes, by_rater: Mapping[int, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Yields each source, and "all", with the values of its raters, where two or more gave one."""
+    for source in (*SOURCES, "all"):
+        given = [value for rater, value in by_rater.items() if source in ("all", votes.raters[rater][1])]
+        if len(given) >= 2:
+            yield source, given
 
 
 def _pair_names(votes: Votes, key: Any) -> dict[str, Any]:
@@ -128,18 +138,12 @@ def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
         for one, two in itertools.combinations(sort_by_source(votes, by_rater), 2):
             a, b = by_rater[one], by_rater[two]
             row = np.array([abs(a - b) < 1e-9, 1, a, b, a * a, b * b, a * b])
-            groups.add(("raters", one, two), cluster, row)
-            sources = votes.raters[one][1], votes.raters[two][1]
-            groups.add(
-                ("sources", *sources), cluster, (row + row[[0, 1, 3, 2, 5, 4, 6]]) / 2 if len({*sources}) == 1 else row
-            )
-        for source in (*SOURCES, "all"):
-            given = [value for rater, value in by_rater.items() if source in ("all", votes.raters[rater][1])]
-            if len(given) >= 2:
-                moments.add(source, cluster, stats.interval_moments(given))
-                if len(levels) <= MAX_LEVELS:
-                    chosen = np.eye(len(levels))[[place[round(value, 9)] for value in given]]
-                    tables.add(source, cluster, stats.coincidences(chosen))
+            _add_rater_pair(groups, votes, (one, two), cluster, row, row[[0, 1, 3, 2, 5, 4, 6]])
+        for source, given in _shared_values(votes, by_rater):
+            moments.add(source, cluster, stats.interval_moments(given))
+            if len(levels) <= MAX_LEVELS:
+                chosen = np.eye(len(levels))[[place[round(value, 9)] for value in given]]
+                tables.add(source, cluster, stats.coincidences(chosen))
 
     def kappa(s: Floats) -> Floats:
         n, a, b, aa, bb, ab = (s[..., i] for i in range(1, 7))

@@ -3,7 +3,8 @@
 `quality(judgements)` returns plain JSON: agreement of raters with trivial baselines for comparison, order consistency and
 position bias, repeat stability, length slope, calibration, missing answers, win rates (plain, length-controlled, debiased
 by a few human labels), the reliability of every rater, and cost. Every number is {"value", "low", "high"}; a number that
-cannot be computed has the value None and a "reason". `quality_of_store` reads a feedback store; `text.quality_text` prints a report.
+cannot be computed has the value None and a "reason". `quality_of_store` reads a feedback store; `text.quality_text`
+prints a report.
 
 Comparisons are those of rankings, two answers at a time; ratings are compared with ratings of the same answer. Several
 verdicts of one rater on one pair (both orders, repeats) share its one vote: an order conflict is half a vote for each

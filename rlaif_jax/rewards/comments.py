@@ -190,7 +190,11 @@ def aspect_posterior(
         pragmatic: also learn from the aspects that comments leave out. None: do not.
         axis_name: the comments are split over the devices of this pmap axis; all get the posterior of all comments.
     """
-    evidence = psum(_observed(valence, aspects, valid, precision, pragmatic, summed=True), axis_name)
+    return _updated(prior, psum(_observed(valence, aspects, valid, precision, pragmatic, summed=True), axis_name))
+
+
+def _updated(prior: AspectPosterior, evidence: _Evidence) -> AspectPosterior:
+    """Returns the posterior after summed evidence."""
     new = prior.precision + evidence.outer
     shift = jnp.einsum("ab,b->a", prior.precision, prior.mean, precision=jax.lax.Precision.HIGHEST) + evidence.shift
     return AspectPosterior(mean=_solve(new, shift), precision=new)
@@ -220,10 +224,8 @@ def aspect_posterior_scan(
     """
 
     def step(state: AspectPosterior, evidence: _Evidence) -> tuple[AspectPosterior, jax.Array]:
-        new = state.precision + evidence.outer
-        shift = jnp.einsum("ab,b->a", state.precision, state.mean, precision=jax.lax.Precision.HIGHEST)
-        mean = _solve(new, shift + evidence.shift)
-        return AspectPosterior(mean=mean, precision=new), mean
+        state = _updated(state, evidence)
+        return state, state.mean
 
     return jax.lax.scan(step, prior, _observed(valence, aspects, valid, precision, pragmatic, summed=False))
 

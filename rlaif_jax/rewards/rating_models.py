@@ -138,15 +138,9 @@ class _OrdinalModel:
 
     def start(self) -> Params:
         """Returns the parameters of typical raters, with thresholds at the cuts."""
-        dtype = self.ratings.value.dtype
-        return {
-            "first": self.cuts[:1],
-            "steps": jnp.log(jnp.diff(self.cuts)),
-            "bias": jnp.zeros(self.num_raters, dtype),
-            "scale": jnp.zeros(self.num_raters, dtype),
-            "level": jnp.zeros((), dtype),
-            "noise": jnp.zeros(self.num_raters, dtype),
-        }
+        zero, zeros = (jnp.zeros(shape, self.ratings.value.dtype) for shape in ((), self.num_raters))
+        steps = jnp.log(jnp.diff(self.cuts))
+        return {"first": self.cuts[:1], "steps": steps, "bias": zeros, "scale": zeros, "level": zero, "noise": zeros}
 
     def typical_change(self) -> Params:
         """Returns the typical change of each parameter, the `scale` of `lbfgs`."""
@@ -159,12 +153,8 @@ class _OrdinalModel:
     def raters(self, params: Params) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Returns bias, scale and noise [R], thresholds [C - 1]."""
         thresholds = jnp.concatenate([params["first"], params["first"] + jnp.cumsum(jnp.exp(params["steps"]))])
-        return (
-            params["bias"],
-            1 + self.spread.scale * params["scale"],
-            jnp.exp(params["level"] + self.spread.noise * params["noise"]),
-            thresholds,
-        )
+        noise = jnp.exp(params["level"] + self.spread.noise * params["noise"])
+        return params["bias"], 1 + self.spread.scale * params["scale"], noise, thresholds
 
     def log_probs(self, params: Params, nodes: jax.Array) -> jax.Array:
         """Returns weight x log probability [N, Q] of each rating with its item at each of its nodes [I, Q]."""
@@ -406,14 +396,8 @@ def fit_gaussian(
     model = _GaussianModel(scaled, total, RaterSpread(bias_std, scale_std, noise_std), num_items, axis_name)
     dtype = value.dtype
     zeros, zero, one = jnp.zeros(num_raters, dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
-    start = {
-        "centre": zero,
-        "bias": zeros,
-        "level": jnp.log(jnp.asarray(0.5, dtype)) / 2,
-        "scale": zeros,
-        "noise_level": zero,
-        "noise": zeros,
-    }
+    level = jnp.log(jnp.asarray(0.5, dtype)) / 2
+    start = {"centre": zero, "bias": zeros, "level": level, "scale": zeros, "noise_level": zero, "noise": zeros}
     each = jnp.sqrt(total / (group_sum(weight, rater, num_raters, axis_name) + 1))
     typical = {"centre": one, "bias": each, "level": one, "scale": each, "noise_level": one, "noise": each}
     params, steps, gradient = lbfgs(model.objective, start, typical, max_steps=max_steps)
