@@ -43,7 +43,6 @@ from rlaif_jax.data.world import corpus
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.scenes import Scene, scene_from_json
 from rlaif_jax.data.world.tasks import summarisation
-from rlaif_jax.evaluate import bootstrap_ci, win_rate_ci
 from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, SentimentJudge, train_judge
 from rlaif_jax.feedback.people.kinds import kind_of_form
 from rlaif_jax.feedback.people.source import PeopleSource
@@ -62,6 +61,8 @@ from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
+from rlaif_jax.quality.bootstrap import bootstrap_ci
+from rlaif_jax.quality.win_rates import win_rate_ci
 from rlaif_jax.rewards.shaping import fit_normaliser
 from rlaif_jax.run import Run, StopRequested, command_line
 from rlaif_jax.train import TrainConfig, train

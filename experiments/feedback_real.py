@@ -35,10 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlaif_jax.config import require
-from rlaif_jax.evaluate import bootstrap_ci, spearman
-from rlaif_jax.feedback.api.replies import Reply
-from rlaif_jax.feedback.api.templates import RenderedQuestion, Template
-from rlaif_jax.feedback.api.verdicts import read_verdict
+from rlaif_jax.feedback.api.templates import Asked, Template
+from rlaif_jax.feedback.api.verdicts import Reply, read_verdict
 from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
 from rlaif_jax.feedback.records.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus
 from rlaif_jax.feedback.records.formats.rows import chosen
@@ -46,11 +44,14 @@ from rlaif_jax.feedback.records.formats.texts import read_mlqe_post_edits, read_
 from rlaif_jax.feedback.records.formats.tools import read_get_another_label
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
 from rlaif_jax.parallel import ParallelConfig, make_runner
-from rlaif_jax.quality.statistics import Bootstrap, cohen_kappa, interval_alpha, interval_moments, summed
+from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci, percentile_interval, resampled_rows
+from rlaif_jax.quality.statistics import cohen_kappa, interval_alpha, interval_moments, spearman
+from rlaif_jax.quality.values import sum_by_group
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import edit_reward, levenshtein
 from rlaif_jax.rewards.raters import dawid_skene, hierarchical_dawid_skene, majority_vote
-from rlaif_jax.rewards.ratings import fit_gaussian, raw_mean, z_score_mean
+from rlaif_jax.rewards.rating_models import fit_gaussian
+from rlaif_jax.rewards.ratings import raw_mean, z_score_mean
 from rlaif_jax.run import command_line
 
 
@@ -197,16 +198,8 @@ def _spearman_interval(
     a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarray | None = None
 ) -> tuple[float, float]:
     """95 % interval of Spearman's correlation: bootstrap over items, or over the groups that they belong to."""
-    drawn = [spearman(a[rows], b[rows]) for rows in _draws(len(a), seed, groups)]
-    return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
-
-
-def _draws(count: int, seed: int, groups: np.ndarray | None = None, draws: int = 400) -> Iterator[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    group = np.arange(count) if groups is None else groups
-    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
-    for _ in range(draws):
-        yield np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
+    rows_of = resampled_rows(np.arange(len(a)) if groups is None else groups, seed=seed, resamples=400)
+    return percentile_interval([spearman(a[rows], b[rows]) for rows in rows_of], 0.95)
 
 
 # ---- How good: ratings
@@ -281,10 +274,10 @@ def _compared(worth: dict[str, np.ndarray], truth: np.ndarray, seed: int, note: 
     for name, scores in worth.items():
         yield Finding(f"{name}, Spearman", spearman(scores, truth), *_spearman_interval(scores, truth, seed), "", note)
     raw, model = worth["raw means"], worth["rating model"]
-    gains = [spearman(model[rows], truth[rows]) - spearman(raw[rows], truth[rows]) for rows in _draws(len(truth), seed)]
-    low, high = np.quantile(gains, [0.025, 0.975])
+    rows_of = resampled_rows(np.arange(len(truth)), seed=seed, resamples=400)
+    gains = [spearman(model[rows], truth[rows]) - spearman(raw[rows], truth[rows]) for rows in rows_of]
     gain = spearman(model, truth) - spearman(raw, truth)
-    yield Finding("gain of the model", gain, float(low), float(high), "> 0 asked", note)
+    yield Finding("gain of the model", gain, *percentile_interval(gains, 0.95), "> 0 asked", note)
 
 
 # ---- Judges in both orders
@@ -352,7 +345,7 @@ def panda(config: RealConfig, pairs: Path, *judges: Path) -> Findings:
         cells = np.zeros((len(shared), 3, 3))
         cells[np.arange(len(shared)), [a[i] for i in shared], [b[i] for i in shared]] = 1
         agree = np.mean([a[i] == b[i] for i in shared])
-        sums = summed(cells, home[shared], len(prompts))
+        sums = sum_by_group(cells, home[shared], len(prompts))
         return bootstrap.estimate(sums, cohen_kappa), f"agree on {agree:.3f} of {len(shared)} pairs"
 
     for a, b in itertools.combinations(people, 2):
@@ -414,7 +407,7 @@ def squality(config: RealConfig, responses: Path) -> Findings:
             if isinstance(j, Rating) and j.principle == name:
                 given[j.item][j.rater.name] = j.value
         moments = np.array([interval_moments(list(by_rater.values())) for by_rater in given.values()])
-        sums = summed(moments, [question[item] for item in given], len(questions))
+        sums = sum_by_group(moments, [question[item] for item in given], len(questions))
         estimate = Bootstrap(len(questions), seed=config.seed).estimate(sums, interval_alpha)
         note = f"{name}: {sum(map(len, given.values()))} ratings of {len(given)} answers"
         yield Finding("Krippendorff's alpha (interval)", **estimate, note=note)

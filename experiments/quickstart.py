@@ -32,13 +32,14 @@ from rlaif_jax.data.world import corpus, scene_from_json, templates
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.tasks import dialogue, summarisation
 from rlaif_jax.data.world.tasks.base import Task
-from rlaif_jax.evaluate import agreement, length_controlled_win_rate, same_position_rate, win_rate_ci
-from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference, weights_hash
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference
 from rlaif_jax.feedback.sources import DirectScoreSource, FeedbackSource, RewardModelSource, score_sequences
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
+from rlaif_jax.quality.statistics import agreement_with_gold, same_position_rate
+from rlaif_jax.quality.win_rates import length_controlled_win_rate, win_rate_ci
 from rlaif_jax.rewards.shaping import fit_normaliser
 from rlaif_jax.run import Run, StopRequested, command_line
 from rlaif_jax.train import TrainConfig, train
@@ -315,7 +316,7 @@ def compare_answers(
 
 def agreement_or_none(labels: np.ndarray, truth: np.ndarray) -> float | None:
     """The share of equal entries, None where there is nothing to compare."""
-    return agreement(labels, truth) if len(labels) else None
+    return agreement_with_gold(labels, truth) if len(labels) else None
 
 
 def reward_accuracy(source: RewardModelSource, pairs: dict[str, np.ndarray]) -> float | None:

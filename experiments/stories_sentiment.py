@@ -32,7 +32,6 @@ from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.prompts import PromptBatch, prompt_batches
 from rlaif_jax.data.readers import FileRecords, jsonl_records
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
-from rlaif_jax.evaluate import bootstrap_ci, distinct_n, win_rate_ci
 from rlaif_jax.feedback.judges.sentiment import (
     SOURCE,
     Mood,
@@ -52,6 +51,9 @@ from rlaif_jax.models.hf.files import download, load_model, save_model
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner, make_runner
 from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
+from rlaif_jax.quality.bootstrap import bootstrap_ci
+from rlaif_jax.quality.statistics import distinct_n
+from rlaif_jax.quality.win_rates import win_rate_ci
 from rlaif_jax.rewards.shaping import fit_normaliser
 from rlaif_jax.run import Run, StopRequested, command_line
 from rlaif_jax.train import TrainConfig, train

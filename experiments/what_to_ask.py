@@ -42,6 +42,7 @@ from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.vocabulary import VOCABULARY
 from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.feedback.selection import Selection, choose, ensemble_disagreement, judge_margin
+from rlaif_jax.rewards.optimise import capped, newton
 from rlaif_jax.run import Run, command_line
 
 ORDERS = ("random", "ensemble", "undecided")
@@ -157,19 +158,19 @@ def fit_rewards(x: jax.Array, wins: jax.Array, weights: jax.Array, ridge: float,
     """Bradley-Terry by Newton's method: coefficients [M, F] of rewards linear in the features, one row a model.
 
     x [n, F] differences of features, wins [n] (1: the first answer won), weights [M, n] of each comparison in each model.
-    Minimises sum_n w_n CE(wins_n, sigmoid(x_n c)) + ridge / 2 |c|^2; steps are capped at size 1, for the quadratic model
-    holds near by only.
+    Minimises sum_n w_n CE(wins_n, sigmoid(x_n c)) + ridge / 2 |c|^2.
     """
 
     def one(weight: jax.Array) -> jax.Array:
-        def step(c: jax.Array, _: None) -> tuple[jax.Array, None]:
-            p = jax.nn.sigmoid(x @ c)
-            gradient = x.T @ (weight * (p - wins)) + ridge * c
-            curvature = (x * (weight * p * (1 - p))[:, None]).T @ x + ridge * jnp.eye(x.shape[1])
-            move = jax.scipy.linalg.solve(curvature, gradient, assume_a="pos")
-            return c - move / jnp.maximum(1.0, jnp.abs(move).max()), None
+        def gradient(c: jax.Array) -> jax.Array:
+            return x.T @ (weight * (jax.nn.sigmoid(x @ c) - wins)) + ridge * c
 
-        return jax.lax.scan(step, jnp.zeros(x.shape[1]), None, length=steps)[0]
+        def curvature(c: jax.Array) -> jax.Array:
+            p = jax.nn.sigmoid(x @ c)
+            return (x * (weight * p * (1 - p))[:, None]).T @ x + ridge * jnp.eye(x.shape[1])
+
+        start = jnp.zeros(x.shape[1])
+        return newton(gradient, curvature, start, damping=capped, max_steps=steps, tolerance=0.0)[0]
 
     return jax.lax.map(one, weights)
 

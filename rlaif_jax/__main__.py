@@ -22,7 +22,8 @@ def judge() -> None:
     def run(config: judge_tool.JudgeConfig) -> None:
         missing = judge_tool.main(config)
         if config.report and not config.show_template:
-            from rlaif_jax.quality import quality_of_store, quality_text
+            from rlaif_jax.quality.quality import quality_of_store
+            from rlaif_jax.quality.text import quality_text
 
             print(quality_text(quality_of_store(config.store)))
         if missing:

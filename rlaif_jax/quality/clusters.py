@@ -1,41 +1,43 @@
-"""What the parts of the report share: votes of raters on pairs, and sums of rows over prompts."""
+"""Parts that the tables of the quality report share: votes of raters on pairs, and sums of rows over prompts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from rlaif_jax.quality.statistics import Floats, divide, summed
+from rlaif_jax.quality.values import Floats, divide, sum_by_group
 from rlaif_jax.quality.votes import Votes
 
 SOURCES = ("ai", "rule", "simulated", "person")
 """In this order: of a pair of sources the rows of a confusion matrix are the first's."""
 MAX_ROWS = 40
 """Pairs of raters or of generators that are listed, those with most in common first."""
-WORTH = np.array([1.0, 0.5, 0.0])
-"""Of a verdict (first, tie, second) for the first answer."""
-Estimate = dict[str, Any]
-Shares = Mapping[int, Mapping[int, Floats]]
+PREFERENCE = np.array([1.0, 0.5, 0.0])
+"""How much a verdict (first, tie, second) prefers the first answer."""
+EstimateFields = dict[str, Any]
+"""{"value", "low", "high"} in the report's JSON; None, with a "reason", where there is no number."""
+VoteShares = Mapping[int, Mapping[int, Floats]]
 """pair -> rater -> its vote, a distribution over (first, tie, second)."""
 
 
-def vote_shares(votes: Votes) -> dict[int, dict[int, Floats]]:
-    """pair -> rater -> its vote, a distribution over (first, tie, second)."""
+def vote_shares_by_pair(votes: Votes) -> dict[int, dict[int, Floats]]:
+    """Returns pair -> rater -> its vote: the share of its verdicts that say (first, tie, second)."""
     given: dict[int, dict[int, Floats]] = defaultdict(dict)
     for vote in votes.votes:
         given[vote.pair].setdefault(vote.rater, np.zeros(3))[vote.category] += 1
-    return {pair: {rater: v / v.sum() for rater, v in by.items()} for pair, by in given.items()}
+    return {pair: {rater: v / v.sum() for rater, v in by_rater.items()} for pair, by_rater in given.items()}
 
 
-def by_source(votes: Votes, of: Iterable[int]) -> list[int]:
-    return sorted(of, key=lambda rater: (SOURCES.index(votes.raters[rater][1]), rater))
+def sort_by_source(votes: Votes, raters: Iterable[int]) -> list[int]:
+    """Returns rater numbers in the order of `SOURCES`, then of their numbers."""
+    return sorted(raters, key=lambda rater: (SOURCES.index(votes.raters[rater][1]), rater))
 
 
-class Groups:
-    """Rows of numbers gathered under keys, each of a cluster; `sums` are what a bootstrap wants."""
+class GroupedRows:
+    """Rows of numbers under keys, each row of one cluster (prompt); a `Bootstrap` resamples their `sums`."""
 
     def __init__(self, clusters: int) -> None:
         self._clusters = clusters
@@ -43,37 +45,43 @@ class Groups:
         self._members: dict[Any, list[int]] = defaultdict(list)
 
     def add(self, key: Any, cluster: int, row: Any) -> None:
+        """Adds a row of numbers under `key`."""
         self._rows[key].append(np.asarray(row, np.float64))
         self._members[key].append(cluster)
 
-    def names(self) -> list[Any]:
-        """Those with most rows first."""
+    def largest_first(self) -> list[Any]:
+        """Returns the keys, those with most rows first."""
         return sorted(self._rows, key=lambda key: -len(self._rows[key]))
 
     def size(self, key: Any) -> int:
+        """Returns the number of rows under `key`."""
         return len(self._rows[key])
 
     def sums(self, key: Any) -> Floats:
-        return summed(np.stack(self._rows[key]), self._members[key], self._clusters)
+        """Returns the rows under `key` summed by cluster, [clusters, ...]."""
+        return sum_by_group(np.stack(self._rows[key]), self._members[key], self._clusters)
 
 
-def ratio(top: int, bottom: int) -> Any:
+def ratio(top: int, bottom: int) -> Callable[[Floats], Floats]:
+    """Returns the statistic sums[..., top] / sums[..., bottom]."""
     return lambda sums: divide(sums[..., top], sums[..., bottom])
 
 
-def nothing(reason: str) -> Estimate:
+def missing_estimate(reason: str) -> EstimateFields:
+    """Returns the fields of an estimate that could not be computed."""
     return {"value": None, "low": None, "high": None, "reason": reason}
 
 
-def who(votes: Votes, rater: int) -> dict[str, Any]:
+def rater_fields(votes: Votes, rater: int) -> dict[str, Any]:
+    """Returns the name and source of a rater, the first fields of its row in a table."""
     return {"rater": votes.raters[rater][0], "source": votes.raters[rater][1]}
 
 
-def mean_worth(votes: Votes, shares: Shares, source: str | None) -> dict[int, float]:
-    """pair -> mean worth of the first answer by the raters of a source: wins and half the ties."""
+def mean_preference(votes: Votes, shares: VoteShares, source: str | None) -> dict[int, float]:
+    """Returns pair -> mean preference for the first answer (wins and half the ties) of the raters of a source."""
     found = {}
-    for pair, by in shares.items():
-        of = [float(vote @ WORTH) for rater, vote in by.items() if votes.raters[rater][1] == source]
-        if of:
-            found[pair] = float(np.mean(of))
+    for pair, by_rater in shares.items():
+        given = [float(vote @ PREFERENCE) for rater, vote in by_rater.items() if votes.raters[rater][1] == source]
+        if given:
+            found[pair] = float(np.mean(given))
     return found

@@ -1,4 +1,4 @@
-"""Habits of single raters, and judges beside people: order, repeats, length, probabilities."""
+"""Tables of single raters in the quality report: habits, order, repeats, and judges compared with people."""
 
 from __future__ import annotations
 
@@ -7,26 +7,35 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+from scipy.special import logit
 
-import rlaif_jax.quality.statistics as stats
-from rlaif_jax.quality.clusters import (
-    WORTH,
-    Groups,
-    Shares,
-    mean_worth,
-    ratio,
-    who,
+from rlaif_jax.quality.bootstrap import Bootstrap
+from rlaif_jax.quality.calibration import (
+    brier,
+    calibration_columns,
+    calibration_error,
+    fold_predictions,
+    reliability_bins,
 )
-from rlaif_jax.quality.statistics import Bootstrap
+from rlaif_jax.quality.clusters import (
+    PREFERENCE,
+    GroupedRows,
+    VoteShares,
+    mean_preference,
+    rater_fields,
+    ratio,
+)
 from rlaif_jax.quality.votes import FIRST, SECOND, TIE, Votes
 
 # ---- Habits of raters
 
 
-def habits(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Of each rater's verdicts on pairs: ties, and of the rest the share for the longer and for the first shown (where the
-    order was recorded)."""
-    groups = Groups(votes.count)
+def verdict_habits(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """Returns each rater's share of ties, and of the other verdicts the share for the longer and for the first shown.
+
+    Verdicts whose order was not recorded have no part in the share for the first shown.
+    """
+    groups = GroupedRows(votes.count)
     for vote in votes.votes:
         pair, decided = votes.pairs[vote.pair], vote.category != TIE
         placed = decided and vote.front is not None
@@ -35,7 +44,7 @@ def habits(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
         chosen = longer and (vote.category == FIRST) == (pair.longer > 0)
         groups.add(vote.rater, pair.cluster, [not decided, 1, longer, chosen, placed, first])
     return [
-        who(votes, rater)
+        rater_fields(votes, rater)
         | {
             "count": groups.size(rater),
             "ties": bootstrap.estimate(sums, ratio(0, 1), share=True),
@@ -44,24 +53,26 @@ def habits(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
                 sums, ratio(5, 4), share=True, reason="nothing but ties, or the order is not recorded"
             ),
         }
-        for rater in groups.names()
+        for rater in groups.largest_first()
         for sums in (groups.sums(rater),)
     ]
 
 
 def _logit(p: float) -> float:
-    p = min(max(p, 1e-4), 1 - 1e-4)  # one certain verdict should not be the whole mean
-    return float(np.log(p / (1 - p)))
+    return float(logit(min(max(p, 1e-4), 1 - 1e-4)))  # one certain verdict should not be the whole mean
 
 
-def orders(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Raters that saw pairs in both orders. p12, p21: P(what is shown first wins) in each order; the position bias is
-    b = (logit p12 + logit p21) / 2, in nats, 0 without bias, positive for what is shown first."""
+def order_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """Returns the consistency and position bias of each rater that judged pairs in both orders.
+
+    With p12, p21 = P(the answer shown first wins) in each order, the bias is b = (logit p12 + logit p21) / 2, in nats: 0
+    without bias, positive for a rater that favours the answer shown first.
+    """
     seen: dict[tuple[int, int], tuple[list[Any], list[Any]]] = defaultdict(lambda: ([], []))
     for vote in votes.votes:
         if vote.front is not None:
             seen[vote.pair, vote.rater][0 if vote.front else 1].append(vote)
-    groups = Groups(votes.count)
+    groups = GroupedRows(votes.count)
     for (pair, rater), (front, back) in seen.items():
         rows = []
         for one, two in itertools.product(front, back):
@@ -72,46 +83,48 @@ def orders(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
         if rows:
             groups.add(rater, votes.pairs[pair].cluster, np.mean(np.array(rows, float), axis=0))
     return [
-        who(votes, rater)
+        rater_fields(votes, rater)
         | {
             "count": groups.size(rater),
             "consistent": bootstrap.estimate(sums, ratio(0, 4), share=True),
             "same_position": bootstrap.estimate(sums, ratio(1, 4), share=True),
             "bias": bootstrap.estimate(sums, ratio(2, 3), reason="the judge gives no probabilities"),
         }
-        for rater in groups.names()
+        for rater in groups.largest_first()
         for sums in (groups.sums(rater),)
     ]
 
 
-def repeats(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Raters that were asked the same again (in the same order): how often they say the same, and of ratings by how much
-    they differ, as a share of the scale."""
+def repeat_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """Returns how often raters that were asked the same question again, in the same order, gave the same answer.
+
+    Ratings also have the mean `distance` of two answers, as a share of the scale.
+    """
     asked: dict[tuple[str, int, int, bool | None], list[float]] = defaultdict(list)
     for vote in votes.votes:
         asked["comparison", vote.pair, vote.rater, vote.front].append(vote.category)
     for mark in votes.marks:
         asked["rating", mark.answer, mark.rater, False].append(mark.value)
-    groups = Groups(votes.count)
+    groups = GroupedRows(votes.count)
     for (form, index, rater, _), values in asked.items():
         if len(values) >= 2:
             gaps = [abs(a - b) for a, b in itertools.combinations(values, 2)]
             cluster = votes.pairs[index].cluster if form == "comparison" else votes.answers[index]
             groups.add((rater, form), cluster, [np.mean([gap < 1e-9 for gap in gaps]), np.mean(gaps), 1])
     return [
-        who(votes, rater)
+        rater_fields(votes, rater)
         | {"form": form, "count": groups.size((rater, form))}
         | {"same": bootstrap.estimate(groups.sums((rater, form)), ratio(0, 2), share=True)}
         | ({"distance": bootstrap.estimate(groups.sums((rater, form)), ratio(1, 2))} if form == "rating" else {})
-        for rater, form in groups.names()
+        for rater, form in groups.largest_first()
     ]
 
 
-# ---- The judge beside people
+# ---- The judge compared with people
 
 
-def _chances(votes: Votes) -> dict[tuple[int, int], float]:
-    """(rater, pair) -> the mean of its probabilities over orders and repeats, where it gives any."""
+def _mean_probabilities(votes: Votes) -> dict[tuple[int, int], float]:
+    """Returns (rater, pair) -> the mean of its probabilities over orders and repeats, where it gives any."""
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for vote in votes.votes:
         if np.isfinite(vote.chance):
@@ -119,46 +132,51 @@ def _chances(votes: Votes) -> dict[tuple[int, int], float]:
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def length_slope(votes: Votes, shares: Shares, people: str | None, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Slope of (judge's preference - people's) on the length difference, through the origin, on the pairs that both
-    judged: by how much a judge's P(better) exceeds people's for an answer longer by one standard deviation."""
-    truth = mean_worth(votes, shares, people)
+def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """Returns how much each judge's P(better) exceeds people's for an answer longer by one standard deviation.
+
+    The slope of (judge's preference - people's) on the length difference, through the origin, on the pairs that both
+    judged.
+    """
+    truth = mean_preference(votes, shares, people)
     scale = float(np.sqrt(np.mean([votes.pairs[p].longer ** 2 for p in truth]))) if truth else 0.0
-    groups = Groups(votes.count)
-    for index, by in shares.items():
+    groups = GroupedRows(votes.count)
+    for index, by_rater in shares.items():
         if index in truth:
             x = votes.pairs[index].longer / (scale or 1.0)
-            for rater, vote in by.items():
+            for rater, vote in by_rater.items():
                 if votes.raters[rater][1] in ("ai", "rule"):
-                    gap = float(vote @ WORTH) - truth[index]
+                    gap = float(vote @ PREFERENCE) - truth[index]
                     groups.add(rater, votes.pairs[index].cluster, [x * gap, x * x])
     return [
-        who(votes, rater)
+        rater_fields(votes, rater)
         | {
             "count": groups.size(rater),
             "characters": scale,
             "slope": bootstrap.estimate(groups.sums(rater), ratio(0, 1), reason="all answers are of one length"),
         }
-        for rater in groups.names()
+        for rater in groups.largest_first()
     ]
 
 
-def calibration(votes: Votes, shares: Shares, people: str | None, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Brier score, ECE and reliability plot of every judge that gives probabilities, against people's verdicts."""
-    truth = mean_worth(votes, shares, people)
-    groups = Groups(votes.count)
-    for (rater, pair), chance in _chances(votes).items():
+def judge_calibration(
+    votes: Votes, shares: VoteShares, people: str | None, bootstrap: Bootstrap
+) -> list[dict[str, Any]]:
+    """Returns Brier score, ECE and reliability bins of every judge that gives probabilities, against people's verdicts."""
+    truth = mean_preference(votes, shares, people)
+    groups = GroupedRows(votes.count)
+    for (rater, pair), probability in _mean_probabilities(votes).items():
         if pair in truth and votes.raters[rater][1] in ("ai", "rule"):
-            confidence, right = stats.folded([chance], [truth[pair]])
-            groups.add(rater, votes.pairs[pair].cluster, stats.calibration_columns(confidence, right)[0])
+            confidence, right = fold_predictions([probability], [truth[pair]])
+            groups.add(rater, votes.pairs[pair].cluster, calibration_columns(confidence, right)[0])
     return [
-        who(votes, rater)
+        rater_fields(votes, rater)
         | {
             "count": groups.size(rater),
-            "brier": bootstrap.estimate(sums, stats.brier),
-            "ece": bootstrap.estimate(sums, stats.calibration_error),
-            "bins": stats.reliability(sums.sum(0)),
+            "brier": bootstrap.estimate(sums, brier),
+            "ece": bootstrap.estimate(sums, calibration_error),
+            "bins": reliability_bins(sums.sum(0)),
         }
-        for rater in groups.names()
+        for rater in groups.largest_first()
         for sums in (groups.sums(rater),)
     ]

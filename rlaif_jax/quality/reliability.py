@@ -1,4 +1,4 @@
-"""People, rules and AI judges in one rater model: who can be relied on, by what the others say."""
+"""Reliability of people, rules and AI judges in one rater model, judged by the other raters' verdicts. Runs on JAX."""
 
 from __future__ import annotations
 
@@ -10,32 +10,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit, logit
 
-from rlaif_jax.quality.clusters import SOURCES, WORTH, Estimate, Shares, nothing, who
-from rlaif_jax.quality.statistics import Floats
+from rlaif_jax.quality.clusters import PREFERENCE, SOURCES, EstimateFields, VoteShares, missing_estimate, rater_fields
+from rlaif_jax.quality.values import Floats
 from rlaif_jax.quality.votes import Votes
-from rlaif_jax.rewards.raters import crowd_bt, hierarchical_dawid_skene
+from rlaif_jax.rewards.crowd_bt import crowd_bt
+from rlaif_jax.rewards.raters import hierarchical_dawid_skene
 
 MIN_SHARED = 10
-"""With fewer pairs that two raters judged there is nothing to go by."""
+"""With fewer pairs that two raters judged, no model is fitted."""
 PARTS = 10
-"""Of the jackknife: the models are fitted so many times, each without one part of the prompts."""
+"""Parts of the jackknife: each further fit of the models leaves out one part of the prompts."""
 
 
-def rater_model(votes: Votes, shares: Shares, level: float) -> dict[str, Any]:
-    """{"rows": a rater each, "note"} or {"rows": [], "reason"}.
+def rater_model(votes: Votes, shares: VoteShares, level: float) -> dict[str, Any]:
+    """Fits Dawid-Skene and Crowd-BT to all verdicts and returns every rater's reliability with its interval.
 
-    `accuracy`: P(its verdict on a pair is right), by Dawid-Skene with first, tie, second as classes, raters of one source
-    taken for kin. `eta`: P(it reports what it sees), by Crowd-BT on the utilities of the answers. Truth is what the raters
-    together make most likely: raters that err alike are believed. Intervals: delete-a-group jackknife over prompts, on the
-    logit scale (a resample that doubles an item would count its raters twice). Runs on JAX, on the host's CPU.
+    `accuracy`: P(a verdict of the rater on a pair is right), by Dawid-Skene with first, tie and second as classes;
+    raters of one source share a prior. `eta`: P(the rater reports what it sees), by Crowd-BT on the utilities of the
+    answers. Truth is what the raters together make most likely: raters that err alike are believed. Intervals:
+    delete-a-group jackknife over prompts, on the logit scale (a resample that doubles an item would count its raters
+    twice). Runs on the host's CPU.
+
+    Returns:
+        {"rows": a row for each rater, "note"}, or {"rows": [], "reason"} with too few pairs in common.
     """
-    shared = sum(len(by) >= 2 for by in shares.values())
+    shared = sum(len(by_rater) >= 2 for by_rater in shares.values())
     if shared < MIN_SHARED:
         return {"rows": [], "reason": f"{shared} pairs were judged by two raters or more; {MIN_SHARED} are needed"}
-    pairs = np.array([pair for pair, by in shares.items() for _ in by])
-    workers = np.array([rater for by in shares.values() for rater in by])
-    given = np.array([vote for by in shares.values() for vote in by.values()])
+    pairs = np.array([pair for pair, by_rater in shares.items() for _ in by_rater])
+    workers = np.array([rater for by_rater in shares.values() for rater in by_rater])
+    given = np.array([vote for by_rater in shares.values() for vote in by_rater.values()])
     cluster = np.array([votes.pairs[pair].cluster for pair in pairs])
     answers = np.array([votes.pairs[pair].answers for pair in pairs])
     names, part = np.unique(cluster, return_inverse=True)
@@ -43,7 +49,7 @@ def rater_model(votes: Votes, shares: Shares, level: float) -> dict[str, Any]:
     parts = min(PARTS, len(names))
     weights = np.stack([np.ones(len(pairs)), *((order[part] % parts != k) for k in range(parts))])
     sources = np.array([SOURCES.index(source) for _, source in votes.raters])
-    count = _padded(len(pairs))
+    count = _next_power_of_two(len(pairs))
     fill = lambda x: np.concatenate([x, np.zeros((count - len(x), *x.shape[1:]), x.dtype)])
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         accuracy, eta = _fit(
@@ -51,23 +57,25 @@ def rater_model(votes: Votes, shares: Shares, level: float) -> dict[str, Any]:
             fill(workers),
             fill(given.astype(np.float32)),
             fill(answers),
-            fill((given @ WORTH).astype(np.float32)),
+            fill((given @ PREFERENCE).astype(np.float32)),
             fill(weights.T.astype(np.float32)).T,
-            np.resize(np.concatenate([sources, np.zeros(_padded(len(sources)), int)]), _padded(len(sources))),
-            num_items=_padded(len(votes.pairs)),
-            num_answers=_padded(int(answers.max()) + 1),
+            np.pad(sources, (0, _next_power_of_two(len(sources)) - len(sources))),
+            num_items=_next_power_of_two(len(votes.pairs)),
+            num_answers=_next_power_of_two(int(answers.max()) + 1),
         )
-    told = np.bincount(workers, minlength=len(votes.raters))
+    verdicts = np.bincount(workers, minlength=len(votes.raters))
     alone = [np.unique(cluster[workers == rater]) for rater in range(len(votes.raters))]
     rows = [
-        who(votes, rater)
-        | {"count": int(told[rater])}
+        rater_fields(votes, rater)
+        | {"count": int(verdicts[rater])}
         | {
-            name: _jackknife(np.asarray(values)[:, rater], level) if len(alone[rater]) > 1 else nothing("one prompt")
+            name: _jackknife(np.asarray(values)[:, rater], level)
+            if len(alone[rater]) > 1
+            else missing_estimate("one prompt")
             for name, values in (("accuracy", accuracy), ("eta", eta))
         }
-        for rater in np.argsort(-told, kind="stable").tolist()
-        if told[rater]
+        for rater in np.argsort(-verdicts, kind="stable").tolist()
+        if verdicts[rater]
     ]
     note = "Truth is what all raters together make most likely: raters that err alike are believed."
     return {"rows": rows, "note": note}
@@ -86,7 +94,22 @@ def _fit(
     num_items: int,
     num_answers: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(accuracy, eta) [fits, W] for each row of weights [fits, N]."""
+    """Fits both models once for each row of weights.
+
+    Args:
+        pairs: [N] int, the pair that each vote is on.
+        workers: [N] int, the rater of each vote.
+        given: [N, 3], the vote as a distribution over (first, tie, second).
+        answers: [N, 2] int, the two answers of the pair.
+        wins: [N], the vote's preference for the first answer.
+        weights: [fits, N], 0 where a fit leaves a vote out.
+        sources: [W] int, the source of each rater.
+        num_items: number of pairs, or more.
+        num_answers: number of answers, or more.
+
+    Returns:
+        (accuracy [fits, W], eta [fits, W]).
+    """
 
     def one(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         count = sources.shape[0]
@@ -107,22 +130,20 @@ def _fit(
     return jax.lax.map(one, jnp.asarray(weights))
 
 
-def _padded(size: int) -> int:
-    """The next power of two: a store that grows is not compiled anew for every record."""
+def _next_power_of_two(size: int) -> int:
+    """Returns the next power of two, so that a store that grows is not compiled anew for every record."""
     return 1 << max(size - 1, 1).bit_length()
 
 
-def _jackknife(values: Floats, level: float) -> Estimate:
-    """values: the fit on all, then those without a part each."""
-    p = np.clip(np.asarray(values, np.float64), 1e-4, 1 - 1e-4)
-    logits = np.log(p / (1 - p))
+def _jackknife(values: Floats, level: float) -> EstimateFields:
+    """Returns the jackknife estimate of `values` [1 + parts]: the fit on all votes, then the fits without one part."""
+    logits = logit(np.clip(np.asarray(values, np.float64), 1e-4, 1 - 1e-4))
     whole, parts = logits[0], logits[1:]
     if not np.isfinite(logits).all():
-        return nothing("the model did not converge")
+        return missing_estimate("the model did not converge")
     count = len(parts)
     if count < 5:
         return {"value": float(values[0]), "low": None, "high": None, "reason": "too few prompts for an interval"}
     error = math.sqrt((count - 1) / count * float(((parts - parts.mean()) ** 2).sum()))
     z = NormalDist().inv_cdf((1 + level) / 2)
-    squash = lambda x: float(0.5 + 0.5 * np.tanh(0.5 * x))
-    return {"value": float(values[0]), "low": squash(whole - z * error), "high": squash(whole + z * error)}
+    return {"value": float(values[0]), "low": float(expit(whole - z * error)), "high": float(expit(whole + z * error))}

@@ -1,4 +1,4 @@
-"""The quality report for people: the same tables as plain text and for the run's page."""
+"""The quality report for people: tables of short text, for the terminal and for the run's page."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 MAX_NAME = 40
-"""Names of raters and generators are cut to so many characters."""
+"""Names of raters and generators are cut to this number of characters."""
 
 
 class Table(NamedTuple):
-    """A title, a sentence of explanation, the heads of the columns, and rows of text."""
+    """A table of text.
+
+    Attributes:
+        title: of the table.
+        note: a sentence of explanation, or "".
+        head: heads of the columns.
+        rows: cells, one for each head.
+    """
 
     title: str
     note: str
@@ -19,7 +26,7 @@ class Table(NamedTuple):
 
 
 def quality_text(report: Mapping[str, Any]) -> str:
-    """The report of `quality` as plain text: tables with a blank line between, no colour, nothing to install.
+    """Returns the report of `quality` as plain text: tables with a blank line between, without colour.
 
     Names come from outside: characters that a terminal would obey are shown as "?".
     """
@@ -44,7 +51,7 @@ def _people(report: Mapping[str, Any]) -> list[str]:
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """The tables of a report that have rows."""
+    """Returns the tables of a report of `quality` that have rows."""
     found = [
         _table(
             "Records", "", report["counts"],
@@ -102,8 +109,8 @@ def _agreement(parts: Mapping[str, Any]) -> list[Table]:
         if form == "comparisons":
             columns |= {"longer": "always the longer", "first": "always the first"}
             note = (
-                "Kappa: 0 is chance. Beside it, how often the other is met by always taking the longer "
-                "answer, or the one shown first."
+                "Kappa: 0 is chance. For comparison: how often always taking the longer answer, or the one shown first, "
+                "agrees with the other."
             )
         else:
             columns |= {"correlation": "correlation"}
@@ -204,13 +211,13 @@ def _failures(failures: Mapping[str, int]) -> str:
 
 
 def _table(title: str, note: str, rows: Sequence[Mapping[str, Any]], **columns: str) -> Table:
-    """Columns: key of the rows = head; those that no row has are left out."""
+    """Returns a table with the columns key = head; a column that no row fills is left out."""
     kept = {key: head for key, head in columns.items() if any(row.get(key) not in (None, "") for row in rows)}
     return Table(title, note, tuple(kept.values()), tuple(tuple(cell(row.get(key)) for key in kept) for row in rows))
 
 
 def cell(value: Any) -> str:
-    """A value of the report as short text; None and what is absent are "-"."""
+    """Returns a value of the report as short text; "-" for None and for an estimate without a value."""
     if value is None:
         return "-"
     if isinstance(value, Mapping):
@@ -224,6 +231,6 @@ def cell(value: Any) -> str:
 
 
 def clean(name: str) -> str:
-    """A name from outside, printable and short."""
+    """Returns a name from outside with unprintable characters replaced by "?" and cut to `MAX_NAME`."""
     text = "".join(c if c.isprintable() else "?" for c in name)
     return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…"

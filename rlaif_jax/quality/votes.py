@@ -1,4 +1,4 @@
-"""Records of feedback as votes: who said what about which pair, or gave which answer what mark."""
+"""Reads records of feedback as votes on pairs of answers and marks of single answers, with everything numbered."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import numpy as np
 from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rating
 
 FIRST, TIE, SECOND = 0, 1, 2
-"""The categories of a verdict on a pair, in rising order of the second answer's worth."""
+"""The categories of a verdict on a pair, from the first answer's win to the second's."""
 
 
 class Pair(NamedTuple):
-    """Two answers of two writers to a prompt under a principle; which of them is called first has no meaning (the order of
-    the texts).
+    """Two answers of two writers to a prompt under a principle; the first is the one whose text sorts first.
 
-    cluster: index of the prompt. answers: of the two texts, under this prompt and principle. longer: characters of the
-    first minus those of the second. generators: who wrote them, ("", "") where that is not known of both.
+    Attributes:
+        cluster: index of the prompt.
+        answers: indices of the two texts, under this prompt and principle.
+        longer: characters of the first minus those of the second.
+        generators: who wrote them, ("", "") unless both are known.
     """
 
     cluster: int
@@ -31,8 +33,15 @@ class Pair(NamedTuple):
 
 
 class Vote(NamedTuple):
-    """One verdict on a pair. chance: P(the first is better), NaN if not given. front: the first answer was shown first;
-    None where the order was not recorded."""
+    """One verdict on a pair.
+
+    Attributes:
+        pair: index of the pair.
+        rater: index of the rater.
+        category: FIRST, TIE or SECOND.
+        chance: P(the first is better), NaN if not given.
+        front: whether the first answer was shown first; None where the order was not recorded.
+    """
 
     pair: int
     rater: int
@@ -42,7 +51,13 @@ class Vote(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """One rating: `value` in [0, 1] of the answer number `answer`."""
+    """One rating.
+
+    Attributes:
+        answer: index of the answer.
+        rater: index of the rater.
+        value: the rating, in [0, 1].
+    """
 
     answer: int
     rater: int
@@ -51,11 +66,18 @@ class Mark(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Votes:
-    """All that records say, indexed.
+    """The judgements as votes and marks; indices instead of names and texts.
 
-    used: the records that count (not superseded, not retracted), `clusters` [used] their prompts' indices; pairs and
-    votes of rankings; equal: (pair, rater) where two generators wrote the same text, which is no verdict but their tie;
-    answers (the prompt's index of each) and marks of ratings; raters: (name, source) of each.
+    Attributes:
+        used: the records that count: neither superseded nor retracted.
+        clusters: [used], the index of each record's prompt.
+        count: number of prompts.
+        pairs: the pairs of answers that rankings compare.
+        votes: the verdicts on pairs.
+        equal: (pair, rater) where two generators wrote the same text, which is their tie and no verdict.
+        answers: the prompt's index of each rated answer.
+        marks: the ratings.
+        raters: (name, source) of each rater.
     """
 
     used: tuple[Judgement, ...]
@@ -70,7 +92,7 @@ class Votes:
 
 
 def current(judgements: Sequence[Judgement]) -> list[int]:
-    """Indices of the records that no other one supersedes and that are no retraction; of equal records the first."""
+    """Returns the indices of the records that are neither superseded nor a retraction; of equal records the first."""
     gone = {judgement.supersedes for judgement in judgements if judgement.supersedes}
     kept: dict[Judgement, int] = {}
     for index, judgement in enumerate(judgements):
@@ -80,7 +102,12 @@ def current(judgements: Sequence[Judgement]) -> list[int]:
 
 
 def read_votes(judgements: Sequence[Judgement], items: Sequence[str] | None = None) -> Votes:
-    """The votes of records. items: what is resampled together, a name for each record; None: its prompt."""
+    """Reads judgements as votes and marks.
+
+    Args:
+        judgements: records of any form.
+        items: a name for each record; records of one name form a cluster. None: records of one prompt do.
+    """
     clusters: dict[str, int] = {}
     raters: dict[tuple[str, str], int] = {}
     pairs: dict[tuple[str, ...], int] = {}
@@ -97,7 +124,7 @@ def read_votes(judgements: Sequence[Judgement], items: Sequence[str] | None = No
     def pair_of(record: Ranking, first: int, second: int, cluster: int) -> int:
         key = _key(record, first, second)
         names = _names(record, first, second)
-        if not all(names) and len(writers[key]) == 1:  # whoever names no writers speaks of the only ones
+        if not all(names) and len(writers[key]) == 1:  # a record without writers means the only known ones
             (names,) = writers[key]
         pair = pairs.setdefault((*key, *names), len(pairs))
         if pair == len(described):
@@ -119,16 +146,9 @@ def read_votes(judgements: Sequence[Judgement], items: Sequence[str] | None = No
         elif isinstance(record, Ranking):
             for first, second, chance in _oriented(record):
                 pair = pair_of(record, first, second, cluster)
-                tie = chance == 0.5 or (record.status == "tie" and len(record.answers) == 2)
-                votes.append(
-                    Vote(
-                        pair,
-                        rater,
-                        TIE if tie else FIRST if chance > 0.5 else SECOND,
-                        chance if record.probability is not None else np.nan,
-                        record.shown.index(first) < record.shown.index(second) if record.shown else None,
-                    )
-                )
+                front = record.shown.index(first) < record.shown.index(second) if record.shown else None
+                probability = chance if record.probability is not None else np.nan
+                votes.append(Vote(pair, rater, _category(record, chance), probability, front))
             for first, second in _equal(record):
                 equal[pair_of(record, first, second, cluster), rater] = None
     return Votes(
@@ -144,8 +164,15 @@ def read_votes(judgements: Sequence[Judgement], items: Sequence[str] | None = No
     )
 
 
+def _category(record: Ranking, chance: float) -> int:
+    """Returns the verdict on two answers of a ranking, from P(the first is better)."""
+    if chance == 0.5 or (record.status == "tie" and len(record.answers) == 2):
+        return TIE
+    return FIRST if chance > 0.5 else SECOND
+
+
 def _oriented(record: Ranking) -> Iterable[tuple[int, int, float]]:
-    """The comparisons of a ranking, the answer whose text comes first in the alphabet first; equal answers are none."""
+    """Yields the comparisons of unequal answers in a ranking, with the answer whose text sorts first as the first."""
     for i, j, chance in record.pairs():
         if record.answers[i] < record.answers[j]:
             yield i, j, chance
@@ -154,7 +181,7 @@ def _oriented(record: Ranking) -> Iterable[tuple[int, int, float]]:
 
 
 def _equal(record: Ranking) -> Iterable[tuple[int, int]]:
-    """The equal answers of two known generators in a ranking, the generator whose name comes first first."""
+    """Yields the equal answers of two known generators in a ranking, with the generator that sorts first as the first."""
     for i, j in itertools.permutations(range(len(record.answers)), 2):
         one, two = _names(record, i, j)
         if record.answers[i] == record.answers[j] and one and one < two:
@@ -162,7 +189,7 @@ def _equal(record: Ranking) -> Iterable[tuple[int, int]]:
 
 
 def _writers(records: Iterable[Judgement]) -> dict[tuple[str, ...], set[tuple[str, str]]]:
-    """The generators known of every two texts."""
+    """Returns the known generators of every two texts."""
     found: dict[tuple[str, ...], set[tuple[str, str]]] = defaultdict(set)
     for record in records:
         if isinstance(record, Ranking) and record.answered:

@@ -1,122 +1,150 @@
-"""Win rates of generators: plain, at equal lengths, and debiased by a few labels."""
+"""Win rates of paired scores, plain and at equal lengths, with intervals that resample whole prompts.
+
+NumPy on host arrays of one number for each pair (n of them). NaN means "not judged": such a pair is left out.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import expit
 
-import rlaif_jax.quality.statistics as stats
-from rlaif_jax.evaluate import length_controlled_win_rate
-from rlaif_jax.quality.clusters import (
-    MAX_ROWS,
-    SOURCES,
-    Estimate,
-    Shares,
-    mean_worth,
-    nothing,
-    ratio,
-)
-from rlaif_jax.quality.statistics import Bootstrap, Floats, summed
-from rlaif_jax.quality.votes import TIE, Votes
-
-MIN_LABELS = 10
-"""Fewer human labels debias nothing."""
-_BUDGETS = (25, 50, 100, 200, 400, 800, 1600, 3200)
+from rlaif_jax.quality.bootstrap import Estimate, bootstrap_ci, check_resampling, draw_counts, percentile_interval
+from rlaif_jax.quality.values import Floats, group_index, judged_values, vector_pair
 
 
-def win_rates(
-    votes: Votes,
-    shares: Shares,
-    people: str | None,
-    reference: str | None,
-    bootstrap: Bootstrap,
+def pair_outcomes(a: ArrayLike, b: ArrayLike) -> Floats:
+    """Returns the outcome [n] of each pair for `a`: 1 it scores higher, 0 lower, .5 a tie, NaN not judged.
+
+    Args:
+        a: [n], scores of one answer to each prompt.
+        b: [n], scores of the other answer to the same prompts, in the same order.
+    """
+    first, second = vector_pair(a, b, "a", "b")
+    outcome = np.where(first == second, 0.5, (first > second).astype(np.float64))
+    outcome[np.isnan(first) | np.isnan(second)] = np.nan
+    return outcome
+
+
+def win_rate(a: ArrayLike, b: ArrayLike) -> float:
+    """Returns how often `a` beats `b`, ties counting half; pairs with a NaN are left out.
+
+    Raises:
+        ValueError: the shapes differ, or no pair is left.
+    """
+    return float(np.mean(judged_values(pair_outcomes(a, b))))
+
+
+def win_rate_ci(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
     seed: int,
-) -> dict[str, Any]:
-    """Of every two generators by every source: (wins + ties / 2) / n, the same at equal lengths, and by the AI judges
-    debiased with the people's labels. Equal answers of the two are a tie. `a` against `b`; `b` is the reference if there
-    is one."""
-    equal: dict[str, dict[int, float]] = defaultdict(dict)
-    for index, rater in votes.equal:
-        equal[votes.raters[rater][1]][index] = 0.5
-    sources = [s for s in SOURCES if s in equal or any(votes.raters[v.rater][1] == s for v in votes.votes)]
-    worth = {source: mean_worth(votes, shares, source) | equal[source] for source in sources}
-    matches: dict[tuple[str, str], list[tuple[int, bool]]] = defaultdict(list)
-    for index, pair in enumerate(votes.pairs):
-        first, second = pair.generators
-        if first and second and first != second and (reference is None or reference in pair.generators):
-            straight = second == reference if reference is not None else first < second
-            matches[(first, second) if straight else (second, first)].append((index, straight))
-    most = sorted(matches, key=lambda names: -len(matches[names]))
-    rows = []
-    for names in most[:MAX_ROWS]:
-        mine = matches[names]
-        for source in sources:
-            of = [(i, straight) for i, straight in mine if i in worth[source]]
-            if of:
-                value = np.array([worth[source][i] if straight else 1 - worth[source][i] for i, straight in of])
-                longer = np.array([votes.pairs[i].longer * (1 if straight else -1) for i, straight in of], float)
-                member = [votes.pairs[i].cluster for i, _ in of]
-                ties = np.array([1.0 if i in equal[source] else _tied(votes, shares[i], source) for i, _ in of])
-                sums = summed(np.stack([value, np.ones(len(of))], 1), member, votes.count)
-                rows.append(
-                    {"a": names[0], "b": names[1], "source": source, "count": len(of)}
-                    | {"wins": float((value - ties / 2).sum()), "ties": float(ties.sum())}
-                    | {"losses": float((1 - value - ties / 2).sum())}
-                    | {"rate": bootstrap.estimate(sums, ratio(0, 1), share=True)}
-                    | {"length_controlled": _controlled(value, longer, member, bootstrap, seed)}
-                )
-        judge = next((s for s in ("ai", "rule") if s in worth), None)
-        if judge is not None and people in worth:
-            rows += _debiased(votes, names, mine, worth[judge], worth[people], judge, bootstrap)
-    return {"rows": rows, "left_out": max(0, len(most) - MAX_ROWS)}
+    resamples: int = 2000,
+    level: float = 0.95,
+    groups: ArrayLike | None = None,
+) -> Estimate:
+    """Computes `win_rate` with its bootstrap interval; pairs are resampled, so that both answers stay together.
+
+    Args:
+        a: [n], scores of one answer to each prompt.
+        b: [n], scores of the other answer to the same prompts, in the same order.
+        seed: of the bootstrap.
+        resamples: number of resamples.
+        level: coverage, between 0 and 1.
+        groups: [n], the prompt of each pair, as in `bootstrap_ci`.
+
+    Raises:
+        ValueError: a shape is wrong, no pair is left, or level is outside (0, 1).
+    """
+    outcome = pair_outcomes(a, b)
+    low, high = bootstrap_ci(outcome, seed=seed, resamples=resamples, level=level, groups=groups)
+    return Estimate(float(np.mean(judged_values(outcome))), low, high)
 
 
-def _tied(votes: Votes, by: Mapping[int, Floats], source: str) -> float:
-    """The share of ties in the verdicts of a source on a pair."""
-    return float(np.mean([vote[TIE] for rater, vote in by.items() if votes.raters[rater][1] == source]))
+def length_controlled_win_rate(
+    wins: ArrayLike,
+    length_difference: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+    ridge: float = 1.0,
+    groups: ArrayLike | None = None,
+) -> Estimate:
+    """Estimates the win rate that is left when both answers have the same length.
+
+    Fits `P(win) = sigmoid(quality + length * tanh(d / std(d)))` and returns `sigmoid(quality)`, the probability at no
+    difference: the idea of length-controlled AlpacaEval (Dubois et al. 2024, "Length-Controlled AlpacaEval: A Simple
+    Way to Debias Automatic Evaluators"), without its term for the prompt's difficulty.
+
+    Args:
+        wins: [n], in [0, 1] (1 win, .5 tie, or a judge's probability); NaN is left out.
+        length_difference: [n], length of this answer minus length of the other, in tokens.
+        seed: of the bootstrap.
+        resamples: number of resamples.
+        level: coverage, between 0 and 1.
+        ridge: penalty `ridge / 2 * length**2` on the summed cross-entropy (a normal prior of variance 1 / ridge). It
+            keeps the fit finite when length alone separates wins from losses; the result then leans towards the plain
+            win rate.
+        groups: [n], the prompt of each pair, as in `bootstrap_ci`.
+
+    Returns:
+        Estimate of a probability; three NaN when all pairs have one and the same non-zero difference, where length and
+        quality cannot be separated.
+
+    Raises:
+        ValueError: a shape is wrong, wins are outside [0, 1], no pair is left, or ridge is not positive.
+    """
+    outcome, difference = vector_pair(wins, length_difference, "wins", "length_difference")
+    check_resampling(level, resamples)
+    if not ridge > 0:
+        raise ValueError(f"ridge should be positive, got {ridge}")
+    member, count = group_index(groups, outcome)
+    kept = ~(np.isnan(outcome) | np.isnan(difference))
+    judged_values(np.where(kept, outcome, np.nan))
+    outcome, difference, member = outcome[kept], difference[kept], member[kept]
+    if outcome.min() < 0 or outcome.max() > 1:
+        raise ValueError(f"wins should be in [0, 1], got {outcome.min():g} to {outcome.max():g}")
+    spread = float(np.std(difference))
+    if spread == 0 and difference[0] != 0:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    squashed = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
+
+    def rates(weights: Floats) -> Floats:
+        return expit(_logistic_regressions(squashed, outcome, weights, ridge)[:, 0])
+
+    value = rates(np.ones((1, len(outcome))))[0]
+    draws = draw_counts(seed, resamples, count, row=max(count, len(outcome)))
+    resampled = np.concatenate([rates(draw[:, member]) for draw in draws])
+    return Estimate(float(value), *percentile_interval(resampled, level))
 
 
-def _controlled(value: Floats, longer: Floats, member: Sequence[int], bootstrap: Bootstrap, seed: int) -> Estimate:
-    found = length_controlled_win_rate(
-        value, longer, seed=seed, resamples=min(400, bootstrap.resamples), level=bootstrap.level, groups=member
-    )
-    if not np.isfinite(found.value):
-        return nothing("all pairs differ in length by the same: length and quality cannot be told apart")
-    if len(set(member)) < 2:
-        return {"value": found.value, "low": None, "high": None, "reason": "one prompt has no interval"}
-    return {"value": found.value, "low": found.low, "high": found.high}
+def _logistic_regressions(x: Floats, y: Floats, weights: Floats, ridge: float) -> Floats:
+    """Fits weighted logistic regressions of y [n] on x [n], one for each row of weights [r, n].
 
+    Newton's method with the length of a step capped, from zero: the objective is strictly convex, and without the cap
+    nearly separated data would throw the first steps out of the region where its quadratic model holds. The intercept
+    has a tiny penalty too: with wins only it would go to infinity. All rows at once in float64 NumPy, because a report
+    on a run must not start JAX (`rewards.optimise` has the JAX optimisers).
 
-def _debiased(
-    votes: Votes,
-    names: tuple[str, str],
-    mine: Sequence[tuple[int, bool]],
-    judge: Mapping[int, float],
-    person: Mapping[int, float],
-    source: str,
-    bootstrap: Bootstrap,
-) -> list[dict[str, Any]]:
-    of = [(i, straight) for i, straight in mine if i in judge]
-    if not of:
-        return []
-    turned = lambda value, straight: value if straight else 1 - value
-    f = np.array([turned(judge[i], straight) for i, straight in of])
-    y = np.array([turned(person.get(i, np.nan), straight) for i, straight in of])
-    labelled = int((~np.isnan(y)).sum())
-    row = {"a": names[0], "b": names[1], "source": f"{source}, debiased", "count": len(of), "labelled": labelled}
-    if labelled < MIN_LABELS:
-        few = f"{labelled} of these pairs have a person's label; {MIN_LABELS} are needed"
-        return [row | {"rate": nothing(few), "alone": nothing(few), "weight": None, "budget": []}]
-    sums = summed(stats.powered_columns(f, y), [votes.pairs[i].cluster for i, _ in of], votes.count)
-    return [
-        row
-        | {
-            "rate": bootstrap.estimate(sums, stats.powered_mean),
-            "alone": bootstrap.estimate(sums, ratio(3, 2)),
-            "weight": float(stats.power_lambda(sums.sum(0))),
-            "budget": stats.label_budget(sums, _BUDGETS, level=bootstrap.level),
-        }
-    ]
+    Returns:
+        [r, 2]: intercept and slope.
+    """
+    penalty = np.array([1e-3, ridge])
+    theta = np.zeros((len(weights), 2))
+    for _ in range(100):
+        p = expit(theta[:, :1] + theta[:, 1:] * x)
+        residual = weights * (p - y)
+        gradient = np.stack([residual.sum(1), residual @ x], 1) + penalty * theta
+        curvature = weights * p * (1 - p)
+        h00 = curvature.sum(1) + penalty[0]
+        h01 = curvature @ x
+        h11 = curvature @ (x * x) + penalty[1]
+        hessian = np.stack([np.stack([h00, h01], 1), np.stack([h01, h11], 1)], 1)
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        size = np.abs(step).max(1, keepdims=True)
+        theta -= step / np.maximum(1.0, size)
+        if size.max() < 1e-9:
+            break
+    return theta

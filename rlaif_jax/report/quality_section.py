@@ -1,4 +1,4 @@
-"""The quality of a run's feedback as a section of its page: tables, and the reliability plot."""
+"""The section of a run's page about the quality of its feedback: tables and reliability plots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlaif_jax.quality import quality_of_store
+from rlaif_jax.quality.quality import quality_of_store
 from rlaif_jax.quality.text import Table, clean, tables
 from rlaif_jax.report.curves import Plot, draw_reliability, number_text
 
@@ -18,8 +18,14 @@ _ORDER = ("Win rates", "Win rates of the judge", "Agreement of sources", "Krippe
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackPage:
-    """records: how many were read. note: one sentence. Everything is plain text but the plots' SVG, which holds numbers
-    and this package's own labels alone."""
+    """The section as data. All is plain text except the plots' SVG, which holds only numbers and this package's labels.
+
+    Attributes:
+        records: number of records in the store.
+        note: a sentence about them.
+        plots: reliability plots.
+        tables: the tables of the quality report, the most wanted first.
+    """
 
     records: int
     note: str
@@ -28,7 +34,7 @@ class FeedbackPage:
 
 
 def feedback_page(path: Path, *, reliability: bool = True) -> FeedbackPage:
-    """The section about the feedback store `path`. reliability: also fit the rater model, on JAX.
+    """Returns the section about the feedback store `path`; with `reliability` the rater model is fitted, on JAX.
 
     Raises:
         UserError: the store cannot be read.
@@ -37,10 +43,11 @@ def feedback_page(path: Path, *, reliability: bool = True) -> FeedbackPage:
 
 
 def page_of(report: Mapping[str, Any]) -> FeedbackPage:
-    """The section of a report of `quality`."""
+    """Returns the section that shows a report of `quality`."""
     found = tables(report)
-    place = {title: i for i, title in enumerate(_ORDER)}
-    rank = lambda table: next((i for title, i in reversed(place.items()) if table.title.startswith(title)), len(place))
+    rank = lambda table: max(
+        (i for i, title in enumerate(_ORDER) if table.title.startswith(title)), default=len(_ORDER)
+    )
     simulated = (
         ' No person has compared answers: "people" are SIMULATED people.' if report["people"] == "simulated" else ""
     )

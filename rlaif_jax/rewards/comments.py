@@ -1,8 +1,8 @@
-"""What comments are worth: their valence, the aspects they are about, and what that tells of the aspects' weights.
+"""Comments to rewards: from their valence and the aspects they are about, and the weights of the aspects.
 
 A comment reaches this file as two things: its valence v in [-1, 1], how good it says the answer is, and its aspects x
-[A] in [0, 1], how much it is about each topic. Both come from classifiers (`feedback.sentiment`) or from the rater.
-A comment that could not be had is missing; one that is about no aspect still has a valence.
+[A] in [0, 1], how much it is about each topic. Both come from classifiers (`feedback.judges.sentiment`) or from the
+rater. A comment that was not obtained is missing; a comment about no aspect still has a valence.
 Letters: C comments, A aspects, B answers.
 """
 
@@ -21,16 +21,17 @@ from rlaif_jax.rewards.shaping import Masked, masked
 
 
 def valence(log_odds: jax.Array, valid: jax.Array) -> Masked:
-    """Valence [...] in [-1, 1] from log-odds of "positive" in nats: P(positive) - P(negative) = tanh(l / 2)."""
+    """Returns valence [...] in [-1, 1] from log-odds l of "positive" in nats: P(positive) - P(negative) = tanh(l / 2)."""
     log_odds, valid = masked(log_odds, valid)
     return Masked(jnp.tanh(0.5 * log_odds), valid)
 
 
 class CommentRewards(NamedTuple):
-    """What comments say of their answers.
+    """Rewards of answers according to their comments.
 
-    overall [C]: the scalar reward, in [-1, 1]. by_aspect [C, A]: the reward in each aspect, valid where the comment is
-    about it.
+    Attributes:
+        overall: [C], the scalar reward, in [-1, 1].
+        by_aspect: [C, A], the reward in each aspect, valid where the comment is about it.
     """
 
     overall: Masked
@@ -40,15 +41,15 @@ class CommentRewards(NamedTuple):
 def comment_rewards(
     valence: jax.Array, aspects: jax.Array, valid: jax.Array, *, threshold: float = 0.5
 ) -> CommentRewards:
-    """Scalar and per-aspect rewards of C comments.
+    """Computes scalar and per-aspect rewards of C comments.
 
-    valence [C]: one for the whole comment, the reward overall and in each aspect that the comment is about. A comment
-    about no aspect has an overall reward and none by aspect.
-    valence [C, A]: one an aspect (aspect-based sentiment). The overall reward is their mean over the aspects that the
-    comment is about, weighted by how much it is about them; without any it is missing.
-
-    aspects [C, A]; those of `threshold` and more are what the comment is about. valid is shaped as valence: false where
-    the comment, or its word on an aspect, is missing.
+    Args:
+        valence: [C], of the whole comment: the reward overall and in each aspect that the comment is about. Or [C, A], of
+            each aspect (aspect-based sentiment): the overall reward is then their mean over the aspects that the comment
+            is about, weighted by how much it is about them; a comment about no aspect has no overall reward.
+        aspects: [C, A] in [0, 1], how much the comment is about each aspect.
+        valid: like `valence`, false where the comment, or its valence in an aspect, is missing.
+        threshold: a comment is about the aspects of this value or more.
     """
     chex.assert_rank(aspects, 2)
     chex.assert_equal_shape([valence, valid])
@@ -74,10 +75,15 @@ def pool_comments(
     weights: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> Masked:
-    """The weighted mean of the comments on each answer: values [C, ...] -> [B, ...]; missing where there is none.
+    """Returns the weighted mean [B, ...] of the comments on each answer; missing for an answer without comments.
 
-    answer [C] int: which of the `answers` = B answers a comment is on; weights [C] >= 0, such as a rater's reliability.
-    With `axis_name` the comments are split over devices and every device has the means over all of them.
+    Args:
+        values: [C, ...], of the comments.
+        valid: [C, ...] bool.
+        answer: [C] int, number of the answer that each comment is on.
+        answers: B, static.
+        weights: [C], not negative, such as a rater's reliability. None: 1 each.
+        axis_name: the comments are split over the devices of this pmap axis; all get the means of all comments.
     """
     values, valid = masked(values, valid)
     weight = jnp.ones(values.shape[0]) if weights is None else weights.astype(jnp.float32)
@@ -92,7 +98,12 @@ def pool_comments(
 
 @flax.struct.dataclass
 class AspectPosterior:
-    """A Gaussian over the weights of A aspects: mean [A] (valence per unit of aspect) and precision [A, A]."""
+    """A Gaussian over the weights of A aspects.
+
+    Attributes:
+        mean: [A], valence per unit of aspect.
+        precision: [A, A].
+    """
 
     mean: jax.Array
     precision: jax.Array
@@ -100,11 +111,14 @@ class AspectPosterior:
 
 @dataclasses.dataclass(frozen=True)
 class Pragmatic:
-    """What a comment says by leaving an aspect out: people speak of what matters, and of the best first.
+    """Evidence from aspects that a comment leaves out: people mention first what is good.
 
-    Every aspect that a comment does not mention is observed with this slightly negative valence, at `precision` times
-    the comment's own precision. The idea is Sumers 2021's pragmatic learner; the two numbers are ours and small, so
-    that what is said outweighs what is not.
+    Every aspect that a comment does not mention is observed with a slightly negative valence. The idea is Sumers 2021's
+    pragmatic learner; the two numbers are ours and small, so that mentioned aspects outweigh the others.
+
+    Attributes:
+        valence: of an aspect that is not mentioned.
+        precision: of that observation, times the comment's precision.
     """
 
     valence: float = -0.1
@@ -112,12 +126,12 @@ class Pragmatic:
 
 
 def aspect_prior(aspects: int, precision: float = 1.0) -> AspectPosterior:
-    """Mean 0 and the same precision for each aspect, before any comment."""
+    """Returns the posterior before any comment: mean 0 and the same precision for each of `aspects` aspects."""
     return AspectPosterior(mean=jnp.zeros(aspects), precision=precision * jnp.eye(aspects))
 
 
 class _Evidence(NamedTuple):
-    """What comments add to the precision and to precision x mean: outer [C, A, A] or summed, shift [C, A] or summed."""
+    """Contributions of comments: outer [C, A, A] to the precision, shift [C, A] to precision x mean; or their sums."""
 
     outer: jax.Array
     shift: jax.Array
@@ -131,6 +145,7 @@ def _observed(
     pragmatic: Pragmatic | None,
     summed: bool,
 ) -> _Evidence:
+    """Returns the evidence of each comment, or with `summed` of all of them; other arguments as `aspect_posterior`."""
     chex.assert_shape(aspects, (*valence.shape, None))
     v, valid = masked(valence, valid & jnp.isfinite(aspects).all(-1))
     x = jnp.where(valid[:, None], aspects, 0).astype(jnp.float32)
@@ -160,16 +175,26 @@ def aspect_posterior(
     pragmatic: Pragmatic | None = None,
     axis_name: str | None = None,
 ) -> AspectPosterior:
-    """The posterior over aspect weights after C comments, all at once (Sumers 2021; Bayesian linear regression).
+    """Computes the posterior over aspect weights after C comments, all at once (Sumers 2021; Bayesian regression).
 
     L' = L + sum_c p_c x_c x_c^T,  mu' = L'^-1 (L mu + sum_c p_c v_c x_c), for v_c = w . x_c + noise of variance 1 / p_c.
-    The order of the comments does not matter: `aspect_posterior_scan` comes to the same.
+    The order of the comments does not matter: `aspect_posterior_scan` gives the same. `vmap` over a leading axis keeps a
+    posterior for each rater.
 
-    valence [C], aspects [C, A], valid [C]; precision: p, one number or [C] (a rater's reliability); a comment that is
-    missing, or is about no aspect, changes nothing. With `axis_name` the comments are split over devices and every
-    device has the posterior of all. `vmap` over a leading axis keeps a posterior for each rater.
+    Args:
+        prior: mean mu and precision L.
+        valence: v [C].
+        aspects: x [C, A]; a comment about no aspect changes nothing.
+        valid: [C] bool; a missing comment changes nothing.
+        precision: p, one number or [C], such as a rater's reliability.
+        pragmatic: also learn from the aspects that comments leave out. None: do not.
+        axis_name: the comments are split over the devices of this pmap axis; all get the posterior of all comments.
     """
-    evidence = psum(_observed(valence, aspects, valid, precision, pragmatic, summed=True), axis_name)
+    return _updated(prior, psum(_observed(valence, aspects, valid, precision, pragmatic, summed=True), axis_name))
+
+
+def _updated(prior: AspectPosterior, evidence: _Evidence) -> AspectPosterior:
+    """Returns the posterior after summed evidence."""
     new = prior.precision + evidence.outer
     shift = jnp.einsum("ab,b->a", prior.precision, prior.mean, precision=jax.lax.Precision.HIGHEST) + evidence.shift
     return AspectPosterior(mean=_solve(new, shift), precision=new)
@@ -184,21 +209,37 @@ def aspect_posterior_scan(
     precision: jax.Array | float = 1.0,
     pragmatic: Pragmatic | None = None,
 ) -> tuple[AspectPosterior, jax.Array]:
-    """(posterior, means [C, A] after each comment): `aspect_posterior` one comment at a time, for learning online."""
+    """Computes `aspect_posterior` one comment at a time, for learning online.
+
+    Args:
+        prior: the posterior before the comments.
+        valence: [C].
+        aspects: [C, A].
+        valid: [C] bool.
+        precision: one number or [C].
+        pragmatic: also learn from the aspects that comments leave out. None: do not.
+
+    Returns:
+        (posterior after all comments, means [C, A] after each comment).
+    """
 
     def step(state: AspectPosterior, evidence: _Evidence) -> tuple[AspectPosterior, jax.Array]:
-        new = state.precision + evidence.outer
-        shift = jnp.einsum("ab,b->a", state.precision, state.mean, precision=jax.lax.Precision.HIGHEST)
-        mean = _solve(new, shift + evidence.shift)
-        return AspectPosterior(mean=mean, precision=new), mean
+        state = _updated(state, evidence)
+        return state, state.mean
 
     return jax.lax.scan(step, prior, _observed(valence, aspects, valid, precision, pragmatic, summed=False))
 
 
 def aspect_rewards(posterior: AspectPosterior, features: jax.Array, valid: jax.Array) -> tuple[Masked, jax.Array]:
-    """(reward mu . x, its variance x^T L^-1 x), each [B], of answers with aspect features x [B, A].
+    """Computes rewards of answers from their aspects and the learned weights of the aspects.
 
-    valid [B]: false where an answer's features are missing; variance 0 there.
+    Args:
+        posterior: mean mu and precision L of the weights.
+        features: x [B, A], how much each answer has of each aspect.
+        valid: [B] bool, false where an answer's features are missing.
+
+    Returns:
+        (rewards mu . x [B], their variances x^T L^-1 x [B], 0 where not valid).
     """
     chex.assert_shape(features, (None, *posterior.mean.shape))
     valid = valid.astype(bool) & jnp.isfinite(features).all(-1)

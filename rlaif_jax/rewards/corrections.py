@@ -5,7 +5,7 @@ ids: one `lax.scan` over the rows, each row a cumulative minimum, so that T + 1 
 Of the alignments with the fewest edits it takes one that keeps the most tokens, and of those one that edits late.
 
 Masks may have their real tokens anywhere (left or right padded). Give both sequences their stop token or neither.
-Everything works on rows of its own: any leading dimensions, under jit, vmap, pmap, or split over devices.
+Each row is computed independently: any leading dimensions, under jit, vmap, pmap, or split over devices.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ class Alignment(NamedTuple):
 
     Attributes:
         distance: [...] int32, Levenshtein distance in tokens: substitutions + deletions + insertions.
-        operations: [..., T] int8, what became of each token of the answer: KEPT, SUBSTITUTED, DELETED; MASKED where
-            there is none.
-        inserted: [..., T + 1] int32, how many tokens were put right before each token of the answer; the last entry
-            counts those behind its last token.
+        operations: [..., T] int8, of each token of the answer: KEPT, SUBSTITUTED, DELETED; MASKED for padding.
+        inserted: [..., T + 1] int32, number of tokens that were inserted right before each token of the answer; the last
+            entry counts those after its last token.
     """
 
     distance: jax.Array
@@ -38,7 +37,7 @@ class Alignment(NamedTuple):
 
 
 def _left_justified(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(tokens with the real ones first, where each came from, the number of real ones)."""
+    """Returns (tokens with the real ones first, the place that each came from, the number of real ones)."""
     order = jnp.argsort(~mask, stable=True)
     return tokens[order], order, jnp.sum(mask, dtype=jnp.int32)
 
@@ -46,11 +45,21 @@ def _left_justified(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.
 def _table(
     source: jax.Array, count: jax.Array, target: jax.Array, *, trace: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Last row [U + 1] of the table of least costs, and with `trace` how each cell of each row was reached.
+    """Computes the table of least costs of turning prefixes of `source` into prefixes of `target`.
 
     An edit costs U + 2, a kept token -1: fewest edits first, then most kept tokens; a distance is the cost over U + 2,
-    rounded up. The trace is (origin [T, U + 1]: the column where the run of insertions that ends in this cell began;
-    diagonal [T, U + 1]: whether that cell was reached by keeping or substituting rather than by deleting).
+    rounded up.
+
+    Args:
+        source: [T] int, real tokens first.
+        count: [], number of real tokens of the source.
+        target: [U] int, real tokens first.
+        trace: also return how each cell of each row was reached.
+
+    Returns:
+        (last row [U + 1] of the table, trace or None). The trace is (origin [T, U + 1]: the column where the run of
+        insertions that ends in this cell began; diagonal [T, U + 1]: whether that cell was reached by keeping or
+        substituting rather than by deleting).
     """
     edit = target.shape[0] + 2
     columns = jnp.arange(target.shape[0] + 1, dtype=jnp.int32)
@@ -76,7 +85,7 @@ def _table(
 
 
 def _distance(last: jax.Array, length: jax.Array) -> jax.Array:
-    """Distance [] from the last row [U + 1] of the table; `length` [] real tokens of the correction."""
+    """Returns the distance [] from the last row [U + 1] of the table and the number `length` [] of real target tokens."""
     edit = last.shape[0] + 1
     return (last[length] + edit - 1) // edit
 
@@ -122,6 +131,7 @@ def _pair_alignment(
 def _checked(
     answer: jax.Array, answer_mask: jax.Array, corrected: jax.Array, corrected_mask: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the arguments with Boolean masks, after checks of their shapes and types."""
     chex.assert_equal_shape([answer, answer_mask])
     chex.assert_equal_shape([corrected, corrected_mask])
     chex.assert_equal_shape_prefix([answer, corrected], jnp.ndim(answer) - 1)
@@ -132,9 +142,18 @@ def _checked(
 def levenshtein(
     answer: jax.Array, answer_mask: jax.Array, corrected: jax.Array, corrected_mask: jax.Array
 ) -> jax.Array:
-    """Levenshtein distance [...] int32, in tokens, of answers [..., T] and corrections [..., U] (int ids and masks).
+    """Computes Levenshtein distances between answers and corrections, in tokens.
 
     Memory: one row of U + 1 numbers a pair; T, U up to 20,000 fit in int32.
+
+    Args:
+        answer: [..., T] int, token ids.
+        answer_mask: [..., T] bool.
+        corrected: [..., U] int, token ids.
+        corrected_mask: [..., U] bool.
+
+    Returns:
+        [...] int32.
     """
     return jnp.vectorize(_pair_distance, signature="(t),(t),(u),(u)->()")(
         *_checked(answer, answer_mask, corrected, corrected_mask)
@@ -142,7 +161,14 @@ def levenshtein(
 
 
 def align(answer: jax.Array, answer_mask: jax.Array, corrected: jax.Array, corrected_mask: jax.Array) -> Alignment:
-    """The edits between answers [..., T] and corrections [..., U] (int ids and masks). Memory: 5 T (U + 1) bytes a pair."""
+    """Finds the edits that turn answers into corrections. Memory: 5 T (U + 1) bytes a pair.
+
+    Args:
+        answer: [..., T] int, token ids.
+        answer_mask: [..., T] bool.
+        corrected: [..., U] int, token ids.
+        corrected_mask: [..., U] bool.
+    """
     return Alignment(
         *jnp.vectorize(_pair_alignment, signature="(t),(t),(u),(u)->(),(t),(s)")(
             *_checked(answer, answer_mask, corrected, corrected_mask)
@@ -151,10 +177,14 @@ def align(answer: jax.Array, answer_mask: jax.Array, corrected: jax.Array, corre
 
 
 def edit_reward(distance: jax.Array, corrected_mask: jax.Array) -> jax.Array:
-    """-distance / number of tokens of the correction, [...] float32: minus the human-targeted edit rate.
+    """Returns -distance / number of tokens of the correction, [...] float32: minus the human-targeted edit rate.
 
-    HTER (Snover 2006), without its block shifts. 0 is an answer that needed no edit; below -1 is one
-    that was longer than its correction. A correction that deletes everything counts as one token long.
+    HTER (Snover 2006), without its block shifts. 0 is an answer that needed no edit; below -1 is one that was longer
+    than its correction. A correction that deletes everything counts as one token long.
+
+    Args:
+        distance: [...] int32, from `levenshtein` or `align`.
+        corrected_mask: [..., U] bool.
     """
     length = jnp.sum(jnp.asarray(corrected_mask, bool), axis=-1)
     return -distance.astype(jnp.float32) / jnp.maximum(length, 1)
@@ -169,12 +199,18 @@ def token_blame(
     deleted: float | jax.Array = -1.0,
     insertion: float | jax.Array = -0.5,
 ) -> jax.Array:
-    """What each token of the answer did to deserve its correction: dense rewards [..., T] float32, 0 where masked.
+    """Returns dense rewards [..., T] float32 by what the correction did to each token of the answer; 0 where masked.
 
-    A token earns the weight of what became of it. A place where tokens were put in, however many, costs `insertion`
-    in addition; it is charged to the token that was written in their stead, the next one (behind the end: the last
-    one). With kept > 0 longer answers earn more, so keep it small beside the faults. PRELUDE (Gao 2024) learns from
-    the edit distance; RLMEC (Chen 2024) from the tokens of a minimal edit, as here.
+    PRELUDE (Gao 2024) learns from the edit distance; RLMEC (Chen 2024) from the tokens of a minimal edit, as here.
+
+    Args:
+        alignment: of the answers and their corrections.
+        answer_mask: [..., T] bool.
+        kept: reward of a kept token. Above 0 longer answers earn more, so keep it small compared with the faults.
+        substituted: reward of a substituted token.
+        deleted: reward of a deleted token.
+        insertion: added for a place where tokens were inserted, however many. It goes to the token after that place (at
+            the end: the last token), which was written instead of them.
     """
     mask = jnp.asarray(answer_mask, bool)
     chex.assert_equal_shape([alignment.operations, mask])
@@ -190,7 +226,7 @@ def token_blame(
 
 
 def _last(mask: jax.Array) -> jax.Array:
-    """[..., T] bool, true at each row's last real token."""
+    """Returns [..., T] bool, true at each row's last real token."""
     behind = jnp.cumsum(mask[..., ::-1].astype(jnp.int32), axis=-1)[..., ::-1]
     return mask & (behind == 1)
 
@@ -209,10 +245,20 @@ def correction_rewards(
     deleted: float | jax.Array = -1.0,
     insertion: float | jax.Array = -0.5,
 ) -> RewardBatch:
-    """Corrected answers as rewards: `sequence` x `edit_reward` as score, `dense` x `token_blame` as token rewards.
+    """Turns corrected answers into rewards: `edit_reward` as score and `token_blame` as token rewards.
 
-    answer [B, T] and corrected [B, U] int token ids, with masks; valid [B]: false where no correction could be had
-    (such a row gives 0 and stays invalid, whatever its tokens).
+    Args:
+        answer: [B, T] int, token ids.
+        answer_mask: [B, T] bool.
+        corrected: [B, U] int, token ids.
+        corrected_mask: [B, U] bool.
+        valid: [B] bool, false where the correction is missing; such a row gives 0 and stays invalid.
+        sequence: weight of `edit_reward`.
+        dense: weight of `token_blame`.
+        kept: as in `token_blame`.
+        substituted: as in `token_blame`.
+        deleted: as in `token_blame`.
+        insertion: as in `token_blame`.
     """
     alignment = align(answer, answer_mask, corrected, corrected_mask)
     valid = jnp.asarray(valid, bool)
@@ -229,11 +275,17 @@ def correction_rewards(
 def span_rewards(
     starts: jax.Array, ends: jax.Array, values: jax.Array, span_mask: jax.Array, answer_mask: jax.Array
 ) -> jax.Array:
-    """Each span's value as a reward at its last token: [..., T] float32 (Wu 2023, fine-grained rewards).
+    """Returns each span's value as a reward at its last token: [..., T] float32 (Wu 2023, fine-grained rewards).
 
-    starts, ends [..., M] int: token numbers, end exclusive; values [..., M], in the units of the reward; span_mask
-    [..., M]: false for padding, whatever it holds; answer_mask [..., T]. Values of spans that end together add up. A
-    span that runs past the answer's real tokens pays at the last one inside it; one without any real token pays nothing.
+    Values of spans that end together add up. A span that runs past the answer's real tokens pays at the last one inside
+    it; a span without a real token pays nothing.
+
+    Args:
+        starts: [..., M] int, number of the first token.
+        ends: [..., M] int, number of the last token plus 1.
+        values: [..., M], in the units of the reward.
+        span_mask: [..., M] bool, false for padding, whatever it holds.
+        answer_mask: [..., T] bool.
     """
     chex.assert_equal_shape([starts, ends, values, span_mask])
     mask = jnp.asarray(answer_mask, bool)

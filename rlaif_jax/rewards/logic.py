@@ -4,8 +4,8 @@ A formula is a small tree, built in Python (`Atom("polite") & ~Atom("long")`) or
 program, not of the data: under `jit` it is a constant, the predicates are arrays.
 
 A missing predicate is neither true nor false. Truth is computed as the interval that it leaves open (every connective
-rises or falls in each of its arguments, so an interval's ends are the truth at the ends): `rude & missing` is known to
-be 0 where `rude` is 0, and is missing where it is 1.
+is monotone in each argument, so the interval's ends are the truth at the ends): `rude & missing` is known to be 0 where
+`rude` is 0, and is missing where `rude` is 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ Formula: TypeAlias = Atom | Not | And | Or | Implies
 
 
 def atoms(formula: Formula) -> tuple[str, ...]:
-    """The names of the predicates of a formula, each once, in the order of their coming."""
+    """Returns the names of the predicates of a formula, each once, in order of appearance."""
     match formula:
         case Atom(name):
             return (name,)
@@ -113,8 +113,16 @@ _TOKEN = re.compile(r"\s*(?:(?P<name>[^\W\d][\w.]*)|(?P<mark><->|->|[!&|()])|(?P
 _WORDS = {"and": "&", "or": "|", "not": "!"}
 
 
+class _Token(NamedTuple):
+    """A token of a formula's text. kind: "name", "mark" or "end"; place: its first character, counted from 1."""
+
+    kind: str
+    text: str
+    place: int
+
+
 def parse_formula(text: str) -> Formula:
-    """A formula from text: `polite & !(long | rude) -> ok`.
+    """Reads a formula from text such as `polite & !(long | rude) -> ok`.
 
     Names are letters, digits, `_` and `.`, and begin with a letter or `_`. `!` (or `not`) binds tightest, then `&`
     (`and`), `|` (`or`), `->` and last `<->`; `a -> b -> c` is `a -> (b -> c)`; parentheses as usual.
@@ -122,9 +130,21 @@ def parse_formula(text: str) -> Formula:
     Raises:
         UserError: the text is no formula; the message says at which character, counted from 1.
     """
-    tokens: list[tuple[str, str, int]] = []
+    parser = _Parser(text, _tokens(text)[::-1])
+    try:
+        formula = parser.equivalence()
+    except RecursionError as error:
+        raise UserError(f"formula {text[:60]!r} ...: nested too deeply") from error
+    if parser.rest[-1].kind != "end":
+        raise parser.wrong("& or | or -> or <-> or the end")
+    return formula
+
+
+def _tokens(text: str) -> list[_Token]:
+    """Returns the tokens of a formula's text; the last one is its end."""
+    tokens: list[_Token] = []
     position = 0
-    while not tokens or tokens[-1][0] != "end":
+    while not tokens or tokens[-1].kind != "end":
         found = _TOKEN.match(text, position)
         assert found is not None and found.lastgroup is not None
         kind, token = found.lastgroup, found[found.lastgroup]
@@ -133,63 +153,61 @@ def parse_formula(text: str) -> Formula:
             raise UserError(
                 f"formula {text!r}: {token!r} at character {place} is neither a name nor one of ! & | -> <-> ( )"
             )
-        if kind == "name" and token in _WORDS:
-            kind, token = "mark", _WORDS[token]
-        tokens.append((kind, token, place))
-    tokens.reverse()
+        word = _WORDS.get(token)
+        tokens.append(_Token("mark", word, place) if word else _Token(kind, token, place))
+    return tokens
 
-    def taken(mark: str) -> bool:
-        if tokens[-1][:2] == ("mark", mark):
-            tokens.pop()
-            return True
-        return False
 
-    def unary() -> Formula:
-        if taken("!"):
-            return Not(unary())
-        if taken("("):
-            inside = equivalence()
-            if not taken(")"):
-                raise wrong("a closing )")
+@dataclasses.dataclass(frozen=True)
+class _Parser:
+    """Reads a formula by recursive descent, a method for each strength of binding; `rest` has the next token last."""
+
+    text: str
+    rest: list[_Token]
+
+    def accept(self, mark: str) -> bool:
+        """Removes the next token if it is `mark`, and returns whether it was."""
+        if self.rest[-1][:2] != ("mark", mark):
+            return False
+        self.rest.pop()
+        return True
+
+    def wrong(self, expected: str) -> UserError:
+        """Returns the error that the next token is not what was expected."""
+        _, token, place = self.rest[-1]
+        return UserError(f"formula {self.text!r}: expected {expected} at character {place}, found {token or 'the end'}")
+
+    def unary(self) -> Formula:
+        if self.accept("!"):
+            return Not(self.unary())
+        if self.accept("("):
+            inside = self.equivalence()
+            if not self.accept(")"):
+                raise self.wrong("a closing )")
             return inside
-        if tokens[-1][0] != "name":
-            raise wrong("the name of a rule")
-        return Atom(tokens.pop()[1])
+        if self.rest[-1].kind != "name":
+            raise self.wrong("the name of a rule")
+        return Atom(self.rest.pop().text)
 
-    def chain(below: Callable[[], Formula], mark: str, made: type[And] | type[Or]) -> Formula:
+    def chain(self, below: Callable[[], Formula], mark: str, made: type[And] | type[Or]) -> Formula:
         parts = [below()]
-        while taken(mark):
+        while self.accept(mark):
             parts.append(below())
         return parts[0] if len(parts) == 1 else made(tuple(parts))
 
-    def conjunction() -> Formula:
-        return chain(unary, "&", And)
+    def disjunction(self) -> Formula:
+        return self.chain(lambda: self.chain(self.unary, "&", And), "|", Or)
 
-    def disjunction() -> Formula:
-        return chain(conjunction, "|", Or)
+    def implication(self) -> Formula:
+        left = self.disjunction()
+        return Implies(left, self.implication()) if self.accept("->") else left
 
-    def implication() -> Formula:
-        left = disjunction()
-        return Implies(left, implication()) if taken("->") else left
-
-    def equivalence() -> Formula:
-        left = implication()
-        while taken("<->"):
-            right = implication()
+    def equivalence(self) -> Formula:
+        left = self.implication()
+        while self.accept("<->"):
+            right = self.implication()
             left = And((Implies(left, right), Implies(right, left)))
         return left
-
-    def wrong(expected: str) -> UserError:
-        _, token, place = tokens[-1]
-        return UserError(f"formula {text!r}: expected {expected} at character {place}, found {token or 'the end'}")
-
-    try:
-        formula = equivalence()
-    except RecursionError as error:
-        raise UserError(f"formula {text[:60]!r} ...: nested too deeply") from error
-    if tokens[-1][0] != "end":
-        raise wrong("& or | or -> or <-> or the end")
-    return formula
 
 
 # ---- Truth
@@ -203,19 +221,26 @@ def truth(
     *,
     tnorm: TNorm = "lukasiewicz",
 ) -> Masked:
-    """Truth [...] of a formula from predicates [..., P] in [0, 1], named by `names` (P of them).
+    """Computes the truth of a formula from its predicates.
 
-    tnorm: "lukasiewicz": a & b = max(0, a + b - 1), a | b = min(1, a + b); "product": a & b = ab, a | b = a + b - ab.
-    Both: !a = 1 - a and a -> b = !a | b, which for Lukasiewicz is its residuum min(1, 1 - a + b), and for the product
-    Reichenbach's implication 1 - a + ab, which unlike the residuum has a gradient everywhere (van Krieken 2022, section
-    5). On {0, 1} each is Boolean logic, exactly.
+    Both t-norms have !a = 1 - a and a -> b = !a | b, which for Lukasiewicz is its residuum min(1, 1 - a + b), and for
+    the product Reichenbach's implication 1 - a + ab, which unlike the residuum has a gradient everywhere (van Krieken
+    2022, section 5). On {0, 1} each is Boolean logic, exactly.
 
-    valid [..., P]: false where a predicate is missing. The truth is valid where the missing ones leave its interval no
-    more than 1e-6 of room; an atom that occurs twice counts as two, so `a | !a` is missing where `a` is. A predicate
-    that is NaN is missing; one off [0, 1] is held to it.
+    Args:
+        formula: its atoms are among `names`.
+        names: names of the P predicates.
+        predicates: [..., P] in [0, 1]; NaN is missing, a value outside is clipped.
+        valid: [..., P] bool, false where a predicate is missing. None: all are valid.
+        tnorm: "lukasiewicz": a & b = max(0, a + b - 1), a | b = min(1, a + b). "product": a & b = ab,
+            a | b = a + b - ab.
+
+    Returns:
+        The truth [...]; valid where the missing predicates leave its interval at most 1e-6 wide. An atom that occurs
+        twice counts as two, so `a | !a` is missing where `a` is.
 
     Raises:
-        UserError: the formula has an atom that `names` does not.
+        UserError: the formula has an atom that is not in `names`, or there are not P names.
     """
     require(
         predicates.shape[-1] == len(names),
@@ -234,7 +259,7 @@ def truth(
 def _interval(
     formula: Formula, place: dict[str, int], low: jax.Array, high: jax.Array, tnorm: TNorm
 ) -> tuple[jax.Array, jax.Array]:
-    """The least and the greatest truth [...] with each predicate between `low` and `high` [..., P]."""
+    """Returns the least and the greatest truth [...] with each predicate between `low` and `high` [..., P]."""
 
     def inside(part: Formula) -> tuple[jax.Array, jax.Array]:
         return _interval(part, place, low, high, tnorm)
@@ -262,7 +287,7 @@ def _conjunction(parts: Sequence[jax.Array], tnorm: TNorm) -> jax.Array:
 
 
 def _within(x: jax.Array) -> jax.Array:
-    """x held to [0, 1], with its gradient at 0 and at 1, where Boolean predicates are (`jnp.clip` would halve it)."""
+    """Returns x clipped to [0, 1] with gradient 1 at 0 and 1, where Boolean predicates are (`jnp.clip` halves it)."""
     return jnp.where(x < 0, 0.0, jnp.where(x > 1, 1.0, x))
 
 
@@ -275,12 +300,25 @@ def logic_rewards(
     *,
     tnorm: TNorm = "lukasiewicz",
 ) -> tuple[Masked, Masked]:
-    """(rewards [...], truths [..., F]) of F formulas over predicates [..., P]: the reward is sum_f weights[f] truth_f.
+    """Computes rewards sum_f weights[f] truth_f of F formulas over predicates.
 
-    weights [F] may be negative (what should not be) and traced. Formulas whose truth is missing are left out and the
-    others speak for them (`combine`, where to be against a formula is to be for its contrary), so that a reward always
-    lies between the sum of the negative and the sum of the positive weights; without any formula it is missing. Errors
-    as in `truth`.
+    Formulas whose truth is missing are left out and the others represent them (`combine`, with a negative weight read as
+    a positive weight of the formula's contrary), so that a reward always lies between the sum of the negative and the
+    sum of the positive weights. A reward without any valid truth is missing.
+
+    Args:
+        formulas: at least one.
+        weights: [F], negative for what should not hold; may be traced.
+        names: names of the P predicates.
+        predicates: [..., P] in [0, 1].
+        valid: [..., P] bool, false where a predicate is missing. None: all are valid.
+        tnorm: as in `truth`.
+
+    Returns:
+        (rewards [...], truths [..., F]).
+
+    Raises:
+        UserError: there is no formula, or one has an atom that is not in `names`.
     """
     require(bool(formulas), "a reward by logic needs at least one formula")
     each = [truth(formula, names, predicates, valid, tnorm=tnorm) for formula in formulas]

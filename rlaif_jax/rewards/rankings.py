@@ -1,8 +1,8 @@
-"""Rankings to rewards: Bradley-Terry, ties, Plackett-Luce, ListNet, as losses for a reward model and as utilities. Pure jnp.
+"""Rankings to rewards: losses for a reward model and utilities of items, from comparisons and lists. Pure jnp.
 
 The losses take scores and give one loss a comparison, in nats, computed in float32. What a mask takes out costs nothing
-and gets no gradient, whatever it holds. `mean_loss` joins them with weights over all devices. The fits find the utility
-of each item directly from comparisons of numbered items.
+and gets no gradient, whatever it holds. `mean_loss` averages them with weights over all devices. The fits find the
+utility of each item directly from comparisons of numbered items.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from rlaif_jax.parallel import psum
+from rlaif_jax.rewards.optimise import halved, newton, newton_step
 
-NEGATIVE = -1e30  # the log of nothing: finite, so that its gradient is 0 and not NaN
+NEGATIVE = -1e30  # instead of log 0: finite, so that its gradient is 0 and not NaN
 
 
 def mean_loss(losses: jax.Array, weight: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """Weighted mean of losses [...], [] float32: this device's part of it, which sums to the mean over `axis_name`.
+    """Returns this device's part [] float32 of the weighted mean of losses [...]; the parts sum to the mean.
 
     Rows of weight 0 are missing. Without any weight the mean is 0.
     """
@@ -35,12 +36,19 @@ def mean_loss(losses: jax.Array, weight: jax.Array, axis_name: str | None = None
 def both_orders(
     forward: jax.Array, swapped: jax.Array, *, how: Literal["logit", "mean"] = "logit"
 ) -> tuple[jax.Array, jax.Array]:
-    """(P(the first answer is better), position bias), each [...] float32, of a judge asked in both orders.
+    """Combines a judge's verdicts in both orders of a pair.
 
-    forward, swapped [...]: P(the answer shown first is better) in each order. logit: sigmoid((logit forward - logit
-    swapped) / 2); a bias that is additive in the log-odds cancels exactly. mean: (forward + 1 - swapped) / 2 (Lee 2023,
-    section 2.2); one that is additive in the probability does. The bias (logit forward + logit swapped) / 2, in nats, is
-    above 0 for whoever stands first. Probabilities closer than 1e-6 to 0 or 1 are taken for that close.
+    Args:
+        forward: [...], P(the answer shown first is better) when the first answer is shown first. Probabilities closer
+            than 1e-6 to 0 or 1 count as that close.
+        swapped: [...], the same when the second answer is shown first.
+        how: "logit": sigmoid((logit forward - logit swapped) / 2), where a bias that is additive in the log-odds cancels
+            exactly. "mean": (forward + 1 - swapped) / 2 (Lee 2023, section 2.2), where a bias that is additive in the
+            probability cancels.
+
+    Returns:
+        (P(the first answer is better), position bias), each [...] float32. The bias (logit forward + logit swapped) / 2,
+        in nats, is positive for a judge that favours the answer shown first.
     """
     forward, swapped = _float(forward), _float(swapped)
     first, second = (jax.scipy.special.logit(jnp.clip(p, 1e-6, 1 - 1e-6)) for p in (forward, swapped))
@@ -54,9 +62,18 @@ def both_orders(
 def bradley_terry(
     first: jax.Array, second: jax.Array, probability: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """-p log sigmoid(s1 - s2) - (1 - p) log sigmoid(s2 - s1) for soft labels p = P(first is better); all arrays [...].
+    """Computes -p log sigmoid(s1 - s2) - (1 - p) log sigmoid(s2 - s1), the Bradley-Terry loss with soft labels.
 
-    Bradley-Terry with soft labels (Lee 2023, section 2.1.2: cross-entropy to softmax(s1, s2)). A tie is p = 1/2.
+    Lee 2023, section 2.1.2: cross-entropy to softmax(s1, s2).
+
+    Args:
+        first: scores s1 [...].
+        second: scores s2 [...].
+        probability: p = P(first is better) [...]; a tie is 1/2.
+        mask: [...], false where a comparison is missing.
+
+    Returns:
+        [...] float32, in nats.
     """
     p, margin = jnp.asarray(probability, jnp.float32), _float(first) - _float(second)
     if mask is not None:
@@ -72,12 +89,21 @@ def davidson(
     log_tie: jax.Array | float,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Cross-entropy [...] of Bradley-Terry with ties to outcome [..., 3] = P(first better, second better, tie).
+    """Computes the cross-entropy of Bradley-Terry with ties.
 
-    Davidson (1970, "On extending the Bradley-Terry model to accommodate ties in paired comparison
-    experiments"): the three are as exp(s1) : exp(s2) : nu sqrt(exp(s1) exp(s2)). log_tie = log nu, a number to be
-    learned with the scores; two equal items tie with probability nu / (2 + nu). Without ties (nu -> 0) this is
-    `bradley_terry`.
+    Davidson (1970, "On extending the Bradley-Terry model to accommodate ties in paired comparison experiments"): first
+    better, second better and tie are as exp(s1) : exp(s2) : nu sqrt(exp(s1) exp(s2)). Two equal items tie with
+    probability nu / (2 + nu). Without ties (nu -> 0) this is `bradley_terry`.
+
+    Args:
+        first: scores s1 [...].
+        second: scores s2 [...].
+        outcome: [..., 3], P(first better, second better, tie).
+        log_tie: log nu, a number that is learned with the scores.
+        mask: [...], false where a comparison is missing.
+
+    Returns:
+        [...] float32, in nats.
     """
     half = (_float(first) - _float(second)) / 2
     outcome = jnp.asarray(outcome, jnp.float32)
@@ -94,27 +120,30 @@ def plackett_luce(
     *,
     unplaced: Literal["out", "below"] = "out",
 ) -> jax.Array:
-    """-log P(order) [...] of scores [..., K] under Plackett-Luce: sum_j [logsumexp_{l not better than j} s_l - s_j].
+    """Computes -log P(order) under Plackett-Luce: sum_j [logsumexp_{l not better than j} s_l - s_j].
 
-    Plackett (1975), as a loss Xia (2008, ListMLE). Two answers make it `bradley_terry`.
+    Plackett (1975), as a loss Xia (2008, ListMLE). Two answers make it `bradley_terry`. Answers of equal rank are tied:
+    their loss is the mean over all orders in which they could come, so that their scores are drawn together (two tied
+    answers: Bradley-Terry with the soft label 1/2). This is exact for up to three tied answers; of more, the middle
+    choices take the log of the mean for the mean of the log, an upper bound (Efron 1977, for tied survival times).
+    Memory: O(K^2) a list, O(K^3) where more than three can tie.
 
     Args:
+        scores: [..., K], of the answers.
         ranks: [..., K] int, place of each answer, 1 = best; gaps do not matter (1, 1, 3 is 1, 1, 2). 0 = not placed.
-        mask: [..., K], false for answers that are not there (padding).
-        unplaced: an answer of rank 0 takes no part (`out`: nobody looked at it), or it stands below all placed ones,
-            in no order of its own (`below`: the list names the best few).
+        mask: [..., K], false for padding.
+        unplaced: an answer of rank 0 takes no part (`out`: nobody looked at it), or is below all placed ones, without an
+            order among the unplaced (`below`: the list names the best few).
 
-    Answers of equal rank are tied: their loss is the mean over all orders in which they could stand, so that their
-    scores are drawn together (two tied answers: Bradley-Terry with the soft label 1/2). This is exact for up to three
-    tied answers; of more, the middle choices take the log of the mean for the mean of the log, an upper bound (Efron
-    1977, for tied survival times). Memory: O(K^2) a list, O(K^3) where more than three can tie.
+    Returns:
+        [...] float32, in nats.
     """
     chex.assert_equal_shape([scores, ranks])
     present = jnp.ones(scores.shape, bool) if mask is None else jnp.asarray(mask, bool)
     placed = present & (ranks > 0)
     present = placed if unplaced == "out" else present
     scores = jnp.where(present, _float(scores), 0.0)
-    place = jnp.where(placed, _float(ranks), jnp.inf)  # the unplaced stand last
+    place = jnp.where(placed, _float(ranks), jnp.inf)  # the unplaced come last
 
     ahead, behind = place[..., :, None], place[..., None, :]  # [..., i, l]
     there, oneself = present[..., None, :], jnp.eye(scores.shape[-1], dtype=bool)
@@ -135,10 +164,15 @@ def plackett_luce(
 
 
 def listnet(scores: jax.Array, relevance: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Cross-entropy [...] of softmax(scores) to softmax(relevance), both [..., K] (Cao 2007: top-one ListNet).
+    """Computes the cross-entropy of softmax(scores) to softmax(relevance) (Cao 2007: top-one ListNet).
 
-    relevance: higher = better, on the scale of the scores: ratings, or -ranks. mask [..., K]: false for padding. A
-    list without answers costs 0.
+    Args:
+        scores: [..., K], of the answers.
+        relevance: [..., K], higher = better, on the scale of the scores: ratings, or -ranks.
+        mask: [..., K], false for padding.
+
+    Returns:
+        [...] float32, in nats; 0 for a list without answers.
     """
     chex.assert_equal_shape([scores, relevance])
     present = jnp.ones(scores.shape, bool) if mask is None else jnp.asarray(mask, bool)
@@ -164,19 +198,23 @@ def fit_bradley_terry(
     ridge: float | jax.Array = 0.01,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Utilities [num_items] float32 with mean 0, in nats, from N comparisons, by Newton's method.
+    """Finds utilities of items from N comparisons by Newton's method.
 
-    Minimises sum_n weight_n `bradley_terry`_n + ridge / 2 sum_i u_i^2.
+    Minimises sum_n weight_n `bradley_terry`_n + ridge / 2 sum_i u_i^2. May be differentiated in probability, weight and
+    ridge (implicitly, at the optimum).
 
     Args:
-        first, second: [N] int, item numbers.
+        first: [N] int, number of the first item.
+        second: [N] int, number of the second item.
         probability: [N], P(first is better): 1 or 0 for a win or a loss, 1/2 for a tie, or a judge's soft label.
         weight: [N], how often each was seen; 0 = missing, whatever it holds. None: 1.
+        num_items: number of items, static.
         ridge: inverse variance of a Gaussian prior around 0. It keeps items finite that won or lost everything; with 0
             each item must be reachable from each other by wins (Ford 1957), or the result means nothing.
         axis_name: the comparisons are split over the devices of this pmap axis; all get the same utilities.
 
-    May be differentiated in probability, weight and ridge (implicitly, at the optimum).
+    Returns:
+        Utilities [num_items] float32 with mean 0, in nats.
     """
     chex.assert_equal_shape([first, second, probability])
 
@@ -184,7 +222,7 @@ def fit_bradley_terry(
         return bradley_terry(scores[0], scores[1], p, seen)
 
     items = jnp.stack([first, second], axis=-1)
-    return _newton(loss, items, (probability,), _seen(weight, first), num_items, num_items, ridge, axis_name)
+    return _fit_utilities(loss, items, (probability,), _seen(weight, first), num_items, num_items, ridge, axis_name)
 
 
 def fit_davidson(
@@ -197,9 +235,19 @@ def fit_davidson(
     ridge: float | jax.Array = 0.01,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(utilities [num_items] with mean 0, log_tie []) from N comparisons with outcome [N, 3] as in `davidson`.
+    """Finds utilities of items from N comparisons with ties (`davidson`) by Newton's method, as `fit_bradley_terry`.
 
-    As `fit_bradley_terry`; the ridge is also on log_tie, which keeps it finite where nobody or everybody tied.
+    Args:
+        first: [N] int, number of the first item.
+        second: [N] int, number of the second item.
+        outcome: [N, 3], P(first better, second better, tie).
+        weight: [N], how often each was seen; 0 = missing. None: 1.
+        num_items: number of items, static.
+        ridge: penalty of the utilities and of log_tie, which keeps it finite where nobody or everybody tied.
+        axis_name: the comparisons are split over the devices of this pmap axis; all get the same result.
+
+    Returns:
+        (utilities [num_items] float32 with mean 0, in nats; log_tie []).
     """
     chex.assert_shape(outcome, (*first.shape, 3))
 
@@ -208,7 +256,7 @@ def fit_davidson(
 
     items = jnp.stack([first, second, jnp.full_like(first, num_items)], axis=-1)  # the tie is one item more
     seen = _seen(weight, first)
-    fitted = _newton(loss, items, (outcome,), seen, num_items + 1, num_items, ridge, axis_name)
+    fitted = _fit_utilities(loss, items, (outcome,), seen, num_items + 1, num_items, ridge, axis_name)
     return fitted[:num_items], fitted[num_items]
 
 
@@ -223,10 +271,22 @@ def fit_plackett_luce(
     ridge: float | jax.Array = 0.01,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Utilities [num_items] float32 with mean 0, in nats, from N lists, by Newton's method.
+    """Finds utilities of items from N ranked lists by Newton's method.
 
-    Minimises sum_n weight_n `plackett_luce`_n + ridge / 2 sum_i u_i^2; items [N, K] int are the numbers of the items
-    in each list, ranks and mask [N, K] and `unplaced` as in `plackett_luce`, the rest as in `fit_bradley_terry`.
+    Minimises sum_n weight_n `plackett_luce`_n + ridge / 2 sum_i u_i^2.
+
+    Args:
+        items: [N, K] int, numbers of the items in each list.
+        ranks: [N, K] int, place of each item, as in `plackett_luce`.
+        weight: [N], how often each list was seen; 0 = missing. None: 1.
+        mask: [N, K], false for padding.
+        num_items: number of items, static.
+        unplaced: as in `plackett_luce`.
+        ridge: inverse variance of a Gaussian prior around 0, as in `fit_bradley_terry`.
+        axis_name: the lists are split over the devices of this pmap axis; all get the same utilities.
+
+    Returns:
+        Utilities [num_items] float32 with mean 0, in nats.
     """
     chex.assert_equal_shape([items, ranks])
     present = jnp.ones(items.shape, bool) if mask is None else jnp.asarray(mask, bool)
@@ -236,22 +296,20 @@ def fit_plackett_luce(
 
     items = jnp.where(present, items, 0)  # padding may hold any number
     seen = _seen(weight, items[..., 0])
-    return _newton(loss, items, (ranks, present), seen, num_items, num_items, ridge, axis_name)
-
-
-_Given = tuple[jax.Array, tuple[jax.Array, ...], jax.Array]  # weight [N], the data of each comparison, ridge []
-_Search = tuple[
-    jax.Array, jax.Array, jax.Array, jax.Array
-]  # x [I], steps [], size of the last step [], curvature [I, I]
+    return _fit_utilities(loss, items, (ranks, present), seen, num_items, num_items, ridge, axis_name)
 
 
 def _seen(weight: jax.Array | None, like: jax.Array) -> jax.Array:
+    """Returns the weights in float32, 1 where None and 0 where not positive."""
     weight = jnp.ones(like.shape, jnp.float32) if weight is None else _float(weight)
     chex.assert_equal_shape([weight, like])
     return jnp.where(weight > 0, weight, 0.0)
 
 
-def _newton(
+_Given = tuple[jax.Array, tuple[jax.Array, ...], jax.Array]  # weight [N], the data of each comparison, ridge []
+
+
+def _fit_utilities(
     loss: Callable[..., jax.Array],
     items: jax.Array,
     data: tuple[jax.Array, ...],
@@ -260,14 +318,18 @@ def _newton(
     free: int,
     ridge: float | jax.Array,
     axis_name: str | None,
-    *,
-    max_steps: int = 100,
-    tolerance: float = 1e-5,
 ) -> jax.Array:
-    """Minimise sum_n weight_n loss(x[items_n], *data_n, weight_n > 0) + ridge / 2 |x|^2 over x [size].
+    """Minimises sum_n weight_n loss(x[items_n], *data_n, weight_n > 0) + ridge / 2 |x|^2 over x [size].
 
-    The loss is convex and does not change when the same number is added to the first `free` entries; their mean is
-    kept at 0. Each step's length is the first of 1, 1/2, 1/4 ... that lowers the objective.
+    Args:
+        loss: convex; it does not change when the same number is added to the first `free` entries of x.
+        items: [N, K] int, the entries of x that each comparison is about.
+        data: arrays [N, ...], further arguments of the loss.
+        weight: [N], not negative.
+        size: number of entries of x.
+        free: number of entries whose mean is kept at 0.
+        ridge: penalty.
+        axis_name: the comparisons are split over the devices of this pmap axis.
     """
     constant = (jnp.arange(size) < free).astype(jnp.float32)
 
@@ -289,30 +351,15 @@ def _newton(
         # Constant shifts cost nothing in the loss: any positive curvature along them makes the system regular.
         return matrix + (ridge + 1e-6 * scale) * jnp.eye(size) + scale / free * jnp.outer(constant, constant)
 
-    def move(matrix: jax.Array, slope: jax.Array) -> jax.Array:
-        step = -jax.scipy.linalg.solve(matrix, slope, assume_a="pos")
-        return step - constant * jnp.sum(step * constant) / free
-
     given: _Given = (weight, data, jnp.float32(ridge))
     frozen = jax.lax.stop_gradient(given)
-    lengths = 0.5 ** jnp.arange(12.0)
-
-    def iterate(state: _Search) -> _Search:
-        x, count, _, _ = state
-        matrix = curvature(x, frozen)
-        full = move(matrix, gradient(x, frozen))
-        now = objective(x, frozen)
-        then = jax.lax.map(lambda length: objective(x + length * full, frozen), lengths)
-        lower = then <= now + 1e-6 * jnp.abs(now)  # float32 cannot tell less
-        x += jnp.where(lower.any(), lengths[jnp.argmax(lower)], 0.0) * full
-        return x, count + 1, jnp.max(jnp.abs(full)), matrix
-
-    def unfinished(state: _Search) -> jax.Array:
-        x, count, moved, _ = state
-        return (moved > tolerance * (1 + jnp.max(jnp.abs(x)))) & (count < max_steps)
-
-    # The search is not differentiated. One more step from its end is, with the curvature held: its derivative is that
-    # of the optimum (implicit function theorem).
-    start = (jnp.zeros(size), jnp.int32(0), jnp.float32(jnp.inf), jnp.eye(size))
-    optimum, _, _, matrix = jax.lax.while_loop(unfinished, iterate, start)
-    return optimum + move(matrix, gradient(optimum, given))
+    optimum, matrix = newton(
+        lambda x: gradient(x, frozen),
+        lambda x: curvature(x, frozen),
+        jnp.zeros(size),
+        damping=halved(lambda x: objective(x, frozen)),
+    )
+    # One more step from the end of the search is differentiated, with the curvature held: its derivative is that of the
+    # optimum (implicit function theorem).
+    x = optimum + newton_step(matrix, gradient(optimum, given))
+    return x - constant * jnp.sum(x * constant) / free

@@ -1,9 +1,9 @@
-"""Who is reliable, and what the answer probably is: Dawid-Skene with and without pooling, majority, Crowd-BT.
+"""Classes of items and reliability of raters from their labels: majority and Dawid-Skene. `crowd_bt` has comparisons.
 
 N labels, I items, W workers (people, AI judges and rules alike, in one model), C classes, G kinds of worker. Every
 function takes flat arrays and static sizes; weight [N] or None (= 1 each) is a number of equal labels, 0 is a missing
 one. Pure: under jit, vmap, pmap and sharded; with `axis_name` each device holds a share of the labels and all get the
-result of the whole. float32 inside, float64 where the weights or soft labels are. An item nobody has labelled is
+result of the whole. float32 inside, float64 where the weights or soft labels are. An item without a label is
 `valid = False`.
 """
 
@@ -15,17 +15,15 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
-from rlaif_jax.parallel import psum
-from rlaif_jax.rewards.ratings import Utilities, as_float, group_sum, minimise
+from rlaif_jax.rewards.ratings import as_float, group_sum
 
 _SMALLEST = 1e-10  # of a count, as in crowd-kit: keeps logarithms finite
 
 
 @flax.struct.dataclass
 class Consensus:
-    """What the labels of many workers say.
+    """The classes of items and the reliability of workers, from the labels of many workers.
 
     Attributes:
         posterior: [I, C] probability of each class; where not valid, the class prior.
@@ -34,7 +32,7 @@ class Consensus:
         class_prior: [C].
         pseudo_counts: [G, C, C] Dirichlet prior of each kind's confusion rows, in labels (0 without pooling).
         log_likelihood: [] of the labels, in nats.
-        iterations: [] int32.
+        iterations: [] int32, steps of EM.
     """
 
     posterior: jax.Array
@@ -47,7 +45,7 @@ class Consensus:
 
     @property
     def accuracy(self) -> jax.Array:
-        """[W] probability that a worker's label is right, over the class prior."""
+        """Probability [W] that a worker's label is right, over the class prior."""
         return jnp.einsum("wkk,k->w", self.confusion, self.class_prior)
 
 
@@ -59,7 +57,7 @@ class _Labels(NamedTuple):
 
 
 def _labels(item: Any, worker: Any, label: Any, weight: Any, num_classes: int) -> _Labels:
-    """Labels as probabilities [N, C]; one that is no class (or not finite) has weight 0."""
+    """Returns labels as probabilities [N, C]; a label that is no class (or not finite) has weight 0."""
     label = jnp.asarray(label)
     if label.ndim == 1:
         chex.assert_type(label, int)
@@ -80,7 +78,19 @@ def _labels(item: Any, worker: Any, label: Any, weight: Any, num_classes: int) -
 def vote_shares(
     item: Any, label: Any, weight: Any = None, *, num_items: int, num_classes: int, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(share of the votes of each class [I, C], valid [I]); 1/C each where not valid."""
+    """Computes the share of the votes that each class got.
+
+    Args:
+        item: [N] int.
+        label: [N] int, or [N, C] probabilities.
+        weight: [N], number of equal labels; 0 = missing. None: 1 each.
+        num_items: I.
+        num_classes: C.
+        axis_name: the labels are split over the devices of this pmap axis; all get the same shares.
+
+    Returns:
+        (shares [I, C], 1/C each where not valid; valid [I] bool).
+    """
     item = jnp.asarray(item, jnp.int32)
     labels = _labels(item, jnp.zeros_like(item), label, weight, num_classes)
     return _shares(labels, num_items, axis_name)
@@ -97,13 +107,22 @@ def _shares(labels: _Labels, num_items: int, axis_name: str | None) -> tuple[jax
 def majority_vote(
     item: Any, label: Any, weight: Any = None, *, num_items: int, num_classes: int, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(majority [I, C], valid [I]): 1 for the class with most votes, 1/n each for n classes that tie."""
+    """Finds the class with most votes.
+
+    Args:
+        item: [N] int.
+        label: [N] int, or [N, C] probabilities.
+        weight: [N], number of equal labels; 0 = missing. None: 1 each.
+        num_items: I.
+        num_classes: C.
+        axis_name: the labels are split over the devices of this pmap axis; all get the same majority.
+
+    Returns:
+        (majority [I, C], 1 for the class with most votes, 1/n each for n classes that tie; valid [I] bool).
+    """
     shares, valid = vote_shares(item, label, weight, num_items=num_items, num_classes=num_classes, axis_name=axis_name)
     top = shares >= shares.max(-1, keepdims=True) * (1 - 1e-6)
     return top / top.sum(-1, keepdims=True), valid
-
-
-# ---- Dawid-Skene
 
 
 def dawid_skene(
@@ -119,10 +138,21 @@ def dawid_skene(
     tol: float = 1e-4,
     axis_name: str | None = None,
 ) -> Consensus:
-    """Maximum likelihood by EM from the vote shares: Dawid & Skene 1979, equations 2.3-2.5.
+    """Fits classes and workers' confusion by maximum likelihood: EM from the vote shares.
 
-    item, worker [N] int; label [N] int, or [N, C] probabilities of a judge that is not sure. Stops when no posterior
-    moves by `tol` or more. max_iterations: as many steps of EM at most; 0 gives the vote shares.
+    Dawid & Skene 1979, equations 2.3-2.5.
+
+    Args:
+        item: [N] int.
+        worker: [N] int.
+        label: [N] int, or [N, C] probabilities of a judge that is not sure.
+        weight: [N], number of equal labels; 0 = missing. None: 1 each.
+        num_items: I.
+        num_workers: W.
+        num_classes: C.
+        max_iterations: most steps of EM; 0 gives the vote shares.
+        tol: EM stops when no posterior moves by this or more.
+        axis_name: the labels are split over the devices of this pmap axis; all get the same result.
     """
     labels = _labels(item, worker, label, weight, num_classes)
     group = jnp.zeros(num_workers, jnp.int32)
@@ -144,13 +174,26 @@ def hierarchical_dawid_skene(
     tol: float = 1e-4,
     axis_name: str | None = None,
 ) -> Consensus:
-    """Dawid-Skene in which workers of one kind resemble each other: the model to use where workers label little.
+    """Fits Dawid-Skene with workers of one kind alike: the model to use where workers label little.
 
-    Each row of a worker's confusion matrix has a Dirichlet prior of its kind, group [W] int (people 0, AI judges 1;
-    default: all one kind), so that a worker with few labels is taken for a typical one of its kind. The priors
-    themselves are learned from the labels (empirical Bayes: Minka 2000, "Estimating a Dirichlet distribution",
-    equation 55, under a weak Gamma hyper-prior that expects workers to be better than chance). Compare Paun 2018,
-    "Comparing Bayesian models of annotation", HierD&S. Arguments otherwise as for `dawid_skene`.
+    Each row of a worker's confusion matrix has a Dirichlet prior of the worker's kind, so that a worker with few labels
+    counts as a typical one of the kind. The priors are learned from the labels (empirical Bayes: Minka 2000, "Estimating
+    a Dirichlet distribution", equation 55, under a weak Gamma hyper-prior that expects workers to be better than
+    chance). Compare Paun 2018, "Comparing Bayesian models of annotation", HierD&S.
+
+    Args:
+        item: [N] int.
+        worker: [N] int.
+        label: [N] int, or [N, C] probabilities of a judge that is not sure.
+        weight: [N], number of equal labels; 0 = missing. None: 1 each.
+        num_items: I.
+        num_workers: W.
+        num_classes: C.
+        group: [W] int, kind of each worker (people 0, AI judges 1). None: all of one kind.
+        num_groups: G.
+        max_iterations: most steps of EM; 0 gives the vote shares.
+        tol: EM stops when no posterior moves by this or more.
+        axis_name: the labels are split over the devices of this pmap axis; all get the same result.
     """
     labels = _labels(item, worker, label, weight, num_classes)
     group = jnp.zeros(num_workers, jnp.int32) if group is None else jnp.asarray(group, jnp.int32)
@@ -169,6 +212,7 @@ def _em(
     *,
     pooled: bool,
 ) -> Consensus:
+    """Runs EM from the vote shares; with `pooled`, workers of one `group` [W] share a Dirichlet prior."""
     item, worker, label, weight = labels
     num_classes, dtype = label.shape[1], label.dtype
     shares, valid = _shares(labels, num_items, axis_name)
@@ -180,7 +224,7 @@ def _em(
     smallest = jnp.where(used, _SMALLEST, 1e-30)
 
     def maximise(posterior: jax.Array, pseudo: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Class prior [C], confusion [W, C, C], pseudo counts [G, C, C]."""
+        """Returns class prior [C], confusion [W, C, C], pseudo counts [G, C, C]."""
         each = jnp.where(valid[:, None], posterior, 0.0)
         prior = each.sum(0) / jnp.maximum(valid.sum(), 1)
         prior = jnp.where(valid.any(), prior, 1 / num_classes)
@@ -192,24 +236,18 @@ def _em(
         counts = jnp.maximum(counts, smallest)
         return prior, counts / counts.sum(-1, keepdims=True), pseudo
 
-    def expect(prior: jax.Array, confusion: jax.Array) -> tuple[jax.Array, jax.Array]:
-        single = jnp.einsum("nkl,nl->nk", jnp.log(jnp.maximum(confusion, 1e-30))[worker], label)
-        joint = group_sum(weight[:, None] * single, item, num_items, axis_name)
-        joint += jnp.log(jnp.maximum(prior, _SMALLEST))
-        evidence = jax.nn.logsumexp(joint, axis=1)
-        return jnp.exp(joint - evidence[:, None]), jnp.sum(jnp.where(valid, evidence, 0.0))
-
-    def more(carry: Any) -> jax.Array:
+    def unfinished(carry: Any) -> jax.Array:
         return (carry[-1] < max_iterations) & (carry[-2] >= tol)
 
     def update(carry: Any) -> Any:
         posterior, (prior, confusion, pseudo), _, _, step = carry
-        new, likelihood = expect(prior, confusion)
+        new, evidence = _expect(labels, prior, confusion, num_items, axis_name)
+        likelihood = jnp.sum(jnp.where(valid, evidence, 0.0))
         change = jnp.max(jnp.where(valid[:, None], jnp.abs(new - posterior), 0.0))
         return new, maximise(new, pseudo), likelihood, change, step + 1
 
     start = (shares, maximise(shares, mode), jnp.full((), -jnp.inf, dtype), jnp.full((), jnp.inf, dtype), jnp.int32(0))
-    posterior, (prior, confusion, pseudo), likelihood, _, step = jax.lax.while_loop(more, update, start)
+    posterior, (prior, confusion, pseudo), likelihood, _, step = jax.lax.while_loop(unfinished, update, start)
     return Consensus(
         posterior=jnp.where(valid[:, None], posterior, prior),
         valid=valid,
@@ -221,9 +259,31 @@ def _em(
     )
 
 
+def _expect(
+    labels: _Labels, prior: jax.Array, confusion: jax.Array, num_items: int, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns posterior [I, C] and log evidence [I] of the items, given class prior [C] and confusion [W, C, C]."""
+    item, worker, label, weight = labels
+    single = jnp.einsum("nkl,nl->nk", jnp.log(jnp.maximum(confusion, 1e-30))[worker], label)
+    joint = group_sum(weight[:, None] * single, item, num_items, axis_name)
+    joint += jnp.log(jnp.maximum(prior, _SMALLEST))
+    evidence = jax.nn.logsumexp(joint, axis=1)
+    return jnp.exp(joint - evidence[:, None]), evidence
+
+
 def _dirichlet(counts: jax.Array, group: jax.Array, pseudo: jax.Array, mode: jax.Array, rate: float = 0.5) -> jax.Array:
-    """Five of Minka's fixed-point steps towards the Dirichlet [G, C, C] that the counts [W, C, C] come from; hyper-prior
-    Gamma(1 + rate mode, rate) of each pseudo count."""
+    """Takes five of Minka's fixed-point steps towards the Dirichlet that the workers' counts come from.
+
+    Args:
+        counts: [W, C, C], labels of each worker by class.
+        group: [W] int, kind of each worker.
+        pseudo: [G, C, C], the Dirichlet so far.
+        mode: [G, C, C], modes of the hyper-prior.
+        rate: the hyper-prior of each pseudo count is Gamma(1 + rate mode, rate).
+
+    Returns:
+        [G, C, C].
+    """
     digamma = jax.scipy.special.digamma
     rows = counts.sum(-1)
 
@@ -235,126 +295,3 @@ def _dirichlet(counts: jax.Array, group: jax.Array, pseudo: jax.Array, mode: jax
         return (pseudo * above + rate * mode) / (below[..., None] + rate)
 
     return jax.lax.fori_loop(0, 5, step, pseudo)
-
-
-# ---- Crowd-BT
-
-
-@flax.struct.dataclass
-class CrowdBT:
-    """items: utilities whose differences are log odds (the standard errors take the other items and the workers as
-    known); reliability [W]: eta, P(a worker reports what it should): 1/2 guesses, below 1/2 reports the opposite;
-    log_likelihood [] in nats; steps [] int32 and gradient [] of the optimiser, as in `RatingModel`."""
-
-    items: Utilities
-    reliability: jax.Array
-    log_likelihood: jax.Array
-    steps: jax.Array
-    gradient: jax.Array
-
-
-def crowd_bt_log_prob(difference: jax.Array, logit: jax.Array, first_wins: jax.Array) -> jax.Array:
-    """log of eta sigma(D) + (1 - eta) sigma(-D) where the first wins, of its complement where the second does: Chen
-    2013, "Pairwise ranking aggregation in a crowdsourced setting", equation 4. difference D, logit = log(eta/(1 - eta)),
-    first_wins in [0, 1], of a soft label or a tie (1/2) its expectation [...]. In nats."""
-    sigmoid = jax.nn.log_sigmoid
-    agrees = jnp.logaddexp(sigmoid(logit) + sigmoid(difference), sigmoid(-logit) + sigmoid(-difference))
-    differs = jnp.logaddexp(sigmoid(logit) + sigmoid(-difference), sigmoid(-logit) + sigmoid(difference))
-    return first_wins * agrees + (1 - first_wins) * differs
-
-
-def crowd_bt(
-    first: Any,
-    second: Any,
-    worker: Any,
-    first_wins: Any,
-    weight: Any = None,
-    *,
-    num_items: int,
-    num_workers: int,
-    prior: Any = (4.0, 1.0),
-    utility_std: float = 2.0,
-    max_steps: int = 200,
-    axis_name: str | None = None,
-) -> CrowdBT:
-    """Utilities and reliabilities from comparisons, as the maximum of their posterior (Chen 2013, section 3).
-
-    first, second [N] int items, worker [N] int; first_wins [N] in [0, 1]: 1, 0, 1/2 for a tie, or the probability a
-    judge gives. prior: ([W] or []) pairs: eta's Beta pseudo-counts of right and wrong reports; the default takes
-    workers for better than chance, which also settles the sign. utilities ~ N(0, utility_std^2). A comparison of an
-    item with itself, or one that is not finite, is missing.
-    """
-    wins = as_float(first_wins)
-    weight = jnp.ones_like(wins) if weight is None else jnp.asarray(weight).astype(wins.dtype)
-    first, second, worker = (jnp.asarray(x, jnp.int32) for x in (first, second, worker))
-    chex.assert_equal_shape((first, second, worker, wins, weight))
-    weight = jnp.where(jnp.isfinite(wins) & (first != second), weight, 0.0)
-    wins = jnp.where(weight > 0, wins, 0.5)
-    right, wrong = (jnp.broadcast_to(jnp.asarray(p, wins.dtype), (num_workers,)) for p in prior)
-    total = jnp.maximum(psum(weight.sum(), axis_name), 1.0)
-
-    def likelihood(params: Any) -> jax.Array:
-        utility, logit = params
-        found = crowd_bt_log_prob(utility[first] - utility[second], logit[worker], wins)
-        return jnp.sum(jnp.where(weight > 0, weight * found, 0.0))
-
-    def penalty(params: Any) -> jax.Array:
-        # The Beta density of the logit, so that its mode is right / (right + wrong) and never on the border.
-        utility, logit = params
-        reliability = right * jax.nn.log_sigmoid(logit) + wrong * jax.nn.log_sigmoid(-logit)
-        return 0.5 * jnp.sum((utility / utility_std) ** 2) - jnp.sum(reliability)
-
-    def objective(params: Any) -> tuple[jax.Array, Any]:
-        value, gradient = jax.value_and_grad(lambda p: -likelihood(p))(params)
-        own_value, own = jax.value_and_grad(penalty)(params)
-        value, gradient = psum(value, axis_name) + own_value, optax.tree.add(psum(gradient, axis_name), own)
-        return value / total, optax.tree.scale(1 / total, gradient)
-
-    shown = group_sum(weight, first, num_items, axis_name) + group_sum(weight, second, num_items, axis_name)
-    seen = group_sum(weight, worker, num_workers, axis_name)
-    start = (jnp.zeros(num_items, wins.dtype), jnp.log(right / wrong))
-    scale = (
-        jnp.sqrt(total / (shown / 4 + utility_std**-2)),
-        jnp.sqrt(total / ((seen + right + wrong) / 4)),
-    )
-    (utility, logit), steps, gradient = minimise(objective, start, scale, max_steps=max_steps)
-    valid = shown > 0
-    # At the maximum the utilities have mean 0; the optimiser is slowest along that direction, so make it exact.
-    utility -= jnp.sum(jnp.where(valid, utility, 0.0)) / jnp.maximum(valid.sum(), 1)
-    information = _information(utility[first] - utility[second], logit[worker]) * weight
-    information = group_sum(information, first, num_items, axis_name) + group_sum(
-        information, second, num_items, axis_name
-    )
-    return CrowdBT(
-        items=Utilities(
-            value=jnp.where(valid, utility, 0.0),
-            stderr=jnp.where(valid, jax.lax.rsqrt(information + utility_std**-2), jnp.inf),
-            valid=valid,
-        ),
-        reliability=jax.nn.sigmoid(logit),
-        log_likelihood=psum(likelihood((utility, logit)), axis_name),
-        steps=steps,
-        gradient=gradient,
-    )
-
-
-def _information(difference: jax.Array, logit: jax.Array) -> jax.Array:
-    """Fisher information of one comparison about D: p'(D)^2 / (p (1 - p))."""
-    p = jnp.exp(crowd_bt_log_prob(difference, logit, jnp.ones_like(difference)))
-    slope = jnp.tanh(logit / 2) * jax.nn.sigmoid(difference) * jax.nn.sigmoid(-difference)
-    return slope**2 / jnp.maximum(p * (1 - p), 1e-12)
-
-
-def pair_probability(utility: jax.Array, first: Any, second: Any) -> jax.Array:
-    """Soft labels [...]: P(first is better than second) = sigma(s_first - s_second) of `crowd_bt`'s utilities [I]."""
-    return jax.nn.sigmoid(utility[jnp.asarray(first)] - utility[jnp.asarray(second)])
-
-
-def judgement_probability(fit: CrowdBT, first: Any, second: Any, worker: Any, first_wins: Any) -> jax.Array:
-    """P(first is better | this worker's report, utilities) [...]: Bayes on top of `pair_probability`, for a comparison
-    of its own that the report is about; a soft report is the mean over what it may be."""
-    prior = pair_probability(fit.items.value, first, second)
-    eta, wins = fit.reliability[jnp.asarray(worker)], as_float(first_wins)
-    if_first = eta * prior / jnp.maximum(eta * prior + (1 - eta) * (1 - prior), _SMALLEST)
-    if_second = (1 - eta) * prior / jnp.maximum((1 - eta) * prior + eta * (1 - prior), _SMALLEST)
-    return wins * if_first + (1 - wins) * if_second

@@ -1,7 +1,7 @@
-"""Scores to rewards: normalise, clip, penalise, combine. Pure jnp: masked throughout, float32 inside, floats stay floats.
+"""Scores to rewards: normalise, clip, penalise, combine. Pure jnp, masked throughout, float32 inside.
 
-What is missing teaches nothing: it is never read (not even a NaN in its place), and a result without anything to rest
-on is marked as missing in its turn.
+A missing score teaches nothing: it is never read (not even a NaN in its place), and a result that only missing scores
+would make is itself missing.
 """
 
 from __future__ import annotations
@@ -9,25 +9,28 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlaif_jax.config import check_choices
-from rlaif_jax.parallel import masked_mean, masked_whiten
-from rlaif_jax.types import Array, Feedback, RewardBatch, Rollout
+from rlaif_jax.parallel import masked_mean
+from rlaif_jax.types import RewardBatch
 
 
 class Masked(NamedTuple):
-    """values [...] float32 and valid [...] bool of the same shape; where not valid the value is 0 and means nothing."""
+    """Values of which some may be missing.
+
+    Attributes:
+        values: [...] float32, 0 where not valid.
+        valid: [...] bool.
+    """
 
     values: jax.Array
     valid: jax.Array
 
 
 def masked(values: jax.Array, valid: jax.Array) -> Masked:
-    """Values in float32, 0 where they are missing; a value that is not finite counts as missing."""
+    """Returns values [...] in float32, 0 where they are missing; a value that is not finite counts as missing."""
     valid = valid.astype(bool) & jnp.isfinite(values)
     return Masked(jnp.where(valid, values, 0).astype(jnp.float32), valid)
 
@@ -37,23 +40,23 @@ def masked(values: jax.Array, valid: jax.Array) -> Masked:
 
 @flax.struct.dataclass
 class Normaliser:
-    """mean [] and std [] of raw scores on samples of the reference policy; part of every checkpoint."""
+    """Scale of raw scores on samples of the reference policy; part of every checkpoint.
+
+    Attributes:
+        mean: [] float32.
+        std: [] float32, positive.
+    """
 
     mean: jax.Array
     std: jax.Array
 
 
 def fit_normaliser(scores: jax.Array, valid: jax.Array, axis_name: str | None = None) -> Normaliser:
-    """Returns mean and standard deviation of the valid scores, which bring them to 0 and 1 (Ziegler 2019, section 2.1).
+    """Returns the normaliser that gives the valid scores [B] mean 0 and std 1 (Ziegler 2019, section 2.1).
 
-    Scores that do not differ (a spread below a millionth of their size, which is rounding), a single score and no score at
-    all define no scale: their std is 1, not 0, so that the rewards are the scores less their mean and never a difference
-    blown up.
-
-    Args:
-        scores: [B], or [B, R] for the mean [R] and std [R] of each reward.
-        valid: of the same shape.
-        axis_name: the mapped axis of the devices, or None.
+    Over all devices of `axis_name`. Scores that do not differ (a spread below a millionth of their size, which is
+    rounding), a single score and no score have no scale: their std is 1, not 0, so that the rewards are the scores less
+    their mean and never a rounding difference blown up.
     """
     if scores.ndim == 2:
         return jax.vmap(lambda x, y: fit_normaliser(x, y, axis_name), in_axes=1)(scores, valid)
@@ -65,7 +68,7 @@ def fit_normaliser(scores: jax.Array, valid: jax.Array, axis_name: str | None = 
 
 
 def identity_normaliser() -> Normaliser:
-    """Leaves scores as they are."""
+    """Returns the normaliser that leaves scores as they are."""
     return Normaliser(mean=jnp.float32(0.0), std=jnp.float32(1.0))
 
 
@@ -151,22 +154,8 @@ def missing_eos_score(shaping: Shaping, score: jax.Array, finished: jax.Array) -
     return score
 
 
-def whiten(scores: jax.Array, valid: jax.Array, axis_name: str | None = None, *, shift_mean: bool = True) -> Masked:
-    """(score - mean) / std over the valid scores [...] of all devices; the mean added back with shift_mean=False.
-
-    The statistics are global sums over a global count, never a mean of the devices' means. Scores that do not differ
-    become 0.
-    """
-    scores, valid = masked(scores, valid)
-    mean = masked_mean(scores, valid, axis_name)
-    # What is left of equal scores is rounding: whitened it would be a difference blown up.
-    offset = jnp.where(jnp.abs(scores - mean) <= 1e-6 * jnp.abs(mean), 0.0, scores - mean)
-    white = masked_whiten(offset, valid, axis_name)
-    return Masked(jnp.where(valid, white if shift_mean else white + mean, 0.0), valid)
-
-
 def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked:
-    """Scores [...] held between `low` and `high`."""
+    """Returns scores [...] clipped to [low, high]."""
     scores, valid = masked(scores, valid)
     return Masked(jnp.where(valid, jnp.clip(scores, low, high), 0.0), valid)
 
@@ -174,24 +163,18 @@ def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked
 # ---- Penalise
 
 
-def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array, coef: jax.Array | float) -> jax.Array:
-    """Dense rewards [B, T]: -coef (logp_t - ref_logp_t) per token in nats, clamped to +-20 (Stiennon 2020, section 3.4).
-
-    PPO subtracts this itself (`kl_coef`); this is for other algorithms and for a second reference: not for both at once.
-    """
-    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
-    mask = mask.astype(bool)
-    log_ratio = jnp.where(mask, logprobs, 0).astype(jnp.float32) - jnp.where(mask, ref_logprobs, 0).astype(jnp.float32)
-    return -coef * jnp.clip(log_ratio, -20.0, 20.0)
-
-
 def length_penalty(
     response_mask: jax.Array, *, per_token: float, free: float = 0.0, most: float = jnp.inf
 ) -> jax.Array:
-    """A term of the reward [B], <= 0: -per_token (length - free) for answers [B, T] longer than `free` tokens.
+    """Returns a term [B] of the reward, <= 0: -per_token (length - free) for answers longer than `free` tokens.
 
-    It falls no lower than -most. DAPO's soft overlong punishment (Yu 2025, eq. 13) is free = L_max - L_cache,
-    per_token = 1 / L_cache, most = 1.
+    DAPO's soft overlong punishment (Yu 2025, eq. 13) is free = L_max - L_cache, per_token = 1 / L_cache, most = 1.
+
+    Args:
+        response_mask: [B, T] bool, the answers' tokens.
+        per_token: penalty of each token after the first `free`.
+        free: number of tokens without a penalty.
+        most: largest penalty.
     """
     length = response_mask.astype(jnp.float32).sum(-1)
     return -jnp.minimum(per_token * jnp.maximum(length - free, 0.0), most)
@@ -201,14 +184,17 @@ def length_penalty(
 
 
 def combine(rewards: jax.Array, valid: jax.Array, weights: jax.Array, *, least_share: float = 0.0) -> Masked:
-    """The weighted sum [...] of R rewards [..., R], some of them missing.
+    """Returns the weighted sum [...] of rewards of which some may be missing.
 
-    The present ones speak for the missing ones: sum_present w r times (sum of all |w| / sum of the present |w|), so that
-    the scale does not fall with each reward that is absent; with none absent it is sum w r. weights [R] or [..., R] may
-    be negative.
+    The present rewards represent the missing ones: sum_present w r times (sum of all |w| / sum of the present |w|), so
+    that the scale does not fall with each missing reward; without missing ones it is sum w r.
 
-    least_share: the share of the weight, sum_present |w| / sum |w|, that must be exceeded. By default any present reward
-    of a weight other than 0 makes the result valid.
+    Args:
+        rewards: [..., R].
+        valid: [..., R] bool.
+        weights: [R] or [..., R]; may be negative.
+        least_share: the share of the weight, sum_present |w| / sum |w|, that must be exceeded for a valid result. By
+            default any present reward with a weight other than 0 is enough.
     """
     rewards, valid = masked(rewards, valid)
     weights = jnp.broadcast_to(jnp.asarray(weights).astype(jnp.float32), rewards.shape)
@@ -227,23 +213,23 @@ def _enough(valid: jax.Array, least: int) -> jax.Array:
 
 
 def ensemble_mean(scores: jax.Array, valid: jax.Array, *, least: int = 1) -> Masked:
-    """The mean [...] of the present scores [..., M]; valid where at least `least` members are present."""
+    """Returns the mean [...] of the present scores [..., M]; valid where at least `least` members are present."""
     scores, valid = masked(scores, valid)
     some = _enough(valid, least)
     return Masked(jnp.where(some, scores.sum(-1) / jnp.maximum(valid.sum(-1), 1), 0.0), some)
 
 
 def ensemble_worst(scores: jax.Array, valid: jax.Array, *, least: int = 1) -> Masked:
-    """Worst case: the smallest present score of [..., M] (Coste 2023, eq. 3)."""
+    """Returns the smallest present score [...] of [..., M], the worst case (Coste 2023, eq. 3)."""
     scores, valid = masked(scores, valid)
     some = _enough(valid, least)
     return Masked(jnp.where(some, jnp.where(valid, scores, jnp.inf).min(-1), 0.0), some)
 
 
 def ensemble_cautious(scores: jax.Array, valid: jax.Array, coef: jax.Array | float, *, least: int = 1) -> Masked:
-    """mean - coef * variance of the present scores [..., M], the variance over their number (Coste 2023, eq. 4).
+    """Returns mean - coef * population variance [...] of the present scores [..., M] (Coste 2023, eq. 4).
 
-    A single present score has no variance and passes unpunished: `least` = 2 calls it missing.
+    A single present score has no variance and therefore no penalty; `least` = 2 makes it missing.
     """
     mean, some = ensemble_mean(scores, valid, least=least)
     scores, valid = masked(scores, valid)

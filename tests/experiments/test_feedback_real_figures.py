@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import feedback_real
-from rlaif_jax.evaluate import bootstrap_ci
-from rlaif_jax.quality.statistics import Bootstrap, interval_alpha, interval_moments
+from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci
+from rlaif_jax.quality.statistics import interval_alpha, interval_moments
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "feedback_real.py"
 PROPERTIES = ("correctness", "selection", "overall")

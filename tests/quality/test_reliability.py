@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rlaif_jax.feedback.records.forms import Ranking, Rater
-from rlaif_jax.quality import quality, quality_text
+from rlaif_jax.quality.quality import quality
+from rlaif_jax.quality.text import quality_text
 
 PLANTED = {
     "ann": ("person", 0.95),

@@ -136,7 +136,7 @@ def test_of_the_shortest_edits_it_keeps_the_most_tokens(random_pairs, aligned):
     assert sorted(operations) == [KEPT, DELETED]  # "ab" -> "ba": not two substitutions, which are as many edits
 
 
-def test_where_the_padding_stands_does_not_matter():
+def test_where_the_padding_is_does_not_matter():
     answer, corrected = [5, 6, 7, 8], [6, 7, 9, 8, 1]
     rows = [([*answer, 9, 9, 9], [1, 1, 1, 1, 0, 0, 0]), ([9, 9, 9, *answer], [0, 0, 0, 1, 1, 1, 1])]
     rows += [([5, 9, 6, 7, 9, 9, 8], [1, 0, 1, 1, 0, 0, 1])]
@@ -331,7 +331,7 @@ def test_blame_finds_the_wrong_tokens_of_the_world(miss, least):
 
 
 def test_real_post_edits_agree_with_their_hter(shared_data):
-    """Word edits over the length of the post-edit, beside the TER of the data's authors, which may also shift blocks."""
+    """Word edits over the length of the post-edit, compared with the TER of the data's authors, which may also shift blocks."""
     with tarfile.open(shared_data("mlqe_pe/pe.en-de-dev.tar.gz")) as archive:
         files = {member.name.rsplit(".", 1)[-1]: member for member in archive.getmembers() if member.isfile()}
 

@@ -17,7 +17,7 @@ NAMES = ("a", "b", "c", "d")
 TNORMS = ("lukasiewicz", "product")
 NAN = float("nan")
 
-# Each formula beside the Python expression that means the same.
+# Each formula with the Python expression that means the same.
 FORMULAS = {
     "a": "a",
     "!a": "not a",
