@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlaif_jax.config import require
-from rlaif_jax.feedback.api.templates import Asked, Template
+from rlaif_jax.feedback.api.templates import Template
 from rlaif_jax.feedback.api.verdicts import Reply, read_verdict
 from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
 from rlaif_jax.feedback.records.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus

@@ -174,7 +174,7 @@ def test_one_step_off_policy_learns_and_resumes_bit_for_bit(whole, prompts, tmp_
 
 def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(prompts):
     tokenizer = word_level_tokenizer(tiny.WORDS)
-    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
     state = model.init(jax.random.key(0)), jax.random.key(1)
     roll = make_generator(JitRunner(), model, tokenizer, SamplingConfig(max_new_tokens=5), answers=2)
     batch = next(prompt_batches(jsonl_records(prompts), tokenizer, batch_size=8, seed=0, prompt_length=6))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from rlaif_jax.config import check_choices
 from rlaif_jax.parallel import masked_mean
-from rlaif_jax.types import RewardBatch
+from rlaif_jax.types import Array, Feedback, RewardBatch, Rollout
 
 
 class Masked(NamedTuple):

@@ -202,7 +202,7 @@ def test_what_is_not_supported_is_refused(tmp_path, one_device):
     cases = [
         (lambda: dpo(num_minibatches=16), "cuts the 2 answers"),
         (lambda: SETUPS["encoder_decoder"]().algorithm and _packed_encoder_decoder(), "padded rows only"),
-        (lambda: dataclasses.replace(SETUPS["adversarial"](), bring={}), "no demonstrations"),
+        (lambda: dataclasses.replace(SETUPS["adversarial"](), bring={}), "needs demonstrations"),
         (lambda: dataclasses.replace(dpo(), bring={}), "recorded answers"),
     ]
     for i, (make, message) in enumerate(cases):

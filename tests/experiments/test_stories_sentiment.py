@@ -19,6 +19,7 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import load_model, save_model
 from rlaif_jax.models.sampling import SamplingConfig
@@ -40,7 +41,7 @@ def toy(tmp_path_factory) -> Path:
     """A folder with a model in `model` and sentences in `sentences`."""
     folder = tmp_path_factory.mktemp("toy")
     tokenizer = word_level_tokenizer((*MOODS[0], *MOODS[1], *PLAIN))
-    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=24))
+    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=24))
     save_model(folder / "model", model, model.init(jax.random.key(0)), tokenizer)
     (folder / "sentences").mkdir()
     rng = np.random.default_rng(0)

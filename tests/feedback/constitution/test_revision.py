@@ -9,9 +9,11 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.feedback.constitution.constitution import ConstitutionPrinciple
 from rlaif_jax.feedback.constitution.revision import LanguageModelWriter, Revised, critique_revision, draw_principle
 from rlaif_jax.feedback.records.forms import Rater, to_json
 from rlaif_jax.feedback.records.parsing import from_json
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig, make_runner
@@ -122,7 +124,7 @@ def test_what_cannot_be_done_is_said():
 @pytest.fixture(scope="module")
 def local() -> LanguageModelWriter:
     tokenizer = word_level_tokenizer(tuple("abcdefgh"))
-    model = LanguageModel(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
     return LanguageModelWriter(
         model,
         model.init(jax.random.key(0)),

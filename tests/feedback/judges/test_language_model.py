@@ -12,12 +12,13 @@ from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges import language_model as module
 from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, Scores, weights_hash
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner
 
 WORDS = ("1", "2", "3", "which", "rate", "or", "a", "b", "c", "d", "e", "f")
 TOKENIZER = word_level_tokenizer(WORDS)
-MODEL = LanguageModel(small_decoder(TOKENIZER.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
+MODEL = CausalLM(small_decoder(TOKENIZER.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
 LENGTH = 10
 PROMPTS, FIRST, SECOND = ["a b", "c", "d", "e f a", "b"], ["a", "b c", "d", "a", "f f"], ["b", "b", "d", "e f", "c"]
 
