@@ -12,12 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlaif_jax.algorithms.advantages import GAE, GroupNormalised, LeaveOneOut
+from rlaif_jax.algorithms.objectives import Clipped
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.algorithms.update import check_minibatches
 from rlaif_jax.config import UserError, differing, from_json, override, save_config, to_json
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling, small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import ParallelConfig
+from rlaif_jax.rewards.shaping import Shaping
 from rlaif_jax.train import TrainConfig
 
 
@@ -81,28 +85,35 @@ class Whole:
             raise UserError("more than 100 steps need on")
 
 
-TRAIN = TrainConfig(
-    steps=7,
-    answers_per_prompt=4,
-    prompts_per_step=6,
-    sampling=SamplingConfig(max_new_tokens=9, temperature=0.7, top_p=0.95),
-    ppo=PPOConfig(
-        advantage="group",
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The settings that every experiment has."""
+
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    ppo: PPOConfig = PPOConfig()
+
+
+TRAIN = TrainConfig(steps=7, prompts_per_step=6, parallel=ParallelConfig(mode="shard", fsdp=2), target_reward=1.5)
+EXPERIMENT = Experiment(
+    TRAIN,
+    SamplingConfig(max_new_tokens=9, temperature=0.7, top_p=0.95),
+    PPOConfig(
+        advantage=GroupNormalised(),
+        answers_per_prompt=4,
         kl_in="loss",
         kl_target=6.0,
         num_minibatches=3,
-        missing_eos="penalty",
+        shaping=Shaping(missing_eos="penalty"),
         policy_optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup_updates=3),
     ),
-    parallel=ParallelConfig(mode="shard", fsdp=2),
-    target_reward=1.5,
 )
 LLAMA = small_decoder(50, rope_scaling=RopeScaling(kind="llama3", factor=8.0), qkv_bias=True)
 
 
 @pytest.mark.parametrize(
     "config",
-    [TRAIN, TrainConfig(), LLAMA, small_decoder(50), OptimizerConfig(), Listed()],
+    [EXPERIMENT, Experiment(), TRAIN, TrainConfig(), LLAMA, small_decoder(50), OptimizerConfig(), Listed()],
     ids=lambda c: type(c).__name__,
 )
 def test_round_trip_through_json(config, tmp_path):
@@ -116,15 +127,16 @@ def test_round_trip_through_json(config, tmp_path):
 
 
 def test_to_json_is_complete():
-    values = to_json(TRAIN)
-    assert set(values) == {field.name for field in dataclasses.fields(TrainConfig)}
+    values = to_json(EXPERIMENT)
+    assert set(values["train"]) == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert values["ppo"]["advantage"] == {"type": "GroupNormalised"}
     assert values["ppo"]["policy_optimizer"]["schedule"] == "cosine"
     assert values["ppo"]["value_optimizer"] == to_json(OptimizerConfig())
 
 
 def test_fields_left_out_have_their_default():
-    assert from_json(TrainConfig, {"steps": 3, "ppo": {"kl_coef": 0.2}}) == TrainConfig(
-        steps=3, ppo=PPOConfig(kl_coef=0.2)
+    assert from_json(Experiment, {"train": {"steps": 3}, "ppo": {"kl_coef": 0.2}}) == Experiment(
+        TrainConfig(steps=3), ppo=PPOConfig(kl_coef=0.2)
     )
 
 
@@ -134,7 +146,7 @@ def test_unknown_fields_are_named_with_their_place():
     ):
         from_json(TrainConfig, {"stepz": 3}, "run.json")
     with pytest.raises(UserError, match=r"config.json: ppo.policy_optimizer.rate: OptimizerConfig has no such field"):
-        from_json(TrainConfig, {"ppo": {"policy_optimizer": {"rate": 1}}})
+        from_json(Experiment, {"ppo": {"policy_optimizer": {"rate": 1}}})
 
 
 def test_missing_fields_are_named():
@@ -158,26 +170,23 @@ def test_missing_fields_are_named():
             lambda: OptimizerConfig(schedule="cosin"),
             "optimizer.schedule is 'cosin'; it is one of linear, constant, cos",
         ),
-        (lambda: PPOConfig(advantage="gea"), "ppo.advantage is 'gea'; it is one of gae, group"),
+        (lambda: from_json(PPOConfig, {"advantage": {"type": "GEA"}}), "one of GAE, GroupNormalised, LeaveOneOut"),
         (lambda: ParallelConfig(mode="mesh"), "parallel.mode is 'mesh'"),
         (lambda: small_decoder(9, norm="batch"), "DecoderConfig.norm is 'batch'"),
         (lambda: PPOConfig(num_epochs=0), "ppo.num_epochs must be >= 1, not 0"),
         (lambda: PPOConfig(num_minibatches=0), "ppo.num_minibatches"),
-        (lambda: PPOConfig(gae_lambda=1.01), "ppo.gae_lambda"),
-        (lambda: PPOConfig(gamma=0), "ppo.gamma"),
-        (lambda: PPOConfig(clip_range=0), "ppo.clip_range"),
+        (lambda: GAE(gae_lambda=1.01), "advantage.gae_lambda"),
+        (lambda: GAE(gamma=0), "advantage.gamma"),
+        (lambda: Clipped(clip_range=0), "objective.clip_range"),
         (lambda: PPOConfig(kl_coef=-0.1), "ppo.kl_coef"),
         (lambda: TrainConfig(steps=0), "train.steps must be >= 1, not 0"),
         (lambda: TrainConfig(prompt_length=0), "train.prompt_length"),
-        (lambda: PPOConfig(advantage="group"), "has no place with ppo.advantage='group'"),
         (
-            lambda: TrainConfig(ppo=PPOConfig(advantage="group", kl_in="loss")),
-            "set answers_per_prompt to 2 or more",
+            lambda: PPOConfig(advantage=GroupNormalised(), answers_per_prompt=2),
+            "has no place with ppo.advantage=GroupNormalised",
         ),
-        (
-            lambda: TrainConfig(prompts_per_step=6, ppo=PPOConfig(num_minibatches=4)),
-            r"ppo.num_minibatches \(4\) must divide the 6",
-        ),
+        (lambda: PPOConfig(advantage=LeaveOneOut(), kl_in="loss"), "set answers_per_prompt to 2 or more"),
+        (lambda: check_minibatches(6, 4, 1, 1), "6 sequences .* cannot be cut into 4 minibatches"),
         (
             lambda: small_decoder(9, num_heads=6, num_kv_heads=4),
             r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)",
@@ -192,7 +201,7 @@ def test_invalid_values_are_named(make, message):
 
 def test_invalid_values_are_named_from_json_too():
     with pytest.raises(UserError, match=r"sampling\.top_p"):
-        from_json(TrainConfig, {"sampling": {"top_p": 3.0}})
+        from_json(Experiment, {"sampling": {"top_p": 3.0}})
 
 
 def test_settings_are_frozen_and_a_user_error_is_no_value_error():
@@ -203,7 +212,8 @@ def test_settings_are_frozen_and_a_user_error_is_no_value_error():
 
 def test_defaults_are_the_papers():
     ppo, optimizer = PPOConfig(), OptimizerConfig()
-    assert (ppo.gamma, ppo.gae_lambda, ppo.clip_range, ppo.kl_target) == (1.0, 0.95, 0.2, None)
+    assert ppo.advantage == GAE(gamma=1.0, gae_lambda=0.95)
+    assert (ppo.objective, ppo.kl_target) == (Clipped(clip_range=0.2), None)
     assert (optimizer.learning_rate, optimizer.eps, optimizer.schedule) == (3e-6, 1e-5, "linear")
 
 

@@ -135,12 +135,12 @@ def test_the_source_gives_rewards_and_warns_of_problems(tmp_path):
     source = ConstitutionSource(load_constitution(written(tmp_path, text)))
     with pytest.warns(RuntimeWarning, match=r"kind\.toml:1: rule r: operator:truediv failed: TypeError"):
         feedback = source([{"prompt": "p"}] * 2, ["a", "b"], None)
-    assert feedback.valid.tolist() == [False, False]
+    assert feedback.valid.tolist() == [[False], [False]]
     good = ConstitutionSource(load_constitution(written(tmp_path, FILE)), encode)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         feedback = good([{"prompt": "How?"}] * 2, ["my pleasure", "shut up"], None)
-    assert feedback.values[0] > feedback.values[1]
+    assert feedback.values[0, 0] > feedback.values[1, 0]
     assert feedback.values.dtype == np.float32
     assert isinstance(feedback.valid, np.ndarray)
 

@@ -79,7 +79,7 @@ def test_ratings_of_each_text_once(tmp_path):
         asked = len(crowd.seen)
         again = people(RECORDS, ANSWERS, ROLLOUT)  # known by now: nobody is asked
         assert len(crowd.seen) == asked == 6
-    np.testing.assert_allclose(judged.values, [0.875, 0.125, 0.5, 0.5])
+    np.testing.assert_allclose(judged.values[:, 0], [0.875, 0.125, 0.5, 0.5])
     assert judged.valid.all() and judged.values.dtype == np.float32
     np.testing.assert_array_equal(again.values, judged.values)
 
@@ -92,7 +92,7 @@ def test_what_does_not_come_in_time_is_missing(tmp_path):
     started = time.monotonic()
     judged = people(RECORDS, ANSWERS, ROLLOUT)
     assert 0.3 <= time.monotonic() - started < 5
-    assert judged.valid.tolist() == [True, False, False, False] and judged.values.tolist() == [1, 0, 0, 0]
+    assert judged.valid[:, 0].tolist() == [True, False, False, False] and judged.values[:, 0].tolist() == [1, 0, 0, 0]
     with TaskQueue(people.store) as queue:
         assert queue.lease("anna") is None  # nobody works on what no run waits for
 
@@ -110,7 +110,7 @@ def test_what_nobody_is_left_to_answer_is_not_waited_for(tmp_path):
     with Crowd(people.store, judge, ("anna", "ben")) as crowd:
         for _ in range(2):  # the second time everything is known
             judged = people(RECORDS, ANSWERS, ROLLOUT)
-            assert judged.valid.tolist() == [True, False, True, True] and judged.values.tolist() == [1, 0, 1, 1]
+            assert judged.valid[:, 0].tolist() == [True, False, True, True] and judged.values[:, 0].tolist() == [1, 0, 1, 1]
     assert len(crowd.seen) == 6 and time.monotonic() - started < 15
 
 
@@ -195,8 +195,8 @@ def test_rankings_become_shares_of_comparisons_won(tmp_path, kind):
     assert len(crowd.seen) == (1 if kind is RANK else 2)
     # compared in pairs a-bb, bb-ccc; as a list of three, each against two
     expected = [1, 0, 0.5]
-    np.testing.assert_allclose(judged.values[:3], expected)
-    assert judged.valid.tolist() == [True] * 3 + [False] * 2  # one text twice: nothing to compare
+    np.testing.assert_allclose(judged.values[:3, 0], expected)
+    assert judged.valid[:, 0].tolist() == [True] * 3 + [False] * 2  # one text twice: nothing to compare
 
 
 def test_only_people_about_this_principle_count_and_an_adjudication_alone(tmp_path):
@@ -206,9 +206,9 @@ def test_only_people_about_this_principle_count_and_an_adjudication_alone(tmp_pa
         store.add([rating(task, 1), rating(task, 2, "judge", "ai", principle="How kind?")])
         assert not people(RECORDS, ANSWERS, ROLLOUT).valid.any()
         store.add([rating(task, 2, principle="How kind?"), rating(task, 3, "ben", principle="How kind?")])
-        assert people(RECORDS, ANSWERS, ROLLOUT).values[0] == pytest.approx(0.375)
+        assert people(RECORDS, ANSWERS, ROLLOUT).values[0, 0] == pytest.approx(0.375)
         store.add([rating(task, 5, ADJUDICATED + "ben", principle="How kind?")])
-        assert people(RECORDS, ANSWERS, ROLLOUT).values[0] == 1
+        assert people(RECORDS, ANSWERS, ROLLOUT).values[0, 0] == 1
 
 
 def test_a_reward_function_gets_the_judgements_of_each_row(tmp_path):
@@ -222,14 +222,14 @@ def test_a_reward_function_gets_the_judgements_of_each_row(tmp_path):
     (task,) = people.tasks(RECORDS, ANSWERS)
     with Store(people.store) as store:
         store.add([rating(task, 5)])
-    assert people(RECORDS, ANSWERS, ROLLOUT).valid.tolist() == [True, False, False, False]
+    assert people(RECORDS, ANSWERS, ROLLOUT).valid[:, 0].tolist() == [True, False, False, False]
     assert [len(row) for row in rows] == [1, 0, 0, 0]
 
 
 def test_a_tie_counts_half():
     tie = Ranking(prompt="p", answers=("a", "b"), rater=Rater("r", "person"), status="tie", ranks=(1, 1), both_bad=True)
     judged = win_share([{}] * 2, ["b", "c"], ROLLOUT, [[tie], [tie]])
-    assert judged.values.tolist() == [0.5, 0.0] and judged.valid.tolist() == [True, False]
+    assert judged.values[:, 0].tolist() == [0.5, 0.0] and judged.valid[:, 0].tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -247,52 +247,9 @@ def test_settings_that_cannot_be(tmp_path, wrong, words):
         source(tmp_path, **wrong)
 
 
-def fixed(values, dense=None):
-    valid = np.array([v is not None for v in values])
-    numbers = np.array([0.0 if v is None else v for v in values], np.float32)
-    return lambda records, answers, rollout: Feedback.single(numbers, valid, dense)
-
-
-def test_mixing_fills_gaps_and_weighs():
-    mixed = MixedSource((fixed([1.0, None, 3.0, None]), fixed([5.0, 7.0, None, None])), (3.0, 1.0))
-    judged = mixed(RECORDS, ANSWERS, ROLLOUT)
-    np.testing.assert_allclose(judged.values, [2.0, 7.0, 3.0, 0.0])
-    assert judged.valid.tolist() == [True, True, True, False] and judged.token_rewards is None
-
-
-def test_a_missing_value_is_not_looked_at():
-    poisoned = lambda records, answers, rollout: Feedback.single(
-        np.array([np.nan, 1.0, 1.0, 1.0]), np.array([False, True, True, True])
-    )
-    assert MixedSource((poisoned, fixed([4.0] * 4)))(RECORDS, ANSWERS, ROLLOUT).values.tolist() == [4.0, 2.5, 2.5, 2.5]
-
-
-def test_sources_on_other_scales_are_standardised_first():
-    mixed = MixedSource((fixed([100.0, 300.0, None, None]), fixed([0.1, 0.2, 0.1, 0.2])), standardise=True)
-    np.testing.assert_allclose(mixed(RECORDS, ANSWERS, ROLLOUT).values, [-1, 1, -1, 1], atol=1e-5)
-    assert MixedSource((fixed([2.0] * 4),), standardise=True)(RECORDS, ANSWERS, ROLLOUT).values.tolist() == [0.0] * 4
-
-
-def test_dense_rewards_mix_like_scores():
-    dense = np.array([[1.0, 2.0], [np.nan, np.nan], [3.0, 4.0], [5.0, 6.0]])
-    mixed = MixedSource((fixed([1.0, None, 1.0, 1.0], dense), fixed([1.0] * 4)), (1.0, 3.0))
-    expected = [[0.25, 0.5], [0.0, 0.0], [0.75, 1.0], [1.25, 1.5]]
-    np.testing.assert_allclose(mixed(RECORDS, ANSWERS, ROLLOUT).token_rewards, expected)
-
-
-def test_mixed_settings_that_cannot_be():
-    for arguments, words in [
-        (((),), "empty"),
-        (((fixed([1.0]),), (1.0, 2.0)), "2 entries for 1"),
-        (((fixed([1.0]),), (0.0,)), "positive"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            MixedSource(*arguments)
-
-
 def test_people_and_a_rule_together(tmp_path):
     people = source(tmp_path, limit=1)
     rule = FunctionSource(lambda record, answer: float(len(answer)))
     with Crowd(people.store, lambda task, who: rating(task, 5, who)):
         judged = MixedSource((people, rule), (1.0, 1.0))(RECORDS, ANSWERS, ROLLOUT)
-    assert judged.valid.all() and judged.values.tolist() == [4.5, 1.0, 4.0, 4.0]
+    assert judged.valid.all() and judged.values[:, 0].tolist() == [4.5, 1.0, 4.0, 4.0]
