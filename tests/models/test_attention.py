@@ -10,14 +10,14 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.models.attention import (
-    SharedPrefixMask,
     AttentionMask,
+    SharedPrefixMask,
     attend,
     attend_groups,
     attend_library,
     attend_splash,
-    implementation,
     build_mask,
+    implementation,
 )
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import make_mesh
@@ -154,7 +154,8 @@ def test_answers_beside_their_prompt(length: int) -> None:
     of_prompt = np.int32([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     real = np.int32(np.arange(length) < np.arange(1, groups * answers + 1)[:, None] * length // 8)
     visible = SharedPrefixMask(
-        AttentionMask(of_prompt, of_prompt), AttentionMask(real, np.concatenate([of_prompt.repeat(answers, 0), real], axis=1))
+        AttentionMask(of_prompt, of_prompt),
+        AttentionMask(real, np.concatenate([of_prompt.repeat(answers, 0), real], axis=1)),
     )
     segments = np.concatenate([of_prompt, real.reshape(groups, -1)], axis=1)
     answer = np.concatenate(

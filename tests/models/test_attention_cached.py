@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.models import attention_cached
-from rlaif_jax.models.attention_cached import attend_cached, pack_heads, blocks
+from rlaif_jax.models.attention_cached import attend_cached, blocks, pack_heads
 from rlaif_jax.parallel import make_mesh, on_own_rows
 
 
