@@ -14,7 +14,7 @@
     V152k  the same                                                        16      32   152000
     G      geometric with mean 64                                          32      512  4096
 
-64 answers (V: 32), 8 to a prompt, decoded all at once or in slots (`decode_slots`). A random GPT-2 shape in float32 of
+64 answers (V: 32), 8 to a prompt, decoded all at once or in slots (`slots`). A random GPT-2 shape in float32 of
 4 x 256 x 8 and GELU 1536 (as many weights as SwiGLU 1024), untied. Its stop token's logit depends on the position alone, so
 that P(stop at t | not before) is that of the wished lengths: the policy itself draws them, in any system that loads its
 weights. Where torch and transformers are installed, Hugging Face `generate` draws from the same, as TRL's trainers do.
@@ -51,9 +51,9 @@ from ceilings import measure  # noqa: E402
 from step import GROUP, rollout_cost  # noqa: E402
 from works import Work  # noqa: E402
 
+from rlaif_jax.models.causal_lm import CausalLM  # noqa: E402
 from rlaif_jax.models.decoder import block_params  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
-from rlaif_jax.models.causal_lm import CausalLM  # noqa: E402
 from rlaif_jax.models.hf.files import save_model  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import CompilationClock  # noqa: E402

@@ -36,11 +36,16 @@ REWARDS = np.float32([1, -0.5, 0.25, 2, 0, -1, 0.75, 3, -2])
 DATA = StepData(Prompts(PROMPT[None], np.ones((1, P), bool), np.zeros(1, np.uint32)))
 
 
-def answer_logprobs(policy):
-    """log p(answer) of all nine answers, by a plain forward pass over whole sequences."""
+def token_logprobs(policy):
+    """Log-probs [9, T] of the tokens of all nine answers, by a plain forward pass over whole sequences."""
     tokens = np.concatenate([np.tile(PROMPT, (len(ANSWERS), 1)), ANSWERS], axis=1)
     logits = MODEL(policy, tokens, np.ones(tokens.shape, bool))[:, P - 1 : -1] / TEMPERATURE
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), ANSWERS[..., None], axis=-1)[..., 0].sum(-1)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), ANSWERS[..., None], axis=-1)[..., 0]
+
+
+def answer_logprobs(policy):
+    """log p(answer) [9] of all nine answers."""
+    return token_logprobs(policy).sum(-1)
 
 
 class Exact:
@@ -73,21 +78,21 @@ def exact() -> Exact:
 
 
 @functools.cache
-def all_groups(answers: int, packed_rows: int = 0):
+def all_groups(answers: int, packed_rows: int):
     """(gradient [N, D] of the RLOO loss for each multiset of K answers; how often each answer is in it)."""
     config = PPOConfig(
         advantage=LeaveOneOut(), answers_per_prompt=answers, num_epochs=1, kl_coef=0.0, packed_rows=packed_rows
     )
     algorithm = PPO(POLICY, None, config)
     state, frozen = algorithm.init(PARAMS, np.uint32(0)), Frozen(reference=PARAMS["policy"])
-    known = answer_logprobs(PARAMS["policy"])[:, None] / T * jnp.ones((1, T))  # of the sampler; only logged here
+    sampled = jax.jit(token_logprobs)(PARAMS["policy"])
 
     def one(chosen: jax.Array) -> jax.Array:
         rollout = Rollout(
             tokens=jnp.concatenate([jnp.tile(PROMPT, (answers, 1)), jnp.asarray(ANSWERS)[chosen]], axis=1),
             prompt_mask=jnp.ones((answers, P), bool),
             response_mask=jnp.ones((answers, T), bool),
-            logprobs=known[chosen],
+            logprobs=sampled[chosen],
             finished=jnp.zeros(answers, bool),
         )
         rewards = RewardBatch(jnp.asarray(REWARDS)[chosen], jnp.ones(answers, bool), jnp.zeros((answers, T)))
@@ -96,7 +101,7 @@ def all_groups(answers: int, packed_rows: int = 0):
         return ravel_pytree(grads)[0]
 
     groups = np.array(list(itertools.combinations_with_replacement(range(len(ANSWERS)), answers)))
-    grads = jax.jit(lambda x: jax.lax.map(one, x, batch_size=256))(groups)
+    grads = jax.jit(lambda x: jax.lax.map(one, x, batch_size=None if packed_rows else 256))(groups)
     return np.asarray(grads, np.float64), [Counter(group.tolist()) for group in groups]
 
 
@@ -125,7 +130,7 @@ def test_the_variance_falls_with_the_number_of_answers(exact):
     """It is that of a sample covariance of reward and score: for large K as 1 / K, before that faster."""
     found = []
     for answers in (2, 4, 8):
-        grads, counts = all_groups(answers)
+        grads, counts = all_groups(answers, 0)
         chance = chances(counts, exact.probabilities)
         variance = chance @ ((-T * grads - exact.gradient) ** 2).sum(-1)
         np.testing.assert_allclose(variance, exact.variance(answers), rtol=1e-4)

@@ -34,7 +34,7 @@ def test_a_packed_row_feeds_each_token_and_predicts_the_next(gae_case, answers):
     packed, used = jax.jit(pack)(rollout.prompt_mask, rollout.response_mask, group)
     view = packed_view(jax.tree.map(jnp.asarray, rollout), packed, answers)
     assert (view.answers is None) == (answers == 1), "segments alone separate prompts of one answer"
-    place = np.arange(B * T).reshape(B, T)
+    place = jnp.arange(B * T).reshape(B, T)
     found = np.asarray(gather_targets(place + 1, packed)) - 1  # -1: a column without a target
     assert sorted(found[found >= 0]) == list(np.flatnonzero(rollout.response_mask))
     tokens, targets = np.asarray(view.tokens), np.asarray(view.targets)
@@ -43,7 +43,7 @@ def test_a_packed_row_feeds_each_token_and_predicts_the_next(gae_case, answers):
         assert targets[tuple(at)] == rollout.tokens[row, P + column]
         assert tokens[tuple(at)] == rollout.tokens[row, P + column - 1]
     assert not targets[found < 0].any()
-    taken = gather_targets(rollout.response_mask, packed)
+    taken = gather_targets(jnp.asarray(rollout.response_mask), packed)
     assert taken.dtype == bool
     np.testing.assert_array_equal(taken, found >= 0)
     assert not taken[int(used) :].any()
@@ -52,7 +52,7 @@ def test_a_packed_row_feeds_each_token_and_predicts_the_next(gae_case, answers):
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_fold_rows_takes_every_row_in_use_once(size):
     """Five rows in use of eight; the last turn is filled up with empty rows."""
-    rows = np.arange(8, dtype=np.int32)[:, None]
+    rows = jnp.arange(8)[:, None]
     packed = Packed(tokens=rows, targets=10 + rows, positions=rows, segments=1 + rows, answers=rows)
 
     def fn(carry, part):
@@ -65,7 +65,7 @@ def test_fold_rows_takes_every_row_in_use_once(size):
     turns, tokens, segments, targets = jax.jit(lambda used: fold_rows(size, packed, used, fn, zero))(jnp.int32(5))
     assert turns == -(-5 // size)
     taken = min(size * int(turns), 8)
-    assert tokens == sum(range(taken))
+    assert tokens == np.sum(range(taken))
     assert segments == taken
     assert targets == sum(range(10, 10 + taken))
 
