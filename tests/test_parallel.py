@@ -238,7 +238,7 @@ def test_parameters_are_really_split():
     placed = jax.device_put(state, state_shardings(state, mesh))
     kernel = placed.params["policy"]["trunk"]["layers_0"]["q"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    moment = placed.opt_state["policy"][1][0].mu["trunk"]["layers_0"]["down"]["kernel"]
+    moment = placed.opt_state["policy"][1].mu["trunk"]["layers_0"]["down"]["kernel"]
     assert moment.addressable_shards[0].data.size == moment.size // 4
 
 
