@@ -109,7 +109,7 @@ IN_LOSS = {"kl_in": "loss"}
 ALGORITHMS: dict[str, tuple[Callable[[], Setup], tuple[str, ...]]] = {
     "gae": (lambda: policy_gradient(GAE()), EVERY),
     "group": (lambda: policy_gradient(GroupNormalised(), **IN_LOSS), SOME),
-    # a device packs rows of its own, in turns of one
+    # a device packs its own rows, in turns of one
     "group_packed": (lambda: policy_gradient(GroupNormalised(), packed_rows=1, **IN_LOSS), SOME),
     "rloo": (lambda: policy_gradient(LeaveOneOut(), **IN_LOSS), EVERY),
     "rloo_packed": (lambda: policy_gradient(LeaveOneOut(), packed_rows=1, **IN_LOSS), SOME),

@@ -95,7 +95,7 @@ def test_a_run_leaves_what_was_promised(whole):
 
 
 def started(out: Path, options: tuple[str, ...], lines: int) -> subprocess.Popen[str]:
-    """A run as a process that has written so many lines of numbers."""
+    """A run as a process that has written `lines` lines of numbers."""
     process = subprocess.Popen(
         command(*options, "--out", str(out)), env=environment(), stderr=subprocess.PIPE, text=True
     )
@@ -136,8 +136,8 @@ def resumed_from(step: int, done: Path, options: tuple[str, ...], env: dict[str,
     out = done.with_name("resumed")
     shutil.copytree(done, out)
     (out / "final.npz").unlink()
-    told = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text("".join(told[:step]))
+    written = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(written[:step]))
     saved = {path.name for path in (out / "checkpoints").iterdir()}
     assert str(step) in saved
     for name in saved - {str(step)}:
@@ -344,7 +344,7 @@ def test_checkpoint_with_other_arrays(tmp_path):
 
 
 def test_full_disk_keeps_what_was_computed(prompts, tmp_path):
-    """A real limit on file sizes stands in for a full disk: the checkpoint cannot be written."""
+    """A real limit on file sizes acts as a full disk: the checkpoint cannot be written."""
     out = tmp_path / "full"
     limited = f"ulimit -f 24; exec {' '.join(command('--prompts', str(prompts), '--out', str(out)))}"
     done = subprocess.run(

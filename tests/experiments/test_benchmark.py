@@ -383,13 +383,13 @@ def test_other_systems_get_the_weights_and_what_to_expect_of_them(tmp_path):
     case = rollouts.Case(TINY, "mixed")
     model, params = rollouts.stopping_policy(TINY, rollouts.distribution(case))
     uneven.save_policy(str(tmp_path / "policy"), model, params, TINY)
-    told = np.load(tmp_path / "policy" / "expected.npz")
-    assert told["tokens"].shape == (2, 36) and told["tokens"].min() >= 2, "no padding and no stop among them"
+    expected = np.load(tmp_path / "policy" / "expected.npz")
+    assert expected["tokens"].shape == (2, 36) and expected["tokens"].min() >= 2, "no padding and no stop among them"
     theirs, weights = load_model(tmp_path / "policy")
-    logits = theirs(weights, told["tokens"], np.ones((2, 36), bool))
+    logits = theirs(weights, expected["tokens"], np.ones((2, 36), bool))
     logprobs = jax.nn.log_softmax(logits)[:, 3:-1]
     np.testing.assert_allclose(
-        np.take_along_axis(np.asarray(logprobs), told["tokens"][:, 4:, None], axis=-1)[..., 0],
-        told["logprobs"],
+        np.take_along_axis(np.asarray(logprobs), expected["tokens"][:, 4:, None], axis=-1)[..., 0],
+        expected["logprobs"],
         atol=1e-4,
     )

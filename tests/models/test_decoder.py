@@ -159,7 +159,7 @@ def test_chunks_have_the_same_gradient_and_hold_no_full_logits(
 @pytest.mark.parametrize("prompt", [4, 1])
 def test_answers_that_share_their_prompts_columns(config: DecoderConfig, prompt: int) -> None:
     """Three answers to each of two prompts: hidden states and gradients are those of six rows on their own, whatever
-    stands in padding; a prompt's columns are computed once."""
+    padding holds; a prompt's columns are computed once."""
     params = random_model(config)[1]
     rng = np.random.default_rng(4)
     length = S - prompt

@@ -120,7 +120,7 @@ def test_layout(rolled):
 
 
 def test_the_mask_ends_with_the_stop_token(rolled):
-    """response_mask = t <= first stop, whatever stands behind it; `finished` says whether there is one."""
+    """response_mask = t <= first stop, whatever comes behind it; `finished` says whether there is one."""
     stops = rolled.responses == EOS
     first = np.where(stops.any(-1), stops.argmax(-1), T)
     np.testing.assert_array_equal(rolled.response_mask, np.arange(T) <= first[:, None])
@@ -134,7 +134,7 @@ def test_the_mask_ends_with_the_stop_token(rolled):
 
 
 def test_pad_that_is_the_stop_token(params, rolled):
-    """The same answers and masks as with a pad of its own."""
+    """The same answers and masks as with another pad token."""
     same = jax.device_get(compiled()(params, make_prompts(), KEY, pad_id=EOS))
     np.testing.assert_array_equal(same.response_mask, rolled.response_mask)
     np.testing.assert_array_equal(same.finished, rolled.finished)
@@ -187,7 +187,7 @@ def test_the_number_of_devices_changes_no_answer(params, rolled):
 
 
 def test_caches_that_grow_change_no_answer(params, rolled, monkeypatch):
-    """One program with a loop a bucket, each over caches of its own length."""
+    """One program with a loop a bucket, each over caches of the bucket's length."""
     monkeypatch.setattr(decoding, "FIRST_BUCKET", 2)
     assert decoding.length_buckets(T) == [2, 4, 8]
     run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD)
@@ -391,7 +391,7 @@ def test_a_policy_draws_what_its_engine_does(params, rolled):
     np.testing.assert_array_equal(got.tokens, rolled.tokens)
 
 
-def test_several_draws_stand_prompt_by_prompt(params, rolled):
+def test_several_draws_are_ordered_prompt_by_prompt(params, rolled):
     """Of each prompt: the policy's two answers as alone, the reference's greedy one, the policy's fourth of four."""
     reference = random_params(MODEL, seed=5)
     draws = (Draw(2), Draw(1, by="reference", greedy=True), Draw(1))
