@@ -206,7 +206,7 @@ def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(p
 def test_a_person_may_say_enough(prompts, tmp_path, monkeypatch):
     asked = iter([False, True])
     monkeypatch.setattr(tiny, "train", functools.partial(tiny.train, enough=lambda: next(asked)))
-    monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel: JitRunner())
+    monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel, rules: JitRunner())
     tiny.main(tiny.TinyConfig(prompts=prompts, out=tmp_path / "out"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("done", 2)
