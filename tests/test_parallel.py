@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +12,28 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from rlaif_jax.algorithms.advantages import GAE, GroupNormalised, LeaveOneOut
+from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
-from rlaif_jax.algorithms.ppo import Agent, PPOConfig, gradients, ppo_step, prepare, scored
+from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import UserError
 from rlaif_jax.models import CausalLM, ScalarModel
-from rlaif_jax.models.decoder import response_hidden
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import (
     BATCH,
     PmapRunner,
+    Runner,
     ShardRunner,
     make_mesh,
     masked_mean,
     masked_whiten,
     pmap_step,
-    shard_step,
     state_shardings,
 )
-from rlaif_jax.policies.text import generate
-from rlaif_jax.types import Prompts, RewardBatch, Rollout
+from rlaif_jax.policies.text import TextPolicy
+from rlaif_jax.types import Frozen, Prompts, RewardBatch, Rollout, StepData, TrainState
+from tests.helpers import fresh, relative_distance, sequences_view
 
 pytestmark = pytest.mark.slow  # as a whole: many programs to compile
 
@@ -38,10 +42,33 @@ DECODER = small_decoder(32, num_layers=2, width=16, num_heads=4, num_kv_heads=2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant")
 
 
-@functools.cache  # steps donate their state: they get a `fresh` one
-def setup(advantage: str = "gae", **options):
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """An algorithm with everything that its `prepare` and `step` take."""
+
+    algorithm: Algorithm
+    state: TrainState
+    frozen: Frozen
+    data: StepData
+    rollout: Rollout
+    rewards: RewardBatch
+
+    @functools.cached_property
+    def batch(self) -> Any:
+        """What `prepare` makes on one device."""
+        return jax.jit(self.algorithm.prepare)(self.state, self.frozen, self.data, self.rollout, self.rewards)
+
+    @functools.cached_property
+    def stepped(self) -> tuple[TrainState, dict[str, np.ndarray]]:
+        """What `step` makes of the batch on one device, on the host."""
+        return jax.device_get(jax.jit(self.algorithm.step)(self.state, Frozen(), self.batch))
+
+
+def policy_gradient(advantage, **options) -> Setup:
+    """PPO with any estimator, on two answers of unequal lengths to each of eight prompts."""
     config = PPOConfig(
         advantage=advantage,
+        answers_per_prompt=2,
         num_epochs=2,
         num_minibatches=2,
         policy_optimizer=OPTIMIZER,
@@ -49,20 +76,20 @@ def setup(advantage: str = "gae", **options):
         value_coef=0.5,
         **options,
     )
-    policy = CausalLM(DECODER)
-    critic = ScalarModel(DECODER, "normal") if advantage == "gae" else None
-    agent = Agent(policy, critic, config, answers=2)
+    model = CausalLM(DECODER)
+    policy = TextPolicy(model, SamplingConfig(max_new_tokens=RESPONSE), eos_id=2, pad_id=0)
+    critic = ScalarModel(DECODER, "normal") if advantage.needs_critic else None
+    algorithm = config.build(policy, critic, steps=1)
     keys = jax.random.split(jax.random.key(0), 4)
-    policy_params = policy.init(keys[0])
-    state = agent.init(policy_params, critic and critic.init(keys[1]), seed=3)
+    params = {"policy": model.init(keys[0])} | ({} if critic is None else {"value": critic.init(keys[1])})
     prompts = Prompts(
         jax.random.randint(keys[2], (ROWS // 2, PROMPT), 3, 32),
         jnp.arange(PROMPT)[None] >= jnp.arange(ROWS // 2)[:, None] % 4,
         jnp.arange(ROWS // 2, dtype=jnp.uint32),
     )
-    sampling = SamplingConfig(max_new_tokens=RESPONSE)
-    roll = functools.partial(generate, policy, sampling=sampling, answers=2, eos_id=2, pad_id=0)
-    rollout = jax.jit(roll)(policy_params, prompts, keys[3])
+    frozen = Frozen(reference=model.init(jax.random.key(9)))
+    draw = jax.jit(lambda params, frozen: policy.sample(params, frozen, prompts, keys[3], algorithm.draws))
+    rollout = draw(params["policy"], frozen)
     # Unequal lengths, stronger than chance gives: row i keeps at most 1 + i % 7 tokens.
     keep = rollout.response_mask & (jnp.arange(RESPONSE)[None] <= jnp.arange(ROWS)[:, None] % RESPONSE)
     rollout = rollout.replace(response_mask=keep, logprobs=jnp.where(keep, rollout.logprobs, 0))
@@ -71,97 +98,92 @@ def setup(advantage: str = "gae", **options):
         valid=jnp.arange(ROWS) != 5,
         token_rewards=jnp.zeros((ROWS, RESPONSE)),
     )
-    reference = policy.init(jax.random.key(9))
-    experience = jax.jit(functools.partial(prepare, agent))(state, reference, rollout, rewards)
-    return agent, state, experience
+    return Setup(algorithm, algorithm.init(params, np.uint32(3)), frozen, StepData(prompts), rollout, rewards)
 
 
-def relative(a, b) -> float:
-    flat = [jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(t)]) for t in (a, b)]
-    return float(jnp.linalg.norm(flat[0] - flat[1]) / jnp.linalg.norm(flat[1]))
-
-
-KINDS = {
-    "gae": {},
-    "group": {"advantage": "group", "kl_in": "loss"},
-    # a device has rows of its own to pack, in turns of one
-    "packed": {"advantage": "group", "kl_in": "loss", "packed_rows": 1},
-}
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def single(request):
-    agent, state, experience = setup(**KINDS[request.param])
-    new_state, metrics = jax.jit(functools.partial(ppo_step, agent))(state, experience)
-    return agent, state, experience, jax.device_get(new_state), jax.device_get(metrics)
-
-
-def fresh(tree):
-    """A copy: steps donate their state."""
-    return jax.tree.map(jnp.array, tree)
-
-
-RUNNERS = {"pmap8": lambda fn: pmap_step(fn)} | {
-    name: functools.partial(lambda shape, fn: shard_step(fn, make_mesh(*shape)), shape)
-    for name, shape in {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}.items()
-}
-
-
+# Every algorithm has its line here: how it is set up, and on which layouts its step is compared with that of one device.
+LAYOUTS = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
+EVERY = ("pmap8", *LAYOUTS)
 SOME = ("pmap8", "2x2x2")  # a device's own rows, and every axis of a mesh at once
+IN_LOSS = {"kl_in": "loss"}
+ALGORITHMS: dict[str, tuple[Callable[[], Setup], tuple[str, ...]]] = {
+    "gae": (lambda: policy_gradient(GAE()), EVERY),
+    "group": (lambda: policy_gradient(GroupNormalised(), **IN_LOSS), SOME),
+    # a device packs its own rows, in turns of one
+    "group_packed": (lambda: policy_gradient(GroupNormalised(), packed_rows=1, **IN_LOSS), SOME),
+    "rloo": (lambda: policy_gradient(LeaveOneOut(), **IN_LOSS), EVERY),
+    "rloo_packed": (lambda: policy_gradient(LeaveOneOut(), packed_rows=1, **IN_LOSS), SOME),
+}
+PACKED = {"group_packed": "group", "rloo_packed": "rloo"}
+
+
+@functools.cache  # steps donate their state: they get a `fresh` one
+def setup(name: str = "gae") -> Setup:
+    return ALGORITHMS[name][0]()
+
+
+def make_runner(layout: str) -> Runner:
+    return PmapRunner() if layout == "pmap8" else ShardRunner(make_mesh(*LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize(
-    ("single", "name"),
-    [("gae", name) for name in RUNNERS] + [(kind, name) for kind in ("group", "packed") for name in SOME],
-    indirect=["single"],
+    ("name", "layout"), [(name, layout) for name, (_, layouts) in ALGORITHMS.items() for layout in layouts]
 )
-def test_every_layout_takes_the_same_step(single, name):
-    agent, state, experience, expected, metrics = single
-    got, got_metrics = RUNNERS[name](functools.partial(ppo_step, agent))(fresh(state), experience)
+def test_every_layout_takes_the_same_step(name, layout):
+    case = setup(name)
+    expected, metrics = case.stepped
+    got, got_metrics = make_runner(layout).step(case.algorithm.step)(fresh(case.state), Frozen(), case.batch)
     got, got_metrics = jax.device_get((got, got_metrics))
-    assert relative(got.params, expected.params) < 1e-5
-    assert relative(got.params, state.params) > 1e-3, "the step must have moved the parameters"
+    assert relative_distance(got.params, expected.params) < 1e-5
+    assert relative_distance(got.params, case.state.params) > 1e-3, "the step must have moved the parameters"
+    assert set(got_metrics) == set(metrics)
     for key, value in metrics.items():
         np.testing.assert_allclose(got_metrics[key], value, rtol=1e-4, atol=2e-6, err_msg=key)
     assert int(got.step) == 1
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_packed_scores_are_the_same_on_many_devices(name):
-    agent, state, experience = setup(**KINDS["packed"])
-    padded = dataclasses.replace(agent, config=dataclasses.replace(agent.config, packed_rows=0))
-    rollout = Rollout(
-        tokens=experience.tokens,
-        prompt_mask=experience.prompt_mask,
-        response_mask=experience.response_mask,
-        logprobs=experience.sampler_logprobs,
-        finished=experience.mask.any(-1),
-    )
-    expected = jax.jit(functools.partial(scored, padded))(state, state.params["policy"], rollout)
-
-    def score(state, rollout, *, axis_name=None):
-        return scored(agent, state, state.params["policy"], rollout)
-
-    runner = PmapRunner() if name == "pmap8" else ShardRunner(make_mesh(2, 2, 2))
-    got = runner.map(score)(runner.place(fresh(state)), rollout)
-    assert set(got) == set(expected) == {"ref_logprobs", "logprobs"}
-    for key, value in expected.items():
-        np.testing.assert_allclose(got[key], value, atol=2e-5, err_msg=key)
-        assert np.abs(value).max() > 0.1
+@pytest.mark.parametrize(("packed", "padded"), PACKED.items())
+def test_packed_rows_take_the_same_step(packed, padded):
+    """From the rollout on: scores, advantages, and the new parameters."""
+    got, expected = setup(packed), setup(padded)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got.batch), jax.tree.leaves(expected.batch), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    assert relative_distance(got.stepped[0].params, expected.stepped[0].params) < 1e-5
 
 
-@pytest.mark.parametrize("single", ["gae"], indirect=True)
-@pytest.mark.parametrize("name", RUNNERS)
-def test_every_layout_has_the_same_gradient(single, name):
-    agent, state, experience, _, _ = single
+@pytest.mark.parametrize("layout", SOME)
+@pytest.mark.parametrize("name", ["gae", "rloo", *PACKED])
+def test_every_layout_prepares_the_same_batch(name, layout):
+    """Scores in either layout of the rows, advantages, and all that is only handed on."""
+    case = setup(name)
+
+    def prepare(replicated, inputs, *, axis_name=None):
+        return case.algorithm.prepare(*replicated, *inputs, axis_name=axis_name)
+
+    runner = make_runner(layout)
+    replicated = runner.place(fresh((case.state, case.frozen)))
+    got = runner.map(prepare)(replicated, (case.data, case.rollout, case.rewards))
+    expected = setup(PACKED.get(name, name)).batch
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    for scores in (expected.fields.logprobs, expected.fields.ref_logprobs, expected.fields.advantages):
+        assert np.abs(scores).max() > 0.1
+
+
+@pytest.mark.parametrize("layout", EVERY)
+def test_every_layout_has_the_same_gradient(layout):
+    case = setup("gae")
+    update = case.algorithm.update(case.state, Frozen())
 
     def step(params, batch, *, axis_name=None):
-        grads, loss, _ = gradients(agent, params, batch, jnp.float32(0.05), axis_name)
+        grads, loss, _ = update.gradients(params, batch, axis_name)
         return grads, loss
 
-    expected, loss = jax.jit(step)(state.params, experience)
-    got, got_loss = RUNNERS[name](step)(fresh(state.params), experience)
-    assert relative(jax.device_get(got), jax.device_get(expected)) < 1e-5
+    expected, loss = jax.jit(step)(case.state.params, case.batch)
+    got, got_loss = make_runner(layout).step(step)(fresh(case.state.params), case.batch)
+    assert relative_distance(got, expected) < 1e-5
     np.testing.assert_allclose(jax.device_get(got_loss), loss, rtol=1e-5)
 
 
@@ -170,8 +192,8 @@ def test_activations_stay_with_their_rows_on_a_mesh():
     model, mesh = CausalLM(DECODER), make_mesh(2, 2, 2)
 
     def loss(params, tokens, prompt_mask, response_mask):
-        hidden = response_hidden(DECODER, params["trunk"], tokens, prompt_mask, response_mask, answers=2)
-        return model.token_logprobs(params, hidden, tokens[:, PROMPT:])[0].sum(where=response_mask)
+        view = sequences_view(tokens, prompt_mask, response_mask, answers=2)
+        return model.token_logprobs(params, model.hidden(params, view), view.targets)[0].sum(where=response_mask)
 
     params = jax.eval_shape(model.init, jax.random.key(0))
     placed = jax.tree.map(
@@ -212,12 +234,11 @@ def test_one_valid_item_is_whitened_to_zero():
 
 
 def test_parameters_are_really_split():
-    _, state, _ = setup()
-    mesh = make_mesh(2, 2, 2)
+    state, mesh = setup().state, make_mesh(2, 2, 2)
     placed = jax.device_put(state, state_shardings(state, mesh))
     kernel = placed.params["policy"]["trunk"]["layers_0"]["q"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    moment = placed.opt_state["policy"][1][0].mu["trunk"]["layers_0"]["down"]["kernel"]
+    moment = placed.opt_state["policy"][1].mu["trunk"]["layers_0"]["down"]["kernel"]
     assert moment.addressable_shards[0].data.size == moment.size // 4
 
 

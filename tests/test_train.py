@@ -19,18 +19,20 @@ from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.config import UserError
-from rlaif_jax.data.prompts import prompt_batches
-from rlaif_jax.data.readers import jsonl_records
-from rlaif_jax.data.tokenizers import word_level_tokenizer
-from rlaif_jax.feedback.sources import FunctionSource
+from rlaif_jax.data.prompts import jsonl_records, prompt_batches
+from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.feedback.sources import FeedbackSource, FunctionSource
 from rlaif_jax.metrics import read_metrics, without_time
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner
-from rlaif_jax.policies.text import make_generator
+from rlaif_jax.policies.base import Draw, to_prompts
+from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.run import command_line
-from rlaif_jax.train import TrainConfig, collect, dispatch
+from rlaif_jax.train import PendingRollout, collect
+from rlaif_jax.types import Frozen
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +47,7 @@ def prompts(tmp_path_factory) -> Path:
 
 
 def command(*options: str) -> list[str]:
-    return [sys.executable, str(ROOT / "tests" / "tiny.py"), *options]
+    return [sys.executable, "-m", "tests.tiny", *options]
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -93,7 +95,7 @@ def test_a_run_leaves_what_was_promised(whole):
 
 
 def started(out: Path, options: tuple[str, ...], lines: int) -> subprocess.Popen[str]:
-    """A run as a process that has written so many lines of numbers."""
+    """A run as a process that has written `lines` lines of numbers."""
     process = subprocess.Popen(
         command(*options, "--out", str(out)), env=environment(), stderr=subprocess.PIPE, text=True
     )
@@ -134,8 +136,8 @@ def resumed_from(step: int, done: Path, options: tuple[str, ...], env: dict[str,
     out = done.with_name("resumed")
     shutil.copytree(done, out)
     (out / "final.npz").unlink()
-    told = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text("".join(told[:step]))
+    written = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(written[:step]))
     saved = {path.name for path in (out / "checkpoints").iterdir()}
     assert str(step) in saved
     for name in saved - {str(step)}:
@@ -175,24 +177,26 @@ def test_one_step_off_policy_learns_and_resumes_bit_for_bit(whole, prompts, tmp_
 def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(prompts):
     tokenizer = word_level_tokenizer(tiny.WORDS)
     model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16))
-    state = model.init(jax.random.key(0)), jax.random.key(1)
-    roll = make_generator(JitRunner(), model, tokenizer, SamplingConfig(max_new_tokens=5), answers=2)
+    policy = TextPolicy(model, SamplingConfig(max_new_tokens=5), tokenizer.eos_id, tokenizer.pad_id)
+    params = model.init(jax.random.key(0))
+    roll = jax.jit(lambda prompts: policy.sample(params, Frozen(), prompts, jax.random.key(1), (Draw(2),)))
     batch = next(prompt_batches(jsonl_records(prompts), tokenizer, batch_size=8, seed=0, prompt_length=6))
     handed: list[list[str]] = []
 
-    class Judge:
+    class Judge(FeedbackSource):
         def prefetch(self, records, answers):
             assert [record["prompt"] for record in records][::2] == [r["prompt"] for r in batch.records][
                 len(handed) * 4 :
             ][:4]
             handed.append(list(answers))
 
-    def rolled(parts, judge):
-        config = TrainConfig(prompts_per_step=8, answers_per_prompt=2, rollout_parts=parts)
-        return collect(batch, dispatch(config, roll, state, batch), tokenizer, judge)
+    def collected(parts, judge):
+        size = 8 // parts
+        rollouts = [roll(to_prompts(batch.rows(slice(at, at + size)))) for at in range(0, 8, size)]
+        return collect(PendingRollout(None, batch, rollouts), policy, tokenizer, judge)
 
-    whole, records, answers = rolled(1, FunctionSource(lambda record, answer: 0.0))
-    again, records_again, answers_again = rolled(2, Judge())
+    whole, records, answers = collected(1, FunctionSource(lambda record, answer: 0.0))
+    again, records_again, answers_again = collected(2, Judge())
     assert (records_again, answers_again) == (records, answers)
     assert len(records) == len(answers) == 16
     assert handed == [answers[:8], answers[8:]]
@@ -202,7 +206,7 @@ def test_a_step_in_parts_has_the_same_answers_and_hands_them_over_as_they_come(p
 def test_a_person_may_say_enough(prompts, tmp_path, monkeypatch):
     asked = iter([False, True])
     monkeypatch.setattr(tiny, "train", functools.partial(tiny.train, enough=lambda: next(asked)))
-    monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel: JitRunner())
+    monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel, rules: JitRunner())
     tiny.main(tiny.TinyConfig(prompts=prompts, out=tmp_path / "out"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("done", 2)
@@ -214,9 +218,10 @@ def test_a_person_may_say_enough(prompts, tmp_path, monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """Options, how to spoil the files first, and what the message must name."""
+    """Options, how to spoil the files first, and what the message must name; `choice` is the class of a union."""
 
     options: tuple[str, ...] = ()
+    choice: tuple[str, ...] = ()
     prompts: str | None = None
     spoil: str = ""
     names: tuple[str, ...] = ()
@@ -227,7 +232,7 @@ BAD = {
     "misspelt option": Bad(("--train.stepz", "5"), names=("train.stepz",)),
     "wrong type": Bad(("--train.steps", "many"), names=("train.steps",)),
     "zero steps": Bad(("--train.steps", "0"), names=("train.steps", "0")),
-    "negative learning rate": Bad(("--train.ppo.policy-optimizer.learning-rate", "-1"), names=("learning_rate", "-1")),
+    "negative learning rate": Bad(("--ppo.policy-optimizer.learning-rate", "-1"), names=("learning_rate", "-1")),
     "missing prompt file": Bad(("--prompts", "nowhere.jsonl"), names=("nowhere.jsonl",)),
     "empty prompt file": Bad(prompts="", names=("prompts.jsonl",)),
     "malformed JSONL at line 3": Bad(prompts=GOOD[:42] + '{"prompt": \n' + GOOD[42:], names=("prompts.jsonl:3",)),
@@ -236,24 +241,32 @@ BAD = {
     ),
     "prompt of no tokens": Bad(prompts=GOOD + '{"prompt": ""}\n', names=("prompt", "no tokens")),
     "prompt longer than prompt_length": Bad(prompts=GOOD + '{"prompt": "a b c d e f g h"}\n', names=("8 tokens", "6")),
-    "longer than the context": Bad(("--train.sampling.max-new-tokens", "40"), names=("46", "context of 16")),
+    "longer than the context": Bad(("--sampling.max-new-tokens", "40"), names=("46", "context of 16")),
     "batch larger than the data": Bad(("--train.prompts-per-step", "64"), names=("64", "36")),
     "K=1 for a group method": Bad(
-        ("--train.ppo.advantage", "group", "--train.ppo.kl-in", "loss"), names=("answers_per_prompt is 1",)
+        ("--ppo.kl-in", "loss"), ("ppo.advantage:group-normalised",), names=("answers_per_prompt is 1",)
+    ),
+    "K=1 for leave-one-out": Bad(
+        ("--ppo.kl-in", "loss"), ("ppo.advantage:leave-one-out",), names=("answers_per_prompt is 1", "LeaveOneOut")
     ),
     "two steps off-policy": Bad(("--train.staleness", "2"), names=("train.staleness", "2")),
     "off-policy by the sampler's log-probs": Bad(
-        ("--train.staleness", "1", "--train.ppo.behaviour", "sampler"), names=("ppo.behaviour",)
+        ("--train.staleness", "1", "--ppo.behaviour", "sampler"), names=("ppo.behaviour",)
     ),
-    "KL of a group method in the reward": Bad(("--train.ppo.advantage", "group"), names=("ppo.kl_in",)),
+    "KL of a group method in the reward": Bad(
+        ("--ppo.answers-per-prompt", "2"), ("ppo.advantage:group-normalised",), names=("ppo.kl_in",)
+    ),
+    "estimator that does not exist": Bad(choice=("ppo.advantage:median",), names=("ppo.advantage", "group-normalised")),
     "never saved": Bad(("--train.save-every", "0"), names=("train.save_every", "0")),
     "negative seed": Bad(("--seed", "-1"), names=("seed", "-1")),
     "mesh options without a mesh": Bad(("--train.parallel.fsdp", "2"), names=("parallel.mode",)),
     "batch that the devices do not divide": Bad(("--train.prompts-per-step", "12"), names=("12", "8 devices")),
     "parts that do not divide": Bad(("--train.rollout-parts", "3"), names=("rollout_parts (3)", "16")),
-    "minibatches that do not divide": Bad(("--train.ppo.num-minibatches", "3"), names=("num_minibatches (3)", "16")),
-    "greedy policy": Bad(("--train.sampling.temperature", "0"), names=("sampling.temperature",)),
-    "top_p out of range": Bad(("--train.sampling.top-p", "1.5"), names=("sampling.top_p", "1.5")),
+    "minibatches that do not divide": Bad(
+        ("--ppo.num-minibatches", "3"), names=("num_minibatches", "16 sequences", "3 minibatches")
+    ),
+    "greedy policy": Bad(("--sampling.temperature", "0"), names=("sampling.temperature",)),
+    "top_p out of range": Bad(("--sampling.top-p", "1.5"), names=("sampling.top_p", "1.5")),
     "NaN in a reward": Bad(("--nan-reward",), names=("step 1", "nan")),
     "missing model folder": Bad(("--model", "no/such/folder"), names=("no/such/folder",)),
     "truncated safetensors": Bad(spoil="truncate", names=("model.safetensors",)),
@@ -268,11 +281,6 @@ BAD = {
 
 
 def saved_model(folder: Path) -> None:
-    import jax
-
-    from rlaif_jax.models.decoder_config import small_decoder
-    from rlaif_jax.models.hf.files import save_model
-
     model = CausalLM(small_decoder(30, num_layers=1, width=16, num_heads=2, context_length=16))
     save_model(folder, model, model.init(jax.random.key(0)))
 
@@ -296,14 +304,12 @@ def test_bad_input(name, prompts, tmp_path, monkeypatch, capsys):
             tensors = load_file(weights)
             save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, weights)
         else:
-            from rlaif_jax.data.tokenizers import word_level_tokenizer
-
-            word_level_tokenizer(tuple(f"w{i}" for i in range(36))).save(tmp_path / "tokenizer")
+            WordTokenizer(tuple(f"w{i}" for i in range(36))).save(tmp_path / "tokenizer")
             options += ["--tokenizer", str(tmp_path / "tokenizer")]
             file.write_text("".join(json.dumps({"prompt": f"w1 w{i}"}) + "\n" for i in range(16)))
     elif case.spoil == "file":
         out.write_text("not a folder")
-    monkeypatch.setattr(sys, "argv", ["tiny", *options, "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["tiny", *options, "--out", str(out), *case.choice])
     with pytest.raises(SystemExit) as exit_:
         command_line(tiny.main, tiny.TinyConfig())
     message = " ".join(capsys.readouterr().err.split())
@@ -315,7 +321,7 @@ def test_bad_input(name, prompts, tmp_path, monkeypatch, capsys):
 
 
 def test_checkpoint_of_another_config(whole, prompts, monkeypatch, capsys):
-    options = ["--prompts", str(prompts), "--out", str(whole), "--resume", "--train.ppo.clip-range", "0.3"]
+    options = ["--prompts", str(prompts), "--out", str(whole), "--resume", "--ppo.objective.clip-range", "0.3"]
     monkeypatch.setattr(sys, "argv", ["tiny", *options])
     with pytest.raises(SystemExit) as exit_:
         command_line(tiny.main, tiny.TinyConfig())
@@ -338,7 +344,7 @@ def test_checkpoint_with_other_arrays(tmp_path):
 
 
 def test_full_disk_keeps_what_was_computed(prompts, tmp_path):
-    """A real limit on file sizes stands in for a full disk: the checkpoint cannot be written."""
+    """A real limit on file sizes acts as a full disk: the checkpoint cannot be written."""
     out = tmp_path / "full"
     limited = f"ulimit -f 24; exec {' '.join(command('--prompts', str(prompts), '--out', str(out)))}"
     done = subprocess.run(

@@ -44,24 +44,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.ceilings import measure
-from experiments.benchmarks.costs import trained_flops
-from experiments.benchmarks.step import GROUP, Words, decoder, settings
-from experiments.benchmarks.works import WORKS, Work
-from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.tokenizers import WORD_SPECIALS, word_level_tokenizer
 from rlaif_jax.feedback.api.builtin_templates import RATING
 from rlaif_jax.feedback.api.config import ApiConfig
-from rlaif_jax.feedback.api.judge import ApiJudge
-from rlaif_jax.feedback.api.source import ApiJudgeSource
+from rlaif_jax.feedback.api.judge import JudgeClient
+from rlaif_jax.feedback.api.source import JudgeSource
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import CompilationClock, make_runner
-from rlaif_jax.rewards.shaping import identity_normaliser
 from rlaif_jax.run import Run
-from rlaif_jax.train import compile_steps, train
-from rlaif_jax.types import Feedback, Rollout
+from rlaif_jax.train import programs, train
+from rlaif_jax.types import Feedback, Frozen, Prompts, Rollout, StepData
 
 FILLS = {"U25": 0.25, "U50": 0.5, "U100": 1.0}
 WAYS = {**dict.fromkeys(FILLS, ("packed", "padded")), "E": ("ahead", "waiting")}
@@ -78,15 +72,17 @@ def spread_lengths(work: Work, fill: float) -> np.ndarray:
 
 
 def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) -> dict[str, Any]:
-    """Times repeated updates of one batch and returns what was measured."""
-    clock, config = CompilationClock(), settings(work, "grpo", "recompute")
+    """Time the update of one batch again and again."""
+    clock, config, tokenizer = CompilationClock(), settings(work, "grpo", "recompute"), Words(work.vocab)
     if way == "packed":
         config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
     model, lengths, rng = CausalLM(decoder(work)), spread_lengths(work, fill), np.random.default_rng(1)
-    agent, runner = Agent(model, None, config.ppo, answers=GROUP), make_runner(config.parallel)
-    _, advantages, update = compile_steps(config, agent, runner, Words(work.vocab))  # type: ignore[arg-type]
+    algorithm, runner = config.build(model, None, tokenizer), make_runner(config.train.parallel)
+    pure = programs(algorithm, algorithm.policy)
+    prepare, update = runner.map(pure.prepare), runner.step(pure.step)
     params = jax.jit(model.init)(jax.random.key(0))
-    state, reference = runner.place(agent.init(params, None, 0)), runner.place(params)
+    state = runner.place(algorithm.init({"policy": params}, jnp.uint32(0)))
+    frozen = runner.place(Frozen(reference=params))
     prompts = rng.integers(0, work.vocab, (len(lengths), work.prompt)).repeat(GROUP, axis=0)
     mask = np.arange(work.response) < lengths.reshape(-1, 1)
     answers = np.where(mask, rng.integers(0, work.vocab, mask.shape), 0)
@@ -98,12 +94,15 @@ def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) 
         finished=jnp.asarray(lengths.reshape(-1) < work.response),
     )
     judged = Feedback.single(rng.random(work.batch, np.float32), np.ones(work.batch, bool))
-    light = dataclasses.replace(state, opt_state=None)
-    experience, _ = jax.block_until_ready(advantages((light, reference, identity_normaliser()), (rollout, judged)))
+    asked = Prompts(
+        rollout.tokens[::GROUP, : work.prompt], rollout.prompt_mask[::GROUP], jnp.arange(len(lengths), dtype=jnp.uint32)
+    )
+    replicated, inputs = (state.without_optimizer(), frozen), (StepData(asked), rollout, judged)
+    learned, _, _ = jax.block_until_ready(prepare(replicated, inputs))
     seconds, losses = [], []
     for _ in range(warmup + steps):
         begun = time.perf_counter()
-        state, metrics = jax.block_until_ready(update(state, experience))
+        state, metrics = jax.block_until_ready(update(state, Frozen(), learned))
         seconds.append(time.perf_counter() - begun)
         assert float(metrics["nonfinite"]) == 0, "a loss is not finite"
         losses.append(float(metrics["loss"]))
@@ -171,39 +170,39 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
     Raises AssertionError if judgements are missing or steps do not have the staleness of `way`.
     """
     clock, config = CompilationClock(), settings(work, "grpo", "recompute")
-    config = dataclasses.replace(config, steps=warmup + steps + 1, staleness=int(way == "ahead"), save_every=10**6)
-    tokenizer = word_level_tokenizer(tuple(f"t{i}" for i in range(len(WORD_SPECIALS), work.vocab)))
-    words = np.random.default_rng(0).integers(4, work.vocab, (8 * config.prompts_per_step, work.prompt))
+    loop = dataclasses.replace(config.train, steps=warmup + steps + 1, staleness=int(way == "ahead"), save_every=10**6)
+    tokenizer = WordTokenizer(tuple(f"t{i}" for i in range(len(WordTokenizer.specials), work.vocab)))
+    words = np.random.default_rng(0).integers(4, work.vocab, (8 * loop.prompts_per_step, work.prompt))
     prompts = prompt_batches(
         [{"prompt": tokenizer.decode(ids)} for ids in words.tolist()],
         tokenizer,
-        batch_size=config.prompts_per_step,
+        batch_size=loop.prompts_per_step,
         seed=0,
         prompt_length=work.prompt,
     )
-    policy = CausalLM(decoder(work))
+    model = CausalLM(decoder(work))
+    algorithm = dataclasses.replace(config, train=loop).build(model, None, tokenizer)
     with (
         tempfile.TemporaryDirectory() as folder,
         judge(delay) as address,
         ApiJudge(ApiConfig(server=address, model="judge", concurrency=work.batch)) as client,
     ):
         out = Path(folder) / "run"
-        with Run(out, "judged", config, seed=0) as run, MetricsWriter(out, terminal=False, sinks=()) as writer:
+        with Run(out, "judged", loop, seed=0) as run, MetricsWriter(out, terminal=False, tensorboard=False) as writer:
             train(
-                config,
+                loop,
                 run,
                 writer,
+                algorithm=algorithm,
+                policy=algorithm.policy,
+                params={"policy": jax.jit(model.init)(jax.random.key(0))},
                 tokenizer=tokenizer,
-                policy=policy,
-                policy_params=jax.jit(policy.init)(jax.random.key(0)),
-                critic=None,
-                value_params=None,
                 prompts=prompts,
                 feedback=ApiJudgeSource(client, RATING),
             )
         timed = list(read_metrics(out / "metrics.jsonl"))[warmup:-1]
     assert len(timed) == steps and all(line["feedback_missing"] == 0 for line in timed), "judgements are missing"
-    assert all(line["staleness"] == config.staleness for line in timed), "steps of another staleness"
+    assert all(line["staleness"] == loop.staleness for line in timed), "steps of another staleness"
     phases = {name: [line[f"time/{name}_s"] for line in timed] for name in ("rollout", "feedback", "update")}
     seconds = [sum(phase) for phase in zip(*phases.values())]
     return row(way, work, seconds, clock) | {

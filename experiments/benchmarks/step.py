@@ -42,28 +42,19 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from experiments.benchmarks.ceilings import Ceilings, measure  # noqa: E402
-from experiments.benchmarks.costs import RolloutCost, rollout_cost, trained_flops  # noqa: E402
-from experiments.benchmarks.works import WORKS, Work  # noqa: E402
+from rlaif_jax.algorithms.advantages import GAE, GroupNormalised  # noqa: E402
 from rlaif_jax.algorithms.optimizer import OptimizerConfig  # noqa: E402
-from rlaif_jax.algorithms.ppo import (  # noqa: E402
-    Agent,
-    PPOConfig,
-)
+from rlaif_jax.algorithms.ppo import PPO, PPOConfig  # noqa: E402
 from rlaif_jax.data.prompts import PromptBatch  # noqa: E402
 from rlaif_jax.feedback.sources import FunctionSource  # noqa: E402
-from rlaif_jax.models.causal_lm import CausalLM
+from rlaif_jax.models.causal_lm import CausalLM  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
 from rlaif_jax.models.heads import ScalarModel  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import CompilationClock, make_runner  # noqa: E402
-from rlaif_jax.policies.text import answer_texts, to_prompts  # noqa: E402
-from rlaif_jax.rewards.shaping import identity_normaliser  # noqa: E402
-from rlaif_jax.train import (  # noqa: E402
-    TrainConfig,
-    compile_steps,
-)
-from rlaif_jax.types import Params, Rollout, TrainState  # noqa: E402
+from rlaif_jax.policies.text import TextPolicy  # noqa: E402
+from rlaif_jax.train import TrainConfig, programs, step_data  # noqa: E402
+from rlaif_jax.types import Frozen, Params, Rollout, TrainState  # noqa: E402
 
 GROUP = 8  # answers a prompt in GRPO
 KL_COEF = 0.05
@@ -84,8 +75,23 @@ class Words:
         return " ".join(f"t{i}" for i in ids)
 
 
-def settings(work: Work, algorithm: str, behaviour: str) -> TrainConfig:
-    """Returns the loop's settings for this work."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a work: the loop's, the algorithm's, and how answers are drawn (`slots` as in `TextPolicy`)."""
+
+    train: TrainConfig
+    ppo: PPOConfig
+    sampling: SamplingConfig
+    slots: int = 0
+
+    def build(self, model: CausalLM, critic: ScalarModel | None, tokenizer: Any) -> PPO:
+        """Returns the algorithm on a text policy of `model`."""
+        policy = TextPolicy(model, self.sampling, tokenizer.eos_id, tokenizer.pad_id, self.slots)
+        return self.ppo.build(policy, critic, steps=self.train.steps)
+
+
+def settings(work: Work, algorithm: str, behaviour: str) -> Settings:
+    """Returns the settings of a work for `ppo` or `grpo`."""
     # Without warm-up or decay, and with the usual epsilon, as the systems compared with have it.
     optimizer = OptimizerConfig(learning_rate=1e-6, schedule="constant", eps=1e-8)
     common: dict[str, Any] = {
@@ -95,17 +101,12 @@ def settings(work: Work, algorithm: str, behaviour: str) -> TrainConfig:
         "value_optimizer": optimizer,
     }
     if algorithm == "grpo":
-        ppo = PPOConfig(advantage="group", kl_in="loss", num_epochs=1, num_minibatches=1, **common)
+        common |= {"advantage": GroupNormalised(), "answers_per_prompt": GROUP, "kl_in": "loss"}
+        ppo = PPOConfig(num_epochs=1, num_minibatches=1, **common)
     else:
-        ppo = PPOConfig(advantage="gae", kl_in="reward", num_epochs=2, num_minibatches=2, **common)
-    answers = GROUP if algorithm == "grpo" else 1
-    return TrainConfig(
-        prompts_per_step=work.batch // answers,
-        answers_per_prompt=answers,
-        prompt_length=work.prompt,
-        sampling=SamplingConfig(max_new_tokens=work.response),
-        ppo=ppo,
-    )
+        ppo = PPOConfig(advantage=GAE(), kl_in="reward", num_epochs=2, num_minibatches=2, **common)
+    train = TrainConfig(prompts_per_step=work.batch // ppo.answers_per_prompt, prompt_length=work.prompt)
+    return Settings(train, ppo, SamplingConfig(max_new_tokens=work.response))
 
 
 def decoder(work: Work) -> DecoderConfig:
@@ -140,12 +141,74 @@ def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
         first += count
 
 
-def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
-    """Returns the FLOPs of the matrix products of one step by phase.
+def block_flops(work: Work, sequences: int, first: int, last: int, read: bool = True) -> float:
+    """FLOPs of the matrix products of the blocks over columns first .. last - 1 of so many sequences: 2 a multiply-add,
+    causal attention. Of columns whose hidden states nobody reads, the last block makes keys and values only."""
+    whole = work.layers if read else work.layers - 1
+    block = whole * (4 * work.width**2 + 3 * work.width * work.hidden) + (work.layers - whole) * 2 * work.width**2
+    attention = 2 * whole * work.width * (last * (last + 1) - first * (first + 1)) / 2
+    return 2.0 * sequences * ((last - first) * block + attention)
 
-    A backward pass counts as two forward passes. What XLA computes twice counts once.
+
+class RolloutCost(NamedTuple):
+    """What a rollout cannot do without, whatever draws it.
+
+    prefill, decode, attention: FLOPs of the prompts' pass with the first token's logits, of the decoded tokens' products
+    with weights, of their attention. steps: how often the weights are read, once for each token of the longest answer but
+    the first. weights: bytes of a step's weights. cache: bytes of keys and values read in all steps.
     """
-    critics = int(config.ppo.advantage == "gae")
+
+    prefill: float
+    decode: float
+    attention: float
+    steps: int
+    weights: float
+    cache: float
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """The least time at these ceilings, in whatever order the answers are drawn: products with weights either compute
+        or wait for the weights, attention for its cache."""
+        return (
+            self.prefill / ceilings.flops
+            + max(self.decode / ceilings.flops, self.steps * self.weights / ceilings.read)
+            + max(self.attention / ceilings.flops, self.cache / ceilings.read)
+        )
+
+
+def rollout_cost(work: Work, lengths: np.ndarray, itemsize: int = 4) -> RolloutCost:
+    """The cost of answers of `lengths` [prompts, K] tokens, weights and caches having `itemsize` bytes a number.
+
+    A prompt is computed once for its K answers, and its cache is read once a step for those of them that still run.
+    """
+    prompts, column = lengths.shape[0], work.layers * work.width  # numbers in a column's keys
+    fed = lengths - 1  # no answer's last token is fed
+    weights = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden) + work.width * work.vocab
+    own = float((fed * (fed + 1) / 2).sum())  # answer columns seen
+    return RolloutCost(
+        prefill=block_flops(work, prompts, 0, work.prompt - 1, read=False)
+        + block_flops(work, prompts, work.prompt - 1, work.prompt)
+        + 2.0 * prompts * work.width * work.vocab,
+        decode=2.0 * float(fed.sum()) * weights,
+        attention=4.0 * column * (work.prompt * float(fed.sum()) + own),
+        steps=int(fed.max()),
+        weights=float(itemsize * weights),
+        cache=2.0 * itemsize * column * (work.prompt * float(fed.max(-1).sum()) + own),
+    )
+
+
+def trained_flops(work: Work, lengths: np.ndarray) -> tuple[float, float]:
+    """(FLOPs of the blocks, of the head) in one forward pass over answers of `lengths` [prompts, K] tokens. A prompt's
+    columns but the last are computed once for its answers, and none of them is read."""
+    prompts, first = lengths.shape[0], work.prompt - 1
+    blocks = block_flops(work, prompts, 0, first, read=False)
+    blocks += sum(block_flops(work, 1, first, first + int(n)) for n in lengths.flat)
+    return blocks, 2.0 * float(lengths.sum()) * work.width * work.vocab
+
+
+def matmul_flops(work: Work, config: Settings) -> dict[str, float]:
+    """Floating-point operations of the matrix products of one step, per phase: a backward pass counted as two forward
+    passes, nothing for what XLA computes twice."""
+    critics = int(config.ppo.advantage.needs_critic)
     trained, heads = trained_flops(work, full_lengths(work, config))
     policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
     rollout = full_length(work, config)
@@ -156,18 +219,18 @@ def matmul_flops(work: Work, config: TrainConfig) -> dict[str, float]:
     }
 
 
-def full_lengths(work: Work, config: TrainConfig) -> np.ndarray:
-    """Returns the lengths [prompts, K] of a step's answers, all at the limit."""
-    return np.full((config.prompts_per_step, config.answers_per_prompt), work.response)
+def full_lengths(work: Work, config: Settings) -> np.ndarray:
+    """The lengths [prompts, K] of a step's answers, all at the limit."""
+    return np.full((config.train.prompts_per_step, config.ppo.answers_per_prompt), work.response)
 
 
-def full_length(work: Work, config: TrainConfig) -> RolloutCost:
-    """Returns the cost of a step's rollout in which each answer has its full length."""
+def full_length(work: Work, config: Settings) -> RolloutCost:
+    """The cost of a step's rollout, in which every answer has its full length."""
     return rollout_cost(work, full_lengths(work, config))
 
 
-def rooflines(work: Work, config: TrainConfig, took: dict[str, float], ceilings: Ceilings) -> dict[str, float]:
-    """Returns the share of the roofline that each phase reached in `took` seconds; 1 is the least possible time."""
+def rooflines(work: Work, config: Settings, took: dict[str, float], ceilings: Ceilings) -> dict[str, float]:
+    """The share of the roofline that each phase reached, given the seconds it took: 1 is the least time there can be."""
     least = {name: flops / ceilings.flops for name, flops in matmul_flops(work, config).items()}
     least["gen"] = full_length(work, config).seconds(ceilings)
     return {f"{name}_roofline": round(seconds / took[name], 3) for name, seconds in least.items()}
@@ -193,8 +256,8 @@ class Step(NamedTuple):
 
 def take_steps(
     work: Work,
-    config: TrainConfig,
-    agent: Agent,
+    config: Settings,
+    algorithm: PPO,
     tokenizer: Words,
     state: TrainState,
     reference: Params,
@@ -221,29 +284,29 @@ def take_steps(
 
     Raises AssertionError if a loss was not finite or a tensor did not move.
     """
-    runner = make_runner(config.parallel)
-    roll, advantages, update = compile_steps(config, agent, runner, tokenizer)  # type: ignore[arg-type]
-    state, reference = runner.place(state), runner.place(jax.tree.map(jnp.asarray, reference))
-    before, normaliser = jax.tree.map(thin, state.params), identity_normaliser()
+    runner, pure = make_runner(config.train.parallel), programs(algorithm, algorithm.policy)
+    sample, prepare, update = runner.map(pure.sample), runner.map(pure.prepare), runner.step(pure.step)
+    state, frozen = runner.place(state), runner.place(Frozen(reference=jax.tree.map(jnp.asarray, reference)))
+    before = jax.tree.map(thin, state.params)
 
     def lower_half(record: Any, answer: str) -> float:
         ids = [int(word[1:]) for word in answer.split()]
         return sum(i < work.vocab // 2 for i in ids) / max(len(ids), 1)
 
-    feedback, batches = FunctionSource(lower_half), prompt_batches(work, config.prompts_per_step, seed)
+    feedback, batches = FunctionSource(lower_half), prompt_batches(work, config.train.prompts_per_step, seed)
     taken = []
     for i in range(count):
         begun = time.perf_counter()
         batch = next(batches)
-        light = dataclasses.replace(state, opt_state=None)
-        rollout = jax.block_until_ready(roll(light, to_prompts(batch)))
+        replicated, data = (state.without_optimizer(), frozen), step_data(batch)
+        rollout = jax.block_until_ready(sample(replicated, data.prompts))
         rolled = time.perf_counter()
-        answers = answer_texts(rollout, tokenizer)  # type: ignore[arg-type]
-        records = [record for record in batch.records for _ in range(config.answers_per_prompt)]
+        answers = algorithm.policy.texts(rollout, tokenizer)  # type: ignore[arg-type]
+        records = [record for record in batch.records for _ in range(config.ppo.answers_per_prompt)]
         judged = feedback(records, answers, rollout)
-        experience, _ = jax.block_until_ready(advantages((light, reference, normaliser), (rollout, judged)))
+        learned, _, _ = jax.block_until_ready(prepare(replicated, (data, rollout, judged)))
         scored = time.perf_counter()
-        state, metrics = jax.block_until_ready(update(state, experience))
+        state, metrics = jax.block_until_ready(update(state, Frozen(), learned))
         done = time.perf_counter()
         seconds = {"step": done - begun, "gen": rolled - begun, "score": scored - rolled, "update": done - scored}
         gap = float(metrics["first/sampler_gap"])
@@ -269,18 +332,20 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
     """
     compiled = CompilationClock()
     config = settings(work, algorithm, behaviour)
-    policy = CausalLM(decoder(work))
+    model, tokenizer = CausalLM(decoder(work)), Words(work.vocab)
     # A value head of zeros would pass no gradient to the trunk in the first step.
-    critic = ScalarModel(policy.config, initial="normal") if algorithm == "ppo" else None
-    agent = Agent(policy, critic, config.ppo, config.sampling.temperature, answers=config.answers_per_prompt)
+    critic = ScalarModel(model.config, initial="normal") if algorithm == "ppo" else None
+    learner = config.build(model, critic, tokenizer)
     policy_key, value_key = jax.random.split(jax.random.key(seed))
-    reference = jax.jit(policy.init)(policy_key)
-    value = jax.jit(critic.init)(value_key, reference["trunk"]) if critic is not None else None
+    reference = jax.jit(model.init)(policy_key)
+    params = {"policy": reference}
+    if critic is not None:
+        params["value"] = jax.jit(critic.init)(value_key, reference["trunk"])
     parameters = sum(x.size for x in jax.tree.leaves(reference))
-    state = agent.init(reference, value, seed)
-    del value  # the state has its own copy
+    state = learner.init(params, jnp.uint32(seed))
+    del params  # the state has its own copy
     taken, moved = take_steps(
-        work, config, agent, Words(work.vocab), state, reference, count=warmup + steps, seed=seed, compiled=compiled
+        work, config, learner, tokenizer, state, reference, count=warmup + steps, seed=seed, compiled=compiled
     )
     for step in taken:
         check_answers(work, step.answers, step.rollout)
@@ -291,7 +356,7 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
     rates = {name: flops / median[name] / 1e9 for name, flops in matmul_flops(work, config).items()}
     devices, late = jax.device_count(), compiled.programs - timed[0].programs
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before the ceilings' own arrays
-    ceilings = measure(policy.config.compute_dtype)
+    ceilings = measure(model.config.compute_dtype)
     return {
         "system": f"rlaif_jax-{algorithm}",
         "version": f"rlaif_jax {importlib.metadata.version('rlaif-jax')}, jax {jax.__version__}",
@@ -311,8 +376,8 @@ def run(work: Work, algorithm: str, behaviour: str, *, warmup: int, steps: int, 
         "notes": f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}; behaviour={behaviour}"
         f"{' (the log-probs the sampler reported)' * (behaviour == 'sampler')}, "
         f"gap to the trainer's {taken[-1].sampler_gap:.1e} nats a token; params={parameters}"
-        f"{', same-size critic' * (critic is not None)} and reference; {config.prompts_per_step} prompts x "
-        f"{config.answers_per_prompt}, {config.ppo.num_epochs * config.ppo.num_minibatches} updates/step; all "
+        f"{', same-size critic' * (critic is not None)} and reference; {config.train.prompts_per_step} prompts x "
+        f"{config.ppo.answers_per_prompt}, {config.ppo.num_epochs * config.ppo.num_minibatches} updates/step; all "
         f"responses {work.response} tokens; {len(moved)}/{len(moved)} tensors changed, max |change| "
         f"{max(moved):.1e}; matrix products in GFLOP/s: "
         + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())

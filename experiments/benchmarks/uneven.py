@@ -8,8 +8,8 @@ cap). A step has 8 prompts of 32 tokens, 8 answers to each of at most 256 tokens
 update over the batch, AdamW at 1e-6 and the reward on the host.
 
     way     rollout              scoring and update
-    padded  all at once          one row per sequence, as long as the cap
-    packed  8 slots              rows of many answers, 2 at a time (`decode_slots`, `packed_rows`)
+    padded  all at once          all sequences side by side, as long as the longest may be
+    packed  8 slots              rows of many answers, 2 at a time (`slots`, `packed_rows`)
     trl     TRL's GRPOTrainer on the same weights, by the Python that `--trl` names (torch, trl), without and with its
             continuous batching where that runs
     tunix   Tunix's GRPOLearner on the same weights, by the Python that `--tunix` names (google-tunix), without and with its
@@ -32,40 +32,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from compare import TORCH_ALLOCATOR, run_json
+from rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
+from step import GROUP, Settings, Words, settings, take_steps
+from works import Work
 
-from experiments.benchmarks.compare import TORCH_ALLOCATOR, run_json
-from experiments.benchmarks.rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
-from experiments.benchmarks.step import GROUP, Words, settings, take_steps
-from experiments.benchmarks.works import Work
-from rlaif_jax.algorithms.ppo import Agent
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.parallel import CompilationClock
-from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import Params
 
 SLOTS, ROWS = 8, 2
 
 
-def way_settings(case: Case, way: str) -> TrainConfig:
-    """Returns the loop's settings for one of our ways."""
+def way_settings(case: Case, way: str) -> Settings:
+    """The loop's settings for one of our ways."""
     config = settings(case.work, "grpo", "sampler")
     if way == "padded":
         return config
-    return dataclasses.replace(config, decode_slots=SLOTS, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
+    return dataclasses.replace(config, slots=SLOTS, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
 
 
 def ours(case: Case, way: str, model: CausalLM, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:
-    """Takes `warmup` + `steps` steps by the product's own code and returns the row of `way`.
-
-    Raises AssertionError if the steps did not do the work.
-    """
-    config = way_settings(case, way)
-    agent, tokenizer = Agent(model, None, config.ppo, answers=GROUP), Words(case.work.vocab, pad_id=PAD, eos_id=STOP)
-    state, clock = agent.init(params, None, 0), CompilationClock()
+    """`warmup` + `steps` steps by the product's own code. AssertionError where they did not do the work."""
+    config, tokenizer = way_settings(case, way), Words(case.work.vocab, pad_id=PAD, eos_id=STOP)
+    algorithm, clock = config.build(model, None, tokenizer), CompilationClock()
+    state = algorithm.init({"policy": params}, jnp.uint32(0))
     taken, _ = take_steps(
-        case.work, config, agent, tokenizer, state, params, count=warmup + steps, seed=0, compiled=clock
+        case.work, config, algorithm, tokenizer, state, params, count=warmup + steps, seed=0, compiled=clock
     )
     times = {name: [step.seconds[name] for step in taken[warmup:]] for name in taken[0].seconds}
     lengths = [np.asarray(step.rollout.response_mask).sum(-1) for step in taken[warmup:]]

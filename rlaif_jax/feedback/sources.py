@@ -32,7 +32,7 @@ class FeedbackSource(Protocol):
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
         """Begins to judge these answers and returns at once, while the devices draw further ones."""
-        return None  # a body, or a type checker takes the method for abstract
+        return
 
     def get_state(self) -> Any:
         """Returns what the checkpoint keeps of the source, as JSON; None: the source keeps nothing."""
@@ -40,7 +40,7 @@ class FeedbackSource(Protocol):
 
     def set_state(self, state: Any) -> None:
         """Takes up the state of a resumed run."""
-        return None
+        return
 
 
 class DeviceReward(Protocol):

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.algorithms.advantages import gae, group_normalised, token_rewards
+from rlaif_jax.algorithms.advantages import (
+    GAE,
+    AdvantageInputs,
+    GroupNormalised,
+    LeaveOneOut,
+    gae,
+    group_normalised,
+    leave_one_out,
+    token_rewards,
+)
+from rlaif_jax.config import UserError
 
 NAN = float("nan")
 
@@ -134,6 +144,67 @@ def test_invalid_answers_are_left_out_of_the_group():
     got = group_normalised(jnp.array([1.0, NAN, 3.0, 1e6, 5.0, NAN]), jnp.array([1, 0, 1, 0, 1, 0], bool), 3)
     np.testing.assert_allclose(got, [-1 / 1.0001, 0, 1 / 1.0001, 0, 0, 0], rtol=1e-6)
     np.testing.assert_array_equal(group_normalised(jnp.full(4, NAN), jnp.zeros(4, bool), 2), 0)
+
+
+def test_leave_one_out_hand_numbers():
+    # Scores 1, 2, 3, 6: the means of the others are 11/3, 10/3, 3, 2.
+    got = leave_one_out(jnp.array([1.0, 2.0, 3.0, 6.0, 7.0, 7.0, 7.0, 7.0]), jnp.ones(8, bool), 4)
+    np.testing.assert_allclose(got, [1 - 11 / 3, 2 - 10 / 3, 0, 4, 0, 0, 0, 0], rtol=1e-6)
+    assert got.dtype == jnp.float32
+
+
+def test_an_invalid_answer_is_no_baseline_and_gets_none():
+    got = leave_one_out(jnp.array([1.0, NAN, 3.0, 1e6, 5.0, NAN]), jnp.array([1, 0, 1, 0, 1, 0], bool), 3)
+    np.testing.assert_allclose(got, [-2, 0, 2, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_array_equal(leave_one_out(jnp.full(4, NAN), jnp.zeros(4, bool), 2), 0)
+    gradient = jax.grad(lambda x: leave_one_out(x, jnp.array([1, 0, 1], bool), 3)[0])(jnp.array([1.0, NAN, 3.0]))
+    np.testing.assert_allclose(gradient, [1, 0, -1])
+
+
+@pytest.mark.parametrize("answers", [2, 3, 5])
+def test_leave_one_out_equals_the_loop(answers):
+    rng = np.random.default_rng(answers)
+    score, valid = rng.normal(size=6 * answers).astype(np.float32), rng.random(6 * answers) < 0.7
+    expected = np.zeros(6 * answers)
+    for row in range(6 * answers):
+        first = row // answers * answers
+        others = [float(score[i]) for i in range(first, first + answers) if i != row and valid[i]]
+        if valid[row] and others:
+            expected[row] = float(score[row]) - np.mean(others)
+    got = jax.jit(leave_one_out, static_argnums=2)(np.where(valid, score, NAN), valid, answers)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    whole = leave_one_out(score, np.ones(6 * answers, bool), answers).reshape(6, answers)
+    np.testing.assert_allclose(whole.sum(-1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [GroupNormalised(), LeaveOneOut()])
+def test_an_answers_advantage_is_that_of_all_its_tokens(estimator):
+    mask = jnp.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], bool)
+    inputs = AdvantageInputs(
+        rewards=jnp.full((4, 3), NAN),
+        totals=jnp.array([1.0, 3.0, NAN, 5.0]),
+        values=jnp.zeros((4, 3)),
+        mask=mask,
+        valid=jnp.array([True, True, False, True]),
+        answers=2,
+    )
+    advantages, returns = estimator(inputs)
+    unit = 2 if isinstance(estimator, LeaveOneOut) else 1 / 1.0001
+    np.testing.assert_allclose(advantages, unit * jnp.array([[-1, -1, -1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]), rtol=1e-6)
+    np.testing.assert_array_equal(returns, 0)
+    assert not estimator.needs_critic and not estimator.whiten and estimator.min_answers == 2
+
+
+def test_the_estimator_with_a_critic_is_gae(episode):
+    rewards, values, mask = episode
+    estimator = GAE(gamma=0.9, gae_lambda=0.8)
+    inputs = AdvantageInputs(rewards, jnp.full(6, NAN), values, mask, mask.any(-1), answers=1)
+    for got, want in zip(estimator(inputs), gae(rewards, values, mask, gamma=0.9, gae_lambda=0.8), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert estimator.needs_critic and estimator.whiten
+    for bad in ({"gamma": 0.0}, {"gamma": 1.1}, {"gae_lambda": -0.1}, {"gae_lambda": 1.1}):
+        with pytest.raises(UserError, match=f"advantage.{next(iter(bad))} must lie in"):
+            GAE(**bad)
 
 
 def test_transforms_work_under_jit_and_vmap(episode):

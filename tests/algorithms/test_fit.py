@@ -7,26 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.algorithms.fit import fit, fit_language_model, fit_reward_model, minibatches
-from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.algorithms.fit import FitConfig, fit, fit_model, minibatches
+from rlaif_jax.algorithms.reward_modeling import reward_step
+from rlaif_jax.algorithms.supervised import supervised_step
 from rlaif_jax.config import UserError
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner
+from tests.helpers import random_params
 
 DECODER = small_decoder(8, num_layers=1, width=16, num_heads=2, context_length=8)
-OPTIMIZER = OptimizerConfig(learning_rate=2e-2, schedule="constant")
-
-
-def random_params(model, seed=0, scale=0.1):
-    """Parameters drawn by NumPy, none zero or one; an initialiser would have to be compiled first."""
-    rng = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return (centre + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def drawn(size, seed, count, examples=10):
@@ -118,24 +108,23 @@ def test_fit_refuses_a_loss_that_is_not_finite():
         )
 
 
-def test_fit_language_model_learns_and_repeats_itself():
+def test_fit_model_learns_sequences_and_repeats_itself():
     """The sequence 1 2 3 4 after any first token: only targets of weight are learned, twice the same bits."""
     rng = np.random.default_rng(0)
     tokens = np.concatenate([rng.integers(0, 8, (40, 1)), np.tile([1, 2, 3, 4], (40, 1))], axis=1).astype(np.int32)
     examples = {"tokens": tokens, "mask": np.ones((40, 5), bool), "weights": np.ones((40, 5), np.float32)}
     model = CausalLM(DECODER)
-    start = random_params(model)
+    start = random_params(model, scale=0.1)
     before = jax.device_get(start)
     runs = []
     for _ in range(2):
         log = []
-        params = fit_language_model(
+        params = fit_model(
+            supervised_step,
             model,
             start,
             examples,
-            30,
-            8,
-            OPTIMIZER,
+            FitConfig(30, 8, 2e-2),
             seed=0,
             runner=JitRunner(),
             log=lambda update, values, log=log: log.append(values["loss"]),
@@ -148,7 +137,7 @@ def test_fit_language_model_learns_and_repeats_itself():
         np.testing.assert_array_equal(a, b)
 
 
-def test_fit_reward_model_learns():
+def test_fit_model_learns_comparisons():
     rng = np.random.default_rng(0)
     pairs = {
         "tokens1": rng.integers(1, 8, (48, 4)).astype(np.int32),
@@ -163,13 +152,12 @@ def test_fit_reward_model_learns():
     }
     model = ScalarModel(DECODER, "normal")
     log = []
-    fit_reward_model(
+    fit_model(
+        reward_step,
         model,
-        random_params(model),
+        random_params(model, scale=0.1),
         pairs,
-        40,
-        16,
-        OPTIMIZER,
+        FitConfig(40, 16, 2e-2),
         seed=0,
         runner=JitRunner(),
         log=lambda update, values: log.append(values["accuracy"]),

@@ -16,7 +16,7 @@ def masks(prompts, lengths):
 
 
 def test_by_hand():
-    """Two answers to one prompt share its columns; a third answer, to another prompt, stands behind them."""
+    """Two answers to one prompt share its columns; a third answer, to another prompt, comes behind them."""
     prompt_mask, mask = masks([3, 3, 2], [2, 3, 1])
     packed, used = PACK(prompt_mask, mask, np.int32([0, 0, 1]))
     assert used == 1
@@ -52,12 +52,12 @@ def test_everything_is_somewhere_once(seed):
     for row in range(int(used)):
         for segment in np.unique(segments[row][there[row]]):
             columns = np.flatnonzero(segments[row] == segment)
-            assert (np.diff(columns) == 1).all(), "a segment stands together"
+            assert (np.diff(columns) == 1).all(), "a segment is contiguous"
             items = tokens[row, columns] // (P + T)
             assert len(set(group[items])) == 1
             prompt = columns[answers[row, columns] == 0]
             shown = prompts[items[0]] - 1
-            assert prompt.tolist() == columns[:shown].tolist(), "a prompt stands once, before its answers"
+            assert prompt.tolist() == columns[:shown].tolist(), "a prompt comes once, before its answers"
             assert positions[row, prompt].tolist() == list(range(shown))
             for answer in set(answers[row, columns]) - {0}:
                 own = columns[answers[row, columns] == answer]

@@ -12,26 +12,16 @@ from rlaif_jax.algorithms.reward_modeling import ranking_step, reward_step
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import make_mesh, pmap_step, shard_step
+from tests.helpers import random_params
 
 V, S, B = 9, 6, 8
 MODEL = ScalarModel(small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16), "normal")
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, schedule="constant"), 1)
 
 
-def random_params(model, seed=4, scale=0.2):
-    """Parameters drawn by NumPy, none zero or one; an initialiser would have to be compiled first."""
-    rng = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return (centre + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
-
-
 @pytest.fixture(scope="module")
 def params():
-    return random_params(MODEL)
+    return random_params(MODEL, seed=4, scale=0.2)
 
 
 @pytest.fixture(scope="module")

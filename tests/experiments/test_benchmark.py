@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import cases, ceilings, compare, costs, rollouts, step, uneven
+from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_model
-from rlaif_jax.policies import text as rollout
 
 KEYS = [
     "system",
@@ -174,13 +173,13 @@ def test_transformers_draws_them_from_the_same_weights():
 
 @pytest.mark.parametrize("slots", [8, 16])
 def test_steps_in_slots_are_those_of_the_engine(slots, monkeypatch):
-    steps, plain = [], rollout.decode_step
+    steps, plain = [], CausalLM.decode_step
 
     def counted(*args, **options):
         jax.debug.callback(lambda: steps.append(1))
         return plain(*args, **options)
 
-    monkeypatch.setattr(rollout, "decode_step", counted)
+    monkeypatch.setattr(CausalLM, "decode_step", counted)
     work = dataclasses.replace(TINY, batch=40)
     model, params = rollouts.stopping_policy(work, rollouts.distribution(rollouts.Case(work, "geometric", 8)))
     lengths = rollouts.ours(model, params, work, slots)(0).sum(-1)

@@ -28,9 +28,9 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     from jax.sharding import NamedSharding
 
     from rlaif_jax.models import CausalLM
-    from rlaif_jax.models.decoder import response_hidden
     from rlaif_jax.models.decoder_config import DecoderConfig
     from rlaif_jax.parallel import BATCH, make_mesh, state_shardings
+    from tests.helpers import sequences_view
 
     jax.default_backend = lambda: "tpu"  # the process itself has CPUs only
     mesh = make_mesh(*shape, devices=list(topologies.get_topology_desc(topology, platform="tpu").devices))
@@ -49,8 +49,9 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     )
 
     def loss(params, tokens, prompt_mask, response_mask):
-        hidden = response_hidden(model.config, params["trunk"], tokens, prompt_mask, response_mask, ANSWERS)
-        logprobs, _ = model.token_logprobs(params, hidden, tokens[:, P:])
+        view = sequences_view(tokens, prompt_mask, response_mask, ANSWERS)
+        hidden = model.hidden(params, view)
+        logprobs, _ = model.token_logprobs(params, hidden, view.targets)
         return jnp.where(response_mask, logprobs, 0.0).sum()
 
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

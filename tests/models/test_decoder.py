@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.models import CausalLM, ScalarModel, ValueHead, decoder, gather_last, heads
+from rlaif_jax.models import CausalLM, ScalarModel, ValueHead, causal_lm, decoder, gather_last
 from rlaif_jax.models.decoder import (
     Block,
     Trunk,
@@ -20,6 +20,7 @@ from rlaif_jax.models.decoder import (
 )
 from rlaif_jax.models.decoder_config import DecoderConfig, small_decoder
 from rlaif_jax.models.heads import ScalarHead
+from tests.helpers import random_params, sequences_view
 
 V, S = 50, 13
 LLAMA = small_decoder(V, num_layers=2, width=32, num_heads=4, num_kv_heads=2, context_length=32)
@@ -39,13 +40,7 @@ GPT2 = dataclasses.replace(
 def random_model(config: DecoderConfig) -> tuple[CausalLM, dict]:
     """A model none of whose parameters is zero or one: no norm, bias or matrix can hide."""
     model = CausalLM(config)
-    rng = np.random.default_rng(0)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return (centre + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return model, jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+    return model, random_params(model, scale=0.2)
 
 
 def random_tokens(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -103,7 +98,7 @@ def explicit_logprobs(logits: np.ndarray, targets: np.ndarray, temperature: floa
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk_tokens", [10_000, 5], ids=["whole", "chunked"])
 def test_token_logprobs(temperature: float, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", chunk_tokens * V + 3)
+    monkeypatch.setattr(causal_lm, "CHUNK_ELEMENTS", chunk_tokens * V + 3)
     model, params = random_model(GPT2)
     hidden = np.random.default_rng(1).standard_normal((2, S - 1, GPT2.width)).astype(np.float32)
     targets = random_tokens((2, S - 1))
@@ -140,7 +135,7 @@ def test_chunks_have_the_same_gradient_and_hold_no_full_logits(
     targets = random_tokens((2, S - 1))
 
     def gradients(chunk_tokens: int) -> tuple[dict, str]:
-        monkeypatch.setattr(heads, "CHUNK_ELEMENTS", chunk_tokens * V)
+        monkeypatch.setattr(causal_lm, "CHUNK_ELEMENTS", chunk_tokens * V)
 
         def loss(params: dict, hidden: jax.Array) -> jax.Array:
             logprobs, entropies = model.token_logprobs(params, hidden, targets, 0.8, entropy=True)
@@ -164,7 +159,7 @@ def test_chunks_have_the_same_gradient_and_hold_no_full_logits(
 @pytest.mark.parametrize("prompt", [4, 1])
 def test_answers_that_share_their_prompts_columns(config: DecoderConfig, prompt: int) -> None:
     """Three answers to each of two prompts: hidden states and gradients are those of six rows on their own, whatever
-    stands in padding; a prompt's columns are computed once."""
+    padding holds; a prompt's columns are computed once."""
     params = random_model(config)[1]
     rng = np.random.default_rng(4)
     length = S - prompt
@@ -176,7 +171,7 @@ def test_answers_that_share_their_prompts_columns(config: DecoderConfig, prompt:
     weights = np.where(response_mask, rng.standard_normal((6, length)), 0)[..., None]
 
     def loss(params: dict, tokens: np.ndarray, answers: int) -> tuple[jax.Array, jax.Array]:
-        hidden = response_hidden(config, params["trunk"], tokens, prompt_mask, response_mask, answers)
+        hidden = response_hidden(config, params["trunk"], sequences_view(tokens, prompt_mask, response_mask, answers))
         return jnp.sum(weights * jnp.cos(3 * hidden)), hidden
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
@@ -197,7 +192,8 @@ def test_blocks_in_a_loop_and_one_by_one(answers: int, monkeypatch: pytest.Monke
     mask[3:, :2] = False
 
     def loss(params: dict) -> tuple[jax.Array, jax.Array]:
-        hidden = response_hidden(config, params["trunk"], tokens, mask[:, :prompt], mask[:, prompt:], answers)
+        view = sequences_view(tokens, mask[:, :prompt], mask[:, prompt:], answers)
+        hidden = response_hidden(config, params["trunk"], view)
         return jnp.sum(jnp.cos(3 * hidden)), hidden
 
     def run() -> tuple[tuple[jax.Array, dict], str]:
@@ -223,7 +219,8 @@ def test_the_splash_kernel_for_the_columns_that_are_read() -> None:
     params = random_model(plain)[1]
     tokens, mask = random_tokens((2, S)), np.ones((2, S), bool)
     mask[1, :2] = False
-    hidden = lambda config: response_hidden(config, params["trunk"], tokens, mask[:, :prompt], mask[:, prompt:])
+    view = sequences_view(tokens, mask[:, :prompt], mask[:, prompt:])
+    hidden = lambda config: response_hidden(config, params["trunk"], view)
     got = jax.jit(hidden, static_argnums=0)(dataclasses.replace(plain, attention="splash"))
     np.testing.assert_allclose(got, jax.jit(hidden, static_argnums=0)(plain), atol=1e-5)
 
@@ -234,7 +231,9 @@ def test_remat_gives_the_same_gradients_in_less_memory() -> None:
     remat = CausalLM(dataclasses.replace(LLAMA, remat=True))
 
     def gradients(model: CausalLM) -> tuple[dict, int]:
-        compiled = jax.jit(jax.grad(lambda p: jnp.mean(model.hidden(p, tokens, mask) ** 2))).lower(params).compile()
+        compiled = (
+            jax.jit(jax.grad(lambda p: jnp.mean(model.sequence_hidden(p, tokens, mask) ** 2))).lower(params).compile()
+        )
         return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
     (want, plain_bytes), (got, remat_bytes) = gradients(plain), gradients(remat)
@@ -253,7 +252,7 @@ def test_bfloat16_computes_over_float32_parameters(config: DecoderConfig) -> Non
     exact, params = random_model(config)
     rough = CausalLM(dataclasses.replace(config, compute_dtype="bfloat16"))
     tokens, mask = random_tokens((2, S)), np.ones((2, S), bool)
-    assert jax.eval_shape(rough.hidden, params, tokens, mask).dtype == jnp.bfloat16
+    assert jax.eval_shape(rough.sequence_hidden, params, tokens, mask).dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(jax.eval_shape(rough.init, jax.random.key(0))))
     want, got = jax.jit(exact)(params, tokens, mask), jax.jit(rough)(params, tokens, mask)
     assert got.dtype == jnp.float32
@@ -278,8 +277,8 @@ def test_scalar_head_starts_at_zero_or_with_the_stated_spread() -> None:
     assert scores.shape == (2, S)
     assert scores.dtype == jnp.float32
     assert not np.any(scores)
-    shared = ValueHead(LLAMA.width)
-    assert not np.any(shared(shared.init(jax.random.key(0)), jnp.ones((2, S, LLAMA.width))))
+    shared, view = ValueHead(LLAMA.width), sequences_view(tokens, mask[:, :4], mask[:, 4:])
+    assert not np.any(shared.values(shared.init(jax.random.key(0)), view, jnp.ones((2, S - 4, LLAMA.width))))
 
 
 def test_scalar_model_starts_from_a_copy_of_another_trunk() -> None:
@@ -288,7 +287,7 @@ def test_scalar_model_starts_from_a_copy_of_another_trunk() -> None:
     reward = ScalarModel(LLAMA, "normal")
     own = reward.init(jax.random.key(1), params["trunk"])
     tokens, mask = random_tokens((2, S)), np.ones((2, S), bool)
-    kernel, hidden = own["head"]["scalar"]["kernel"], jax.jit(model.hidden)(params, tokens, mask)
+    kernel, hidden = own["head"]["scalar"]["kernel"], jax.jit(model.sequence_hidden)(params, tokens, mask)
     np.testing.assert_allclose(jax.jit(reward)(own, tokens, mask), (hidden @ kernel)[..., 0], atol=1e-5)
     jax.tree.map(lambda x: x.delete(), own)  # as a donated state's buffers are
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from rlaif_jax.algorithms.ppo import Agent, PPOConfig, ppo_step, prepare, reference_logprobs, side_by_side
-from rlaif_jax.data.prompts import prompt_batches
-from rlaif_jax.data.readers import FileRecords
-from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.algorithms.advantages import GroupNormalised
+from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.algorithms.scoring import policy_logprobs
+from rlaif_jax.config import UserError
+from rlaif_jax.data.prompts import FileRecords, prompt_batches
+from rlaif_jax.data.tokenizers import WordTokenizer
 from rlaif_jax.models import CausalLM, attention_cached
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
@@ -27,9 +29,11 @@ from rlaif_jax.parallel import (
     make_mesh,
     state_shardings,
 )
-from rlaif_jax.policies import text as engine
-from rlaif_jax.policies.text import answer_texts, generate, make_generator, to_prompts
-from rlaif_jax.types import Prompts, RewardBatch
+from rlaif_jax.policies import decoding
+from rlaif_jax.policies.base import Draw, to_prompts
+from rlaif_jax.policies.text import TextPolicy, answer_texts, generate, make_generator
+from rlaif_jax.types import Frozen, Prompts, RewardBatch, StepData
+from tests.helpers import random_params
 
 TOKENIZER = word_level_tokenizer(("a", "b", "c", "d", "e"))
 V, EOS, PAD, P, T, ROWS = TOKENIZER.vocab_size, TOKENIZER.eos_id, TOKENIZER.pad_id, 6, 8, 8
@@ -37,17 +41,7 @@ MODEL = CausalLM(small_decoder(V, num_layers=2, width=16, num_heads=4, num_kv_he
 SAMPLING = SamplingConfig(max_new_tokens=T, temperature=0.8)
 GREEDY = SamplingConfig(max_new_tokens=T, temperature=0)
 KEY = jax.random.key(7)
-
-
-def random_params(model, seed=0, scale=0.3):
-    """Parameters drawn by NumPy, none zero or one; an initialiser would have to be compiled first."""
-    rng = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return (centre + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
+POLICY = TextPolicy(MODEL, SAMPLING, EOS, PAD)
 
 
 def test_one_compilation_a_prompt_length_bucket(params):
@@ -126,7 +120,7 @@ def test_layout(rolled):
 
 
 def test_the_mask_ends_with_the_stop_token(rolled):
-    """response_mask = t <= first stop, whatever stands behind it; `finished` says whether there is one."""
+    """response_mask = t <= first stop, whatever comes behind it; `finished` says whether there is one."""
     stops = rolled.responses == EOS
     first = np.where(stops.any(-1), stops.argmax(-1), T)
     np.testing.assert_array_equal(rolled.response_mask, np.arange(T) <= first[:, None])
@@ -140,7 +134,7 @@ def test_the_mask_ends_with_the_stop_token(rolled):
 
 
 def test_pad_that_is_the_stop_token(params, rolled):
-    """The same answers and masks as with a pad of its own."""
+    """The same answers and masks as with another pad token."""
     same = jax.device_get(compiled()(params, make_prompts(), KEY, pad_id=EOS))
     np.testing.assert_array_equal(same.response_mask, rolled.response_mask)
     np.testing.assert_array_equal(same.finished, rolled.finished)
@@ -151,16 +145,15 @@ def test_pad_that_is_the_stop_token(params, rolled):
 @pytest.fixture(scope="module")
 def scored():
     """Log-probs of a rollout's answers by the trainer's forward pass."""
-    agent = Agent(MODEL, None, PPOConfig(advantage="group", kl_in="loss"), temperature=0.8)
-    forward = jax.jit(lambda params, r: agent.forward({"policy": params}, *side_by_side(r))[0])
-    return lambda params, rollout: np.where(rollout.response_mask, forward(params, rollout), 0)
+    return jax.jit(functools.partial(policy_logprobs, POLICY))
 
 
 def test_the_sampler_and_the_trainer_agree_on_every_logprob(params, rolled, scored):
-    logprobs = scored(params, rolled)
+    logprobs = np.asarray(scored(params, rolled))
     np.testing.assert_allclose(rolled.logprobs, logprobs, atol=1e-5)
     assert logprobs[rolled.response_mask].std() > 0.1
-    np.testing.assert_allclose(reference_logprobs(MODEL, params, rolled, 0.8), logprobs, atol=1e-6)
+    shared = jax.jit(functools.partial(policy_logprobs, POLICY, answers=2))(params, rolled)
+    np.testing.assert_allclose(shared, logprobs, atol=1e-5)
 
 
 def test_answers_depend_on_prompt_and_index_alone(params, rolled, scored):
@@ -194,9 +187,9 @@ def test_the_number_of_devices_changes_no_answer(params, rolled):
 
 
 def test_caches_that_grow_change_no_answer(params, rolled, monkeypatch):
-    """One program with a loop a bucket, each over caches of its own length."""
-    monkeypatch.setattr(engine, "FIRST_BUCKET", 2)
-    assert engine.length_buckets(T) == [2, 4, 8]
+    """One program with a loop a bucket, each over caches of the bucket's length."""
+    monkeypatch.setattr(decoding, "FIRST_BUCKET", 2)
+    assert decoding.length_buckets(T) == [2, 4, 8]
     run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD)
     program = jax.jit(lambda params, prompts, key: run(params, prompts, key))
     assert_same_answers(
@@ -209,7 +202,7 @@ def test_caches_that_grow_change_no_answer(params, rolled, monkeypatch):
 
 
 def test_length_buckets():
-    assert [engine.length_buckets(n) for n in (1, 128, 129, 300, 512)] == [
+    assert [decoding.length_buckets(n) for n in (1, 128, 129, 300, 512)] == [
         [1],
         [128],
         [128, 129],
@@ -221,20 +214,22 @@ def test_length_buckets():
 def test_bfloat16_reports_its_mismatch(params):
     """Sampler and trainer round differently: the greatest gap and the effective sample size say by how much."""
     model = CausalLM(dataclasses.replace(MODEL.config, compute_dtype="bfloat16"))
-    agent = Agent(model, None, PPOConfig(advantage="group", kl_in="loss", num_epochs=1), 0.8, answers=2)
-    run = functools.partial(generate, model, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD)
+    policy = TextPolicy(model, SAMPLING, EOS, PAD)
+    config = PPOConfig(advantage=GroupNormalised(), answers_per_prompt=2, kl_in="loss", num_epochs=1)
+    algorithm = config.build(policy, None, steps=1)
 
     @jax.jit
     def step(params, prompts, key):
-        rollout = run(params, prompts, key)
+        frozen = Frozen(reference=params)
+        rollout = policy.sample(params, frozen, prompts, key, algorithm.draws)
         ones = jnp.ones(2 * ROWS)
         rewards = RewardBatch(score=ones, valid=ones > 0, token_rewards=jnp.zeros((2 * ROWS, T)))
-        state = agent.init(params, None, 0)
-        experience = prepare(agent, state, params, rollout, rewards)
-        return experience, ppo_step(agent, state, experience)[1]
+        state = algorithm.init({"policy": params}, np.uint32(0))
+        batch = algorithm.prepare(state, frozen, StepData(prompts), rollout, rewards)
+        return batch, algorithm.step(state, Frozen(), batch)[1]
 
-    experience, metrics = jax.device_get(step(params, make_prompts(), KEY))
-    gap = (experience.logprobs - experience.sampler_logprobs)[experience.mask].astype(np.float64)
+    batch, metrics = jax.device_get(step(params, make_prompts(), KEY))
+    gap = (batch.fields.logprobs - batch.fields.sampler_logprobs)[batch.mask].astype(np.float64)
     weights = np.exp(gap)
     size = weights.sum() ** 2 / (weights**2).sum() / len(weights)
     # the update's own forward pass rounds in a third way
@@ -257,7 +252,7 @@ def test_slots_change_no_answer(params, rolled, slots):
 def test_decoding_as_on_a_tpu_changes_no_answer(params, rolled, monkeypatch, slots):
     """As on a TPU, whose 128 lanes both key-value heads share and whose kernel, interpreted here, attends to them."""
     monkeypatch.setattr(attention_cached, "lanes", lambda: 128)
-    assert engine.empty_caches(MODEL.config, 3, 5)[0][0].shape == (3, 1, 5, 2 * MODEL.config.head_dim)
+    assert MODEL.start_cache(3, 5)[0][0].shape == (3, 1, 5, 2 * MODEL.config.head_dim)
     run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=slots)
     got = jax.device_get(jax.jit(run)(params, make_prompts(), KEY))
     np.testing.assert_array_equal(got.tokens, rolled.tokens)
@@ -308,15 +303,21 @@ def test_the_decoding_loop_copies_no_cache_and_gathers_no_weights(slots):
     assert all(x.startswith((f"f32[{rows},{V}]", f"f32[{rows},1,{V}]")) for x in gathered), gathered
 
 
-def test_a_free_slot_is_filled_at_once(params, rolled, monkeypatch):
-    """Five slots decode no longer than it takes to share the tokens out, and a last answer that began late."""
-    decoded, original = [], engine.decode_step
+def counted_columns(monkeypatch):
+    """The list to which every decoding step of a program compiled from now on adds its column."""
+    decoded, original = [], CausalLM.decode_step
 
     def counted(*args):
         jax.debug.callback(lambda column: decoded.append(int(column)), args[-2])
         return original(*args)
 
-    monkeypatch.setattr(engine, "decode_step", counted)
+    monkeypatch.setattr(CausalLM, "decode_step", counted)
+    return decoded
+
+
+def test_a_free_slot_is_filled_at_once(params, rolled, monkeypatch):
+    """Five slots decode no longer than it takes to share the tokens out, and a last answer that began late."""
+    decoded = counted_columns(monkeypatch)
     run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=5)
     jax.block_until_ready(jax.jit(run)(params, make_prompts(), KEY))
     jax.effects_barrier()
@@ -352,13 +353,7 @@ def test_greedy_equals_a_loop_without_a_cache(params):
 
 def test_decoding_stops_when_every_answer_has(params, monkeypatch):
     """With the greedy first token as the stop nothing is decoded; with a stop that never comes all columns are."""
-    decoded, original = [], engine.decode_step
-
-    def counted(*args):
-        jax.debug.callback(lambda column: decoded.append(int(column)), args[-2])
-        return original(*args)
-
-    monkeypatch.setattr(engine, "decode_step", counted)
+    decoded = counted_columns(monkeypatch)
     one = jax.tree.map(lambda x: x[:1], make_prompts())
     run = jax.jit(lambda eos: generate(MODEL, params, one, KEY, sampling=GREEDY, eos_id=eos, pad_id=PAD))
     free = run(-1)
@@ -385,3 +380,49 @@ def test_answer_texts_end_before_the_stop_token(rolled):
     for text, tokens, mask, finished in zip(texts, rolled.responses, rolled.response_mask, rolled.finished):
         kept = tokens[mask][:-1] if finished else tokens[mask]
         assert text == TOKENIZER.decode(kept.tolist())
+
+
+# ---- The policy
+
+
+def test_a_policy_draws_what_its_engine_does(params, rolled):
+    got = jax.jit(lambda p: POLICY.sample(p, Frozen(), make_prompts(), KEY, (Draw(2),)))(params)
+    assert_same_answers(rows(got, slice(None)), rows(rolled, slice(None)))
+    np.testing.assert_array_equal(got.tokens, rolled.tokens)
+
+
+def test_several_draws_are_ordered_prompt_by_prompt(params, rolled):
+    """Of each prompt: the policy's two answers as alone, the reference's greedy one, the policy's fourth of four."""
+    reference = random_params(MODEL, seed=5)
+    draws = (Draw(2), Draw(1, by="reference", greedy=True), Draw(1))
+    got = jax.jit(lambda p, r: POLICY.sample(p, Frozen(reference=r), make_prompts(), KEY, draws))(params, reference)
+    assert got.tokens.shape == (4 * ROWS, P + T)
+    place = np.arange(4 * ROWS) % 4
+    assert_same_answers(rows(got, place < 2), rows(rolled, slice(None)))
+    greedy = jax.jit(functools.partial(generate, MODEL, sampling=GREEDY, eos_id=EOS, pad_id=PAD))
+    assert_same_answers(rows(got, place == 2), rows(greedy(reference, make_prompts(), KEY), slice(None)))
+    four = compiled(answers=4)(params, make_prompts(), KEY)
+    assert_same_answers(rows(got, place == 3), rows(four, place == 3))
+    np.testing.assert_array_equal(got.prompt_mask, np.repeat(make_prompts().mask, 4, axis=0))
+
+
+def test_the_checks_of_a_rollout(rolled):
+    assert POLICY.checks(rolled) == {"eos_is_kept_in_the_mask": True}
+    cut = rolled.replace(response_mask=rolled.response_mask & (rolled.responses != EOS))
+    assert POLICY.checks(cut) == {"eos_is_kept_in_the_mask": False}
+    empty = POLICY.empty_rollout(2 * ROWS, P)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), empty) == jax.tree.map(lambda x: (x.shape, x.dtype), rolled)
+
+
+def test_a_policy_that_does_not_fit_is_refused():
+    POLICY.check(P, TOKENIZER)
+    fit = dataclasses.replace
+    for policy, length, named in (
+        (POLICY, 25, r"25\) \+ sampling.max_new_tokens \(8\) = 33 is more than the policy's context of 32"),
+        (fit(POLICY, sampling=GREEDY), P, "sampling.temperature is 0"),
+        (fit(POLICY, eos_id=None), P, "stops at token None"),
+    ):
+        with pytest.raises(UserError, match=named):
+            policy.check(length, TOKENIZER)
+    with pytest.raises(UserError, match="slots must be >= 0"):
+        fit(POLICY, slots=-1)

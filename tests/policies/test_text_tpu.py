@@ -1,7 +1,7 @@
 """What a decoding step moves on a TPU: the program is compiled ahead of time, with no TPU there, and its bytes counted.
 
-Needs libtpu (`pip install libtpu`), which is in no list of requirements: without it the tests are skipped. This file is
-also the program that compiles: `python tests/test_rollout_tpu.py v5e:2x4 8 1 1` in an environment as `ENVIRONMENT` has it.
+Needs libtpu (`pip install libtpu`), which is in no list of requirements: without it the tests are skipped. This file is also
+the program that compiles: `python -m tests.policies.test_text_tpu v5e:2x4 8 1 1` in an environment as `ENVIRONMENT` has it.
 """
 
 import functools
@@ -175,11 +175,12 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
     from rlaif_jax.models.decoder_config import DecoderConfig
     from rlaif_jax.models.sampling import SamplingConfig
     from rlaif_jax.parallel import BATCH, make_mesh, state_shardings
-    from rlaif_jax.policies import text as rollout
+    from rlaif_jax.policies import decoding
+    from rlaif_jax.policies.text import generate
     from rlaif_jax.types import Prompts
 
     jax.default_backend = lambda: "tpu"  # the process itself has CPUs only
-    rollout.FIRST_BUCKET = T  # one loop, with the whole caches
+    decoding.FIRST_BUCKET = T  # one loop, with the whole caches
     data, fsdp, tensor = shape
     mesh = make_mesh(*shape, devices=list(topologies.get_topology_desc(topology, platform="tpu").devices))
     model = CausalLM(
@@ -205,7 +206,7 @@ def compile_for(topology: str, shape: tuple[int, int, int]) -> dict:
         )
     )
     run = functools.partial(
-        rollout.generate,
+        generate,
         model,
         sampling=SamplingConfig(max_new_tokens=T),
         answers=ANSWERS,

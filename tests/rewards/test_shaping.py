@@ -9,6 +9,7 @@ import pytest
 
 from rlaif_jax.rewards.shaping import (
     Normaliser,
+    Shaping,
     clip,
     combine,
     ensemble_cautious,
@@ -17,12 +18,15 @@ from rlaif_jax.rewards.shaping import (
     fit_normaliser,
     identity_normaliser,
     length_penalty,
+    missing_eos_score,
     sequence_rewards,
+    shaped_rewards,
+    whiten,
 )
+from rlaif_jax.types import Feedback, Rollout
 from tests.rewards.everywhere import close, same_everywhere
 
 NAN, INF = float("nan"), float("inf")
-MASK = jnp.ones((4, 3), bool)
 NORMALISER = Normaliser(mean=jnp.float32(2.0), std=jnp.float32(4.0))
 
 
@@ -31,7 +35,7 @@ def test_fit_normaliser_gives_mean_zero_and_std_one():
     normaliser = fit_normaliser(scores, jnp.array([True, True, True, False, False]))
     np.testing.assert_allclose(normaliser.mean, 3.0)
     np.testing.assert_allclose(normaliser.std, np.sqrt((4 + 1 + 9) / 3), rtol=1e-6)
-    rewards = sequence_rewards(scores[:3], jnp.ones(3, bool), normaliser, MASK[:3]).score
+    rewards = sequence_rewards(scores[:3], jnp.ones(3, bool), normaliser).values
     np.testing.assert_allclose([rewards.mean(), rewards.std()], [0, 1], atol=1e-6)
 
 
@@ -51,66 +55,139 @@ def test_scores_that_do_not_differ_have_std_one():
     np.testing.assert_allclose(small.std, 1e-7, rtol=1e-5)
     # A new score far from the constant one is a reward of its distance, not of a million times that.
     rewards = sequence_rewards(
-        jnp.array([0.1, 0.6]), jnp.ones(2, bool), fit_normaliser(jnp.full(7, 0.1), jnp.ones(7, bool)), MASK[:2]
+        jnp.array([0.1, 0.6]), jnp.ones(2, bool), fit_normaliser(jnp.full(7, 0.1), jnp.ones(7, bool))
     )
-    np.testing.assert_allclose(rewards.score, [0.0, 0.5], atol=1e-6)
+    np.testing.assert_allclose(rewards.values, [0.0, 0.5], atol=1e-6)
 
 
 def test_identity_keeps_floats():
     scores = jnp.array([0.7, -0.3, 1e-4, 12.5])
-    rewards = sequence_rewards(scores, jnp.ones(4, bool), identity_normaliser(), MASK)
-    np.testing.assert_array_equal(rewards.score, scores)
-    assert rewards.score.dtype == jnp.float32
-    assert rewards.token_rewards.shape == MASK.shape
-    assert not np.any(rewards.token_rewards)
+    rewards = sequence_rewards(scores, jnp.ones(4, bool), identity_normaliser())
+    np.testing.assert_array_equal(rewards.values, scores)
+    assert rewards.values.dtype == jnp.float32
 
 
 def test_hand_numbers():
-    rewards = sequence_rewards(jnp.array([2.0, 6.0, -2.0, 3.0]), jnp.ones(4, bool), NORMALISER, MASK)
-    np.testing.assert_allclose(rewards.score, [0, 1, -1, 0.25])
+    rewards = sequence_rewards(jnp.array([2.0, 6.0, -2.0, 3.0]), jnp.ones(4, bool), NORMALISER)
+    np.testing.assert_allclose(rewards.values, [0, 1, -1, 0.25])
     assert rewards.valid.all()
 
 
 def test_a_score_that_is_missing_or_not_finite_is_masked_out():
-    rewards = sequence_rewards(jnp.array([NAN, INF, 5.0, -INF]), jnp.array([True, True, False, True]), NORMALISER, MASK)
+    rewards = sequence_rewards(jnp.array([NAN, INF, 5.0, -INF]), jnp.array([True, True, False, True]), NORMALISER)
     np.testing.assert_array_equal(rewards.valid, [False] * 4)
-    assert np.isfinite(rewards.score).all()
-    kept = sequence_rewards(jnp.array([NAN, 6.0, 5.0, 0.0]), jnp.array([True, True, False, True]), NORMALISER, MASK)
+    assert np.isfinite(rewards.values).all()
+    kept = sequence_rewards(jnp.array([NAN, 6.0, 5.0, 0.0]), jnp.array([True, True, False, True]), NORMALISER)
     np.testing.assert_array_equal(kept.valid, [False, True, False, True])
-    np.testing.assert_allclose(kept.score[1::2], [1, -0.5])
+    np.testing.assert_allclose(kept.values[1::2], [1, -0.5])
 
 
 def test_clip_is_symmetric_and_after_the_normaliser():
-    rewards = sequence_rewards(jnp.array([2.0, 100.0, -100.0, 4.0]), jnp.ones(4, bool), NORMALISER, MASK, clip=0.75)
-    np.testing.assert_allclose(rewards.score, [0, 0.75, -0.75, 0.5])
+    rewards = sequence_rewards(jnp.array([2.0, 100.0, -100.0, 4.0]), jnp.ones(4, bool), NORMALISER, clip=0.75)
+    np.testing.assert_allclose(rewards.values, [0, 0.75, -0.75, 0.5])
 
 
 @pytest.mark.parametrize("transform", ["jit", "vmap", "pmap"])
 def test_under_transforms(transform):
     scores = jnp.array([[NAN, 6.0, 5.0, 0.0], [1.0, 2.0, 3.0, INF]])
     valid = jnp.array([[True, True, False, True], [True] * 4])
-    masks = jnp.stack([MASK, MASK])
 
-    def one(score, ok, mask):
-        return sequence_rewards(score, ok, NORMALISER, mask, clip=1.5)
+    def one(score, ok):
+        return sequence_rewards(score, ok, NORMALISER, clip=1.5)
 
     if transform == "jit":
-        got = jax.jit(lambda s, v, m: jax.tree.map(lambda *x: jnp.stack(x), *map(one, s, v, m)))(scores, valid, masks)
+        got = jax.jit(lambda s, v: jax.tree.map(lambda *x: jnp.stack(x), *map(one, s, v)))(scores, valid)
     else:
-        got = (jax.vmap if transform == "vmap" else jax.pmap)(one)(scores, valid, masks)
+        got = (jax.vmap if transform == "vmap" else jax.pmap)(one)(scores, valid)
     for row in range(2):
-        for a, b in zip(jax.tree.leaves(one(scores[row], valid[row], masks[row])), jax.tree.leaves(got)):
+        for a, b in zip(jax.tree.leaves(one(scores[row], valid[row])), jax.tree.leaves(got)):
             np.testing.assert_array_equal(a, b[row])
 
 
 def test_no_gradient_is_poisoned_by_a_missing_score():
-    gradient = jax.grad(
-        lambda s: sequence_rewards(s, jnp.array([True, True, False, True]), NORMALISER, MASK).score.sum()
-    )(jnp.array([1.0, NAN, NAN, 3.0]))
+    gradient = jax.grad(lambda s: sequence_rewards(s, jnp.array([True, True, False, True]), NORMALISER).values.sum())(
+        jnp.array([1.0, NAN, NAN, 3.0])
+    )
     np.testing.assert_allclose(gradient, [0.25, 0, 0, 0.25])
 
 
-# ---- Devices and clip
+# ---- From judgements to the rewards of a step
+
+
+def test_an_answer_that_was_cut_goes_by_the_missing_eos_rule():
+    score, finished = jnp.array([0.7, 0.7, -0.3]), jnp.array([True, False, False])
+    for rule, expected in (("score", [0.7, 0.7, -0.3]), ("penalty", [0.7, -0.8, -1.8]), ("constant", [0.7, 1.5, 1.5])):
+        shaping = Shaping(missing_eos=rule, missing_eos_value=1.5)
+        np.testing.assert_allclose(missing_eos_score(shaping, score, finished), expected, rtol=1e-6)
+
+
+ROLLOUT = Rollout(
+    tokens=np.zeros((4, 5), np.int32),
+    prompt_mask=np.ones((4, 2), bool),
+    response_mask=np.arange(3) < np.array([3, 1, 2, 3])[:, None],
+    logprobs=np.zeros((4, 3), np.float32),
+    finished=np.array([True, True, False, False]),
+)
+
+
+def test_shaped_rewards_are_normalised_and_then_go_by_the_rule():
+    judged = Feedback.single(np.float32([2, 6, -2, NAN]), np.array([True, True, True, True]))
+    rewards = shaped_rewards(Shaping(missing_eos="penalty", missing_eos_value=0.5), NORMALISER, judged, ROLLOUT)
+    np.testing.assert_allclose(rewards.score[:3], [0, 1, -1.5])
+    np.testing.assert_array_equal(rewards.valid, [True, True, True, False])
+    assert rewards.score.dtype == rewards.token_rewards.dtype == jnp.float32
+    assert rewards.token_rewards.shape == (4, 3)
+    assert not np.any(rewards.token_rewards)
+    assert rewards.pairs is None and rewards.pairs_valid is None
+
+
+def test_dense_rewards_are_kept_where_they_count_and_belong_to_the_total():
+    dense = np.float32([[0.1, 0.2, 0.3], [1, NAN, NAN], [9, 9, 9], [-1, 0, 1]])
+    judged = Feedback.single(np.float32([2, 6, 5, -2]), np.array([True, True, False, True]), dense)
+    rewards = shaped_rewards(Shaping(), NORMALISER, judged, ROLLOUT)
+    np.testing.assert_allclose(rewards.token_rewards, np.float32([[0.1, 0.2, 0.3], [1, 0, 0], [0] * 3, [-1, 0, 1]]))
+    np.testing.assert_allclose(rewards.total, [0.6, 2, 0, -1], rtol=1e-6)
+
+
+def test_several_rewards_are_combined_by_their_weights():
+    """Each is normalised for itself first; where one is missing the others speak for it."""
+    values = np.float32([[2, 10], [6, 20], [NAN, 30], [-2, 40]])
+    valid = np.array([[True, True], [True, False], [True, True], [False, False]])
+    normaliser = Normaliser(mean=jnp.array([2.0, 10.0]), std=jnp.array([4.0, 10.0]))
+    rewards = shaped_rewards(Shaping(weights=(3.0, -1.0)), normaliser, Feedback(values, valid), ROLLOUT)
+    np.testing.assert_allclose(rewards.score, [0, 3 * 4 / 3, -2 * 4, 0], rtol=1e-6)
+    np.testing.assert_array_equal(rewards.valid, [True, True, True, False])
+    plain = shaped_rewards(Shaping(), normaliser, Feedback(values, valid), ROLLOUT)
+    np.testing.assert_allclose(plain.score, [0, 2, 4, 0], rtol=1e-6)
+
+
+def test_pairs_are_handed_on_and_nobody_else_needs_to_judge():
+    nobody = np.zeros((4, 0), np.float32)
+    pairs, seen = np.random.default_rng(0).random((2, 2, 2)).astype(np.float32), np.ones((2, 2, 2), bool)
+    judged = Feedback(nobody, nobody.astype(bool), None, pairs, seen)
+    rewards = shaped_rewards(Shaping(), identity_normaliser(), judged, ROLLOUT)
+    assert rewards.pairs is pairs and rewards.pairs_valid is seen
+    np.testing.assert_array_equal(rewards.score, 0)
+    assert rewards.valid.all()
+
+
+def test_shaped_rewards_are_the_same_everywhere():
+    rng = np.random.default_rng(1)
+    values, valid = rng.normal(size=(8, 2)).astype(np.float32), rng.random((8, 2)) < 0.7
+    dense, finished = rng.normal(size=(8, 3)).astype(np.float32), rng.random(8) < 0.5
+    mask = np.arange(3) < rng.integers(1, 4, 8)[:, None]
+    shaping = Shaping(weights=(2.0, 1.0), missing_eos="constant", missing_eos_value=-1.0)
+
+    def fn(values, valid, dense, mask, finished):
+        zeros = jnp.zeros(mask.shape)
+        rollout = Rollout(zeros, zeros, mask, zeros, finished)
+        return shaped_rewards(shaping, identity_normaliser(), Feedback(values, valid, dense), rollout)
+
+    rewards = same_everywhere(fn, values, valid, dense, mask, finished)
+    np.testing.assert_array_equal(rewards.valid, valid.any(-1))
+
+
+# ---- Whiten and clip
 
 
 def test_fit_normaliser_is_over_the_valid_scores_of_all_devices():
