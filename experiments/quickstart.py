@@ -21,10 +21,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, FitConfig, ModelsConfig, WorldModels
 
-from rlaif_jax.algorithms.fit import fit_reward_model
-from rlaif_jax.algorithms.ppo import reference_logprobs
+from rlaif_jax.algorithms.fit import FitConfig, fit_model
+from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.algorithms.reward_modeling import reward_step
+from rlaif_jax.algorithms.scoring import policy_logprobs
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import TfdsRecords
 from rlaif_jax.data.text import pair_arrays
@@ -38,8 +39,11 @@ from rlaif_jax.feedback.judges.reward_model import RewardModelSource, score_sequ
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
+from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
-from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
+from rlaif_jax.policies.base import to_prompts
+from rlaif_jax.policies.text import TextPolicy, answer_texts, make_generator
+from rlaif_jax.recipes.world import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
 from rlaif_jax.rewards.shaping import fit_normaliser
 from rlaif_jax.run import Run, StopRequested, command_line
 from rlaif_jax.train import TrainConfig, train
@@ -71,19 +75,19 @@ class QuickstartConfig:
         steps=60,
         prompts_per_step=128,
         prompt_length=PROMPT_LENGTH,
-        sampling=SAMPLING,
-        ppo=PPO,
         eval_every=20,
         save_every=20,
     )
+    sampling: SamplingConfig = SAMPLING
+    ppo: PPOConfig = PPO
 
     def __post_init__(self) -> None:
         require(self.pair_prompts >= 20, f"pair_prompts must be >= 20, not {self.pair_prompts}")
         require(self.eval_prompts >= 8, f"eval_prompts must be >= 8, not {self.eval_prompts}")
         require(
-            (self.train.prompt_length, self.train.sampling.max_new_tokens) == (PROMPT_LENGTH, ANSWER_LENGTH),
+            (self.train.prompt_length, self.sampling.max_new_tokens) == (PROMPT_LENGTH, ANSWER_LENGTH),
             f"the world's prompts have {PROMPT_LENGTH} tokens and its answers {ANSWER_LENGTH}: "
-            "train.prompt_length and train.sampling.max_new_tokens cannot be changed here",
+            "train.prompt_length and sampling.max_new_tokens cannot be changed here",
         )
 
 
@@ -146,13 +150,12 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
 
     def fit_rewards() -> Params:
         with writer.stage("reward_model", config.reward_model.updates) as log:
-            return fit_reward_model(
+            return fit_model(
+                reward_step,
                 reward_model,
                 fresh,
                 {k: v[held:] for k, v in pairs.items()},
-                config.reward_model.updates,
-                config.reward_model.batch_size,
-                config.reward_model.optimizer,
+                config.reward_model,
                 seed,
                 runner=runner,
                 log=log.write,
@@ -164,7 +167,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     source: FeedbackSource = learned if config.reward == "reward_model" else DirectScoreSource(judge)
 
     # ---- PPO
-    eval_sampling = config.train.sampling
+    eval_sampling = config.sampling
     generator = make_generator(runner, model, tokenizer, eval_sampling)
     prompts = world.first_prompts(held_out, config.eval_prompts)
     scenes = [scene_from_json(record["scene"]) for record in prompts.records]
@@ -192,16 +195,19 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     records = list(prompts.records)
     before_told = source(records, before_texts, before)
     normaliser = fit_normaliser(jnp.asarray(before_told.values), jnp.asarray(before_told.valid))
-    critic = ScalarModel(model.config, "zero") if config.train.ppo.advantage == "gae" else None
+    critic = ScalarModel(model.config, "zero") if config.ppo.advantage.needs_critic else None
+    params = {"policy": sft}
+    if critic is not None:
+        params["value"] = critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"])
+    writer_policy = TextPolicy(model, config.sampling, tokenizer.eos_id, tokenizer.pad_id)
     policy = train(
         config.train,
         run,
         writer,
+        algorithm=config.ppo.build(writer_policy, critic, steps=config.train.steps),
+        policy=writer_policy,
+        params=params,
         tokenizer=tokenizer,
-        policy=model,
-        policy_params=sft,
-        critic=critic,
-        value_params=critic and critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"]),
         prompts=world.prompts(training, config.train.prompts_per_step),
         feedback=source,
         normaliser=normaliser,
@@ -221,7 +227,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
     texts_of = [record["prompt"] for record in records]
     judged, judged_valid = preference(judge.score(texts_of, after_texts), judge.score(texts_of, before_texts))
     decided = judged_valid & (after_gold != before_gold)
-    kl = jax.jit(partial(reference_logprobs, model, temperature=eval_sampling.temperature))
+    kl = jax.jit(partial(policy_logprobs, writer_policy))
     divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
     run.check(
         "labeler_weights_unchanged",
@@ -239,7 +245,7 @@ def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWr
                 prompt=texts_of[i],
                 response=texts[i],
                 gold=float(scores[i]),
-                reward=float(told.values[i]) if told.valid[i] else None,
+                reward=float(told.values[i, 0]) if told.valid[i, 0] else None,
             )
     run.metrics |= {
         "win_rate_gold": won.value,
@@ -270,7 +276,7 @@ def compare_answers(
     only: the labels are what the reward model sees)."""
     tokenizer = world.tokenizer
     size = min(200, config.pair_prompts)
-    generator = make_generator(world.runner, world.model, tokenizer, config.train.sampling, answers=4)
+    generator = make_generator(world.runner, world.model, tokenizer, config.sampling, answers=4)
     stream = world.prompts(training, size)
     records: list[Any] = []
     texts: list[str] = []

@@ -21,6 +21,7 @@ from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentJudge
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
 from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import correction_rewards, span_rewards
 from rlaif_jax.rewards.rankings import fit_plackett_luce
@@ -233,7 +234,7 @@ def _corrected(answer, mask, corrected, corrected_mask, valid, spans, dense, kep
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class JudgementSource:
+class JudgementSource(FeedbackSource):
     """Any judge that gives records, and what they are worth: a `FeedbackSource` that keeps them in the store.
 
     judge(prompts, answers) -> judgements of B answers side by side (of rankings: one a prompt).

@@ -33,6 +33,7 @@ class FeedbackSource(Protocol):
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
         """Begins to judge these answers and returns at once, while the devices draw further ones."""
+        return
 
     def get_state(self) -> Any:
         """Returns what the checkpoint keeps of the source, as JSON; None: the source keeps nothing."""
@@ -40,6 +41,7 @@ class FeedbackSource(Protocol):
 
     def set_state(self, state: Any) -> None:
         """Takes up the state of a resumed run."""
+        return
 
 
 class DeviceReward(Protocol):

@@ -23,6 +23,7 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
@@ -257,7 +258,7 @@ class LanguageModelJudge:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DirectScoreSource:
+class DirectScoreSource(FeedbackSource):
     """Direct RLAIF: the judge's expected score of each answer is its reward (Lee 2023, section 2.2.2)."""
 
     judge: LanguageModelJudge

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.data.prompts import Record
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models.heads import ScalarModel, gather_last
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Feedback, Params, Rollout
@@ -27,7 +28,7 @@ def score_sequences(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RewardModelSource:
+class RewardModelSource(FeedbackSource):
     """A reward model that shares the policy's tokenizer: reads the rollout's tokens, never leaves the devices."""
 
     model: ScalarModel

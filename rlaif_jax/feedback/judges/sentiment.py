@@ -28,6 +28,7 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.language_model import weights_hash
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
 from rlaif_jax.types import INIT, Feedback, Metrics, Params, Rollout, step_key
@@ -366,7 +367,7 @@ class SentimentJudge:
         ]  # dispatched before any is waited for
         aspects = () if self.model.aspects is None else (self.model.aspects,)
         values = np.concatenate([np.zeros((0, *aspects), np.float32), *jax.device_get(parts)])[: len(texts)]
-        return Feedback.single(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
+        return Feedback(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
         """Weighted share of the labels that it finds; those of a text without a known word count as not found."""
@@ -377,7 +378,7 @@ class SentimentJudge:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SentimentSource:
+class SentimentSource(FeedbackSource):
     """The judge's log-odds of each answer (without its prompt) as feedback, negated where sadder is better."""
 
     judge: SentimentJudge

@@ -27,7 +27,7 @@ _FORM = {"compare": "ranking", "rank": "ranking", "rate": "rating", "edit": "cor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PeopleSource:
+class PeopleSource(FeedbackSource):
     """Puts a step's answers on the annotation page of `store` and waits until enough of them are judged.
 
     Start the page on the same file: `python -m rlaif_jax annotate --store FILE`. A judgement that is in the store already

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlaif_jax.algorithms.fit import fit_language_model
+from rlaif_jax.algorithms.fit import FitConfig, fit_model
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
-from rlaif_jax.config import require
+from rlaif_jax.algorithms.supervised import supervised_step
 from rlaif_jax.data.prompts import PromptBatch, TfdsRecords, prompt_batches
 from rlaif_jax.data.text import Segments, text_arrays
 from rlaif_jax.data.tokenizers import WordTokenizer
@@ -32,6 +32,7 @@ from rlaif_jax.models.decoder import with_recall_heads
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
+from rlaif_jax.rewards.shaping import Shaping
 from rlaif_jax.run import Run
 from rlaif_jax.types import INIT, Params, step_key
 
@@ -44,28 +45,10 @@ PPO = PPOConfig(
     num_minibatches=2,
     kl_coef=0.03,
     value_coef=1.0,
-    missing_eos="penalty",
+    shaping=Shaping(missing_eos="penalty"),
     policy_optimizer=OptimizerConfig(learning_rate=3e-4),
     value_optimizer=OptimizerConfig(learning_rate=1e-3),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class FitConfig:
-    """A supervised stage: `updates` steps of AdamW on batches of `batch_size`."""
-
-    updates: int
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-
-    def __post_init__(self) -> None:
-        require(self.updates >= 1 and self.batch_size >= 1, "a stage needs updates >= 1 and batch_size >= 1")
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        return OptimizerConfig(
-            learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20, b2=0.98, eps=1e-8
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +142,12 @@ class WorldModels:
         arrays = text_arrays(self.tokenizer, examples, length=length, end_weight=end_weight)
         with self.writer.stage(name, settings.updates) as log:
             self.run.settled()
-            return fit_language_model(
+            return fit_model(
+                supervised_step,
                 self.model,
                 start,
                 arrays,
-                settings.updates,
-                settings.batch_size,
-                settings.optimizer,
+                settings,
                 self.run.seed,
                 runner=self.runner,
                 log=log.write,
