@@ -37,8 +37,8 @@ def test_every_stage_runs_and_leaves_what_was_promised(tmp_path):
     assert summary["status"] == "done"
     assert all(summary["checks"].values())
     promised = {
-        "win_rate_gold", "win_rate_gold_ci95", "gold_sft", "gold_ppo", "judge_agreement", "same_position_rate",
-        "rm_accuracy", "kl", "length_sft", "length_ppo", "wall_s",
+        "win_rate_gold", "win_rate_gold_ci95", "gold_before", "gold_after", "judge_agreement", "same_position_rate",
+        "rm_accuracy", "kl", "length_before", "length_after", "wall_s",
     }  # fmt: skip
     assert promised <= set(summary["metrics"])
     page = (out / "report.html").read_text()
