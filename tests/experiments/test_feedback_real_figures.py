@@ -1,6 +1,5 @@
-"""The experiment on published feedback, on small files: what its intervals draw, and what has no worth stays out."""
+"""The experiment on published feedback, on small files: what its intervals draw, and what has no rating is left out."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,18 +11,10 @@ import pytest
 
 from rlaif_jax.evaluate import bootstrap_ci
 from rlaif_jax.quality.statistics import Bootstrap, interval_alpha, interval_moments
+from rlaif_jax.recipes.published import crowds, judges
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "feedback_real.py"
 PROPERTIES = ("correctness", "selection", "overall")
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("feedback_real_figures", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_squality(folder, *orders):
@@ -59,9 +50,9 @@ def turning(q):
     return (2, 1, 0) if q % 2 else (0, 1, 2)
 
 
-def test_workers_agreement_is_resampled_by_question(script, tmp_path):
+def test_workers_agreement_is_resampled_by_question(tmp_path):
     """In even questions the second worker agrees in everything, in odd ones in nothing."""
-    rows = list(script.squality(script.RealConfig(), write_squality(tmp_path, upwards, turning)))
+    rows = list(judges.summaries(write_squality(tmp_path, upwards, turning), seed=0))
     alphas, alike = rows[:3], rows[3:]
     moments = [
         sum(interval_moments([90.0 - 30 * k, 90.0 - 30 * (2 - k if q % 2 else k)]) for k in range(3)) for q in range(12)
@@ -78,7 +69,7 @@ def test_workers_agreement_is_resampled_by_question(script, tmp_path):
 
 def test_figures_do_not_depend_on_the_order_of_sets(tmp_path):
     write_squality(tmp_path, upwards, turning, lambda q: ((0, 1, 2), (1, 2, 0), (2, 0, 1))[q % 3])
-    told = [
+    printed = [
         subprocess.run(
             [sys.executable, str(SCRIPT), "--data", str(tmp_path), "--json"],
             env=os.environ | {"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
@@ -89,13 +80,13 @@ def test_figures_do_not_depend_on_the_order_of_sets(tmp_path):
         ).stdout
         for seed in ("1", "2")
     ]
-    assert told[0] == told[1]
+    assert printed[0] == printed[1]
 
 
-def test_an_item_that_no_rating_is_left_of_is_not_compared(script):
+def test_an_item_that_no_rating_is_left_of_is_not_compared():
     item, rater = np.array([0, 0, 1, 1, 2, 2, 3], np.int32), np.array([0, 1, 0, 1, 0, 1, 0], np.int32)
     value = np.array([1, 2, 2, 3, 3, 4, 9], np.float32)
-    worth = script._ranked(item, rater, value, np.arange(7) != 6, 4, 2)
-    assert all(np.isnan(scores).tolist() == [False, False, False, True] for scores in worth.values())
-    rows = list(script._compared(worth, np.array([1.0, 2, 3, 9]), 0, ""))
+    utilities = crowds.ranked(item, rater, value, np.arange(7) != 6, 4, 2)
+    assert all(np.isnan(scores).tolist() == [False, False, False, True] for scores in utilities.values())
+    rows = list(crowds.compared(utilities, np.array([1.0, 2, 3, 9]), 0, ""))
     assert [row.value for row in rows[:3]] == pytest.approx([1, 1, 1])  # with item 3 as 0 it would be less
