@@ -26,8 +26,8 @@ from rlaif_jax.config import require
 from rlaif_jax.data.world import corpus, templates
 from rlaif_jax.data.world.tasks import dialogue, summarisation
 from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, preference
-from rlaif_jax.feedback.judges.reward_model import RewardModelSource
-from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.judges.reward_model import RewardModel
+from rlaif_jax.feedback.sources import DeviceSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
@@ -136,9 +136,9 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
             sampling=config.sampling,
             settings=config.reward_model,
         )
-        source: FeedbackSource = DirectScoreSource(judge)
-        if config.reward == "reward_model":
-            source = RewardModelSource(learned.model, learned.params, runner)
+        reward = RewardModel(learned.model)
+        by_model = config.reward == "reward_model"
+        source = DeviceSource(reward, learned.params, runner) if by_model else DirectScoreSource(judge)
 
         # ---- PPO, and the gold score before and after
         policy = world.policy(config.sampling)
@@ -156,7 +156,8 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
             evaluation=evaluation,
             params=params,
             prompts=world.prompts(training, config.train.prompts_per_step),
-            feedback=source,
+            feedback=None if by_model else source,
+            device_rewards=[(reward, learned.params)] if by_model else [],
             normaliser=normaliser_of(before.rewards),
             before=before,
         )

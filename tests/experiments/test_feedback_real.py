@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -12,6 +15,7 @@ from experiments import feedback_real
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
 from rlaif_jax.recipes.published import crowds, judges
+from tests.recipes.published.squality_file import turning, upwards, write_squality
 
 
 @pytest.fixture
@@ -125,3 +129,19 @@ def test_json(shared_data, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert list(printed) == list(rows) == ["BarzanMozafari: 5,000 labels of 83 workers"]
     assert printed["BarzanMozafari: 5,000 labels of 83 workers"][0]["name"] == "majority vote"
+
+
+def test_figures_do_not_depend_on_the_order_of_sets(tmp_path):
+    write_squality(tmp_path, upwards, turning, lambda q: ((0, 1, 2), (1, 2, 0), (2, 0, 1))[q % 3])
+    printed = [
+        subprocess.run(
+            [sys.executable, feedback_real.__file__, "--data", str(tmp_path), "--json"],
+            env=os.environ | {"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert printed[0] == printed[1]
