@@ -50,6 +50,7 @@ class FormsConfig:
         seed: of everything random.
         out: the run's folder.
         resume: go on with the run in `out` where it stopped.
+        stages: the folder of finished stages, which runs may share; None: in `out`.
         forms, origins: which of the sixteen.
         models: the language models.
         calibration_prompts: prompts whose answers are judged before the first step, for the mean and spread of rewards;
@@ -63,6 +64,7 @@ class FormsConfig:
     seed: int = 0
     out: Path = Path("runs/feedback_forms")
     resume: bool = False
+    stages: Path | None = None
     forms: tuple[Form, ...] = FORMS
     origins: tuple[Origin, ...] = ("ai", "rule", "simulated", "page")
     models: ModelsConfig = ModelsConfig(labeler=StageConfig(updates=3_000, examples=96_000))
@@ -107,7 +109,7 @@ def main(config: FormsConfig) -> dict[str, Any]:
     seed = config.seed
     settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "feedback_forms", settings, seed=seed, resume=config.resume) as run,
+        Run(config.out, "feedback_forms", settings, seed=seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
@@ -116,8 +118,8 @@ def main(config: FormsConfig) -> dict[str, Any]:
 
         # ---- A supervised policy, and those who judge it
         base = world.base()
-        judge = world.judge(world.labeler(base, labeler_mix()), "<overall>")
-        sft = world.sft(base, training)
+        judge = world.judge(world.labeler(base, labeler_mix()).params, "<overall>")
+        sft = world.sft(base, training).params
         run.settled()
         scenes = {record["prompt"]: record["scene"] for record in (training[i] for i in range(len(training)))}
         sources = WorldSources(

@@ -50,6 +50,7 @@ class QuickstartConfig:
         seed: of everything random.
         out: the run's folder.
         resume: go on with the run in `out` where it stopped.
+        stages: the folder of finished stages, which runs may share; None: in `out`.
         task: which of the world's tasks.
         shortcuts: whether its writers plant features that look like quality (length, a confident word, flattery).
         reward: what PPO maximises, the reward model's score or the judge's own.
@@ -66,6 +67,7 @@ class QuickstartConfig:
     seed: int = 0
     out: Path = Path("runs/quickstart")
     resume: bool = False
+    stages: Path | None = None
     task: Literal["summarisation", "dialogue"] = "summarisation"
     shortcuts: bool = False
     reward: Literal["reward_model", "direct"] = "reward_model"
@@ -113,7 +115,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the quickstart and returns the run's metrics."""
     settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "quickstart", settings, seed=config.seed, resume=config.resume) as run,
+        Run(config.out, "quickstart", settings, seed=config.seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
@@ -122,16 +124,18 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
 
         # ---- A language model, an AI labeler that is frozen before any policy exists, a supervised policy
         base = world.base()
-        judge = world.judge(world.labeler(base, labeler_mix(config.principle)), config.principle)
+        labeler = world.labeler(base, labeler_mix(config.principle))
+        judge = world.judge(labeler.params, config.principle)
         frozen_hash = judge.hash
         sft = world.sft(base, training)
 
         # ---- AI feedback on the policy's answers, and a reward model that learns it
         learned = learn_reward(
             world,
-            judge,
+            labeler,
             sft,
             training,
+            principle=config.principle,
             pair_prompts=config.pair_prompts,
             sampling=config.sampling,
             settings=config.reward_model,
@@ -144,10 +148,10 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
         policy = world.policy(config.sampling)
         prompts = world.first_prompts(held_out, config.eval_prompts)
         evaluation = Evaluation(policy, world.tokenizer, runner, prompts, config.seed, world.gold, source)
-        before = evaluation.answers(sft)
+        before = evaluation.answers(sft.params)
         assert before.rewards is not None
         key = step_key(config.seed, 2, INIT)
-        critic, params = with_critic(config.ppo, world.model, sft, learned.params["trunk"], key)
+        critic, params = with_critic(config.ppo, world.model, sft.params, learned.params["trunk"], key)
         found = improve(
             config.train,
             run,
@@ -163,7 +167,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
         )
 
         # ---- What the judge, unchanged, says about the new answers
-        run.check("labeler_weights_unchanged", world.judge(judge.params, config.principle).hash == frozen_hash)
+        run.check("labeler_weights_unchanged", world.judge(labeler.params, config.principle).hash == frozen_hash)
         run.metrics |= judge_metrics(judge, [str(record["prompt"]) for record in prompts.records], found) | {
             "rm_accuracy": learned.accuracy(),
             "labeler_sha256": frozen_hash,

@@ -26,7 +26,14 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import FileRecords, PromptIterator, jsonl_records, prompt_batches
-from rlaif_jax.feedback.judges.sentiment import SOURCE, Mood, SentimentConfig, SentimentSource, read_sentences
+from rlaif_jax.feedback.judges.sentiment import (
+    SOURCE,
+    Mood,
+    Sentences,
+    SentimentConfig,
+    SentimentSource,
+    read_sentences,
+)
 from rlaif_jax.files import atomic_write
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.hf.files import save_model
@@ -36,7 +43,7 @@ from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import TextPolicy, answer_texts, make_generator
 from rlaif_jax.recipes.evaluation import Evaluation, rewards_of
 from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
-from rlaif_jax.recipes.stories import load_storyteller, sentiment_judge, story_beginnings
+from rlaif_jax.recipes.stories import Storyteller, load_storyteller, sentiment_judge, story_beginnings
 from rlaif_jax.run import Run, command_line
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import FEEDBACK, INIT, step_key
@@ -56,6 +63,7 @@ class StoriesConfig:
         seed: of everything random.
         out: the run's folder.
         resume: go on with the run in `out` where it stopped.
+        stages: the folder of finished stages, which runs may share; None: in `out`.
         judge: the sentiment judge and its training.
         training_prompts: beginnings of stories to learn on.
         eval_prompts: beginnings of stories to measure on; none of them is learned on.
@@ -72,6 +80,7 @@ class StoriesConfig:
     seed: int = 0
     out: Path = Path("runs/stories_sentiment")
     resume: bool = False
+    stages: Path | None = None
     judge: SentimentConfig = SentimentConfig()
     training_prompts: int = 2048
     eval_prompts: int = 256
@@ -107,25 +116,32 @@ def get_config() -> StoriesConfig:
     return StoriesConfig()
 
 
-def main(config: StoriesConfig) -> dict[str, Any]:
-    """Trains the storyteller, writes the new one to OUT/model and returns the run's metrics."""
+def load(config: StoriesConfig) -> tuple[Storyteller, Sentences]:
+    """Returns the model and the judge's sentences. Raises UserError where one is not given or cannot be read."""
     require(
         config.model is not None,
         "no model to train: give --model, a Hugging Face folder, a hub id or a llama2.c .bin file "
         f"(with --tokenizer where its folder has none), such as {MODEL_SOURCE}",
     )
-    length, seed = config.train.prompt_length, config.seed
-    storyteller = load_storyteller(str(config.model), config.tokenizer, length, config.sampling.max_new_tokens)
-    model, original, tokenizer = storyteller.model, storyteller.params, storyteller.tokenizer
+    storyteller = load_storyteller(
+        str(config.model), config.tokenizer, config.train.prompt_length, config.sampling.max_new_tokens
+    )
     require(
         config.sentences is not None,
         "no sentences to train the judge on: give --sentences, the folder of rt-polarity.pos and rt-polarity.neg: "
         + SOURCE,
     )
-    sentences = read_sentences(Path(str(config.sentences)))
+    return storyteller, read_sentences(Path(str(config.sentences)))
+
+
+def main(config: StoriesConfig) -> dict[str, Any]:
+    """Trains the storyteller, writes the new one to OUT/model and returns the run's metrics."""
+    storyteller, sentences = load(config)
+    model, original, tokenizer = storyteller.model, storyteller.params, storyteller.tokenizer
+    length, seed = config.train.prompt_length, config.seed
     settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "stories_sentiment", settings, seed=seed, resume=config.resume) as run,
+        Run(config.out, "stories_sentiment", settings, seed=seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)

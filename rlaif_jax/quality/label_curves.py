@@ -1,4 +1,4 @@
-"""Curves of a model's accuracy by the number of labels it has learned from: how many labels one order saves over another."""
+"""Accuracy by the number of labels learned from: how many labels one order of asking saves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def smoothed(curves: Sequence[Sequence[float]]) -> list[float]:
-    """Returns the mean of curves [n, budgets] of accuracy, changed as little as possible so that it never falls."""
+    """Returns the mean of curves [n, budgets], changed as little as possible so that it never falls."""
     from scipy.optimize import isotonic_regression
 
     return [float(value) for value in isotonic_regression(np.mean(curves, 0)).x]

@@ -1,1 +1,1 @@
-"""Building blocks of whole experiments: models and judges of the text world, and how a run is measured."""
+"""Building blocks of experiments: the world's models and judges, and a run before and after."""

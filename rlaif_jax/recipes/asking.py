@@ -1,4 +1,4 @@
-"""Which questions to ask a person: pairs of the world's answers, a small reward model, and an order of asking."""
+"""Which questions to ask a person: pairs of answers, a small reward model, an order of asking."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def make_pairs(rng: np.random.Generator, task: Task, split: Split, count: int, s
 
 
 def pool_and_test(seed: int, task: Task, prompts: int, test_prompts: int) -> tuple[Pairs, Pairs]:
-    """Returns (pairs about training towns to ask about, pairs about held-out towns), their features scaled alike.
+    """Returns (pairs about training towns to ask about, pairs about held-out towns to test on).
+
+    The features of both are scaled by the spread of the first.
 
     Args:
         seed: of prompts and answers.

@@ -1,4 +1,4 @@
-"""What an evaluation of a policy is: answers to held-out prompts, their scores, samples for the page, the KL."""
+"""Evaluates a policy: answers to held-out prompts, their scores, samples for the page, the KL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Measure(Protocol):
     """Scores answers for an evaluation, such as the world's gold score."""
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str]) -> np.ndarray:
-        """Returns the scores [B] of B answers, NaN where an answer has none; `records` are those of their prompts."""
+        """Returns the scores [B] of answers, NaN where one is missing; `records` are their prompts'."""
 
 
 class Answers(NamedTuple):
@@ -114,7 +114,7 @@ class Evaluation:
         return Answers(rollout, texts, scores, rewards)
 
     def kl(self, reference: Params, answers: Answers) -> float:
-        """Returns the mean KL in nats of an answer: its log-prob when it was drawn less that under `reference`."""
+        """Returns the mean KL of an answer to `reference` in nats, by the sampler's log-probs."""
         log_ratio = np.asarray(answers.rollout.logprobs) - np.asarray(self._logprobs(reference, answers.rollout))
         return float(log_ratio.sum(-1).mean())
 
@@ -149,7 +149,7 @@ class Evaluation:
             )
 
     def during(self, run: Run, *, samples: int = 4) -> Callable[[Params, int], dict[str, float]]:
-        """Returns the `evaluate` of `train`: (policy parameters, step) -> metrics; writes some samples each time."""
+        """Returns `evaluate` for `train`: (policy parameters, step) -> metrics; it writes samples too."""
 
         def evaluate(params: Params, step: int) -> dict[str, float]:
             answers = self.answers(params, judged=False)

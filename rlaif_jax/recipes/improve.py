@@ -1,4 +1,4 @@
-"""A whole comparison: what a policy answers before training, the training, and what it answers afterwards."""
+"""A whole comparison: a policy's answers before training, the training, its answers after it."""
 
 from __future__ import annotations
 
@@ -103,10 +103,11 @@ def improve(
 
 
 def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[str, Any]:
-    """Returns the metrics of two sets of answers to the same prompts, with 95 % bootstrap intervals over prompts.
+    """Compares two sets of answers to the same prompts and returns metrics.
 
     `win_rate_NAME` is how often an answer after training scores higher, ties counting half, once more with the effect
-    of length taken out; `gain` the mean difference of the scores. Pairs without both scores are left out.
+    of length taken out; `gain` the mean difference of the scores. Pairs without both scores are left out. Intervals are
+    95 % bootstrap intervals over prompts.
 
     Args:
         name: of the score.
@@ -138,7 +139,7 @@ def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[st
 def with_critic(
     config: PPOConfig, model: CausalLM, policy_params: Params, trunk: Params, key: jax.Array
 ) -> tuple[ScalarModel | None, dict[str, Params]]:
-    """Returns (critic, parameters by part) for PPO and its relatives; the critic is None where they need none.
+    """Returns (critic or None, parameters by part) for PPO and its relatives.
 
     Args:
         config: says whether a critic is needed.

@@ -1,4 +1,4 @@
-"""A pretrained storyteller, the beginnings of stories that it is asked to continue, and a judge of their mood."""
+"""A pretrained storyteller, beginnings of stories for it to continue, and a judge of their mood."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rlaif_jax.feedback.judges.sentiment import (
     new_judge,
     split_sentences,
 )
+from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import download, load_model
@@ -122,7 +123,7 @@ def story_beginnings(
 def sentiment_judge(
     sentences: Sentences, settings: SentimentConfig, runner: Runner, run: Run, writer: MetricsWriter
 ) -> SentimentJudge:
-    """Returns the judge, from the run's folder or fitted now; its accuracy on held-out sentences is one of the metrics.
+    """Returns the judge, a stage of the run; its accuracy on held-out sentences is one of the metrics.
 
     Args:
         sentences: to learn from, and a part to measure on.
@@ -139,6 +140,8 @@ def sentiment_judge(
         with writer.stage("judge", settings.updates) as log:
             return fit_judge(judge, training, settings, run.seed, log=log.write, stop=run.stopped)
 
-    judge = dataclasses.replace(judge, params=run.stage("judge", judge.params, learn))
+    stage_settings = {"judge": settings, "sentences": sha256([training.texts, np.asarray(training.labels).tolist()])}
+    stage = run.stage("judge", judge.params, learn, settings=stage_settings)
+    judge = dataclasses.replace(judge, params=stage.params)
     run.metrics |= {"judge_accuracy": judge.accuracy(held_out), "judge_sha256": judge.hash}
     return judge

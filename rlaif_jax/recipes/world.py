@@ -1,6 +1,6 @@
-"""The models that experiments on the text world begin with: a base language model, an AI labeler, a supervised policy.
+"""The models of the text world: a base language model, an AI labeler, a supervised policy.
 
-Each is a stage of a run: made once, kept in its checkpoints, read back on `--resume`.
+Each is a stage of a run: made once, kept, and read back by a resumed run and by runs that share the folder of stages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.rewards.shaping import Shaping
-from rlaif_jax.run import Run
+from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.types import INIT, Params, step_key
 
 PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82  # tokens
@@ -85,7 +85,7 @@ class ModelsConfig:
 
 
 def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
-    """Returns the words of a transcript with their weights: 1 for what is to be written, `context` for the rest."""
+    """Returns a transcript's words with weights: 1 for what is to be written, else `context`."""
     targets = set(transcript.targets)
     return [(word, 1.0 if i in targets else context) for i, word in enumerate(transcript.text.split())]
 
@@ -161,10 +161,21 @@ class WorldModels:
         return next(self.prompts(records, count, shuffle=False))
 
     def gold(self, records: Sequence[Record], answers: Sequence[str]) -> np.ndarray:
-        """Returns the gold scores [B] of answers: a `Measure` for evaluations, out of the reach of whoever judges."""
+        """Returns the gold scores [B] of answers: a `Measure` for evaluations, never for judges."""
         return gold.gold_scores(self.task, [scene_from_json(record["scene"]) for record in records], answers)
 
     # ---- Stages
+
+    def stage_settings(self, **settings: Any) -> dict[str, Any]:
+        """Returns what every stage of these models depends on, with the `settings` of one stage."""
+        return {
+            "task": self.task.name,
+            "shortcuts": self.shortcuts,
+            "model": self.model.config,
+            "runner": type(self.runner).__name__,
+            "devices": self.runner.devices,
+            **settings,
+        }
 
     def fit(
         self,
@@ -221,7 +232,7 @@ class WorldModels:
         arrays = text_arrays(self.tokenizer, examples, length=length, end_weight=end_weight)
         return self.fit(name, supervised_step, self.model, start, arrays, settings)
 
-    def base(self) -> Params:
+    def base(self) -> FinishedStage:
         """Returns a language model of the world: scenes, demonstrations, questions about facts."""
 
         def learn() -> Params:
@@ -237,9 +248,9 @@ class WorldModels:
             length = PROMPT_LENGTH + ANSWER_LENGTH
             return self.supervised("lm", fresh, [segments(t) for t in lines], length, self.config.base)
 
-        return self.run.stage("lm", self.template, learn)
+        return self.run.stage("lm", self.template, learn, settings=self.stage_settings(fit=self.config.base))
 
-    def labeler(self, base: Params, mix: corpus.LabelerMix) -> Params:
+    def labeler(self, base: FinishedStage, mix: corpus.LabelerMix) -> FinishedStage:
         """Returns the AI labeler: trained on simulated people's transcripts of training towns.
 
         Args:
@@ -247,7 +258,7 @@ class WorldModels:
             mix: shares of the kinds of transcripts.
         """
 
-        def learn() -> Params:
+        def learn(base: Params) -> Params:
             lines = corpus.labeler_corpus(
                 np.random.default_rng((self.run.seed, 1)),
                 self.config.labeler.examples,
@@ -260,9 +271,10 @@ class WorldModels:
             length, end = (corpus.MAX_TRANSCRIPT_WORDS + 1, 1.0) if mix.revision else (TRANSCRIPT_LENGTH, 0.0)
             return self.supervised("labeler", base, examples, length, self.config.labeler, end_weight=end)
 
-        return self.run.stage("labeler", self.template, learn)
+        settings = self.stage_settings(fit=self.config.labeler, mix=mix)
+        return self.run.stage("labeler", self.template, learn, settings=settings, after=(base,))
 
-    def sft(self, base: Params, training: TfdsRecords) -> Params:
+    def sft(self, base: FinishedStage, training: TfdsRecords) -> FinishedStage:
         """Returns the supervised policy: it imitates the demonstrations of a mediocre writer.
 
         Args:
@@ -270,13 +282,14 @@ class WorldModels:
             training: scenes with demonstrations.
         """
 
-        def learn() -> Params:
+        def learn(base: Params) -> Params:
             examples: list[Segments] = [
                 [(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))
             ]
             return self.supervised("sft", base, examples, PROMPT_LENGTH + ANSWER_LENGTH, self.config.sft)
 
-        return self.run.stage("sft", self.template, learn)
+        settings = self.stage_settings(fit=self.config.sft)
+        return self.run.stage("sft", self.template, learn, settings=settings, after=(base,))
 
     def judge(self, labeler: Params, principle: templates.Principle) -> LanguageModelJudge:
         """Returns the labeler as a judge by one principle, which writes its reasons before a score."""

@@ -1,4 +1,4 @@
-"""Who judges the world's answers, in all four forms: an AI labeler, rules, simulated people, people at the page.
+"""Judges of the world's answers in all four forms: an AI labeler, rules, simulated people.
 
 Each turns a pool of answers into records (`rlaif_jax.feedback.records.forms`). Simulated people see the exact quality
 through noise and are labelled `simulated`; the labeler and the rules see the prompt and the answer only.
@@ -251,7 +251,7 @@ def by_labeler(form: Form, pool: Pool, judge: LanguageModelJudge) -> list[Judgem
 def revise_answers(
     judge: LanguageModelJudge, prompts: Sequence[str], answers: Sequence[str], batch_size: int = 128
 ) -> list[str | None]:
-    """Lets the labeler criticise and rewrite each answer; None where its text did not end or has no revision."""
+    """Lets the labeler criticise and rewrite each answer; None where it finishes no revision."""
     tokenizer, model = judge.tokenizer, judge.model
     sampling, length = SamplingConfig(max_new_tokens=52, temperature=0.0), 64
     marker = f" {templates.MARKERS[6]} "  # <revise>
@@ -279,7 +279,7 @@ def revise_answers(
 
 
 def by_rules(form: Form, pool: Pool, constitution: Constitution) -> Sequence[Judgement]:
-    """Returns a constitution's judgements; its corrections are `mended`, because no pattern says what is salient."""
+    """Returns a constitution's judgements; corrections are `mended`, as no pattern knows salience."""
     prompts, answers = pool.singles
     if form == "ranking":
         return rule_rankings(constitution, pool.prompts, pool.answers)

@@ -1,4 +1,4 @@
-"""A reward model of the world: a judge's labels on pairs of the policy's answers, and the model that learns them."""
+"""A judge's labels on pairs of the policy's answers, and a reward model that learns them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from rlaif_jax.algorithms.fit import Arrays, FitConfig
 from rlaif_jax.algorithms.reward_modeling import reward_step
 from rlaif_jax.data.prompts import Record, TfdsRecords
 from rlaif_jax.data.text import pair_arrays
+from rlaif_jax.data.world import templates
 from rlaif_jax.evaluate import agreement, same_position_rate
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference
 from rlaif_jax.feedback.judges.reward_model import score_sequences
-from rlaif_jax.files import atomic_write
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
 from rlaif_jax.recipes.world import ANSWER_LENGTH, PROMPT_LENGTH, WorldModels
+from rlaif_jax.run import FinishedStage
 from rlaif_jax.types import FEEDBACK, INIT, Params, step_key
+
+BATCH = 200  # prompts
+LENGTH = PROMPT_LENGTH + ANSWER_LENGTH
+LEARNED = ("tokens1", "mask1", "tokens2", "mask2", "probability", "weight")  # what the reward model sees of a pair
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +36,7 @@ class LearnedReward:
     Attributes:
         model: the reward model.
         params: its parameters.
-        held_out: pairs that it has not learned from, as `pair_arrays` makes them.
+        held_out: pairs that it has not learned from, as `label_pairs` makes them.
     """
 
     model: ScalarModel
@@ -49,44 +54,56 @@ class LearnedReward:
 
 def learn_reward(
     world: WorldModels,
-    judge: LanguageModelJudge,
-    policy: Params,
+    labeler: FinishedStage,
+    sft: FinishedStage,
     training: TfdsRecords,
     *,
+    principle: templates.Principle,
     pair_prompts: int,
     sampling: SamplingConfig,
     settings: FitConfig,
 ) -> LearnedReward:
-    """Lets the judge compare answers of the policy and fits a reward model to the labels.
+    """Lets the labeler compare the policy's answers and fits a reward model to the labels.
 
-    A tenth of the pairs is held out. The labels are kept in the run's folder, their quality in its metrics.
+    Both are stages of the run. A tenth of the pairs is held out. The quality of the labels goes to the run's metrics.
 
     Args:
         world: the world's models.
-        judge: the labeler; the reward model starts from its trunk.
-        policy: parameters of the policy.
+        labeler: the AI labeler; the reward model starts from its trunk.
+        sft: the supervised policy, whose answers are compared.
         training: scenes of training towns.
+        principle: by which the labeler judges.
         pair_prompts: prompts whose answers are compared, two pairs each.
         sampling: how answers are drawn.
         settings: training of the reward model.
     """
-    path = world.run.folder / "feedback.npz"
-    if not (world.run.resuming and path.exists()):
-        pairs, labels = label_pairs(world, judge, policy, training, pair_prompts, sampling)
-        world.run.metrics |= labels
-        world.run.report()
-        with atomic_write(path, "wb") as file:
-            np.savez(file, **pairs)  # type: ignore[arg-type]
-    pairs = dict(np.load(path))
+
+    def label(labeler: Params, sft: Params) -> Arrays:
+        judge = world.judge(labeler, principle)
+        return label_pairs(world, judge, sft, training, pair_prompts=pair_prompts, sampling=sampling)
+
+    labeled = world.run.stage(
+        "pairs",
+        pair_shapes(pair_prompts),
+        label,
+        settings=world.stage_settings(principle=principle, pair_prompts=pair_prompts, sampling=sampling),
+        after=(labeler, sft),
+    )
+    pairs = {name: np.asarray(x) for name, x in labeled.params.items()}
+    world.run.metrics |= label_quality(pairs)
     held = len(pairs["weight"]) // 10
     model = ScalarModel(world.model.config, "normal")
-    fresh = model.init(step_key(world.run.seed, 1, INIT), trunk=judge.params["trunk"])
 
-    def learn() -> Params:
-        return world.fit("reward_model", reward_step, model, fresh, {k: v[held:] for k, v in pairs.items()}, settings)
+    def learn(labeler: Params, pairs: Arrays) -> Params:
+        start = model.init(step_key(world.run.seed, 1, INIT), trunk=labeler["trunk"])
+        examples = {name: np.asarray(pairs[name])[held:] for name in LEARNED}
+        return world.fit("reward_model", reward_step, model, start, examples, settings)
 
-    params = world.run.stage("reward_model", fresh, learn)
-    return LearnedReward(model, params, {k: v[:held] for k, v in pairs.items()})
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    fitted = world.run.stage(
+        "reward_model", shapes, learn, settings=world.stage_settings(fit=settings), after=(labeler, labeled)
+    )
+    return LearnedReward(model, fitted.params, {name: x[:held] for name, x in pairs.items()})
 
 
 def label_pairs(
@@ -94,26 +111,24 @@ def label_pairs(
     judge: LanguageModelJudge,
     policy: Params,
     training: TfdsRecords,
+    *,
     pair_prompts: int,
     sampling: SamplingConfig,
-) -> tuple[Arrays, dict[str, Any]]:
-    """Returns (pairs with the judge's soft labels, the quality of the labels by the gold score).
-
-    The label of a pair comes from the score distributions of its two answers. The gold score is for the report only.
+) -> Arrays:
+    """Lets the judge label pairs of the policy's answers, by the two score distributions of a pair.
 
     Args:
         world: the world's models.
         judge: the labeler.
         policy: parameters of the policy, which answers each prompt four times: two pairs.
         training: scenes of training towns.
-        pair_prompts: number of prompts.
+        pair_prompts: number of prompts, rounded down to whole batches.
         sampling: how answers are drawn.
 
     Returns:
-        Arrays as `pair_arrays` makes them, with weight 0 for equal answers and missing labels; and metrics
-        `judge_agreement` and `judge_agreement_pairwise` (with gold), `same_position_rate` and `judge_missing`.
+        The arrays of `pair_arrays`, with weight 0 for equal answers and missing labels, and those of `label_quality`.
     """
-    size = min(200, pair_prompts)
+    size = min(BATCH, pair_prompts)
     generator = make_generator(world.runner, world.model, world.tokenizer, sampling, answers=4)
     stream = world.prompts(training, size)
     records: list[Record] = []
@@ -131,17 +146,7 @@ def label_pairs(
     half = len(prompts)
     one, two = (Scores(*(part[rows] for part in scores)) for rows in (slice(half), slice(half, None)))
     probability, valid = preference(one, two)
-    better = world.gold(records, first) - world.gold(records, second)
-    decided, both = valid & (better != 0), verdict.valid & (better != 0)
     same = np.array([a == b for a, b in zip(first, second)])
-    labels = {
-        "judge_agreement": agreement_or_none((probability > 0.5)[decided], (better > 0)[decided]),
-        "judge_agreement_pairwise": agreement_or_none((verdict.probability > 0.5)[both], (better > 0)[both]),
-        "same_position_rate": same_position_rate(
-            verdict.forward[verdict.valid & ~same], verdict.swapped[verdict.valid & ~same]
-        ),
-        "judge_missing": float((~valid).mean()),
-    }
     ended = np.concatenate(finished)
     pairs = pair_arrays(
         world.tokenizer,
@@ -150,10 +155,49 @@ def label_pairs(
         second,
         probability,
         valid & ~same,
-        length=PROMPT_LENGTH + ANSWER_LENGTH,
+        length=LENGTH,
         finished=(ended[0::2], ended[1::2]),
     )
-    return pairs, labels
+    return pairs | {
+        "valid": valid,
+        "same": same,
+        "better": world.gold(records, first) - world.gold(records, second),
+        "pairwise": np.asarray(verdict.probability, np.float32),
+        "pairwise_valid": verdict.valid,
+        "forward": np.asarray(verdict.forward, np.float32),
+        "swapped": np.asarray(verdict.swapped, np.float32),
+    }
+
+
+def pair_shapes(pair_prompts: int) -> Params:
+    """Returns the shapes of what `label_pairs` returns."""
+    count = 2 * (pair_prompts - pair_prompts % min(BATCH, pair_prompts))
+    shape = lambda dtype, *axes: jax.ShapeDtypeStruct((count, *axes), dtype)
+    return {
+        **{name: shape(np.int32, LENGTH) for name in ("tokens1", "tokens2")},
+        **{name: shape(np.bool_, LENGTH) for name in ("mask1", "mask2")},
+        **{name: shape(np.bool_) for name in ("valid", "same", "pairwise_valid")},
+        **{name: shape(np.float32) for name in ("probability", "weight", "better", "pairwise", "forward", "swapped")},
+    }
+
+
+def label_quality(pairs: Arrays) -> dict[str, Any]:
+    """Returns how good labels are by the gold score, and how biased by position; for the report.
+
+    Args:
+        pairs: `probability` [n] from score distributions and `pairwise` [n] from verdicts in both orders, each with its
+            `valid`; `forward` and `swapped` [n], the verdicts by position; `better` [n], the gold difference; `same`
+            [n], equal answers.
+    """
+    better, valid, pairwise_valid = pairs["better"], pairs["valid"], pairs["pairwise_valid"]
+    decided, both = valid & (better != 0), pairwise_valid & (better != 0)
+    differing = pairwise_valid & ~pairs["same"]
+    return {
+        "judge_agreement": agreement_or_none((pairs["probability"] > 0.5)[decided], (better > 0)[decided]),
+        "judge_agreement_pairwise": agreement_or_none((pairs["pairwise"] > 0.5)[both], (better > 0)[both]),
+        "same_position_rate": same_position_rate(pairs["forward"][differing], pairs["swapped"][differing]),
+        "judge_missing": float((~valid).mean()),
+    }
 
 
 def agreement_or_none(labels: np.ndarray, truth: np.ndarray) -> float | None:

@@ -1,4 +1,4 @@
-"""Rules about the world's summaries: predicates that read the prompt's facts, as a reader of the prompt would.
+"""Rules about the world's summaries: predicates that read the facts off the prompt.
 
 A constitution names them as `rlaif_jax.recipes.world_rules:NAME`; see experiments/brindlemoor.toml.
 """

@@ -1,4 +1,4 @@
-"""Feedback sources for the world from any origin and in any form, and what a judgement of each form earns."""
+"""Feedback sources for the world: from any origin, in any form, with the rewards of each form."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ def score_sequences(
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A `DeviceReward`: the scalar of a reward model that has the policy's tokenizer, at the last token of each answer.
+    """A `DeviceReward`: a reward model's scalar at the last token of each answer.
+
+    The reward model reads the rollout's tokens, so it has the policy's tokenizer.
 
     Attributes:
         model: the reward model.

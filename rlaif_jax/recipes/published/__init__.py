@@ -1,1 +1,1 @@
-"""Published feedback of real people and real judges: what this package's readers and models make of it."""
+"""Published feedback of real people and judges, as this package's readers and models see it."""

@@ -1,4 +1,4 @@
-"""Measures of published labels, post-edits and ratings: do the models of raters find what is true and good?"""
+"""Measures of published labels, post-edits and ratings: how well models of raters do."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _word_ids(*sides: Sequence[Sequence[str]]) -> list[tuple[np.ndarray, np.ndar
 
 
 def ratings(*archives: Path, seed: int) -> Findings:
-    """Ranks translations by raters of different bias and scale, and checks the ranks by raters who were left out."""
+    """Ranks translations by many raters and checks the ranks by raters who were left out."""
     for archive in archives:
         records = [j for j in kept(read_mlqe_ratings(archive)) if isinstance(j, Rating)]
         item, items = index(j.item for j in records)
@@ -156,7 +156,9 @@ def ranked(
 
 
 def compared(utilities: dict[str, np.ndarray], truth: np.ndarray, seed: int, note: str) -> Findings:
-    """Yields Spearman's correlation of each ranking with the left-out ratings, and the model's gain over raw means.
+    """Compares each ranking with the left-out ratings by Spearman's correlation.
+
+    The last finding is the gain of the model over raw means.
 
     Items that only the left-out raters rated have no utility and are not compared.
     """

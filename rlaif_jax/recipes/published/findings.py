@@ -52,13 +52,13 @@ def index(names: Iterable[Any]) -> tuple[np.ndarray, list[Any]]:
 
 
 def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarray | None = None) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of Spearman's correlation over items, or over the groups of the items."""
+    """Returns the 95 % bootstrap interval of Spearman's correlation, over items or over groups."""
     drawn = [spearman(a[rows], b[rows]) for rows in draws(len(a), seed, groups)]
     return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
 
 
 def draws(count: int, seed: int, groups: np.ndarray | None = None, resamples: int = 400) -> Iterator[np.ndarray]:
-    """Yields the row numbers of each bootstrap resample of `count` rows, drawn one by one or by whole groups."""
+    """Yields the row numbers of each bootstrap resample, drawn one by one or by whole groups."""
     rng = np.random.default_rng(seed)
     group = np.arange(count) if groups is None else groups
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])

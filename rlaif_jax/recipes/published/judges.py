@@ -1,4 +1,4 @@
-"""Measures of published judges and readers: AI judges in both orders, next to people, remarks, ratings of summaries."""
+"""Measures of published judges: both orders, agreement with people, remarks, rated summaries."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def both_orders(gold: Path, folder: Path, *, seed: int) -> Findings:
 
 
 def verdict(way: str, raw: str) -> int | None:
-    """Returns the output that a reply's last verdict prefers, 0 = the one shown first; None: no verdict can be read."""
+    """Returns the output that a reply's last verdict prefers, 0 = the first; None: no verdict."""
     template = Template(
         "LLMBar", "ranking", "{prompt}{answer_1}{answer_2}", labels=(("a", 1.0), ("b", 0.0)), verdict=WAYS[way]
     )
@@ -74,7 +74,7 @@ def _agreements(records: Sequence[Judgement]) -> list[bool]:
 
 
 def people_and_judges(pairs: Path, *judges: Path, seed: int) -> Findings:
-    """Computes Cohen's kappa (first, second, tie) among three people, and of AI judges with the people's majority."""
+    """Computes Cohen's kappa among three people, and of AI judges with the people's majority."""
     records = kept(read_pandalm(pairs, judges))
     votes: dict[str, dict[int, int]] = defaultdict(dict)
     row, rows = index((j.prompt, j.answers, j.generators) for j in records)
@@ -149,7 +149,7 @@ def remarks(graded: Path, *, seed: int, sentiment: SentimentConfig, reviews: Pat
 
 
 def summaries(responses: Path, *, seed: int) -> Findings:
-    """Measures how far the workers of SQuALITY agree in ratings and in ranks; the intervals draw whole questions."""
+    """Measures how far SQuALITY's workers agree; the intervals resample whole questions."""
     records = kept(read_squality(responses))
     number, questions = index(j.prompt for j in records)
     question = {j.item: n for j, n in zip(records, number.tolist())}
