@@ -315,7 +315,7 @@ def cross_fitted(
         judge = train_judge(sentences.rows(~held), config, seed, runner)
         scores = judge.log_odds(sentences.rows(held).texts)
         values[held], valid[held] = scores.values, scores.valid
-    return Feedback.single(values, valid)
+    return Feedback(values, valid)
 
 
 # ---- Judging
