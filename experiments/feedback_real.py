@@ -3,7 +3,7 @@
     python experiments/feedback_real.py --data FOLDER
     python experiments/feedback_real.py --data FOLDER --json > real.json
 
-FOLDER holds the published files as their authors keep them, each data set in a folder of its own:
+FOLDER holds the published files as their authors keep them, each data set in its folder:
 
     get_another_label/BarzanMozafari_labels.txt, _evaluation.txt      github.com/ipeirotis/Get-Another-Label
     mlqe_pe/pe.en-de-dev.tar.gz, da.en-de-dev.tar.gz, da.en-de-train.tar.gz  github.com/sheffieldnlp/mlqe-pe
@@ -13,52 +13,39 @@ FOLDER holds the published files as their authors keep them, each data set in a 
     squality/all-responses.jsonl                                       github.com/nyu-mll/SQuALITY
     sentiment/rt-polarity.pos, rt-polarity.neg                         github.com/harvardnlp/sent-conv-torch
 
-A data set that is not there is skipped and said so. A minute on two CPU cores.
+A data set that is missing is skipped with a message. A minute on two CPU cores.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from rlaif_jax.config import require
-from rlaif_jax.feedback.api.templates import Template
-from rlaif_jax.feedback.api.verdicts import Reply, read_verdict
-from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
-from rlaif_jax.feedback.records.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus
-from rlaif_jax.feedback.records.formats.rows import chosen
-from rlaif_jax.feedback.records.formats.texts import read_mlqe_post_edits, read_mlqe_ratings, read_squality
-from rlaif_jax.feedback.records.formats.tools import read_get_another_label
-from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
-from rlaif_jax.parallel import ParallelConfig, make_runner
-from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci, percentile_interval, resampled_rows
-from rlaif_jax.quality.statistics import cohen_kappa, interval_alpha, interval_moments, spearman
-from rlaif_jax.quality.values import sum_by_group
-from rlaif_jax.rewards.comments import pool_comments, valence
-from rlaif_jax.rewards.corrections import edit_reward, levenshtein
-from rlaif_jax.rewards.raters import dawid_skene, hierarchical_dawid_skene, majority_vote
-from rlaif_jax.rewards.rating_models import fit_gaussian
-from rlaif_jax.rewards.ratings import raw_mean, z_score_mean
+from rlaif_jax.feedback.judges.sentiment import SentimentConfig
+from rlaif_jax.recipes.published.crowds import crowd_labels, post_edits, ratings
+from rlaif_jax.recipes.published.findings import Finding, Findings
+from rlaif_jax.recipes.published.judges import both_orders, people_and_judges, remarks, summaries
 from rlaif_jax.run import command_line
 
 
 @dataclasses.dataclass(frozen=True)
 class RealConfig:
-    """data: the folder of the data sets. json: print JSON instead of tables. seed: of the bootstraps and the folds.
-    sentiment: how the reader of comments is trained."""
+    """All settings.
+
+    Attributes:
+        data: the folder of the data sets.
+        json: print JSON instead of tables.
+        seed: of the bootstraps and the folds.
+        sentiment: how the reader of comments is trained.
+    """
 
     data: Path = Path("data")
     json: bool = False
@@ -67,386 +54,72 @@ class RealConfig:
 
 
 def get_config() -> RealConfig:
-    """The figures in RESULTS.md."""
+    """Returns the settings of the figures in RESULTS.md."""
     return RealConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One figure. low, high: 95 % interval, None = not computed. reference: the same by others. note: how it was had."""
+class Section(NamedTuple):
+    """Measures of one data set: a title, its files or folders, and a function that is called with their paths."""
 
-    name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    reference: str = ""
-    note: str = ""
+    title: str
+    files: tuple[str, ...]
+    measure: Callable[..., Findings]
 
 
-Findings = Iterator[Finding]
+def sections(config: RealConfig) -> tuple[Section, ...]:
+    """Returns the measures of all data sets."""
+    seed = config.seed
+    panda = tuple(f"pandalm/{name}testset-v1.jsonl" for name in ("", "gpt-3.5-turbo-", "pandalm-7b-"))
+    barzan = tuple(f"get_another_label/BarzanMozafari_{name}.txt" for name in ("labels", "evaluation"))
+    read_remarks = partial(remarks, seed=seed, sentiment=config.sentiment, reviews=config.data / "sentiment")
+    return (
+        Section("BarzanMozafari: 5,000 labels of 83 workers", barzan, partial(crowd_labels, seed=seed)),
+        Section("MLQE-PE: post-edits", ("mlqe_pe/pe.en-de-dev.tar.gz",), partial(post_edits, seed=seed)),
+        Section(
+            "MLQE-PE: ratings by many",
+            ("mlqe_pe/da.en-de-dev.tar.gz", "mlqe_pe/da.en-de-train.tar.gz"),
+            partial(ratings, seed=seed),
+        ),
+        Section(
+            "LLMBar: AI judges in both orders",
+            ("llmbar/LLMBar_Natural.json", "llmbar_judges"),
+            partial(both_orders, seed=seed),
+        ),
+        Section("PandaLM: people and AI judges", panda, partial(people_and_judges, seed=seed)),
+        Section("prometheus: GPT-4's remarks and scores", ("prometheus/vicuna_eval.json",), read_remarks),
+        Section("SQuALITY: workers on summaries", ("squality/all-responses.jsonl",), partial(summaries, seed=seed)),
+    )
 
 
-def main(config: RealConfig) -> dict[str, list[Finding]]:
-    """Print the findings of every data set that is there; title -> findings."""
+def main(config: RealConfig) -> dict[str, Any]:
+    """Prints the findings of every data set that exists and returns them, title -> list of `Finding`."""
     require(config.data.is_dir(), f"--data {config.data}: there is no such folder")
-    console, found = Console(stderr=config.json), {}
-    for title, files, measure in SECTIONS:
+    console = Console(stderr=config.json)
+    found: dict[str, list[Finding]] = {}
+    for title, files, measure in sections(config):
         missing = [name for name in files if not (config.data / name).exists()]
         if missing:
             console.print(f"{title}: skipped, {config.data} has no {', '.join(missing)}")
             continue
-        found[title] = list(measure(config, *(config.data / name for name in files)))
+        found[title] = list(measure(*(config.data / name for name in files)))
         if not config.json:
-            console.print(_table(title, found[title]))
+            console.print(table(title, found[title]))
     if config.json:
         print(json.dumps({title: [dataclasses.asdict(f) for f in rows] for title, rows in found.items()}, indent=2))
     return found
 
 
-def _table(title: str, rows: Iterable[Finding]) -> Table:
-    table = Table(title=title, title_justify="left", show_edge=False)
-    for name, justify in (
-        ("", "left"),
-        ("value", "right"),
-        ("95 % interval", "right"),
-        ("by others", "right"),
-        ("", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+def table(title: str, rows: Iterable[Finding]) -> Table:
+    """Returns findings as a table for the terminal."""
+    made = Table(title=title, title_justify="left", show_edge=False)
+    made.add_column("", justify="left")
+    for name in ("value", "95 % interval", "by others"):
+        made.add_column(name, justify="right")
+    made.add_column("", justify="left")
     for row in rows:
         interval = "" if row.low is None else f"{row.low:.3f} .. {row.high:.3f}"
-        table.add_row(row.name, f"{row.value:.3f}".removesuffix(".000"), interval, row.reference, row.note)
-    return table
-
-
-def kept(found: tuple[list[Judgement], list[str]]) -> list[Judgement]:
-    """The judgements; the rows that could not be read are said on the terminal."""
-    good, bad = found
-    if bad:
-        Console(stderr=True).print(f"{len(bad)} rows could not be read, such as {bad[0]}")
-    return good
-
-
-def index(names: Iterable[Any]) -> tuple[np.ndarray, list[Any]]:
-    """(the number of each name, [n] int32; the distinct names in order of appearance)."""
-    numbers: dict[Any, int] = {}
-    places = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int32)
-    return places, list(numbers)
-
-
-# ---- Who is right: labels of a crowd
-
-
-def crowd(config: RealConfig, labels: Path, gold: Path) -> Findings:
-    """Accuracy of what 83 workers say together about 1,000 items of two classes."""
-    records = kept(read_get_another_label(labels, gold=gold))
-    answer = {j.prompt: chosen(j) for j in records if j.rater.name == "gold"}
-    given = [j for j in records if j.rater.name != "gold"]
-    item, items = index(j.prompt for j in given)
-    worker, workers = index(j.rater.name for j in given)
-    label, truth = np.array([chosen(j) for j in given], np.int32), np.array([answer[name] for name in items])
-    sizes: dict[str, Any] = {"num_items": len(items), "num_classes": len(given[0].answers)}
-    by_worker = sizes | {"num_workers": len(workers)}
-    models = (
-        ("majority vote", majority_vote(item, label, **sizes)[0], "0.696"),
-        # crowd-kit 1.4 stops after the third step, where its bound no longer moves.
-        (
-            "Dawid-Skene, three steps",
-            dawid_skene(item, worker, label, **by_worker, max_iterations=3).posterior,
-            "0.709",
-        ),
-        ("Dawid-Skene, converged", dawid_skene(item, worker, label, **by_worker).posterior, ""),
-        ("Dawid-Skene, workers pooled", hierarchical_dawid_skene(item, worker, label, **by_worker).posterior, ""),
-    )
-    for name, posterior, reference in models:
-        right = (np.asarray(posterior).argmax(-1) == truth).astype(float)
-        yield Finding(name, float(right.mean()), *bootstrap_ci(right, seed=config.seed), reference, "accuracy")
-
-
-# ---- What was wrong: post-edits
-
-
-def post_edits(config: RealConfig, archive: Path) -> Findings:
-    """Word edits over the words of the post-edit, beside the HTER of the file (TER with block shifts)."""
-    records = kept(read_mlqe_post_edits(archive))
-    edits = [j for j in records if isinstance(j, Correction)]
-    hter = np.array([1 - j.value for j in records if isinstance(j, Rating)])
-    answer, corrected = _word_ids([j.answers[0].split() for j in edits], [(j.edited or "").split() for j in edits])
-    distance = jax.jit(levenshtein)(*answer, *corrected)
-    rate = -np.asarray(edit_reward(distance, jnp.asarray(corrected[1])))
-    interval = _spearman_interval(rate, hter, config.seed)
-    yield Finding("Spearman with HTER", spearman(rate, hter), *interval, ">= 0.98 asked", f"{len(edits)} post-edits")
-    equal = float(np.mean(np.abs(np.minimum(rate, 1) - hter) < 1e-4))
-    yield Finding("equal to HTER", equal, note="the others have block shifts, which are one edit of HTER")
-
-
-def _word_ids(*sides: Sequence[Sequence[str]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, mask), right padded, of each side's texts."""
-    words: dict[str, int] = {}
-    arrays = []
-    for texts in sides:
-        shape = (len(texts), max(1, *map(len, texts)))
-        ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = [words.setdefault(word, len(words)) for word in text]
-            mask[row, : len(text)] = True
-        arrays.append((ids, mask))
-    return arrays
-
-
-def _spearman_interval(
-    a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarray | None = None
-) -> tuple[float, float]:
-    """95 % interval of Spearman's correlation: bootstrap over items, or over the groups that they belong to."""
-    rows_of = resampled_rows(np.arange(len(a)) if groups is None else groups, seed=seed, resamples=400)
-    return percentile_interval([spearman(a[rows], b[rows]) for rows in rows_of], 0.95)
-
-
-# ---- How good: ratings
-
-
-def ratings(config: RealConfig, *archives: Path) -> Findings:
-    """Translations ranked by raters of different bias and scale, checked by raters who were left out."""
-    for archive in archives:
-        records = [j for j in kept(read_mlqe_ratings(archive)) if isinstance(j, Rating)]
-        item, items = index(j.item for j in records)
-        rater, raters = index(j.rater.name for j in records)
-        value = np.array([j.value for j in records], np.float32)
-        split = raters[0].split("/")[0]
-        count = np.bincount(rater)
-        # Three people rated the same items, all of them (dev) or a part (train); the others each a share of all.
-        together = Counter(count.tolist())
-        most = max(size for size, people in together.items() if people == 3)
-        out = np.isin(rater, np.flatnonzero(count == most))
-        target = raw_mean(item, rater, value, out, num_items=len(items))
-        judged = np.flatnonzero(np.asarray(target.valid))
-        worth = _ranked(item, rater, value, ~out, len(items), len(raters))
-        truth = np.asarray(target.value)[judged]
-        note = f"{split}: mean of the 3 who rated {most}, by the {len(raters) - 3} others"
-        yield from _compared({name: scores[judged] for name, scores in worth.items()}, truth, config.seed, note)
-        # One rating of each item left out, whoever gave it.
-        order = np.lexsort((np.random.default_rng(config.seed).random(len(item)), item))
-        out = np.zeros(len(item), bool)
-        out[order[np.r_[True, np.diff(item[order]) > 0]]] = True
-        worth = _ranked(item, rater, value, ~out, len(items), len(raters))
-        note = f"{split}: one rating of each item"
-        yield from _compared({name: scores[item[out]] for name, scores in worth.items()}, value[out], config.seed, note)
-        # Each rater left out in turn, and the items that this one rated. Here a mean that mixes all camps is hard to beat:
-        # the model follows the raters who agree with each other, and those left out may be of another camp.
-        large = np.flatnonzero(count >= 50)
-        each: dict[str, list[float]] = defaultdict(list)
-        for person in large:
-            worth = _ranked(item, rater, value, rater != person, len(items), len(raters))
-            mine = (rater == person) & np.isfinite(worth["raw means"][item])
-            for name, scores in worth.items():
-                each[name].append(spearman(scores[item[mine]], value[mine]))
-        for name, correlations in each.items():
-            mean = float(np.average(correlations, weights=count[large]))
-            yield Finding(
-                f"{name}, Spearman", mean, note=f"{split}: {len(large)} raters in turn, each on the items rated"
-            )
-
-
-@partial(jax.jit, static_argnames=("items", "raters"))
-def _utilities(item: Any, rater: Any, value: Any, weight: Any, items: int, raters: int) -> dict[str, jax.Array]:
-    given = (item, rater, value, weight)
-    return {
-        "raw means": raw_mean(*given, num_items=items).value,
-        "z-scores": z_score_mean(*given, num_items=items, num_raters=raters).value,
-        "rating model": fit_gaussian(*given, num_items=items, num_raters=raters).items.value,
-    }
-
-
-def _ranked(
-    item: np.ndarray, rater: np.ndarray, value: np.ndarray, weight: np.ndarray, items: int, raters: int
-) -> dict[str, np.ndarray]:
-    """What each item is worth by each way; NaN for an item that no rating is left of."""
-    found = _utilities(item, rater, value, weight.astype(np.float32), items, raters)
-    rated = np.bincount(item, weight, items) > 0
-    return {name: np.where(rated, found[name], np.nan) for name in ("raw means", "z-scores", "rating model")}
-
-
-def _compared(worth: dict[str, np.ndarray], truth: np.ndarray, seed: int, note: str) -> Findings:
-    """Spearman of each ranking with the left-out ratings, and the model's gain over raw means on the same items; items
-    that only the left-out rated have no worth and stay out."""
-    rated = np.isfinite(worth["raw means"])
-    worth, truth = {name: scores[rated] for name, scores in worth.items()}, truth[rated]
-    for name, scores in worth.items():
-        yield Finding(f"{name}, Spearman", spearman(scores, truth), *_spearman_interval(scores, truth, seed), "", note)
-    raw, model = worth["raw means"], worth["rating model"]
-    rows_of = resampled_rows(np.arange(len(truth)), seed=seed, resamples=400)
-    gains = [spearman(model[rows], truth[rows]) - spearman(raw[rows], truth[rows]) for rows in rows_of]
-    gain = spearman(model, truth) - spearman(raw, truth)
-    yield Finding("gain of the model", gain, *percentile_interval(gains, 0.95), "> 0 asked", note)
-
-
-# ---- Judges in both orders
-
-WAYS = {"Vanilla": "Output ({label})", "CoT": "Output ({label}) is better"}
-
-
-def orders(config: RealConfig, gold: Path, folder: Path) -> Findings:
-    """Judges' replies on 100 pairs, each pair shown in both orders: how often both mean the same answer."""
-    truth = {j.item: j.answers[chosen(j) or 0] for j in kept(read_llmbar(gold))}
-    for file in sorted(folder.glob("Natural.*.*.json")):
-        _, model, way = file.stem.split(".")
-        if way not in WAYS:
-            continue
-        told = kept(read_llmbar_judge(file, model))
-        read = kept(read_llmbar_judge(file, model, partial(verdict, way)))
-        same = np.array(_agreements(told), float)
-        reread = np.mean([chosen(a) == chosen(b) for a, b in zip(told, read)])
-        right = np.mean([j.answered and j.answers[chosen(j) or 0] == truth[j.item] for j in told])
-        first = np.mean([chosen(j) == j.shown[0] for j in told if j.answered])
-        reference = {"GPT-4.Vanilla": "0.95", "Falcon.CoT": "0.14"}.get(f"{model}.{way}", "")
-        note = f"right {right:.2f}, first shown {first:.2f}, re-read alike {reread:.3f}, agree re-read "
-        yield Finding(
-            f"{model} {way}: both orders agree", float(same.mean()), *bootstrap_ci(same, seed=config.seed), reference,
-            note + f"{np.mean(_agreements(read)):.2f}",
-        )  # fmt: skip
-
-
-def verdict(way: str, raw: str) -> int | None:
-    """The output that a reply prefers, 0 = the one shown first, by its last verdict; None = none can be read."""
-    template = Template(
-        "LLMBar", "ranking", "{prompt}{answer_1}{answer_2}", labels=(("a", 1.0), ("b", 0.0)), verdict=WAYS[way]
-    )
-    parsed = read_verdict(Reply(raw), template, RenderedQuestion((), ""), direct=False)
-    return None if parsed.status != "ok" else int(parsed.value == 0)
-
-
-def _agreements(records: Sequence[Judgement]) -> list[bool]:
-    """Of each pair, whether both orders prefer the same answer."""
-    found: dict[str, list[str | None]] = defaultdict(list)
-    for record in records:
-        best = chosen(record)
-        found[record.item].append(None if best is None else record.answers[best])
-    return [len(set(answers)) == 1 for answers in found.values()]
-
-
-# ---- People and judges on the same pairs
-
-
-def panda(config: RealConfig, pairs: Path, *judges: Path) -> Findings:
-    """Cohen's kappa (first, second, tie) among three people, and of two AI judges with the people's majority."""
-    records = kept(read_pandalm(pairs, judges))
-    votes: dict[str, dict[int, int]] = defaultdict(dict)
-    row, rows = index((j.prompt, j.answers, j.generators) for j in records)
-    home, prompts = index(prompt for prompt, _, _ in rows)
-    for j, number in zip(records, row.tolist()):
-        if j.answered:
-            best = chosen(j)
-            votes[j.rater.name][number] = 2 if best is None else best
-    people = sorted(name for name in votes if name.startswith("annotator"))
-    bootstrap = Bootstrap(len(prompts), seed=config.seed)
-
-    def kappa(a: dict[int, int], b: dict[int, int]) -> tuple[dict[str, Any], str]:
-        shared = [item for item in a if item in b]
-        cells = np.zeros((len(shared), 3, 3))
-        cells[np.arange(len(shared)), [a[i] for i in shared], [b[i] for i in shared]] = 1
-        agree = np.mean([a[i] == b[i] for i in shared])
-        sums = sum_by_group(cells, home[shared], len(prompts))
-        return bootstrap.estimate(sums, cohen_kappa), f"agree on {agree:.3f} of {len(shared)} pairs"
-
-    for a, b in itertools.combinations(people, 2):
-        estimate, note = kappa(votes[a], votes[b])
-        yield Finding(f"kappa of {a} and {b}", **estimate, note=note)
-    counted = {item: Counter(votes[name][item] for name in people) for item in votes[people[0]]}
-    majority = {item: count.most_common(1)[0][0] for item, count in counted.items() if max(count.values()) >= 2}
-    for name in sorted(set(votes) - set(people)):
-        estimate, note = kappa(votes[name], majority)
-        unread = sum(j.status == "unparsed" for j in records if j.rater.name == name)
-        yield Finding(
-            f"kappa of {name} and the majority", **estimate, note=f"{note}; {unread} replies without a verdict"
-        )
-
-
-# ---- Comments
-
-
-def comments(config: RealConfig, graded: Path) -> Findings:
-    """What a reader of sentiment makes of a judge's remarks, beside the score that the judge gave with each."""
-    records = kept(read_prometheus(graded))
-    remarks = [j for j in records if isinstance(j, Comment)]
-    score = {(j.item, j.principle, j.seed): j.unit for j in records if isinstance(j, Rating)}
-    unit = np.array([score[j.item, j.principle, j.seed] for j in remarks], np.float32)
-    answer, answers = index(j.item for j in remarks)
-    texts = tuple(j.text for j in remarks)
-    runner = make_runner(ParallelConfig())
-    readers = {
-        "learned from the other answers' remarks": cross_fitted(
-            Sentences(texts, unit), config.sentiment, config.seed, runner, groups=answer.tolist()
-        )
-    }
-    reviews = config.data / "sentiment"
-    if reviews.is_dir():
-        critic = train_judge(read_sentences(reviews), config.sentiment, config.seed, runner)
-        readers["learned from film reviews"] = critic.log_odds(texts)
-    for name, log_odds in readers.items():
-        heard = valence(jnp.asarray(log_odds.values), jnp.asarray(log_odds.valid))
-        said = np.asarray(heard.values)
-        interval = _spearman_interval(said, unit, config.seed, answer)
-        yield Finding(f"Spearman, {name}", spearman(said, unit), *interval, "", f"{len(texts)} remarks")
-        pooled = np.asarray(pool_comments(heard.values, heard.valid, jnp.asarray(answer), len(answers)).values)
-        mean = np.bincount(answer, unit) / np.bincount(answer)
-        interval = _spearman_interval(pooled, mean, config.seed)
-        yield Finding("  means of an answer's three", spearman(pooled, mean), *interval, "", f"{len(answers)} answers")
-
-
-# ---- Summaries of stories
-
-
-def squality(config: RealConfig, responses: Path) -> Findings:
-    """How far the workers of SQuALITY agree in ratings and in ranks; the intervals draw whole questions."""
-    records = kept(read_squality(responses))
-    number, questions = index(j.prompt for j in records)
-    question = {j.item: n for j, n in zip(records, number.tolist())}
-    for name in ("correctness", "selection", "overall"):
-        given: dict[str, dict[str, float]] = defaultdict(dict)
-        for j in records:
-            if isinstance(j, Rating) and j.principle == name:
-                given[j.item][j.rater.name] = j.value
-        moments = np.array([interval_moments(list(by_rater.values())) for by_rater in given.values()])
-        sums = sum_by_group(moments, [question[item] for item in given], len(questions))
-        estimate = Bootstrap(len(questions), seed=config.seed).estimate(sums, interval_alpha)
-        note = f"{name}: {sum(map(len, given.values()))} ratings of {len(given)} answers"
-        yield Finding("Krippendorff's alpha (interval)", **estimate, note=note)
-    for name in ("correctness", "selection", "overall"):
-        agree, asked, pairs = [], [], Counter[tuple[str, int, int, bool]]()
-        for j in records:
-            if isinstance(j, Ranking) and j.principle == name:
-                pairs.update((j.item, a, b, p > 0.5) for a, b, p in j.pairs() if p != 0.5)
-        for item, a, b in sorted({key[:3] for key in pairs}):
-            yes, no = pairs[item, a, b, True], pairs[item, a, b, False]
-            if yes + no >= 2:
-                asked.append(question[item])
-                agree.append((math.comb(yes, 2) + math.comb(no, 2)) / math.comb(yes + no, 2))
-        note = f"{name}: {len(agree)} pairs of answers"
-        interval = bootstrap_ci(agree, seed=config.seed, groups=asked)
-        yield Finding("two workers rank a pair alike", float(np.mean(agree)), *interval, "", note)
-
-
-SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Findings]], ...] = (
-    (
-        "BarzanMozafari: 5,000 labels of 83 workers",
-        ("get_another_label/BarzanMozafari_labels.txt", "get_another_label/BarzanMozafari_evaluation.txt"),
-        crowd,
-    ),
-    ("MLQE-PE: post-edits", ("mlqe_pe/pe.en-de-dev.tar.gz",), post_edits),
-    ("MLQE-PE: ratings by many", ("mlqe_pe/da.en-de-dev.tar.gz", "mlqe_pe/da.en-de-train.tar.gz"), ratings),
-    ("LLMBar: AI judges in both orders", ("llmbar/LLMBar_Natural.json", "llmbar_judges"), orders),
-    (
-        "PandaLM: people and AI judges",
-        (
-            "pandalm/testset-v1.jsonl",
-            "pandalm/gpt-3.5-turbo-testset-v1.jsonl",
-            "pandalm/pandalm-7b-testset-v1.jsonl",
-        ),
-        panda,
-    ),
-    ("prometheus: GPT-4's remarks and scores", ("prometheus/vicuna_eval.json",), comments),
-    ("SQuALITY: workers on summaries", ("squality/all-responses.jsonl",), squality),
-)
+        made.add_row(row.name, f"{row.value:.3f}".removesuffix(".000"), interval, row.reference, row.note)
+    return made
 
 
 if __name__ == "__main__":

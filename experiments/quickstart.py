@@ -4,9 +4,10 @@
 
 A base language model of the built-in text world is trained, and from it two models: an AI labeler, trained on the
 transcripts of simulated people and then frozen, and a supervised policy that imitates a mediocre writer. The labeler
-writes its reasons about each of the policy's answers and scores it; from the two score distributions of a pair comes a
-soft label (its verdicts in both orders are reported beside); a reward model learns them; PPO improves the policy;
-held-out towns, with the world's exact gold score, tell by how much. Nothing but the last step knows the gold score.
+writes its reasons about each of the policy's answers and scores it. The two score distributions of a pair of answers
+give a soft label (the labeler's verdicts on pairs in both orders are reported next to it). A reward model learns these
+labels, and PPO improves the policy. On held-out towns the world's exact gold score measures by how much; nothing except
+this last step knows the gold score.
 
 Expected (seeds 0, 1, 2): see experiments/RESULTS.md.
 """
@@ -14,86 +15,90 @@ Expected (seeds 0, 1, 2): see experiments/RESULTS.md.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from world_models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, FitConfig, ModelsConfig, WorldModels
 
-from rlaif_jax.algorithms.fit import fit_reward_model
-from rlaif_jax.algorithms.ppo import reference_logprobs
+from rlaif_jax.algorithms.fit import FitConfig
+from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import require
-from rlaif_jax.data.prompts import TfdsRecords
-from rlaif_jax.data.text import pair_arrays
-from rlaif_jax.data.world import corpus, scene_from_json, templates
-from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world import corpus, labeler_prompts
 from rlaif_jax.data.world.tasks import dialogue, summarisation
-from rlaif_jax.data.world.tasks.base import Task
-from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference
-from rlaif_jax.feedback.sources import DirectScoreSource, FeedbackSource, RewardModelSource, score_sequences
+from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, preference_from_scores
+from rlaif_jax.feedback.judges.reward_model import RewardModel
+from rlaif_jax.feedback.sources import DeviceSource
 from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.models import ScalarModel
+from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
-from rlaif_jax.policies.text import answer_texts, make_generator, to_prompts
-from rlaif_jax.quality.statistics import agreement_with_gold, same_position_rate
-from rlaif_jax.quality.win_rates import length_controlled_win_rate, win_rate_ci
-from rlaif_jax.rewards.shaping import fit_normaliser
-from rlaif_jax.run import Run, StopRequested, command_line
-from rlaif_jax.train import TrainConfig, train
-from rlaif_jax.types import EVALUATION, FEEDBACK, INIT, Params, step_key
+from rlaif_jax.recipes.evaluation import Evaluation
+from rlaif_jax.recipes.improve import Improvement, improve, normaliser_of, with_critic
+from rlaif_jax.recipes.world import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
+from rlaif_jax.recipes.world_rewards import agreement_or_none, learn_reward
+from rlaif_jax.run import Run, command_line
+from rlaif_jax.train import TrainConfig
+from rlaif_jax.types import INIT, step_key
+
+TASKS = {task.name: task for task in (summarisation.TASK, dialogue.TASK)}
 
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
     """All settings of the quickstart.
 
-    task: which of the world's tasks. shortcuts: whether its writers plant features that look like quality (length, a
-    confident word, flattery). reward: what PPO maximises, the reward model or the judge's own score. resume: go on with
-    the run in `out` where it stopped. pair_prompts: prompts whose answers the judge compares, two pairs each.
-    eval_prompts: held-out prompts of the final evaluation.
+    Attributes:
+        seed: of everything random.
+        out: the run's folder.
+        resume: go on with the run in `out` where it stopped.
+        stages: the folder of finished stages, which runs may share; None: in `out`.
+        task: which of the world's tasks.
+        shortcuts: whether its writers plant features that look like quality (length, a confident word, flattery).
+        reward: what PPO maximises, the reward model's score or the judge's own.
+        models: the language models.
+        reward_model: training of the reward model.
+        principle: by which the labeler judges.
+        pair_prompts: prompts whose answers the judge compares, two pairs each.
+        eval_prompts: held-out prompts of the evaluation.
+        train: the loop.
+        sampling: how answers are drawn.
+        ppo: the algorithm.
     """
 
     seed: int = 0
     out: Path = Path("runs/quickstart")
     resume: bool = False
+    stages: Path | None = None
     task: Literal["summarisation", "dialogue"] = "summarisation"
     shortcuts: bool = False
     reward: Literal["reward_model", "direct"] = "reward_model"
     models: ModelsConfig = ModelsConfig()
     reward_model: FitConfig = FitConfig(updates=200, learning_rate=1e-3)
-    principle: templates.Principle = "<overall>"
+    principle: labeler_prompts.Principle = "<overall>"
     pair_prompts: int = 2_000
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(
-        steps=60,
-        prompts_per_step=128,
-        prompt_length=PROMPT_LENGTH,
-        sampling=SAMPLING,
-        ppo=PPO,
-        eval_every=20,
-        save_every=20,
+        steps=60, prompts_per_step=128, prompt_length=PROMPT_LENGTH, eval_every=20, save_every=20
     )
+    sampling: SamplingConfig = SAMPLING
+    ppo: PPOConfig = PPO
 
     def __post_init__(self) -> None:
         require(self.pair_prompts >= 20, f"pair_prompts must be >= 20, not {self.pair_prompts}")
         require(self.eval_prompts >= 8, f"eval_prompts must be >= 8, not {self.eval_prompts}")
         require(
-            (self.train.prompt_length, self.train.sampling.max_new_tokens) == (PROMPT_LENGTH, ANSWER_LENGTH),
+            (self.train.prompt_length, self.sampling.max_new_tokens) == (PROMPT_LENGTH, ANSWER_LENGTH),
             f"the world's prompts have {PROMPT_LENGTH} tokens and its answers {ANSWER_LENGTH}: "
-            "train.prompt_length and train.sampling.max_new_tokens cannot be changed here",
+            "train.prompt_length and sampling.max_new_tokens cannot be changed here",
         )
 
 
 def get_config() -> QuickstartConfig:
-    """The default settings."""
+    """Returns the default settings."""
     return QuickstartConfig()
 
 
-def labeler_mix(principle: templates.Principle) -> corpus.LabelerMix:
-    """What the labeler is trained on: scores after reasons, and comparisons."""
+def labeler_mix(principle: labeler_prompts.Principle) -> corpus.LabelerMix:
+    """Returns what the labeler is trained on: scores after reasons, and comparisons."""
     return corpus.LabelerMix(
         principles=(principle,),
         score_reasoning=0.75,
@@ -106,225 +111,81 @@ def labeler_mix(principle: templates.Principle) -> corpus.LabelerMix:
     )
 
 
-def main(config: QuickstartConfig) -> None:
-    task = {"summarisation": summarisation.TASK, "dialogue": dialogue.TASK}[config.task]
+def main(config: QuickstartConfig) -> dict[str, Any]:
+    """Runs the quickstart and returns the run's metrics."""
+    settings = dataclasses.replace(config, resume=False)
     with (
-        Run(
-            config.out, "quickstart", dataclasses.replace(config, resume=False), seed=config.seed, resume=config.resume
-        ) as run,
+        Run(config.out, "quickstart", settings, seed=config.seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
-        quickstart(config, task, run, writer)
+        runner = make_runner(config.train.parallel)
+        world = WorldModels(TASKS[config.task], config.shortcuts, config.models, run, writer, runner)
+        training, held_out = world.records("train"), world.records("test_entities")
+
+        # ---- A language model, an AI labeler that is frozen before any policy exists, a supervised policy
+        base = world.base()
+        labeler = world.labeler(base, labeler_mix(config.principle))
+        judge = world.judge(labeler.params, config.principle)
+        frozen_hash = judge.hash
+        sft = world.sft(base, training)
+
+        # ---- AI feedback on the policy's answers, and a reward model that learns it
+        learned = learn_reward(
+            world,
+            labeler,
+            sft,
+            training,
+            principle=config.principle,
+            pair_prompts=config.pair_prompts,
+            sampling=config.sampling,
+            settings=config.reward_model,
+        )
+        reward = RewardModel(learned.model)
+        by_model = config.reward == "reward_model"
+        source = DeviceSource(reward, learned.params, runner) if by_model else DirectScoreSource(judge)
+
+        # ---- PPO, and the gold score before and after
+        policy = world.policy(config.sampling)
+        prompts = world.first_prompts(held_out, config.eval_prompts)
+        evaluation = Evaluation(policy, world.tokenizer, runner, prompts, config.seed, world.gold, source)
+        before = evaluation.answers(sft.params)
+        assert before.rewards is not None
+        key = step_key(config.seed, 2, INIT)
+        critic, params = with_critic(config.ppo, world.model, sft.params, learned.params["trunk"], key)
+        found = improve(
+            config.train,
+            run,
+            writer,
+            algorithm=config.ppo.build(policy, critic, steps=config.train.steps),
+            evaluation=evaluation,
+            params=params,
+            prompts=world.prompts(training, config.train.prompts_per_step),
+            feedback=None if by_model else source,
+            device_rewards=[(reward, learned.params)] if by_model else [],
+            normaliser=normaliser_of(before.rewards),
+            before=before,
+        )
+
+        # ---- What the judge, unchanged, says about the new answers
+        run.check("labeler_weights_unchanged", world.judge(labeler.params, config.principle).hash == frozen_hash)
+        run.metrics |= judge_metrics(judge, [str(record["prompt"]) for record in prompts.records], found) | {
+            "rm_accuracy": learned.accuracy(),
+            "labeler_sha256": frozen_hash,
+            "wall_s": round(run.wall_s, 1),
+        }
+        print("gold {gold_before:.3f} -> {gold_after:.3f}, win rate {win_rate_gold:.3f}".format(**run.metrics))
+    return run.metrics
 
 
-def quickstart(config: QuickstartConfig, task: Task, run: Run, writer: MetricsWriter) -> None:
-    seed = config.seed
-    runner = make_runner(config.train.parallel)
-    world = WorldModels(task, config.shortcuts, config.models, run, writer, runner)
-    model, tokenizer = world.model, world.tokenizer
-    training, held_out = world.records("train"), world.records("test_entities")
-
-    # ---- A language model, an AI labeler frozen before any policy exists, a supervised policy
-    base = world.base()
-    labeler = world.labeler(base, labeler_mix(config.principle))
-    judge = world.judge(labeler.params, config.principle)
-    frozen_hash = judge.hash
-    sft = world.sft(base, training).params
-
-    # ---- AI feedback on its answers, and a reward model of it
-    reward_model = ScalarModel(model.config, "normal")
-    pairs_path = run.folder / "feedback.npz"
-    if not (run.resuming and pairs_path.exists()):
-        pairs, labels = compare_answers(config, world, judge, sft, training)
-        run.metrics |= labels
-        run.report()
-        np.savez(run.folder / "feedback.tmp.npz", **pairs)  # type: ignore[arg-type]
-        (run.folder / "feedback.tmp.npz").replace(pairs_path)
-    pairs = dict(np.load(pairs_path))
-    held = len(pairs["weight"]) // 10
-    fresh = reward_model.init(step_key(seed, 1, INIT), trunk=labeler.params["trunk"])
-
-    def fit_rewards(labeler: Params) -> Params:
-        with writer.stage("reward_model", config.reward_model.updates) as log:
-            return fit_reward_model(
-                reward_model,
-                fresh,
-                {k: v[held:] for k, v in pairs.items()},
-                config.reward_model.updates,
-                config.reward_model.batch_size,
-                config.reward_model.optimizer,
-                seed,
-                runner=runner,
-                log=log.write,
-                stop=run.stopped,
-            )
-
-    settings = world.stage_settings(fit=config.reward_model, pairs=weights_hash(pairs))
-    rewards = run.stage("reward_model", fresh, fit_rewards, settings=settings, after=(labeler,)).params
-    learned = RewardModelSource(reward_model, rewards, runner)
-    source: FeedbackSource = learned if config.reward == "reward_model" else DirectScoreSource(judge)
-
-    # ---- PPO
-    eval_sampling = config.train.sampling
-    generator = make_generator(runner, model, tokenizer, eval_sampling)
-    prompts = world.first_prompts(held_out, config.eval_prompts)
-    scenes = [scene_from_json(record["scene"]) for record in prompts.records]
-
-    def answers_of(params: Params) -> tuple[Any, list[str], np.ndarray]:
-        rollout = generator((params, step_key(seed, 0, EVALUATION)), to_prompts(prompts))
-        texts = answer_texts(rollout, tokenizer)
-        return rollout, texts, gold.gold_scores(task, scenes, texts)
-
-    def evaluate(params: Params, step: int) -> dict[str, float]:
-        rollout, texts, scores = answers_of(params)
-        for i in range(min(4, len(texts))):
-            run.sample(
-                step=step,
-                stage="rl",
-                index=i,
-                prompt=prompts.records[i]["prompt"],
-                response=texts[i],
-                gold=float(scores[i]),
-                reward=None,
-            )
-        return {"gold": float(scores.mean()), "eval_length": float(rollout.response_mask.sum(-1).mean())}
-
-    before, before_texts, before_gold = answers_of(sft)
-    records = list(prompts.records)
-    before_told = source(records, before_texts, before)
-    normaliser = fit_normaliser(jnp.asarray(before_told.values), jnp.asarray(before_told.valid))
-    critic = ScalarModel(model.config, "zero") if config.train.ppo.advantage == "gae" else None
-    policy = train(
-        config.train,
-        run,
-        writer,
-        tokenizer=tokenizer,
-        policy=model,
-        policy_params=sft,
-        critic=critic,
-        value_params=critic and critic.init(step_key(seed, 2, INIT), trunk=rewards["trunk"]),
-        prompts=world.prompts(training, config.train.prompts_per_step),
-        feedback=source,
-        normaliser=normaliser,
-        evaluate=evaluate,
-    )
-    if run.stop_requested:
-        raise StopRequested
-
-    # ---- What it was worth, by the gold score that nobody has seen
-    after, after_texts, after_gold = answers_of(policy)
-    after_told = source(records, after_texts, after)
-    won = win_rate_ci(after_gold, before_gold, seed=seed)
-    lengths = [np.asarray(r.response_mask.sum(-1), np.float64) for r in (before, after)]
-    controlled = length_controlled_win_rate(
-        (after_gold > before_gold) + 0.5 * (after_gold == before_gold), lengths[1] - lengths[0], seed=seed
-    )
-    texts_of = [record["prompt"] for record in records]
-    judged, judged_valid = preference(judge.score(texts_of, after_texts), judge.score(texts_of, before_texts))
-    decided = judged_valid & (after_gold != before_gold)
-    kl = jax.jit(partial(reference_logprobs, model, temperature=eval_sampling.temperature))
-    divergence = (np.asarray(after.logprobs) - np.asarray(kl(sft, after))).sum(-1).mean()
-    run.check(
-        "labeler_weights_unchanged",
-        world.judge(labeler.params, config.principle).hash == frozen_hash,
-    )
-    for name, texts, scores, told in (
-        ("before", before_texts, before_gold, before_told),
-        ("after", after_texts, after_gold, after_told),
-    ):
-        for i in range(min(24, len(texts))):
-            run.sample(
-                step=0 if name == "before" else config.train.steps,
-                stage=name,
-                index=i,
-                prompt=texts_of[i],
-                response=texts[i],
-                gold=float(scores[i]),
-                reward=float(told.values[i]) if told.valid[i] else None,
-            )
-    run.metrics |= {
-        "win_rate_gold": won.value,
-        "win_rate_gold_ci95": [won.low, won.high],
-        "win_rate_gold_length_controlled": controlled.value,
-        "win_rate_gold_length_controlled_ci95": [controlled.low, controlled.high],
-        "gold_before": float(before_gold.mean()),
-        "gold_after": float(after_gold.mean()),
-        "judge_agreement_final": agreement_or_none((judged > 0.5)[decided], (after_gold > before_gold)[decided]),
-        "judge_win_rate": float(judged[judged_valid].mean()) if judged_valid.any() else None,
-        "rm_accuracy": reward_accuracy(learned, {k: v[:held] for k, v in pairs.items()}),
-        "kl": float(divergence),
-        "length_before": float(lengths[0].mean()),
-        "length_after": float(lengths[1].mean()),
-        "labeler_sha256": frozen_hash,
-        "wall_s": round(run.wall_s, 1),
+def judge_metrics(judge: LanguageModelJudge, prompts: list[str], found: Improvement) -> dict[str, Any]:
+    """Returns how often the judge prefers the answers after training, and how often it agrees with gold on pairs."""
+    preferred, valid = preference_from_scores(judge.score(prompts, found.after.texts), judge.score(prompts, found.before.texts))
+    better = found.after.scores - found.before.scores
+    decided = valid & (better != 0)
+    return {
+        "judge_win_rate": float(np.mean(preferred[valid])) if valid.any() else None,
+        "judge_agreement_final": agreement_or_none((preferred > 0.5)[decided], (better > 0)[decided]),
     }
-    print(
-        f"gold {before_gold.mean():.3f} -> {after_gold.mean():.3f}, win rate {won.value:.3f} "
-        f"[{won.low:.3f}, {won.high:.3f}]; {config.out / 'report.html'}"
-    )
-
-
-def compare_answers(
-    config: QuickstartConfig, world: WorldModels, judge: LanguageModelJudge, policy: Params, training: TfdsRecords
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The judge's soft labels on pairs of the policy's answers, and how good they are by the gold score (for the report
-    only: the labels are what the reward model sees)."""
-    tokenizer = world.tokenizer
-    size = min(200, config.pair_prompts)
-    generator = make_generator(world.runner, world.model, tokenizer, config.train.sampling, answers=4)
-    stream = world.prompts(training, size)
-    records: list[Any] = []
-    texts: list[str] = []
-    finished: list[np.ndarray] = []
-    for step in range(config.pair_prompts // size):
-        batch = next(stream)
-        rollout = generator((policy, step_key(config.seed, step, FEEDBACK)), to_prompts(batch))
-        texts += answer_texts(rollout, tokenizer)
-        finished.append(np.asarray(rollout.finished))
-        records += [record for record in batch.records for _ in range(2)]
-    first, second, prompts = texts[0::2], texts[1::2], [record["prompt"] for record in records]
-    verdict = judge.compare(prompts, first, second)
-    scored = judge.score(prompts + prompts, first + second)
-    half = len(prompts)
-    one, two = (Scores(*(part[rows] for part in scored)) for rows in (slice(half), slice(half, None)))
-    probability, valid = preference(one, two)
-    scenes = [scene_from_json(record["scene"]) for record in records]
-    better = gold.gold_scores(world.task, scenes, first) - gold.gold_scores(world.task, scenes, second)
-    decided, both = valid & (better != 0), verdict.valid & (better != 0)
-    same = np.array([a == b for a, b in zip(first, second)])
-    labels = {
-        "judge_agreement": agreement_or_none((probability > 0.5)[decided], (better > 0)[decided]),
-        "judge_agreement_pairwise": agreement_or_none((verdict.probability > 0.5)[both], (better > 0)[both]),
-        "same_position_rate": same_position_rate(
-            verdict.forward[verdict.valid & ~same], verdict.swapped[verdict.valid & ~same]
-        ),
-        "judge_missing": float((~valid).mean()),
-    }
-    ended = np.concatenate(finished)
-    pairs = pair_arrays(
-        tokenizer,
-        prompts,
-        first,
-        second,
-        probability,
-        valid & ~same,
-        length=PROMPT_LENGTH + ANSWER_LENGTH,
-        finished=(ended[0::2], ended[1::2]),
-    )
-    return pairs, labels
-
-
-def agreement_or_none(labels: np.ndarray, truth: np.ndarray) -> float | None:
-    """The share of equal entries, None where there is nothing to compare."""
-    return agreement_with_gold(labels, truth) if len(labels) else None
-
-
-def reward_accuracy(source: RewardModelSource, pairs: dict[str, np.ndarray]) -> float | None:
-    """Share of held-out pairs that the reward model orders as the judge does."""
-    score = jax.jit(lambda tokens, mask: score_sequences(source.model, source.params, (tokens, mask)))
-    kept = (pairs["weight"] > 0) & (pairs["probability"] != 0.5)
-    first, second = (np.asarray(score(pairs[f"tokens{i}"], pairs[f"mask{i}"])) for i in (1, 2))
-    return agreement_or_none((first > second)[kept], (pairs["probability"] > 0.5)[kept])
 
 
 if __name__ == "__main__":

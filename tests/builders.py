@@ -13,9 +13,10 @@ from rlaif_jax.algorithms.irl import DiscriminatorConfig
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.preference import DPOConfig
-from rlaif_jax.data.prompts import FileRecords, PromptIterator, prompt_batches
+from rlaif_jax.data.readers import FileRecords
+from rlaif_jax.data.prompts import PromptIterator, prompt_batches
 from rlaif_jax.data.recorded import WithRecorded
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource, FunctionSource, RecordedPreferences
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
@@ -24,7 +25,7 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import TextPolicy
 
 WORDS = tuple("abcdefgh")
-TOKENIZER = WordTokenizer(WORDS)
+TOKENIZER = word_level_tokenizer(WORDS)
 PROMPT, LENGTH = 4, 5
 DECODER = small_decoder(TOKENIZER.vocab_size, num_layers=2, width=16, num_heads=2, context_length=16)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, schedule="constant")

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.config import UserError
-from rlaif_jax.data.prompts import jsonl_records, prompt_batches
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.readers import jsonl_records
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource, FunctionSource
 from rlaif_jax.metrics import read_metrics, without_time
 from rlaif_jax.models import CausalLM
@@ -34,6 +35,7 @@ from rlaif_jax.run import command_line
 from rlaif_jax.train import PendingRollout, collect
 from rlaif_jax.types import Frozen
 from tests import tiny
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [{"prompt": f"{a} {b} {c}"} for a in "bcde" for b in "fgh" for c in "ijk"]
@@ -304,7 +306,7 @@ def test_bad_input(name, prompts, tmp_path, monkeypatch, capsys):
             tensors = load_file(weights)
             save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, weights)
         else:
-            WordTokenizer(tuple(f"w{i}" for i in range(36))).save(tmp_path / "tokenizer")
+            word_level_tokenizer(tuple(f"w{i}" for i in range(36))).save(tmp_path / "tokenizer")
             options += ["--tokenizer", str(tmp_path / "tokenizer")]
             file.write_text("".join(json.dumps({"prompt": f"w1 w{i}"}) + "\n" for i in range(16)))
     elif case.spoil == "file":

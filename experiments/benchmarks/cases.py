@@ -44,12 +44,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.ceilings import measure
+from experiments.benchmarks.costs import trained_flops
+from experiments.benchmarks.step import GROUP, Words, decoder, settings
+from experiments.benchmarks.works import WORKS, Work
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.tokenizers import WORD_SPECIALS, word_level_tokenizer
 from rlaif_jax.feedback.api.builtin_templates import RATING
 from rlaif_jax.feedback.api.config import ApiConfig
-from rlaif_jax.feedback.api.judge import JudgeClient
-from rlaif_jax.feedback.api.source import JudgeSource
+from rlaif_jax.feedback.api.judge import ApiJudge
+from rlaif_jax.feedback.api.source import ApiJudgeSource
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import CompilationClock, make_runner
@@ -72,7 +76,7 @@ def spread_lengths(work: Work, fill: float) -> np.ndarray:
 
 
 def update_alone(work: Work, fill: float, way: str, *, warmup: int, steps: int) -> dict[str, Any]:
-    """Time the update of one batch again and again."""
+    """Times repeated updates of one batch and returns what was measured."""
     clock, config, tokenizer = CompilationClock(), settings(work, "grpo", "recompute"), Words(work.vocab)
     if way == "packed":
         config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
@@ -171,7 +175,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
     """
     clock, config = CompilationClock(), settings(work, "grpo", "recompute")
     loop = dataclasses.replace(config.train, steps=warmup + steps + 1, staleness=int(way == "ahead"), save_every=10**6)
-    tokenizer = WordTokenizer(tuple(f"t{i}" for i in range(len(WordTokenizer.specials), work.vocab)))
+    tokenizer = word_level_tokenizer(tuple(f"t{i}" for i in range(len(WORD_SPECIALS), work.vocab)))
     words = np.random.default_rng(0).integers(4, work.vocab, (8 * loop.prompts_per_step, work.prompt))
     prompts = prompt_batches(
         [{"prompt": tokenizer.decode(ids)} for ids in words.tolist()],
@@ -188,7 +192,7 @@ def judged_steps(work: Work, way: str, *, delay: float, warmup: int, steps: int)
         ApiJudge(ApiConfig(server=address, model="judge", concurrency=work.batch)) as client,
     ):
         out = Path(folder) / "run"
-        with Run(out, "judged", loop, seed=0) as run, MetricsWriter(out, terminal=False, tensorboard=False) as writer:
+        with Run(out, "judged", loop, seed=0) as run, MetricsWriter(out, terminal=False, sinks=()) as writer:
             train(
                 loop,
                 run,

@@ -14,10 +14,11 @@
     V152k  the same                                                        16      32   152000
     G      geometric with mean 64                                          32      512  4096
 
-64 answers (V: 32), 8 to a prompt, decoded all at once or in slots (`slots`). A random GPT-2 shape in float32 of
-4 x 256 x 8 and GELU 1536 (as many weights as SwiGLU 1024), untied. Its stop token's logit depends on the position alone, so
-that P(stop at t | not before) is that of the wished lengths: the policy itself draws them, in any system that loads its
-weights. Where torch and transformers are installed, Hugging Face `generate` draws from the same, as TRL's trainers do.
+64 answers (V: 32), 8 to a prompt, are decoded all at once or in slots (`slots`). The model is a random
+GPT-2 shape in float32 of 4 x 256 x 8 and GELU 1536 (as many weights as SwiGLU 1024), untied. The logit of its
+stop token depends on the position alone and is such that P(stop at t | not before) is that of the wished
+lengths. So the policy itself draws the lengths, in any system that loads its weights. Hugging Face
+`generate`, which TRL's trainers use, draws from the same weights if torch and transformers are installed.
 
 Each run checks that the drawn lengths have the wished distribution. `tokens_per_s` counts tokens up to the
 stop. `occupancy` is the share of rows x steps in which a token of an answer was drawn, `padding` the share of
@@ -49,6 +50,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from experiments.benchmarks.ceilings import measure  # noqa: E402
+from experiments.benchmarks.costs import rollout_cost  # noqa: E402
+from experiments.benchmarks.step import GROUP  # noqa: E402
+from experiments.benchmarks.works import Work  # noqa: E402
 from rlaif_jax.models.causal_lm import CausalLM  # noqa: E402
 from rlaif_jax.models.decoder import block_params  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402

@@ -42,6 +42,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from experiments.benchmarks.ceilings import Ceilings, measure  # noqa: E402
+from experiments.benchmarks.costs import RolloutCost, rollout_cost, trained_flops  # noqa: E402
+from experiments.benchmarks.works import WORKS, Work  # noqa: E402
 from rlaif_jax.algorithms.advantages import GAE, GroupNormalised  # noqa: E402
 from rlaif_jax.algorithms.optimizer import OptimizerConfig  # noqa: E402
 from rlaif_jax.algorithms.ppo import PPO, PPOConfig  # noqa: E402
@@ -141,73 +144,11 @@ def prompt_batches(work: Work, count: int, seed: int) -> Iterator[PromptBatch]:
         first += count
 
 
-def block_flops(work: Work, sequences: int, first: int, last: int, read: bool = True) -> float:
-    """FLOPs of the matrix products of the blocks over columns first .. last - 1 of so many sequences: 2 a multiply-add,
-    causal attention. Of columns whose hidden states nobody reads, the last block makes keys and values only."""
-    whole = work.layers if read else work.layers - 1
-    block = whole * (4 * work.width**2 + 3 * work.width * work.hidden) + (work.layers - whole) * 2 * work.width**2
-    attention = 2 * whole * work.width * (last * (last + 1) - first * (first + 1)) / 2
-    return 2.0 * sequences * ((last - first) * block + attention)
-
-
-class RolloutCost(NamedTuple):
-    """What a rollout cannot do without, whatever draws it.
-
-    prefill, decode, attention: FLOPs of the prompts' pass with the first token's logits, of the decoded tokens' products
-    with weights, of their attention. steps: how often the weights are read, once for each token of the longest answer but
-    the first. weights: bytes of a step's weights. cache: bytes of keys and values read in all steps.
-    """
-
-    prefill: float
-    decode: float
-    attention: float
-    steps: int
-    weights: float
-    cache: float
-
-    def seconds(self, ceilings: Ceilings) -> float:
-        """The least time at these ceilings, in whatever order the answers are drawn: products with weights either compute
-        or wait for the weights, attention for its cache."""
-        return (
-            self.prefill / ceilings.flops
-            + max(self.decode / ceilings.flops, self.steps * self.weights / ceilings.read)
-            + max(self.attention / ceilings.flops, self.cache / ceilings.read)
-        )
-
-
-def rollout_cost(work: Work, lengths: np.ndarray, itemsize: int = 4) -> RolloutCost:
-    """The cost of answers of `lengths` [prompts, K] tokens, weights and caches having `itemsize` bytes a number.
-
-    A prompt is computed once for its K answers, and its cache is read once a step for those of them that still run.
-    """
-    prompts, column = lengths.shape[0], work.layers * work.width  # numbers in a column's keys
-    fed = lengths - 1  # no answer's last token is fed
-    weights = work.layers * (4 * work.width**2 + 3 * work.width * work.hidden) + work.width * work.vocab
-    own = float((fed * (fed + 1) / 2).sum())  # answer columns seen
-    return RolloutCost(
-        prefill=block_flops(work, prompts, 0, work.prompt - 1, read=False)
-        + block_flops(work, prompts, work.prompt - 1, work.prompt)
-        + 2.0 * prompts * work.width * work.vocab,
-        decode=2.0 * float(fed.sum()) * weights,
-        attention=4.0 * column * (work.prompt * float(fed.sum()) + own),
-        steps=int(fed.max()),
-        weights=float(itemsize * weights),
-        cache=2.0 * itemsize * column * (work.prompt * float(fed.max(-1).sum()) + own),
-    )
-
-
-def trained_flops(work: Work, lengths: np.ndarray) -> tuple[float, float]:
-    """(FLOPs of the blocks, of the head) in one forward pass over answers of `lengths` [prompts, K] tokens. A prompt's
-    columns but the last are computed once for its answers, and none of them is read."""
-    prompts, first = lengths.shape[0], work.prompt - 1
-    blocks = block_flops(work, prompts, 0, first, read=False)
-    blocks += sum(block_flops(work, 1, first, first + int(n)) for n in lengths.flat)
-    return blocks, 2.0 * float(lengths.sum()) * work.width * work.vocab
-
-
 def matmul_flops(work: Work, config: Settings) -> dict[str, float]:
-    """Floating-point operations of the matrix products of one step, per phase: a backward pass counted as two forward
-    passes, nothing for what XLA computes twice."""
+    """Returns the FLOPs of the matrix products of one step by phase.
+
+    A backward pass counts as two forward passes. What XLA computes twice counts once.
+    """
     critics = int(config.ppo.advantage.needs_critic)
     trained, heads = trained_flops(work, full_lengths(work, config))
     policy_again = (config.ppo.behaviour == "recompute") * (trained + heads)
@@ -220,17 +161,17 @@ def matmul_flops(work: Work, config: Settings) -> dict[str, float]:
 
 
 def full_lengths(work: Work, config: Settings) -> np.ndarray:
-    """The lengths [prompts, K] of a step's answers, all at the limit."""
+    """Returns the lengths [prompts, K] of a step's answers, all at the limit."""
     return np.full((config.train.prompts_per_step, config.ppo.answers_per_prompt), work.response)
 
 
 def full_length(work: Work, config: Settings) -> RolloutCost:
-    """The cost of a step's rollout, in which every answer has its full length."""
+    """Returns the cost of a step's rollout in which each answer has its full length."""
     return rollout_cost(work, full_lengths(work, config))
 
 
 def rooflines(work: Work, config: Settings, took: dict[str, float], ceilings: Ceilings) -> dict[str, float]:
-    """The share of the roofline that each phase reached, given the seconds it took: 1 is the least time there can be."""
+    """Returns the share of the roofline that each phase reached in `took` seconds; 1 is the least possible time."""
     least = {name: flops / ceilings.flops for name, flops in matmul_flops(work, config).items()}
     least["gen"] = full_length(work, config).seconds(ceilings)
     return {f"{name}_roofline": round(seconds / took[name], 3) for name, seconds in least.items()}

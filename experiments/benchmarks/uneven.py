@@ -8,7 +8,7 @@ cap). A step has 8 prompts of 32 tokens, 8 answers to each of at most 256 tokens
 update over the batch, AdamW at 1e-6 and the reward on the host.
 
     way     rollout              scoring and update
-    padded  all at once          all sequences side by side, as long as the longest may be
+    padded  all at once          one row per sequence, as long as the cap
     packed  8 slots              rows of many answers, 2 at a time (`slots`, `packed_rows`)
     trl     TRL's GRPOTrainer on the same weights, by the Python that `--trl` names (torch, trl), without and with its
             continuous batching where that runs
@@ -34,11 +34,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compare import TORCH_ALLOCATOR, run_json
-from rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
-from step import GROUP, Settings, Words, settings, take_steps
-from works import Work
 
+from experiments.benchmarks.compare import TORCH_ALLOCATOR, run_json
+from experiments.benchmarks.rollouts import CASES, PAD, STOP, Case, check_lengths, distribution, stopping_policy
+from experiments.benchmarks.step import GROUP, Settings, Words, settings, take_steps
+from experiments.benchmarks.works import Work
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.parallel import CompilationClock
@@ -48,7 +48,7 @@ SLOTS, ROWS = 8, 2
 
 
 def way_settings(case: Case, way: str) -> Settings:
-    """The loop's settings for one of our ways."""
+    """Returns the loop's settings for one of our ways."""
     config = settings(case.work, "grpo", "sampler")
     if way == "padded":
         return config
@@ -56,7 +56,10 @@ def way_settings(case: Case, way: str) -> Settings:
 
 
 def ours(case: Case, way: str, model: CausalLM, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:
-    """`warmup` + `steps` steps by the product's own code. AssertionError where they did not do the work."""
+    """Takes `warmup` + `steps` steps by the product's own code and returns the row of `way`.
+
+    Raises AssertionError if the steps did not do the work.
+    """
     config, tokenizer = way_settings(case, way), Words(case.work.vocab, pad_id=PAD, eos_id=STOP)
     algorithm, clock = config.build(model, None, tokenizer), CompilationClock()
     state = algorithm.init({"policy": params}, jnp.uint32(0))

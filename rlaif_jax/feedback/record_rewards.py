@@ -280,7 +280,7 @@ def _correction_rewards(spans: jax.Array, dense: float, kept: float, *texts: jax
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JudgementSource(FeedbackSource):
-    """A `FeedbackSource` that asks a judge for records, stores them and makes rewards of them.
+    """Any judge that gives records, and what they are worth: a `FeedbackSource` that keeps them in the store.
 
     Attributes:
         judge: (prompts [B], answers [B]) -> judgements; of rankings, one for each prompt.

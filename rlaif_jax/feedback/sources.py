@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import jax
@@ -12,11 +13,12 @@ import numpy as np
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record
+from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Feedback, Params, Rollout
 
 
 class FeedbackSource(Protocol):
-    """Judges a step's answers on the host; it may wait, fail and cost money, and never touches devices.
+    """Judges a step's answers on the host; it may wait, fail and cost money.
 
     A source derives from this class and writes `__call__`; the other methods do nothing unless it writes them too.
     """
@@ -48,6 +50,34 @@ class DeviceReward(Protocol):
 
     def __call__(self, params: Params, rollout: Rollout, *, axis_name: str | None = None) -> Feedback:
         """Returns the feedback of B answers; `params` are its entry of `Frozen.rewards`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeviceSource(FeedbackSource):
+    """A `DeviceReward` as a source: judges answers before and after training, in a separate compiled program.
+
+    Attributes:
+        reward: the reward.
+        params: its parameters.
+        runner: the devices.
+    """
+
+    reward: DeviceReward
+    params: Params
+    runner: Runner
+
+    @cached_property
+    def _placed(self) -> Params:
+        """The parameters on the devices of the runner, moved once."""
+        return self.runner.place(self.params)
+
+    @cached_property
+    def _judge(self) -> Callable[[Params, Rollout], Feedback]:
+        return self.runner.map(self.reward)
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
+        """Returns the reward of each answer; see `FeedbackSource`."""
+        return self._judge(self._placed, rollout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Building blocks of experiments: the world's models and judges, and a run before and after."""

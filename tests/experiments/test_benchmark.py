@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.benchmarks import cases, ceilings, compare, costs, rollouts, step, uneven
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_model
 

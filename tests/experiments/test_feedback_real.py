@@ -2,65 +2,65 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 import shutil
-from types import ModuleType
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 
 from experiments import feedback_real
 from rlaif_jax.config import UserError
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return feedback_real
+from rlaif_jax.feedback.judges.sentiment import SentimentConfig
+from rlaif_jax.recipes.published import crowds, judges
+from tests.recipes.published.squality_file import turning, upwards, write_squality
 
 
 @pytest.fixture
-def config(script, shared_data):
-    return script.RealConfig(data=shared_data("pandalm").parent)
+def data(shared_data):
+    return shared_data("pandalm").parent
 
 
-def found(script, config, measure, *files: str) -> dict:
+def found(data, measure, *files: str) -> dict:
     """Name -> finding; of several with one name a list."""
-    rows = list(measure(config, *(config.data / file for file in files)))
+    rows = list(measure(*(data / file for file in files), seed=0))
     names: dict = {}
     for row in rows:
         names.setdefault(row.name, []).append(row)
     return {name: same[0] if len(same) == 1 else same for name, same in names.items()}
 
 
-def test_dawid_skene_beats_the_majority(script, config):
+def test_dawid_skene_beats_the_majority(data):
     names = (f"get_another_label/BarzanMozafari_{name}.txt" for name in ("labels", "evaluation"))
-    rows = found(script, config, script.crowd, *names)
+    rows = found(data, crowds.crowd_labels, *names)
     assert round(rows["majority vote"].value, 3) == 0.696
     assert round(rows["Dawid-Skene, three steps"].value, 3) == 0.709  # crowd-kit 1.4.1's DawidSkene, which stops there
     assert rows["Dawid-Skene, converged"].value >= 0.709
     assert rows["Dawid-Skene, workers pooled"].value >= 0.709
 
 
-def test_word_edits_rank_like_hter(script, config):
-    rows = found(script, config, script.post_edits, "mlqe_pe/pe.en-de-dev.tar.gz")
+def test_word_edits_rank_like_hter(data):
+    rows = found(data, crowds.post_edits, "mlqe_pe/pe.en-de-dev.tar.gz")
     assert rows["Spearman with HTER"].value >= 0.98
     assert rows["equal to HTER"].value > 0.85
 
 
 @pytest.mark.slow
-def test_the_rating_model_ranks_better_than_raw_means(script, config):
-    rows = found(script, config, script.ratings, "mlqe_pe/da.en-de-dev.tar.gz")
+def test_the_rating_model_ranks_better_than_raw_means(data):
+    rows = found(data, crowds.ratings, "mlqe_pe/da.en-de-dev.tar.gz")
     together, single = rows["gain of the model"]
     assert together.low > 0 and single.low > 0
     assert "by the 19 others" in together.note
 
 
-def test_llmbar_judges_agree_with_themselves_as_often_as_the_files_say(script, config):
-    rows = found(script, config, script.orders, "llmbar/LLMBar_Natural.json", "llmbar_judges")
+def test_llmbar_judges_agree_with_themselves_as_often_as_the_files_say(data):
+    rows = found(data, judges.both_orders, "llmbar/LLMBar_Natural.json", "llmbar_judges")
     assert len(rows) == 8
     for name, row in rows.items():
         model, way = name.partition(":")[0].split()
-        raw = json.loads((config.data / "llmbar_judges" / f"Natural.{model}.{way}.json").read_text())
+        raw = json.loads((data / "llmbar_judges" / f"Natural.{model}.{way}.json").read_text())
         results = [entry["results"][0] for entry in raw]
         same = sum(result["swap = False"]["winner"] == result["swap = True"]["winner"] for result in results)
         assert round(100 * row.value) == same
@@ -69,15 +69,15 @@ def test_llmbar_judges_agree_with_themselves_as_often_as_the_files_say(script, c
     assert round(100 * rows["Falcon CoT: both orders agree"].value) == 14
 
 
-def test_verdicts_are_read_from_the_last_one(script):
-    assert script.verdict("Vanilla", "Output (b)") == 1
-    assert script.verdict("CoT", "Output (a) is better ... no.\n\nTherefore, Output (b) is better.") == 1
-    assert script.verdict("CoT", "both Output (a) and Output (b) are equally good") is None
+def test_verdicts_are_read_from_the_last_one():
+    assert judges.verdict("Vanilla", "Output (b)") == 1
+    assert judges.verdict("CoT", "Output (a) is better ... no.\n\nTherefore, Output (b) is better.") == 1
+    assert judges.verdict("CoT", "both Output (a) and Output (b) are equally good") is None
 
 
-def test_kappa_among_people_and_of_judges(script, config):
+def test_kappa_among_people_and_of_judges(data):
     files = [f"pandalm/{name}testset-v1.jsonl" for name in ("", "gpt-3.5-turbo-", "pandalm-7b-")]
-    rows = found(script, config, script.panda, *files)
+    rows = found(data, judges.people_and_judges, *files)
     people = [row for name, row in rows.items() if "annotator" in name]
     assert len(people) == 3 and all(0.84 < row.value < 0.9 and "of 785 pairs" in row.note for row in people)
     gpt, panda = rows["kappa of gpt and the majority"], rows["kappa of pandalm and the majority"]
@@ -86,23 +86,23 @@ def test_kappa_among_people_and_of_judges(script, config):
 
 
 @pytest.mark.slow
-def test_the_sentiment_of_remarks_ranks_the_scores(script, config):
-    config = dataclasses.replace(config, sentiment=dataclasses.replace(config.sentiment, updates=150, max_words=96))
-    rows = found(script, config, script.comments, "prometheus/vicuna_eval.json")
+def test_the_sentiment_of_remarks_ranks_the_scores(data):
+    measure = partial(judges.remarks, sentiment=SentimentConfig(updates=150, max_words=96), reviews=data / "sentiment")
+    rows = found(data, measure, "prometheus/vicuna_eval.json")
     assert rows["Spearman, learned from the other answers' remarks"].low > 0.6
     assert rows["Spearman, learned from film reviews"].low > 0.25
 
 
-def test_workers_of_squality_agree_more_on_coverage_than_on_correctness(script, config):
-    rows = found(script, config, script.squality, "squality/all-responses.jsonl")
+def test_workers_of_squality_agree_more_on_coverage_than_on_correctness(data):
+    rows = found(data, judges.summaries, "squality/all-responses.jsonl")
     correctness, selection, overall = rows["Krippendorff's alpha (interval)"]
     assert correctness.high < selection.low and 0.7 < overall.value < 0.85
     assert all(row.value > 0.75 for row in rows["two workers rank a pair alike"])
 
 
-def test_alpha_is_krippendorffs(script, config):
+def test_alpha_is_krippendorffs(data):
     krippendorff = pytest.importorskip("krippendorff")
-    raw = [json.loads(line) for line in (config.data / "squality/all-responses.jsonl").read_text().splitlines()]
+    raw = [json.loads(line) for line in (data / "squality/all-responses.jsonl").read_text().splitlines()]
     answers = [s for row in raw for question in row["questions"].values() for s in question.values()]
     table = [[None] * len(answers) for _ in range(9)]
     for column, answer in enumerate(answers):
@@ -112,20 +112,36 @@ def test_alpha_is_krippendorffs(script, config):
         [float("nan") if value is None else value for value in row] for row in table if any(v is not None for v in row)
     ]
     alpha = krippendorff.alpha(reliability_data=table, level_of_measurement="interval")
-    rows = found(script, config, script.squality, "squality/all-responses.jsonl")
+    rows = found(data, judges.summaries, "squality/all-responses.jsonl")
     assert rows["Krippendorff's alpha (interval)"][2].value == pytest.approx(alpha, abs=1e-9)
 
 
-def test_what_is_not_there_is_skipped_and_said(script, tmp_path, capsys):
+def test_what_is_not_there_is_skipped_and_said(tmp_path, capsys):
     with pytest.raises(UserError, match="there is no such folder"):
-        script.main(script.RealConfig(data=tmp_path / "none"))
-    assert script.main(script.RealConfig(data=tmp_path)) == {}
+        feedback_real.main(feedback_real.RealConfig(data=tmp_path / "none"))
+    assert feedback_real.main(feedback_real.RealConfig(data=tmp_path)) == {}
     assert "has no llmbar/LLMBar_Natural.json" in " ".join(capsys.readouterr().out.split())
 
 
-def test_json(script, shared_data, tmp_path, capsys):
+def test_json(shared_data, tmp_path, capsys):
     shutil.copytree(shared_data("get_another_label"), tmp_path / "get_another_label")
-    rows = script.main(script.RealConfig(data=tmp_path, json=True))
+    rows = feedback_real.main(feedback_real.RealConfig(data=tmp_path, json=True))
     printed = json.loads(capsys.readouterr().out)
     assert list(printed) == list(rows) == ["BarzanMozafari: 5,000 labels of 83 workers"]
     assert printed["BarzanMozafari: 5,000 labels of 83 workers"][0]["name"] == "majority vote"
+
+
+def test_figures_do_not_depend_on_the_order_of_sets(tmp_path):
+    write_squality(tmp_path, upwards, turning, lambda q: ((0, 1, 2), (1, 2, 0), (2, 0, 1))[q % 3])
+    printed = [
+        subprocess.run(
+            [sys.executable, feedback_real.__file__, "--data", str(tmp_path), "--json"],
+            env=os.environ | {"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert printed[0] == printed[1]

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from experiments import stories_sentiment
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
 from rlaif_jax.models import CausalLM
@@ -24,16 +24,13 @@ from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import load_model, save_model
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig
+from rlaif_jax.recipes.stories import load_storyteller, story_beginnings
 from rlaif_jax.run import command_line
 from rlaif_jax.train import TrainConfig
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 
 MOODS = (("happy", "good", "warm", "kind"), ("sad", "bad", "cold", "mean"))
 PLAIN = ("the", "dog", "tree", "saw", "a", "park")
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return stories_sentiment
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +48,8 @@ def toy(tmp_path_factory) -> Path:
     return folder
 
 
-def tiny(script: ModuleType, toy: Path, out: Path, **changes):
-    config = script.StoriesConfig(
+def tiny(toy: Path, out: Path, **changes):
+    config = stories_sentiment.StoriesConfig(
         model=str(toy / "model"),
         sentences=toy / "sentences",
         out=out,
@@ -64,17 +61,17 @@ def tiny(script: ModuleType, toy: Path, out: Path, **changes):
             steps=4,
             prompts_per_step=32,
             prompt_length=8,
-            sampling=SamplingConfig(max_new_tokens=8),
-            ppo=PPOConfig(
-                num_epochs=4,
-                num_minibatches=1,
-                kl_coef=0.01,
-                policy_optimizer=OptimizerConfig(learning_rate=2e-2),
-                value_optimizer=OptimizerConfig(learning_rate=1e-2),
-            ),
             parallel=ParallelConfig(mode="shard", data=1),
             eval_every=2,
             save_every=1,
+        ),
+        sampling=SamplingConfig(max_new_tokens=8),
+        ppo=PPOConfig(
+            num_epochs=4,
+            num_minibatches=1,
+            kl_coef=0.01,
+            policy_optimizer=OptimizerConfig(learning_rate=2e-2),
+            value_optimizer=OptimizerConfig(learning_rate=1e-2),
         ),
     )
     return dataclasses.replace(config, **changes)
@@ -85,16 +82,16 @@ def summary(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_whole_run_and_its_last_step_once_more(script, toy, tmp_path):
-    config = tiny(script, toy, tmp_path / "run", mood="sadder")
-    script.main(config)
+def test_a_whole_run_and_its_last_step_once_more(toy, tmp_path):
+    config = tiny(toy, tmp_path / "run", mood="sadder")
+    stories_sentiment.main(config)
     first = summary(config.out)
     metrics = first["metrics"]
     assert (first["status"], first["steps"], all(first["checks"].values())) == ("done", 4, True)
     assert metrics["judge_accuracy"] > 0.9
     # Pairs of which one is not judged count in the means alone: not quite the same number.
-    gain = metrics["score_after"] - metrics["score_before"]
-    assert metrics["gain_sd"] == pytest.approx(gain / metrics["score_sd_before"], rel=0.2)
+    gain = metrics["judge_after"] - metrics["judge_before"]
+    assert metrics["gain_sd"] == pytest.approx(gain / metrics["judge_sd_before"], rel=0.2)
     assert metrics["gain_sd_ci95"][0] < metrics["gain_sd"] < metrics["gain_sd_ci95"][1]
     assert metrics["gain_sd"] > 0
     assert metrics["win_rate_judge_ci95"][0] <= metrics["win_rate_judge"] <= metrics["win_rate_judge_ci95"][1]
@@ -105,10 +102,10 @@ def test_a_whole_run_and_its_last_step_once_more(script, toy, tmp_path):
         assert 1 <= metrics[name] <= 8
 
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
-    evaluated = {line["step"]: line for line in lines if "judge_score" in line}
+    evaluated = {line["step"]: line for line in lines if "judge" in line}
     assert sorted(evaluated) == [0, 2, 4]
-    assert evaluated[0]["judge_score"] == pytest.approx(metrics["score_before"], rel=1e-5)
-    assert evaluated[4]["judge_score"] == pytest.approx(metrics["score_after"], rel=1e-5)
+    assert evaluated[0]["judge"] == pytest.approx(metrics["judge_before"], rel=1e-5)
+    assert evaluated[4]["judge"] == pytest.approx(metrics["judge_after"], rel=1e-5)
     samples = [json.loads(line) for line in (config.out / "samples.jsonl").read_text().splitlines()]
     assert {s["stage"] for s in samples} == {"before", "rl", "after"}
     prompts = [json.loads(line)["prompt"] for line in (config.out / "prompts.jsonl").read_text().splitlines()]
@@ -119,7 +116,7 @@ def test_a_whole_run_and_its_last_step_once_more(script, toy, tmp_path):
 
     # A resume goes on from the newest checkpoint, with the judge and the prompts of the folder.
     shutil.rmtree(config.out / "checkpoints" / "4")
-    script.main(dataclasses.replace(config, resume=True))
+    stories_sentiment.main(dataclasses.replace(config, resume=True))
     again = summary(config.out)
     assert again["status"] == "done"
     clock = {"wall_s"}
@@ -128,20 +125,20 @@ def test_a_whole_run_and_its_last_step_once_more(script, toy, tmp_path):
     }
 
 
-def test_beginnings_are_distinct_whole_words_and_repeatable(script, toy, tmp_path):
-    config = tiny(script, toy, tmp_path)
-    storyteller = script.load_storyteller(config)
-    found = script.beginnings(storyteller, JitRunner(), config)
+def test_beginnings_are_distinct_whole_words_and_repeatable(toy):
+    storyteller = load_storyteller(str(toy / "model"), None, 8, 8)
+    wanted = {"count": 96, "tokens": 6, "prompt_length": 8, "seed": 0}
+    found = story_beginnings(storyteller, JitRunner(), **wanted)
     assert len(set(found)) == len(found) == 96
     assert all(1 <= len(text.split()) <= 5 for text in found)
-    assert script.beginnings(storyteller, JitRunner(), config) == found
-    with pytest.raises(script.UserError, match=r"stories have only .* different beginnings of 2 tokens"):
-        script.beginnings(storyteller, JitRunner(), tiny(script, toy, tmp_path, beginning=2))
+    assert story_beginnings(storyteller, JitRunner(), **wanted) == found
+    with pytest.raises(UserError, match=r"model: .* stories have only .* different beginnings of 2 tokens"):
+        story_beginnings(storyteller, JitRunner(), **(wanted | {"tokens": 2}))
 
 
-def test_stories260k_stops_where_the_next_story_begins(script, shared_data, tmp_path):
-    config = script.StoriesConfig(model=str(shared_data("lm_stories260k/stories260K.bin")))
-    storyteller = script.load_storyteller(config)  # tok512.bin is found beside it
+def test_stories260k_stops_where_the_next_story_begins(shared_data):
+    storyteller = load_storyteller(str(shared_data("lm_stories260k/stories260K.bin")), None, 28, 64)
+    # tok512.bin is found in the same folder
     assert (storyteller.tokenizer.vocab_size, storyteller.tokenizer.bos_id, storyteller.tokenizer.eos_id) == (512, 1, 1)
 
 
@@ -154,16 +151,16 @@ def test_stories260k_stops_where_the_next_story_begins(script, shared_data, tmp_
         ({"sentences": "model"}, r"cannot read .*model/rt-polarity\.pos: No such file"),
         ({"tokenizer": "other"}, "another vocabulary: it has 104 ids, the model only 18"),
         ({"tokenizer": "sentences"}, "no tokenizer in the folder .*sentences"),
-        ({"train.sampling.max-new-tokens": "17"}, r"= 25 is more than .* can read: 24 tokens"),
+        ({"sampling.max-new-tokens": "17"}, r"= 25 is more than .* can read: 24 tokens"),
         ({"train.prompts-per-step": "65"}, "must not exceed training_prompts"),
         ({"beginning": "8"}, "which holds BOS as well"),
         ({"eval-prompts": "0"}, "eval_prompts must be >= 1"),
         ({"resume": True}, "there is no run to resume here"),
     ],
 )
-def test_bad_input_is_named_and_leaves_no_run(script, toy, tmp_path, monkeypatch, capsys, options, message):
+def test_bad_input_is_named_and_leaves_no_run(toy, tmp_path, monkeypatch, capsys, options, message):
     word_level_tokenizer(tuple(f"word{i}" for i in range(100))).save(toy / "other")
-    default = tiny(script, toy, tmp_path / "run")
+    default = tiny(toy, tmp_path / "run")
     named = {"model": default.model, "sentences": default.sentences} | options
     arguments: list[str] = []
     for name, value in named.items():
@@ -172,7 +169,9 @@ def test_bad_input_is_named_and_leaves_no_run(script, toy, tmp_path, monkeypatch
             arguments += [f"--{name}"] if value is True else [f"--{name}", str(path)]
     monkeypatch.setattr(sys, "argv", ["stories_sentiment.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        command_line(script.main, dataclasses.replace(default, model=None, sentences=None), script.__doc__)
+        command_line(
+            stories_sentiment.main, dataclasses.replace(default, model=None, sentences=None), stories_sentiment.__doc__
+        )
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -181,10 +180,10 @@ def test_bad_input_is_named_and_leaves_no_run(script, toy, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_judge_of_another_language_is_refused(script, toy, tmp_path):
+def test_a_judge_of_another_language_is_refused(toy, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     for name, word in (("pos", "schoen"), ("neg", "traurig")):
         (foreign / f"rt-polarity.{name}").write_text("\n".join(f"{word} {word} Satz{i} Satz{i}" for i in range(60)))
-    with pytest.raises(script.UserError, match=r"the judge cannot tell the stories of .* apart: it knows 0 of 64"):
-        script.main(tiny(script, toy, tmp_path / "run", sentences=foreign))
+    with pytest.raises(UserError, match=r"the judge cannot tell the stories of .* apart: it knows 0 of 64"):
+        stories_sentiment.main(tiny(toy, tmp_path / "run", sentences=foreign))

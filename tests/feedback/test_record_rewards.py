@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.data.tokenizers import WordTokenizer
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.record_rewards import (
     CommentValence,
     CorrectionRewards,
@@ -95,7 +95,7 @@ def test_comments_become_their_mean_valence():
 
 
 def test_corrections_become_edit_rates_and_blame_single_tokens():
-    tokenizer = WordTokenizer(("a", "b", "c", "d"))
+    tokenizer = word_level_tokenizer(("a", "b", "c", "d"))
     eos = tokenizer.eos_id
     answers = ["a b c", "d d", "a", "b"]
     ids = np.full((4, 5), tokenizer.pad_id, np.int32)

@@ -1,11 +1,15 @@
 """Sources of judgements: what a function sees, and what a missing judgement is."""
 
 import numpy as np
+import pytest
 
-from rlaif_jax.feedback.sources import FunctionSource
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.sources import FunctionSource, MixedSource
+from rlaif_jax.types import Feedback
 
 RECORDS = [{"prompt": f"prompt {i}"} for i in range(3)]
 ANSWERS = ["one", "two", "three"]
+FOUR, TEXTS = [{}] * 4, ["a"] * 4
 
 
 def test_a_function_that_has_no_judgement_returns_none():
@@ -26,9 +30,6 @@ def test_a_function_sees_record_and_answer_and_a_zero_is_a_judgement():
     assert not feedback.values.any()
 
 
-RECORDS, ANSWERS, ROLLOUT = [{}] * 4, ["a"] * 4, None
-
-
 def fixed(values, dense=None):
     valid = np.array([v is not None for v in values])
     numbers = np.array([0.0 if v is None else v for v in values], np.float32)
@@ -37,7 +38,7 @@ def fixed(values, dense=None):
 
 def test_mixing_fills_gaps_and_weighs():
     mixed = MixedSource((fixed([1.0, None, 3.0, None]), fixed([5.0, 7.0, None, None])), (3.0, 1.0))
-    judged = mixed(RECORDS, ANSWERS, ROLLOUT)
+    judged = mixed(FOUR, TEXTS, None)
     np.testing.assert_allclose(judged.values[:, 0], [2.0, 7.0, 3.0, 0.0])
     assert judged.valid[:, 0].tolist() == [True, True, True, False] and judged.token_rewards is None
 
@@ -46,20 +47,20 @@ def test_a_missing_value_is_not_looked_at():
     poisoned = lambda records, answers, rollout: Feedback.single(
         np.array([np.nan, 1.0, 1.0, 1.0]), np.array([False, True, True, True])
     )
-    assert MixedSource((poisoned, fixed([4.0] * 4)))(RECORDS, ANSWERS, ROLLOUT).values[:, 0].tolist() == [4.0, 2.5, 2.5, 2.5]
+    assert MixedSource((poisoned, fixed([4.0] * 4)))(FOUR, TEXTS, None).values[:, 0].tolist() == [4.0, 2.5, 2.5, 2.5]
 
 
 def test_sources_on_other_scales_are_standardised_first():
     mixed = MixedSource((fixed([100.0, 300.0, None, None]), fixed([0.1, 0.2, 0.1, 0.2])), standardise=True)
-    np.testing.assert_allclose(mixed(RECORDS, ANSWERS, ROLLOUT).values[:, 0], [-1, 1, -1, 1], atol=1e-5)
-    assert MixedSource((fixed([2.0] * 4),), standardise=True)(RECORDS, ANSWERS, ROLLOUT).values[:, 0].tolist() == [0.0] * 4
+    np.testing.assert_allclose(mixed(FOUR, TEXTS, None).values[:, 0], [-1, 1, -1, 1], atol=1e-5)
+    assert MixedSource((fixed([2.0] * 4),), standardise=True)(FOUR, TEXTS, None).values[:, 0].tolist() == [0.0] * 4
 
 
 def test_dense_rewards_mix_like_scores():
     dense = np.array([[1.0, 2.0], [np.nan, np.nan], [3.0, 4.0], [5.0, 6.0]])
     mixed = MixedSource((fixed([1.0, None, 1.0, 1.0], dense), fixed([1.0] * 4)), (1.0, 3.0))
     expected = [[0.25, 0.5], [0.0, 0.0], [0.75, 1.0], [1.25, 1.5]]
-    np.testing.assert_allclose(mixed(RECORDS, ANSWERS, ROLLOUT).token_rewards, expected)
+    np.testing.assert_allclose(mixed(FOUR, TEXTS, None).token_rewards, expected)
 
 
 def test_mixed_settings_that_cannot_be():

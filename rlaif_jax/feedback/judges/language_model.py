@@ -23,7 +23,6 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
@@ -31,6 +30,8 @@ from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, generate
 from rlaif_jax.rewards.rankings import both_orders
 from rlaif_jax.types import Feedback, Params, Prompts, Rollout
+from rlaif_jax.feedback.judges.batching import check_batch_size
+from rlaif_jax.feedback.judges.batching import in_batches
 
 
 class Comparison(NamedTuple):
@@ -282,7 +283,7 @@ class LanguageModelJudge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DirectScoreSource(FeedbackSource):
-    """Direct RLAIF: an answer's value is its expected score by a judge (Lee 2023, section 2.2.2)."""
+    """Direct RLAIF: the judge's expected score of each answer is its reward (Lee 2023, section 2.2.2)."""
 
     judge: LanguageModelJudge
 

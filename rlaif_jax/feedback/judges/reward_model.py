@@ -1,20 +1,13 @@
-"""A reward model as judge: the scalar at the last token of an answer, on the devices."""
+"""A reward model as a reward inside the compiled program: the scalar at the last token of an answer."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlaif_jax.data.prompts import Record
-from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models.heads import ScalarModel, gather_last
-from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Feedback, Params, Rollout
 
 
@@ -27,26 +20,20 @@ def score_sequences(
     return gather_last(model(params, tokens, mask), mask)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RewardModelSource(FeedbackSource):
-    """A reward model with the policy's tokenizer as a feedback source.
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A `DeviceReward`: a reward model's scalar at the last token of each answer.
 
-    It reads the rollout's tokens, which stay on the devices.
+    The reward model reads the rollout's tokens, so it has the policy's tokenizer.
+
+    Attributes:
+        model: the reward model.
     """
 
     model: ScalarModel
-    params: Params
-    runner: Runner
 
-    @cached_property
-    def _placed(self) -> Params:
-        """The parameters on the devices of the runner, moved once."""
-        return self.runner.place(self.params)
-
-    @cached_property
-    def _score(self) -> Any:
-        return self.runner.map(partial(score_sequences, self.model))
-
-    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
+    def __call__(self, params: Params, rollout: Rollout, *, axis_name: str | None = None) -> Feedback:
+        """Returns the score of each answer; `params` are the reward model's."""
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
-        return Feedback.single(self._score(self._placed, (rollout.tokens, mask)), np.ones(len(answers), bool))
+        scores = score_sequences(self.model, params, (rollout.tokens, mask), axis_name=axis_name)
+        return Feedback.single(scores, jnp.ones(scores.shape, bool))

@@ -27,13 +27,13 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
-from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
+from rlaif_jax.feedback.judges.batching import check_batch_size
 from rlaif_jax.feedback.judges.language_model import weights_hash
 from rlaif_jax.feedback.sources import FeedbackSource
-from rlaif_jax.files import read_bytes
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
 from rlaif_jax.types import INIT, Feedback, Metrics, Params, Rollout, step_key
+from rlaif_jax.files import read_bytes
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 POSITIVE_FILE, NEGATIVE_FILE = "rt-polarity.pos", "rt-polarity.neg"
@@ -397,8 +397,15 @@ class SentimentJudge:
         """
         tokens, mask = known_words(self.tokenizer, texts, self.max_words)
         valid = np.asarray(mask.any(-1))
-        values = in_batches(partial(self._score, self.params), (tokens, mask), self.batch_size)
-        return Feedback.single(np.where(valid.reshape(-1, *[1] * (values.ndim - 1)), values, 0.0), valid)
+        fill = ((0, -len(texts) % self.batch_size), (0, 0))
+        tokens, mask = np.pad(tokens, fill), np.pad(mask, fill)
+        parts = [
+            self._score(self.params, (tokens[i : i + self.batch_size], mask[i : i + self.batch_size]))
+            for i in range(0, len(tokens), self.batch_size)
+        ]  # dispatched before any is waited for
+        aspects = () if self.model.aspects is None else (self.model.aspects,)
+        values = np.concatenate([np.zeros((0, *aspects), np.float32), *jax.device_get(parts)])[: len(texts)]
+        return Feedback.single(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
         """Computes the weighted share of labels that the judge predicts.
@@ -413,10 +420,7 @@ class SentimentJudge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SentimentSource(FeedbackSource):
-    """The judge's log-odds of each answer (without its prompt) as a feedback source.
-
-    They are negated for the mood "sadder".
-    """
+    """The judge's log-odds of each answer (without its prompt) as feedback, negated where sadder is better."""
 
     judge: SentimentJudge
     mood: Mood = "happier"

@@ -27,7 +27,7 @@ from rlaif_jax.types import Feedback, Rollout
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PeopleSource(FeedbackSource):
-    """Puts a step's answers on the annotation page of `store` and waits for judgements.
+    """Puts a step's answers on the annotation page of `store` and waits until enough of them are judged.
 
     Start the page on the same file: `python -m rlaif_jax annotate --store FILE`. What the store holds already is not asked
     again. A judgement that does not come in time is missing, not zero; it still goes into the store when it comes.

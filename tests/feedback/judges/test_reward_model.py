@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax.feedback.judges.reward_model import RewardModelSource, score_sequences
+from rlaif_jax.feedback.judges.reward_model import RewardModel, score_sequences
+from rlaif_jax.feedback.sources import DeviceSource
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner
@@ -47,7 +48,7 @@ def rollout():
 
 @pytest.mark.parametrize("runner", [JitRunner, PmapRunner])
 def test_a_reward_model_reads_the_last_token_of_the_answer(params, rollout, runner):
-    feedback = RewardModelSource(MODEL, params, runner())([{}] * B, [""] * B, rollout)
+    feedback = DeviceSource(RewardModel(MODEL), params, runner())([{}] * B, [""] * B, rollout)
     alone = jax.jit(MODEL)
     for row in range(0, B, 3):
         real = np.concatenate([rollout.prompt_mask[row], rollout.response_mask[row]])
@@ -57,7 +58,7 @@ def test_a_reward_model_reads_the_last_token_of_the_answer(params, rollout, runn
         np.testing.assert_allclose(feedback.values[row], expected, atol=1e-5)
     assert np.std(feedback.values) > 1e-2
     assert np.all(feedback.valid)
-    assert np.shape(feedback.valid) == (B,)
+    assert np.shape(feedback.values) == np.shape(feedback.valid) == (B, 1)
 
 
 def test_score_sequences_on_either_padding(params):

@@ -164,7 +164,7 @@ def test_sadder_is_the_other_sign(judge):
     up, down = (SentimentSource(judge, mood)([{}] * 3, texts, None) for mood in ("happier", "sadder"))
     np.testing.assert_array_equal(up.values, -down.values)
     assert up.values[0] > 0 > up.values[1]
-    assert up.valid.tolist() == down.valid.tolist() == [True, True, False]
+    assert up.valid.tolist() == down.valid.tolist() == [[True], [True], [False]]
 
 
 def test_eight_devices_learn_and_judge_as_one(judge):

@@ -15,7 +15,6 @@ from rlaif_jax.feedback.people.source import PeopleSource, mean_rating, win_shar
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FunctionSource, MixedSource
-from rlaif_jax.types import Feedback
 
 ROLLOUT = SimpleNamespace()
 RECORDS = [{"prompt": "p"}, {"prompt": "p"}, {"prompt": "q"}, {"prompt": "q"}]
@@ -110,7 +109,12 @@ def test_what_nobody_is_left_to_answer_is_not_waited_for(tmp_path):
     with Crowd(people.store, judge, ("anna", "ben")) as crowd:
         for _ in range(2):  # the second time everything is known
             judged = people(RECORDS, ANSWERS, ROLLOUT)
-            assert judged.valid[:, 0].tolist() == [True, False, True, True] and judged.values[:, 0].tolist() == [1, 0, 1, 1]
+            assert judged.valid[:, 0].tolist() == [True, False, True, True] and judged.values[:, 0].tolist() == [
+                1,
+                0,
+                1,
+                1,
+            ]
     assert len(crowd.seen) == 6 and time.monotonic() - started < 15
 
 

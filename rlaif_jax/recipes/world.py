@@ -1,4 +1,4 @@
-"""The models that experiments on the text world begin with: a base language model, an AI labeler, a supervised policy.
+"""The models of the text world: a base language model, an AI labeler, a supervised policy.
 
 Each is a stage of a run: made once, kept, and read back by a resumed run and by runs that share the folder of stages.
 """
@@ -6,23 +6,24 @@ Each is a stage of a run: made once, kept, and read back by a resumed run and by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlaif_jax.algorithms.fit import fit_language_model
+from rlaif_jax.algorithms.fit import Arrays, FitConfig, fit_model
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
-from rlaif_jax.config import require
-from rlaif_jax.data.prompts import PromptBatch, prompt_batches
+from rlaif_jax.algorithms.supervised import supervised_step
+from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import Segments, text_arrays
-from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, word_level_tokenizer
 from rlaif_jax.data.world import corpus, labeler_prompts
+from rlaif_jax.data.world.scenes import scene_from_json
 from rlaif_jax.data.world.builder import load_world
+from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.scenes import Split
 from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
@@ -33,11 +34,15 @@ from rlaif_jax.models.decoder import with_recall_heads
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
+from rlaif_jax.policies.text import TextPolicy
+from rlaif_jax.rewards.shaping import Shaping
 from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.types import INIT, Params, step_key
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer
+from rlaif_jax.data.world import labeler_prompts
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 
-PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82
-
+PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82  # tokens
 
 SAMPLING = SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7)
 PPO = PPOConfig(
@@ -45,40 +50,35 @@ PPO = PPOConfig(
     num_minibatches=2,
     kl_coef=0.03,
     value_coef=1.0,
-    missing_eos="penalty",
+    shaping=Shaping(missing_eos="penalty"),
     policy_optimizer=OptimizerConfig(learning_rate=3e-4),
     value_optimizer=OptimizerConfig(learning_rate=1e-3),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class FitConfig:
-    """A supervised stage: `updates` steps of AdamW on batches of `batch_size`."""
-
-    updates: int
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-
-    def __post_init__(self) -> None:
-        require(self.updates >= 1 and self.batch_size >= 1, "a stage needs updates >= 1 and batch_size >= 1")
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        return OptimizerConfig(
-            learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20, b2=0.98, eps=1e-8
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class StageConfig(FitConfig):
-    """A stage whose `examples` are made for it."""
+    """A supervised stage whose examples are made for it.
+
+    Attributes:
+        examples: number of examples.
+    """
 
     examples: int = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelsConfig:
-    """The size of the models and how they are trained."""
+    """The size of the models and how they are trained.
+
+    Attributes:
+        num_layers: layers of all models.
+        width: D.
+        num_heads: H.
+        base: training of the base language model.
+        labeler: training of the AI labeler, from the base model.
+        sft: training of the supervised policy, from the base model.
+    """
 
     num_layers: int = 3
     width: int = 64
@@ -89,14 +89,24 @@ class ModelsConfig:
 
 
 def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
-    """A transcript's words with their weights: targets 1, all else `context`."""
+    """Returns a transcript's words with weights: 1 for what is to be written, else `context`."""
     targets = set(transcript.targets)
     return [(word, 1.0 if i in targets else context) for i, word in enumerate(transcript.text.split())]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WorldModels:
-    """One task of the world, the shape of its models, and the run that keeps them."""
+    """One task of the world, the shape of its models, and the run that keeps them.
+
+    Attributes:
+        task: the task.
+        shortcuts: whether the world's writers plant features that look like quality.
+        config: size and training of the models.
+        run: keeps the models as stages.
+        writer: takes the metrics of the stages.
+        runner: the devices.
+        tokenizer: of the world's words.
+    """
 
     task: WorldTask
     shortcuts: bool
@@ -108,6 +118,7 @@ class WorldModels:
 
     @property
     def model(self) -> CausalLM:
+        """The shape of all models."""
         return CausalLM(
             small_decoder(
                 self.tokenizer.vocab_size,
@@ -124,16 +135,22 @@ class WorldModels:
         """The shapes of the model's parameters."""
         return jax.eval_shape(self.model.init, jax.random.key(0))
 
+    def policy(self, sampling: SamplingConfig) -> TextPolicy:
+        """Returns the policy without its parameters."""
+        return TextPolicy(self.model, sampling, self.tokenizer.eos_id, self.tokenizer.pad_id)
+
+    # ---- Data
+
     def records(self, split: Split) -> TfdsRecords:
-        """The scenes of a split."""
+        """Returns the scenes of a split."""
         return TfdsRecords(
             load_world(self.task, split, size=self.config.sft.examples, shortcuts=self.shortcuts),
             f"brindlemoor/{self.task.name}/{split}",
             None,
         )
 
-    def prompts(self, records: TfdsRecords, batch_size: int, *, shuffle: bool = True) -> Any:
-        """The prompt iterator over a split."""
+    def prompts(self, records: TfdsRecords, batch_size: int, *, shuffle: bool = True) -> PromptIterator:
+        """Returns the prompt iterator over a split."""
         return prompt_batches(
             records,
             self.tokenizer,
@@ -144,8 +161,58 @@ class WorldModels:
         )
 
     def first_prompts(self, records: TfdsRecords, count: int) -> PromptBatch:
-        """The first `count` prompts of a split, for evaluation."""
+        """Returns the first `count` prompts of a split, for evaluation."""
         return next(self.prompts(records, count, shuffle=False))
+
+    def gold(self, records: Sequence[Record], answers: Sequence[str]) -> np.ndarray:
+        """Returns the gold scores [B] of answers: a `Measure` for evaluations, never for judges."""
+        return gold.gold_scores(self.task, [scene_from_json(record["scene"]) for record in records], answers)
+
+    # ---- Stages
+
+    def stage_settings(self, **settings: Any) -> dict[str, Any]:
+        """Returns what every stage of these models depends on, with the `settings` of one stage."""
+        return {
+            "task": self.task.name,
+            "shortcuts": self.shortcuts,
+            "model": self.model.config,
+            "runner": type(self.runner).__name__,
+            "devices": self.runner.devices,
+            **settings,
+        }
+
+    def fit(
+        self,
+        name: str,
+        step: Callable[..., Any],
+        model: Any,
+        start: Params,
+        examples: Arrays,
+        settings: FitConfig,
+    ) -> Params:
+        """Fits a model to examples and returns its parameters; the metrics go to the stage `name`.
+
+        Args:
+            name: of the stage.
+            step: as `fit_model` takes it.
+            model: the model.
+            start: the parameters to start from.
+            examples: arrays with a common first axis.
+            settings: updates, batch size and optimiser.
+        """
+        with self.writer.stage(name, settings.updates) as log:
+            self.run.settled()
+            return fit_model(
+                step,
+                model,
+                start,
+                examples,
+                settings,
+                self.run.seed,
+                runner=self.runner,
+                log=log.write,
+                stop=self.run.stopped,
+            )
 
     def supervised(
         self,
@@ -156,36 +223,21 @@ class WorldModels:
         settings: FitConfig,
         end_weight: float = 1.0,
     ) -> Params:
-        """`start` after maximum likelihood on the examples."""
-        arrays = text_arrays(self.tokenizer, examples, length=length, end_weight=end_weight)
-        with self.writer.stage(name, settings.updates) as log:
-            self.run.settled()
-            return fit_language_model(
-                self.model,
-                start,
-                arrays,
-                settings.updates,
-                settings.batch_size,
-                settings.optimizer,
-                self.run.seed,
-                runner=self.runner,
-                log=log.write,
-                stop=self.run.stopped,
-            )
+        """Returns parameters after maximum likelihood on texts.
 
-    def stage_settings(self, **settings: Any) -> dict[str, Any]:
-        """Returns what every stage of these models depends on, with the `settings` that are this stage's."""
-        return {
-            "task": self.task.name,
-            "shortcuts": self.shortcuts,
-            "model": self.model.config,
-            "runner": type(self.runner).__name__,
-            "devices": self.runner.devices,
-            **settings,
-        }
+        Args:
+            name: of the stage.
+            start: the parameters to start from.
+            examples: the texts, each in parts with weights.
+            length: tokens that a text is padded to.
+            settings: updates, batch size and optimiser.
+            end_weight: weight of the stop token.
+        """
+        arrays = text_arrays(self.tokenizer, examples, length=length, end_weight=end_weight)
+        return self.fit(name, supervised_step, self.model, start, arrays, settings)
 
     def base(self) -> FinishedStage:
-        """A language model of the world: scenes, demonstrations, questions about facts."""
+        """Returns a language model of the world: scenes, demonstrations, questions about facts."""
 
         def learn() -> Params:
             lines = corpus.base_corpus(
@@ -203,7 +255,12 @@ class WorldModels:
         return self.run.stage("lm", self.template, learn, settings=self.stage_settings(fit=self.config.base))
 
     def labeler(self, base: FinishedStage, mix: corpus.LabelerMix) -> FinishedStage:
-        """The AI labeler: trained on simulated people's transcripts of training towns."""
+        """Returns the AI labeler: trained on simulated people's transcripts of training towns.
+
+        Args:
+            base: the base model.
+            mix: shares of the kinds of transcripts.
+        """
 
         def learn(base: Params) -> Params:
             lines = corpus.labeler_corpus(
@@ -221,8 +278,25 @@ class WorldModels:
         settings = self.stage_settings(fit=self.config.labeler, mix=mix)
         return self.run.stage("labeler", self.template, learn, settings=settings, after=(base,))
 
-    def judge(self, labeler: Params, principle: labeler_prompts.WorldPrinciple) -> LanguageModelJudge:
-        """The labeler as a judge by one principle, which writes its reasons before a score."""
+    def sft(self, base: FinishedStage, training: TfdsRecords) -> FinishedStage:
+        """Returns the supervised policy: it imitates the demonstrations of a mediocre writer.
+
+        Args:
+            base: the base model.
+            training: scenes with demonstrations.
+        """
+
+        def learn(base: Params) -> Params:
+            examples: list[Segments] = [
+                [(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))
+            ]
+            return self.supervised("sft", base, examples, PROMPT_LENGTH + ANSWER_LENGTH, self.config.sft)
+
+        settings = self.stage_settings(fit=self.config.sft)
+        return self.run.stage("sft", self.template, learn, settings=settings, after=(base,))
+
+    def judge(self, labeler: Params, principle: labeler_prompts.Principle) -> LanguageModelJudge:
+        """Returns the labeler as a judge by one principle, which writes its reasons before a score."""
         return LanguageModelJudge(
             self.model,
             labeler,
@@ -235,15 +309,3 @@ class WorldModels:
             reasoning=Reasoning(partial(labeler_prompts.score_reasoning_prompt, principle), "<score>"),
             max_length=TRANSCRIPT_LENGTH,
         )
-
-    def sft(self, base: FinishedStage, training: TfdsRecords) -> FinishedStage:
-        """The supervised policy: imitates the demonstrations of a mediocre writer."""
-
-        def learn(base: Params) -> Params:
-            examples: list[Segments] = [
-                [(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))
-            ]
-            return self.supervised("sft", base, examples, PROMPT_LENGTH + ANSWER_LENGTH, self.config.sft)
-
-        settings = self.stage_settings(fit=self.config.sft)
-        return self.run.stage("sft", self.template, learn, settings=settings, after=(base,))

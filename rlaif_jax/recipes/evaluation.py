@@ -1,0 +1,173 @@
+"""Evaluates a policy: answers to held-out prompts, their scores, samples for the page, the KL."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from rlaif_jax.algorithms.scoring import policy_logprobs
+from rlaif_jax.config import require
+from rlaif_jax.data.prompts import PromptBatch, Record
+from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.evaluate import distinct_n
+from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.parallel import Runner
+from rlaif_jax.policies.base import Draw, Policy, to_prompts
+from rlaif_jax.run import Run
+from rlaif_jax.types import EVALUATION, Frozen, Params, Prompts, Rollout, step_key
+
+
+class Measure(Protocol):
+    """Scores answers for an evaluation, such as the world's gold score."""
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str]) -> np.ndarray:
+        """Returns the scores [B] of answers, NaN where one is missing; `records` are their prompts'."""
+
+
+class Answers(NamedTuple):
+    """One answer of a policy to each prompt of an evaluation.
+
+    Attributes:
+        rollout: the answers as arrays.
+        texts: the answers as text.
+        scores: [B] float, NaN where an answer has no score.
+        rewards: [B] float, what the source of the evaluation gives them, NaN where missing; None: not asked.
+    """
+
+    rollout: Rollout
+    texts: list[str]
+    scores: np.ndarray
+    rewards: np.ndarray | None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each answer, [B] float64."""
+        return np.asarray(self.rollout.response_mask.sum(-1), np.float64)
+
+    @property
+    def distinct2(self) -> float:
+        """Different token pairs over all token pairs."""
+        tokens, mask = np.asarray(self.rollout.responses), np.asarray(self.rollout.response_mask)
+        return distinct_n([row[real].tolist() for row, real in zip(tokens, mask)], 2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Held-out prompts, and how a policy's answers to them are drawn and scored.
+
+    Attributes:
+        policy: the policy without its parameters.
+        tokenizer: of prompts and answers.
+        runner: the devices.
+        prompts: the held-out prompts.
+        seed: of the answers; all evaluations of a run draw with the same random numbers.
+        measure: scores the answers; None: what `source` gives is the score.
+        source: judges answers on the host as training does; None: answers have a score only.
+        name: of the score in metrics.
+        frozen: weights under an adapter.
+    """
+
+    policy: Policy
+    tokenizer: Tokenizer
+    runner: Runner
+    prompts: PromptBatch
+    seed: int
+    measure: Measure | None = None
+    source: FeedbackSource | None = None
+    name: str = "gold"
+    frozen: Frozen = Frozen()
+
+    def __post_init__(self) -> None:
+        require(self.measure is not None or self.source is not None, "an evaluation needs a measure or a source")
+
+    @cached_property
+    def _sample(self) -> Any:
+        def sample(replicated: tuple[Params, jax.Array], prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
+            params, key = replicated
+            return self.policy.sample(params, self.frozen, prompts, key, (Draw(),))
+
+        return self.runner.map(sample)
+
+    @cached_property
+    def _logprobs(self) -> Any:
+        return jax.jit(partial(policy_logprobs, self.policy, frozen=self.frozen))
+
+    def answers(self, params: Params, *, judged: bool = True) -> Answers:
+        """Returns the answers of the policy with these parameters.
+
+        Args:
+            params: the policy's parameters.
+            judged: whether `source` judges the answers even if there is a measure.
+        """
+        rollout = self._sample((params, step_key(self.seed, 0, EVALUATION)), to_prompts(self.prompts))
+        texts = self.policy.texts(rollout, self.tokenizer)
+        records, rewards = list(self.prompts.records), None
+        if self.source is not None and (judged or self.measure is None):
+            rewards = rewards_of(self.source, records, texts, rollout)
+        scores = rewards if self.measure is None else self.measure(records, texts)
+        assert scores is not None
+        return Answers(rollout, texts, scores, rewards)
+
+    def kl(self, reference: Params, answers: Answers) -> float:
+        """Returns the mean KL of an answer to `reference` in nats, by the sampler's log-probs."""
+        log_ratio = np.asarray(answers.rollout.logprobs) - np.asarray(self._logprobs(reference, answers.rollout))
+        return float(log_ratio.sum(-1).mean())
+
+    def metrics(self, answers: Answers) -> dict[str, float]:
+        """Returns the mean score, the mean length and the diversity of answers."""
+        return {
+            self.name: float(np.nanmean(answers.scores)),
+            "eval_length": float(answers.lengths.mean()),
+            "distinct2": answers.distinct2,
+        }
+
+    def write_samples(self, run: Run, answers: Answers, *, step: int, stage: str, count: int) -> None:
+        """Appends the first `count` answers to the run's samples.
+
+        Args:
+            run: the run.
+            answers: the answers.
+            step: the policy step after which they were drawn.
+            stage: of the page: `rl` during training, `before` and `after` in its comparison.
+            count: at most this many.
+        """
+        for i in range(min(count, len(answers.texts))):
+            scores = {} if self.measure is None else {self.name: number_or_none(answers.scores[i])}
+            run.sample(
+                step=step,
+                stage=stage,
+                index=i,
+                prompt=self.prompts.records[i]["prompt"],
+                response=answers.texts[i],
+                **scores,
+                reward=None if answers.rewards is None else number_or_none(answers.rewards[i]),
+            )
+
+    def during(self, run: Run, *, samples: int = 4) -> Callable[[Params, int], dict[str, float]]:
+        """Returns `evaluate` for `train`: (policy parameters, step) -> metrics; it writes samples too."""
+
+        def evaluate(params: Params, step: int) -> dict[str, float]:
+            answers = self.answers(params, judged=False)
+            self.write_samples(run, answers, step=step, stage="rl", count=samples)
+            return self.metrics(answers)
+
+        return evaluate
+
+
+def rewards_of(
+    source: FeedbackSource, records: Sequence[Record], answers: Sequence[str], rollout: Rollout
+) -> np.ndarray:
+    """Returns the rewards [B] of a source with one reward, NaN where a judgement is missing."""
+    judged = jax.device_get(source(records, answers, rollout))
+    require(judged.values.shape[1] == 1, f"an evaluation reads one reward an answer, not {judged.values.shape[1]}")
+    return np.where(judged.valid[:, 0], judged.values[:, 0], np.nan)
+
+
+def number_or_none(value: float) -> float | None:
+    """Returns a number for a JSON file, which knows no NaN: None instead."""
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,160 @@
+"""A whole comparison: a policy's answers before training, the training, its answers after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlaif_jax.algorithms.base import Algorithm
+from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.data.prompts import PromptIterator
+from rlaif_jax.evaluate import bootstrap_ci, length_controlled_win_rate, pair_outcomes, win_rate_ci
+from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
+from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.models import CausalLM, ScalarModel
+from rlaif_jax.recipes.evaluation import Answers, Evaluation
+from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
+from rlaif_jax.run import Run, StopRequested
+from rlaif_jax.train import TrainConfig, train
+from rlaif_jax.types import Params
+
+SAMPLES = 24  # pairs of answers, before and after, on the page
+
+
+class Improvement(NamedTuple):
+    """A trained policy, and its answers to the held-out prompts before and after.
+
+    Attributes:
+        params: the policy's parameters after training.
+        before: its answers before.
+        after: its answers after.
+    """
+
+    params: Params
+    before: Answers
+    after: Answers
+
+
+def improve(
+    config: TrainConfig,
+    run: Run,
+    writer: MetricsWriter,
+    *,
+    algorithm: Algorithm,
+    evaluation: Evaluation,
+    params: dict[str, Params],
+    prompts: PromptIterator,
+    feedback: FeedbackSource | None,
+    device_rewards: Sequence[tuple[DeviceReward, Params]] = (),
+    normaliser: Normaliser | None = None,
+    before: Answers | None = None,
+    enough: Callable[[], bool] = lambda: False,
+) -> Improvement:
+    """Trains a policy and compares its answers to held-out prompts before and after.
+
+    The metrics go to `run.metrics` (see `comparison`, and `kl`), answers side by side to its samples.
+
+    Args:
+        config: size and rhythm of the loop.
+        run: the run's folder and life.
+        writer: takes the metrics of every step.
+        algorithm: how the policy learns.
+        evaluation: the held-out prompts, the policy, and how its answers are scored.
+        params: parameters by part, as `train` takes them; `policy` is also the reference of the KL.
+        prompts: yields the data of a step.
+        feedback: judges on the host, or None.
+        device_rewards: rewards inside the compiled program, each with its parameters.
+        normaliser: of the rewards; None leaves them as they are.
+        before: the answers before training, where they are known already.
+        enough: asked after each step, True ends the training.
+
+    Raises:
+        StopRequested: the run was asked to stop; a resume goes on.
+    """
+    if before is None:
+        before = evaluation.answers(params["policy"])
+    trained = train(
+        config,
+        run,
+        writer,
+        algorithm=algorithm,
+        policy=evaluation.policy,
+        params=params,
+        tokenizer=evaluation.tokenizer,
+        prompts=prompts,
+        feedback=feedback,
+        device_rewards=device_rewards,
+        normaliser=normaliser,
+        evaluate=evaluation.during(run),
+        enough=enough,
+    )
+    if run.stop_requested:
+        raise StopRequested
+    after = evaluation.answers(trained)
+    run.metrics |= comparison(evaluation.name, before, after, run.seed)
+    run.metrics["kl"] = evaluation.kl(params["policy"], after)
+    evaluation.write_samples(run, before, step=0, stage="before", count=SAMPLES)
+    evaluation.write_samples(run, after, step=config.steps, stage="after", count=SAMPLES)
+    return Improvement(trained, before, after)
+
+
+def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[str, Any]:
+    """Compares two sets of answers to the same prompts and returns metrics.
+
+    `win_rate_NAME` is how often an answer after training scores higher, ties counting half, once more with the effect
+    of length taken out; `gain` the mean difference of the scores. Pairs without both scores are left out. Intervals are
+    95 % bootstrap intervals over prompts.
+
+    Args:
+        name: of the score.
+        before: the answers before.
+        after: the answers after.
+        seed: of the bootstrap.
+    """
+    won = win_rate_ci(after.scores, before.scores, seed=seed)
+    controlled = length_controlled_win_rate(
+        pair_outcomes(after.scores, before.scores), after.lengths - before.lengths, seed=seed
+    )
+    gained = after.scores - before.scores
+    return {
+        f"win_rate_{name}": won.value,
+        f"win_rate_{name}_ci95": [won.low, won.high],
+        f"win_rate_{name}_length_controlled": controlled.value,
+        f"win_rate_{name}_length_controlled_ci95": [controlled.low, controlled.high],
+        f"{name}_before": float(np.nanmean(before.scores)),
+        f"{name}_after": float(np.nanmean(after.scores)),
+        "gain": float(np.nanmean(gained)),
+        "gain_ci95": list(bootstrap_ci(gained, seed=seed)),
+        "length_before": float(before.lengths.mean()),
+        "length_after": float(after.lengths.mean()),
+        "distinct2_before": before.distinct2,
+        "distinct2_after": after.distinct2,
+    }
+
+
+def with_critic(
+    config: PPOConfig, model: CausalLM, policy_params: Params, trunk: Params, key: jax.Array
+) -> tuple[ScalarModel | None, dict[str, Params]]:
+    """Returns (critic or None, parameters by part) for PPO and its relatives.
+
+    Args:
+        config: says whether a critic is needed.
+        model: the policy's model, whose shape the critic has.
+        policy_params: parameters of the policy.
+        trunk: parameters that the critic's trunk starts from.
+        key: for the critic's head.
+    """
+    params = {"policy": policy_params}
+    if not config.advantage.needs_critic:
+        return None, params
+    critic = ScalarModel(model.config, "zero")
+    return critic, params | {"value": critic.init(key, trunk=trunk)}
+
+
+def normaliser_of(rewards: np.ndarray) -> Normaliser:
+    """Returns the normaliser of rewards [B] of the policy before training, NaN where one is missing."""
+    return fit_normaliser(jnp.asarray(rewards), jnp.isfinite(rewards))

@@ -1,0 +1,113 @@
+"""Evaluation of a policy and the comparison before and after, on a model of a few words."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.config import UserError
+from rlaif_jax.data.readers import jsonl_records
+from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.feedback.sources import FunctionSource
+from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.models import CausalLM
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.parallel import JitRunner, ParallelConfig
+from rlaif_jax.policies.text import TextPolicy
+from rlaif_jax.recipes.evaluation import Answers, Evaluation, rewards_of
+from rlaif_jax.recipes.improve import comparison, improve, normaliser_of, with_critic
+from rlaif_jax.run import Run
+from rlaif_jax.train import TrainConfig
+
+TOKENIZER = word_level_tokenizer(tuple("abcdefgh"))
+MODEL = CausalLM(small_decoder(TOKENIZER.vocab_size, num_layers=1, width=16, num_heads=2, context_length=12))
+POLICY = TextPolicy(MODEL, SamplingConfig(max_new_tokens=4), TOKENIZER.eos_id, TOKENIZER.pad_id)
+SOURCE = FunctionSource(lambda record, answer: None if answer.startswith("b") else float(answer.count("a")))
+
+
+def answers(scores, lengths):
+    mask = jnp.arange(4) < jnp.array(lengths)[:, None]
+    tokens = jnp.arange(len(lengths) * 4).reshape(-1, 4)
+    return Answers(SimpleNamespace(response_mask=mask, responses=tokens), [], np.array(scores), None)
+
+
+def test_the_comparison_is_of_pairs_with_both_scores():
+    before, after = answers([1.0, 2.0, 3.0, np.nan], [1, 2, 3, 4]), answers([2.0, 2.0, 5.0, 9.0], [2, 2, 2, 2])
+    found = comparison("gold", before, after, seed=0)
+    assert found["win_rate_gold"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert found["gain"] == 1.0
+    assert (found["gold_before"], found["gold_after"]) == (2.0, 4.5)
+    assert (found["length_before"], found["length_after"]) == (2.5, 2.0)
+    assert found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
+
+
+def test_the_normaliser_leaves_missing_rewards_out():
+    normaliser = normaliser_of(np.array([1.0, np.nan, 3.0], np.float32))
+    assert (float(normaliser.mean), float(normaliser.std)) == (2.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(0))
+
+
+@pytest.fixture
+def records(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{a} {b}"}) + "\n" for a in "abcd" for b in "efgh"))
+    return jsonl_records(path)
+
+
+def batches(records, size):
+    return prompt_batches(records, TOKENIZER, batch_size=size, seed=0, prompt_length=4)
+
+
+def test_an_evaluation_needs_a_score(records):
+    with pytest.raises(UserError, match="a measure or a source"):
+        Evaluation(POLICY, TOKENIZER, JitRunner(), next(batches(records, 4)), 0)
+
+
+def test_before_train_after(params, records, tmp_path):
+    prompts = next(batches(records, 16))
+    gold = lambda records, texts: np.array([len(text.split()) for text in texts], np.float32)
+    evaluation = Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, 0, measure=gold, source=SOURCE)
+    before = evaluation.answers(params)
+    again = evaluation.answers(params, judged=False)
+    assert (again.texts, again.rewards) == (before.texts, None)
+    np.testing.assert_array_equal(before.rewards, rewards_of(SOURCE, prompts.records, before.texts, before.rollout))
+    assert evaluation.kl(params, before) == pytest.approx(0, abs=1e-5)
+    config = TrainConfig(steps=2, prompts_per_step=16, prompt_length=4, parallel=ParallelConfig(mode="shard", data=1))
+    ppo = PPOConfig(num_epochs=1)
+    critic, parts = with_critic(ppo, MODEL, params, params["trunk"], jax.random.key(1))
+    with (
+        Run(tmp_path / "run", "tiny", config, seed=0) as run,
+        MetricsWriter(tmp_path / "run", terminal=False) as writer,
+    ):
+        found = improve(
+            config,
+            run,
+            writer,
+            algorithm=ppo.build(POLICY, critic, steps=2),
+            evaluation=evaluation,
+            params=parts,
+            prompts=batches(records, 16),
+            feedback=SOURCE,
+            normaliser=normaliser_of(before.rewards),
+            before=before,
+        )
+    assert found.before is before
+    assert len(found.after.texts) == 16
+    assert run.metrics["kl"] == evaluation.kl(params, found.after)
+    samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert {(s["stage"], s["step"]) for s in samples} == {("before", 0), ("rl", 0), ("rl", 2), ("after", 2)}
+    assert all(s["reward"] is None for s in samples if s["stage"] == "rl")
+    assert any(s["reward"] is not None for s in samples if s["stage"] == "before")
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["gold"] == run.metrics["gold_before"]
+    assert lines[-1]["gold"] == run.metrics["gold_after"]
