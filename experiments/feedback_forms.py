@@ -107,9 +107,8 @@ def labeler_mix() -> corpus.LabelerMix:
 def main(config: FormsConfig) -> dict[str, Any]:
     """Runs all forms and origins and returns the metrics: `results` by "FORM-ORIGIN"."""
     seed = config.seed
-    settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "feedback_forms", settings, seed=seed, resume=config.resume, stages=config.stages) as run,
+        Run(config.out, "feedback_forms", config, seed=seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
@@ -181,9 +180,9 @@ def improve_by(
         before: the answers to them before training.
     """
     name, seed = f"{form}-{origin}", config.seed
-    folder, settings = config.out / name, dataclasses.replace(config, resume=False)
+    folder = config.out / name
     with (
-        Run(folder, name, settings, seed=seed, resume=config.resume and (folder / "config.json").exists()) as run,
+        Run(folder, name, config, seed=seed, resume=config.resume and (folder / "config.json").exists()) as run,
         MetricsWriter(folder) as writer,
         Store(folder / "feedback.sqlite") as store,
         sources.open(origin, store, run.stopped) as source_of,

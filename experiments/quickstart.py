@@ -113,9 +113,8 @@ def labeler_mix(principle: templates.Principle) -> corpus.LabelerMix:
 
 def main(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the quickstart and returns the run's metrics."""
-    settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "quickstart", settings, seed=config.seed, resume=config.resume, stages=config.stages) as run,
+        Run(config.out, "quickstart", config, seed=config.seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)

@@ -139,9 +139,8 @@ def main(config: StoriesConfig) -> dict[str, Any]:
     storyteller, sentences = load(config)
     model, original, tokenizer = storyteller.model, storyteller.params, storyteller.tokenizer
     length, seed = config.train.prompt_length, config.seed
-    settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "stories_sentiment", settings, seed=seed, resume=config.resume, stages=config.stages) as run,
+        Run(config.out, "stories_sentiment", config, seed=seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
