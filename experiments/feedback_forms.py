@@ -24,6 +24,7 @@ from rlaif_jax.config import require
 from rlaif_jax.data.world import corpus
 from rlaif_jax.data.world.scenes import scene_from_json
 from rlaif_jax.data.world.tasks import summarisation
+from rlaif_jax.evaluate import Answers, Evaluation, rewards_of
 from rlaif_jax.feedback.constitution.constitution import load_constitution
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.metrics import MetricsWriter
@@ -31,7 +32,6 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
-from rlaif_jax.recipes.evaluation import Answers, Evaluation, rewards_of
 from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, StageConfig, WorldModels
 from rlaif_jax.recipes.world_judges import FORMS, Form, make_crowd
@@ -108,9 +108,8 @@ def labeler_mix() -> corpus.LabelerMix:
 def main(config: FormsConfig) -> dict[str, Any]:
     """Runs all forms and origins and returns the metrics: `results` by "FORM-ORIGIN"."""
     seed = config.seed
-    settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "feedback_forms", settings, seed=seed, resume=config.resume, stages=config.stages) as run,
+        Run(config.out, "feedback_forms", config, seed=seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
@@ -182,9 +181,9 @@ def improve_by(
         before: the answers to them before training.
     """
     name, seed = f"{form}-{origin}", config.seed
-    folder, settings = config.out / name, dataclasses.replace(config, resume=False)
+    folder = config.out / name
     with (
-        Run(folder, name, settings, seed=seed, resume=config.resume and (folder / "config.json").exists()) as run,
+        Run(folder, name, config, seed=seed, resume=config.resume and (folder / "config.json").exists()) as run,
         MetricsWriter(folder) as writer,
         Store(folder / "feedback.sqlite") as store,
         sources.open(origin, store, run.stopped) as source_of,

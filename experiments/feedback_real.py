@@ -30,9 +30,17 @@ from rich.table import Table
 
 from rlaif_jax.config import require
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
-from rlaif_jax.recipes.published.crowds import crowd_labels, post_edits, ratings
-from rlaif_jax.recipes.published.findings import Finding, Findings
-from rlaif_jax.recipes.published.judges import both_orders, people_and_judges, remarks, summaries
+from rlaif_jax.recipes.published import (
+    Finding,
+    Findings,
+    both_orders,
+    crowd_labels,
+    people_and_judges,
+    post_edits,
+    ratings,
+    remarks,
+    summaries,
+)
 from rlaif_jax.run import command_line
 
 

@@ -25,13 +25,13 @@ from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import require
 from rlaif_jax.data.world import corpus, labeler_prompts
 from rlaif_jax.data.world.tasks import dialogue, summarisation
+from rlaif_jax.evaluate import Evaluation
 from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, preference_from_scores
 from rlaif_jax.feedback.judges.reward_model import RewardModel
 from rlaif_jax.feedback.sources import DeviceSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
-from rlaif_jax.recipes.evaluation import Evaluation
 from rlaif_jax.recipes.improve import Improvement, improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
 from rlaif_jax.recipes.world_rewards import agreement_or_none, learn_reward
@@ -73,7 +73,7 @@ class QuickstartConfig:
     reward: Literal["reward_model", "direct"] = "reward_model"
     models: ModelsConfig = ModelsConfig()
     reward_model: FitConfig = FitConfig(updates=200, learning_rate=1e-3)
-    principle: labeler_prompts.Principle = "<overall>"
+    principle: labeler_prompts.WorldPrinciple = "<overall>"
     pair_prompts: int = 2_000
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(
@@ -97,7 +97,7 @@ def get_config() -> QuickstartConfig:
     return QuickstartConfig()
 
 
-def labeler_mix(principle: labeler_prompts.Principle) -> corpus.LabelerMix:
+def labeler_mix(principle: labeler_prompts.WorldPrinciple) -> corpus.LabelerMix:
     """Returns what the labeler is trained on: scores after reasons, and comparisons."""
     return corpus.LabelerMix(
         principles=(principle,),
@@ -113,9 +113,8 @@ def labeler_mix(principle: labeler_prompts.Principle) -> corpus.LabelerMix:
 
 def main(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the quickstart and returns the run's metrics."""
-    settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "quickstart", settings, seed=config.seed, resume=config.resume, stages=config.stages) as run,
+        Run(config.out, "quickstart", config, seed=config.seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
@@ -179,7 +178,9 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
 
 def judge_metrics(judge: LanguageModelJudge, prompts: list[str], found: Improvement) -> dict[str, Any]:
     """Returns how often the judge prefers the answers after training, and how often it agrees with gold on pairs."""
-    preferred, valid = preference_from_scores(judge.score(prompts, found.after.texts), judge.score(prompts, found.before.texts))
+    preferred, valid = preference_from_scores(
+        judge.score(prompts, found.after.texts), judge.score(prompts, found.before.texts)
+    )
     better = found.after.scores - found.before.scores
     decided = valid & (better != 0)
     return {

@@ -25,8 +25,9 @@ import numpy as np
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import require
-from rlaif_jax.data.readers import FileRecords, jsonl_records
 from rlaif_jax.data.prompts import PromptIterator, prompt_batches
+from rlaif_jax.data.readers import FileRecords, jsonl_records
+from rlaif_jax.evaluate import Evaluation, rewards_of
 from rlaif_jax.feedback.judges.sentiment import (
     SOURCE,
     Mood,
@@ -42,7 +43,6 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import TextPolicy, answer_texts, make_generator
-from rlaif_jax.recipes.evaluation import Evaluation, rewards_of
 from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
 from rlaif_jax.recipes.stories import Storyteller, load_storyteller, sentiment_judge, story_beginnings
 from rlaif_jax.run import Run, command_line
@@ -140,9 +140,8 @@ def main(config: StoriesConfig) -> dict[str, Any]:
     storyteller, sentences = load(config)
     model, original, tokenizer = storyteller.model, storyteller.params, storyteller.tokenizer
     length, seed = config.train.prompt_length, config.seed
-    settings = dataclasses.replace(config, resume=False)
     with (
-        Run(config.out, "stories_sentiment", settings, seed=seed, resume=config.resume, stages=config.stages) as run,
+        Run(config.out, "stories_sentiment", config, seed=seed, resume=config.resume, stages=config.stages) as run,
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)

@@ -13,8 +13,8 @@ from rlaif_jax.algorithms.irl import DiscriminatorConfig
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.preference import DPOConfig
-from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.prompts import PromptIterator, prompt_batches
+from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.recorded import WithRecorded
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource, FunctionSource, RecordedPreferences

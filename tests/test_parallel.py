@@ -188,7 +188,7 @@ def test_every_layout_has_the_same_gradient(layout):
 
 
 def test_activations_stay_with_their_rows_on_a_mesh():
-    """Weights are gathered and gradients sum_by_group; nothing makes the devices exchange what they know of each other's rows."""
+    """Weights are gathered and gradients summed; nothing makes the devices exchange what they know of each other's rows."""
     model, mesh = CausalLM(DECODER), make_mesh(2, 2, 2)
 
     def loss(params, tokens, prompt_mask, response_mask):

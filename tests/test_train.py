@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.config import UserError
-from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource, FunctionSource
 from rlaif_jax.metrics import read_metrics, without_time
@@ -35,7 +35,6 @@ from rlaif_jax.run import command_line
 from rlaif_jax.train import PendingRollout, collect
 from rlaif_jax.types import Frozen
 from tests import tiny
-from rlaif_jax.data.tokenizers import word_level_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [{"prompt": f"{a} {b} {c}"} for a in "bcde" for b in "fgh" for c in "ijk"]

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import require
-from rlaif_jax.data.world.scenes import sample_scene
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.people import Comparer
-from rlaif_jax.data.world.scenes import Split
+from rlaif_jax.data.world.scenes import Split, sample_scene
 from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.vocabulary import VOCABULARY
 from rlaif_jax.feedback.records.forms import sha256

@@ -12,11 +12,12 @@ import numpy as np
 from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.data.prompts import PromptIterator
-from rlaif_jax.evaluate import bootstrap_ci, length_controlled_win_rate, pair_outcomes, win_rate_ci
+from rlaif_jax.evaluate import Answers, Evaluation
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
-from rlaif_jax.recipes.evaluation import Answers, Evaluation
+from rlaif_jax.quality.bootstrap import bootstrap_ci
+from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, win_rate_ci
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
 from rlaif_jax.run import Run, StopRequested
 from rlaif_jax.train import TrainConfig, train

@@ -20,11 +20,11 @@ from rlaif_jax.algorithms.supervised import supervised_step
 from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import Segments, text_arrays
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, word_level_tokenizer
 from rlaif_jax.data.world import corpus, labeler_prompts
-from rlaif_jax.data.world.scenes import scene_from_json
 from rlaif_jax.data.world.builder import load_world
 from rlaif_jax.data.world.gold import scores as gold
-from rlaif_jax.data.world.scenes import Split
+from rlaif_jax.data.world.scenes import Split, scene_from_json
 from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Reasoning
@@ -38,9 +38,6 @@ from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.rewards.shaping import Shaping
 from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.types import INIT, Params, step_key
-from rlaif_jax.data.tokenizers import HuggingFaceTokenizer
-from rlaif_jax.data.world import labeler_prompts
-from rlaif_jax.data.tokenizers import word_level_tokenizer
 
 PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82  # tokens
 
@@ -295,7 +292,7 @@ class WorldModels:
         settings = self.stage_settings(fit=self.config.sft)
         return self.run.stage("sft", self.template, learn, settings=settings, after=(base,))
 
-    def judge(self, labeler: Params, principle: labeler_prompts.Principle) -> LanguageModelJudge:
+    def judge(self, labeler: Params, principle: labeler_prompts.WorldPrinciple) -> LanguageModelJudge:
         """Returns the labeler as a judge by one principle, which writes its reasons before a score."""
         return LanguageModelJudge(
             self.model,

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.data.prompts import padded
-from rlaif_jax.data.world import people, labeler_prompts
+from rlaif_jax.data.world import labeler_prompts, people
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.people import Commenter, Editor, Ranker
 from rlaif_jax.data.world.scenes import Scene
@@ -33,9 +34,6 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import answer_texts, generate
 from rlaif_jax.recipes.world_rules import mended
 from rlaif_jax.types import Params, Prompts, Rollout
-from rlaif_jax.data.world.tasks.base import WorldTask
-import jax.numpy as jnp
-from rlaif_jax.data.world import labeler_prompts
 
 Form = Literal["comment", "rating", "correction", "ranking"]
 FORMS: tuple[Form, ...] = get_args(Form)

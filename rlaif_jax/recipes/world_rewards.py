@@ -14,13 +14,13 @@ from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import pair_arrays
 from rlaif_jax.data.world import labeler_prompts
-from rlaif_jax.evaluate import agreement, same_position_rate
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference_from_scores
 from rlaif_jax.feedback.judges.reward_model import score_sequences
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
+from rlaif_jax.quality.statistics import agreement_with_gold, same_position_rate
 from rlaif_jax.recipes.world import ANSWER_LENGTH, PROMPT_LENGTH, WorldModels
 from rlaif_jax.run import FinishedStage
 from rlaif_jax.types import FEEDBACK, INIT, Params, step_key
@@ -59,7 +59,7 @@ def learn_reward(
     sft: FinishedStage,
     training: TfdsRecords,
     *,
-    principle: labeler_prompts.Principle,
+    principle: labeler_prompts.WorldPrinciple,
     pair_prompts: int,
     sampling: SamplingConfig,
     settings: FitConfig,
@@ -203,4 +203,4 @@ def label_quality(pairs: Arrays) -> dict[str, Any]:
 
 def agreement_or_none(labels: np.ndarray, truth: np.ndarray) -> float | None:
     """Returns the share of equal entries, None where there is nothing to compare."""
-    return agreement(labels, truth) if len(labels) else None
+    return agreement_with_gold(labels, truth) if len(labels) else None

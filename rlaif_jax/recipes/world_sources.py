@@ -16,8 +16,8 @@ from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.constitution.constitution import Constitution
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
 from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, SentimentJudge, train_judge
+from rlaif_jax.feedback.people.kinds import kind_of_form
 from rlaif_jax.feedback.people.source import PeopleSource
-from rlaif_jax.feedback.people.tasks import Kind
 from rlaif_jax.feedback.record_rewards import (
     CommentValence,
     CorrectionRewards,
@@ -47,8 +47,6 @@ from rlaif_jax.types import Feedback, Rollout
 Origin = Literal["ai", "rule", "simulated", "page"]
 SourceOf = Callable[[Form, RewardFn], FeedbackSource]
 """From a form, and the function that turns its judgements into rewards, to a source."""
-
-KINDS: dict[Form, Kind] = {"comment": "comment", "rating": "rate", "correction": "edit", "ranking": "rank"}
 
 
 class Sample(NamedTuple):
@@ -101,13 +99,13 @@ class WorldSources:
             interrupted: when it returns True the wait for people ends.
         """
         if origin != "page":
-            yield lambda form, worth: JudgementSource(partial(self._step, origin, form), worth, store)
+            yield lambda form, reward_fn: JudgementSource(partial(self._step, origin, form), reward_fn, store)
             return
         with crowd_at_the_page(store.path, self.scene_of, self.crowd, self.seed):
-            yield lambda form, worth: PeopleSource(
+            yield lambda form, reward_fn: PeopleSource(
                 store.path,
-                KINDS[form],
-                worth=worth,
+                kind_of_form(form),
+                reward_fn=reward_fn,
                 low=1,
                 high=10,
                 timeout_s=300,

@@ -14,8 +14,8 @@ import pytest
 from experiments import feedback_real
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
-from rlaif_jax.recipes.published import crowds, judges
-from tests.recipes.published.squality_file import turning, upwards, write_squality
+from rlaif_jax.recipes import published
+from tests.recipes.squality_file import turning, upwards, write_squality
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def found(data, measure, *files: str) -> dict:
 
 def test_dawid_skene_beats_the_majority(data):
     names = (f"get_another_label/BarzanMozafari_{name}.txt" for name in ("labels", "evaluation"))
-    rows = found(data, crowds.crowd_labels, *names)
+    rows = found(data, published.crowd_labels, *names)
     assert round(rows["majority vote"].value, 3) == 0.696
     assert round(rows["Dawid-Skene, three steps"].value, 3) == 0.709  # crowd-kit 1.4.1's DawidSkene, which stops there
     assert rows["Dawid-Skene, converged"].value >= 0.709
@@ -42,21 +42,21 @@ def test_dawid_skene_beats_the_majority(data):
 
 
 def test_word_edits_rank_like_hter(data):
-    rows = found(data, crowds.post_edits, "mlqe_pe/pe.en-de-dev.tar.gz")
+    rows = found(data, published.post_edits, "mlqe_pe/pe.en-de-dev.tar.gz")
     assert rows["Spearman with HTER"].value >= 0.98
     assert rows["equal to HTER"].value > 0.85
 
 
 @pytest.mark.slow
 def test_the_rating_model_ranks_better_than_raw_means(data):
-    rows = found(data, crowds.ratings, "mlqe_pe/da.en-de-dev.tar.gz")
+    rows = found(data, published.ratings, "mlqe_pe/da.en-de-dev.tar.gz")
     together, single = rows["gain of the model"]
     assert together.low > 0 and single.low > 0
     assert "by the 19 others" in together.note
 
 
 def test_llmbar_judges_agree_with_themselves_as_often_as_the_files_say(data):
-    rows = found(data, judges.both_orders, "llmbar/LLMBar_Natural.json", "llmbar_judges")
+    rows = found(data, published.both_orders, "llmbar/LLMBar_Natural.json", "llmbar_judges")
     assert len(rows) == 8
     for name, row in rows.items():
         model, way = name.partition(":")[0].split()
@@ -70,14 +70,14 @@ def test_llmbar_judges_agree_with_themselves_as_often_as_the_files_say(data):
 
 
 def test_verdicts_are_read_from_the_last_one():
-    assert judges.verdict("Vanilla", "Output (b)") == 1
-    assert judges.verdict("CoT", "Output (a) is better ... no.\n\nTherefore, Output (b) is better.") == 1
-    assert judges.verdict("CoT", "both Output (a) and Output (b) are equally good") is None
+    assert published.verdict("Vanilla", "Output (b)") == 1
+    assert published.verdict("CoT", "Output (a) is better ... no.\n\nTherefore, Output (b) is better.") == 1
+    assert published.verdict("CoT", "both Output (a) and Output (b) are equally good") is None
 
 
 def test_kappa_among_people_and_of_judges(data):
     files = [f"pandalm/{name}testset-v1.jsonl" for name in ("", "gpt-3.5-turbo-", "pandalm-7b-")]
-    rows = found(data, judges.people_and_judges, *files)
+    rows = found(data, published.people_and_judges, *files)
     people = [row for name, row in rows.items() if "annotator" in name]
     assert len(people) == 3 and all(0.84 < row.value < 0.9 and "of 785 pairs" in row.note for row in people)
     gpt, panda = rows["kappa of gpt and the majority"], rows["kappa of pandalm and the majority"]
@@ -87,14 +87,16 @@ def test_kappa_among_people_and_of_judges(data):
 
 @pytest.mark.slow
 def test_the_sentiment_of_remarks_ranks_the_scores(data):
-    measure = partial(judges.remarks, sentiment=SentimentConfig(updates=150, max_words=96), reviews=data / "sentiment")
+    measure = partial(
+        published.remarks, sentiment=SentimentConfig(updates=150, max_words=96), reviews=data / "sentiment"
+    )
     rows = found(data, measure, "prometheus/vicuna_eval.json")
     assert rows["Spearman, learned from the other answers' remarks"].low > 0.6
     assert rows["Spearman, learned from film reviews"].low > 0.25
 
 
 def test_workers_of_squality_agree_more_on_coverage_than_on_correctness(data):
-    rows = found(data, judges.summaries, "squality/all-responses.jsonl")
+    rows = found(data, published.summaries, "squality/all-responses.jsonl")
     correctness, selection, overall = rows["Krippendorff's alpha (interval)"]
     assert correctness.high < selection.low and 0.7 < overall.value < 0.85
     assert all(row.value > 0.75 for row in rows["two workers rank a pair alike"])
@@ -112,7 +114,7 @@ def test_alpha_is_krippendorffs(data):
         [float("nan") if value is None else value for value in row] for row in table if any(v is not None for v in row)
     ]
     alpha = krippendorff.alpha(reliability_data=table, level_of_measurement="interval")
-    rows = found(data, judges.summaries, "squality/all-responses.jsonl")
+    rows = found(data, published.summaries, "squality/all-responses.jsonl")
     assert rows["Krippendorff's alpha (interval)"][2].value == pytest.approx(alpha, abs=1e-9)
 
 

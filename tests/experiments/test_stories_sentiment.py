@@ -27,7 +27,6 @@ from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.recipes.stories import load_storyteller, story_beginnings
 from rlaif_jax.run import command_line
 from rlaif_jax.train import TrainConfig
-from rlaif_jax.data.tokenizers import word_level_tokenizer
 
 MOODS = (("happy", "good", "warm", "kind"), ("sad", "bad", "cold", "mean"))
 PLAIN = ("the", "dog", "tree", "saw", "a", "park")

@@ -15,8 +15,9 @@ from rlaif_jax.algorithms.advantages import GroupNormalised
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.scoring import policy_logprobs
 from rlaif_jax.config import UserError
-from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import FileRecords
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.models import CausalLM, attention_cached
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
@@ -34,7 +35,6 @@ from rlaif_jax.policies.base import Draw, to_prompts
 from rlaif_jax.policies.text import TextPolicy, answer_texts, generate, make_generator
 from rlaif_jax.types import Frozen, Prompts, RewardBatch, StepData
 from tests.helpers import random_params
-from rlaif_jax.data.tokenizers import word_level_tokenizer
 
 TOKENIZER = word_level_tokenizer(("a", "b", "c", "d", "e"))
 V, EOS, PAD, P, T, ROWS = TOKENIZER.vocab_size, TOKENIZER.eos_id, TOKENIZER.pad_id, 6, 8, 8

@@ -177,7 +177,7 @@ def test_the_text_shows_every_part_and_no_control_characters():
     evil = Rater("evil\x1b[31m\nname" + "x" * 99, "ai")
     text = quality_text(quality([*records, verdict("p0", ("a", "b"), evil, 0)], **FAST))
     for title in (
-        "Records", "Agreement of sources on comparisons", "Krippendorff's alpha on ratings", "Both orders", "RenderedQuestion again",
+        "Records", "Agreement of sources on comparisons", "Krippendorff's alpha on ratings", "Both orders", "Asked again",
         "Length", "Probabilities against people's verdicts", "Win rates", "debiased by people's labels",
         "What labels would buy", "Questions without an answer", "Cost",
     ):  # fmt: skip

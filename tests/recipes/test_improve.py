@@ -10,9 +10,10 @@ import pytest
 
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import UserError
-from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.evaluate import Answers, Evaluation, rewards_of
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM
@@ -20,7 +21,6 @@ from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.policies.text import TextPolicy
-from rlaif_jax.recipes.evaluation import Answers, Evaluation, rewards_of
 from rlaif_jax.recipes.improve import comparison, improve, normaliser_of, with_critic
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig

@@ -30,10 +30,10 @@ from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size
 from rlaif_jax.feedback.judges.language_model import weights_hash
 from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.files import read_bytes
 from rlaif_jax.models.classifier import TextClassifier
 from rlaif_jax.parallel import Runner, psum
 from rlaif_jax.types import INIT, Feedback, Metrics, Params, Rollout, step_key
-from rlaif_jax.files import read_bytes
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 POSITIVE_FILE, NEGATIVE_FILE = "rt-polarity.pos", "rt-polarity.neg"

@@ -1,13 +1,12 @@
-"""Measures of published judges, on a small file: what the intervals draw."""
+"""Measures of published feedback, on small files: what the intervals draw, and what is left out."""
 
 import numpy as np
 import pytest
-from rlaif_jax.evaluate import bootstrap_ci
 
-from rlaif_jax.quality.bootstrap import Bootstrap
+from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci
 from rlaif_jax.quality.statistics import interval_alpha, interval_moments
-from rlaif_jax.recipes.published.judges import summaries
-from tests.recipes.published.squality_file import turning, upwards, write_squality
+from rlaif_jax.recipes.published import compared, ranked, summaries
+from tests.recipes.squality_file import turning, upwards, write_squality
 
 
 def test_workers_agreement_is_resampled_by_question(tmp_path):
@@ -25,3 +24,12 @@ def test_workers_agreement_is_resampled_by_question(tmp_path):
         assert row.value == 0.5
         low, high = bootstrap_ci(by_question, seed=0)
         assert row.high - row.low == pytest.approx(high - low, abs=0.1)
+
+
+def test_an_item_that_no_rating_is_left_of_is_not_compared():
+    item, rater = np.array([0, 0, 1, 1, 2, 2, 3], np.int32), np.array([0, 1, 0, 1, 0, 1, 0], np.int32)
+    value = np.array([1, 2, 2, 3, 3, 4, 9], np.float32)
+    utilities = ranked(item, rater, value, np.arange(7) != 6, 4, 2)
+    assert all(np.isnan(scores).tolist() == [False, False, False, True] for scores in utilities.values())
+    rows = list(compared(utilities, np.array([1.0, 2, 3, 9]), 0, ""))
+    assert [row.value for row in rows[:3]] == pytest.approx([1, 1, 1])  # with item 3 as 0 it would be less

@@ -14,10 +14,10 @@ from rlaif_jax.algorithms.scoring import policy_logprobs
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptBatch, Record
 from rlaif_jax.data.tokenizers import Tokenizer
-from rlaif_jax.evaluate import distinct_n
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.base import Draw, Policy, to_prompts
+from rlaif_jax.quality.statistics import distinct_n
 from rlaif_jax.run import Run
 from rlaif_jax.types import EVALUATION, Frozen, Params, Prompts, Rollout, step_key
 

@@ -1,0 +1,391 @@
+"""Published feedback of real people and judges, as this package's readers and models see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from rlaif_jax.feedback.api.templates import RenderedQuestion, Template
+from rlaif_jax.feedback.api.verdicts import Reply, read_verdict
+from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
+from rlaif_jax.feedback.records.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus
+from rlaif_jax.feedback.records.formats.rows import chosen
+from rlaif_jax.feedback.records.formats.texts import read_mlqe_post_edits, read_mlqe_ratings, read_squality
+from rlaif_jax.feedback.records.formats.tools import read_get_another_label
+from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
+from rlaif_jax.parallel import ParallelConfig, make_runner
+from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci
+from rlaif_jax.quality.statistics import cohen_kappa, interval_alpha, interval_moments, spearman
+from rlaif_jax.quality.values import sum_by_group
+from rlaif_jax.rewards.comments import pool_comments, valence
+from rlaif_jax.rewards.corrections import edit_reward, levenshtein
+from rlaif_jax.rewards.raters import dawid_skene, hierarchical_dawid_skene, majority_vote
+from rlaif_jax.rewards.rating_models import fit_gaussian
+from rlaif_jax.rewards.ratings import raw_mean, z_score_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One figure.
+
+    Attributes:
+        name: what was measured.
+        value: the figure.
+        low, high: its 95 % interval; None: not computed.
+        reference: the same figure as others published it.
+        note: how it was measured.
+    """
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    reference: str = ""
+    note: str = ""
+
+
+Findings = Iterator[Finding]
+
+
+def kept(found: tuple[list[Judgement], list[str]]) -> list[Judgement]:
+    """Returns the judgements that a reader found; prints how many rows could not be read, and one of them."""
+    good, bad = found
+    if bad:
+        Console(stderr=True).print(f"{len(bad)} rows could not be read, such as {bad[0]}")
+    return good
+
+
+def index(names: Iterable[Any]) -> tuple[np.ndarray, list[Any]]:
+    """Returns (the number of each name, [n] int32; the distinct names in order of appearance)."""
+    numbers: dict[Any, int] = {}
+    places = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int32)
+    return places, list(numbers)
+
+
+def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """Returns the 95 % bootstrap interval of Spearman's correlation, over items or over groups."""
+    drawn = [spearman(a[rows], b[rows]) for rows in draws(len(a), seed, groups)]
+    return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
+
+
+def draws(count: int, seed: int, groups: np.ndarray | None = None, resamples: int = 400) -> Iterator[np.ndarray]:
+    """Yields the row numbers of each bootstrap resample, drawn one by one or by whole groups."""
+    rng = np.random.default_rng(seed)
+    group = np.arange(count) if groups is None else groups
+    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
+    for _ in range(resamples):
+        yield np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
+
+
+# ---- Who is right: labels of a crowd
+
+
+def crowd_labels(labels: Path, gold: Path, *, seed: int) -> Findings:
+    """Measures how often 83 workers together are right about 1,000 items of two classes."""
+    records = kept(read_get_another_label(labels, gold=gold))
+    answer = {j.prompt: chosen(j) for j in records if j.rater.name == "gold"}
+    given = [j for j in records if j.rater.name != "gold"]
+    item, items = index(j.prompt for j in given)
+    worker, workers = index(j.rater.name for j in given)
+    label, truth = np.array([chosen(j) for j in given], np.int32), np.array([answer[name] for name in items])
+    sizes: dict[str, Any] = {"num_items": len(items), "num_classes": len(given[0].answers)}
+    by_worker = sizes | {"num_workers": len(workers)}
+    models = (
+        ("majority vote", majority_vote(item, label, **sizes)[0], "0.696"),
+        # crowd-kit 1.4 stops after the third step, where its bound no longer moves.
+        (
+            "Dawid-Skene, three steps",
+            dawid_skene(item, worker, label, **by_worker, max_iterations=3).posterior,
+            "0.709",
+        ),
+        ("Dawid-Skene, converged", dawid_skene(item, worker, label, **by_worker).posterior, ""),
+        ("Dawid-Skene, workers pooled", hierarchical_dawid_skene(item, worker, label, **by_worker).posterior, ""),
+    )
+    for name, posterior, reference in models:
+        right = (np.asarray(posterior).argmax(-1) == truth).astype(float)
+        yield Finding(name, float(right.mean()), *bootstrap_ci(right, seed=seed), reference, "accuracy")
+
+
+# ---- What was wrong: post-edits
+
+
+def post_edits(archive: Path, *, seed: int) -> Findings:
+    """Compares word edits over the words of the post-edit with the file's HTER (TER with block shifts)."""
+    records = kept(read_mlqe_post_edits(archive))
+    edits = [j for j in records if isinstance(j, Correction)]
+    hter = np.array([1 - j.value for j in records if isinstance(j, Rating)])
+    answer, corrected = _word_ids([j.answers[0].split() for j in edits], [(j.edited or "").split() for j in edits])
+    distance = jax.jit(levenshtein)(*answer, *corrected)
+    rate = -np.asarray(edit_reward(distance, jnp.asarray(corrected[1])))
+    interval = spearman_interval(rate, hter, seed)
+    yield Finding("Spearman with HTER", spearman(rate, hter), *interval, ">= 0.98 asked", f"{len(edits)} post-edits")
+    equal = float(np.mean(np.abs(np.minimum(rate, 1) - hter) < 1e-4))
+    yield Finding("equal to HTER", equal, note="the others have block shifts, which are one edit of HTER")
+
+
+def _word_ids(*sides: Sequence[Sequence[str]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns (ids, mask), right padded, of each side's texts."""
+    words: dict[str, int] = {}
+    arrays = []
+    for texts in sides:
+        shape = (len(texts), max(1, *map(len, texts)))
+        ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = [words.setdefault(word, len(words)) for word in text]
+            mask[row, : len(text)] = True
+        arrays.append((ids, mask))
+    return arrays
+
+
+# ---- How good: ratings
+
+
+def ratings(*archives: Path, seed: int) -> Findings:
+    """Ranks translations by many raters and checks the ranks by raters who were left out."""
+    for archive in archives:
+        records = [j for j in kept(read_mlqe_ratings(archive)) if isinstance(j, Rating)]
+        item, items = index(j.item for j in records)
+        rater, raters = index(j.rater.name for j in records)
+        value = np.array([j.value for j in records], np.float32)
+        split = raters[0].split("/")[0]
+        count = np.bincount(rater)
+        # Three people rated the same items, all of them (dev) or a part (train); the others each a share of all.
+        together = Counter(count.tolist())
+        most = max(size for size, people in together.items() if people == 3)
+        out = np.isin(rater, np.flatnonzero(count == most))
+        target = raw_mean(item, rater, value, out, num_items=len(items))
+        judged = np.flatnonzero(np.asarray(target.valid))
+        utilities = ranked(item, rater, value, ~out, len(items), len(raters))
+        truth = np.asarray(target.value)[judged]
+        note = f"{split}: mean of the 3 who rated {most}, by the {len(raters) - 3} others"
+        yield from compared({name: scores[judged] for name, scores in utilities.items()}, truth, seed, note)
+        # One rating of each item left out, whoever gave it.
+        order = np.lexsort((np.random.default_rng(seed).random(len(item)), item))
+        out = np.zeros(len(item), bool)
+        out[order[np.r_[True, np.diff(item[order]) > 0]]] = True
+        utilities = ranked(item, rater, value, ~out, len(items), len(raters))
+        note = f"{split}: one rating of each item"
+        yield from compared({name: scores[item[out]] for name, scores in utilities.items()}, value[out], seed, note)
+        # Each rater left out in turn, and the items that this one rated. Here a mean that mixes all camps is hard to beat:
+        # the model follows the raters who agree with each other, and those left out may be of another camp.
+        large = np.flatnonzero(count >= 50)
+        each: dict[str, list[float]] = defaultdict(list)
+        for person in large:
+            utilities = ranked(item, rater, value, rater != person, len(items), len(raters))
+            mine = (rater == person) & np.isfinite(utilities["raw means"][item])
+            for name, scores in utilities.items():
+                each[name].append(spearman(scores[item[mine]], value[mine]))
+        for name, correlations in each.items():
+            mean = float(np.average(correlations, weights=count[large]))
+            yield Finding(
+                f"{name}, Spearman", mean, note=f"{split}: {len(large)} raters in turn, each on the items rated"
+            )
+
+
+@partial(jax.jit, static_argnames=("items", "raters"))
+def _utilities(item: Any, rater: Any, value: Any, weight: Any, items: int, raters: int) -> dict[str, jax.Array]:
+    given = (item, rater, value, weight)
+    return {
+        "raw means": raw_mean(*given, num_items=items).value,
+        "z-scores": z_score_mean(*given, num_items=items, num_raters=raters).value,
+        "rating model": fit_gaussian(*given, num_items=items, num_raters=raters).items.value,
+    }
+
+
+def ranked(
+    item: np.ndarray, rater: np.ndarray, value: np.ndarray, weight: np.ndarray, items: int, raters: int
+) -> dict[str, np.ndarray]:
+    """Returns the utility of each item by each model; NaN for an item without a rating of positive weight.
+
+    Args:
+        item: [n] number of the rated item.
+        rater: [n] number of the rater.
+        value: [n] the ratings.
+        weight: [n] their weights.
+        items: number of items.
+        raters: number of raters.
+    """
+    found = _utilities(item, rater, value, weight.astype(np.float32), items, raters)
+    rated = np.bincount(item, weight, items) > 0
+    return {name: np.where(rated, found[name], np.nan) for name in ("raw means", "z-scores", "rating model")}
+
+
+def compared(utilities: dict[str, np.ndarray], truth: np.ndarray, seed: int, note: str) -> Findings:
+    """Compares each ranking with the left-out ratings by Spearman's correlation.
+
+    The last finding is the gain of the model over raw means.
+
+    Items that only the left-out raters rated have no utility and are not compared.
+    """
+    rated = np.isfinite(utilities["raw means"])
+    utilities, truth = {name: scores[rated] for name, scores in utilities.items()}, truth[rated]
+    for name, scores in utilities.items():
+        yield Finding(f"{name}, Spearman", spearman(scores, truth), *spearman_interval(scores, truth, seed), "", note)
+    raw, model = utilities["raw means"], utilities["rating model"]
+    gains = [spearman(model[rows], truth[rows]) - spearman(raw[rows], truth[rows]) for rows in draws(len(truth), seed)]
+    low, high = np.quantile(gains, [0.025, 0.975])
+    gain = spearman(model, truth) - spearman(raw, truth)
+    yield Finding("gain of the model", gain, float(low), float(high), "> 0 asked", note)
+
+
+# ---- Judges in both orders
+
+WAYS = {"Vanilla": "Output ({label})", "CoT": "Output ({label}) is better"}
+
+
+def both_orders(gold: Path, folder: Path, *, seed: int) -> Findings:
+    """Measures how often a judge prefers the same answer of a pair in both orders, on 100 pairs."""
+    truth = {j.item: j.answers[chosen(j) or 0] for j in kept(read_llmbar(gold))}
+    for file in sorted(folder.glob("Natural.*.*.json")):
+        _, model, way = file.stem.split(".")
+        if way not in WAYS:
+            continue
+        plain = kept(read_llmbar_judge(file, model))
+        read = kept(read_llmbar_judge(file, model, partial(verdict, way)))
+        same = np.array(_agreements(plain), float)
+        reread = np.mean([chosen(a) == chosen(b) for a, b in zip(plain, read)])
+        right = np.mean([j.answered and j.answers[chosen(j) or 0] == truth[j.item] for j in plain])
+        first = np.mean([chosen(j) == j.shown[0] for j in plain if j.answered])
+        reference = {"GPT-4.Vanilla": "0.95", "Falcon.CoT": "0.14"}.get(f"{model}.{way}", "")
+        note = f"right {right:.2f}, first shown {first:.2f}, re-read alike {reread:.3f}, agree re-read "
+        yield Finding(
+            f"{model} {way}: both orders agree", float(same.mean()), *bootstrap_ci(same, seed=seed), reference,
+            note + f"{np.mean(_agreements(read)):.2f}",
+        )  # fmt: skip
+
+
+def verdict(way: str, raw: str) -> int | None:
+    """Returns the output that a reply's last verdict prefers, 0 = the first; None: no verdict."""
+    template = Template(
+        "LLMBar", "ranking", "{prompt}{answer_1}{answer_2}", labels=(("a", 1.0), ("b", 0.0)), verdict=WAYS[way]
+    )
+    reading = read_verdict(Reply(raw), template, RenderedQuestion((), ""), direct=False)
+    return None if reading.status != "ok" else int(reading.value == 0)
+
+
+def _agreements(records: Sequence[Judgement]) -> list[bool]:
+    """Returns for each pair whether both orders prefer the same answer."""
+    found: dict[str, list[str | None]] = defaultdict(list)
+    for record in records:
+        best = chosen(record)
+        found[record.item].append(None if best is None else record.answers[best])
+    return [len(set(answers)) == 1 for answers in found.values()]
+
+
+# ---- People and judges on the same pairs
+
+
+def people_and_judges(pairs: Path, *judges: Path, seed: int) -> Findings:
+    """Computes Cohen's kappa among three people, and of AI judges with the people's majority."""
+    records = kept(read_pandalm(pairs, judges))
+    votes: dict[str, dict[int, int]] = defaultdict(dict)
+    row, rows = index((j.prompt, j.answers, j.generators) for j in records)
+    home, prompts = index(prompt for prompt, _, _ in rows)
+    for j, number in zip(records, row.tolist()):
+        if j.answered:
+            best = chosen(j)
+            votes[j.rater.name][number] = 2 if best is None else best
+    people = sorted(name for name in votes if name.startswith("annotator"))
+    bootstrap = Bootstrap(len(prompts), seed=seed)
+
+    def kappa(a: dict[int, int], b: dict[int, int]) -> tuple[dict[str, Any], str]:
+        shared = [item for item in a if item in b]
+        cells = np.zeros((len(shared), 3, 3))
+        cells[np.arange(len(shared)), [a[i] for i in shared], [b[i] for i in shared]] = 1
+        agree = np.mean([a[i] == b[i] for i in shared])
+        sums = sum_by_group(cells, home[shared], len(prompts))
+        return bootstrap.estimate(sums, cohen_kappa), f"agree on {agree:.3f} of {len(shared)} pairs"
+
+    for a, b in itertools.combinations(people, 2):
+        estimate, note = kappa(votes[a], votes[b])
+        yield Finding(f"kappa of {a} and {b}", **estimate, note=note)
+    counted = {item: Counter(votes[name][item] for name in people) for item in votes[people[0]]}
+    majority = {item: count.most_common(1)[0][0] for item, count in counted.items() if max(count.values()) >= 2}
+    for name in sorted(set(votes) - set(people)):
+        estimate, note = kappa(votes[name], majority)
+        unread = sum(j.status == "unparsed" for j in records if j.rater.name == name)
+        yield Finding(
+            f"kappa of {name} and the majority", **estimate, note=f"{note}; {unread} replies without a verdict"
+        )
+
+
+# ---- Comments
+
+
+def remarks(graded: Path, *, seed: int, sentiment: SentimentConfig, reviews: Path) -> Findings:
+    """Compares the sentiment of a judge's remarks with the score that the judge gave with each.
+
+    Args:
+        graded: the file of the remarks.
+        seed: of fit and bootstrap.
+        sentiment: training of the reader of sentiment.
+        reviews: folder of film reviews, from which a second reader learns if the folder exists.
+    """
+    records = kept(read_prometheus(graded))
+    given = [j for j in records if isinstance(j, Comment)]
+    score = {(j.item, j.principle, j.seed): j.unit for j in records if isinstance(j, Rating)}
+    unit = np.array([score[j.item, j.principle, j.seed] for j in given], np.float32)
+    answer, answers = index(j.item for j in given)
+    texts = tuple(j.text for j in given)
+    runner = make_runner(ParallelConfig())
+    readers = {
+        "learned from the other answers' remarks": cross_fitted(
+            Sentences(texts, unit), sentiment, seed, runner, groups=answer.tolist()
+        )
+    }
+    if reviews.is_dir():
+        critic = train_judge(read_sentences(reviews), sentiment, seed, runner)
+        readers["learned from film reviews"] = critic.log_odds(texts)
+    for name, log_odds in readers.items():
+        heard = valence(jnp.asarray(log_odds.values), jnp.asarray(log_odds.valid))
+        said = np.asarray(heard.values)
+        interval = spearman_interval(said, unit, seed, answer)
+        yield Finding(f"Spearman, {name}", spearman(said, unit), *interval, "", f"{len(texts)} remarks")
+        pooled = np.asarray(pool_comments(heard.values, heard.valid, jnp.asarray(answer), len(answers)).values)
+        mean = np.bincount(answer, unit) / np.bincount(answer)
+        interval = spearman_interval(pooled, mean, seed)
+        yield Finding("  means of an answer's three", spearman(pooled, mean), *interval, "", f"{len(answers)} answers")
+
+
+# ---- Summaries of stories
+
+
+def summaries(responses: Path, *, seed: int) -> Findings:
+    """Measures how far SQuALITY's workers agree; the intervals resample whole questions."""
+    records = kept(read_squality(responses))
+    number, questions = index(j.prompt for j in records)
+    question = {j.item: n for j, n in zip(records, number.tolist())}
+    for name in ("correctness", "selection", "overall"):
+        given: dict[str, dict[str, float]] = defaultdict(dict)
+        for j in records:
+            if isinstance(j, Rating) and j.principle == name:
+                given[j.item][j.rater.name] = j.value
+        moments = np.array([interval_moments(list(by_rater.values())) for by_rater in given.values()])
+        sums = sum_by_group(moments, [question[item] for item in given], len(questions))
+        estimate = Bootstrap(len(questions), seed=seed).estimate(sums, interval_alpha)
+        note = f"{name}: {sum(map(len, given.values()))} ratings of {len(given)} answers"
+        yield Finding("Krippendorff's alpha (interval)", **estimate, note=note)
+    for name in ("correctness", "selection", "overall"):
+        agree, asked, pairs = [], [], Counter[tuple[str, int, int, bool]]()
+        for j in records:
+            if isinstance(j, Ranking) and j.principle == name:
+                pairs.update((j.item, a, b, p > 0.5) for a, b, p in j.pairs() if p != 0.5)
+        for item, a, b in sorted({key[:3] for key in pairs}):
+            yes, no = pairs[item, a, b, True], pairs[item, a, b, False]
+            if yes + no >= 2:
+                asked.append(question[item])
+                agree.append((math.comb(yes, 2) + math.comb(no, 2)) / math.comb(yes + no, 2))
+        note = f"{name}: {len(agree)} pairs of answers"
+        interval = bootstrap_ci(agree, seed=seed, groups=asked)
+        yield Finding("two workers rank a pair alike", float(np.mean(agree)), *interval, "", note)

@@ -1,1 +1,0 @@
-"""Published feedback of real people and judges, as this package's readers and models see it."""
