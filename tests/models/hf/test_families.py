@@ -17,7 +17,6 @@ from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
 from rlaif_jax.models.hf.families import FAMILIES, read_config
 from rlaif_jax.models.hf.files import load_model, save_model
-from rlaif_jax.policies.text import decode_step, empty_caches, prefill
 from tests.models.hf.references import (
     LLAMA,
     REFERENCES,
@@ -57,7 +56,7 @@ def test_logits_equal_transformers_token_by_token_through_the_cache(reference: R
 
     @jax.jit
     def start(params: Any, tokens: jax.Array, mask: jax.Array) -> Any:
-        first = prefill(model, params, tokens, mask)
+        first = model.prefill(params, tokens, mask, hold_last=False)
         return first, model.logits(params, first.hidden)
 
     first, logits = start(params, tokens[::2, :12], mask[::2, :12])
@@ -66,9 +65,9 @@ def test_logits_equal_transformers_token_by_token_through_the_cache(reference: R
 
     @jax.jit
     def step(params: Any, caches: Any, token: jax.Array, position: jax.Array, t: jax.Array) -> Any:
-        return decode_step(model, params, first, caches, token, position, t, jnp.arange(8)[None] <= t)
+        return model.decode_step(params, first.shared, caches, token, position, t, jnp.arange(8)[None] <= t)
 
-    caches = empty_caches(model.config, rows=4, length=8)
+    caches = model.start_cache(rows=4, length=8)
     for t in range(7):
         position = mask[:, : 12 + t].sum(-1).astype(np.int32)
         logits, caches = step(params, caches, tokens[:, 12 + t], position, jnp.int32(t))
