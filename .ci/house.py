@@ -27,6 +27,9 @@ PARAMETERS = 4  # a public function with more of them documents each
 FILE_LINES = 450
 FUNCTION_LINES = 80  # without the docstring
 ROOM_FILES = 16
+# Prompts of judge models: a verdict is stored with the hash of its prompt, so a changed word would make all stored
+# verdicts old. The rule on words passes over the string constants of these files; it reads docstrings and comments.
+PROMPT_FILES = ("rlaif_jax/feedback/api/builtin_templates.py",)
 LONG_FUNCTIONS = "Long functions"  # the heading in CONTRIBUTING.md
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -61,14 +64,19 @@ def phrases(text: str) -> Iterator[tuple[int, str]]:
         yield text.count("\n", 0, match.start()) + 1, re.sub(_GAP, " ", match[0]).lower()
 
 
-def blank_code(source: str) -> str:
-    """Returns Python source in which all but comments and string literals is blanked, line numbers kept."""
+def blank_code(source: str, constants: bool = True) -> str:
+    """Returns Python source in which all but comments and string literals is blanked, line numbers kept.
+
+    Without `constants`, literals that do not begin a line are blanked too: all but docstrings.
+    """
     lines = source.splitlines(keepends=True)
     kept = [re.sub(r"\S", "\0", line) for line in lines]
     literals = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in literals:
             (first, begin), (last, end) = token.start, token.end
+            if token.type != tokenize.COMMENT and not constants and lines[first - 1][:begin].strip():
+                continue
             for row in range(first, last + 1):
                 low, high = begin if row == first else 0, end if row == last else len(lines[row - 1])
                 kept[row - 1] = kept[row - 1][:low] + lines[row - 1][low:high] + kept[row - 1][high:]
@@ -80,10 +88,11 @@ def keep_lines(match: re.Match[str]) -> str:
     return "\n" * match[0].count("\n")
 
 
-def readable(path: Path, text: str) -> str:
+def readable(name: str, text: str) -> str:
     """Returns the part of a file that the rule on words applies to, line numbers kept."""
+    path = Path(name)
     if path.suffix == ".py":
-        return blank_code(text)
+        return blank_code(text, constants=name not in PROMPT_FILES)
     if path.suffix == ".js":
         comments, end = [], 0
         for match in _JS_COMMENT.finditer(text):
@@ -245,7 +254,7 @@ def check_file(root: Path, path: Path, long: set[str]) -> Iterator[Violation]:
         return
     text = path.read_text()
     if room != "tests":
-        for line, phrase in phrases(readable(path, text)):
+        for line, phrase in phrases(readable(name, text)):
             yield Violation(name, line, "word", f"{phrase!r} is one of the forbidden words of CONTRIBUTING.md")
     if path.suffix != ".md" and room != "docs" and text.count("\n") > FILE_LINES:
         yield Violation(name, 1, "file-length", f"{text.count(chr(10))} lines; at most {FILE_LINES}")

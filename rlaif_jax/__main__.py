@@ -41,7 +41,10 @@ def annotate() -> None:
 
 
 def tool(arguments: list[str]) -> None:
-    """Runs the tool that the first argument names, on the rest; exits with 2 and the list of tools for another name."""
+    """Runs the tool that the first argument names, with the other arguments.
+
+    For an unknown name it prints the list of tools and exits with status 2.
+    """
     name = arguments[0] if arguments else ""
     sys.argv = [f"python -m rlaif_jax {name}", *arguments[1:]]
     if name == "judge":

@@ -63,7 +63,9 @@ class Checkpointer:
             raise UserError(f"{folder}: checkpoints cannot be written here ({error.strerror or error})") from error
 
     def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
-        """Saves a checkpoint, and returns while its files are still being written; does nothing if `step` has one.
+        """Starts to save a checkpoint; does nothing if `step` has one already.
+
+        It returns while the files are still being written.
 
         Args:
             step: the step that is done.
@@ -121,7 +123,10 @@ class Checkpointer:
         return Restored(step, arrays, host)
 
     def close(self) -> None:
-        """Waits until all files are written and releases the folder; raises UserError if they cannot be written."""
+        """Waits until all files are written and releases the folder.
+
+        Raises UserError if the files cannot be written.
+        """
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -137,7 +142,10 @@ class Checkpointer:
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """Returns why something cannot be written; Orbax raises ValueError for a full disk and says why at the end."""
+    """Returns why something cannot be written.
+
+    Orbax raises ValueError for a full disk; the reason is at the end of its message.
+    """
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)[-200:]
 
 

@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses are the only schema; this module writes them to JSON, reads them back and changes them.
+"""Settings are frozen dataclasses; this module writes them to JSON, reads them back and changes them.
 
 A choice between things is a field whose type is a union of dataclasses (`advantage: GAE | LeaveOneOut`). JSON holds
 the name of the class under "type", next to its fields.
@@ -35,11 +35,16 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_choices(config: Any, name: str) -> None:
-    """Raises UserError if a field whose type is a Literal holds another value; messages call the config `name`."""
+    """Raises UserError if a field whose type is a Literal holds another value.
+
+    Args:
+        config: a dataclass.
+        name: what messages call the dataclass, such as "ppo".
+    """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         choices = typing.get_args(hints[field.name])
-        value = getattr(config, field.name)
+        value = vars(config)[field.name]
         if typing.get_origin(hints[field.name]) is Literal and value not in choices:
             raise UserError(f"{name}.{field.name} is {value!r}; it is one of {', '.join(map(str, choices))}")
 
@@ -58,7 +63,7 @@ def to_json(config: Any) -> Any:
 
 def _to_json(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {name: _to_json(getattr(value, name), inner) for name, inner in _hints(type(value)).items()}
+        fields = {name: _to_json(vars(value)[name], inner) for name, inner in _hints(type(value)).items()}
         return {"type": type(value).__name__, **fields} if len(_dataclasses(hint)) > 1 else fields
     if isinstance(value, Mapping):
         inner = (typing.get_args(hint) or (Any, Any))[-1]
@@ -80,7 +85,15 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def differing(saved: Any, now: Any, prefix: str = "") -> list[str]:
-    """Returns a message for each setting that differs between two nested dicts: its dotted name and both values."""
+    """Returns a message for each setting that differs between two nested dicts.
+
+    The message holds the dotted name of the setting and both values.
+
+    Args:
+        saved: the earlier settings, as JSON values.
+        now: the present settings, as JSON values.
+        prefix: dotted name of the two values themselves; "" for whole settings.
+    """
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
         names = sorted(set(saved) | set(now))
         return [line for name in names for line in differing(saved.get(name), now.get(name), f"{prefix}{name}.")]
@@ -90,18 +103,18 @@ def differing(saved: Any, now: Any, prefix: str = "") -> list[str]:
 # ---- From JSON, and from the texts of a command line
 
 
-def from_json(cls: type[T], values: Any, where: str = "config.json") -> T:
+def from_json(config_class: type[T], values: Any, where: str = "config.json") -> T:
     """Rebuilds a config from the output of `to_json`; fields that are left out have their defaults.
 
     Args:
-        cls: the config's dataclass.
-        values: what JSON holds.
+        config_class: the config's dataclass.
+        values: the parsed JSON, as `to_json` returns it.
         where: the file's name, for messages.
 
     Raises:
         UserError: a field is unknown, missing or of another type; the message gives its dotted name and what is right.
     """
-    return _parse(cls, values, _Place(where), text=False)
+    return _parse(config_class, values, _Place(where), text=False)
 
 
 def override(config: T, values: Mapping[str, Any]) -> T:
@@ -143,7 +156,7 @@ def _override(config: Any, values: Mapping[str, Any], place: _Place) -> Any:
         nested.setdefault(first, {})[rest] = value
     changed = {}
     for name, inner in nested.items():
-        now = getattr(config, name)
+        now = vars(config)[name]
         if "" in inner:
             now = _parse(hints[name], inner.pop(""), place / name, text=True)
         if inner and not dataclasses.is_dataclass(now):

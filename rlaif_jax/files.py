@@ -66,7 +66,7 @@ def read_json_lines(
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w", *, private: bool = False) -> Iterator[IO[Any]]:
-    """Opens a temporary file in the folder of `path` and renames it to `path` when the block ends without an error.
+    """Opens a temporary file next to `path` and renames it to `path` when the block ends.
 
     A process that is killed, or an error inside the block, leaves the old file as it was.
 

@@ -1,4 +1,4 @@
-"""A run's numbers, behind one `write(step, values)`: JSON lines, and sinks such as TensorBoard and the terminal.
+"""A run's numbers, behind one `write(step, values)`: JSON lines and sinks, such as TensorBoard.
 
     with MetricsWriter(folder) as writer:
         with writer.stage("sft", 400) as log:  # each stage: own step count, own bar, same file
@@ -42,7 +42,10 @@ Numbers = Mapping[str, float | int | None]  # None: not a finite number
 
 
 class Sink(Protocol):
-    """Shows a run's numbers somewhere: what a tracker has to implement. `metrics.jsonl` does not depend on it."""
+    """Shows a run's numbers somewhere: the methods that a tracker implements.
+
+    `metrics.jsonl` does not depend on a sink.
+    """
 
     def start(self, stage: str, total: int | None, resume_from: int | None) -> None:
         """Begins a stage.
@@ -192,7 +195,9 @@ class StageLog:
 
 
 def read_metrics(path: Path, stage: str | None = None) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl: one dict per line, in the order of writing; `null` (NaN, infinity) becomes None.
+    """Reads metrics.jsonl: one dict per line, in the order of writing.
+
+    `null` (NaN, infinity) becomes None.
 
     A last line that a killed process left half-written is ignored; a missing file is an empty list.
 

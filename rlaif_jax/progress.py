@@ -1,4 +1,4 @@
-"""The one progress display: a live bar for each task on a terminal, plain lines where the output is no terminal."""
+"""The one progress display: a live bar for each task on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

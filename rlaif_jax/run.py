@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 class StopRequested(Exception):
-    """SIGTERM or Ctrl-C came outside of the loop, which would have saved a checkpoint; the run ends as `stopped`."""
+    """SIGTERM or Ctrl-C came outside of the loop, so no checkpoint was saved; the run ends as `stopped`."""
 
 
 class FinishedStage(NamedTuple):
@@ -144,7 +144,9 @@ class Run:
         settings: Any,
         after: Sequence[FinishedStage] = (),
     ) -> FinishedStage:
-        """Returns a stage before the loop: read back if it was made before, by this run or one that shares the folder.
+        """Returns the parameters of a stage before the loop, made now or read back.
+
+        A stage is read back if it was made before, by this run or by one that shares the folder.
 
         A stage is made again when anything differs that it depends on: `settings`, the run's seed, the stages of
         `after`, the arrays' shapes, the code of this package and of the script, the libraries, the backend. Only a
@@ -232,7 +234,10 @@ class Run:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
     def report(self, status: str = "running") -> None:
-        """Writes summary.json and report.html with what is known by now; raises UserError if that is impossible."""
+        """Writes summary.json and report.html from what is known by now.
+
+        Raises UserError if a file cannot be written.
+        """
         summary = {
             "experiment": self.experiment,
             "status": status,

@@ -124,6 +124,12 @@ def test_forbidden_words_of_python(house, tmp_path, source, line):
     assert found(house, tmp_path, {"experiments/bad.py": source}) == [f"experiments/bad.py:{line}: word"]
 
 
+def test_prompts_of_judge_models_are_exempt(house, tmp_path):
+    source = '"""Prompts as told."""\n\nTEXT = """\\\nWhat stands here.\n"""\n# beside\n'
+    (name,) = house.PROMPT_FILES
+    assert found(house, tmp_path, {name: source}) == [f"{name}:1: word", f"{name}:6: word"]
+
+
 @pytest.mark.parametrize(
     "source",
     ["x = so; many = x\n", "x = None  # is None\n", "retold = untold = 1  # besides\n", "# withstands a storm\n"],

@@ -1,4 +1,4 @@
-"""Answers that the data brings: recorded pairs for offline preference methods, demonstrations for inverse RL."""
+"""Recorded answers: pairs for offline preference methods, demonstrations for inverse RL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from rlaif_jax.types import Rollout
 
 
 def as_rollout(batch: PromptBatch, answers: Sequence[Sequence[str]], tokenizer: Tokenizer, length: int) -> Rollout:
-    """Returns recorded texts as a rollout: K rows for each prompt, log-probs 0, every answer with its stop token.
+    """Returns recorded texts as a rollout with K rows for each prompt.
+
+    Log-probabilities are 0; every answer ends with the stop token.
 
     Args:
         batch: G prompts.

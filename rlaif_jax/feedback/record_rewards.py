@@ -280,7 +280,9 @@ def _correction_rewards(spans: jax.Array, dense: float, kept: float, *texts: jax
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JudgementSource(FeedbackSource):
-    """Any judge that gives records, and what they are worth: a `FeedbackSource` that keeps them in the store.
+    """A `FeedbackSource` from any judge that gives records, and from a function of the records.
+
+    The source keeps the records in the store.
 
     Attributes:
         judge: (prompts [B], answers [B]) -> judgements; of rankings, one for each prompt.

@@ -54,7 +54,9 @@ class DeviceReward(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeviceSource(FeedbackSource):
-    """A `DeviceReward` as a source: judges answers before and after training, in a separate compiled program.
+    """A `DeviceReward` as a source of its feedback, in a separate compiled program.
+
+    Evaluations use it to judge answers before and after training.
 
     Attributes:
         reward: the reward.

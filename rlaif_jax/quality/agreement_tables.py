@@ -1,4 +1,4 @@
-"""Agreement tables of the quality report: of raters and of sources, with trivial baselines for comparison."""
+"""Agreement tables of the quality report, of raters and of sources, with trivial baselines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ MAX_LEVELS = 40
 
 
 def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Returns agreement, kappa and alpha of verdicts on pairs: {"sources", "raters", "raters_left_out", "alpha"}."""
+    """Returns agreement, kappa and alpha of verdicts on pairs.
+
+    The keys are "sources", "raters", "raters_left_out" and "alpha".
+    """
     # Row of two raters: 9 cells of the confusion matrix; the longer answer's and the first shown's share of the second
     # rater's verdict; 1; 1 if it is recorded which answer was shown first.
     shown = _first_shown_shares(votes)
@@ -65,7 +68,10 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap)
 def _add_rater_pair(
     groups: GroupedRows, votes: Votes, raters: tuple[int, int], cluster: int, row: Floats, swapped: Floats
 ) -> None:
-    """Adds the row of two raters under their names and under their sources; `swapped` is the row of the two in turn."""
+    """Adds the row of two raters under their names and under their sources.
+
+    `swapped` is the row with the two raters exchanged.
+    """
     groups.add(("raters", *raters), cluster, row)
     first, second = (votes.raters[rater][1] for rater in raters)
     # Within one source neither rater is the rows': count both ways.
@@ -111,7 +117,10 @@ def _alphas(groups: GroupedRows, bootstrap: Bootstrap, values: Floats) -> list[d
 
 
 def _first_shown_shares(votes: Votes) -> dict[tuple[int, int], float]:
-    """Returns (pair, rater) -> the share for the answer shown first, of its verdicts whose order was recorded."""
+    """Returns (pair, rater) -> the share of verdicts for the answer shown first.
+
+    Only verdicts whose order was recorded count.
+    """
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for vote in votes.votes:
         if vote.front is not None:

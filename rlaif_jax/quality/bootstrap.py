@@ -1,4 +1,6 @@
-"""Percentile bootstrap intervals that draw whole groups (prompts) with replacement (Efron & Tibshirani 1993, ch. 13).
+"""Percentile bootstrap intervals that draw whole groups (prompts) with replacement.
+
+Efron & Tibshirani 1993, chapter 13.
 
 A statistic of *sums* over groups is resampled by one matrix product: `bootstrap_ci` for a mean, `Bootstrap` for any
 function of sums. `resampled_rows` serves statistics that need the rows themselves, such as a rank correlation.
@@ -113,7 +115,9 @@ def resampled_rows(groups: ArrayLike, *, seed: int, resamples: int) -> Iterator[
 
 
 class Bootstrap:
-    """Percentile intervals of functions of sums over groups; all estimates of one object share their draws.
+    """Percentile intervals of functions of sums over groups.
+
+    All estimates of one object share their draws.
 
     Attributes:
         level: coverage of the intervals.

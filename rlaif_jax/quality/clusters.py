@@ -1,4 +1,4 @@
-"""Parts that the tables of the quality report share: votes of raters on pairs, and sums of rows over prompts."""
+"""Parts that tables of the quality report share: votes on pairs, and sums of rows over prompts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def rater_fields(votes: Votes, rater: int) -> dict[str, Any]:
 
 
 def mean_preference(votes: Votes, shares: VoteShares, source: str | None) -> dict[int, float]:
-    """Returns pair -> mean preference for the first answer (wins and half the ties) of the raters of a source."""
+    """Returns pair -> mean preference for the first answer by the raters of one source.
+
+    The preference is wins plus half the ties.
+    """
     found = {}
     for pair, by_rater in shares.items():
         given = [float(vote @ PREFERENCE) for rater, vote in by_rater.items() if votes.raters[rater][1] == source]

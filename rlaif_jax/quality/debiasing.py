@@ -61,7 +61,9 @@ def _moments(sums: ArrayLike) -> _Moments:
 
 
 def power_lambda(sums: ArrayLike) -> Floats:
-    """Returns the judge's weight that makes `powered_mean` vary least: Cov(y, f) / Var(f), 0 if f does not vary.
+    """Computes the judge's weight that makes `powered_mean` vary least.
+
+    It is Cov(y, f) / Var(f), and 0 if f does not vary.
 
     Angelopoulos, Duchi & Zrnic 2023, "PPI++", section 6, for predictions on all pairs, the labelled among them.
     """
@@ -126,7 +128,10 @@ def label_budget(sums: ArrayLike, labels: Sequence[int], *, level: float = 0.95)
 
 
 def _intraclass_correlation(errors: Floats, counts: Floats, variance: float) -> float:
-    """Returns how alike two values of one group are, 0 .. 1, from errors [G] summed by group and its `counts` [G]."""
+    """Returns the intraclass correlation, in [0, 1]: how alike two values of one group are.
+
+    `errors` [G] are summed by group, `counts` [G] are the groups' numbers of values.
+    """
     couples, total = float((counts * (counts - 1)).sum()), float(counts.sum())
     if couples <= 0 or variance <= 1e-12:
         return 0.0

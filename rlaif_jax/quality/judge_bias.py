@@ -1,4 +1,4 @@
-"""Tables of single raters in the quality report: habits, order, repeats, and judges compared with people."""
+"""Tables of single raters: habits, order, repeats, and judges compared with people."""
 
 from __future__ import annotations
 
@@ -10,13 +10,6 @@ import numpy as np
 from scipy.special import logit
 
 from rlaif_jax.quality.bootstrap import Bootstrap
-from rlaif_jax.quality.calibration import (
-    brier,
-    calibration_columns,
-    calibration_error,
-    fold_predictions,
-    reliability_bins,
-)
 from rlaif_jax.quality.clusters import (
     PREFERENCE,
     GroupedRows,
@@ -25,13 +18,22 @@ from rlaif_jax.quality.clusters import (
     rater_fields,
     ratio,
 )
+from rlaif_jax.quality.statistics import (
+    brier,
+    calibration_columns,
+    calibration_error,
+    fold_predictions,
+    reliability_bins,
+)
 from rlaif_jax.quality.votes import FIRST, SECOND, TIE, Votes
 
 # ---- Habits of raters
 
 
 def verdict_habits(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Returns each rater's share of ties, and of the other verdicts the share for the longer and for the first shown.
+    """Returns, for each rater, the share of ties and the shares of verdicts with two habits.
+
+    The habits are to choose the longer answer and the answer shown first; ties do not count for them.
 
     Verdicts whose order was not recorded have no part in the share for the first shown.
     """
@@ -96,7 +98,7 @@ def order_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]
 
 
 def repeat_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Returns how often raters that were asked the same question again, in the same order, gave the same answer.
+    """Returns how often raters gave the same answer to a question that was repeated in the same order.
 
     Ratings also have the mean `distance` of two answers, as a share of the scale.
     """
@@ -133,7 +135,9 @@ def _mean_probabilities(votes: Votes) -> dict[tuple[int, int], float]:
 
 
 def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Returns how much each judge's P(better) exceeds people's for an answer longer by one standard deviation.
+    """Returns how much each judge favours longer answers more than people do.
+
+    The number is the change of P(better) for an answer that is longer by one standard deviation.
 
     The slope of (judge's preference - people's) on the length difference, through the origin, on the pairs that both
     judged.
@@ -162,7 +166,10 @@ def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap
 def judge_calibration(
     votes: Votes, shares: VoteShares, people: str | None, bootstrap: Bootstrap
 ) -> list[dict[str, Any]]:
-    """Returns Brier score, ECE and reliability bins of every judge that gives probabilities, against people's verdicts."""
+    """Returns Brier score, ECE and reliability bins of every judge that gives probabilities.
+
+    People's verdicts on the same pairs are the truth.
+    """
     truth = mean_preference(votes, shares, people)
     groups = GroupedRows(votes.count)
     for (rater, pair), probability in _mean_probabilities(votes).items():

@@ -1,4 +1,6 @@
-"""The quality report on feedback: statistics with intervals that draw whole prompts, on any set of judgements.
+"""The quality report on feedback: statistics with intervals, on any set of judgements.
+
+Intervals come from a bootstrap that draws whole prompts.
 
 `quality(judgements)` returns plain JSON: agreement of raters with trivial baselines for comparison, order consistency and
 position bias, repeat stability, length slope, calibration, missing answers, win rates (plain, length-controlled, debiased
@@ -101,7 +103,9 @@ def _raters(votes: Votes, shares: VoteShares, level: float) -> dict[str, Any]:
 
 
 def quality_of_store(path: Path, **options: Any) -> dict[str, Any]:
-    """Computes `quality` of all records in the feedback store `path`; `options` are keyword arguments of `quality`.
+    """Computes `quality` of all records in the feedback store `path`.
+
+    `options` are keyword arguments of `quality`.
 
     Raises:
         UserError: the file does not exist or is no feedback store.
@@ -115,7 +119,10 @@ def quality_of_store(path: Path, **options: Any) -> dict[str, Any]:
 
 
 def _missing(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Returns the share of unanswered records of each source: of all, by length of the answers, and by generator."""
+    """Returns the share of unanswered records of each source.
+
+    The shares are of all records, by length of the answers, and by generator.
+    """
     rows = []
     for source in SOURCES:
         records = [i for i, record in enumerate(votes.used) if record.rater.source == source]

@@ -1,4 +1,7 @@
-"""Reliability of people, rules and AI judges in one rater model, judged by the other raters' verdicts. Runs on JAX."""
+"""Reliability of people, rules and AI judges in one rater model; runs on JAX.
+
+Each rater is judged by the verdicts of the others.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ PARTS = 10
 
 
 def rater_model(votes: Votes, shares: VoteShares, level: float) -> dict[str, Any]:
-    """Fits Dawid-Skene and Crowd-BT to all verdicts and returns every rater's reliability with its interval.
+    """Fits Dawid-Skene and Crowd-BT to all verdicts and returns every rater's reliability.
 
     `accuracy`: P(a verdict of the rater on a pair is right), by Dawid-Skene with first, tie and second as classes;
     raters of one source share a prior. `eta`: P(the rater reports what it sees), by Crowd-BT on the utilities of the
@@ -136,7 +139,10 @@ def _next_power_of_two(size: int) -> int:
 
 
 def _jackknife(values: Floats, level: float) -> EstimateFields:
-    """Returns the jackknife estimate of `values` [1 + parts]: the fit on all votes, then the fits without one part."""
+    """Returns the jackknife estimate of `values` [1 + parts].
+
+    The first value is the fit on all votes, the others are the fits without one part.
+    """
     logits = logit(np.clip(np.asarray(values, np.float64), 1e-4, 1 - 1e-4))
     whole, parts = logits[0], logits[1:]
     if not np.isfinite(logits).all():

@@ -1,7 +1,7 @@
-"""Statistics of agreement: chance-corrected agreement of raters, a judge against gold labels, ranks, diversity.
+"""Statistics of agreement, calibration, ranks and diversity.
 
-The statistics of confusion matrices, coincidences and moments are functions of *sums* over prompts, with any number of
-leading axes, so that `bootstrap.Bootstrap` can resample them. What cannot be computed is NaN. NumPy in float64 on the
+The statistics of confusion matrices, coincidences, moments and calibration are functions of *sums* over prompts, with
+any number of leading axes, so that `bootstrap.Bootstrap` can resample them. What cannot be computed is NaN. NumPy in float64 on the
 host; coincidences and alpha also take JAX arrays, which stay on the device.
 """
 
@@ -27,7 +27,9 @@ def observed_agreement(confusion: ArrayLike) -> Floats:
 
 
 def cohen_kappa(confusion: ArrayLike, values: ArrayLike | None = None) -> Floats:
-    """Computes Cohen's kappa of confusion matrices (Cohen 1960; with `values`: Cohen 1968, quadratic weights).
+    """Computes Cohen's kappa of confusion matrices.
+
+    Cohen 1960; with `values`, the quadratic weights of Cohen 1968.
 
     Args:
         confusion: [..., C, C], rows are one rater's categories, columns the other's.
@@ -48,7 +50,9 @@ def cohen_kappa(confusion: ArrayLike, values: ArrayLike | None = None) -> Floats
 
 
 def coincidences(votes: Any) -> Any:
-    """Returns Krippendorff's coincidence matrix [C, C] of one unit that A raters judged. NumPy or JAX arrays.
+    """Computes Krippendorff's coincidence matrix [C, C] of one unit that A raters judged.
+
+    NumPy arrays give NumPy arrays, JAX arrays give JAX arrays.
 
     Args:
         votes: [A, C], each rater's choice as a distribution over the categories: one-hot for a certain choice, split
@@ -93,7 +97,10 @@ def krippendorff_alpha(coincidence: Any, level: Level, values: ArrayLike | None 
 
 
 def interval_moments(values: ArrayLike) -> Floats:
-    """Returns the [4] moments of one unit's ratings [A] whose sums `interval_alpha` reads, without a table."""
+    """Computes the [4] moments of one unit's ratings [A].
+
+    `interval_alpha` reads sums of these moments; no table of coincidences is needed.
+    """
     given = np.asarray(values, np.float64)
     count = len(given)
     if count < 2:
@@ -130,7 +137,9 @@ def agreement_with_gold(labels: ArrayLike, gold: ArrayLike) -> float:
 
 
 def same_position_rate(p_first_order: ArrayLike, p_swapped: ArrayLike) -> float:
-    """Returns how often a judge picks the same *position* in both orders: 0 is unbiased, 1 judges the position alone.
+    """Computes how often a judge picks the same *position* in both orders.
+
+    0 is unbiased; 1 is a judge that looks at the position alone.
 
     Lee et al. 2023 (RLAIF, arXiv 2309.00267), appendix on position bias.
 
@@ -148,6 +157,70 @@ def same_position_rate(p_first_order: ArrayLike, p_swapped: ArrayLike) -> float:
     first, swapped = vector_pair(p_first_order, p_swapped, "p_first_order", "p_swapped")
     product = (first - 0.5) * (swapped - 0.5)
     return float(np.mean(judged_values(np.where(np.isnan(product), np.nan, product > 0))))
+
+
+# ---- Calibration of a judge's probabilities on pairs
+
+
+def fold_predictions(probability: ArrayLike, outcome: ArrayLike) -> tuple[Floats, Floats]:
+    """Returns (confidence in [.5, 1], share right), each [n], of predictions [n] about pairs.
+
+    Which answer of a pair is called first has no meaning, so a prediction of .2 that the first is better is one of .8
+    that the second is.
+    """
+    p, y = np.asarray(probability, np.float64), np.asarray(outcome, np.float64)
+    return np.maximum(p, 1 - p), np.where(p >= 0.5, y, 1 - y)
+
+
+def calibration_columns(confidence: ArrayLike, right: ArrayLike, bins: int = 10) -> Floats:
+    """Returns rows [n, 1 + 3 bins] whose sums `brier`, `calibration_error` and `reliability_bins` read.
+
+    A row holds the squared error; then for each of `bins` equally wide bins over [.5, 1] its count, sum of confidences
+    and sum right. A bin holds its lower edge, the last one both.
+    """
+    c, y = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
+    place = np.searchsorted(0.5 + np.arange(1, bins) / (2 * bins), c, side="right")
+    here = np.eye(bins)[place]
+    return np.concatenate([((c - y) ** 2)[:, None], here, here * c[:, None], here * y[:, None]], axis=1)
+
+
+def _split_bins(sums: ArrayLike) -> tuple[Floats, Floats, Floats]:
+    """Returns (count, sum of confidences, sum right), each [..., bins], of sums [..., 1 + 3 bins]."""
+    count, confidence, right = np.split(np.asarray(sums, np.float64)[..., 1:], 3, axis=-1)
+    return count, confidence, right
+
+
+def brier(sums: ArrayLike) -> Floats:
+    """Computes the mean squared error of the probabilities (Brier 1950).
+
+    0 is perfect; a judge that always gives one half has .25.
+    """
+    return divide(np.asarray(sums, np.float64)[..., 0], _split_bins(sums)[0].sum(-1))
+
+
+def calibration_error(sums: ArrayLike) -> Floats:
+    """Computes the expected calibration error over the bins (Guo et al. 2017, eq. 3).
+
+    Noise makes it larger.
+    """
+    count, confidence, right = _split_bins(sums)
+    return divide(np.abs(confidence - right).sum(-1), count.sum(-1))
+
+
+def reliability_bins(sums: ArrayLike) -> list[dict[str, float | None]]:
+    """Returns each bin's `low`, `high`, `count`, mean `confidence` and share `right` (None if empty)."""
+    count, confidence, right = _split_bins(sums)
+    width = 0.5 / len(count)
+    return [
+        {
+            "low": 0.5 + i * width,
+            "high": 0.5 + (i + 1) * width,
+            "count": float(count[i]),
+            "confidence": float(confidence[i] / count[i]) if count[i] else None,
+            "right": float(right[i] / count[i]) if count[i] else None,
+        }
+        for i in range(len(count))
+    ]
 
 
 # ---- Ranks and diversity
@@ -174,7 +247,9 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
-    """Returns different n-grams over all n-grams of all sequences (Li et al. 2016): low when a model has collapsed.
+    """Computes the number of different n-grams over the number of all n-grams (Li et al. 2016).
+
+    The n-grams are those of all sequences. A low value shows that a model has collapsed.
 
     Args:
         sequences: token ids of each answer, without padding; lengths may differ. Compare only sets of about the same

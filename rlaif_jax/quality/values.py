@@ -39,7 +39,9 @@ def judged_values(values: Floats) -> Floats:
 
 
 def group_index(groups: ArrayLike | None, values: Floats) -> tuple[NDArray[np.int64], int]:
-    """Returns (group number of every value [n], number of groups); groups that are all NaN are not counted.
+    """Returns the group number of every value [n], and the number of groups.
+
+    Groups that are all NaN are not counted.
 
     Args:
         groups: [n], the name of each value's group; None: each value is a group.
@@ -66,7 +68,10 @@ def sum_by_group(columns: ArrayLike, member: ArrayLike, count: int) -> Floats:
 
 
 def array_module(x: Any) -> tuple[Any, Any]:
-    """Returns (the array module of x, x as floats): float64 on the host; float32 on the device for a JAX array."""
+    """Returns the array module of x, and x as floats.
+
+    A JAX array becomes float32 on its device; all else becomes float64 on the host.
+    """
     if type(x).__module__.startswith("jax"):  # the type's name, because a report must not import JAX
         import jax.numpy as jnp
 

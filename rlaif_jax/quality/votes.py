@@ -1,4 +1,7 @@
-"""Reads records of feedback as votes on pairs of answers and marks of single answers, with everything numbered."""
+"""Reads records of feedback as votes on pairs of answers and marks of single answers.
+
+Prompts, answers, raters and pairs are numbered.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ FIRST, TIE, SECOND = 0, 1, 2
 
 
 class Pair(NamedTuple):
-    """Two answers of two writers to a prompt under a principle; the first is the one whose text sorts first.
+    """Two answers of two writers to a prompt under a principle.
+
+    The first answer is the one whose text sorts first.
 
     Attributes:
         cluster: index of the prompt.
@@ -92,7 +97,10 @@ class Votes:
 
 
 def current(judgements: Sequence[Judgement]) -> list[int]:
-    """Returns the indices of the records that are neither superseded nor a retraction; of equal records the first."""
+    """Returns the indices of the records that are neither superseded nor a retraction.
+
+    Of equal records only the first counts.
+    """
     gone = {judgement.supersedes for judgement in judgements if judgement.supersedes}
     kept: dict[Judgement, int] = {}
     for index, judgement in enumerate(judgements):
@@ -172,7 +180,10 @@ def _category(record: Ranking, chance: float) -> int:
 
 
 def _oriented(record: Ranking) -> Iterable[tuple[int, int, float]]:
-    """Yields the comparisons of unequal answers in a ranking, with the answer whose text sorts first as the first."""
+    """Yields the comparisons of unequal answers in a ranking.
+
+    The first answer of each is the one whose text sorts first.
+    """
     for i, j, chance in record.pairs():
         if record.answers[i] < record.answers[j]:
             yield i, j, chance
@@ -181,7 +192,10 @@ def _oriented(record: Ranking) -> Iterable[tuple[int, int, float]]:
 
 
 def _equal(record: Ranking) -> Iterable[tuple[int, int]]:
-    """Yields the equal answers of two known generators in a ranking, with the generator that sorts first as the first."""
+    """Yields the equal answers of two known generators in a ranking.
+
+    The first generator of each is the one whose name sorts first.
+    """
     for i, j in itertools.permutations(range(len(record.answers)), 2):
         one, two = _names(record, i, j)
         if record.answers[i] == record.answers[j] and one and one < two:

@@ -1,4 +1,7 @@
-"""Win-rate tables of the quality report: of every two generators, plain, at equal lengths, and debiased by labels."""
+"""Win-rate tables of the quality report, for every two generators.
+
+Win rates are plain, at equal lengths, and debiased by labels of people.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +165,10 @@ def _debiased_row(
     source: str,
     bootstrap: Bootstrap,
 ) -> list[dict[str, Any]]:
-    """Returns the row of a match by a judge debiased with people's labels, or no row if it judged none of its pairs."""
+    """Returns the row of a match by a judge debiased with people's labels.
+
+    The list is empty if the judge judged none of the match's pairs.
+    """
     judged = [(i, straight) for i, straight in match.pairs if i in judge]
     if not judged:
         return []

@@ -44,7 +44,9 @@ def win_rate_ci(
     level: float = 0.95,
     groups: ArrayLike | None = None,
 ) -> Estimate:
-    """Computes `win_rate` with its bootstrap interval; pairs are resampled, so that both answers stay together.
+    """Computes `win_rate` with its bootstrap interval.
+
+    Pairs are resampled, so that both answers to a prompt stay together.
 
     Args:
         a: [n], scores of one answer to each prompt.

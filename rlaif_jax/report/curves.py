@@ -1,4 +1,7 @@
-"""The curves of a run's page: one small SVG for every stage and key of metrics.jsonl; numbers and keys as text."""
+"""The curves of a run's page: one small SVG for every stage and key of metrics.jsonl.
+
+Numbers and keys stay text.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,10 @@ class Curves:
         self.window = False
 
     def main(self, stage: str) -> list[Plot]:
-        """Returns the plots to look at first: losses and accuracies; of the loop `QUANTITIES`, then whatever changes."""
+        """Returns the plots to look at first.
+
+        These are losses and accuracies; of the stage "rl" the keys of `QUANTITIES`, then the other keys that change.
+        """
         keys = [key for at, key in self._series if at == stage and self._is_main(stage, key)]
         if stage == RL_STAGE:
             place = {name: i for i, name in enumerate(QUANTITIES)}
@@ -158,7 +164,10 @@ class Curves:
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, Any] | None:
-    """Returns the centred mean over a twentieth of the points, without missing ones; None for short series."""
+    """Returns the centred mean over a twentieth of the points; None for short series.
+
+    Missing points are left out.
+    """
     if len(values) < 40:
         return None
     window = np.ones(max(3, len(values) // 20) // 2 * 2 + 1)
@@ -169,7 +178,10 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, An
 
 
 def _extremes(values: np.ndarray[Any, np.dtype[np.float64]], bins: int = 500) -> np.ndarray[Any, Any]:
-    """Returns the points to draw: all, or of a long series the lowest and highest of each bin (spikes stay)."""
+    """Returns the indices of the points to draw: all, or the lowest and highest of each bin.
+
+    Bins are for long series; spikes stay visible.
+    """
     if len(values) <= 2 * bins:
         return np.arange(len(values))
     kept = {0, len(values) - 1}
@@ -181,7 +193,9 @@ def _extremes(values: np.ndarray[Any, np.dtype[np.float64]], bins: int = 500) ->
 
 
 def draw_reliability(bins: Sequence[tuple[float, float, float]], name: str) -> str:
-    """Returns an SVG element: how often a judge is right over how confident it is. Larger bins have larger dots.
+    """Returns an SVG element: how often a judge is right, against how confident it is.
+
+    Larger bins have larger dots.
 
     On the diagonal a judge is as often right as it says.
 

@@ -17,7 +17,9 @@ _PACKAGES = ("rlaif_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def save_environment(run_folder: Path) -> Path:
-    """Writes `environment.json` ({"machine": ..., "versions": ...}) and returns its path; a run does so when it starts.
+    """Writes `environment.json`, {"machine": ..., "versions": ...}, and returns its path.
+
+    A run calls it when it starts.
 
     A page that is made later, perhaps on another machine, then still says what the run ran on.
 
@@ -31,7 +33,10 @@ def save_environment(run_folder: Path) -> Path:
 
 
 def environment_here() -> dict[str, dict[str, str | int | float]]:
-    """Returns the environment of this process, without devices if it has not loaded JAX: that would start a backend."""
+    """Returns the environment of this process.
+
+    Devices are left out if the process has not loaded JAX: to ask for them would start a backend.
+    """
     return {"machine": machine() if "jax" in sys.modules else _host(), "versions": {**versions()}}
 
 
@@ -45,7 +50,9 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str | int | float]:
-    """Returns what this process runs on: system, CPU, cores it may use, memory (GiB), JAX backend, devices.
+    """Returns a description of the machine that this process runs on.
+
+    It has system, CPU, cores that the process may use, memory (GiB), JAX backend and devices.
 
     Starts JAX's backend if it has not started yet. Holds no name or address of the machine.
     """

@@ -18,7 +18,9 @@ _ORDER = ("Win rates", "Win rates of the judge", "Agreement of sources", "Krippe
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackPage:
-    """The section as data. All is plain text except the plots' SVG, which holds only numbers and this package's labels.
+    """The section about feedback, as data.
+
+    All of it is plain text except the plots' SVG, which holds only numbers and this package's labels.
 
     Attributes:
         records: number of records in the store.
@@ -34,7 +36,11 @@ class FeedbackPage:
 
 
 def feedback_page(path: Path, *, reliability: bool = True) -> FeedbackPage:
-    """Returns the section about the feedback store `path`; with `reliability` the rater model is fitted, on JAX.
+    """Returns the section about the feedback store `path`.
+
+    Args:
+        path: the store's file.
+        reliability: whether the rater model is fitted, which runs on JAX.
 
     Raises:
         UserError: the store cannot be read.

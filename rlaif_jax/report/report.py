@@ -1,4 +1,4 @@
-"""The page of a run: `report.html`, one file that needs nothing else, made from what the run folder holds.
+"""The page of a run: `report.html`, one self-contained file made from the run folder.
 
 A run in its first minute has few files; whatever is missing is left out. Samples, names and settings are
 untrusted text: the template (report.html.jinja) escapes everything, plots carry no text but numbers and this
@@ -170,7 +170,10 @@ def _checks(checks: Any) -> list[tuple[str, str, str]]:
 
 
 def _pairs(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the samples of the same index and prompt before and after training; the newest of each counts."""
+    """Returns pairs of samples before and after training with the same index and prompt.
+
+    The newest sample of each counts.
+    """
     pairs: dict[tuple[Any, str], dict[str, Any]] = {}
     for sample in samples:
         stage = sample.get("stage")
@@ -201,7 +204,10 @@ def _cut(text: str) -> str:
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns rows of settings, no secrets: {"ppo": {"clip_range": .2}, "parts": [{"a": 9}]} -> ppo.clip_range, parts.0.a"""
+    """Returns (dotted name, value) rows of settings, without secrets.
+
+    The settings {"ppo": {"clip_range": .2}, "parts": [{"a": 9}]} give rows for "ppo.clip_range" and "parts.0.a".
+    """
     flat: list[tuple[str, str]] = []
     for key, value in settings.items():
         name = f"{prefix}{key}"

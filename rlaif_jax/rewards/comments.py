@@ -1,4 +1,4 @@
-"""Comments to rewards: from their valence and the aspects they are about, and the weights of the aspects.
+"""Comments to rewards: from their valence and aspects, and from the weights of the aspects.
 
 A comment reaches this file as two things: its valence v in [-1, 1], how good it says the answer is, and its aspects x
 [A] in [0, 1], how much it is about each topic. Both come from classifiers (`feedback.judges.sentiment`) or from the
@@ -21,7 +21,14 @@ from rlaif_jax.rewards.shaping import Masked, masked
 
 
 def valence(log_odds: jax.Array, valid: jax.Array) -> Masked:
-    """Returns valence [...] in [-1, 1] from log-odds l of "positive" in nats: P(positive) - P(negative) = tanh(l / 2)."""
+    """Computes the valence [...] in [-1, 1] of comments from log-odds.
+
+    It is P(positive) - P(negative) = tanh(l / 2).
+
+    Args:
+        log_odds: l [...] of "positive", in nats.
+        valid: [...] bool, false where missing.
+    """
     log_odds, valid = masked(log_odds, valid)
     return Masked(jnp.tanh(0.5 * log_odds), valid)
 
@@ -75,7 +82,9 @@ def pool_comments(
     weights: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> Masked:
-    """Returns the weighted mean [B, ...] of the comments on each answer; missing for an answer without comments.
+    """Computes the weighted mean [B, ...] of the comments on each answer.
+
+    An answer without comments is missing.
 
     Args:
         values: [C, ...], of the comments.
@@ -126,12 +135,20 @@ class Pragmatic:
 
 
 def aspect_prior(aspects: int, precision: float = 1.0) -> AspectPosterior:
-    """Returns the posterior before any comment: mean 0 and the same precision for each of `aspects` aspects."""
+    """Returns the posterior of the aspect weights before any comment.
+
+    Args:
+        aspects: A, number of aspects.
+        precision: the same for each aspect; the mean of each is 0.
+    """
     return AspectPosterior(mean=jnp.zeros(aspects), precision=precision * jnp.eye(aspects))
 
 
 class _Evidence(NamedTuple):
-    """Contributions of comments: outer [C, A, A] to the precision, shift [C, A] to precision x mean; or their sums."""
+    """Contributions of comments to the posterior, or the sums of the contributions.
+
+    outer [C, A, A] adds to the precision, shift [C, A] to precision x mean.
+    """
 
     outer: jax.Array
     shift: jax.Array
@@ -145,7 +162,10 @@ def _observed(
     pragmatic: Pragmatic | None,
     summed: bool,
 ) -> _Evidence:
-    """Returns the evidence of each comment, or with `summed` of all of them; other arguments as `aspect_posterior`."""
+    """Returns the evidence of each comment, or with `summed` of all comments together.
+
+    Other arguments are those of `aspect_posterior`.
+    """
     chex.assert_shape(aspects, (*valence.shape, None))
     v, valid = masked(valence, valid & jnp.isfinite(aspects).all(-1))
     x = jnp.where(valid[:, None], aspects, 0).astype(jnp.float32)
@@ -175,7 +195,9 @@ def aspect_posterior(
     pragmatic: Pragmatic | None = None,
     axis_name: str | None = None,
 ) -> AspectPosterior:
-    """Computes the posterior over aspect weights after C comments, all at once (Sumers 2021; Bayesian regression).
+    """Computes the posterior over aspect weights after C comments, all at once.
+
+    Bayesian regression, as in Sumers 2021:
 
     L' = L + sum_c p_c x_c x_c^T,  mu' = L'^-1 (L mu + sum_c p_c v_c x_c), for v_c = w . x_c + noise of variance 1 / p_c.
     The order of the comments does not matter: `aspect_posterior_scan` gives the same. `vmap` over a leading axis keeps a

@@ -1,4 +1,6 @@
-"""Corrections to rewards: an edited answer is aligned with the original, a marked span pays where it ends. Pure jnp.
+"""Corrections to rewards: an edited answer is aligned with the original, a span pays at its end.
+
+All is pure jnp.
 
 The alignment is the dynamic programme of Wagner and Fischer (1974, "The string-to-string correction problem") on token
 ids: one `lax.scan` over the rows, each row a cumulative minimum, so that T + 1 steps of vector work align a whole batch.
@@ -85,7 +87,10 @@ def _table(
 
 
 def _distance(last: jax.Array, length: jax.Array) -> jax.Array:
-    """Returns the distance [] from the last row [U + 1] of the table and the number `length` [] of real target tokens."""
+    """Returns the distance [] from the last row [U + 1] of the table.
+
+    `length` [] is the number of real target tokens.
+    """
     edit = last.shape[0] + 1
     return (last[length] + edit - 1) // edit
 
@@ -177,7 +182,9 @@ def align(answer: jax.Array, answer_mask: jax.Array, corrected: jax.Array, corre
 
 
 def edit_reward(distance: jax.Array, corrected_mask: jax.Array) -> jax.Array:
-    """Returns -distance / number of tokens of the correction, [...] float32: minus the human-targeted edit rate.
+    """Computes -distance / number of tokens of the correction, [...] float32.
+
+    This is minus the human-targeted edit rate.
 
     HTER (Snover 2006), without its block shifts. 0 is an answer that needed no edit; below -1 is one that was longer
     than its correction. A correction that deletes everything counts as one token long.
@@ -199,7 +206,9 @@ def token_blame(
     deleted: float | jax.Array = -1.0,
     insertion: float | jax.Array = -0.5,
 ) -> jax.Array:
-    """Returns dense rewards [..., T] float32 by what the correction did to each token of the answer; 0 where masked.
+    """Computes dense rewards [..., T] float32 from what a correction did to each token of the answer.
+
+    Rewards are 0 where the answer is masked.
 
     PRELUDE (Gao 2024) learns from the edit distance; RLMEC (Chen 2024) from the tokens of a minimal edit, as here.
 
@@ -275,7 +284,9 @@ def correction_rewards(
 def span_rewards(
     starts: jax.Array, ends: jax.Array, values: jax.Array, span_mask: jax.Array, answer_mask: jax.Array
 ) -> jax.Array:
-    """Returns each span's value as a reward at its last token: [..., T] float32 (Wu 2023, fine-grained rewards).
+    """Returns each span's value as a reward at its last token: [..., T] float32.
+
+    Wu 2023, fine-grained rewards.
 
     Values of spans that end together add up. A span that runs past the answer's real tokens pays at the last one inside
     it; a span without a real token pays nothing.

@@ -1,4 +1,6 @@
-"""Utilities of items and reliability of raters from comparisons: Crowd-BT, as flat arrays like `rewards.raters`.
+"""Crowd-BT: utilities of items and reliability of raters from comparisons.
+
+Comparisons are flat arrays, as in `rewards.raters`.
 
 N comparisons, I items, W workers (people, AI judges and rules alike). Pure: under jit, vmap, pmap and sharded; with
 `axis_name` each device holds a share of the comparisons and all get the result of the whole.
@@ -41,7 +43,10 @@ class CrowdBT:
 
 
 def crowd_bt_log_prob(difference: jax.Array, logit: jax.Array, first_wins: jax.Array) -> jax.Array:
-    """Computes log of eta sigma(D) + (1 - eta) sigma(-D) where the first wins, of its complement where the second does.
+    """Computes the log-probability of a worker's report on a comparison.
+
+    It is log(eta sigma(D) + (1 - eta) sigma(-D)) where the first item wins, and the log of the complement where the
+    second wins.
 
     Chen 2013, "Pairwise ranking aggregation in a crowdsourced setting", equation 4.
 
@@ -73,7 +78,9 @@ def crowd_bt(
     max_steps: int = 200,
     axis_name: str | None = None,
 ) -> CrowdBT:
-    """Fits utilities and reliabilities to comparisons, at the maximum of their posterior (Chen 2013, section 3).
+    """Fits utilities and reliabilities to comparisons, at the maximum of their posterior.
+
+    Chen 2013, section 3.
 
     Args:
         first: [N] int, item.
@@ -142,7 +149,10 @@ def crowd_bt(
 def _per_comparison(
     likelihood: Callable[[Any], jax.Array], penalty: Callable[[Any], jax.Array], total: jax.Array, axis_name: str | None
 ) -> ValueAndGrad:
-    """Returns the function params -> (penalty - log likelihood of all devices, gradient), both over `total`."""
+    """Returns the function params -> (penalty - log likelihood of all devices, gradient).
+
+    Both are divided by `total`.
+    """
 
     def objective(params: Any) -> tuple[jax.Array, Any]:
         value, gradient = jax.value_and_grad(lambda p: -likelihood(p))(params)
@@ -161,12 +171,20 @@ def _information(difference: jax.Array, logit: jax.Array) -> jax.Array:
 
 
 def pair_probability(utility: jax.Array, first: Any, second: Any) -> jax.Array:
-    """Returns soft labels [...]: P(first is better than second) = sigma(s_first - s_second), from utilities [I]."""
+    """Computes soft labels [...]: P(first is better) = sigmoid(s_first - s_second).
+
+    Args:
+        utility: s [I], in nats.
+        first: [...] int, item.
+        second: [...] int, item.
+    """
     return jax.nn.sigmoid(utility[jnp.asarray(first)] - utility[jnp.asarray(second)])
 
 
 def judgement_probability(fit: CrowdBT, first: Any, second: Any, worker: Any, first_wins: Any) -> jax.Array:
-    """Returns the posterior that the first item is better given one worker's report, with `pair_probability` as prior.
+    """Computes the probability that the first item is better, given one worker's report.
+
+    The prior is `pair_probability`.
 
     The report must be about a comparison that is not among those of the fit.
 

@@ -1,4 +1,4 @@
-"""Formulas over predicates as soft logic: truth in [0, 1] that can be differentiated, and Boolean logic on {0, 1}.
+"""Formulas over predicates as differentiable soft logic in [0, 1], and Boolean logic on {0, 1}.
 
 A formula is a small tree, built in Python (`Atom("polite") & ~Atom("long")`) or read from text. It is part of the
 program, not of the data: under `jit` it is a constant, the predicates are arrays.
@@ -114,7 +114,10 @@ _WORDS = {"and": "&", "or": "|", "not": "!"}
 
 
 class _Token(NamedTuple):
-    """A token of a formula's text. kind: "name", "mark" or "end"; place: its first character, counted from 1."""
+    """A token of a formula's text.
+
+    kind: "name", "mark" or "end"; place: its first character, counted from 1.
+    """
 
     kind: str
     text: str
@@ -160,7 +163,10 @@ def _tokens(text: str) -> list[_Token]:
 
 @dataclasses.dataclass(frozen=True)
 class _Parser:
-    """Reads a formula by recursive descent, a method for each strength of binding; `rest` has the next token last."""
+    """Reads a formula by recursive descent, with a method for each strength of binding.
+
+    `rest` has the next token last.
+    """
 
     text: str
     rest: list[_Token]
@@ -259,7 +265,10 @@ def truth(
 def _interval(
     formula: Formula, place: dict[str, int], low: jax.Array, high: jax.Array, tnorm: TNorm
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the least and the greatest truth [...] with each predicate between `low` and `high` [..., P]."""
+    """Returns the least and the greatest truth [...] of a formula.
+
+    Each predicate lies between `low` and `high` [..., P].
+    """
 
     def inside(part: Formula) -> tuple[jax.Array, jax.Array]:
         return _interval(part, place, low, high, tnorm)
@@ -287,7 +296,10 @@ def _conjunction(parts: Sequence[jax.Array], tnorm: TNorm) -> jax.Array:
 
 
 def _within(x: jax.Array) -> jax.Array:
-    """Returns x clipped to [0, 1] with gradient 1 at 0 and 1, where Boolean predicates are (`jnp.clip` halves it)."""
+    """Returns x clipped to [0, 1], with gradient 1 at 0 and 1.
+
+    Boolean predicates are at 0 and 1, where the gradient of `jnp.clip` is a half.
+    """
     return jnp.where(x < 0, 0.0, jnp.where(x > 1, 1.0, x))
 
 

@@ -1,4 +1,7 @@
-"""Optimisers for small smooth problems inside a compiled program: Newton's method and L-BFGS. Pure jnp, deterministic."""
+"""Newton's method and L-BFGS for small smooth problems inside a compiled program.
+
+Pure jnp, deterministic.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def newton(
 
 
 def halved(objective: Callable[[jax.Array], jax.Array]) -> Damping:
-    """Returns a damping that takes the first of 1, 1/2, 1/4 ... of a step that lowers `objective`; 0 if none does."""
+    """Returns a damping that takes the first of 1, 1/2, 1/4 ... of a step that lowers `objective`.
+
+    The step is 0 if no such part of it lowers the objective.
+    """
     lengths = 0.5 ** jnp.arange(12.0)
 
     def damping(x: jax.Array, full: jax.Array) -> jax.Array:
@@ -78,7 +84,10 @@ def halved(objective: Callable[[jax.Array], jax.Array]) -> Damping:
 
 
 def capped(x: jax.Array, full: jax.Array) -> jax.Array:
-    """Shortens a step whose largest entry is above 1 to 1: the quadratic model of Newton's method holds nearby only."""
+    """Scales a step whose largest absolute entry is above 1 down to 1.
+
+    The quadratic model of Newton's method holds nearby only.
+    """
     return full / jnp.maximum(1.0, jnp.abs(full).max())
 
 

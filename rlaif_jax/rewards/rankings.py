@@ -1,4 +1,6 @@
-"""Rankings to rewards: losses for a reward model and utilities of items, from comparisons and lists. Pure jnp.
+"""Rankings to rewards: losses of a reward model and utilities of items. Pure jnp.
+
+Both start from comparisons and from lists.
 
 The losses take scores and give one loss a comparison, in nats, computed in float32. What a mask takes out costs nothing
 and gets no gradient, whatever it holds. `mean_loss` averages them with weights over all devices. The fits find the
@@ -21,7 +23,9 @@ NEGATIVE = -1e30  # instead of log 0: finite, so that its gradient is 0 and not 
 
 
 def mean_loss(losses: jax.Array, weight: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """Returns this device's part [] float32 of the weighted mean of losses [...]; the parts sum to the mean.
+    """Computes this device's part [] float32 of the weighted mean of losses.
+
+    The parts of all devices sum to the mean.
 
     Rows of weight 0 are missing. Without any weight the mean is 0.
     """
@@ -62,7 +66,9 @@ def both_orders(
 def bradley_terry(
     first: jax.Array, second: jax.Array, probability: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """Computes -p log sigmoid(s1 - s2) - (1 - p) log sigmoid(s2 - s1), the Bradley-Terry loss with soft labels.
+    """Computes the Bradley-Terry loss with soft labels.
+
+    loss = -p log sigmoid(s1 - s2) - (1 - p) log sigmoid(s2 - s1).
 
     Lee 2023, section 2.1.2: cross-entropy to softmax(s1, s2).
 
@@ -235,7 +241,9 @@ def fit_davidson(
     ridge: float | jax.Array = 0.01,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Finds utilities of items from N comparisons with ties (`davidson`) by Newton's method, as `fit_bradley_terry`.
+    """Fits utilities of items to N comparisons with ties, by Newton's method.
+
+    The model is `davidson`; the method is that of `fit_bradley_terry`.
 
     Args:
         first: [N] int, number of the first item.

@@ -1,4 +1,6 @@
-"""Classes of items and reliability of raters from their labels: majority and Dawid-Skene. `crowd_bt` has comparisons.
+"""Classes of items and reliability of raters from labels: majority and Dawid-Skene.
+
+`crowd_bt` is for comparisons.
 
 N labels, I items, W workers (people, AI judges and rules alike, in one model), C classes, G kinds of worker. Every
 function takes flat arrays and static sizes; weight [N] or None (= 1 each) is a number of equal labels, 0 is a missing
@@ -262,7 +264,10 @@ def _em(
 def _expect(
     labels: _Labels, prior: jax.Array, confusion: jax.Array, num_items: int, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns posterior [I, C] and log evidence [I] of the items, given class prior [C] and confusion [W, C, C]."""
+    """Returns posterior [I, C] and log evidence [I] of the items.
+
+    The class prior is `prior` [C], the workers' confusion matrices are `confusion` [W, C, C].
+    """
     item, worker, label, weight = labels
     single = jnp.einsum("nkl,nl->nk", jnp.log(jnp.maximum(confusion, 1e-30))[worker], label)
     joint = group_sum(weight[:, None] * single, item, num_items, axis_name)

@@ -1,4 +1,6 @@
-"""Models of raters who differ in mean, stretch and noise: utilities from ordinal or continuous ratings.
+"""Models of raters who differ in mean, stretch and noise: utilities from ratings.
+
+Ratings are ordinal or continuous.
 
 N ratings, I items, R raters, C categories, Q nodes of the quadrature; flat arrays as in `rewards.ratings`. The items are
 integrated out; the raters' parameters are at the maximum of their posterior. Pure: under jit, vmap, pmap and sharded;
@@ -75,7 +77,9 @@ def _items(mean: jax.Array, std: jax.Array, valid: jax.Array) -> Utilities:
 
 
 def bin_values(value: Any, weight: Any = None, *, num_bins: int) -> jax.Array:
-    """Returns categories [N] int32 in 0 .. num_bins - 1 of continuous ratings [N], in bins of about equal weight.
+    """Returns categories [N] int32 in 0 .. num_bins - 1 of continuous ratings [N].
+
+    Bins have about equal weight.
 
     Equal values share a bin. Bins are cut on the pooled ratings, so give all of them at once (no `axis_name`).
     """
@@ -92,7 +96,9 @@ def bin_values(value: Any, weight: Any = None, *, num_bins: int) -> jax.Array:
 
 
 def ordinal_log_prob(category: jax.Array, response: jax.Array, noise: jax.Array, thresholds: jax.Array) -> jax.Array:
-    """Computes log P(Y = category) in nats, where P(Y <= c) = sigmoid((theta_c - response) / noise): McCullagh 1980.
+    """Computes log P(Y = category) in nats of the cumulative-logit model (McCullagh 1980).
+
+    P(Y <= c) = sigmoid((theta_c - response) / noise).
 
     Exact also where both tails round to 1: log(sigma(u) - sigma(l)) = log sigma(u) + log sigma(-l) + log(1 - exp(l - u)).
 
@@ -112,7 +118,9 @@ def ordinal_log_prob(category: jax.Array, response: jax.Array, noise: jax.Array,
 
 @dataclasses.dataclass(frozen=True)
 class _OrdinalModel:
-    """The ordinal model of some ratings: its posterior as a function of raters' and thresholds' parameters.
+    """The ordinal model of some ratings: its posterior as a function of parameters.
+
+    The parameters are those of the raters and the thresholds.
 
     Attributes:
         ratings: the ratings; weight 0 where the category is missing.
@@ -227,7 +235,9 @@ def fit_ordinal(
     max_steps: int = 200,
     axis_name: str | None = None,
 ) -> RatingModel:
-    """Fits P(Y <= c) = sigmoid((theta_c - b_rater - c_rater s_item) / tau_rater), categories 0 .. C - 1, s ~ N(0, 1).
+    """Fits the ordinal model of ratings, whose raters have a bias, a scale and a noise.
+
+    P(Y <= c) = sigmoid((theta_c - b_rater - c_rater s_item) / tau_rater), categories 0 .. C - 1, s ~ N(0, 1).
 
     The cumulative-logit (graded response) model of Samejima 1969 with each rater's bias b, scale c and noise tau. The
     items are integrated out by adaptive quadrature (Bock & Aitkin 1981), not maximised: with two or three ratings an
@@ -286,7 +296,10 @@ def fit_ordinal(
 
 
 def _moments(weights: jax.Array, nodes: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns posterior mean [I] and standard deviation [I], at least half a step, which is the grid's resolution."""
+    """Returns posterior mean [I] and standard deviation [I] of the items.
+
+    The standard deviation is at least half a step, which is the grid's resolution.
+    """
     mean = jnp.sum(weights * nodes, axis=1)
     variance = jnp.sum(weights * (nodes - mean[:, None]) ** 2, axis=1)
     return mean, jnp.maximum(jnp.sqrt(variance), step / 2)
@@ -297,7 +310,9 @@ def _moments(weights: jax.Array, nodes: jax.Array, step: jax.Array) -> tuple[jax
 
 @dataclasses.dataclass(frozen=True)
 class _GaussianModel:
-    """The Gaussian model of ratings in standard units: its posterior as a function of the raters' parameters.
+    """The Gaussian model of ratings in standard units: its posterior as a function of parameters.
+
+    The parameters are those of the raters.
 
     Attributes:
         ratings: the ratings, value = (rating - centre) / unit, 0 where missing.

@@ -1,4 +1,6 @@
-"""Ratings to utilities: raw means and per-rater z-scores; `rating_models` has models of raters who differ.
+"""Ratings to utilities: raw means and per-rater z-scores.
+
+`rating_models` has models of raters who differ.
 
 N ratings, I items, R raters. Every function takes flat arrays item [N] int, rater [N] int, value [N] (any float or
 integer type; computed in float32, in float64 if given so) and weight [N] or None (= 1 each), a number of equal
@@ -68,7 +70,9 @@ def group_sum(x: jax.Array, group: jax.Array, size: int, axis_name: str | None =
 def raw_mean(
     item: Any, rater: Any, value: Any, weight: Any = None, *, num_items: int, axis_name: str | None = None
 ) -> Utilities:
-    """Computes the mean rating of each item; its standard error pools the spread within items, sigma / sqrt(weight).
+    """Computes the mean rating of each item.
+
+    Its standard error pools the spread within items: sigma / sqrt(weight).
 
     Args:
         item: [N] int.

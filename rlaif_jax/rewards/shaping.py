@@ -32,7 +32,10 @@ class Masked(NamedTuple):
 
 
 def masked(values: jax.Array, valid: jax.Array) -> Masked:
-    """Returns values [...] in float32, 0 where they are missing; a value that is not finite counts as missing."""
+    """Returns values [...] in float32, 0 where they are missing, and their validity [...].
+
+    A value that is not finite counts as missing.
+    """
     valid = valid.astype(bool) & jnp.isfinite(values)
     return Masked(jnp.where(valid, values, 0).astype(jnp.float32), valid)
 
@@ -94,7 +97,7 @@ class Shaping:
 
 
 def shaped_rewards(shaping: Shaping, normaliser: Normaliser, judged: Feedback, rollout: Rollout) -> RewardBatch:
-    """Returns the rewards of B answers: all that is done to a judgement before an algorithm learns from it.
+    """Computes the rewards of B answers: all that is done to a judgement before an algorithm uses it.
 
     Each reward is normalised, the present ones are combined by their weights (`combine`), and answers without a stop
     token go by the missing-EOS rule. Dense rewards stay as they are.
@@ -168,7 +171,9 @@ def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked
 def length_penalty(
     response_mask: jax.Array, *, per_token: float, free: float = 0.0, most: float = jnp.inf
 ) -> jax.Array:
-    """Returns a term [B] of the reward, <= 0: -per_token (length - free) for answers longer than `free` tokens.
+    """Computes a term [B] of the reward, at most 0, that punishes long answers.
+
+    It is -per_token (length - free) for answers longer than `free` tokens, and at least -most.
 
     DAPO's soft overlong punishment (Yu 2025, eq. 13) is free = L_max - L_cache, per_token = 1 / L_cache, most = 1.
 
@@ -215,7 +220,10 @@ def _enough(valid: jax.Array, least: int) -> jax.Array:
 
 
 def ensemble_mean(scores: jax.Array, valid: jax.Array, *, least: int = 1) -> Masked:
-    """Returns the mean [...] of the present scores [..., M]; valid where at least `least` members are present."""
+    """Computes the mean [...] of the present scores [..., M].
+
+    It is valid where at least `least` members are present.
+    """
     scores, valid = masked(scores, valid)
     some = _enough(valid, least)
     return Masked(jnp.where(some, scores.sum(-1) / jnp.maximum(valid.sum(-1), 1), 0.0), some)

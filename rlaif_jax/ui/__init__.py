@@ -1,1 +1,4 @@
-"""The annotation page: people compare, rank, rate, edit, comment and chat in the browser. Needs the extra `ui`."""
+"""The annotation page in the browser; needs the extra `ui`.
+
+People compare, rank, rate, edit and comment on answers, and chat with a model.
+"""

@@ -37,6 +37,7 @@ class AsciiJson(JSONResponse):
     """JSON in ASCII: a lone surrogate, which UTF-8 cannot hold, is written as an escape."""
 
     def render(self, content: Any) -> bytes:
+        """Returns the bytes of the response: `content`, made of JSON types, in canonical ASCII JSON."""
         return canonical(content).encode()
 
 

@@ -1,4 +1,7 @@
-"""`python -m rlaif_jax judge`: asks a model behind an API the questions in files and records its judgements."""
+"""The tool `python -m rlaif_jax judge`: asks a model behind an API and records its judgements.
+
+The questions come from files.
+"""
 
 from __future__ import annotations
 

@@ -88,13 +88,14 @@ class ApiConfig:
             "@" not in address.partition("/")[0],
             "server holds a user name or a key; put the key into an environment variable and name that with key_env",
         )
+        settings = vars(self)
         for name in ("concurrency", "repeats", "attempts", "top_logprobs"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+            require(settings[name] >= 1, f"{name} must be at least 1, not {settings[name]}")
         for name in ("requests_per_minute", "tokens_per_minute", "timeout_s"):
-            value = getattr(self, name)
+            value = settings[name]
             require(value is None or value > 0, f"{name} must be more than 0, not {value}")
         for name in ("budget_usd", "budget_tokens", "budget_s", "temperature", "max_tokens", "max_wait_s"):
-            value = getattr(self, name)
+            value = settings[name]
             require(value is None or value >= 0, f"{name} must not be negative, but is {value}")
         require(0 <= self.min_mass <= 1, f"min_mass must lie in 0 .. 1, not {self.min_mass}")
         priced = self.usd_per_million_prompt > 0 or self.usd_per_million_completion > 0

@@ -1,4 +1,4 @@
-"""A judge behind an API, for a training loop: questions go out in the background, judgements come in as they arrive.
+"""A judge behind an API, for a training loop: calls run in the background of the loop.
 
     config = ApiConfig(server="http://127.0.0.1:8000/v1", model="qwen")
     with ApiJudge(config, store=folder / "feedback.sqlite") as judge:

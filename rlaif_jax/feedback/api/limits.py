@@ -1,4 +1,6 @@
-"""Limits of a judge's calls: calls at a time, requests and tokens a minute, and a budget of tokens, money and time.
+"""Limits of a judge's calls: concurrent calls, requests and tokens a minute, and a budget.
+
+The budget limits tokens, money and time.
 
 Every limiter belongs to one asyncio loop. A call reserves *beforehand* the most that it can use and gives
 back afterwards what it did not use, so that no limit is ever passed.

@@ -1,4 +1,4 @@
-"""Questions and their wording: a template with placeholders becomes messages, and data cannot pose as a verdict.
+"""Questions and their wording: a template becomes messages, and data cannot pose as a verdict.
 
 `{nonce}` is six hexadecimal digits made from the question; a writer of answers cannot know them. Text in the
 data that looks like the nonce, like a verdict or like a chat model's control token is rewritten before the

@@ -1,4 +1,4 @@
-"""Verdicts: a judge's reply is parsed as a verdict, a verdict becomes a judgement, two judgements a preference.
+"""Verdicts: parses a judge's reply, and makes judgements and preferences of verdicts.
 
 A label is read from its log-probability where the server gives it, and from the words elsewhere. Two
 judgements of a pair, one in each order, make a preference without position bias (Lee 2023, section 2.2).

@@ -1,4 +1,4 @@
-"""A constitution: one readable TOML file of principles in words (for judges) and of rules and formulas (for machines).
+"""A constitution: one TOML file of principles for judges, and of rules and formulas for machines.
 
     name = "kind and brief"            # the rater of its feedback is named rule/kind and brief
     logic = "lukasiewicz"              # or "product": see `rewards.logic.truth`

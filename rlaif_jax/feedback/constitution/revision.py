@@ -1,4 +1,6 @@
-"""Critique and revision under sampled principles: a writer corrects itself (Constitutional AI, Bai 2022, section 3.1).
+"""Critique and revision under sampled principles: a writer corrects its own answers.
+
+Constitutional AI, Bai 2022, section 3.1.
 
 An answer is criticised by a principle that is drawn at random, then revised by the critique; the revision is
 criticised in the next round. The prompt and the last revision are a supervised pair; every round is a

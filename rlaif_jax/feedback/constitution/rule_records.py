@@ -1,4 +1,4 @@
-"""Records of a constitution's rules in every form of feedback: ratings, rankings, comments, corrections.
+"""Records of a constitution's rules: ratings, rankings, comments and corrections.
 
 The rater of the records has the source "rule" and is named after the constitution; the same texts give the
 same records. Where the rules give no judgement, the record has the status `abstained`.

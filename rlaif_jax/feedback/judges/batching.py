@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 def check_batch_size(name: str, size: int, runner: Runner) -> None:
-    """Raises UserError, with `name` as the name of the setting's owner, unless a batch can be split over the devices."""
+    """Raises UserError unless a batch of `size` rows can be split over the devices of `runner`.
+
+    `name` is the owner of the setting `batch_size`, for the message.
+    """
     require(
         size >= 1 and size % runner.devices == 0,
         f"{name}.batch_size ({size}) must be a multiple of the {runner.devices} devices",

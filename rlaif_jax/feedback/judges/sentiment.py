@@ -188,7 +188,8 @@ class SentimentConfig:
     def __post_init__(self) -> None:
         require(0 < self.held_out < 1, f"judge.held_out must lie between 0 and 1, not {self.held_out}")
         for field in ("updates", "batch_size", "width", "vocab_size", "min_frequency", "max_words"):
-            require(getattr(self, field) >= 1, f"judge.{field} must be >= 1, not {getattr(self, field)}")
+            value = vars(self)[field]
+            require(value >= 1, f"judge.{field} must be >= 1, not {value}")
 
 
 def word_tokenizer(texts: Sequence[str], config: SentimentConfig) -> HuggingFaceTokenizer:
@@ -420,7 +421,10 @@ class SentimentJudge:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SentimentSource(FeedbackSource):
-    """The judge's log-odds of each answer (without its prompt) as feedback, negated where sadder is better."""
+    """Gives the judge's log-odds of each answer, without its prompt, as feedback.
+
+    The log-odds are negated where sadder is better.
+    """
 
     judge: SentimentJudge
     mood: Mood = "happier"

@@ -24,32 +24,31 @@ from tests.feedback.api_server import BIAS, Wrong, completion, right, serve
 pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
 
 
-@pytest.mark.slow
-def test_two_thousand_judgements_through_every_trouble(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    """Right, slow, 429 + Retry-After, 500, hang, reset, cut JSON, wrong schema, prose; then a second and a third run."""
-    key = "sk-live-very-secret-0123456789"
-    monkeypatch.setenv("JUDGE_KEY", key)
-    caplog.set_level(logging.INFO)
-    rng, lock = random.Random(1), threading.Lock()
-    calm = [False]
-    seen: dict[str, int] = {}
+KEY = "sk-live-very-secret-0123456789"
 
-    def behave(body: dict[str, Any], number: int) -> Any:
+
+class TroubledServer:
+    """Answers rightly or with one of seven kinds of trouble, drawn at random; with `calm` set, rightly only."""
+
+    def __init__(self) -> None:
+        self.rng, self.lock = random.Random(1), threading.Lock()
+        self.calm = False
+        self.seen: dict[str, int] = {}
+
+    def __call__(self, body: dict[str, Any], number: int) -> Any:
         good = right(body)
         text = body["messages"][-1]["content"]
-        if calm[0] or "quality" not in text:
+        if self.calm or "quality" not in text:
             return good
         if "cursed" in text:  # never answered
             return Wrong(503)
         if "prosaic" in text:
             return completion("Both answers have their merits.", prompt_tokens=20, completion_tokens=6)
-        with lock:
-            trouble = rng.choices(
+        with self.lock:
+            trouble = self.rng.choices(
                 ["", "slow", "429", "500", "hang", "reset", "cut", "schema"], [86, 4, 1.5, 2, 0.5, 2, 2, 2]
             )[0]
-            seen[trouble] = seen.get(trouble, 0) + 1
+            self.seen[trouble] = self.seen.get(trouble, 0) + 1
         if trouble == "cut":
             return json.dumps(good).encode()[:-40]
         if trouble == "schema":
@@ -60,6 +59,15 @@ def test_two_thousand_judgements_through_every_trouble(
         ways = {"429": Wrong(429, Retry_After="0.2"), "500": Wrong(500), "hang": Wrong(event="hang")}
         return good if not trouble else ways.get(trouble, Wrong(event="reset"))
 
+
+@pytest.mark.slow
+def test_two_thousand_judgements_through_every_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Right, slow, 429 + Retry-After, 500, hang, reset, cut JSON, wrong schema, prose; then a second and a third run."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    caplog.set_level(logging.INFO)
+    behave = TroubledServer()
     names = ["cursed"] * 5 + ["prosaic"] * 5 + ["plain"] * 990
     questions = [
         Question(f"{name} {i}", pair.answers) for i, (name, pair) in enumerate(zip(names, pairs(1000), strict=True))
@@ -75,7 +83,7 @@ def test_two_thousand_judgements_through_every_trouble(
         with ApiJudge(config(server.url, **settings), store=tmp_path / "f.sqlite") as judge:
             outcomes = judge.judge(questions, PAIRWISE)
             spent = judge.spent
-        assert set(seen) == {"", "slow", "429", "500", "hang", "reset", "cut", "schema"}
+        assert set(behave.seen) == {"", "slow", "429", "500", "hang", "reset", "cut", "schema"}
         entries = [entry for outcome in outcomes for entry in outcome.judgements]
         assert len(entries) == 2000
         for entry in entries:
@@ -94,7 +102,7 @@ def test_two_thousand_judgements_through_every_trouble(
         with Store(tmp_path / "f.sqlite") as store:
             assert {e.id for e in store.judgements()} == {e.id for e in entries} and len(store) == 2000
 
-        calm[0] = True
+        behave.calm = True
         for expected in (len([e for e in missing if e.status == "error"]), 0):
             calls = server.count
             with ApiJudge(config(server.url, **settings | {"timeout_s": 60.0}), store=tmp_path / "f.sqlite") as judge:
@@ -105,5 +113,5 @@ def test_two_thousand_judgements_through_every_trouble(
             now = store.judgements()
             assert len(now) == 2000 and len({(e.item, e.shown) for e in now}) == 2000
     for path in tmp_path.rglob("*"):
-        assert key.encode() not in path.read_bytes(), path
-    assert key not in caplog.text and key not in str(outcomes) and key not in repr(judge)
+        assert KEY.encode() not in path.read_bytes(), path
+    assert KEY not in caplog.text and KEY not in str(outcomes) and KEY not in repr(judge)

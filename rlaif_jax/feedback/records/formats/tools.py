@@ -40,7 +40,10 @@ EDITS = ("correction",)
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-    """What raters of an annotation tool judged: the prompt, the answers by the names of their fields, and the settings."""
+    """What raters of an annotation tool judged.
+
+    It holds the prompt, the answers by the names of their fields, and the settings.
+    """
 
     prompt: str
     answers: dict[str, str]
