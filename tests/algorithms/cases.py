@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from rlaif_jax.algorithms.advantages import GAE, GroupNormalised, LeaveOneOut
-from rlaif_jax.algorithms.base import Batch, Totals, count_totals
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPO, PPOConfig, ppo_loss
 from rlaif_jax.algorithms.scoring import padded_view
+from rlaif_jax.algorithms.update import Batch, Totals, count_totals
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig

@@ -10,8 +10,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from rlaif_jax.algorithms import base
-from rlaif_jax.algorithms.base import Update, check_minibatches, count_totals, hyper_settings, with_hyper
+from rlaif_jax.algorithms.base import hyper_settings, with_hyper
 from rlaif_jax.algorithms.scoring import padded_view
+from rlaif_jax.algorithms.update import Update, check_minibatches, count_totals
 from rlaif_jax.config import UserError
 from rlaif_jax.parallel import PmapRunner, ShardRunner, make_mesh
 from rlaif_jax.types import Frozen

@@ -10,10 +10,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from rlaif_jax.algorithms.advantages import GAE, GroupNormalised, LeaveOneOut
-from rlaif_jax.algorithms.base import Batch, count_totals
 from rlaif_jax.algorithms.objectives import kl_estimates
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPO, PPOConfig, TokenFields
+from rlaif_jax.algorithms.update import Batch, count_totals
 from rlaif_jax.config import UserError
 from rlaif_jax.models import CausalLM, ScalarModel, ValueHead
 from rlaif_jax.models.sampling import SamplingConfig
