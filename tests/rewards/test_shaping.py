@@ -153,17 +153,17 @@ def test_several_rewards_are_combined_by_their_weights():
     values = np.float32([[2, 10], [6, 20], [NAN, 30], [-2, 40]])
     valid = np.array([[True, True], [True, False], [True, True], [False, False]])
     normaliser = Normaliser(mean=jnp.array([2.0, 10.0]), std=jnp.array([4.0, 10.0]))
-    rewards = shaped_rewards(Shaping(weights=(3.0, -1.0)), normaliser, Feedback.single(values, valid), ROLLOUT)
+    rewards = shaped_rewards(Shaping(weights=(3.0, -1.0)), normaliser, Feedback(values, valid), ROLLOUT)
     np.testing.assert_allclose(rewards.score, [0, 3 * 4 / 3, -2 * 4, 0], rtol=1e-6)
     np.testing.assert_array_equal(rewards.valid, [True, True, True, False])
-    plain = shaped_rewards(Shaping(), normaliser, Feedback.single(values, valid), ROLLOUT)
+    plain = shaped_rewards(Shaping(), normaliser, Feedback(values, valid), ROLLOUT)
     np.testing.assert_allclose(plain.score, [0, 2, 4, 0], rtol=1e-6)
 
 
 def test_pairs_are_handed_on_and_nobody_else_needs_to_judge():
     nobody = np.zeros((4, 0), np.float32)
     pairs, seen = np.random.default_rng(0).random((2, 2, 2)).astype(np.float32), np.ones((2, 2, 2), bool)
-    judged = Feedback.single(nobody, nobody.astype(bool), None, pairs, seen)
+    judged = Feedback(nobody, nobody.astype(bool), None, pairs, seen)
     rewards = shaped_rewards(Shaping(), identity_normaliser(), judged, ROLLOUT)
     assert rewards.pairs is pairs and rewards.pairs_valid is seen
     np.testing.assert_array_equal(rewards.score, 0)
@@ -180,13 +180,13 @@ def test_shaped_rewards_are_the_same_everywhere():
     def fn(values, valid, dense, mask, finished):
         zeros = jnp.zeros(mask.shape)
         rollout = Rollout(zeros, zeros, mask, zeros, finished)
-        return shaped_rewards(shaping, identity_normaliser(), Feedback.single(values, valid, dense), rollout)
+        return shaped_rewards(shaping, identity_normaliser(), Feedback(values, valid, dense), rollout)
 
     rewards = same_everywhere(fn, values, valid, dense, mask, finished)
     np.testing.assert_array_equal(rewards.valid, valid.any(-1))
 
 
-# ---- Whiten and clip
+# ---- Devices and clip
 
 
 def test_fit_normaliser_is_over_the_valid_scores_of_all_devices():
