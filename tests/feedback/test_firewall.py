@@ -42,8 +42,9 @@ def test_the_judges_do_not_know_the_gold_score():
                 *JUDGES,
                 "rlaif_jax.policies.text",
                 "rlaif_jax.train",
+                "rlaif_jax.evaluate",
                 "rlaif_jax.quality.win_rates",
-                "rlaif_jax.data.world.templates",
+                "rlaif_jax.data.world.labeler_prompts",
             ]
         )
         == []

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.feedback.judges.sentiment import LogOdds
 from rlaif_jax.feedback.record_rewards import (
     CommentValence,
     CorrectionRewards,
@@ -20,7 +21,6 @@ from rlaif_jax.feedback.record_rewards import (
 from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rater, Rating, Span
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.rewards.rankings import fit_plackett_luce
-from rlaif_jax.types import Feedback
 
 ANNA, BEN = Rater("anna", "simulated"), Rater("ben", "simulated")
 RECORDS = [{"prompt": "p"}, {"prompt": "p"}, {"prompt": "q"}, {"prompt": "q"}]
@@ -43,9 +43,9 @@ def test_rows_are_found_by_prompt_and_answer():
 def test_standard_ratings_are_free_of_a_raters_generosity_and_stretch():
     given = [rating("p", "one", 2), rating("p", "two", 4), rating("q", "one", 9, BEN), rating("q", "three", 10, BEN)]
     feedback = rewards_of(standard_rating, given)
-    np.testing.assert_allclose(feedback.values, [-1, 1, -1, 1], atol=1e-6)
+    np.testing.assert_allclose(feedback.values[:, 0], [-1, 1, -1, 1], atol=1e-6)
     assert feedback.valid.all()
-    assert rewards_of(mean_rating, given).values.tolist() == pytest.approx([1 / 9, 3 / 9, 8 / 9, 1])
+    assert rewards_of(mean_rating, given).values[:, 0].tolist() == pytest.approx([1 / 9, 3 / 9, 8 / 9, 1])
 
 
 def test_what_has_no_rating_or_no_value_is_missing():
@@ -55,7 +55,7 @@ def test_what_has_no_rating_or_no_value_is_missing():
         assert not feedback.valid.any()
         assert not feedback.values.any()
     given = [rating("p", "one", 2), refused, rating("q", "one", 4), rating("q", "three", 6)]
-    assert rewards_of(standard_rating, given).valid.tolist() == [True, False, True, True]
+    assert rewards_of(standard_rating, given).valid[:, 0].tolist() == [True, False, True, True]
 
 
 def test_rankings_become_plackett_luce_utilities():
@@ -68,29 +68,29 @@ def test_rankings_become_plackett_luce_utilities():
     ]
     feedback = rewards_of(RankingUtility(most=3, ridge=0.5), given, records, answers)
     items, ranks = jnp.array([[1, 0, 2], [0, 1, 2]]), jnp.array([[1, 2, 3], [1, 2, 3]])
-    np.testing.assert_allclose(feedback.values[:3], fit_plackett_luce(items, ranks, num_items=3, ridge=0.5), atol=1e-5)
-    assert feedback.values[0] == pytest.approx(feedback.values[1], abs=1e-5)
-    assert feedback.values[0] > feedback.values[2]
-    assert feedback.valid.tolist() == [True, True, True, False, True, True]
-    assert feedback.values[3] == 0
-    assert feedback.values[5] > 0 > feedback.values[4]
-    assert rewards_of(win_share, given[:2], records, answers).values[:3].tolist() == [0.75, 0.75, 0]
+    np.testing.assert_allclose(
+        feedback.values[:3, 0], fit_plackett_luce(items, ranks, num_items=3, ridge=0.5), atol=1e-5
+    )
+    assert feedback.values[0, 0] == pytest.approx(feedback.values[1, 0], abs=1e-5)
+    assert feedback.values[0, 0] > feedback.values[2, 0]
+    assert feedback.valid[:, 0].tolist() == [True, True, True, False, True, True]
+    assert feedback.values[3, 0] == 0
+    assert feedback.values[5, 0] > 0 > feedback.values[4, 0]
+    assert rewards_of(win_share, given[:2], records, answers).values[:3, 0].tolist() == [0.75, 0.75, 0]
 
 
 def test_comments_become_their_mean_valence():
     odds = {"good": 2.0, "bad": -1.0, "xyz": 0.0}
     sentiment = SimpleNamespace(
-        log_odds=lambda texts: Feedback.single(
-            np.array([odds[t] for t in texts]), np.array([t != "xyz" for t in texts])
-        )
+        log_odds=lambda texts: LogOdds(np.array([odds[t] for t in texts]), np.array([t != "xyz" for t in texts]))
     )
     given = [
         Comment(prompt="p", answers=(answer,), rater=ANNA, text=text)
         for answer, text in (("one", "good"), ("one", "bad"), ("two", "xyz"))
     ]
     feedback = rewards_of(CommentValence(sentiment), given)
-    assert feedback.valid.tolist() == [True, False, False, False]
-    assert feedback.values[0] == pytest.approx((np.tanh(1.0) + np.tanh(-0.5)) / 2)
+    assert feedback.valid[:, 0].tolist() == [True, False, False, False]
+    assert feedback.values[0, 0] == pytest.approx((np.tanh(1.0) + np.tanh(-0.5)) / 2)
     assert not rewards_of(CommentValence(sentiment), []).valid.any()
 
 
@@ -111,8 +111,8 @@ def test_corrections_become_edit_rates_and_blame_single_tokens():
         Correction(prompt="q", answers=("b",), rater=ANNA, status="refused"),
     ]
     feedback = rewards_of(CorrectionRewards(tokenizer, length=8, dense=0.5), given, RECORDS, answers, rollout)
-    np.testing.assert_allclose(feedback.values, [-1 / 4, -1 / 2, 0, 0])
-    assert feedback.valid.tolist() == [True, True, True, False]
+    np.testing.assert_allclose(feedback.values[:, 0], [-1 / 4, -1 / 2, 0, 0])
+    assert feedback.valid[:, 0].tolist() == [True, True, True, False]
     np.testing.assert_allclose(feedback.token_rewards[0], [0, -0.5, 0, 0, 0])
     assert feedback.token_rewards[1].sum() == pytest.approx(-0.5)
     assert not feedback.token_rewards[2:].any()
@@ -138,7 +138,7 @@ def test_a_correction_of_nothing_is_no_edit_however_the_answer_was_written():
     feedback = rewards_of(
         CorrectionRewards(tokenizer, length=6, dense=0.5, kept=0.0), given, records, ["ab"] * 2, rollout
     )
-    np.testing.assert_array_equal(feedback.values, [0, 0])
+    np.testing.assert_array_equal(feedback.values[:, 0], [0, 0])
     assert feedback.valid.all()
     np.testing.assert_allclose(feedback.token_rewards, [[0, 0, 0, 0], [0, 0, -1, 0]])
 
@@ -146,7 +146,7 @@ def test_a_correction_of_nothing_is_no_edit_however_the_answer_was_written():
 def test_more_answers_than_expected_are_ranked_all_the_same():
     given = [Ranking(prompt="p", answers=("one", "two", "three"), rater=ANNA, ranks=(1, 2, 3))]
     feedback = rewards_of(RankingUtility(most=2), given, [{"prompt": "p"}] * 3, ["one", "two", "three"])
-    assert feedback.values[0] > feedback.values[1] > feedback.values[2]
+    assert feedback.values[0, 0] > feedback.values[1, 0] > feedback.values[2, 0]
 
 
 def test_a_source_of_records_keeps_them(tmp_path):
@@ -159,4 +159,4 @@ def test_a_source_of_records_keeps_them(tmp_path):
         assert len(store) == 4
         source(RECORDS, ANSWERS, None)
         assert len(store) == 4, "the same judgement twice is one"
-    np.testing.assert_allclose(feedback.values, [3 / 9, 3 / 9, 3 / 9, 5 / 9])
+    np.testing.assert_allclose(feedback.values[:, 0], [3 / 9, 3 / 9, 3 / 9, 5 / 9])

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -313,6 +313,18 @@ def train_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner
     return dataclasses.replace(judge, params=fit_judge(judge, sentences, config, seed))
 
 
+class LogOdds(NamedTuple):
+    """Log-odds of "positive" of some texts.
+
+    Attributes:
+        values: [n] float32, or [n, A] by aspect; 0 where missing.
+        valid: [n] bool, false where the judge knows no word of a text.
+    """
+
+    values: np.ndarray
+    valid: np.ndarray
+
+
 def cross_fitted(
     sentences: Sentences,
     config: SentimentConfig,
@@ -321,7 +333,7 @@ def cross_fitted(
     *,
     folds: int = 5,
     groups: Sequence[Hashable] | None = None,
-) -> Feedback:
+) -> LogOdds:
     """Computes the log-odds of every text by a judge that was trained on the other folds (cross-fitting).
 
     Compared with the labels, they show how good a sentiment judge is on these data.
@@ -336,7 +348,7 @@ def cross_fitted(
             rater) stay in one fold. None = every text is a group.
 
     Returns:
-        Feedback with values [n] or [n, A], shaped as the labels.
+        LogOdds with values [n] or [n, A], shaped as the labels.
 
     Raises:
         UserError: fewer groups than folds.
@@ -352,7 +364,7 @@ def cross_fitted(
         judge = train_judge(sentences.rows(~held), config, seed, runner)
         scores = judge.log_odds(sentences.rows(held).texts)
         values[held], valid[held] = scores.values, scores.valid
-    return Feedback.single(values, valid)
+    return LogOdds(values, valid)
 
 
 # ---- Judging
@@ -389,11 +401,11 @@ class SentimentJudge:
     def _score(self) -> Any:
         return self.runner.map(lambda params, batch, *, axis_name: self.model(params, *batch))
 
-    def log_odds(self, texts: Sequence[str]) -> Feedback:
+    def log_odds(self, texts: Sequence[str]) -> LogOdds:
         """Computes the log-odds of "positive" of each text, in nats.
 
         Returns:
-            Feedback with values [B], or [B, A] by aspect, and valid [B]: false (value 0) where no word of a
+            LogOdds with values [B], or [B, A] by aspect, and valid [B]: false (value 0) where no word of a
             text is known.
         """
         tokens, mask = known_words(self.tokenizer, texts, self.max_words)
@@ -406,7 +418,7 @@ class SentimentJudge:
         ]  # dispatched before any is waited for
         aspects = () if self.model.aspects is None else (self.model.aspects,)
         values = np.concatenate([np.zeros((0, *aspects), np.float32), *jax.device_get(parts)])[: len(texts)]
-        return Feedback.single(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
+        return LogOdds(np.where(valid.reshape(-1, *[1] * len(aspects)), values, 0.0), valid)
 
     def accuracy(self, sentences: Sentences) -> float:
         """Computes the weighted share of labels that the judge predicts.

@@ -24,15 +24,15 @@ def test_scores_and_what_is_missing():
     behave = lambda body, number: Wrong(400) if "quality 1\n" in str(body["messages"][-1]["content"]) else right(body)
     with serve(behave) as server, ApiJudge(ApiConfig(server=server.url, model="j")) as judge:
         feedback = ApiJudgeSource(judge, RATING)(RECORDS, ANSWERS)
-    np.testing.assert_array_equal(feedback.valid, [True, True, False, True])
-    np.testing.assert_allclose(feedback.values, [3, 7, 0, 10], atol=1e-5)
+    np.testing.assert_array_equal(feedback.valid[:, 0], [True, True, False, True])
+    np.testing.assert_allclose(feedback.values[:, 0], [3, 7, 0, 10], atol=1e-5)
 
 
 def test_against_another_answer():
     with serve() as server, ApiJudge(ApiConfig(server=server.url, model="j")) as judge:
         feedback = ApiJudgeSource(judge, PAIRWISE, against_field("other"))(RECORDS, ANSWERS)
     q = np.array([3.0, 7.0, 1.0, 10.0])
-    np.testing.assert_allclose(feedback.values, 1 / (1 + np.exp(2 - q)), atol=1e-4)
+    np.testing.assert_allclose(feedback.values[:, 0], 1 / (1 + np.exp(2 - q)), atol=1e-4)
     assert feedback.valid.all()
 
 

@@ -46,7 +46,7 @@ def test_the_encoder_is_the_mean_hidden_state_of_the_real_tokens(encoder):
     vectors = encoder([*TEXTS, "", "unknownword"])
     assert vectors.shape == (6, encoder.model.config.width)
     ids = encoder.tokenizer.encode(TEXTS[2])
-    hidden = encoder.model.hidden(encoder.params, np.array([ids]), np.ones((1, len(ids)), bool))
+    hidden = encoder.model.sequence_hidden(encoder.params, np.array([ids]), np.ones((1, len(ids)), bool))
     np.testing.assert_allclose(vectors[2], np.asarray(hidden)[0].mean(0), rtol=1e-4, atol=1e-5)
     assert np.isnan(vectors[4]).all()
     assert encoder([]).shape == (0, encoder.model.config.width)

@@ -268,5 +268,5 @@ def test_direct_scores_are_the_judges_expectations_and_its_gaps():
 
     feedback = DirectScoreSource(SimpleNamespace(score=score))(records, answers, None)
     assert asked == [(["prompt 0", "prompt 1", "prompt 2"], answers)]
-    np.testing.assert_array_equal(feedback.values, [7.5, 0, 2])
-    np.testing.assert_array_equal(feedback.valid, [True, False, True])
+    np.testing.assert_array_equal(feedback.values[:, 0], [7.5, 0, 2])
+    np.testing.assert_array_equal(feedback.valid[:, 0], [True, False, True])
