@@ -42,7 +42,6 @@ class TinyConfig:
     resume: bool = False
     nan_reward: bool = False
     width: int = 16
-    slots: int = 0
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=6)
     train: TrainConfig = TrainConfig(steps=20, prompts_per_step=16, prompt_length=6, save_every=5, eval_every=5)
     ppo: PPOConfig = PPOConfig(
@@ -73,7 +72,7 @@ def main(config: TinyConfig) -> None:
             small_decoder(tokenizer.vocab_size, num_layers=1, width=config.width, num_heads=2, context_length=16)
         )
         params = model.init(jax.random.key(config.seed))
-    policy = TextPolicy(model, config.sampling, tokenizer.eos_id, tokenizer.pad_id, config.slots)
+    policy = TextPolicy(model, config.sampling, tokenizer.eos_id, tokenizer.pad_id)
     stream = prompt_batches(
         records,
         tokenizer,

@@ -14,7 +14,7 @@
     V152k  the same                                                        16      32   152000
     G      geometric with mean 64                                          32      512  4096
 
-64 answers (V: 32), 8 to a prompt, are decoded all at once or in slots (`slots`). The model is a random
+64 answers (V: 32), 8 to a prompt, are decoded all at once or in slots (`sampling.slots`). The model is a random
 GPT-2 shape in float32 of 4 x 256 x 8 and GELU 1536 (as many weights as SwiGLU 1024), untied. The logit of its
 stop token depends on the position alone and is such that P(stop at t | not before) is that of the wished
 lengths. So the policy itself draws the lengths, in any system that loads its weights. Hugging Face
@@ -183,11 +183,10 @@ def ours(model: CausalLM, params: Params, work: Work, slots: int) -> Draw:
         functools.partial(
             generate,
             model,
-            sampling=SamplingConfig(max_new_tokens=work.response),
+            sampling=SamplingConfig(max_new_tokens=work.response, slots=slots),
             answers=GROUP,
             eos_id=STOP,
             pad_id=PAD,
-            slots=slots,
         )
     )
     placed, batch = jax.tree.map(jnp.asarray, params), prompts(work)

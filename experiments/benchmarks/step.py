@@ -80,16 +80,15 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of a work: the loop's, the algorithm's, and how answers are drawn (`slots` as in `TextPolicy`)."""
+    """The settings of a work: the loop's, the algorithm's, and how answers are drawn."""
 
     train: TrainConfig
     ppo: PPOConfig
     sampling: SamplingConfig
-    slots: int = 0
 
     def build(self, model: CausalLM, critic: ScalarModel | None, tokenizer: Any) -> PPO:
         """Returns the algorithm on a text policy of `model`."""
-        policy = TextPolicy(model, self.sampling, tokenizer.eos_id, tokenizer.pad_id, self.slots)
+        policy = TextPolicy(model, self.sampling, tokenizer.eos_id, tokenizer.pad_id)
         return self.ppo.build(policy, critic, steps=self.train.steps)
 
 

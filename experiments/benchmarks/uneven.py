@@ -9,7 +9,7 @@ update over the batch, AdamW at 1e-6 and the reward on the host.
 
     way     rollout              scoring and update
     padded  all at once          one row per sequence, as long as the cap
-    packed  8 slots              rows of many answers, 2 at a time (`slots`, `packed_rows`)
+    packed  8 slots              rows of many answers, 2 at a time (`sampling.slots`, `packed_rows`)
     trl     TRL's GRPOTrainer on the same weights, by the Python that `--trl` names (torch, trl), without and with its
             continuous batching where that runs
     tunix   Tunix's GRPOLearner on the same weights, by the Python that `--tunix` names (google-tunix), without and with its
@@ -52,7 +52,11 @@ def way_settings(case: Case, way: str) -> Settings:
     config = settings(case.work, "grpo", "sampler")
     if way == "padded":
         return config
-    return dataclasses.replace(config, slots=SLOTS, ppo=dataclasses.replace(config.ppo, packed_rows=ROWS))
+    return dataclasses.replace(
+        config,
+        sampling=dataclasses.replace(config.sampling, slots=SLOTS),
+        ppo=dataclasses.replace(config.ppo, packed_rows=ROWS),
+    )
 
 
 def ours(case: Case, way: str, model: CausalLM, params: Params, *, warmup: int, steps: int) -> dict[str, Any]:

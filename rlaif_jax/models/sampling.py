@@ -23,18 +23,23 @@ class SamplingConfig:
         temperature: divides the logits; 0 takes the most probable token.
         top_k: only the k most probable tokens may be drawn; 0: all.
         top_p: only the smallest set of most probable tokens with this mass may be drawn; 1: all.
+        slots: answers decoded at a time on each device; whenever some have ended the next ones take their places, which
+            is faster where answers are many and of uneven length. 0, or more than there are: all at once. The number
+            changes no answer except where a matrix product of another shape rounds a draw to the other side of a bound.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    slots: int = 0
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, f"sampling.max_new_tokens must be >= 1, not {self.max_new_tokens}")
         require(self.temperature >= 0, f"sampling.temperature must be >= 0, not {self.temperature}")
         require(self.top_k >= 0, f"sampling.top_k must be >= 0 (0 = off), not {self.top_k}")
         require(0 < self.top_p <= 1, f"sampling.top_p must lie in (0, 1], not {self.top_p}")
+        require(self.slots >= 0, f"sampling.slots must be >= 0 (0: all at once), not {self.slots}")
 
 
 def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:

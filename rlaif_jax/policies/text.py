@@ -30,19 +30,12 @@ class TextPolicy:
         sampling: how answers are drawn.
         eos_id: the tokenizer's stop token; None: answers end at the length limit only.
         pad_id: the tokenizer's pad token.
-        slots: answers decoded at a time on each device; whenever some have ended the next ones take their places, which
-            is faster where answers are many and of uneven length. 0: all at once. The answers are the same up to
-            rounding.
     """
 
     model: LanguageModel
     sampling: SamplingConfig
     eos_id: int | None
     pad_id: int
-    slots: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.slots >= 0, f"slots must be >= 0 (0: all at once), not {self.slots}")
 
     @property
     def rules(self) -> Rules:
@@ -100,7 +93,6 @@ class TextPolicy:
                     answers=draw.count,
                     eos_id=self.eos_id,
                     pad_id=self.pad_id,
-                    slots=self.slots,
                     first_answer=first,
                 )
             )
@@ -141,7 +133,6 @@ def generate(
     answers: int = 1,
     eos_id: int | None,
     pad_id: int,
-    slots: int = 0,
     first_answer: int = 0,
 ) -> Rollout:
     """Draws `answers` answers to every prompt; the B K rows are ordered prompt by prompt.
@@ -153,18 +144,17 @@ def generate(
         params: its parameters.
         prompts: [B, P].
         key: the same for the whole batch: every answer derives its own from it, the prompt's uid and the answer index.
-        sampling: temperature, truncation and length.
+        sampling: temperature, truncation, length and slots.
         answers: K.
         eos_id: the stop token; None: no answer stops before the length limit.
         pad_id: the pad token.
-        slots: answers decoded at a time on each device; 0 or more than there are: all. The number changes no answer
-            except where a matrix product of another shape rounds a draw to the other side of a bound.
         first_answer: index of the first answer, from which random numbers are derived.
     """
 
     def on_device(replicated: tuple[Params, jax.Array], prompts: Prompts) -> Rollout:
         params, key = replicated
         rows = prompts.tokens.shape[0] * answers
+        slots = sampling.slots
         decode = partial(decode_in_slots, slots=slots) if 0 < slots < rows else decode_all
         how = Decoding(sampling, answers, eos_id, pad_id, first_answer)
         drawn = decode(model, params, prompts, key, how)

@@ -81,10 +81,14 @@ def make_prompts(pads: int = 0) -> Prompts:
     return Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.arange(100, 100 + ROWS, dtype=jnp.uint32))
 
 
+def slotted(slots):
+    return dataclasses.replace(SAMPLING, slots=slots)
+
+
 @functools.cache
 def compiled(answers=2, sampling=SAMPLING, slots=0):
     """`generate`, compiled once for any pad."""
-    run = functools.partial(generate, MODEL, sampling=sampling, answers=answers, slots=slots)
+    run = functools.partial(generate, MODEL, sampling=dataclasses.replace(sampling, slots=slots), answers=answers)
     jitted = jax.jit(lambda params, prompts, key, pad_id: run(params, prompts, key, eos_id=EOS, pad_id=pad_id))
     return lambda params, prompts, key, pad_id=PAD: jitted(params, prompts, key, pad_id)
 
@@ -254,7 +258,7 @@ def test_decoding_as_on_a_tpu_changes_no_answer(params, rolled, monkeypatch, slo
     """As on a TPU, whose 128 lanes both key-value heads share and whose kernel, interpreted here, attends to them."""
     monkeypatch.setattr(attention_cached, "lanes", lambda: 128)
     assert MODEL.start_cache(3, 5)[0][0].shape == (3, 1, 5, 2 * MODEL.config.head_dim)
-    run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=slots)
+    run = functools.partial(generate, MODEL, sampling=slotted(slots), answers=2, eos_id=EOS, pad_id=PAD)
     got = jax.device_get(jax.jit(run)(params, make_prompts(), KEY))
     np.testing.assert_array_equal(got.tokens, rolled.tokens)
     np.testing.assert_allclose(got.logprobs, rolled.logprobs, atol=1e-5)
@@ -266,11 +270,10 @@ def test_slots_on_many_devices_change_no_answer(params, rolled, runner):
         generate,
         MODEL,
         key=KEY,
-        sampling=SAMPLING,
+        sampling=slotted(1 if runner is PmapRunner else 5),
         answers=2,
         eos_id=EOS,
         pad_id=PAD,
-        slots=1 if runner is PmapRunner else 5,
     )
     spread = runner().map(lambda params, prompts, *, axis_name: run(params, prompts))(params, make_prompts())
     assert_same_answers(rows(spread, slice(None)), rows(rolled, slice(None)))
@@ -287,7 +290,7 @@ def test_the_decoding_loop_copies_no_cache_and_gathers_no_weights(slots):
     params = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(place, params, state_shardings(params, mesh))
     prompts = jax.tree.map(lambda x: place(x, NamedSharding(mesh, BATCH)), make_prompts())
-    run = functools.partial(generate, model, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=slots)
+    run = functools.partial(generate, model, sampling=slotted(slots), answers=2, eos_id=EOS, pad_id=PAD)
     with jax.set_mesh(mesh):
         program = jax.jit(run).lower(params, prompts, KEY).compile().as_text()
     computations = {c.split()[0]: c for c in re.split(r"\n(?=%|ENTRY )", program)}
@@ -319,7 +322,7 @@ def counted_columns(monkeypatch):
 def test_a_free_slot_is_filled_at_once(params, rolled, monkeypatch):
     """Five slots decode no longer than it takes to share the tokens out, and a last answer that began late."""
     decoded = counted_columns(monkeypatch)
-    run = functools.partial(generate, MODEL, sampling=SAMPLING, answers=2, eos_id=EOS, pad_id=PAD, slots=5)
+    run = functools.partial(generate, MODEL, sampling=slotted(5), answers=2, eos_id=EOS, pad_id=PAD)
     jax.block_until_ready(jax.jit(run)(params, make_prompts(), KEY))
     jax.effects_barrier()
     tokens = int(rolled.response_mask.sum())
@@ -425,5 +428,5 @@ def test_a_policy_that_does_not_fit_is_refused():
     ):
         with pytest.raises(UserError, match=named):
             policy.check(length, TOKENIZER)
-    with pytest.raises(UserError, match="slots must be >= 0"):
-        fit(POLICY, slots=-1)
+    with pytest.raises(UserError, match="sampling.slots must be >= 0"):
+        slotted(-1)
