@@ -428,5 +428,5 @@ def test_a_policy_that_does_not_fit_is_refused():
     ):
         with pytest.raises(UserError, match=named):
             policy.check(length, TOKENIZER)
-    with pytest.raises(UserError, match="sampling.slots must be >= 0"):
+    with pytest.raises(UserError, match=r"sampling\.slots must be >= 0"):
         slotted(-1)
