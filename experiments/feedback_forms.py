@@ -190,10 +190,10 @@ def improve_by(
     ):
         run.settled()
         answers = config.ppo.answers_per_prompt
-        worth = rewards_of_form(
+        reward_fn = rewards_of_form(
             form, source_of, sample, tokenizer=world.tokenizer, answers=answers, seed=seed, runner=world.runner
         )
-        source = source_of(form, worth)
+        source = source_of(form, reward_fn)
         rewards = rewards_of(source, *sample)
         critic, params = with_critic(config.ppo, world.model, sft, sft["trunk"], step_key(seed, 2, INIT))
         improve(

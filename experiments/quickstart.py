@@ -24,7 +24,7 @@ from rlaif_jax.algorithms.fit import FitConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import require
 from rlaif_jax.data.world import corpus, labeler_prompts
-from rlaif_jax.data.world.tasks import dialogue, summarisation
+from rlaif_jax.data.world.tasks.all import WORLD_TASKS
 from rlaif_jax.evaluate import Evaluation
 from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, preference_from_scores
 from rlaif_jax.feedback.judges.reward_model import RewardModel
@@ -39,7 +39,7 @@ from rlaif_jax.run import Run, command_line
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import INIT, step_key
 
-TASKS = {task.name: task for task in (summarisation.TASK, dialogue.TASK)}
+TASKS = {task.name: task for task in WORLD_TASKS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.vocabulary import VOCABULARY
 from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.feedback.selection import Selection, choose, ensemble_disagreement, judge_margin
+from rlaif_jax.rewards.optimise import capped, newton
 
 Order = Literal["random", "ensemble", "undecided"]
 
@@ -166,8 +167,7 @@ def pool_and_test(seed: int, task: WorldTask, prompts: int, test_prompts: int) -
 def fit_rewards(x: jax.Array, wins: jax.Array, weights: jax.Array, ridge: float, *, steps: int = 10) -> jax.Array:
     """Fits linear Bradley-Terry reward models by Newton's method and returns their coefficients [M, F].
 
-    Minimises sum_n w_n CE(wins_n, sigmoid(x_n c)) + ridge / 2 |c|^2. Steps are capped at size 1, because the quadratic
-    model holds nearby only.
+    Minimises sum_n w_n CE(wins_n, sigmoid(x_n c)) + ridge / 2 |c|^2.
 
     Args:
         x: [n, F] differences of features.
@@ -178,14 +178,15 @@ def fit_rewards(x: jax.Array, wins: jax.Array, weights: jax.Array, ridge: float,
     """
 
     def one(weight: jax.Array) -> jax.Array:
-        def step(c: jax.Array, _: None) -> tuple[jax.Array, None]:
-            p = jax.nn.sigmoid(x @ c)
-            gradient = x.T @ (weight * (p - wins)) + ridge * c
-            curvature = (x * (weight * p * (1 - p))[:, None]).T @ x + ridge * jnp.eye(x.shape[1])
-            move = jax.scipy.linalg.solve(curvature, gradient, assume_a="pos")
-            return c - move / jnp.maximum(1.0, jnp.abs(move).max()), None
+        def gradient(c: jax.Array) -> jax.Array:
+            return x.T @ (weight * (jax.nn.sigmoid(x @ c) - wins)) + ridge * c
 
-        return jax.lax.scan(step, jnp.zeros(x.shape[1]), None, length=steps)[0]
+        def curvature(c: jax.Array) -> jax.Array:
+            p = jax.nn.sigmoid(x @ c)
+            return (x * (weight * p * (1 - p))[:, None]).T @ x + ridge * jnp.eye(x.shape[1])
+
+        start = jnp.zeros(x.shape[1])
+        return newton(gradient, curvature, start, damping=capped, max_steps=steps, tolerance=0.0)[0]
 
     return jax.lax.map(one, weights)
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from rlaif_jax.feedback.api.replies import Reply
 from rlaif_jax.feedback.api.templates import RenderedQuestion, Template
-from rlaif_jax.feedback.api.verdicts import Reply, read_verdict
+from rlaif_jax.feedback.api.verdicts import read_verdict
 from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
 from rlaif_jax.feedback.records.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus
 from rlaif_jax.feedback.records.formats.rows import chosen
@@ -25,7 +26,7 @@ from rlaif_jax.feedback.records.formats.texts import read_mlqe_post_edits, read_
 from rlaif_jax.feedback.records.formats.tools import read_get_another_label
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
 from rlaif_jax.parallel import ParallelConfig, make_runner
-from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci
+from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci, percentile_interval, resampled_rows
 from rlaif_jax.quality.statistics import cohen_kappa, interval_alpha, interval_moments, spearman
 from rlaif_jax.quality.values import sum_by_group
 from rlaif_jax.rewards.comments import pool_comments, valence
@@ -75,17 +76,8 @@ def index(names: Iterable[Any]) -> tuple[np.ndarray, list[Any]]:
 
 def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarray | None = None) -> tuple[float, float]:
     """Returns the 95 % bootstrap interval of Spearman's correlation, over items or over groups."""
-    drawn = [spearman(a[rows], b[rows]) for rows in draws(len(a), seed, groups)]
-    return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
-
-
-def draws(count: int, seed: int, groups: np.ndarray | None = None, resamples: int = 400) -> Iterator[np.ndarray]:
-    """Yields the row numbers of each bootstrap resample, drawn one by one or by whole groups."""
-    rng = np.random.default_rng(seed)
-    group = np.arange(count) if groups is None else groups
-    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
-    for _ in range(resamples):
-        yield np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
+    rows_of = resampled_rows(np.arange(len(a)) if groups is None else groups, seed=seed, resamples=400)
+    return percentile_interval([spearman(a[rows], b[rows]) for rows in rows_of], 0.95)
 
 
 # ---- Who is right: labels of a crowd
@@ -233,10 +225,10 @@ def compared(utilities: dict[str, np.ndarray], truth: np.ndarray, seed: int, not
     for name, scores in utilities.items():
         yield Finding(f"{name}, Spearman", spearman(scores, truth), *spearman_interval(scores, truth, seed), "", note)
     raw, model = utilities["raw means"], utilities["rating model"]
-    gains = [spearman(model[rows], truth[rows]) - spearman(raw[rows], truth[rows]) for rows in draws(len(truth), seed)]
-    low, high = np.quantile(gains, [0.025, 0.975])
+    rows_of = resampled_rows(np.arange(len(truth)), seed=seed, resamples=400)
+    gains = [spearman(model[rows], truth[rows]) - spearman(raw[rows], truth[rows]) for rows in rows_of]
     gain = spearman(model, truth) - spearman(raw, truth)
-    yield Finding("gain of the model", gain, float(low), float(high), "> 0 asked", note)
+    yield Finding("gain of the model", gain, *percentile_interval(gains, 0.95), "> 0 asked", note)
 
 
 # ---- Judges in both orders

@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.data.prompts import padded
@@ -28,10 +27,13 @@ from rlaif_jax.data.world.scenes import Scene
 from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.feedback.constitution.constitution import Constitution
 from rlaif_jax.feedback.constitution.rule_records import rule_comments, rule_rankings, rule_rater, rule_ratings
+from rlaif_jax.feedback.judges.batching import in_batches
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
+from rlaif_jax.feedback.people.kinds import kind_named
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Status, sha256
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import answer_texts, generate
+from rlaif_jax.recipes.crowd import answer_through_page, running_page
 from rlaif_jax.recipes.world_rules import mended
 from rlaif_jax.types import Params, Prompts, Rollout
 
@@ -170,13 +172,10 @@ def crowd_at_the_page(store: Path, scene_of: SceneOf, crowd: Sequence[Person], s
         crowd: the people.
         seed: of their noise.
     """
-    from rlaif_jax.ui.client import answer_through_page, running_page
-
-    forms: dict[str, Form] = {"comment": "comment", "rate": "rating", "edit": "correction", "rank": "ranking"}
     done = threading.Event()
 
     def answer(person: Person, task: Any) -> dict[str, Any]:
-        form, prompt, answers = forms[task["kind"]], task["prompt"], tuple(task["answers"])
+        form, prompt, answers = cast(Form, kind_named(task["kind"]).form), task["prompt"], tuple(task["answers"])
         rng = prompt_rng(seed, form, prompt, *sorted(answers))
         judged = person.judge(rng, form, scene_of(prompt), prompt, answers)
         if isinstance(judged, Ranking):
@@ -192,7 +191,7 @@ def crowd_at_the_page(store: Path, scene_of: SceneOf, crowd: Sequence[Person], s
     with running_page(store, names, "--simulated", *names) as page, ThreadPoolExecutor(len(crowd)) as threads:
         working = [
             threads.submit(
-                answer_through_page, page.urls[p.name], partial(answer, p), wait_s=math.inf, over=done.is_set
+                answer_through_page, page.urls[p.name], partial(answer, p), wait_s=math.inf, done=done.is_set
             )
             for p in crowd
         ]
@@ -260,18 +259,14 @@ def revise_answers(
         key, eos = jax.random.key(0), tokenizer.eos_id
         return generate(model, params, prompts, key, sampling=sampling, eos_id=eos, pad_id=tokenizer.pad_id)
 
-    compiled = judge.runner.map(write)
     questions = [tokenizer.encode(labeler_prompts.critique_prompt("<overall>", p, a)) for p, a in zip(prompts, answers)]
+    tokens, mask = padded(questions, length, tokenizer.pad_id, "left")
+    rows = Prompts(tokens, mask, np.zeros(len(questions), np.uint32))  # type: ignore[arg-type]
+    rollout = in_batches(partial(judge.runner.map(write), judge.params), rows, batch_size)
     revised: list[str | None] = []
-    for at in range(0, len(questions), batch_size):
-        rows = questions[at : at + batch_size]
-        tokens, mask = padded(rows + [[tokenizer.pad_id]] * (batch_size - len(rows)), length, tokenizer.pad_id, "left")
-        rollout = compiled(
-            judge.params, Prompts(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(batch_size, jnp.uint32))
-        )
-        for text, ended in list(zip(answer_texts(rollout, tokenizer), np.asarray(rollout.finished)))[: len(rows)]:
-            _, found, edited = f" {text} ".partition(marker)
-            revised.append(edited.strip() if ended and found and edited.strip() else None)
+    for text, ended in zip(answer_texts(rollout, tokenizer), rollout.finished):
+        _, found, edited = f" {text} ".partition(marker)
+        revised.append(edited.strip() if ended and found and edited.strip() else None)
     return revised
 
 
