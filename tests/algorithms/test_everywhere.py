@@ -91,7 +91,7 @@ def run_train(setup: Setup, folder, *, resume=False, stop_after=None, staleness=
     config = TrainConfig(steps=4, prompts_per_step=PROMPTS, prompt_length=PROMPT, save_every=1, staleness=staleness)
     with (
         Run(folder, "everywhere", config, seed=0, resume=resume) as run,
-        MetricsWriter(folder, terminal=False, tensorboard=False) as writer,
+        MetricsWriter(folder, terminal=False, sinks=()) as writer,
     ):
         return train(
             config,
