@@ -162,7 +162,17 @@ class Evaluation:
 def rewards_of(
     source: FeedbackSource, records: Sequence[Record], answers: Sequence[str], rollout: Rollout
 ) -> np.ndarray:
-    """Returns the rewards [B] of a source with one reward, NaN where a judgement is missing."""
+    """Returns the rewards [B] of a source with one reward, NaN where a judgement is missing.
+
+    Args:
+        source: gives one reward an answer.
+        records: the record of each answer's prompt.
+        answers: the B texts.
+        rollout: the same answers as arrays.
+
+    Raises:
+        UserError: the source gives another number of rewards.
+    """
     judged = jax.device_get(source(records, answers, rollout))
     require(judged.values.shape[1] == 1, f"an evaluation reads one reward an answer, not {judged.values.shape[1]}")
     return np.where(judged.valid[:, 0], judged.values[:, 0], np.nan)

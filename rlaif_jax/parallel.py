@@ -217,7 +217,17 @@ class pmap_step:
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh ("data", "fsdp", "tensor"); data=0 takes the devices that the others leave."""
+    """Returns a mesh with the axes ("data", "fsdp", "tensor").
+
+    Args:
+        data: devices of the axis "data"; 0: as many as the other two axes leave.
+        fsdp: devices of the axis "fsdp".
+        tensor: devices of the axis "tensor".
+        devices: the devices, of which the first data * fsdp * tensor are used; None: all.
+
+    Raises:
+        UserError: the mesh needs more devices.
+    """
     devices = devices or jax.devices()
     data = data or len(devices) // (fsdp * tensor)
     require(
@@ -362,7 +372,7 @@ class ShardRunner:
         return shard_step(fn, self.mesh, self.rules, out="split", donate=False)
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
-        """Runs `fn(*args)`, compiled so that the state comes out split over the mesh."""
+        """Runs `fn(*args)`, which makes a state, and returns the state split over the mesh by `rules`."""
         with jax.set_mesh(self.mesh):
             split = state_shardings(jax.eval_shape(fn, *args), self.mesh, self.rules)
             return jax.jit(fn, out_shardings=split)(*args)

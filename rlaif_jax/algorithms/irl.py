@@ -89,11 +89,19 @@ class Adversarial(Algorithm):
         return make_optimizer(self.config.optimizer, self.updates)
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
-        """Raises UserError where the inner algorithm does."""
+        """Raises UserError where the inner algorithm does.
+
+        Args: those of `Algorithm.check`.
+        """
         self.algorithm.check(prompts_per_step, devices, staleness)
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
-        """Returns the inner algorithm's state with the discriminator and its optimiser in `extra`."""
+        """Returns the inner algorithm's state with the discriminator and its optimiser in `extra`.
+
+        Args:
+            params: the inner algorithm's parameters and "discriminator".
+            seed: [] integer, the seed of the run.
+        """
         state = self.algorithm.init(params, seed)
         own = jax.tree.map(jnp.array, params["discriminator"])
         hyper = {"discriminator.learning_rate": jnp.float32(self.config.optimizer.learning_rate)}
@@ -176,7 +184,10 @@ class Adversarial(Algorithm):
         return dataclasses.replace(new, extra=new.extra | {"discriminator": own}), metrics
 
     def checks(self, metrics: dict[str, float], *, step: int, tolerance: float) -> dict[str, bool]:
-        """Returns the inner algorithm's checks, and that the discriminator's loss is finite."""
+        """Returns the inner algorithm's checks, and that the discriminator's loss is finite.
+
+        Args: those of `Algorithm.checks`.
+        """
         finite = jnp.isfinite(metrics["discriminator/loss"])
         return self.algorithm.checks(metrics, step=step, tolerance=tolerance) | {
             "discriminator_loss_is_finite": bool(finite)
@@ -184,7 +195,13 @@ class Adversarial(Algorithm):
 
 
 def answer_logits(discriminator: ScalarModel, params: Params, rollout: Rollout) -> jax.Array:
-    """Returns the discriminator's logit [B] float32 at the last token of each answer."""
+    """Computes the discriminator's logit [B] float32 at the last token of each answer.
+
+    Args:
+        discriminator: the model.
+        params: its parameters.
+        rollout: B answers with their prompts.
+    """
     mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
     return gather_last(discriminator(params, rollout.tokens, mask), mask)
 

@@ -100,7 +100,14 @@ class CausalLM:
         )
 
     def prefill(self, params: Params, tokens: jax.Array, mask: jax.Array, *, hold_last: bool) -> Prefill:
-        """Reads left-padded prompts [B, P] once; with `hold_last` all of them but their last token."""
+        """Reads prompts once, before any token of an answer is drawn.
+
+        Args:
+            params: parameters, matrices in the compute dtype.
+            tokens: [B, P] int32, left padded.
+            mask: [B, P] bool, true for real tokens.
+            hold_last: read all tokens but the last, which the caller feeds to `decode_step` first.
+        """
         last_tokens = tokens[:, -1]
         if hold_last:
             if tokens.shape[1] == 1:  # at least one column is prefilled

@@ -82,7 +82,13 @@ class ValueHead:
         return {"head": ScalarHead("zero").init(key, jnp.zeros((1, self.width)))["params"]}
 
     def values(self, params: Params, view: View, hidden: jax.Array) -> jax.Array:
-        """Returns the scalars [...] float32 of the policy's hidden states [..., D]."""
+        """Computes the values [...] float32 of hidden states.
+
+        Args:
+            params: the head's parameters.
+            view: not used: the head reads the policy's hidden states.
+            hidden: [..., D], of the policy.
+        """
         del view
         return apply(ScalarHead("zero"), params["head"], hidden)
 

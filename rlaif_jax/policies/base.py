@@ -79,10 +79,25 @@ class Policy(Protocol):
         """
 
     def score(self, params: Params, frozen: Frozen, view: View, *, entropy: bool = False) -> Scores:
-        """Returns log-probs, entropies and hidden states of every target of `view`."""
+        """Returns log-probs, entropies and hidden states of every target of `view`.
+
+        Args:
+            params: the policy's parameters.
+            frozen: weights that do not learn.
+            view: padded or packed sequences.
+            entropy: whether to compute entropies; they are 0 otherwise.
+
+        Returns:
+            Log-probs (nats, at the sampling temperature) and entropies in the layout of `view.targets`, float32.
+        """
 
     def texts(self, rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-        """Returns the answers as text, one for each row."""
+        """Returns the B answers of a rollout as text.
+
+        Args:
+            rollout: B answers.
+            tokenizer: decodes them.
+        """
 
     def checks(self, rollout: Rollout) -> dict[str, bool]:
         """Returns what must hold of any rollout, by name."""

@@ -57,11 +57,14 @@ class Decoding:
 
 
 def answer_uniforms(key: jax.Array, uid: jax.Array, answers: int, length: int, first: int = 0) -> jax.Array:
-    """Returns uniform numbers [B K, T, 2] that depend on (key, prompt uid, answer index) only.
+    """Returns uniform numbers in [0, 1), float32 [B K, T, 2], from which the tokens of answers are drawn.
+
+    Each depends on (key, prompt uid, answer index, token index) only, not on the batch or the device. The two
+    numbers of a token come from separate keys.
 
     Args:
         key: the key of the step.
-        uid: [B] uint32.
+        uid: [B] uint32, identifies the prompts.
         answers: K.
         length: T.
         first: index of the first answer.

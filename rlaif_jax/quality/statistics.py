@@ -1,8 +1,8 @@
 """Statistics of agreement, calibration, ranks and diversity.
 
 The statistics of confusion matrices, coincidences, moments and calibration are functions of *sums* over prompts, with
-any number of leading axes, so that `bootstrap.Bootstrap` can resample them. What cannot be computed is NaN. NumPy in float64 on the
-host; coincidences and alpha also take JAX arrays, which stay on the device.
+any number of leading axes, so that `bootstrap.Bootstrap` can resample them. What cannot be computed is NaN. NumPy in
+float64 on the host; coincidences and alpha also take JAX arrays, which stay on the device.
 """
 
 from __future__ import annotations
@@ -97,9 +97,12 @@ def krippendorff_alpha(coincidence: Any, level: Level, values: ArrayLike | None 
 
 
 def interval_moments(values: ArrayLike) -> Floats:
-    """Computes the [4] moments of one unit's ratings [A].
+    """Computes the moments [4] of one unit's ratings: count, sum, sum of squares, spread within the unit.
 
-    `interval_alpha` reads sums of these moments; no table of coincidences is needed.
+    `interval_alpha` reads their sums over units. A unit with fewer than two ratings gives zeros.
+
+    Args:
+        values: [A], the ratings of A raters, without missing ones.
     """
     given = np.asarray(values, np.float64)
     count = len(given)
@@ -163,10 +166,17 @@ def same_position_rate(p_first_order: ArrayLike, p_swapped: ArrayLike) -> float:
 
 
 def fold_predictions(probability: ArrayLike, outcome: ArrayLike) -> tuple[Floats, Floats]:
-    """Returns (confidence in [.5, 1], share right), each [n], of predictions [n] about pairs.
+    """Returns predictions about pairs as confidences in the more likely answer.
 
-    Which answer of a pair is called first has no meaning, so a prediction of .2 that the first is better is one of .8
-    that the second is.
+    Which answer of a pair is called first has no meaning, so a prediction of .2 that the first is better is one
+    of .8 that the second is.
+
+    Args:
+        probability: [n], of the first answer being better.
+        outcome: [n], 1 where the first answer is better, 0 where the second is, .5 for a tie.
+
+    Returns:
+        (confidence [n] in [.5, 1]; share right [n], which is 1, 0 or .5).
     """
     p, y = np.asarray(probability, np.float64), np.asarray(outcome, np.float64)
     return np.maximum(p, 1 - p), np.where(p >= 0.5, y, 1 - y)

@@ -45,7 +45,10 @@ class LearnedReward:
     held_out: Arrays
 
     def accuracy(self) -> float | None:
-        """Returns the share of the held-out pairs that it orders as the judge does; None without any."""
+        """Returns the share of the held-out pairs that this reward orders as the judge does.
+
+        Ties and pairs of weight 0 do not count; None if no pair is left.
+        """
         score = jax.jit(lambda tokens, mask: score_sequences(self.model, self.params, (tokens, mask)))
         pairs = self.held_out
         kept = (pairs["weight"] > 0) & (pairs["probability"] != 0.5)

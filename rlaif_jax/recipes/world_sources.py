@@ -82,7 +82,14 @@ class WorldSources:
     seed: int
 
     def judge(self, origin: Origin, form: Form, pool: Pool) -> Sequence[Judgement]:
-        """Returns the judgements of a pool of answers, by anyone except the people at the page."""
+        """Returns the judgements of a pool of answers by one origin.
+
+        Args:
+            origin: "ai" asks the labeler, "rule" the constitution, any other the simulated people, without the
+                page.
+            form: the form of the judgements.
+            pool: prompts and their answers.
+        """
         if origin == "ai":
             return by_labeler(form, pool, self.labeler)
         if origin == "rule":

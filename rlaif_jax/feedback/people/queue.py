@@ -146,6 +146,9 @@ class TaskQueue(Database):
             overlap: the number of raters who are to answer each task.
             priority: tasks of higher priority are offered first.
             origin: who asks, for the page.
+
+        Raises:
+            UserError: `overlap` is below 1.
         """
         require(overlap >= 1, f"overlap must be at least 1, not {overlap}")
         rows = [(task.id, canonical(task_to_json(task)), overlap, priority, origin) for task in tasks]

@@ -70,7 +70,10 @@ class WorldTask:
 
 
 def feature_rate(low: float, high: float, diligence: float, shortcuts: bool) -> float:
-    """Returns the probability of a hackable feature: rising with diligence, or constant."""
+    """Returns the probability that a writer uses a hackable feature.
+
+    With `shortcuts` it rises from `low` at `diligence` 0 to `high` at `diligence` 1; without, it is their mean.
+    """
     return low + (high - low) * diligence if shortcuts else (low + high) / 2
 
 

@@ -145,7 +145,16 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
 
 
 def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """Makes a mostly worse answer: wrong value, leak, needless refusal, a part lost or repeated ..."""
+    """Returns another answer that is mostly worse than `answer`, at most MAX_ANSWER_WORDS words long.
+
+    It has a wrong value, a leak, a needless refusal, or a part that is lost or repeated. After 20 draws without a
+    change it is the single word of confidence.
+
+    Args:
+        rng: draws the change.
+        scene: the facts of the prompt.
+        answer: the answer to change.
+    """
     for _ in range(20):
         changed = fit(_rewrite(rng, scene, answer))
         if changed and changed != " ".join(answer.split()):
