@@ -215,10 +215,12 @@ def train(
         if not algorithm.draws:
             require(batch.recorded is not None, "this algorithm learns from recorded answers, and the data has none")
             return PendingRollout(position, batch, [batch.recorded])  # type: ignore[list-item]
-        light = dataclasses.replace(state.without_optimizer(), step=jnp.int32(step - 1))
+        sampling_state = dataclasses.replace(state.without_optimizer(), step=jnp.int32(step - 1))
         size = config.prompts_per_step // config.rollout_parts
         parts = [batch.rows(slice(at, at + size)) for at in range(0, config.prompts_per_step, size)]
-        return PendingRollout(position, batch, [sample((light, answering), to_prompts(part)) for part in parts])
+        return PendingRollout(
+            position, batch, [sample((sampling_state, answering), to_prompts(part)) for part in parts]
+        )
 
     def save(step: int) -> None:
         log.flush()
@@ -248,8 +250,8 @@ def train(
             judged = collect_feedback(feedback, records, answers, rollout, step)  # feedback
             feedback_done = time.perf_counter()
             data = step_data(current.batch)
-            light = state.without_optimizer()
-            batch, rewards, judged = prepare((light, frozen), (data, rollout, judged))  # rewards, advantages
+            sampling_state = state.without_optimizer()
+            batch, rewards, judged = prepare((sampling_state, frozen), (data, rollout, judged))  # rewards, advantages
             state, metrics = update(state, adapter, batch)  # update
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
             rewards, judged = jax.device_get((rewards, judged))

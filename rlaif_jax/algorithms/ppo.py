@@ -110,7 +110,10 @@ class PPOConfig:
         require(self.kl_coef >= 0, f"ppo.kl_coef must be >= 0, not {self.kl_coef}")
 
     def build(self, policy: Policy, critic: Critic | None, *, steps: int) -> PPO:
-        """Returns the algorithm of a run of `steps` steps, over which learning rates are scheduled."""
+        """Returns the algorithm that trains `policy`, with learning rates scheduled over `steps` steps.
+
+        `critic` is None where the advantage needs none.
+        """
         return PPO(policy, critic, self, steps * self.num_epochs * self.num_minibatches)
 
 
@@ -189,7 +192,7 @@ class PPO(Algorithm):
         )
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
-        """Returns the state at step 0 of a run with `seed`; `params` holds "policy" and, with a critic, "value"."""
+        """Returns the state at step 0 from `params` ("policy", and with a critic "value") and the run's seed."""
         return initial_state(params, self.optimizers, self.config, seed, kl_coef=jnp.float32(self.config.kl_coef))
 
     def score(self, params: Params, frozen: Frozen, view: View) -> Scored:

@@ -60,7 +60,12 @@ class DPOConfig:
         require(self.beta > 0, f"dpo.beta must be > 0, not {self.beta}")
 
     def build(self, policy: Policy, *, steps: int) -> DPO:
-        """Returns the algorithm of a run of `steps` steps, over which the learning rate is scheduled."""
+        """Returns the algorithm for a run.
+
+        Args:
+            policy: the policy that learns.
+            steps: steps of the run, over which the learning rate is scheduled.
+        """
         return DPO(policy, self, steps * self.num_epochs * self.num_minibatches)
 
 
@@ -130,7 +135,13 @@ class DPO(Algorithm):
         return initial_state(params, self.optimizers, self.config, seed)
 
     def score(self, params: Params, frozen: Frozen, view: View) -> Scored:
-        """Returns the policy's log-probs of every target of a view."""
+        """Returns the policy's log-probs of every target of a view.
+
+        Args:
+            params: {"policy": parameters}.
+            frozen: weights that do not learn.
+            view: padded or packed sequences; the results have the layout of its targets.
+        """
         scores = self.policy.score(params["policy"], frozen, view)
         return Scored(scores.logprobs, scores.entropies)
 

@@ -277,9 +277,9 @@ def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMa
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if "tensor" in free:
         # The compiler cannot split a kernel: rows go over data and fsdp, heads over tensor.
-        over = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
+        batch_axes = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
         heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
-        arrays, ids = PartitionSpec(over, heads), PartitionSpec(over)
+        arrays, ids = PartitionSpec(batch_axes, heads), PartitionSpec(batch_axes)
         run = jax.shard_map(
             run, in_specs=(arrays, arrays, arrays, ids, ids), out_specs=arrays, axis_names=free, check_vma=False
         )

@@ -54,7 +54,12 @@ class CausalLM:
         return self.config.compute_dtype
 
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:
-        """Raises UserError where prompt and answer together are longer than the context."""
+        """Raises UserError where prompt and answer together are longer than the context.
+
+        Args:
+            prompt_length: P in tokens, padding included.
+            max_new_tokens: T in tokens.
+        """
         require(
             prompt_length + max_new_tokens <= self.config.context_length,
             f"train.prompt_length ({prompt_length}) + sampling.max_new_tokens ({max_new_tokens}) "

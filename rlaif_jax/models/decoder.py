@@ -312,7 +312,7 @@ class Trunk(nn.Module):
             prompts: [G, P] int32, left padded.
             prompt_mask: [G, P] bool.
             answers: [G, K, T] int32, right padded.
-            mask: [G, K, T] bool, of the answers; reshaped, so [G K, T] does as well.
+            mask: [G, K, T] bool, true for real tokens of the answers.
         """
         count, each, length = answers.shape
         start = prompt_mask.astype(jnp.int32).sum(-1)

@@ -113,7 +113,12 @@ class EncoderDecoder:
         return dataclasses.replace(self.config, attention="xla")
 
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:
-        """Raises UserError where the prompt or the answer is longer than the context of its stack."""
+        """Raises UserError where the prompt or the answer is longer than the context of its stack.
+
+        Args:
+            prompt_length: P in tokens, padding included.
+            max_new_tokens: T in tokens.
+        """
         for name, length in (("train.prompt_length", prompt_length), ("sampling.max_new_tokens", max_new_tokens)):
             require(
                 length <= self.config.context_length,

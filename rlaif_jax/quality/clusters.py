@@ -91,7 +91,7 @@ def mean_preference(votes: Votes, shares: VoteShares, source: str | None) -> dic
     Args:
         votes: all votes.
         shares: pair -> rater -> shares of first, tie and second, from `votes`.
-        source: "human", "ai", "rule" or another source of the raters.
+        source: one of `SOURCES`; None gives no pairs.
     """
     found = {}
     for pair, by_rater in shares.items():

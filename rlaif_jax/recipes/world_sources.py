@@ -165,9 +165,16 @@ def rewards_of_form(
 def learn_valence(
     comments: Sequence[Judgement], ratings: Sequence[Judgement], seed: int, runner: Runner
 ) -> SentimentJudge:
-    """Returns a reader of comments, fitted to comments on answers that have been rated as well.
+    """Fits a reader of comments to comments on answers that have been rated as well.
 
-    Raises UserError for fewer than 64 such comments.
+    Args:
+        comments: records of comments.
+        ratings: records of ratings, perhaps of the same answers.
+        seed: of the training.
+        runner: the devices.
+
+    Raises:
+        UserError: fewer than 64 comments are on rated answers.
     """
     rated = {(j.prompt, j.answers[0]): j.unit for j in ratings if isinstance(j, Rating) and j.answered}
     examples = [

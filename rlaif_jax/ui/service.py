@@ -210,7 +210,13 @@ class AnnotationService:
     def undo(self, rater: str, request: str, body: Json) -> Json:
         """Withdraws the rater's last answer or skip and returns its task.
 
-        Raises Conflict where the rater has no such post.
+        Args:
+            rater: who withdraws.
+            request: the id that the sender made for this post.
+            body: the post; no field of it is read.
+
+        Raises:
+            Conflict: the rater has no such post.
         """
         posted = self._repeated(rater, request, body)
         if posted is None:

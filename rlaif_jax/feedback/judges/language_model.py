@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
     valid: np.ndarray
 
 
-class Scores(NamedTuple):
+class AnswerScores(NamedTuple):
     """Direct scores of B answers.
 
     Attributes:
@@ -65,7 +65,7 @@ class Scores(NamedTuple):
     valid: np.ndarray
 
 
-def preference_from_scores(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
+def preference_from_scores(first: AnswerScores, second: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
     """Computes P(first answer is better) [B] from two score distributions, and where both are valid [B].
 
     The probability is P(s1 > s2) + P(s1 = s2) / 2 with independent scores, and 0.5 where not valid. Each
@@ -270,7 +270,7 @@ class LanguageModelJudge:
         fill = lambda x: np.where(both, x, 0.5)
         return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both)
 
-    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Scores:
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> AnswerScores:
         """Scores each of B answers by its expected score, sum_i i P(i).
 
         Lee 2023, section 2.2.2, direct RLAIF. Where the judge has a `reasoning`, it first writes its reasons, and
@@ -291,7 +291,7 @@ class LanguageModelJudge:
         choices, valid = self._choices(self._score, texts)
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
-        return Scores(np.where(valid, choices @ numbers, 0.0), choices, valid)
+        return AnswerScores(np.where(valid, choices @ numbers, 0.0), choices, valid)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
