@@ -179,5 +179,5 @@ def rewards_of(
 
 
 def number_or_none(value: float) -> float | None:
-    """Returns a number for a JSON file, which knows no NaN: None instead."""
+    """Returns `value` as a float, or None where it is NaN or infinite, for which JSON has no number."""
     return float(value) if np.isfinite(value) else None

@@ -139,7 +139,14 @@ class Algorithm(Protocol):
 
 
 def hyper_settings(config: Any, prefix: str = "") -> dict[str, float]:
-    """Returns the float settings of a config by dotted name; of an optimiser its learning rate alone."""
+    """Returns the float settings of a config by dotted name, such as "objective.clip_range".
+
+    Settings of nested dataclasses are included; of an optimiser only the learning rate is.
+
+    Args:
+        config: a dataclass of settings.
+        prefix: what the names begin with.
+    """
     if isinstance(config, OptimizerConfig):
         return {f"{prefix}learning_rate": config.learning_rate}
     found: dict[str, float] = {}
@@ -153,7 +160,13 @@ def hyper_settings(config: Any, prefix: str = "") -> dict[str, float]:
 
 
 def with_hyper(config: C, hyper: Mapping[str, jax.Array], prefix: str = "") -> C:
-    """Returns a config whose float settings are the arrays of `TrainState.hyper`."""
+    """Returns a copy of a config in which float settings are arrays, which may be traced.
+
+    Args:
+        config: a dataclass of settings.
+        hyper: dotted name of a setting -> its array, as in `TrainState.hyper`; other settings stay.
+        prefix: what the names begin with.
+    """
     bound = copy.copy(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         name, value = f"{prefix}{field.name}", config.__dict__[field.name]

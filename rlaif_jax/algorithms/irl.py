@@ -36,7 +36,13 @@ class DiscriminatorConfig:
         require(self.updates_per_step >= 1, f"discriminator.updates_per_step must be >= 1, not {self.updates_per_step}")
 
     def build(self, algorithm: Algorithm, discriminator: ScalarModel, *, steps: int) -> Adversarial:
-        """Returns `algorithm` with a discriminator as its reward, for a run of `steps` steps."""
+        """Returns an algorithm whose reward includes the discriminator's logit.
+
+        Args:
+            algorithm: the inner algorithm, which trains the policy.
+            discriminator: the reward model that tells answers from demonstrations.
+            steps: steps of the run, over which the learning rate is scheduled.
+        """
         return Adversarial(algorithm, discriminator, self, steps * self.updates_per_step)
 
 

@@ -407,7 +407,7 @@ def ppo_loss(
 
 
 def summarise(history: Metrics) -> Metrics:
-    """Returns the metrics of a step from those of its minibatches: means, and `first/*` of the first."""
+    """Returns a step's metrics, means and `first/*`, from `history`: those of its minibatches, in order."""
     # The sampler's log-probs are compared with the trainer's before it has moved: later the gap would mean nothing.
     metrics = {name: x.mean() for name, x in history.items() if not name.startswith("sampler_")}
     first = {name: x[0] for name, x in history.items()}

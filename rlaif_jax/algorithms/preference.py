@@ -180,7 +180,7 @@ class DPO(Algorithm):
         )
 
     def update(self, state: TrainState, frozen: Frozen) -> Update:
-        """Returns the update of a step."""
+        """Returns the update of a step: its loss with the coefficients of `state` and weights of `frozen`."""
         config = self.config
         return Update(
             score=lambda params, view: self.score(params, frozen, view),

@@ -33,7 +33,12 @@ class FeedbackSource(Protocol):
         """
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
-        """Begins to judge these answers and returns at once, while the devices draw further ones."""
+        """Begins to judge answers and returns at once, while the devices draw further ones.
+
+        Args:
+            records: the record of each answer's prompt.
+            answers: the texts.
+        """
         return
 
     def get_state(self) -> Any:

@@ -65,7 +65,10 @@ def rope_table(config: DecoderConfig, positions: jax.Array) -> KeyValue | None:
 
 
 def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
-    """Rotates the halves of the last axis of x [..., heads, h], as Hugging Face splits them."""
+    """Rotates x [..., heads, h] to its positions, by halves of the last axis as Hugging Face splits them.
+
+    `rope` are the cosines and sines of the positions; None leaves x as it is.
+    """
     if rope is None:
         return x
     cos, sin = rope
@@ -281,7 +284,14 @@ class Trunk(nn.Module):
     def columns(
         self, tokens: jax.Array, positions: jax.Array, visible: AttentionMask | SharedPrefixMask, last: int = 0
     ) -> tuple[jax.Array, list[KeyValue]]:
-        """Returns what `last` does, for tokens and positions [B, S] in any order and their mask."""
+        """Returns the hidden states of the last columns, and the keys and values of all, for any layout.
+
+        Args:
+            tokens: [B, S] int32.
+            positions: [B, S] int32.
+            visible: which columns each column reads.
+            last: number of columns with hidden states; 0: all.
+        """
         c = self.config
         x, rope = split_by_rows(self.embedded(tokens, positions)), rope_table(c, positions)
         seen = build_mask(c, visible)

@@ -58,7 +58,13 @@ class ScalarModel:
         return self.head(params, apply(Trunk(self.config), params["trunk"], tokens, mask)[0])
 
     def values(self, params: Params, view: View, hidden: jax.Array) -> jax.Array:
-        """Returns a scalar for every target of `view`, read off this model's own trunk; `hidden` is not used."""
+        """Computes a scalar for every target of a view, float32 in the layout of its targets.
+
+        Args:
+            params: parameters of this model, which has its own trunk.
+            view: padded or packed sequences.
+            hidden: the policy's hidden states; not used.
+        """
         del hidden
         return self.head(params, view_hidden(self.config, params["trunk"], view))
 
@@ -94,6 +100,9 @@ class ValueHead:
 
 
 def gather_last(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns [B]: of values [B, S] those at each row's last real token, on whichever side the padding is."""
+    """Returns, for each row of values [B, S], the value at the row's last real token: [B].
+
+    `mask` [B, S] is true for real tokens; the padding may be on either side.
+    """
     last = mask.shape[1] - 1 - jnp.argmax(mask.astype(bool)[:, ::-1], axis=1)
     return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]

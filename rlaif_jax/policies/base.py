@@ -60,10 +60,20 @@ class Policy(Protocol):
         """The largest gap in nats between two computations of one log-prob that rounding explains."""
 
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
-        """Raises UserError where prompts of this length or the tokenizer do not fit the model."""
+        """Raises UserError where the model does not fit the prompts or the tokenizer.
+
+        Args:
+            prompt_length: P in tokens, padding included.
+            tokenizer: of prompts and answers.
+        """
 
     def empty_rollout(self, rows: int, prompt_length: int) -> Rollout:
-        """Returns a rollout of zeros with the shapes and dtypes of `rows` answers."""
+        """Returns a rollout of zeros with the shapes and dtypes of a real one.
+
+        Args:
+            rows: B, the number of answers.
+            prompt_length: P in tokens.
+        """
 
     def sample(
         self, params: Params, frozen: Frozen, prompts: Prompts, key: jax.Array, draws: tuple[Draw, ...]

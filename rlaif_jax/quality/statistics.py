@@ -185,8 +185,13 @@ def fold_predictions(probability: ArrayLike, outcome: ArrayLike) -> tuple[Floats
 def calibration_columns(confidence: ArrayLike, right: ArrayLike, bins: int = 10) -> Floats:
     """Returns rows [n, 1 + 3 bins] whose sums `brier`, `calibration_error` and `reliability_bins` read.
 
-    A row holds the squared error; then for each of `bins` equally wide bins over [.5, 1] its count, sum of confidences
-    and sum right. A bin holds its lower edge, the last one both.
+    A row holds the squared error; then for each of `bins` equally wide bins over [.5, 1] its count, sum of
+    confidences and sum right. A bin holds its lower edge, the last one both.
+
+    Args:
+        confidence: [n] in [.5, 1], from `fold_predictions`.
+        right: [n] in [0, 1], from `fold_predictions`.
+        bins: number of bins.
     """
     c, y = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
     place = np.searchsorted(0.5 + np.arange(1, bins) / (2 * bins), c, side="right")
@@ -201,24 +206,28 @@ def _split_bins(sums: ArrayLike) -> tuple[Floats, Floats, Floats]:
 
 
 def brier(sums: ArrayLike) -> Floats:
-    """Computes the mean squared error of the probabilities (Brier 1950).
+    """Computes the mean squared error [...] of the probabilities (Brier 1950); NaN without predictions.
 
-    0 is perfect; a judge that always gives one half has .25.
+    0 is perfect; a judge that always gives one half has .25. `sums` [..., 1 + 3 bins] are those of
+    `calibration_columns`.
     """
     return divide(np.asarray(sums, np.float64)[..., 0], _split_bins(sums)[0].sum(-1))
 
 
 def calibration_error(sums: ArrayLike) -> Floats:
-    """Computes the expected calibration error over the bins (Guo et al. 2017, eq. 3).
+    """Computes the expected calibration error [...] over the bins (Guo et al. 2017, eq. 3).
 
-    Noise makes it larger.
+    Noise makes it larger. `sums` [..., 1 + 3 bins] are those of `calibration_columns`; NaN without predictions.
     """
     count, confidence, right = _split_bins(sums)
     return divide(np.abs(confidence - right).sum(-1), count.sum(-1))
 
 
 def reliability_bins(sums: ArrayLike) -> list[dict[str, float | None]]:
-    """Returns each bin's `low`, `high`, `count`, mean `confidence` and share `right` (None if empty)."""
+    """Returns each bin's `low`, `high`, `count`, mean `confidence` and share `right` (None if empty).
+
+    `sums` [1 + 3 bins] are those of `calibration_columns`.
+    """
     count, confidence, right = _split_bins(sums)
     width = 0.5 / len(count)
     return [
@@ -237,7 +246,11 @@ def reliability_bins(sums: ArrayLike) -> list[dict[str, float | None]]:
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Computes Spearman's rank correlation; ties share their mean rank, pairs with a NaN are left out.
+    """Computes Spearman's rank correlation.
+
+    Args:
+        a: [n].
+        b: [n]; equal values share their mean rank, pairs with a NaN are left out.
 
     Returns:
         In [-1, 1]; NaN when one side is constant.

@@ -32,9 +32,11 @@ class Masked(NamedTuple):
 
 
 def masked(values: jax.Array, valid: jax.Array) -> Masked:
-    """Returns values [...] in float32, 0 where they are missing, and their validity [...].
+    """Returns values in float32 with missing ones as 0, and their validity.
 
-    A value that is not finite counts as missing.
+    Args:
+        values: [...]; a value that is not finite counts as missing.
+        valid: [...], bool or 0 / 1, false where a value is missing.
     """
     valid = valid.astype(bool) & jnp.isfinite(values)
     return Masked(jnp.where(valid, values, 0).astype(jnp.float32), valid)

@@ -38,7 +38,7 @@ class Reservation:
     time: float = 0.0
 
     def settle(self, tokens: int, usd: float = 0.0) -> None:
-        """Replaces the reserved amounts by the tokens and US dollars that the call did use."""
+        """Replaces the reserved amounts by what the call did use: `tokens`, and `usd` in US dollars."""
         self.tokens, self.usd = tokens, usd
 
 
