@@ -193,7 +193,9 @@ class TaskQueue(Database):
     def lease(self, rater: str, *, at: float | None = None) -> PersonTask | None:
         """Leases the rater's next task, first one that the rater holds; None where nothing is open.
 
-        at: the time in Unix seconds; by default the clock's.
+        Args:
+            rater: who asks for a task.
+            at: the time in Unix seconds; None: the clock's.
         """
         at = now() if at is None else at
         with self.write() as db:

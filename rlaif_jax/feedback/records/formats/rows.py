@@ -241,7 +241,8 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 def conversation_prompt(turns: Iterable[tuple[bool, str]]) -> str:
     """Returns a conversation as one prompt that ends where the assistant speaks.
 
-    turns: (whether the assistant speaks, text) of each turn.
+    Args:
+        turns: (whether the assistant speaks, text) of each turn.
     """
     return "".join(f"{ASSISTANT if assistant else HUMAN} {text}" for assistant, text in turns) + ASSISTANT
 
