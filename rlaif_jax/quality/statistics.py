@@ -1,8 +1,8 @@
 """Statistics of agreement, calibration, ranks and diversity.
 
 The statistics of confusion matrices, coincidences, moments and calibration are functions of *sums* over prompts, with
-any number of leading axes, so that `bootstrap.Bootstrap` can resample them. What cannot be computed is NaN. NumPy in
-float64 on the host; coincidences and alpha also take JAX arrays, which stay on the device.
+any number of leading axes, so that `bootstrap.Bootstrap` can resample them. What cannot be computed is NaN. NumPy in float64
+on the host; coincidences and alpha also take JAX arrays, which stay on the device.
 """
 
 from __future__ import annotations
