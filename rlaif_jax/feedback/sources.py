@@ -152,7 +152,7 @@ class MixedSource(FeedbackSource):
         )
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
-        """Lets every source begin."""
+        """Lets every source begin; see `FeedbackSource.prefetch`."""
         for source in self.sources:
             source.prefetch(records, answers)
 

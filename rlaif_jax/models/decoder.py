@@ -404,11 +404,15 @@ def response_hidden(config: DecoderConfig, trunk: Any, view: PaddedView) -> jax.
 def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
     """Returns fresh parameters whose attention can look things up in the prompt from the start.
 
-    Half of the first layer's heads attend to the previous token, by biases alone: with k = u and q = R(-1) u the rotary
-    score is sum_f cos(theta_f (distance - 1)), largest one token back. Half of the heads of every later layer match
-    contents: W_k = W_q, so that equal residuals meet (mimetic initialisation, Trockman & Kolter 2023), and biases keep
-    them from matching themselves. Together they are the two halves of an induction head (Olsson 2022), which small
-    decoders otherwise take thousands of updates to find.
+    Half of the first layer's heads attend to the previous token, by biases alone: with k = u and q = R(-1) u the
+    rotary score is sum_f cos(theta_f (distance - 1)), largest one token back. Half of the heads of every later
+    layer match contents: W_k = W_q, so that equal residuals meet (mimetic initialisation, Trockman & Kolter
+    2023), and biases keep them from matching themselves. Together they are the two halves of an induction head
+    (Olsson 2022), which small decoders otherwise take thousands of updates to find.
+
+    Args:
+        config: shape and flags of the decoder.
+        params: what `CausalLM.init` returned; it is not changed.
 
     Raises:
         UserError: the config has no qkv_bias, no rotary positions, or several query heads for a key-value head.

@@ -329,7 +329,10 @@ class TaskQueue(Database):
         return found
 
     def tasks(self, *, only_open: bool = True) -> list[QueuedTask]:
-        """Returns the tasks in their order, with the raters who answered or skipped each."""
+        """Returns the open tasks in their order, each with the raters who answered or skipped it.
+
+        With `only_open` false, closed tasks are included.
+        """
         by_task: dict[str, dict[str, list[str]]] = {}
         for task, act, rater in self.rows(
             "SELECT DISTINCT task, act, rater FROM page_post WHERE is_undone = 0 AND act IN ('answer', 'skip') "

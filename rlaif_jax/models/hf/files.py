@@ -369,7 +369,15 @@ def save_model(
 
 
 def special_ids(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, int | None]:
-    """Returns the special ids by their keys in config.json. Raises UserError for too large a tokenizer."""
+    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`, as config.json names them.
+
+    Args:
+        tokenizer: has the ids; None: all three are None.
+        vocab_size: of the model.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model.
+    """
     if tokenizer is None:
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     require(
