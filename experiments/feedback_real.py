@@ -33,8 +33,8 @@ from rlaif_jax.feedback.judges.sentiment import SentimentConfig
 from rlaif_jax.recipes.published import (
     Finding,
     Findings,
-    both_orders,
     crowd_labels,
+    judge_in_both_orders,
     people_and_judges,
     post_edits,
     ratings,
@@ -91,7 +91,7 @@ def sections(config: RealConfig) -> tuple[Section, ...]:
         Section(
             "LLMBar: AI judges in both orders",
             ("llmbar/LLMBar_Natural.json", "llmbar_judges"),
-            partial(both_orders, seed=seed),
+            partial(judge_in_both_orders, seed=seed),
         ),
         Section("PandaLM: people and AI judges", panda, partial(people_and_judges, seed=seed)),
         Section("prometheus: GPT-4's remarks and scores", ("prometheus/vicuna_eval.json",), read_remarks),

@@ -162,12 +162,22 @@ class Evaluation:
 def rewards_of(
     source: FeedbackSource, records: Sequence[Record], answers: Sequence[str], rollout: Rollout
 ) -> np.ndarray:
-    """Returns the rewards [B] of a source with one reward, NaN where a judgement is missing."""
+    """Returns the rewards [B] of a source with one reward, NaN where a judgement is missing.
+
+    Args:
+        source: gives one reward an answer.
+        records: the record of each answer's prompt.
+        answers: the B texts.
+        rollout: the same answers as arrays.
+
+    Raises:
+        UserError: the source gives another number of rewards.
+    """
     judged = jax.device_get(source(records, answers, rollout))
     require(judged.values.shape[1] == 1, f"an evaluation reads one reward an answer, not {judged.values.shape[1]}")
     return np.where(judged.valid[:, 0], judged.values[:, 0], np.nan)
 
 
 def number_or_none(value: float) -> float | None:
-    """Returns a number for a JSON file, which knows no NaN: None instead."""
+    """Returns `value` as a float, or None where it is NaN or infinite, for which JSON has no number."""
     return float(value) if np.isfinite(value) else None

@@ -60,7 +60,15 @@ def psum(x: Any, axis_name: str | None) -> Any:
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """Returns the mean of x where mask, over all devices: sum of sums over sum of counts; 0 if none is."""
+    """Computes the mean [] of x over the entries where `mask` is true, on all devices.
+
+    It is the sum of the devices' sums divided by the sum of their counts, and 0 where no entry counts.
+
+    Args:
+        x: any shape.
+        mask: of the same shape.
+        axis_name: the mapped axis of the devices, or None.
+    """
     total = psum(jnp.sum(jnp.where(mask, x, 0.0)), axis_name)
     return total / jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
 
@@ -86,10 +94,15 @@ def masked_whiten(
 
 
 def global_rows(batch: Any, rows: jax.Array, axis_name: str | None) -> Any:
-    """Returns this device's share of rows [M] (indices into the global batch) of every array of `batch`.
+    """Returns this device's share of the rows [M] of every array of a batch.
 
-    Under pmap the token arrays, which are small next to the model's activations, are gathered and each device takes
-    its slice of the minibatch; under jit the result is marked as split over the mesh's batch axes.
+    Under pmap the token arrays, which are small next to the model's activations, are gathered and each device
+    takes its slice of the minibatch; under jit the result is marked as split over the mesh's batch axes.
+
+    Args:
+        batch: a pytree of arrays [B, ...]; under pmap each device holds its part.
+        rows: [M] int, indices into the batch of all devices.
+        axis_name: the mapped axis of the devices, or None.
     """
     if axis_name is not None:
         share = rows.shape[0] // jax.lax.axis_size(axis_name)
@@ -217,7 +230,17 @@ class pmap_step:
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh ("data", "fsdp", "tensor"); data=0 takes the devices that the others leave."""
+    """Returns a mesh with the axes ("data", "fsdp", "tensor").
+
+    Args:
+        data: devices of the axis "data"; 0: as many as the other two axes leave.
+        fsdp: devices of the axis "fsdp".
+        tensor: devices of the axis "tensor".
+        devices: the devices, of which the first data * fsdp * tensor are used; None: all.
+
+    Raises:
+        UserError: the mesh needs more devices.
+    """
     devices = devices or jax.devices()
     data = data or len(devices) // (fsdp * tensor)
     require(
@@ -362,7 +385,7 @@ class ShardRunner:
         return shard_step(fn, self.mesh, self.rules, out="split", donate=False)
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
-        """Runs `fn(*args)`, compiled so that the state comes out split over the mesh."""
+        """Runs `fn(*args)`, which makes a state, and returns the state split over the mesh by `rules`."""
         with jax.set_mesh(self.mesh):
             split = state_shardings(jax.eval_shape(fn, *args), self.mesh, self.rules)
             return jax.jit(fn, out_shardings=split)(*args)
@@ -377,7 +400,10 @@ class ShardRunner:
 
 
 def make_runner(config: ParallelConfig, rules: Rules = COLUMN_AND_ROW) -> Runner:
-    """Returns the runner that a config asks for; a single device gets plain `jax.jit`."""
+    """Returns the runner that a config asks for; a single device gets plain `jax.jit`.
+
+    `rules` say how parameters are split over a mesh: see `LanguageModel.rules`.
+    """
     if config.mode == "pmap":
         return PmapRunner() if jax.local_device_count() > 1 else JitRunner()
     return ShardRunner(make_mesh(config.data, config.fsdp, config.tensor), rules)

@@ -210,7 +210,7 @@ class Run:
         self._settled = True
 
     def stopped(self) -> bool:
-        """Returns `stop_requested`: a callable that long stages ask."""
+        """Returns whether SIGTERM or Ctrl-C has asked this run to stop; long stages poll this function."""
         return self.stop_requested
 
     def check(self, name: str, holds: bool) -> bool:
@@ -327,16 +327,19 @@ def use_compilation_cache() -> None:
 
 
 def command_line(main: Callable[[Config], Result], default: Config, description: str | None = None) -> Result:
-    """Parses the command line, runs `main` and returns what it returns.
+    """Parses the command line into a config, calls `main` with it and returns the result of `main`.
 
-    A field of several dataclasses is a word with the options of that class: `ppo.advantage:leave-one-out`; options may be
-    anywhere after it. Exits with 2 and one line on bad input, with 1 when a check of the run
-    failed, with 130 on Ctrl-C.
+    A choice between dataclasses is written as a word, `ppo.advantage:leave-one-out`; the options of the chosen
+    class may be anywhere after the word.
 
     Args:
-        main: called with the config.
-        default: a frozen dataclass: the options and their defaults.
+        main: a function of the config.
+        default: a frozen dataclass: its fields are the options, its values the defaults.
         description: the text of --help.
+
+    Raises:
+        SystemExit: with status 2 and one line on stderr for bad input, with 1 when a check of the run failed or a
+            loss is not finite, with 130 on Ctrl-C.
     """
     try:
         config = tyro.cli(

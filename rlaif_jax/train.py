@@ -97,7 +97,16 @@ class Programs(NamedTuple):
 
 
 def programs(algorithm: Algorithm, policy: Policy, device_rewards: Sequence[DeviceReward] = ()) -> Programs:
-    """Returns the functions of a step; `sample` and `prepare` take a state without its optimiser."""
+    """Returns the pure functions of a step, which a runner compiles.
+
+    Args:
+        algorithm: prepares batches and updates the state.
+        policy: draws the answers.
+        device_rewards: rewards that are computed inside `prepare`, one for each entry of `Frozen.rewards`.
+
+    Returns:
+        `sample`, `prepare` and `step`; the first two take a state without its optimiser.
+    """
 
     def sample(replicated: tuple[TrainState, Frozen], prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
         state, frozen = replicated
@@ -206,10 +215,12 @@ def train(
         if not algorithm.draws:
             require(batch.recorded is not None, "this algorithm learns from recorded answers, and the data has none")
             return PendingRollout(position, batch, [batch.recorded])  # type: ignore[list-item]
-        light = dataclasses.replace(state.without_optimizer(), step=jnp.int32(step - 1))
+        sampling_state = dataclasses.replace(state.without_optimizer(), step=jnp.int32(step - 1))
         size = config.prompts_per_step // config.rollout_parts
         parts = [batch.rows(slice(at, at + size)) for at in range(0, config.prompts_per_step, size)]
-        return PendingRollout(position, batch, [sample((light, answering), to_prompts(part)) for part in parts])
+        return PendingRollout(
+            position, batch, [sample((sampling_state, answering), to_prompts(part)) for part in parts]
+        )
 
     def save(step: int) -> None:
         log.flush()
@@ -239,8 +250,8 @@ def train(
             judged = collect_feedback(feedback, records, answers, rollout, step)  # feedback
             feedback_done = time.perf_counter()
             data = step_data(current.batch)
-            light = state.without_optimizer()
-            batch, rewards, judged = prepare((light, frozen), (data, rollout, judged))  # rewards, advantages
+            sampling_state = state.without_optimizer()
+            batch, rewards, judged = prepare((sampling_state, frozen), (data, rollout, judged))  # rewards, advantages
             state, metrics = update(state, adapter, batch)  # update
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
             rewards, judged = jax.device_get((rewards, judged))
@@ -289,7 +300,16 @@ class PendingRollout(NamedTuple):
 
 
 def empty_rollouts(config: TrainConfig, algorithm: Algorithm, policy: Policy) -> list[Rollout]:
-    """Returns zero rollouts, the checkpoint's entry while no rollout is pending; none in synchronous runs."""
+    """Returns the zero rollouts that the checkpoint holds while no rollout is pending.
+
+    Args:
+        config: sizes of a step.
+        algorithm: its draws give the answers of each prompt.
+        policy: gives the shapes of a rollout.
+
+    Returns:
+        One rollout for each part of a step; an empty list for synchronous runs (`staleness` 0).
+    """
     if not config.staleness:
         return []
     rows = config.prompts_per_step // config.rollout_parts * draw_count(algorithm.draws)
@@ -304,9 +324,18 @@ def step_data(batch: PromptBatch) -> StepData:
 def collect(
     current: PendingRollout, policy: Policy, tokenizer: Tokenizer, feedback: FeedbackSource | None
 ) -> tuple[Rollout, list[Record], list[str]]:
-    """Returns (rollout, record of each answer's prompt, texts) of a step.
+    """Waits for the answers of a step and returns them as arrays and as texts.
 
     While the devices work on the later parts, the source may already judge the answers of the earlier ones.
+
+    Args:
+        current: the prompts and the rollouts that the devices work on.
+        policy: turns tokens into texts.
+        tokenizer: decodes the texts.
+        feedback: its `prefetch` is called with each part; None where no source judges on the host.
+
+    Returns:
+        (rollout of all parts, the record of each answer's prompt, the texts).
     """
     batch, rollouts = current.batch, current.rollouts
     records: list[Record] = []
@@ -327,6 +356,13 @@ def reward_metrics(rewards: RewardBatch, judged: Feedback) -> dict[str, float]:
     """Returns the mean `reward` that is learned from, and the mean raw `score` of each judgement.
 
     Where answers are only compared in pairs they have no reward, which is not a reward of 0: it is left out.
+
+    Args:
+        rewards: the rewards of B answers, on the host.
+        judged: the feedback [B, R] behind them, on the host.
+
+    Returns:
+        `reward`, and `score` (R = 1) or `score/0`, `score/1` ...; NaN where nothing is valid.
     """
 
     def mean(x: Array, valid: Array) -> float:

@@ -81,11 +81,20 @@ class Feedback(NamedTuple):
 
     @classmethod
     def single(cls, values: Array, valid: Array, token_rewards: Array | None = None) -> Feedback:
-        """Returns the feedback of a source with one reward, values and valid [B]."""
+        """Returns the feedback of a source with one reward.
+
+        Args:
+            values: [B].
+            valid: [B] bool, false where a judgement is missing.
+            token_rewards: [B, T] dense rewards, or None.
+        """
         return cls(values[:, None], valid[:, None], token_rewards)
 
     def join(self, other: Feedback) -> Feedback:
-        """Returns the rewards of both as columns; dense rewards are added, pairs are this feedback's."""
+        """Returns the rewards of this feedback and of `other`, side by side as columns.
+
+        Dense rewards are added; pairs are those of this feedback.
+        """
         dense = [x for x in (self.token_rewards, other.token_rewards) if x is not None]
         return self._replace(
             values=jnp.concatenate([self.values, other.values], axis=1),

@@ -354,11 +354,10 @@ def test_wrong_overrides_are_named(values, message):
 
 
 def test_overrides_of_the_loop():
-    config = override(
-        TRAIN, {"ppo.kl_coef": "0.5", "ppo.policy_optimizer.schedule": "constant", "target_reward": "none"}
-    )
+    values = {"ppo.kl_coef": "0.5", "ppo.policy_optimizer.schedule": "constant", "train.target_reward": "none"}
+    config = override(EXPERIMENT, values)
     assert config.ppo.kl_coef == 0.5
-    assert config.ppo.policy_optimizer == dataclasses.replace(TRAIN.ppo.policy_optimizer, schedule="constant")
-    assert config.target_reward is None
-    with pytest.raises(UserError, match=r"ppo\.num_minibatches \(5\) must divide"):
-        override(TRAIN, {"ppo.num_minibatches": "5"})
+    assert config.ppo.policy_optimizer == dataclasses.replace(EXPERIMENT.ppo.policy_optimizer, schedule="constant")
+    assert config.train.target_reward is None
+    with pytest.raises(UserError, match=r"ppo\.importance_cap must be >= 1, not 0\.5"):
+        override(EXPERIMENT, {"ppo.importance_cap": "0.5"})

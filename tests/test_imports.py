@@ -112,6 +112,13 @@ def test_every_file_has_a_room():
     assert "rlaif_jax.algorithms.base" in IMPORTS["rlaif_jax.train"]
 
 
+def test_every_module_that_is_imported_exists():
+    for path in (*FILES.values(), *ROOT.parent.glob("experiments/**/*.py"), *ROOT.parent.glob("tests/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlaif_jax."):
+                assert node.module in FILES, f"{path}:{node.lineno}: there is no {node.module}"
+
+
 def test_imports_point_one_way():
     assert wrong_way(IMPORTS) == []
 

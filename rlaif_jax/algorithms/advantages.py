@@ -91,7 +91,12 @@ Advantage = GAE | GroupNormalised | LeaveOneOut
 
 
 def over_tokens(of_answers: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (the advantage [B] of each answer on all its tokens, zeros for the returns), each [B, T]."""
+    """Returns (advantages, returns), each [B, T]: each answer's advantage on all its tokens, and zeros.
+
+    Args:
+        of_answers: [B], the advantage of each answer.
+        mask: [B, T] bool, the answers' tokens; other tokens have advantage 0.
+    """
     advantages = jnp.where(mask, of_answers[:, None], 0.0)
     return advantages, jnp.zeros_like(advantages)
 

@@ -50,10 +50,21 @@ class Algorithm(Protocol):
         """Returns how judgements become rewards."""
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
-        """Raises UserError where a step of that many prompts on that many devices cannot be learned from."""
+        """Raises UserError where the algorithm cannot learn from a step of these sizes.
+
+        Args:
+            prompts_per_step: prompts of a step, over all devices.
+            devices: number of devices that share each minibatch.
+            staleness: steps between the policy that answers and the policy that learns, 0 or 1.
+        """
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
-        """Returns the state at step 0 from parameters by part; traced, so that it is born split."""
+        """Returns the state at step 0; is traced, so that the state is split from its birth.
+
+        Args:
+            params: the parameters of each part, such as {"policy": ..., "value": ...}.
+            seed: [] integer, the seed of the run.
+        """
 
     def rewards(
         self,
@@ -112,14 +123,30 @@ class Algorithm(Protocol):
         """
 
     def checks(self, metrics: dict[str, float], *, step: int, tolerance: float) -> dict[str, bool]:
-        """Returns what must hold of a step's metrics, by name; `tolerance` is the policy's, in nats."""
+        """Returns the checks of a step by name.
+
+        Args:
+            metrics: the metrics of the step.
+            step: the step, counted from 1.
+            tolerance: the largest gap of a log-prob, in nats, that rounding explains.
+
+        Returns:
+            name -> whether the check holds; one that does not hold stops the run.
+        """
 
 
 # ---- Settings that are arrays
 
 
 def hyper_settings(config: Any, prefix: str = "") -> dict[str, float]:
-    """Returns the float settings of a config by dotted name; of an optimiser its learning rate alone."""
+    """Returns the float settings of a config by dotted name, such as "objective.clip_range".
+
+    Settings of nested dataclasses are included; of an optimiser only the learning rate is.
+
+    Args:
+        config: a dataclass of settings.
+        prefix: what the names begin with.
+    """
     if isinstance(config, OptimizerConfig):
         return {f"{prefix}learning_rate": config.learning_rate}
     found: dict[str, float] = {}
@@ -133,7 +160,13 @@ def hyper_settings(config: Any, prefix: str = "") -> dict[str, float]:
 
 
 def with_hyper(config: C, hyper: Mapping[str, jax.Array], prefix: str = "") -> C:
-    """Returns a config whose float settings are the arrays of `TrainState.hyper`."""
+    """Returns a copy of a config in which float settings are arrays, which may be traced.
+
+    Args:
+        config: a dataclass of settings.
+        hyper: dotted name of a setting -> its array, as in `TrainState.hyper`; other settings stay.
+        prefix: what the names begin with.
+    """
     bound = copy.copy(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         name, value = f"{prefix}{field.name}", config.__dict__[field.name]

@@ -45,7 +45,18 @@ class FitConfig:
 
 
 def minibatches(examples: Arrays, size: int, seed: int) -> Iterator[Arrays]:
-    """Yields endless batches of `size` rows of arrays with a common first axis, reshuffled each epoch."""
+    """Yields minibatches of the examples without end, shuffled anew in each pass.
+
+    The rest of a pass that does not fill a minibatch is left out.
+
+    Args:
+        examples: name -> array [N, ...], with one N.
+        size: rows of a minibatch.
+        seed: of the order.
+
+    Raises:
+        UserError: fewer than `size` examples.
+    """
     count = len(next(iter(examples.values())))
     require(count >= size, f"a batch of {size} examples was asked for, but there are only {count}")
     epoch = 0

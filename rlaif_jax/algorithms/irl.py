@@ -36,7 +36,13 @@ class DiscriminatorConfig:
         require(self.updates_per_step >= 1, f"discriminator.updates_per_step must be >= 1, not {self.updates_per_step}")
 
     def build(self, algorithm: Algorithm, discriminator: ScalarModel, *, steps: int) -> Adversarial:
-        """Returns `algorithm` with a discriminator as its reward, for a run of `steps` steps."""
+        """Returns an algorithm whose reward includes the discriminator's logit.
+
+        Args:
+            algorithm: the inner algorithm, which trains the policy.
+            discriminator: the reward model that tells answers from demonstrations.
+            steps: steps of the run, over which the learning rate is scheduled.
+        """
         return Adversarial(algorithm, discriminator, self, steps * self.updates_per_step)
 
 
@@ -89,11 +95,19 @@ class Adversarial(Algorithm):
         return make_optimizer(self.config.optimizer, self.updates)
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
-        """Raises UserError where the inner algorithm does."""
+        """Raises UserError where the inner algorithm does.
+
+        Args: those of `Algorithm.check`.
+        """
         self.algorithm.check(prompts_per_step, devices, staleness)
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
-        """Returns the inner algorithm's state with the discriminator and its optimiser in `extra`."""
+        """Returns the inner algorithm's state with the discriminator and its optimiser in `extra`.
+
+        Args:
+            params: the inner algorithm's parameters and "discriminator".
+            seed: [] integer, the seed of the run.
+        """
         state = self.algorithm.init(params, seed)
         own = jax.tree.map(jnp.array, params["discriminator"])
         hyper = {"discriminator.learning_rate": jnp.float32(self.config.optimizer.learning_rate)}
@@ -176,7 +190,10 @@ class Adversarial(Algorithm):
         return dataclasses.replace(new, extra=new.extra | {"discriminator": own}), metrics
 
     def checks(self, metrics: dict[str, float], *, step: int, tolerance: float) -> dict[str, bool]:
-        """Returns the inner algorithm's checks, and that the discriminator's loss is finite."""
+        """Returns the inner algorithm's checks, and that the discriminator's loss is finite.
+
+        Args: those of `Algorithm.checks`.
+        """
         finite = jnp.isfinite(metrics["discriminator/loss"])
         return self.algorithm.checks(metrics, step=step, tolerance=tolerance) | {
             "discriminator_loss_is_finite": bool(finite)
@@ -184,7 +201,13 @@ class Adversarial(Algorithm):
 
 
 def answer_logits(discriminator: ScalarModel, params: Params, rollout: Rollout) -> jax.Array:
-    """Returns the discriminator's logit [B] float32 at the last token of each answer."""
+    """Computes the discriminator's logit [B] float32 at the last token of each answer.
+
+    Args:
+        discriminator: the model.
+        params: its parameters.
+        rollout: B answers with their prompts.
+    """
     mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
     return gather_last(discriminator(params, rollout.tokens, mask), mask)
 

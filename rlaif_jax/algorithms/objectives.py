@@ -38,7 +38,15 @@ Objective = Clipped
 
 
 def policy_loss(log_ratio: jax.Array, advantages: jax.Array, clip_range: jax.Array | float) -> jax.Array:
-    """Computes max(-A rho, -A clip(rho, 1 - e, 1 + e)) per token (Schulman 2017, eq. 7, negated)."""
+    """Computes PPO's clipped surrogate loss per token (Schulman 2017, eq. 7, negated).
+
+    loss = max(-A rho, -A clip(rho, 1 - e, 1 + e)), rho = exp(log_ratio).
+
+    Args:
+        log_ratio: [...], log-prob of the token under the policy minus that before the update, in nats.
+        advantages: A [...].
+        clip_range: e.
+    """
     ratio = jnp.exp(log_ratio)
     return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_range, 1 + clip_range))
 
@@ -46,7 +54,16 @@ def policy_loss(log_ratio: jax.Array, advantages: jax.Array, clip_range: jax.Arr
 def value_loss(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, clip_range: jax.Array | float
 ) -> jax.Array:
-    """Computes 0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2) per token."""
+    """Computes the clipped squared error of the critic per token.
+
+    loss = 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
+
+    Args:
+        values: V [...], of the critic that learns.
+        old_values: V_old [...], of the critic before the update.
+        returns: R [...].
+        clip_range: c; infinity does not clip.
+    """
     clipped = jnp.clip(values, old_values - clip_range, old_values + clip_range)
     return 0.5 * jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -61,11 +78,15 @@ def kl_estimates(log_ratio: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
 
 
 def importance_weights(log_weight: jax.Array, cap: jax.Array | float) -> jax.Array:
-    """Computes min(pi_old / pi_sampler, cap) per token, a constant to the gradient.
+    """Computes min(pi_old / pi_sampler, cap) per token, without a gradient.
 
-    The weights correct for tokens that were drawn by another policy than the one the ratio is measured against: the same
-    parameters in the sampler's arithmetic (Yao 2025, truncated importance sampling), or older ones (the decoupled objective
-    of Hilton 2022, eq. 5, with pi_old as the proximal policy).
+    The weights correct for tokens that were drawn by another policy than the one the ratio is measured against:
+    the same parameters in the sampler's arithmetic (Yao 2025, truncated importance sampling), or older ones (the
+    decoupled objective of Hilton 2022, eq. 5, with pi_old as the proximal policy).
+
+    Args:
+        log_weight: [...], log pi_old - log pi_sampler in nats; clipped to +-20.
+        cap: largest weight.
     """
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(log_weight, -20.0, 20.0)), cap))
 

@@ -78,9 +78,13 @@ class ScheduleState(NamedTuple):
 
 
 def scale_by_learning_rate(config: OptimizerConfig, updates: int) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation that scales by minus the scheduled learning rate.
+    """Returns a transformation that scales gradients by minus the scheduled learning rate.
 
     Its `update` takes the peak as `learning_rate`; without it the config's peak counts.
+
+    Args:
+        config: peak and schedule.
+        updates: optimiser steps of the whole run.
     """
 
     def init(params: Any) -> ScheduleState:

@@ -80,12 +80,12 @@ def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array) -> tuple[Pac
         axis=1,
     )
 
-    def put(answer: jax.Array, prompt: jax.Array, nothing: int) -> jax.Array:
+    def put(answer: jax.Array, prompt: jax.Array, empty: int) -> jax.Array:
         """Returns [M, C] from values [M, T] of the answers' columns and [M, P - 1] of the prompts'."""
         values = jnp.concatenate(
             [jnp.broadcast_to(answer, (count, length)), jnp.broadcast_to(prompt, (count, width - 1))], axis=1
         )
-        flat = jnp.full(count * columns, nothing, jnp.int32).at[places].set(values, mode="drop")
+        flat = jnp.full(count * columns, empty, jnp.int32).at[places].set(values, mode="drop")
         return flat.reshape(count, columns)
 
     whole = item * (width + length)

@@ -110,7 +110,10 @@ class PPOConfig:
         require(self.kl_coef >= 0, f"ppo.kl_coef must be >= 0, not {self.kl_coef}")
 
     def build(self, policy: Policy, critic: Critic | None, *, steps: int) -> PPO:
-        """Returns the algorithm of a run of `steps` steps, over which learning rates are scheduled."""
+        """Returns the algorithm that trains `policy`, with learning rates scheduled over `steps` steps.
+
+        `critic` is None where the advantage needs none.
+        """
         return PPO(policy, critic, self, steps * self.num_epochs * self.num_minibatches)
 
 
@@ -177,7 +180,10 @@ class PPO(Algorithm):
         return made
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
-        """Raises UserError where minibatches do not come out even, or staleness cannot be corrected."""
+        """Raises UserError where minibatches would be uneven, or staleness is not corrected.
+
+        Args: those of `Algorithm.check`.
+        """
         check_minibatches(prompts_per_step * self.config.answers_per_prompt, self.config.num_minibatches, devices, 1)
         require(
             not staleness or self.config.behaviour == "recompute",
@@ -186,11 +192,17 @@ class PPO(Algorithm):
         )
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
-        """Returns the state at step 0 from parameters `policy` and, with a critic, `value`."""
+        """Returns the state at step 0 from `params` ("policy", and with a critic "value") and the run's seed."""
         return initial_state(params, self.optimizers, self.config, seed, kl_coef=jnp.float32(self.config.kl_coef))
 
     def score(self, params: Params, frozen: Frozen, view: View) -> Scored:
-        """Returns log-probs, entropies (if they have a coefficient) and values of every target of a view."""
+        """Computes log-probs, entropies and values of every target of a view.
+
+        Args:
+            params: {"policy": parameters} and, with a critic, also "value".
+            frozen: weights that do not learn.
+            view: padded or packed sequences; the results have the layout of its targets.
+        """
         scores = self.policy.score(params["policy"], frozen, view, entropy=self.config.entropy_coef != 0)
         values = None if self.critic is None else self.critic.values(params["value"], view, scores.hidden)
         return Scored(scores.logprobs, scores.entropies, values)
@@ -302,7 +314,12 @@ class PPO(Algorithm):
         return dataclasses.replace(new, extra=state.extra | {"kl_coef": kl_coef}), metrics
 
     def checks(self, metrics: dict[str, float], *, step: int, tolerance: float) -> dict[str, bool]:
-        """Returns what must hold: on the first minibatch the policy is still the one that answered."""
+        """Returns the checks of a step: on the first minibatch the policy is the one that answered.
+
+        At step 1 the KL to the reference must be 0.
+
+        Args: those of `Algorithm.checks`.
+        """
         found = {
             "first_minibatch_ratio_is_1": metrics["first/ratio_error"] < tolerance,
             "first_minibatch_clip_fraction_is_0": metrics["first/clip_fraction"] == 0,
@@ -326,16 +343,23 @@ def ppo_loss(
     *,
     entropy: bool = False,
 ) -> tuple[jax.Array, Metrics]:
-    """Returns the contribution of some tokens to the minibatch's loss and metrics (`TokenLoss`).
+    """Computes the contribution of some tokens to the minibatch's loss and metrics; is a `TokenLoss`.
+
+    loss = policy objective + value_coef * value loss (with a critic) + kl_coef * KL (with `kl_in` "loss") -
+    entropy_coef * entropy (with `entropy`), each a sum over tokens divided by the tokens of the whole minibatch.
 
     Args:
         config: coefficients, which may be traced.
-        kl_coef: [] of the step.
-        scored: of the targets, [B, T] padded or [R, C] packed.
-        fields: of the same layout.
-        mask: true where a target counts.
+        kl_coef: [], the KL coefficient of the step.
+        scored: log-probs, entropies and values of the targets by the models that learn, [B, T] padded or [R, C]
+            packed.
+        fields: log-probs, advantages and returns from before the update, in the layout of `scored`.
+        mask: bool in the layout of `scored`, true where a target counts.
         totals: counts of the whole minibatch.
         entropy: whether the loss has an entropy bonus.
+
+    Returns:
+        (loss [], metrics); metrics add up too, except `sampler_gap_max`, which combines by maximum.
     """
 
     def partial_mean(x: jax.Array) -> jax.Array:
@@ -383,7 +407,7 @@ def ppo_loss(
 
 
 def summarise(history: Metrics) -> Metrics:
-    """Returns the metrics of a step from those of its minibatches: means, and `first/*` of the first."""
+    """Returns a step's metrics, means and `first/*`, from `history`: those of its minibatches, in order."""
     # The sampler's log-probs are compared with the trainer's before it has moved: later the gap would mean nothing.
     metrics = {name: x.mean() for name, x in history.items() if not name.startswith("sampler_")}
     first = {name: x[0] for name, x in history.items()}
@@ -396,7 +420,17 @@ def summarise(history: Metrics) -> Metrics:
 
 
 def batch_metrics(batch: Batch, axis_name: str | None, *, with_critic: bool) -> Metrics:
-    """Returns metrics of the rollout: KL of a sequence to the reference in nats, entropy, length, values."""
+    """Computes the metrics of a rollout.
+
+    Args:
+        batch: the rollout with its token fields.
+        axis_name: the mapped axis of the devices, or None; means are over all devices.
+        with_critic: whether to add `explained_variance` and the mean `return`.
+
+    Returns:
+        `kl` and `kl_k3` of a whole answer to the reference, in nats; `entropy` of a token, estimated from the
+        sampled tokens; `length` of an answer in tokens.
+    """
     mask, fields = batch.mask, batch.fields
     rows = mask.any(-1)
     log_ratio = jnp.where(mask, fields.logprobs - fields.ref_logprobs, 0.0)

@@ -60,7 +60,12 @@ class DPOConfig:
         require(self.beta > 0, f"dpo.beta must be > 0, not {self.beta}")
 
     def build(self, policy: Policy, *, steps: int) -> DPO:
-        """Returns the algorithm of a run of `steps` steps, over which the learning rate is scheduled."""
+        """Returns the algorithm for a run.
+
+        Args:
+            policy: the policy that learns.
+            steps: steps of the run, over which the learning rate is scheduled.
+        """
         return DPO(policy, self, steps * self.num_epochs * self.num_minibatches)
 
 
@@ -109,17 +114,34 @@ class DPO(Algorithm):
         return {"policy": make_optimizer(self.config.policy_optimizer, self.updates)}
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
-        """Raises UserError where minibatches would cut groups, or answers would be stale."""
+        """Raises UserError where minibatches would cut groups, or answers would be stale.
+
+        Args:
+            prompts_per_step: prompts of a step, over all devices.
+            devices: number of devices that share each minibatch.
+            staleness: steps between the policy that answers and the policy that learns; must be 0.
+        """
         answers = self.config.answers_per_prompt
         check_minibatches(prompts_per_step * answers, self.config.num_minibatches, devices, answers)
         require(not staleness, "train.staleness=1 is for policy gradients: set train.staleness=0 with DPO")
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
-        """Returns the state at step 0 from the parameters of `policy`."""
+        """Returns the state at step 0.
+
+        Args:
+            params: {"policy": parameters}.
+            seed: [] integer, the seed of the run.
+        """
         return initial_state(params, self.optimizers, self.config, seed)
 
     def score(self, params: Params, frozen: Frozen, view: View) -> Scored:
-        """Returns the policy's log-probs of every target of a view."""
+        """Returns the policy's log-probs of every target of a view.
+
+        Args:
+            params: {"policy": parameters}.
+            frozen: weights that do not learn.
+            view: padded or packed sequences; the results have the layout of its targets.
+        """
         scores = self.policy.score(params["policy"], frozen, view)
         return Scored(scores.logprobs, scores.entropies)
 
@@ -158,7 +180,7 @@ class DPO(Algorithm):
         )
 
     def update(self, state: TrainState, frozen: Frozen) -> Update:
-        """Returns the update of a step."""
+        """Returns the update of a step: its loss with the coefficients of `state` and weights of `frozen`."""
         config = self.config
         return Update(
             score=lambda params, view: self.score(params, frozen, view),
@@ -191,7 +213,18 @@ class DPO(Algorithm):
         return new, metrics | {"length": masked_mean(length, batch.mask.any(-1), axis_name)}
 
     def checks(self, metrics: dict[str, float], *, step: int, tolerance: float) -> dict[str, bool]:
-        """Returns what must hold: finite losses, and a margin of 0 while the policy is still the reference."""
+        """Returns the checks of a step: finite losses, and a margin of 0 at step 1.
+
+        At step 1 the policy is still the reference.
+
+        Args:
+            metrics: the metrics of the step.
+            step: the step, counted from 1.
+            tolerance: the largest gap of a log-prob in nats that rounding explains.
+
+        Returns:
+            name -> whether the check holds.
+        """
         found = {"losses_are_finite": metrics["nonfinite"] == 0}
         if step == 1:
             most = 2 * self.config.beta * tolerance * metrics["length"]
@@ -200,10 +233,17 @@ class DPO(Algorithm):
 
 
 def preferences(rewards: RewardBatch, answers: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (P(answer i beats answer j to the same prompt), whether that is known), each [B, K].
+    """Returns the preference labels between the K answers to each prompt.
 
-    Verdicts on pairs count where the feedback has them. Else scores decide: the higher one wins for certain, equal or
-    missing ones leave the pair out.
+    Verdicts on pairs count where the feedback has them. Else scores decide: the higher one wins for certain,
+    equal or missing ones leave the pair out.
+
+    Args:
+        rewards: rewards of B answers, K consecutive rows a prompt.
+        answers: K.
+
+    Returns:
+        (P(the answer of the row beats answer j to the same prompt), whether that is known), each [B, K].
     """
     if rewards.pairs is not None:
         valid = jnp.ones(rewards.pairs.shape, bool) if rewards.pairs_valid is None else rewards.pairs_valid

@@ -34,13 +34,24 @@ class Sequences(Protocol):
 
 
 def padded_view(batch: Sequences, answers: int = 1) -> PaddedView:
-    """Returns the sequences of a batch one a row; `answers` consecutive rows have the same prompt."""
+    """Returns the sequences of a batch as a view with one sequence a row.
+
+    Args:
+        batch: B sequences of P + T tokens.
+        answers: K; K consecutive rows have the same prompt.
+    """
     targets = jnp.where(batch.response_mask, batch.tokens[:, batch.prompt_mask.shape[1] :], 0)
     return PaddedView(batch.tokens, batch.prompt_mask, batch.response_mask, targets, answers)
 
 
 def packed_view(batch: Sequences, rows: Packed, answers: int) -> PackedView:
-    """Returns packed rows [R, C] of the sequences of a batch, with up to `answers` answers to a prompt."""
+    """Returns the sequences of a batch as a view with several sequences a row.
+
+    Args:
+        batch: B sequences of P + T tokens.
+        rows: where each column [R, C] of the packed rows comes from (`packing.pack`).
+        answers: K, the most answers to a prompt.
+    """
     return PackedView(
         tokens=batch.tokens.reshape(-1)[rows.tokens],
         positions=rows.positions,
@@ -51,7 +62,10 @@ def packed_view(batch: Sequences, rows: Packed, answers: int) -> PackedView:
 
 
 def gather_targets(x: jax.Array, rows: Packed) -> jax.Array:
-    """Gathers x [M, T] into the order of packed targets [R, C]; columns without a target become 0."""
+    """Gathers x [M, T], a number of each response token, into packed columns [R, C].
+
+    A column of `rows` without a target becomes 0.
+    """
     return x.reshape(-1).at[rows.targets].get(mode="fill", fill_value=0)
 
 
@@ -107,16 +121,17 @@ def score_rollout(
 def policy_logprobs(
     policy: Policy, params: Params, rollout: Rollout, *, answers: int = 1, frozen: Any = None
 ) -> jax.Array:
-    """Returns log-probs [B, T] of a rollout's responses under a policy; 0 where masked.
+    """Computes the log-probs [B, T] float32 of a rollout's responses under a policy; 0 where masked.
 
-    They are taken at the sampling temperature.
+    They are in nats, at the sampling temperature.
 
     Args:
         policy: the policy.
         params: its parameters.
         rollout: [B, P + T].
         answers: K; the K answers to a prompt are consecutive rows.
-        frozen: the weights under an adapter; None where the policy has none.
+        frozen: the `Frozen` whose weights the policy reads (with LoRA, the base weights); None where it reads
+            none.
     """
     scores = policy.score(params, frozen or Frozen(), padded_view(rollout, answers))
     return jnp.where(rollout.response_mask, scores.logprobs, 0.0)

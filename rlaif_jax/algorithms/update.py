@@ -316,7 +316,13 @@ def _added(a: Any, b: Any) -> Any:
 
 
 def count_totals(batch: Batch, answers: int, axis_name: str | None) -> Totals:
-    """Returns the counts of a minibatch over all devices."""
+    """Returns the counts of a minibatch over all devices; a count of 0 becomes 1.
+
+    Args:
+        batch: this device's part of the minibatch.
+        answers: K, the rows of a group.
+        axis_name: the mapped axis of the devices, or None.
+    """
     at_least_1 = lambda x: jnp.maximum(psum(x, axis_name), 1.0)
     return Totals(
         tokens=at_least_1(jnp.sum(batch.mask.astype(jnp.float32))),

@@ -90,5 +90,5 @@ class WithRecorded(PromptIterator):
         return self._prompts.get_state()
 
     def set_state(self, state: Any) -> None:
-        """Takes up a position of the prompts."""
+        """Continues from a position of the prompts, as `get_state` returned it."""
         self._prompts.set_state(state)

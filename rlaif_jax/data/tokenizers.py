@@ -63,9 +63,14 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of `ids` (list or one-dimensional array); ids outside the vocabulary have no text.
+        """Returns the text of token ids.
 
-        Models whose embedding is padded beyond the tokenizer's vocabulary can sample such ids.
+        Models whose embedding is padded beyond the tokenizer's vocabulary can sample ids outside it: they have no
+        text.
+
+        Args:
+            ids: a list or one-dimensional array.
+            skip_special: leave special tokens such as EOS out of the text.
         """
 
     def token_id(self, token: str) -> int:

@@ -74,7 +74,12 @@ def group_by_answer(
 def mean_rating(
     records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
 ) -> Feedback:
-    """Returns the mean of each answer's ratings on [0, 1]; missing for an answer without ratings."""
+    """Returns the mean of each answer's ratings, scaled to [0, 1].
+
+    An answer without ratings is missing.
+
+    Args: those of `RewardFn`.
+    """
     return _means([[j.unit for j in given if isinstance(j, Rating) and j.answered] for given in judgements])
 
 
@@ -83,9 +88,10 @@ def standard_rating(
 ) -> Feedback:
     """Returns the mean of each answer's ratings in standard deviations of their raters.
 
-    Mean and deviation of a rater are those of the step's ratings.
+    Mean and deviation of a rater are those of the step's ratings. This removes differences between raters in
+    generosity and spread (`rewards.ratings.z_score_mean`). An answer without such ratings is missing.
 
-    It removes differences between raters in generosity and spread (`rewards.ratings.z_score_mean`).
+    Args: those of `RewardFn`.
     """
     ratings = [(row, j) for row, given in enumerate(judgements) for j in given if isinstance(j, Rating) and j.answered]
     names = {name: i for i, name in enumerate(sorted({j.rater.name for _, j in ratings}))}
@@ -112,9 +118,11 @@ def next_power_of_two(n: int) -> int:
 def win_share(
     records: Sequence[Record], answers: Sequence[str], rollout: Rollout, judgements: JudgementsPerRow
 ) -> Feedback:
-    """Returns the share of comparisons that each answer wins, in [0, 1]; missing without any.
+    """Returns the share of comparisons that each answer wins, in [0, 1]; a tie counts half.
 
-    A tie counts half.
+    An answer without comparisons is missing.
+
+    Args: those of `RewardFn`.
     """
     return _means([_wins(answer, given) for answer, given in zip(answers, judgements)])
 

@@ -49,9 +49,16 @@ def ensemble_disagreement(margins: ArrayLike) -> Floats:
 
 
 def judge_margin(probability: ArrayLike) -> Floats:
-    """Computes how undecided a judge is about each pair: 1 - |2 p - 1| in [0, 1], 1 = a toss-up, [n].
+    """Computes how undecided a judge is about each pair: 1 - |2 p - 1|, where 1 is a toss-up.
 
-    probability: [n], P(the first answer is better). Raises UserError for a value outside [0, 1].
+    Args:
+        probability: p [n], P(the first answer is better).
+
+    Returns:
+        [n] in [0, 1].
+
+    Raises:
+        UserError: a value outside [0, 1].
     """
     return 1 - np.abs(2 * _probabilities(probability, "probability") - 1)
 

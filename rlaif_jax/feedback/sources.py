@@ -33,7 +33,12 @@ class FeedbackSource(Protocol):
         """
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
-        """Begins to judge these answers and returns at once, while the devices draw further ones."""
+        """Begins to judge answers and returns at once, while the devices draw further ones.
+
+        Args:
+            records: the record of each answer's prompt.
+            answers: the texts.
+        """
         return
 
     def get_state(self) -> Any:
@@ -147,7 +152,7 @@ class MixedSource(FeedbackSource):
         )
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
-        """Lets every source begin."""
+        """Lets every source begin; see `FeedbackSource.prefetch`."""
         for source in self.sources:
             source.prefetch(records, answers)
 

@@ -37,7 +37,7 @@ class AttentionMask(NamedTuple):
     key_answers: jax.Array | None = None
 
     def dense(self) -> jax.Array:
-        """Returns the mask as [B, S, C] bool (query, key)."""
+        """Returns the mask as [B, S, C] bool, true where query s reads key c."""
         length, columns = self.queries.shape[1], self.keys.shape[1]
         seen = jnp.tril(jnp.ones((length, columns), bool), columns - length)
         seen = seen & (self.queries[:, :, None] == self.keys[:, None, :])
@@ -72,7 +72,16 @@ def implementation(config: DecoderConfig) -> str:
 def build_mask(
     config: DecoderConfig, visible: AttentionMask | SharedPrefixMask
 ) -> AttentionMask | SharedPrefixMask | jax.Array:
-    """Returns the mask as the implementation reads it: segments for splash, else bool arrays."""
+    """Returns the mask in the form that the decoder's implementation of attention reads.
+
+    Args:
+        config: names the implementation (`implementation`).
+        visible: which keys each query reads.
+
+    Returns:
+        The mask itself for the splash kernel (where each segment has one answer), else bool arrays [B, S, C]; of
+        a `SharedPrefixMask`, one of the two in each part.
+    """
 
     def one(part: AttentionMask) -> AttentionMask | jax.Array:
         splash = implementation(config) == "splash" and part.query_answers is None
@@ -228,7 +237,19 @@ def attend_library(
 
 
 def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMask) -> jax.Array:
-    """Computes `attend` by the TPU's splash kernel, padded to whole lanes; interpreted off the TPU."""
+    """Computes `attend` by the TPU's splash kernel; off the TPU the kernel is interpreted.
+
+    Lengths are padded to multiples of `LANES` inside.
+
+    Args:
+        q: [B, S, heads, h] queries.
+        k: [B, kv_heads, C, h] keys.
+        v: [B, kv_heads, C, h] values.
+        visible: segments of queries and keys.
+
+    Returns:
+        [B, S, heads * h].
+    """
     # Pallas takes a second to import, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import CausalMask, MultiHeadMask
@@ -256,9 +277,9 @@ def attend_splash(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMa
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if "tensor" in free:
         # The compiler cannot split a kernel: rows go over data and fsdp, heads over tensor.
-        over = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
+        batch_axes = tuple(axis for axis in ("data", "fsdp") if axis in free) or None
         heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
-        arrays, ids = PartitionSpec(over, heads), PartitionSpec(over)
+        arrays, ids = PartitionSpec(batch_axes, heads), PartitionSpec(batch_axes)
         run = jax.shard_map(
             run, in_specs=(arrays, arrays, arrays, ids, ids), out_specs=arrays, axis_names=free, check_vma=False
         )

@@ -115,14 +115,22 @@ def attend_plain(
 
 
 def to_lanes(columns: int) -> int:
-    """Returns `columns` rounded up to whole lanes."""
+    """Returns `columns` rounded up to a multiple of LANES, which is how TPU memory is tiled."""
     return -(-columns // LANES) * LANES
 
 
 def blocks(rows: int, each: int, prompt: KeyValue, own: KeyValue) -> tuple[int, int] | None:
-    """Returns the most (answers of a prompt, heads of their caches) that fit one step of the kernel.
+    """Returns how many answers of a prompt, and heads of their caches, one step of the kernel takes.
 
-    None where not even one answer and one head fit: their keys and values are too long (past 8,000 columns of bfloat16).
+    Args:
+        rows: R = B K, the answers of all prompts.
+        each: query heads of each head of the cache.
+        prompt: keys and values [B, kv_heads, P, h] of the prompts.
+        own: keys and values [R, kv_heads, T, h] of the answers.
+
+    Returns:
+        (answers, heads), divisors of K and kv_heads, the most answers first; None where not even one answer and
+        one head fit into the kernel's memory (past 8,000 columns of bfloat16).
     """
     batch, groups, columns, width = prompt[0].shape
     columns, length = to_lanes(columns), to_lanes(own[0].shape[2])

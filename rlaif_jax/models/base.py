@@ -95,13 +95,26 @@ class LanguageModel(Protocol):
         """Name of the dtype of matrix products, "float32" or "bfloat16"."""
 
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:
-        """Raises UserError where prompts and answers of these many tokens do not fit the model."""
+        """Raises UserError where the model cannot take prompts and answers of these lengths, in tokens.
+
+        Args:
+            prompt_length: P, padding included.
+            max_new_tokens: T.
+        """
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh float32 parameters."""
 
     def prefill(self, params: Params, tokens: jax.Array, mask: jax.Array, *, hold_last: bool) -> Prefill:
-        """Reads left-padded prompts [B, P]; with `hold_last` the first token to feed is left to the caller."""
+        """Reads prompts once, before any token of an answer is drawn.
+
+        Args:
+            params: parameters, matrices in the compute dtype.
+            tokens: [B, P] int32, left padded.
+            mask: [B, P] bool, true for real tokens.
+            hold_last: the last token of each prompt is not read: `Prefill.hidden` is None, and the caller feeds
+                `Prefill.first_tokens` first. A model may hold it back in any case.
+        """
 
     def start_cache(self, rows: int, length: int) -> Any:
         """Returns empty caches for `rows` answers of `length` columns, a pytree of [rows, heads, length, h]."""

@@ -54,7 +54,12 @@ class CausalLM:
         return self.config.compute_dtype
 
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:
-        """Raises UserError where prompt and answer together are longer than the context."""
+        """Raises UserError where prompt and answer together are longer than the context.
+
+        Args:
+            prompt_length: P in tokens, padding included.
+            max_new_tokens: T in tokens.
+        """
         require(
             prompt_length + max_new_tokens <= self.config.context_length,
             f"train.prompt_length ({prompt_length}) + sampling.max_new_tokens ({max_new_tokens}) "
@@ -100,7 +105,14 @@ class CausalLM:
         )
 
     def prefill(self, params: Params, tokens: jax.Array, mask: jax.Array, *, hold_last: bool) -> Prefill:
-        """Reads left-padded prompts [B, P] once; with `hold_last` all of them but their last token."""
+        """Reads prompts once, before any token of an answer is drawn.
+
+        Args:
+            params: parameters, matrices in the compute dtype.
+            tokens: [B, P] int32, left padded.
+            mask: [B, P] bool, true for real tokens.
+            hold_last: read all tokens but the last, which the caller feeds to `decode_step` first.
+        """
         last_tokens = tokens[:, -1]
         if hold_last:
             if tokens.shape[1] == 1:  # at least one column is prefilled

@@ -34,7 +34,13 @@ def positions_from_mask(mask: jax.Array) -> jax.Array:
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Returns the inverse wavelengths [h / 2] of the rotary embedding (Su 2021), stretched by `scaling`."""
+    """Computes the angular frequencies [h / 2] of the rotary embedding (Su 2021), in radians a position.
+
+    Args:
+        head_dim: h.
+        theta: base of the frequencies.
+        scaling: lowers frequencies for a longer context, linearly or as Llama 3 does; None: unscaled.
+    """
     frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
         return frequencies
@@ -59,7 +65,10 @@ def rope_table(config: DecoderConfig, positions: jax.Array) -> KeyValue | None:
 
 
 def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
-    """Rotates the halves of the last axis of x [..., heads, h], as Hugging Face splits them."""
+    """Rotates x [..., heads, h] to its positions, by halves of the last axis as Hugging Face splits them.
+
+    `rope` are the cosines and sines of the positions; None leaves x as it is.
+    """
     if rope is None:
         return x
     cos, sin = rope
@@ -70,8 +79,18 @@ def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
 def flat_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """Computes x [..., I] times kernel [I, O] as one plain matrix product: the `dot_general` of a Dense.
 
-    The kernel's gradient then contracts one axis of rows. Over two axes, XLA on CPUs first writes the other factor
-    transposed and recomputes the activations that lead to it on the way, which takes as long as the product itself.
+    The kernel's gradient then contracts one axis of rows. Over two axes, XLA on CPUs first writes the other
+    factor transposed and recomputes the activations that lead to it on the way, which takes as long as the
+    product itself.
+
+    Args:
+        x: [..., I].
+        kernel: [I, O].
+        dimension_numbers: not used: a Dense always contracts the last axis of x with the first of the kernel.
+        **options: those of `jax.lax.dot_general`, such as precision.
+
+    Returns:
+        [..., O].
     """
     del dimension_numbers  # a Dense has only these
     rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
@@ -84,7 +103,13 @@ def block_params(config: DecoderConfig, trunk: Any) -> list[Any]:
 
 
 def unstack_layers(config: DecoderConfig, trunk: Any) -> Any:
-    """Returns a trunk's parameters as `Trunk.init` makes them, with each block's taken out of the stack."""
+    """Returns a trunk's parameters with one entry `layers_0`, `layers_1` ... for each block.
+
+    Args:
+        config: its `num_layers` is the number of blocks.
+        trunk: parameters whose entry "layers" holds all blocks, stacked along a first axis; other entries are
+            kept.
+    """
     rest = {name: x for name, x in trunk.items() if name != "layers"}
     return rest | {
         f"layers_{i}": jax.tree.map(lambda stack, i=i: stack[i], trunk["layers"]) for i in range(config.num_layers)
@@ -92,7 +117,14 @@ def unstack_layers(config: DecoderConfig, trunk: Any) -> Any:
 
 
 def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
-    """Applies a module, or one of its methods, as a pure function of its parameters."""
+    """Applies a module, or one of its methods, as a pure function of its parameters.
+
+    Args:
+        module: a Flax module.
+        params: its parameters.
+        *args: arguments of the method.
+        method: name of the method; None: `__call__`.
+    """
     return module.apply({"params": params}, *args, method=method)
 
 
@@ -103,10 +135,11 @@ def in_dtype(params: Any, dtype: jax.typing.DTypeLike) -> Any:
 
 
 def split_by_rows(x: jax.Array) -> jax.Array:
-    """Marks x [B, ...] as split over the batch axes of the mesh alone, where the compiler may use any.
+    """Marks x [B, ...] as split over the mesh's axes "data" and "fsdp" along B, and along no other axis.
 
-    Embedding lookups from a sharded table come out split along D. Without this mark XLA moves activations between devices
-    in every block, where weights would be fewer bytes.
+    Embedding lookups from a sharded table come out split along D. Without this mark XLA moves activations between
+    devices in every block, where weights would be fewer bytes. Without a mesh, or where B is no multiple of the
+    two axes' devices, x is returned unmarked.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names and axis not in mesh.manual_axes)
@@ -150,7 +183,16 @@ class Block(nn.Module):
             self.k_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
 
     def qkv(self, x: jax.Array, rope: KeyValue | None, last: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns q [..., heads, h], k and v [..., kv_heads, h] of x [..., D], rotated to their positions."""
+        """Computes the queries, keys and values of a block.
+
+        Args:
+            x: [B, S, D], the residual stream.
+            rope: cosines and sines of the positions, which rotate queries and keys; None: no rotation.
+            last: queries are those of the last `last` columns only; 0: of all.
+
+        Returns:
+            q [B, S or last, heads, h], k and v [B, S, kv_heads, h].
+        """
         c = self.config
         y = self.norm1(x)
         asking = y[:, -last:] if last else y
@@ -163,7 +205,15 @@ class Block(nn.Module):
         return rotate(q, at), rotate(k, rope), v
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """Returns the residual stream [..., D] after attention output and perceptron have been added."""
+        """Adds a block's attention output and its MLP to the residual stream.
+
+        Args:
+            x: [..., D], the residual stream.
+            attended: [..., heads * h], what `attend` returned.
+
+        Returns:
+            [..., D].
+        """
         x = x + self.o(attended)
         y = self.norm2(x)
         if self.config.mlp == "swiglu":
@@ -221,14 +271,27 @@ class Trunk(nn.Module):
         return self.last(tokens, mask, 0)
 
     def last(self, tokens: jax.Array, mask: jax.Array, last: int) -> tuple[jax.Array, list[KeyValue]]:
-        """Returns what `__call__` does, with hidden states of the last `last` columns only (0: all)."""
+        """Returns the hidden states of the last columns, and the keys and values of all.
+
+        Args:
+            tokens: [B, S] int32.
+            mask: [B, S] bool, true for real tokens.
+            last: number of columns with hidden states; 0: all.
+        """
         real = mask.astype(jnp.int32)
         return self.columns(tokens, positions_from_mask(mask), AttentionMask(real, real), last)
 
     def columns(
         self, tokens: jax.Array, positions: jax.Array, visible: AttentionMask | SharedPrefixMask, last: int = 0
     ) -> tuple[jax.Array, list[KeyValue]]:
-        """Returns what `last` does, for tokens and positions [B, S] in any order and their mask."""
+        """Returns the hidden states of the last columns, and the keys and values of all, for any layout.
+
+        Args:
+            tokens: [B, S] int32.
+            positions: [B, S] int32.
+            visible: which columns each column reads.
+            last: number of columns with hidden states; 0: all.
+        """
         c = self.config
         x, rope = split_by_rows(self.embedded(tokens, positions)), rope_table(c, positions)
         seen = build_mask(c, visible)
@@ -251,11 +314,15 @@ class Trunk(nn.Module):
         return split_by_rows(self.norm(x)), caches
 
     def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns hidden states [G, K, T, D] of answers [G, K, T] that follow prompts [G, P].
-
-        Prompts are left padded, answers right padded.
+        """Computes the hidden states [G, K, T, D] of K answers to each of G prompts.
 
         A prompt's columns are computed once for its K answers, which saves P (K - 1) of K (P + T) columns.
+
+        Args:
+            prompts: [G, P] int32, left padded.
+            prompt_mask: [G, P] bool.
+            answers: [G, K, T] int32, right padded.
+            mask: [G, K, T] bool, true for real tokens of the answers.
         """
         count, each, length = answers.shape
         start = prompt_mask.astype(jnp.int32).sum(-1)
@@ -304,9 +371,14 @@ def view_hidden(config: DecoderConfig, trunk: Any, view: View) -> jax.Array:
 
 
 def response_hidden(config: DecoderConfig, trunk: Any, view: PaddedView) -> jax.Array:
-    """Returns the hidden states [B, T, D] that predict the response tokens, one column before each.
+    """Computes the hidden states [B, T, D] that predict the response tokens, one column before each.
 
     With K = `view.answers` > 1 the columns of a prompt are computed once for the K rows that share it.
+
+    Args:
+        config: shape and flags of the decoder.
+        trunk: parameters of the trunk.
+        view: B sequences.
     """
     tokens, prompt_mask, response_mask, answers = view.tokens, view.prompt_mask, view.response_mask, view.answers
     start = prompt_mask.shape[1]
@@ -332,11 +404,15 @@ def response_hidden(config: DecoderConfig, trunk: Any, view: PaddedView) -> jax.
 def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
     """Returns fresh parameters whose attention can look things up in the prompt from the start.
 
-    Half of the first layer's heads attend to the previous token, by biases alone: with k = u and q = R(-1) u the rotary
-    score is sum_f cos(theta_f (distance - 1)), largest one token back. Half of the heads of every later layer match
-    contents: W_k = W_q, so that equal residuals meet (mimetic initialisation, Trockman & Kolter 2023), and biases keep
-    them from matching themselves. Together they are the two halves of an induction head (Olsson 2022), which small
-    decoders otherwise take thousands of updates to find.
+    Half of the first layer's heads attend to the previous token, by biases alone: with k = u and q = R(-1) u the
+    rotary score is sum_f cos(theta_f (distance - 1)), largest one token back. Half of the heads of every later
+    layer match contents: W_k = W_q, so that equal residuals meet (mimetic initialisation, Trockman & Kolter
+    2023), and biases keep them from matching themselves. Together they are the two halves of an induction head
+    (Olsson 2022), which small decoders otherwise take thousands of updates to find.
+
+    Args:
+        config: shape and flags of the decoder.
+        params: what `CausalLM.init` returned; it is not changed.
 
     Raises:
         UserError: the config has no qkv_bias, no rotary positions, or several query heads for a key-value head.

@@ -113,7 +113,12 @@ class EncoderDecoder:
         return dataclasses.replace(self.config, attention="xla")
 
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:
-        """Raises UserError where the prompt or the answer is longer than the context of its stack."""
+        """Raises UserError where the prompt or the answer is longer than the context of its stack.
+
+        Args:
+            prompt_length: P in tokens, padding included.
+            max_new_tokens: T in tokens.
+        """
         for name, length in (("train.prompt_length", prompt_length), ("sampling.max_new_tokens", max_new_tokens)):
             require(
                 length <= self.config.context_length,
@@ -131,7 +136,13 @@ class EncoderDecoder:
         return {"encoder": trunk(keys[0]), "decoder": trunk(keys[1]), "cross": layers}
 
     def encode(self, params: Params, tokens: jax.Array, mask: jax.Array) -> tuple[KeyValue, ...]:
-        """Returns each layer's keys and values [B, heads, P, h] of left-padded prompts [B, P]."""
+        """Returns the keys and values [B, heads, P, h] that each layer of the decoder reads of the prompts.
+
+        Args:
+            params: parameters.
+            tokens: [B, P] int32, left padded.
+            mask: [B, P] bool, true for real tokens.
+        """
         config, trunk = self._plain, params["encoder"]
         positions = positions_from_mask(mask)
         x, rope = apply(Trunk(config), trunk, tokens, positions, method="embedded"), rope_table(config, positions)
@@ -181,21 +192,28 @@ class EncoderDecoder:
     def token_logprobs(
         self, params: Params, hidden: jax.Array, targets: jax.Array, temperature: float = 1.0, *, entropy: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (log-probs, entropies) of `targets`; see `chunked_logprobs`.
+        """Computes (log-probs in nats, entropies) of `targets`, each [B, T] float32; see `chunked_logprobs`.
 
         Args:
             params: parameters.
             hidden: [B, T, D] hidden states that predict the targets.
             targets: [B, T] int32.
             temperature: divides the logits.
-            entropy: whether to compute entropies.
+            entropy: whether to compute entropies; they are 0 otherwise.
         """
         return chunked_logprobs(
             lambda x: self.logits(params, x), hidden, targets, self.vocab_size, temperature, entropy=entropy
         )
 
     def prefill(self, params: Params, tokens: jax.Array, mask: jax.Array, *, hold_last: bool) -> Prefill:
-        """Encodes left-padded prompts [B, P]; the first token to feed is always the start token."""
+        """Encodes prompts once; the first token to feed is always the start token.
+
+        Args:
+            params: parameters, matrices in the compute dtype.
+            tokens: [B, P] int32, left padded.
+            mask: [B, P] bool, true for real tokens.
+            hold_last: not used: the start token is fed in any case.
+        """
         del hold_last
         rows = tokens.shape[0]
         return Prefill(

@@ -58,7 +58,13 @@ class ScalarModel:
         return self.head(params, apply(Trunk(self.config), params["trunk"], tokens, mask)[0])
 
     def values(self, params: Params, view: View, hidden: jax.Array) -> jax.Array:
-        """Returns a scalar for every target of `view`, read off this model's own trunk; `hidden` is not used."""
+        """Computes a scalar for every target of a view, float32 in the layout of its targets.
+
+        Args:
+            params: parameters of this model, which has its own trunk.
+            view: padded or packed sequences.
+            hidden: the policy's hidden states; not used.
+        """
         del hidden
         return self.head(params, view_hidden(self.config, params["trunk"], view))
 
@@ -82,12 +88,21 @@ class ValueHead:
         return {"head": ScalarHead("zero").init(key, jnp.zeros((1, self.width)))["params"]}
 
     def values(self, params: Params, view: View, hidden: jax.Array) -> jax.Array:
-        """Returns the scalars [...] float32 of the policy's hidden states [..., D]."""
+        """Computes the values [...] float32 of hidden states.
+
+        Args:
+            params: the head's parameters.
+            view: not used: the head reads the policy's hidden states.
+            hidden: [..., D], of the policy.
+        """
         del view
         return apply(ScalarHead("zero"), params["head"], hidden)
 
 
 def gather_last(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns [B]: of values [B, S] those at each row's last real token, on whichever side the padding is."""
+    """Returns, for each row of values [B, S], the value at the row's last real token: [B].
+
+    `mask` [B, S] is true for real tokens; the padding may be on either side.
+    """
     last = mask.shape[1] - 1 - jnp.argmax(mask.astype(bool)[:, ::-1], axis=1)
     return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]

@@ -43,9 +43,14 @@ class SamplingConfig:
 
 
 def truncate(logits: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """Returns logits [B, V] with tokens outside top-k and top-p (Holtzman 2020) at -inf.
+    """Sets the logits of tokens outside top-k and top-p (Holtzman 2020) to -inf.
 
-    At least one token stays. top-p keeps the smallest set of most probable tokens whose mass reaches p, after top-k.
+    At least one token stays. top-p keeps the smallest set of most probable tokens whose mass reaches p, after
+    top-k.
+
+    Args:
+        logits: [B, V].
+        sampling: its `top_k` (0: all) and `top_p` (1: all).
     """
     vocab = logits.shape[-1]
     if 0 < sampling.top_k < vocab:

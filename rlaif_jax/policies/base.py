@@ -60,10 +60,20 @@ class Policy(Protocol):
         """The largest gap in nats between two computations of one log-prob that rounding explains."""
 
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
-        """Raises UserError where prompts of this length or the tokenizer do not fit the model."""
+        """Raises UserError where the model does not fit the prompts or the tokenizer.
+
+        Args:
+            prompt_length: P in tokens, padding included.
+            tokenizer: of prompts and answers.
+        """
 
     def empty_rollout(self, rows: int, prompt_length: int) -> Rollout:
-        """Returns a rollout of zeros with the shapes and dtypes of `rows` answers."""
+        """Returns a rollout of zeros with the shapes and dtypes of a real one.
+
+        Args:
+            rows: B, the number of answers.
+            prompt_length: P in tokens.
+        """
 
     def sample(
         self, params: Params, frozen: Frozen, prompts: Prompts, key: jax.Array, draws: tuple[Draw, ...]
@@ -79,10 +89,25 @@ class Policy(Protocol):
         """
 
     def score(self, params: Params, frozen: Frozen, view: View, *, entropy: bool = False) -> Scores:
-        """Returns log-probs, entropies and hidden states of every target of `view`."""
+        """Returns log-probs, entropies and hidden states of every target of `view`.
+
+        Args:
+            params: the policy's parameters.
+            frozen: weights that do not learn.
+            view: padded or packed sequences.
+            entropy: whether to compute entropies; they are 0 otherwise.
+
+        Returns:
+            Log-probs (nats, at the sampling temperature) and entropies in the layout of `view.targets`, float32.
+        """
 
     def texts(self, rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-        """Returns the answers as text, one for each row."""
+        """Returns the B answers of a rollout as text.
+
+        Args:
+            rollout: B answers.
+            tokenizer: decodes them.
+        """
 
     def checks(self, rollout: Rollout) -> dict[str, bool]:
         """Returns what must hold of any rollout, by name."""

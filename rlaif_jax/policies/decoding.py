@@ -57,11 +57,14 @@ class Decoding:
 
 
 def answer_uniforms(key: jax.Array, uid: jax.Array, answers: int, length: int, first: int = 0) -> jax.Array:
-    """Returns uniform numbers [B K, T, 2] that depend on (key, prompt uid, answer index) only.
+    """Returns uniform numbers in [0, 1), float32 [B K, T, 2], from which the tokens of answers are drawn.
+
+    Each depends on (key, prompt uid, answer index, token index) only, not on the batch or the device. The two
+    numbers of a token come from separate keys.
 
     Args:
         key: the key of the step.
-        uid: [B] uint32.
+        uid: [B] uint32, identifies the prompts.
         answers: K.
         length: T.
         first: index of the first answer.
@@ -89,7 +92,7 @@ def decode_all(model: LanguageModel, params: Params, prompts: Prompts, key: jax.
     prompt = model.prefill(params, prompts.tokens, prompts.mask, hold_last=False)
     uniforms = answer_uniforms(key, prompts.uid, how.answers, length, how.first_answer).swapaxes(0, 1)
     first = prompt.positions.repeat(how.answers)
-    ahead = 0 if prompt.hidden is not None else 1  # tokens that are fed before the first one is drawn
+    offset = 0 if prompt.hidden is not None else 1  # tokens that are fed before the first one is drawn
 
     def draw(t: jax.Array, logits: jax.Array, done: jax.Array, out: tuple[jax.Array, ...]) -> Any:
         tokens, logprobs = sample(logits, uniforms[t], how.sampling)
@@ -106,7 +109,7 @@ def decode_all(model: LanguageModel, params: Params, prompts: Prompts, key: jax.
 
     def step(carry: Any) -> Any:
         t, tokens, done, cache, out = carry
-        column = t - 1 + ahead
+        column = t - 1 + offset
         seen = jnp.arange(jax.tree.leaves(cache)[0].shape[2])[None] <= column
         logits, cache = model.decode_step(params, prompt.shared, cache, tokens, first + column, column, seen)
         tokens, done, out = draw(t, logits, done, out)
@@ -114,7 +117,7 @@ def decode_all(model: LanguageModel, params: Params, prompts: Prompts, key: jax.
 
     cache = model.start_cache(rows, 0)
     for bound in length_buckets(length):
-        columns = max(bound - 1 + ahead, 1)  # the last token is not fed
+        columns = max(bound - 1 + offset, 1)  # the last token is not fed
         room = ((0, 0), (0, 0), (0, columns - jax.tree.leaves(cache)[0].shape[2]), (0, 0))
         cache = jax.tree.map(partial(jnp.pad, pad_width=room), cache)
         running = lambda carry, bound=bound: (carry[0] < bound) & ~carry[2].all()  # t, tokens, done, cache, out

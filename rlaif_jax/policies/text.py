@@ -104,7 +104,17 @@ class TextPolicy:
         return jax.tree.map(lambda *xs: by_prompt(*xs).reshape(-1, *xs[0].shape[1:]), *parts)
 
     def score(self, params: Params, frozen: Frozen, view: View, *, entropy: bool = False) -> Scores:
-        """Returns log-probs at the sampling temperature, entropies and hidden states of a view's targets."""
+        """Computes log-probs, entropies and hidden states of every target of `view`.
+
+        Args:
+            params: the model's parameters.
+            frozen: not used.
+            view: padded or packed sequences.
+            entropy: whether to compute entropies; they are 0 otherwise.
+
+        Returns:
+            Log-probs (nats, at the sampling temperature) and entropies in the layout of `view.targets`, float32.
+        """
         del frozen
         hidden = self.model.hidden(params, view)
         logprobs, entropies = self.model.token_logprobs(
@@ -113,7 +123,7 @@ class TextPolicy:
         return Scores(logprobs, entropies, hidden)
 
     def texts(self, rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-        """Returns the answers as text, up to the stop token and without it."""
+        """Returns the B answers of a rollout as text; see `answer_texts`."""
         return answer_texts(rollout, tokenizer)
 
     def checks(self, rollout: Rollout) -> dict[str, bool]:
@@ -171,7 +181,14 @@ def generate(
 
 
 def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-    """Returns the B answers as text, up to the stop token and without it."""
+    """Returns the B answers of a rollout as text, without the stop token.
+
+    White space at both ends is stripped.
+
+    Args:
+        rollout: B answers.
+        tokenizer: decodes their tokens.
+    """
     tokens, mask, finished = jax.device_get((rollout.responses, rollout.response_mask, rollout.finished))
     lengths = mask.sum(-1) - finished
     return [tokenizer.decode(row[:length].tolist()).strip() for row, length in zip(tokens, lengths)]

@@ -29,9 +29,17 @@ MAX_LEVELS = 40
 
 
 def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Returns agreement, kappa and alpha of verdicts on pairs.
+    """Computes how far raters agree on pairs of answers.
 
-    The keys are "sources", "raters", "raters_left_out" and "alpha".
+    Args:
+        votes: all votes.
+        shares: pair -> rater -> shares of first, tie and second, from `votes`.
+        bootstrap: computes the intervals.
+
+    Returns:
+        Tables of JSON values. "sources" and "raters" have a row for each two sources and each two raters, with
+        agreement and kappa; "raters_left_out" is the number of rows of raters left out; "alpha" is Krippendorff's
+        alpha by source.
     """
     # Row of two raters: 9 cells of the confusion matrix; the longer answer's and the first shown's share of the second
     # rater's verdict; 1; 1 if it is recorded which answer was shown first.
@@ -137,7 +145,15 @@ def _mean_marks(votes: Votes) -> dict[int, dict[int, float]]:
 
 
 def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Returns agreement, kappa, correlation and alpha of ratings, in the shape of `comparison_agreement`."""
+    """Computes how far raters agree on ratings of the same answer: agreement, kappa, correlation, alpha.
+
+    Args:
+        votes: all votes; its marks are the ratings.
+        bootstrap: computes the intervals.
+
+    Returns:
+        Tables in the shape of `comparison_agreement`.
+    """
     marks = _mean_marks(votes)
     groups, moments, tables = GroupedRows(votes.count), GroupedRows(votes.count), GroupedRows(votes.count)
     levels = sorted({round(value, 9) for by_rater in marks.values() for value in by_rater.values()})

@@ -45,7 +45,13 @@ class GroupedRows:
         self._members: dict[Any, list[int]] = defaultdict(list)
 
     def add(self, key: Any, cluster: int, row: Any) -> None:
-        """Adds a row of numbers under `key`."""
+        """Adds a row of numbers under `key`.
+
+        Args:
+            key: any hashable.
+            cluster: number of the prompt that the row belongs to.
+            row: the numbers; rows of one key have one length.
+        """
         self._rows[key].append(np.asarray(row, np.float64))
         self._members[key].append(cluster)
 
@@ -63,7 +69,7 @@ class GroupedRows:
 
 
 def ratio(top: int, bottom: int) -> Callable[[Floats], Floats]:
-    """Returns the statistic sums[..., top] / sums[..., bottom]."""
+    """Returns a statistic for `Bootstrap`: column `top` of the sums divided by column `bottom`; NaN for 0."""
     return lambda sums: divide(sums[..., top], sums[..., bottom])
 
 
@@ -80,7 +86,12 @@ def rater_fields(votes: Votes, rater: int) -> dict[str, Any]:
 def mean_preference(votes: Votes, shares: VoteShares, source: str | None) -> dict[int, float]:
     """Returns pair -> mean preference for the first answer by the raters of one source.
 
-    The preference is wins plus half the ties.
+    The preference is wins plus half the ties. Pairs that the source did not judge are left out.
+
+    Args:
+        votes: all votes.
+        shares: pair -> rater -> shares of first, tie and second, from `votes`.
+        source: one of `SOURCES`; None gives no pairs.
     """
     found = {}
     for pair, by_rater in shares.items():

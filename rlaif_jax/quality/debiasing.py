@@ -61,9 +61,9 @@ def _moments(sums: ArrayLike) -> _Moments:
 
 
 def power_lambda(sums: ArrayLike) -> Floats:
-    """Computes the judge's weight that makes `powered_mean` vary least.
+    """Computes the judge's weight [...] that makes `powered_mean` vary least.
 
-    It is Cov(y, f) / Var(f), and 0 if f does not vary.
+    It is Cov(y, f) / Var(f), and 0 if f does not vary. `sums` [..., 8] are those of `powered_columns`.
 
     Angelopoulos, Duchi & Zrnic 2023, "PPI++", section 6, for predictions on all pairs, the labelled among them.
     """

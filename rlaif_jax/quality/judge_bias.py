@@ -31,11 +31,15 @@ from rlaif_jax.quality.votes import FIRST, SECOND, TIE, Votes
 
 
 def verdict_habits(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Returns, for each rater, the share of ties and the shares of verdicts with two habits.
+    """Computes each rater's share of ties, and how often it prefers the longer and the first shown answer.
 
-    The habits are to choose the longer answer and the answer shown first; ties do not count for them.
+    Args:
+        votes: all votes.
+        bootstrap: computes the intervals.
 
-    Verdicts whose order was not recorded have no part in the share for the first shown.
+    Returns:
+        A row for each rater with `count` and the shares `ties` (of all verdicts), `longer` (of verdicts between
+        unequal lengths, without ties) and `first` (of verdicts whose order was recorded, without ties).
     """
     groups = GroupedRows(votes.count)
     for vote in votes.votes:
@@ -65,10 +69,18 @@ def _logit(p: float) -> float:
 
 
 def order_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Returns the consistency and position bias of each rater that judged pairs in both orders.
+    """Computes the consistency and position bias of each rater that judged pairs in both orders.
 
-    With p12, p21 = P(the answer shown first wins) in each order, the bias is b = (logit p12 + logit p21) / 2, in nats: 0
-    without bias, positive for a rater that favours the answer shown first.
+    With p12, p21 = P(the answer shown first wins) in each order, the bias is b = (logit p12 + logit p21) / 2, in
+    nats: 0 without bias, positive for a rater that favours the answer shown first.
+
+    Args:
+        votes: all votes.
+        bootstrap: computes the intervals.
+
+    Returns:
+        A row for each rater with `count`, the shares `consistent` (same answer in both orders) and
+        `same_position`, and the `bias` of judges that give probabilities.
     """
     seen: dict[tuple[int, int], tuple[list[Any], list[Any]]] = defaultdict(lambda: ([], []))
     for vote in votes.votes:
@@ -98,9 +110,15 @@ def order_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]
 
 
 def repeat_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Returns how often raters gave the same answer to a question that was repeated in the same order.
+    """Computes how often raters gave the same answer to a question that was repeated in the same order.
 
-    Ratings also have the mean `distance` of two answers, as a share of the scale.
+    Args:
+        votes: all votes.
+        bootstrap: computes the intervals.
+
+    Returns:
+        A row for each rater and form with `count` and the share `same`; ratings also have the mean `distance` of
+        two answers, as a share of the scale.
     """
     asked: dict[tuple[str, int, int, bool | None], list[float]] = defaultdict(list)
     for vote in votes.votes:
@@ -135,12 +153,20 @@ def _mean_probabilities(votes: Votes) -> dict[tuple[int, int], float]:
 
 
 def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Returns how much each judge favours longer answers more than people do.
+    """Computes how much each judge favours longer answers more than people do.
 
-    The number is the change of P(better) for an answer that is longer by one standard deviation.
+    The number is the slope of (judge's preference - people's) on the length difference, through the origin, on
+    the pairs that both judged: the change of P(better) for an answer that is longer by one standard deviation.
 
-    The slope of (judge's preference - people's) on the length difference, through the origin, on the pairs that both
-    judged.
+    Args:
+        votes: all votes.
+        shares: pair -> rater -> shares of first, tie and second, from `votes`.
+        people: the source that counts as people, "person" or "simulated", or None without people.
+        bootstrap: computes the intervals.
+
+    Returns:
+        A row for each AI judge and rule with `count`, `characters` (one standard deviation of length) and
+        `slope`.
     """
     truth = mean_preference(votes, shares, people)
     scale = float(np.sqrt(np.mean([votes.pairs[p].longer ** 2 for p in truth]))) if truth else 0.0
@@ -166,9 +192,18 @@ def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap
 def judge_calibration(
     votes: Votes, shares: VoteShares, people: str | None, bootstrap: Bootstrap
 ) -> list[dict[str, Any]]:
-    """Returns Brier score, ECE and reliability bins of every judge that gives probabilities.
+    """Computes Brier score, ECE and reliability bins of every judge that gives probabilities.
 
-    People's verdicts on the same pairs are the truth.
+    People's mean preferences on the same pairs are the truth.
+
+    Args:
+        votes: all votes.
+        shares: pair -> rater -> shares of first, tie and second, from `votes`.
+        people: the source that counts as people, "person" or "simulated", or None without people.
+        bootstrap: computes the intervals.
+
+    Returns:
+        A row for each AI judge and rule with `count`, `brier`, `ece` and `bins`.
     """
     truth = mean_preference(votes, shares, people)
     groups = GroupedRows(votes.count)

@@ -16,9 +16,14 @@ def smoothed(curves: Sequence[Sequence[float]]) -> list[float]:
 
 
 def labels_to_reach(target: float, labels: Sequence[int], accuracies: Sequence[float]) -> float | None:
-    """Returns the labels from which on the accuracy is at least `target`, interpolated in the logarithm.
+    """Returns the number of labels from which on the accuracy is at least `target`.
 
-    None: the accuracy does not get there within these labels.
+    It is interpolated in the logarithm of the labels. None: the accuracy does not get there within these labels.
+
+    Args:
+        target: the accuracy to reach.
+        labels: numbers of labels, rising.
+        accuracies: the accuracy at each number of labels.
     """
     below = [i for i, value in enumerate(accuracies) if value < target]
     if not below:
@@ -44,7 +49,10 @@ def saved_share(needed: float | None, reference: float, budget: int) -> float:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Returns (mean, low, high): Student's 95 % interval, which is right for few values too."""
+    """Returns (mean, low, high) with Student's 95 % interval, which is right for few values too.
+
+    `values` are two or more independent numbers, such as one for each seed.
+    """
     from scipy.stats import t
 
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))

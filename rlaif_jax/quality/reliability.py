@@ -30,11 +30,16 @@ PARTS = 10
 def rater_model(votes: Votes, shares: VoteShares, level: float) -> dict[str, Any]:
     """Fits Dawid-Skene and Crowd-BT to all verdicts and returns every rater's reliability.
 
-    `accuracy`: P(a verdict of the rater on a pair is right), by Dawid-Skene with first, tie and second as classes;
-    raters of one source share a prior. `eta`: P(the rater reports what it sees), by Crowd-BT on the utilities of the
-    answers. Truth is what the raters together make most likely: raters that err alike are believed. Intervals:
-    delete-a-group jackknife over prompts, on the logit scale (a resample that doubles an item would count its raters
-    twice). Runs on the host's CPU.
+    `accuracy`: P(a verdict of the rater on a pair is right), by Dawid-Skene with first, tie and second as
+    classes; raters of one source share a prior. `eta`: P(the rater reports what it sees), by Crowd-BT on the
+    utilities of the answers. Truth is what the raters together make most likely: raters that err alike are
+    believed. Intervals: delete-a-group jackknife over prompts, on the logit scale (a resample that doubles an
+    item would count its raters twice). Runs on the host's CPU.
+
+    Args:
+        votes: all votes.
+        shares: pair -> rater -> shares of first, tie and second, from `votes`.
+        level: coverage of the intervals, between 0 and 1.
 
     Returns:
         {"rows": a row for each rater, "note"}, or {"rows": [], "reason"} with too few pairs in common.

@@ -97,9 +97,12 @@ def krippendorff_alpha(coincidence: Any, level: Level, values: ArrayLike | None 
 
 
 def interval_moments(values: ArrayLike) -> Floats:
-    """Computes the [4] moments of one unit's ratings [A].
+    """Computes the moments [4] of one unit's ratings: count, sum, sum of squares, spread within the unit.
 
-    `interval_alpha` reads sums of these moments; no table of coincidences is needed.
+    `interval_alpha` reads their sums over units. A unit with fewer than two ratings gives zeros.
+
+    Args:
+        values: [A], the ratings of A raters, without missing ones.
     """
     given = np.asarray(values, np.float64)
     count = len(given)
@@ -163,10 +166,17 @@ def same_position_rate(p_first_order: ArrayLike, p_swapped: ArrayLike) -> float:
 
 
 def fold_predictions(probability: ArrayLike, outcome: ArrayLike) -> tuple[Floats, Floats]:
-    """Returns (confidence in [.5, 1], share right), each [n], of predictions [n] about pairs.
+    """Returns predictions about pairs as confidences in the more likely answer.
 
-    Which answer of a pair is called first has no meaning, so a prediction of .2 that the first is better is one of .8
-    that the second is.
+    Which answer of a pair is called first has no meaning, so a prediction of .2 that the first is better is one
+    of .8 that the second is.
+
+    Args:
+        probability: [n], of the first answer being better.
+        outcome: [n], 1 where the first answer is better, 0 where the second is, .5 for a tie.
+
+    Returns:
+        (confidence [n] in [.5, 1]; share right [n], which is 1, 0 or .5).
     """
     p, y = np.asarray(probability, np.float64), np.asarray(outcome, np.float64)
     return np.maximum(p, 1 - p), np.where(p >= 0.5, y, 1 - y)
@@ -175,8 +185,13 @@ def fold_predictions(probability: ArrayLike, outcome: ArrayLike) -> tuple[Floats
 def calibration_columns(confidence: ArrayLike, right: ArrayLike, bins: int = 10) -> Floats:
     """Returns rows [n, 1 + 3 bins] whose sums `brier`, `calibration_error` and `reliability_bins` read.
 
-    A row holds the squared error; then for each of `bins` equally wide bins over [.5, 1] its count, sum of confidences
-    and sum right. A bin holds its lower edge, the last one both.
+    A row holds the squared error; then for each of `bins` equally wide bins over [.5, 1] its count, sum of
+    confidences and sum right. A bin holds its lower edge, the last one both.
+
+    Args:
+        confidence: [n] in [.5, 1], from `fold_predictions`.
+        right: [n] in [0, 1], from `fold_predictions`.
+        bins: number of bins.
     """
     c, y = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
     place = np.searchsorted(0.5 + np.arange(1, bins) / (2 * bins), c, side="right")
@@ -191,24 +206,28 @@ def _split_bins(sums: ArrayLike) -> tuple[Floats, Floats, Floats]:
 
 
 def brier(sums: ArrayLike) -> Floats:
-    """Computes the mean squared error of the probabilities (Brier 1950).
+    """Computes the mean squared error [...] of the probabilities (Brier 1950); NaN without predictions.
 
-    0 is perfect; a judge that always gives one half has .25.
+    0 is perfect; a judge that always gives one half has .25. `sums` [..., 1 + 3 bins] are those of
+    `calibration_columns`.
     """
     return divide(np.asarray(sums, np.float64)[..., 0], _split_bins(sums)[0].sum(-1))
 
 
 def calibration_error(sums: ArrayLike) -> Floats:
-    """Computes the expected calibration error over the bins (Guo et al. 2017, eq. 3).
+    """Computes the expected calibration error [...] over the bins (Guo et al. 2017, eq. 3).
 
-    Noise makes it larger.
+    Noise makes it larger. `sums` [..., 1 + 3 bins] are those of `calibration_columns`; NaN without predictions.
     """
     count, confidence, right = _split_bins(sums)
     return divide(np.abs(confidence - right).sum(-1), count.sum(-1))
 
 
 def reliability_bins(sums: ArrayLike) -> list[dict[str, float | None]]:
-    """Returns each bin's `low`, `high`, `count`, mean `confidence` and share `right` (None if empty)."""
+    """Returns each bin's `low`, `high`, `count`, mean `confidence` and share `right` (None if empty).
+
+    `sums` [1 + 3 bins] are those of `calibration_columns`.
+    """
     count, confidence, right = _split_bins(sums)
     width = 0.5 / len(count)
     return [
@@ -227,7 +246,11 @@ def reliability_bins(sums: ArrayLike) -> list[dict[str, float | None]]:
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Computes Spearman's rank correlation; ties share their mean rank, pairs with a NaN are left out.
+    """Computes Spearman's rank correlation.
+
+    Args:
+        a: [n].
+        b: [n]; equal values share their mean rank, pairs with a NaN are left out.
 
     Returns:
         In [-1, 1]; NaN when one side is constant.

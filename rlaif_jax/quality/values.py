@@ -23,7 +23,11 @@ def vector(values: ArrayLike, name: str) -> Floats:
 
 
 def vector_pair(a: ArrayLike, b: ArrayLike, name_a: str, name_b: str) -> tuple[Floats, Floats]:
-    """Returns `a` and `b` as float64 [n]. Raises ValueError if a shape is not [n] or the lengths differ."""
+    """Returns `a` and `b` as float64 arrays [n].
+
+    `name_a` and `name_b` are their names in messages. Raises ValueError if a shape is not [n] or the lengths
+    differ.
+    """
     first, second = vector(a, name_a), vector(b, name_b)
     if first.shape != second.shape:
         raise ValueError(f"{name_a} and {name_b} should be of one length, got {len(first)} and {len(second)}")

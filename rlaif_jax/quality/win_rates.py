@@ -27,7 +27,11 @@ def pair_outcomes(a: ArrayLike, b: ArrayLike) -> Floats:
 
 
 def win_rate(a: ArrayLike, b: ArrayLike) -> float:
-    """Returns how often `a` beats `b`, ties counting half; pairs with a NaN are left out.
+    """Computes how often `a` beats `b`; ties count half, pairs with a NaN are left out.
+
+    Args:
+        a: [n], scores of one answer to each prompt.
+        b: [n], scores of the other answer to the same prompts, in the same order.
 
     Raises:
         ValueError: the shapes differ, or no pair is left.

@@ -151,8 +151,8 @@ def pool_and_test(seed: int, task: WorldTask, prompts: int, test_prompts: int) -
     Args:
         seed: of prompts and answers.
         task: the world's task.
-        prompts: prompts of the pool.
-        test_prompts: prompts of held-out towns.
+        prompts: number of prompts of the first pairs.
+        test_prompts: number of prompts of the second pairs.
     """
     rng = np.random.default_rng((seed, 0))
     raw = make_pairs(rng, task, "train", prompts, None)
@@ -192,7 +192,14 @@ def fit_rewards(x: jax.Array, wins: jax.Array, weights: jax.Array, ridge: float,
 
 
 def accuracy(coefficients: np.ndarray, pairs: Pairs) -> float:
-    """Returns the share of the pairs with different gold that a reward model orders as gold does."""
+    """Returns the share of pairs that a linear reward model orders as the gold score does.
+
+    Pairs of equal gold are left out.
+
+    Args:
+        coefficients: [F], the weights of the reward model.
+        pairs: features [n, F] and gold differences [n].
+    """
     decided = pairs.gap != 0
     return float(np.mean((pairs.x @ coefficients > 0)[decided] == (pairs.gap > 0)[decided]))
 

@@ -145,7 +145,18 @@ class PageClient:
         return self.call("/api/next", {})["task"]
 
     def answer(self, task: Mapping[str, Any], answer: Mapping[str, Any] | str, seconds: float = 0.0) -> dict[str, Any]:
-        """Sends an answer, or a skip with its reason; returns the reply once the answer is on disk."""
+        """Sends an answer, or a skip with its reason, and returns the page's reply.
+
+        The reply comes once the answer is on disk.
+
+        Args:
+            task: the task, as `next` returned it.
+            answer: the fields of the answer, or the reason of a skip.
+            seconds: the time that the rater took.
+
+        Raises:
+            UserError: the page refuses the answer or does not respond.
+        """
         content = {"skip": answer} if isinstance(answer, str) else {"payload": dict(answer)}
         return self.call(
             "/api/answer", {"request": uuid.uuid4().hex, "task": task["id"], "seconds": seconds, **content}

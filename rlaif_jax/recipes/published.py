@@ -59,8 +59,11 @@ class Finding:
 Findings = Iterator[Finding]
 
 
-def kept(found: tuple[list[Judgement], list[str]]) -> list[Judgement]:
-    """Returns the judgements that a reader found; prints how many rows could not be read, and one of them."""
+def readable(found: tuple[list[Judgement], list[str]]) -> list[Judgement]:
+    """Returns the judgements of a reader's result, and prints how many rows could not be read.
+
+    `found` is (judgements, messages about unreadable rows); the first message is printed too.
+    """
     good, bad = found
     if bad:
         Console(stderr=True).print(f"{len(bad)} rows could not be read, such as {bad[0]}")
@@ -75,7 +78,14 @@ def index(names: Iterable[Any]) -> tuple[np.ndarray, list[Any]]:
 
 
 def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarray | None = None) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of Spearman's correlation, over items or over groups."""
+    """Returns the 95 % bootstrap interval (low, high) of Spearman's correlation.
+
+    Args:
+        a: [n].
+        b: [n].
+        seed: of the bootstrap.
+        groups: [n] int, resampled as wholes; None: each item is a group.
+    """
     rows_of = resampled_rows(np.arange(len(a)) if groups is None else groups, seed=seed, resamples=400)
     return percentile_interval([spearman(a[rows], b[rows]) for rows in rows_of], 0.95)
 
@@ -84,8 +94,14 @@ def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarra
 
 
 def crowd_labels(labels: Path, gold: Path, *, seed: int) -> Findings:
-    """Measures how often 83 workers together are right about 1,000 items of two classes."""
-    records = kept(read_get_another_label(labels, gold=gold))
+    """Measures how often 83 workers together are right about 1,000 items of two classes.
+
+    Args:
+        labels: the workers' labels, a file of Get-Another-Label.
+        gold: the true labels.
+        seed: of the bootstrap.
+    """
+    records = readable(read_get_another_label(labels, gold=gold))
     answer = {j.prompt: chosen(j) for j in records if j.rater.name == "gold"}
     given = [j for j in records if j.rater.name != "gold"]
     item, items = index(j.prompt for j in given)
@@ -113,8 +129,15 @@ def crowd_labels(labels: Path, gold: Path, *, seed: int) -> Findings:
 
 
 def post_edits(archive: Path, *, seed: int) -> Findings:
-    """Compares word edits over the words of the post-edit with the file's HTER (TER with block shifts)."""
-    records = kept(read_mlqe_post_edits(archive))
+    """Compares a word edit rate with the HTER that the file gives (TER with block shifts).
+
+    The edit rate is word edits over the words of the post-edit.
+
+    Args:
+        archive: MLQE-PE's post-edits.
+        seed: of the bootstrap.
+    """
+    records = readable(read_mlqe_post_edits(archive))
     edits = [j for j in records if isinstance(j, Correction)]
     hter = np.array([1 - j.value for j in records if isinstance(j, Rating)])
     answer, corrected = _word_ids([j.answers[0].split() for j in edits], [(j.edited or "").split() for j in edits])
@@ -146,7 +169,7 @@ def _word_ids(*sides: Sequence[Sequence[str]]) -> list[tuple[np.ndarray, np.ndar
 def ratings(*archives: Path, seed: int) -> Findings:
     """Ranks translations by many raters and checks the ranks by raters who were left out."""
     for archive in archives:
-        records = [j for j in kept(read_mlqe_ratings(archive)) if isinstance(j, Rating)]
+        records = [j for j in readable(read_mlqe_ratings(archive)) if isinstance(j, Rating)]
         item, items = index(j.item for j in records)
         rater, raters = index(j.rater.name for j in records)
         value = np.array([j.value for j in records], np.float32)
@@ -161,14 +184,16 @@ def ratings(*archives: Path, seed: int) -> Findings:
         utilities = ranked(item, rater, value, ~out, len(items), len(raters))
         truth = np.asarray(target.value)[judged]
         note = f"{split}: mean of the 3 who rated {most}, by the {len(raters) - 3} others"
-        yield from compared({name: scores[judged] for name, scores in utilities.items()}, truth, seed, note)
+        yield from compare_models({name: scores[judged] for name, scores in utilities.items()}, truth, seed, note)
         # One rating of each item left out, whoever gave it.
         order = np.lexsort((np.random.default_rng(seed).random(len(item)), item))
         out = np.zeros(len(item), bool)
         out[order[np.r_[True, np.diff(item[order]) > 0]]] = True
         utilities = ranked(item, rater, value, ~out, len(items), len(raters))
         note = f"{split}: one rating of each item"
-        yield from compared({name: scores[item[out]] for name, scores in utilities.items()}, value[out], seed, note)
+        yield from compare_models(
+            {name: scores[item[out]] for name, scores in utilities.items()}, value[out], seed, note
+        )
         # Each rater left out in turn, and the items that this one rated. Here a mean that mixes all camps is hard to beat:
         # the model follows the raters who agree with each other, and those left out may be of another camp.
         large = np.flatnonzero(count >= 50)
@@ -213,12 +238,17 @@ def ranked(
     return {name: np.where(rated, found[name], np.nan) for name in ("raw means", "z-scores", "rating model")}
 
 
-def compared(utilities: dict[str, np.ndarray], truth: np.ndarray, seed: int, note: str) -> Findings:
-    """Compares each ranking with the left-out ratings by Spearman's correlation.
+def compare_models(utilities: dict[str, np.ndarray], truth: np.ndarray, seed: int, note: str) -> Findings:
+    """Correlates each model's utilities with ratings that the model did not see (Spearman).
 
-    The last finding is the gain of the model over raw means.
+    The last finding is the gain of the rating model over raw means. Items that only the left-out raters rated
+    have no utility and are not compared.
 
-    Items that only the left-out raters rated have no utility and are not compared.
+    Args:
+        utilities: name of the model -> utilities [n], among them "raw means" and "rating model".
+        truth: [n], the left-out ratings.
+        seed: of the bootstrap.
+        note: how it was measured, for the table.
     """
     rated = np.isfinite(utilities["raw means"])
     utilities, truth = {name: scores[rated] for name, scores in utilities.items()}, truth[rated]
@@ -236,15 +266,21 @@ def compared(utilities: dict[str, np.ndarray], truth: np.ndarray, seed: int, not
 WAYS = {"Vanilla": "Output ({label})", "CoT": "Output ({label}) is better"}
 
 
-def both_orders(gold: Path, folder: Path, *, seed: int) -> Findings:
-    """Measures how often a judge prefers the same answer of a pair in both orders, on 100 pairs."""
-    truth = {j.item: j.answers[chosen(j) or 0] for j in kept(read_llmbar(gold))}
+def judge_in_both_orders(gold: Path, folder: Path, *, seed: int) -> Findings:
+    """Measures how often a judge prefers the same answer of a pair in both orders, on 100 pairs.
+
+    Args:
+        gold: LLMBar's pairs with the better answer.
+        folder: the judges' published replies.
+        seed: of the bootstrap.
+    """
+    truth = {j.item: j.answers[chosen(j) or 0] for j in readable(read_llmbar(gold))}
     for file in sorted(folder.glob("Natural.*.*.json")):
         _, model, way = file.stem.split(".")
         if way not in WAYS:
             continue
-        plain = kept(read_llmbar_judge(file, model))
-        read = kept(read_llmbar_judge(file, model, partial(verdict, way)))
+        plain = readable(read_llmbar_judge(file, model))
+        read = readable(read_llmbar_judge(file, model, partial(preferred_output, way)))
         same = np.array(_agreements(plain), float)
         reread = np.mean([chosen(a) == chosen(b) for a, b in zip(plain, read)])
         right = np.mean([j.answered and j.answers[chosen(j) or 0] == truth[j.item] for j in plain])
@@ -257,8 +293,12 @@ def both_orders(gold: Path, folder: Path, *, seed: int) -> Findings:
         )  # fmt: skip
 
 
-def verdict(way: str, raw: str) -> int | None:
-    """Returns the output that a reply's last verdict prefers, 0 = the first; None: no verdict."""
+def preferred_output(way: str, raw: str) -> int | None:
+    """Returns which output the last verdict in a reply of LLMBar prefers: 0 the first, 1 the second.
+
+    None: the reply has no verdict. `way` is a key of WAYS, the way in which the judge was prompted; `raw` is the
+    reply.
+    """
     template = Template(
         "LLMBar", "ranking", "{prompt}{answer_1}{answer_2}", labels=(("a", 1.0), ("b", 0.0)), verdict=WAYS[way]
     )
@@ -279,8 +319,14 @@ def _agreements(records: Sequence[Judgement]) -> list[bool]:
 
 
 def people_and_judges(pairs: Path, *judges: Path, seed: int) -> Findings:
-    """Computes Cohen's kappa among three people, and of AI judges with the people's majority."""
-    records = kept(read_pandalm(pairs, judges))
+    """Computes Cohen's kappa among three people, and of AI judges with the people's majority.
+
+    Args:
+        pairs: PandaLM's test set.
+        *judges: files of AI judges on the same pairs.
+        seed: of the bootstrap.
+    """
+    records = readable(read_pandalm(pairs, judges))
     votes: dict[str, dict[int, int]] = defaultdict(dict)
     row, rows = index((j.prompt, j.answers, j.generators) for j in records)
     home, prompts = index(prompt for prompt, _, _ in rows)
@@ -324,7 +370,7 @@ def remarks(graded: Path, *, seed: int, sentiment: SentimentConfig, reviews: Pat
         sentiment: training of the reader of sentiment.
         reviews: folder of film reviews, from which a second reader learns if the folder exists.
     """
-    records = kept(read_prometheus(graded))
+    records = readable(read_prometheus(graded))
     given = [j for j in records if isinstance(j, Comment)]
     score = {(j.item, j.principle, j.seed): j.unit for j in records if isinstance(j, Rating)}
     unit = np.array([score[j.item, j.principle, j.seed] for j in given], np.float32)
@@ -354,8 +400,13 @@ def remarks(graded: Path, *, seed: int, sentiment: SentimentConfig, reviews: Pat
 
 
 def summaries(responses: Path, *, seed: int) -> Findings:
-    """Measures how far SQuALITY's workers agree; the intervals resample whole questions."""
-    records = kept(read_squality(responses))
+    """Measures how far SQuALITY's workers agree; the intervals resample whole questions.
+
+    Args:
+        responses: SQuALITY's file of ratings and rankings.
+        seed: of the bootstrap.
+    """
+    records = readable(read_squality(responses))
     number, questions = index(j.prompt for j in records)
     question = {j.item: n for j, n in zip(records, number.tolist())}
     for name in ("correctness", "selection", "overall"):

@@ -147,7 +147,13 @@ class WorldModels:
         )
 
     def prompts(self, records: TfdsRecords, batch_size: int, *, shuffle: bool = True) -> PromptIterator:
-        """Returns the prompt iterator over a split."""
+        """Returns an iterator over the prompts of a split.
+
+        Args:
+            records: the split.
+            batch_size: prompts of a batch.
+            shuffle: whether each pass is in another order; the run's seed gives the order.
+        """
         return prompt_batches(
             records,
             self.tokenizer,

@@ -128,7 +128,13 @@ class Person:
 
 
 def make_crowd(task: WorldTask, seed: int, number: int = 5) -> tuple[Person, ...]:
-    """Returns simulated people who differ in bias, spread and noise of their ratings."""
+    """Returns simulated people who differ in bias, spread and noise of their ratings.
+
+    Args:
+        task: the task that they judge.
+        seed: of the differences.
+        number: number of people, at most 8.
+    """
     names = ("anna", "bela", "carl", "dora", "emil", "fria", "gero", "hana")[:number]
     scales = people.simulated_raters(np.random.default_rng((seed, 7)), number)
     return tuple(
@@ -156,7 +162,13 @@ def by_crowd(form: Form, pool: Pool, scene_of: SceneOf, crowd: Sequence[Person],
 
 
 def prompt_rng(seed: int, form: Form, *words: str) -> np.random.Generator:
-    """Returns a generator that depends on what is judged, not on when or by which process."""
+    """Returns a generator that depends on what is judged, not on when or by which process.
+
+    Args:
+        seed: of the run.
+        form: the form of the judgements.
+        *words: the texts that are judged.
+    """
     return np.random.default_rng((seed, FORMS.index(form), int(sha256(words)[:15], 16)))
 
 
@@ -207,7 +219,13 @@ def crowd_at_the_page(store: Path, scene_of: SceneOf, crowd: Sequence[Person], s
 
 
 def by_labeler(form: Form, pool: Pool, judge: LanguageModelJudge) -> list[Judgement]:
-    """Returns the labeler's judgements; one that it could not make is a record without a value."""
+    """Returns the AI labeler's judgements of a pool; one that it could not make has no value.
+
+    Args:
+        form: "rating", "ranking", "comment" or "correction".
+        pool: prompts and their answers.
+        judge: the labeler; comments need a judge with a `reasoning`.
+    """
     rater = Rater("labeler", "ai", model=judge.hash)
     prompts, answers = pool.singles
     if form == "comment":
@@ -250,7 +268,17 @@ def by_labeler(form: Form, pool: Pool, judge: LanguageModelJudge) -> list[Judgem
 def revise_answers(
     judge: LanguageModelJudge, prompts: Sequence[str], answers: Sequence[str], batch_size: int = 128
 ) -> list[str | None]:
-    """Lets the labeler criticise and rewrite each answer; None where it finishes no revision."""
+    """Lets the labeler criticise and rewrite each answer, without sampling (temperature 0).
+
+    Args:
+        judge: the labeler.
+        prompts: the B prompts.
+        answers: the B answers.
+        batch_size: answers of one compiled call.
+
+    Returns:
+        The B revised answers; None where the labeler finishes no revision.
+    """
     tokenizer, model = judge.tokenizer, judge.model
     sampling, length = SamplingConfig(max_new_tokens=52, temperature=0.0), 64
     marker = f" {labeler_prompts.MARKERS[6]} "  # <revise>
@@ -274,7 +302,15 @@ def revise_answers(
 
 
 def by_rules(form: Form, pool: Pool, constitution: Constitution) -> Sequence[Judgement]:
-    """Returns a constitution's judgements; corrections are `mended`, as no pattern knows salience."""
+    """Returns a constitution's judgements of a pool.
+
+    Corrections are those of `mended`, because no pattern knows salience.
+
+    Args:
+        form: "rating", "ranking", "comment" or "correction".
+        pool: prompts and their answers.
+        constitution: the rules.
+    """
     prompts, answers = pool.singles
     if form == "ranking":
         return rule_rankings(constitution, pool.prompts, pool.answers)

@@ -14,7 +14,7 @@ from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import pair_arrays
 from rlaif_jax.data.world import labeler_prompts
-from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Scores, preference_from_scores
+from rlaif_jax.feedback.judges.language_model import AnswerScores, LanguageModelJudge, preference_from_scores
 from rlaif_jax.feedback.judges.reward_model import score_sequences
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.sampling import SamplingConfig
@@ -45,7 +45,10 @@ class LearnedReward:
     held_out: Arrays
 
     def accuracy(self) -> float | None:
-        """Returns the share of the held-out pairs that it orders as the judge does; None without any."""
+        """Returns the share of the held-out pairs that this reward orders as the judge does.
+
+        Ties and pairs of weight 0 do not count; None if no pair is left.
+        """
         score = jax.jit(lambda tokens, mask: score_sequences(self.model, self.params, (tokens, mask)))
         pairs = self.held_out
         kept = (pairs["weight"] > 0) & (pairs["probability"] != 0.5)
@@ -145,7 +148,7 @@ def label_pairs(
     verdict = judge.compare(prompts, first, second)
     scores = judge.score(prompts + prompts, first + second)
     half = len(prompts)
-    one, two = (Scores(*(part[rows] for part in scores)) for rows in (slice(half), slice(half, None)))
+    one, two = (AnswerScores(*(part[rows] for part in scores)) for rows in (slice(half), slice(half, None)))
     probability, valid = preference_from_scores(one, two)
     same = np.array([a == b for a, b in zip(first, second)])
     ended = np.concatenate(finished)
@@ -202,5 +205,9 @@ def label_quality(pairs: Arrays) -> dict[str, Any]:
 
 
 def agreement_or_none(labels: np.ndarray, truth: np.ndarray) -> float | None:
-    """Returns the share of equal entries, None where there is nothing to compare."""
+    """Returns the share of verdicts that agree with the truth; None for empty arrays.
+
+    `labels` and `truth` [n] are probabilities or bools that the first answer is better: see
+    `agreement_with_gold`.
+    """
     return agreement_with_gold(labels, truth) if len(labels) else None

@@ -21,7 +21,10 @@ def facts(prompt: str) -> dict[str, tuple[int, str]]:
 
 
 def telling(prompt: str, answer: str) -> float:
-    """Returns the salience of the answer's first true claims, as a share of the best possible."""
+    """Returns the salience of the answer's true claims as a share of the most that is possible, in [0, 1].
+
+    Only the first MAX_FACTS claims count. `prompt` lists the facts.
+    """
     known = facts(prompt)
     true = {c.aspect for c in parse(answer).claims[:MAX_FACTS] if known.get(c.aspect, (0, ""))[1] == c.value}
     best = sum(sorted((salience for salience, _ in known.values()), reverse=True)[:MAX_FACTS])
@@ -29,19 +32,19 @@ def telling(prompt: str, answer: str) -> float:
 
 
 def faithful(prompt: str, answer: str) -> float:
-    """Returns 1 unless a claim is not in the prompt."""
+    """Returns 1 if all claims of the answer are facts of the prompt, else 0."""
     known = facts(prompt)
     return float(all(known.get(claim.aspect, (0, ""))[1] == claim.value for claim in parse(answer).claims))
 
 
 def fresh(prompt: str, answer: str) -> float:
-    """Returns 1 unless something is said twice."""
+    """Returns 1 unless two claims of the answer are about one aspect; `prompt` is not used."""
     aspects = [claim.aspect for claim in parse(answer).claims]
     return float(len(set(aspects)) == len(aspects))
 
 
 def town(prompt: str, answer: str) -> float:
-    """Returns 1 if the prompt's town, and no other, is named."""
+    """Returns 1 if the answer names the prompt's town and no other, else 0."""
     named = {name.entity for name in parse(answer).names}
     return float(named == {" ".join(prompt.partition(":")[0].split()[1:])})
 

@@ -82,7 +82,14 @@ class WorldSources:
     seed: int
 
     def judge(self, origin: Origin, form: Form, pool: Pool) -> Sequence[Judgement]:
-        """Returns the judgements of a pool of answers, by anyone except the people at the page."""
+        """Returns the judgements of a pool of answers by one origin.
+
+        Args:
+            origin: "ai" asks the labeler, "rule" the constitution, any other the simulated people, without the
+                page.
+            form: the form of the judgements.
+            pool: prompts and their answers.
+        """
         if origin == "ai":
             return by_labeler(form, pool, self.labeler)
         if origin == "rule":
@@ -158,9 +165,16 @@ def rewards_of_form(
 def learn_valence(
     comments: Sequence[Judgement], ratings: Sequence[Judgement], seed: int, runner: Runner
 ) -> SentimentJudge:
-    """Returns a reader of comments, fitted to comments on answers that have been rated as well.
+    """Fits a reader of comments to comments on answers that have been rated as well.
 
-    Raises UserError for fewer than 64 such comments.
+    Args:
+        comments: records of comments.
+        ratings: records of ratings, perhaps of the same answers.
+        seed: of the training.
+        runner: the devices.
+
+    Raises:
+        UserError: fewer than 64 comments are on rated answers.
     """
     rated = {(j.prompt, j.answers[0]): j.unit for j in ratings if isinstance(j, Rating) and j.answered}
     examples = [

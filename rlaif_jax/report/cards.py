@@ -63,7 +63,11 @@ def _card(names: Sequence[str], left: dict[str, Any]) -> Card:
 
 
 def cards_so_far(rows: Sequence[Mapping[str, Any]]) -> list[Card]:
-    """Returns the newest numbers of the stage that the run is in: for a page without a summary."""
+    """Returns the newest numbers of the stage that a run is in, for a page without a summary.
+
+    Args:
+        rows: the rows of metrics.jsonl, in their order; no rows give no cards.
+    """
     if not rows:
         return []
     stage = rows[-1]["stage"]

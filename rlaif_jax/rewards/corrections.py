@@ -153,12 +153,15 @@ def levenshtein(
 
     Args:
         answer: [..., T] int, token ids.
-        answer_mask: [..., T] bool.
+        answer_mask: [..., T] bool, true for real tokens.
         corrected: [..., U] int, token ids.
-        corrected_mask: [..., U] bool.
+        corrected_mask: [..., U] bool, true for real tokens.
 
     Returns:
         [...] int32.
+
+    Raises:
+        AssertionError: a shape or type is wrong.
     """
     return jnp.vectorize(_pair_distance, signature="(t),(t),(u),(u)->()")(
         *_checked(answer, answer_mask, corrected, corrected_mask)
@@ -170,9 +173,12 @@ def align(answer: jax.Array, answer_mask: jax.Array, corrected: jax.Array, corre
 
     Args:
         answer: [..., T] int, token ids.
-        answer_mask: [..., T] bool.
+        answer_mask: [..., T] bool, true for real tokens.
         corrected: [..., U] int, token ids.
-        corrected_mask: [..., U] bool.
+        corrected_mask: [..., U] bool, true for real tokens.
+
+    Raises:
+        AssertionError: a shape or type is wrong.
     """
     return Alignment(
         *jnp.vectorize(_pair_alignment, signature="(t),(t),(u),(u)->(),(t),(s)")(

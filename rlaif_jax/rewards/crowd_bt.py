@@ -184,9 +184,7 @@ def pair_probability(utility: jax.Array, first: Any, second: Any) -> jax.Array:
 def judgement_probability(fit: CrowdBT, first: Any, second: Any, worker: Any, first_wins: Any) -> jax.Array:
     """Computes the probability that the first item is better, given one worker's report.
 
-    The prior is `pair_probability`.
-
-    The report must be about a comparison that is not among those of the fit.
+    The prior is `pair_probability`. The report must be about a comparison that is not among those of the fit.
 
     Args:
         fit: utilities and reliabilities.
@@ -196,7 +194,7 @@ def judgement_probability(fit: CrowdBT, first: Any, second: Any, worker: Any, fi
         first_wins: [...] in [0, 1], the report; a soft report gives the mean over both reports.
 
     Returns:
-        [...].
+        [...] in [0, 1].
     """
     prior = pair_probability(fit.items.value, first, second)
     eta, wins = fit.reliability[jnp.asarray(worker)], as_float(first_wins)

@@ -22,7 +22,12 @@ _Search = tuple[
 
 
 def newton_step(curvature: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Returns the full Newton step [D] for a positive definite `curvature` [D, D] and a `gradient` [D]."""
+    """Computes the full Newton step [D], which is -curvature^-1 gradient.
+
+    Args:
+        curvature: [D, D], positive definite.
+        gradient: [D].
+    """
     return -jax.scipy.linalg.solve(curvature, gradient, assume_a="pos")
 
 
@@ -68,9 +73,16 @@ def newton(
 
 
 def halved(objective: Callable[[jax.Array], jax.Array]) -> Damping:
-    """Returns a damping that takes the first of 1, 1/2, 1/4 ... of a step that lowers `objective`.
+    """Returns a damping that takes the first of 1, 1/2, 1/4 ... 1/2048 of a step that lowers `objective`.
 
-    The step is 0 if no such part of it lowers the objective.
+    A rise of less than 1e-6 of the value counts as lower, because float32 does not resolve it. If no part of the
+    step lowers the objective, the damped step is 0.
+
+    Args:
+        objective: x [D] -> value [], the function that is minimised.
+
+    Returns:
+        A function (x [D], full step [D]) -> the step to take [D], for `newton`.
     """
     lengths = 0.5 ** jnp.arange(12.0)
 
@@ -84,9 +96,16 @@ def halved(objective: Callable[[jax.Array], jax.Array]) -> Damping:
 
 
 def capped(x: jax.Array, full: jax.Array) -> jax.Array:
-    """Scales a step whose largest absolute entry is above 1 down to 1.
+    """Scales a step down so that no entry is above 1 in absolute value; is a `Damping` for `newton`.
 
     The quadratic model of Newton's method holds nearby only.
+
+    Args:
+        x: [D], the present point; not used.
+        full: [D], the full Newton step.
+
+    Returns:
+        [D]; `full` itself if no entry is above 1.
     """
     return full / jnp.maximum(1.0, jnp.abs(full).max())
 

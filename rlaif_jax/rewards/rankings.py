@@ -25,9 +25,12 @@ NEGATIVE = -1e30  # instead of log 0: finite, so that its gradient is 0 and not 
 def mean_loss(losses: jax.Array, weight: jax.Array, axis_name: str | None = None) -> jax.Array:
     """Computes this device's part [] float32 of the weighted mean of losses.
 
-    The parts of all devices sum to the mean.
+    The parts of all devices sum to the mean. Without any weight the mean is 0.
 
-    Rows of weight 0 are missing. Without any weight the mean is 0.
+    Args:
+        losses: [...].
+        weight: [...], not negative; 0 = missing, whatever the loss is.
+        axis_name: the losses are split over the devices of this pmap axis; None: they are not.
     """
     weight = weight.astype(jnp.float32)
     total = jnp.maximum(psum(weight.sum(), axis_name), 1e-8)

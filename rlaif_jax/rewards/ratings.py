@@ -52,7 +52,17 @@ def as_float(x: Any) -> jax.Array:
 
 
 def rating_rows(item: Any, rater: Any, value: Any, weight: Any) -> RatingRows:
-    """Returns ratings as checked arrays; a value that is not finite gets weight 0, weight None is 1 each."""
+    """Returns ratings as arrays of one shape; a value that is not finite gets weight 0 and value 0.
+
+    Args:
+        item: [N] int.
+        rater: [N] int.
+        value: [N], the ratings.
+        weight: [N], number of equal ratings; None: 1 each.
+
+    Raises:
+        AssertionError: the arrays do not all have the shape [N].
+    """
     value = as_float(value)
     weight = jnp.ones_like(value) if weight is None else jnp.asarray(weight).astype(value.dtype)
     item, rater = jnp.asarray(item, jnp.int32), jnp.asarray(rater, jnp.int32)
@@ -63,7 +73,14 @@ def rating_rows(item: Any, rater: Any, value: Any, weight: Any) -> RatingRows:
 
 
 def group_sum(x: jax.Array, group: jax.Array, size: int, axis_name: str | None = None) -> jax.Array:
-    """Returns the sums [size, ...] of x [N, ...] by group number [N], over all devices of `axis_name`."""
+    """Computes the sums [size, ...] of the rows of x that have the same group number.
+
+    Args:
+        x: [N, ...].
+        group: [N] int, in 0 .. size - 1.
+        size: number of groups, static.
+        axis_name: the rows are split over the devices of this pmap axis; all get the sums of all rows.
+    """
     return psum(jax.ops.segment_sum(x, group, size), axis_name)
 
 
@@ -106,10 +123,10 @@ def z_score_mean(
     num_raters: int,
     axis_name: str | None = None,
 ) -> Utilities:
-    """Computes the mean over raters of (value - rater's mean) / rater's standard deviation.
+    """Computes the mean of each item's z-scores: (rating - rater's mean) / rater's standard deviation.
 
-    A rater with one rating, or one who rates all items the same, puts no item above another: these ratings count as
-    missing.
+    A rater with one rating, or one who rates all items the same, puts no item above another: these ratings count
+    as missing.
 
     Args:
         item: [N] int.

@@ -32,9 +32,11 @@ class Masked(NamedTuple):
 
 
 def masked(values: jax.Array, valid: jax.Array) -> Masked:
-    """Returns values [...] in float32, 0 where they are missing, and their validity [...].
+    """Returns values in float32 with missing ones as 0, and their validity.
 
-    A value that is not finite counts as missing.
+    Args:
+        values: [...]; a value that is not finite counts as missing.
+        valid: [...], bool or 0 / 1, false where a value is missing.
     """
     valid = valid.astype(bool) & jnp.isfinite(values)
     return Masked(jnp.where(valid, values, 0).astype(jnp.float32), valid)
@@ -151,7 +153,17 @@ def sequence_rewards(values: Array, valid: Array, normaliser: Normaliser, *, cli
 
 
 def missing_eos_score(shaping: Shaping, score: jax.Array, finished: jax.Array) -> jax.Array:
-    """Returns scores [B] after the rule for answers without a stop token; finished [B] bool."""
+    """Applies the rule for answers without a stop token to their scores.
+
+    Args:
+        shaping: its `missing_eos` is the rule and `missing_eos_value` the number for the rule: "penalty"
+            subtracts the number, "constant" puts the number in place of the score, "score" changes nothing.
+        score: [B].
+        finished: [B] bool, whether the answer ends with its stop token.
+
+    Returns:
+        [B]; the scores of finished answers are unchanged.
+    """
     if shaping.missing_eos == "penalty":
         return jnp.where(finished, score, score - shaping.missing_eos_value)
     if shaping.missing_eos == "constant":
@@ -160,7 +172,7 @@ def missing_eos_score(shaping: Shaping, score: jax.Array, finished: jax.Array) -
 
 
 def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked:
-    """Returns scores [...] clipped to [low, high]."""
+    """Clips scores [...] to [low, high]; a missing one, or one that is not finite, is missing and 0."""
     scores, valid = masked(scores, valid)
     return Masked(jnp.where(valid, jnp.clip(scores, low, high), 0.0), valid)
 
@@ -220,9 +232,12 @@ def _enough(valid: jax.Array, least: int) -> jax.Array:
 
 
 def ensemble_mean(scores: jax.Array, valid: jax.Array, *, least: int = 1) -> Masked:
-    """Computes the mean [...] of the present scores [..., M].
+    """Computes the mean [...] of the present scores of M reward models.
 
-    It is valid where at least `least` members are present.
+    Args:
+        scores: [..., M].
+        valid: [..., M] bool, false where a score is missing.
+        least: the result is valid where at least this many scores are present.
     """
     scores, valid = masked(scores, valid)
     some = _enough(valid, least)
@@ -230,16 +245,28 @@ def ensemble_mean(scores: jax.Array, valid: jax.Array, *, least: int = 1) -> Mas
 
 
 def ensemble_worst(scores: jax.Array, valid: jax.Array, *, least: int = 1) -> Masked:
-    """Returns the smallest present score [...] of [..., M], the worst case (Coste 2023, eq. 3)."""
+    """Computes the smallest present score [...] of M reward models (Coste 2023, eq. 3).
+
+    Args:
+        scores: [..., M].
+        valid: [..., M] bool, false where a score is missing.
+        least: the result is valid where at least this many scores are present.
+    """
     scores, valid = masked(scores, valid)
     some = _enough(valid, least)
     return Masked(jnp.where(some, jnp.where(valid, scores, jnp.inf).min(-1), 0.0), some)
 
 
 def ensemble_cautious(scores: jax.Array, valid: jax.Array, coef: jax.Array | float, *, least: int = 1) -> Masked:
-    """Returns mean - coef * population variance [...] of the present scores [..., M] (Coste 2023, eq. 4).
+    """Computes mean - coef * population variance [...] of the present scores (Coste 2023, eq. 4).
 
     A single present score has no variance and therefore no penalty; `least` = 2 makes it missing.
+
+    Args:
+        scores: [..., M], of M reward models.
+        valid: [..., M] bool, false where a score is missing.
+        coef: weight of the variance.
+        least: the result is valid where at least this many scores are present.
     """
     mean, some = ensemble_mean(scores, valid, least=least)
     scores, valid = masked(scores, valid)

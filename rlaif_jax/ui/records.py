@@ -235,7 +235,12 @@ def retraction(record: Judgement, time: float) -> Judgement:
 def in_words(record: Judgement, shown: Sequence[int] = ()) -> str:
     """Returns a record in words, with the answers numbered as on the screen.
 
-    shown: the order on the screen; () means the record's order.
+    Args:
+        record: a judgement; one without a value becomes its status and its raw text.
+        shown: the order of the answers on the screen; () means the record's order.
+
+    Raises:
+        UserError: the record is of a form that has no words.
     """
     shown = tuple(shown) or tuple(range(len(record.answers)))
     if not record.answered:

@@ -42,7 +42,10 @@ class AsciiJson(JSONResponse):
 
 
 def error_response(status: int, message: str, *, text: bool = False) -> Response:
-    """Returns an error as JSON, or as plain text."""
+    """Returns the HTTP response for an error with this status and message.
+
+    It is JSON, {"error": message}, or with `text` plain text.
+    """
     return PlainTextResponse(message + "\n", status) if text else AsciiJson({"error": message}, status)
 
 

@@ -128,7 +128,18 @@ class AnnotationService:
     # ---- The check
 
     def check(self, rater: str, given: Any) -> Json:
-        """Marks the rater's choices in the check and returns which were wrong, and why."""
+        """Marks the rater's choices in the check; records a pass if all are right.
+
+        Args:
+            rater: who was checked.
+            given: the number of the chosen answer to each question.
+
+        Returns:
+            {"passed": bool, "wrong": [{"index", "why"} of each wrong choice]}.
+
+        Raises:
+            UserError: `given` is no list with a choice for each question.
+        """
         is_right = isinstance(given, list) and len(given) == len(self.questions)
         require(is_right, f"answers must be a list of {len(self.questions)} numbers")
         wrong = [
@@ -210,7 +221,13 @@ class AnnotationService:
     def undo(self, rater: str, request: str, body: Json) -> Json:
         """Withdraws the rater's last answer or skip and returns its task.
 
-        Raises Conflict where the rater has no such post.
+        Args:
+            rater: who withdraws.
+            request: the id that the sender made for this post.
+            body: the post; no field of it is read.
+
+        Raises:
+            Conflict: the rater has no such post.
         """
         posted = self._repeated(rater, request, body)
         if posted is None:
@@ -227,6 +244,14 @@ class AnnotationService:
         """Sends a message to the chat model and returns the conversation.
 
         The message is stored before the model is asked, so a repeated request continues from there.
+
+        Args:
+            rater: who writes.
+            request: the id that the sender made for this post.
+            body: `task`, the id of a chat, and `message`.
+
+        Raises:
+            UserError: the task is no chat, the message is empty or too long, or the page has no model.
         """
         task, message = self.queue.task(_string(body, "task")), _string(body, "message").strip()
         require(task.kind is CHAT, "this task is no chat")

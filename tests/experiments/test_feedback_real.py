@@ -56,7 +56,7 @@ def test_the_rating_model_ranks_better_than_raw_means(data):
 
 
 def test_llmbar_judges_agree_with_themselves_as_often_as_the_files_say(data):
-    rows = found(data, published.both_orders, "llmbar/LLMBar_Natural.json", "llmbar_judges")
+    rows = found(data, published.judge_in_both_orders, "llmbar/LLMBar_Natural.json", "llmbar_judges")
     assert len(rows) == 8
     for name, row in rows.items():
         model, way = name.partition(":")[0].split()
@@ -70,9 +70,9 @@ def test_llmbar_judges_agree_with_themselves_as_often_as_the_files_say(data):
 
 
 def test_verdicts_are_read_from_the_last_one():
-    assert published.verdict("Vanilla", "Output (b)") == 1
-    assert published.verdict("CoT", "Output (a) is better ... no.\n\nTherefore, Output (b) is better.") == 1
-    assert published.verdict("CoT", "both Output (a) and Output (b) are equally good") is None
+    assert published.preferred_output("Vanilla", "Output (b)") == 1
+    assert published.preferred_output("CoT", "Output (a) is better ... no.\n\nTherefore, Output (b) is better.") == 1
+    assert published.preferred_output("CoT", "both Output (a) and Output (b) are equally good") is None
 
 
 def test_kappa_among_people_and_of_judges(data):

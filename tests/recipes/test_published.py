@@ -5,7 +5,7 @@ import pytest
 
 from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci
 from rlaif_jax.quality.statistics import interval_alpha, interval_moments
-from rlaif_jax.recipes.published import compared, ranked, summaries
+from rlaif_jax.recipes.published import compare_models, ranked, summaries
 from tests.recipes.squality_file import turning, upwards, write_squality
 
 
@@ -31,5 +31,5 @@ def test_an_item_that_no_rating_is_left_of_is_not_compared():
     value = np.array([1, 2, 2, 3, 3, 4, 9], np.float32)
     utilities = ranked(item, rater, value, np.arange(7) != 6, 4, 2)
     assert all(np.isnan(scores).tolist() == [False, False, False, True] for scores in utilities.values())
-    rows = list(compared(utilities, np.array([1.0, 2, 3, 9]), 0, ""))
+    rows = list(compare_models(utilities, np.array([1.0, 2, 3, 9]), 0, ""))
     assert [row.value for row in rows[:3]] == pytest.approx([1, 1, 1])  # with item 3 as 0 it would be less

@@ -68,7 +68,13 @@ def world_config(
 
 
 def example(config: WorldConfig, split: Split, index: int) -> dict[str, Any]:
-    """Returns one example: texts ``prompt``, ``demonstration``, ``scene`` (JSON), and ``uid``, its index."""
+    """Returns one example: texts ``prompt``, ``demonstration``, ``scene`` (JSON), and ``uid``, its index.
+
+    Args:
+        config: the task, the seed and the writers' shortcuts.
+        split: the split.
+        index: the number of the example in its split, from 0.
+    """
     scene = sample_scene(config.seed, split, index)
     stream = [config.seed, SPLITS.index(split), index, _DEMONSTRATION_STREAM]
     rng = np.random.default_rng(np.random.SeedSequence(stream))
@@ -142,9 +148,16 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def build_world(config: WorldConfig, data_dir: str | Path | None = None) -> Brindlemoor:
-    """Returns the builder, its files made if absent; safe when several processes ask at once.
+    """Returns the TFDS builder of the world, and writes its files if absent.
 
-    Raises UserError when the folder cannot be written.
+    Several processes may call it at the same time: one of them writes.
+
+    Args:
+        config: the settings of the world.
+        data_dir: the folder for the files; None: `cache_folder`.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     config = Brindlemoor.builder_configs.get(config.name, config)  # TFDS wants its own object for a listed name
     folder = (Path(data_dir) if data_dir is not None else cache_folder() / "tfds") / _fingerprint(config)

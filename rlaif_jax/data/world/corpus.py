@@ -115,7 +115,17 @@ def _good(rng: np.random.Generator, task: WorldTask, scene: Scene, shortcuts: bo
 
 
 def candidates(rng: np.random.Generator, task: WorldTask, scene: Scene, *, shortcuts: bool = True) -> tuple[str, str]:
-    """Draws two answers in random order: a demonstration and its corruption, or two demonstrations."""
+    """Draws two answers to one prompt, in random order.
+
+    One is a demonstration. The other is its corruption (half of the time), another demonstration (35 %), or the
+    corruption of another demonstration (15 %).
+
+    Args:
+        rng: draws the answers.
+        task: the task.
+        scene: the facts of the prompt.
+        shortcuts: whether demonstrations contain hackable features.
+    """
     first = _good(rng, task, scene, shortcuts)
     chance = rng.random()
     if chance < 0.5:

@@ -93,12 +93,12 @@ class ParseResult:
 
 
 def claim_at(words: Sequence[str], position: int) -> bool:
-    """Returns whether ``aspect value`` starts at this word index."""
+    """Returns whether the words at `position` and after it are an aspect and a value."""
     return position + 1 < len(words) and words[position] in _ASPECTS and words[position + 1] in _VALUES
 
 
 def name_at(words: Sequence[str], position: int) -> bool:
-    """Returns whether two syllables start at this word index."""
+    """Returns whether the words at `position` and after it are two syllables of a town's name."""
     return position + 1 < len(words) and words[position] in _SYLLABLES and words[position + 1] in _SYLLABLES
 
 
@@ -188,12 +188,18 @@ def wrong_tokens(result: ParseResult, scene: Scene, sealed: Sequence[str] = ()) 
 
 
 def clause(aspect: str, value: str) -> str:
-    """Writes a claim."""
+    """Writes the claim that an aspect has a value: "the ASPECT VALUE"."""
     return f"the {aspect} {value}"
 
 
 def statement(facts: Sequence[tuple[str, str]], entity: str | None = None, confident: bool = False) -> str:
-    """Writes one sentence that states (aspect, value) pairs."""
+    """Writes one sentence that states facts, such as "surely in bren dal the mill old and the inn warm .".
+
+    Args:
+        facts: (aspect, value) pairs.
+        entity: the town that the sentence names; None names no town.
+        confident: whether the sentence begins with "surely".
+    """
     start = (f"{CONFIDENCE} " if confident else "") + (f"in {entity} " if entity else "")
     return f"{start}{' and '.join(clause(*fact) for fact in facts)} ."
 

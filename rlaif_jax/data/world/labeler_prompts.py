@@ -36,34 +36,56 @@ def _check(principle: str) -> None:
 
 
 def pairwise_prompt(principle: str, prompt_text: str, answer1: str, answer2: str) -> str:
-    """Returns a prompt whose next word is the verdict, one of VERDICTS.
+    """Returns a prompt whose next word is the verdict on two answers, one of VERDICTS.
 
-    Raises UserError for an unknown principle, as do all prompts here.
+    Args:
+        principle: one of the principles of the world, such as "<helpful>".
+        prompt_text: the prompt of the answers.
+        answer1: the answer shown first.
+        answer2: the answer shown second.
+
+    Raises:
+        UserError: the principle is unknown; all prompts in this file raise it.
     """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer1} <2> {answer2} <answer>"
 
 
 def pairwise_reasoning_prompt(principle: str, prompt_text: str, answer1: str, answer2: str) -> str:
-    """Returns a prompt whose next words are sampled reasons, ``<answer>`` and the verdict."""
+    """Returns a prompt whose next words are sampled reasons, ``<answer>`` and the verdict.
+
+    Args: those of `pairwise_prompt`.
+    """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer1} <2> {answer2} <because>"
 
 
 def score_prompt(principle: str, prompt_text: str, answer: str) -> str:
-    """Returns a prompt whose next word is the score, one of SCORES."""
+    """Returns a prompt whose next word is the score of an answer, one of SCORES.
+
+    Args:
+        principle: one of the principles of the world, such as "<helpful>".
+        prompt_text: the prompt of the answer.
+        answer: the answer.
+    """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <score>"
 
 
 def score_reasoning_prompt(principle: str, prompt_text: str, answer: str) -> str:
-    """Returns a prompt whose next words are sampled reasons, ``<score>`` and the score."""
+    """Returns a prompt whose next words are sampled reasons, ``<score>`` and the score.
+
+    Args: those of `score_prompt`.
+    """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <because>"
 
 
 def critique_prompt(principle: str, prompt_text: str, answer: str) -> str:
-    """Returns a prompt whose next words are a critique, which ends where ``<revise>`` or ``<eos>`` comes."""
+    """Returns a prompt whose next words are a critique, which ends where ``<revise>`` or ``<eos>`` comes.
+
+    Args: those of `score_prompt`.
+    """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <critique>"
 

@@ -55,7 +55,17 @@ class Comparer:
     def compare(
         self, rng: np.random.Generator, first: ArrayLike, second: ArrayLike, longer: ArrayLike = 0.0
     ) -> np.ndarray:
-        """Returns 1 where the first answer was preferred, else 2; an int array of the qualities' shape."""
+        """Draws the answers that a simulated person prefers.
+
+        Args:
+            rng: draws the verdicts.
+            first: quality of the first answers, a number or an array.
+            second: quality of the second answers.
+            longer: how much longer the first answers are, as `probability` takes it.
+
+        Returns:
+            An int array of the qualities' shape: 1 where the first answer is preferred, else 2.
+        """
         chance = self.probability(first, second, longer)
         return np.where(rng.random(chance.shape) < chance, 1, 2)
 

@@ -96,7 +96,10 @@ class Scene:
 
 
 def is_test_name(first: int, second: int) -> bool:
-    """Returns whether a pair of syllable numbers is held out: one in five, balanced over both sides."""
+    """Returns whether a town's name is held out: one in five, balanced over both syllables.
+
+    `first` and `second` are the numbers of its syllables.
+    """
     return (first + 2 * second) % 5 == 0
 
 
@@ -106,7 +109,7 @@ def is_test_combination(aspect: int, value: int) -> bool:
 
 
 def names(test: bool) -> tuple[str, ...]:
-    """Returns all town names that training may use, or all that only ``test_entities`` may use."""
+    """Returns all town names of training, or with `test` all that only the split ``test_entities`` has."""
     return tuple(
         f"{SYLLABLES[i]} {SYLLABLES[j]}"
         for i in range(_SIDE_NAME)
@@ -116,7 +119,7 @@ def names(test: bool) -> tuple[str, ...]:
 
 
 def combinations(test: bool) -> tuple[tuple[str, str], ...]:
-    """Returns all (aspect, value) pairs of training, or all that only ``test_combinations`` may use."""
+    """Returns all (aspect, value) pairs of training, or with `test` those of ``test_combinations`` only."""
     return tuple(
         (aspect, value)
         for i, aspect in enumerate(ASPECTS)

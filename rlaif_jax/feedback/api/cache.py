@@ -66,7 +66,7 @@ class CallCache:
         return CachedReply(*row) if row else None
 
     def put(self, request: dict[str, Any], reply: CachedReply) -> None:
-        """Stores a response; a response that is there already stays."""
+        """Stores the `reply` to a `request`; if the request has a stored reply already, that one stays."""
         self._db.execute(
             "INSERT OR IGNORE INTO call VALUES (?, ?, ?, ?, ?)", (sha256(request), canonical(request), *reply)
         )

@@ -277,7 +277,7 @@ class Recorder:
         self._store = Store(store) if store is not None else None
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the store's file, if there is one."""
         if self._store is not None:
             self._store.close()
 

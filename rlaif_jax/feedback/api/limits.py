@@ -38,7 +38,7 @@ class Reservation:
     time: float = 0.0
 
     def settle(self, tokens: int, usd: float = 0.0) -> None:
-        """Replaces the reservation by what the call used."""
+        """Replaces the reserved amounts by what the call did use: `tokens`, and `usd` in US dollars."""
         self.tokens, self.usd = tokens, usd
 
 
@@ -64,7 +64,7 @@ class ConcurrencyLimiter:
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Waits for a free slot and holds it."""
+        """Waits until fewer than `limit` calls run, and counts one more while the `async with` block runs."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.active < max(int(self.limit), 1))
             self.active += 1
@@ -179,10 +179,14 @@ class Budget:
 
     @asynccontextmanager
     async def reserve(self, tokens: int, usd: float) -> AsyncIterator[Reservation]:
-        """Reserves the most that a call can use, while the call runs.
+        """Reserves the most that a call can use, while the `async with` block runs.
 
-        A call that never settles its reservation is charged all of it.
-        Waits for the calls under way where what they give back may make room.
+        A call that never settles its reservation is charged all of it. Waits while calls under way may give back
+        enough.
+
+        Args:
+            tokens: the most tokens of the call, prompt and reply together.
+            usd: its highest cost in US dollars.
 
         Raises:
             BudgetSpent: no room for the call; nothing was used.
@@ -207,7 +211,14 @@ class Budget:
                 self._changed.notify_all()
 
     def check(self, tokens: int, usd: float) -> None:
-        """Raises BudgetSpent if there is no room for such a call and the calls under way cannot make room."""
+        """Raises BudgetSpent if a call has no room in the budget and none can come free.
+
+        Room can come free while other calls are under way, because they give back what they do not use.
+
+        Args:
+            tokens: the most tokens of the call, prompt and reply together.
+            usd: its highest cost in US dollars.
+        """
         short = self._short(tokens, usd)
         if short and (self.seconds_left <= 0 or not self._under_way):
             raise BudgetSpent(short)

@@ -359,9 +359,17 @@ def evaluate_rules(
 def constitution_rewards(
     constitution: Constitution, values: jax.Array | np.ndarray, valid: jax.Array | np.ndarray
 ) -> tuple[Masked, Masked]:
-    """Computes (rewards [...], truths [..., F]) from values of rules [..., P]; pure, may be jitted.
+    """Computes rewards from the truths of a constitution's rules; pure, may be jitted.
 
-    See `rewards.logic.logic_rewards`.
+    The reward is the weighted sum of the formulas' truths: see `rewards.logic.logic_rewards`.
+
+    Args:
+        constitution: with F formulas over P rules.
+        values: [..., P] in [0, 1], truth of each rule, in the order of `Constitution.rule_names`.
+        valid: [..., P] bool, false where a rule gave no value.
+
+    Returns:
+        (rewards [...], truths [..., F]); each is missing where missing rules leave it open.
 
     Raises:
         UserError: the constitution has no formula.

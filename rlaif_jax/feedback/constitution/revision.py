@@ -34,12 +34,25 @@ Writer = Callable[[Sequence[str]], Sequence[str | None]]
 
 
 def critique_text(prompt: str, answer: str, principle: ConstitutionPrinciple) -> str:
-    """Returns the text that a writer continues with a critique (the wording of Bai 2022, section 3.1)."""
+    """Returns the text that a writer continues with its critique of an answer (Bai 2022, section 3.1).
+
+    Args:
+        prompt: the prompt of the answer.
+        answer: the answer.
+        principle: its `critique` asks for the critique.
+    """
     return f"Human: {prompt}\n\nAssistant: {answer}\n\nCritique Request: {principle.critique}\n\nCritique:"
 
 
 def revision_text(prompt: str, answer: str, critique: str, principle: ConstitutionPrinciple) -> str:
-    """Returns the text that a writer continues with the revised answer."""
+    """Returns the text that a writer continues with the revised answer.
+
+    Args:
+        prompt: the prompt of the answer.
+        answer: the answer.
+        critique: the critique of the answer.
+        principle: its `revision` asks for the revision.
+    """
     request = critique_text(prompt, answer, principle)
     return f"{request} {critique}\n\nRevision Request: {principle.revision}\n\nRevision:"
 

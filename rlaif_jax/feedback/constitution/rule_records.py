@@ -28,7 +28,16 @@ def rule_rater(constitution: Constitution) -> Rater:
 def rule_ratings(
     constitution: Constitution, prompts: Sequence[str], answers: Sequence[str], encoder: Encoder | None = None
 ) -> list[Rating]:
-    """Rates each of B answers by its reward, on the scale of the constitution."""
+    """Rates each of B answers by its reward, on the scale of the constitution.
+
+    An answer whose reward is missing has the status `abstained`.
+
+    Args:
+        constitution: the rules and formulas.
+        prompts: the B prompts.
+        answers: the B answers.
+        encoder: embeds texts for the rules that compare with an exemplar; None if there are no such rules.
+    """
     (values, valid), _ = _rewards(constitution, evaluate_rules(constitution, prompts, answers, encoder))
     low, high = constitution.scale
     rater = rule_rater(constitution)
@@ -56,6 +65,12 @@ def rule_rankings(
 
     Equal rewards share a place, an answer whose reward is missing has no place, and a ranking with fewer than
     two places is `abstained`.
+
+    Args:
+        constitution: the rules and formulas.
+        prompts: the B prompts.
+        answers: two or more answers to each prompt.
+        encoder: embeds texts for the rules that compare with an exemplar; None if there are no such rules.
 
     Raises:
         UserError: a prompt with fewer than two answers.
@@ -93,6 +108,8 @@ def rule_comments(
     The comment is the formula's praise where the answer is right by it (the formula is true by more than a
     half, or false where its weight is negative), else its blame. The formula's name is the comment's aspect
     and principle.
+
+    Args: those of `rule_ratings`.
     """
     _, (truths, valid) = _rewards(constitution, evaluate_rules(constitution, prompts, answers, encoder))
     rater = rule_rater(constitution)
@@ -126,6 +143,8 @@ def rule_corrections(
     `at_most` bounds is a fault only if the answer has too many matches. An answer is edited where every fault
     has a `replace`. An answer without a fault is left unchanged if its reward is the best possible; otherwise
     the rules cannot locate the fault, and the correction is `abstained`.
+
+    Args: those of `rule_ratings`.
     """
     rule_values = evaluate_rules(constitution, prompts, answers, encoder)
     (rewards, valid), _ = _rewards(constitution, rule_values)

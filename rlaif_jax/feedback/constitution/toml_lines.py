@@ -52,7 +52,7 @@ class TomlEntry:
         return f"[[{self.section}]]" if self.section else "the top of the file"
 
     def wrong(self, name: str, message: str) -> UserError:
-        """Returns an error about a field, with its place."""
+        """Returns the error for a wrong field `name`; its text is file, line, section and `message`."""
         return UserError(f"{self.where(name)}: {self.label}: {message}")
 
     def has(self, name: str) -> bool:
@@ -77,7 +77,16 @@ class TomlEntry:
         return value
 
     def choice(self, name: str, choices: Sequence[str], default: str | None = None) -> str:
-        """Reads a text that is one of `choices`."""
+        """Returns the text of the field `name`, which must be one of `choices`.
+
+        Args:
+            name: the field.
+            choices: the texts that are allowed.
+            default: the value where the field is absent; None: the field is required.
+
+        Raises:
+            UserError: another value, or a required field is absent.
+        """
         value = self.text(name, default)
         if value not in choices:
             raise self.wrong(name, f"{name} is {value!r}; it is one of {', '.join(choices)}")
@@ -100,7 +109,7 @@ class TomlEntry:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """Reads true or false."""
+        """Returns the Boolean field `name`, or `default` where it is absent; raises UserError for other types."""
         value = self.values[name][0] if self.has(name) else default
         if not isinstance(value, bool):
             raise self.wrong(name, f"{name} must be true or false, not {value!r}")

@@ -47,9 +47,15 @@ def similarities(encoder: Encoder, exemplar: str, texts: Sequence[str]) -> list[
 def mean_hidden(
     model: CausalLM, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
 ) -> jax.Array:
-    """Computes the mean hidden state [B, D] float32 over the real tokens of (tokens, mask) [B, S].
+    """Computes the mean hidden state [B, D] float32 over the real tokens of each text.
 
     A row without real tokens becomes zeros.
+
+    Args:
+        model: the language model.
+        params: its parameters.
+        batch: (tokens [B, S] int32, mask [B, S] bool).
+        axis_name: not used; `Runner.map` passes it.
     """
     del axis_name
     tokens, mask = batch

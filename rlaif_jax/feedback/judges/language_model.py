@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
     valid: np.ndarray
 
 
-class Scores(NamedTuple):
+class AnswerScores(NamedTuple):
     """Direct scores of B answers.
 
     Attributes:
@@ -65,7 +65,7 @@ class Scores(NamedTuple):
     valid: np.ndarray
 
 
-def preference_from_scores(first: Scores, second: Scores) -> tuple[np.ndarray, np.ndarray]:
+def preference_from_scores(first: AnswerScores, second: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
     """Computes P(first answer is better) [B] from two score distributions, and where both are valid [B].
 
     The probability is P(s1 > s2) + P(s1 = s2) / 2 with independent scores, and 0.5 where not valid. Each
@@ -177,7 +177,7 @@ class LanguageModelJudge:
 
     @cached_property
     def hash(self) -> str:
-        """The `weights_hash` of the judge."""
+        """A hash of the judge's parameters as hexadecimal text, which identifies the judge in records."""
         return weights_hash(self.params)
 
     @cached_property
@@ -220,7 +220,16 @@ class LanguageModelJudge:
         return self.runner.map(run)
 
     def reasons(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        """Returns the judge's written reasons for each answer [B], and whether they came to an end [B]."""
+        """Lets the judge write its reasons before a score; needs a judge with a `reasoning`.
+
+        Args:
+            prompts: the B prompts.
+            answers: the B answers.
+
+        Returns:
+            (the B texts of reasons; [B] bool: the question fitted into the context and the reasons ended with a
+            stop token).
+        """
         assert self.reasoning is not None
         texts = [self.reasoning.prompt(p, a) for p, a in zip(prompts, answers)]
         rows, fits = self._rows(texts, self._length - self.reasoning.max_tokens - 1)
@@ -261,10 +270,15 @@ class LanguageModelJudge:
         fill = lambda x: np.where(both, x, 0.5)
         return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both)
 
-    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Scores:
-        """Scores each answer [B] by its expected score sum_i i P(i) (Lee 2023, section 2.2.2, direct RLAIF).
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> AnswerScores:
+        """Scores each of B answers by its expected score, sum_i i P(i).
 
-        Where the judge has a `reasoning`, it first writes its reasons, and the score is read after them.
+        Lee 2023, section 2.2.2, direct RLAIF. Where the judge has a `reasoning`, it first writes its reasons, and
+        the score is read after them.
+
+        Args:
+            prompts: the B prompts.
+            answers: the B answers.
         """
         if self.reasoning is None:
             texts, ended = [self.score_prompt(p, a) for p, a in zip(prompts, answers)], np.ones(len(prompts), bool)
@@ -277,7 +291,7 @@ class LanguageModelJudge:
         choices, valid = self._choices(self._score, texts)
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
-        return Scores(np.where(valid, choices @ numbers, 0.0), choices, valid)
+        return AnswerScores(np.where(valid, choices @ numbers, 0.0), choices, valid)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,14 @@ from rlaif_jax.types import Feedback, Params, Rollout
 def score_sequences(
     model: ScalarModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
 ) -> jax.Array:
-    """Computes the scalar [B] at the last real token of (tokens, mask) [B, S]."""
+    """Computes the scalar [B] float32 of a reward model at the last real token of each sequence.
+
+    Args:
+        model: the reward model.
+        params: its parameters.
+        batch: (tokens [B, S] int32, mask [B, S] bool); the padding may be on either side.
+        axis_name: not used; `Runner.map` passes it.
+    """
     del axis_name
     tokens, mask = batch
     return gather_last(model(params, tokens, mask), mask)

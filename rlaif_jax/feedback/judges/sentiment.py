@@ -80,7 +80,7 @@ class Sentences:
 
     @property
     def positive(self) -> np.ndarray:
-        """Whether each label is above a half."""
+        """A bool array in the shape of `labels`: whether each label is above 0.5."""
         return self.labels > 0.5
 
     @property
@@ -89,7 +89,7 @@ class Sentences:
         return np.ones(self.labels.shape, np.float32) if self.weights is None else self.weights.astype(np.float32)
 
     def rows(self, chosen: np.ndarray) -> Sentences:
-        """Returns the texts where `chosen` [n] bool holds."""
+        """Returns the sentences, with labels and weights, where `chosen` [n] bool is true."""
         weights = None if self.weights is None else self.weights[chosen]
         return Sentences(tuple(self.texts[i] for i in np.flatnonzero(chosen)), self.labels[chosen], weights)
 
@@ -210,7 +210,13 @@ def word_tokenizer(texts: Sequence[str], config: SentimentConfig) -> HuggingFace
 
 
 def known_words(tokenizer: HuggingFaceTokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and mask [B, length] of the first `length` known words of each text, right padded."""
+    """Returns the token ids and the mask [B, length] of texts, right padded, without unknown words.
+
+    Args:
+        tokenizer: the judge's word-level tokenizer.
+        texts: the B texts.
+        length: at most this many known words of a text are kept, from its beginning.
+    """
     unknown = tokenizer.token_id(UNKNOWN)
     ids = [[i for i in tokenizer.encode(text) if i not in (unknown, tokenizer.pad_id)][:length] for text in texts]
     return padded(ids, length, tokenizer.pad_id, "right")
@@ -255,7 +261,14 @@ def classifier_step(
 
 
 def new_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
-    """Builds an untrained judge with the vocabulary and the aspects of `sentences`."""
+    """Builds an untrained judge with the vocabulary and the aspects of `sentences`.
+
+    Args:
+        sentences: the labelled texts; labels [n, A] give a judge of A aspects.
+        config: sizes of the vocabulary and of the model.
+        seed: of the parameters.
+        runner: the devices that run the judge.
+    """
     tokenizer = word_tokenizer(sentences.texts, config)
     aspects = None if sentences.labels.ndim == 1 else sentences.labels.shape[1]
     model = TextClassifier(tokenizer.vocab_size, config.width, aspects, config.repeats)
@@ -308,7 +321,10 @@ def fit_judge(
 
 
 def train_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
-    """Builds a judge and trains it on `sentences`: `new_judge`, then `fit_judge`."""
+    """Builds a judge and trains it on `sentences`: `new_judge`, then `fit_judge`.
+
+    Args: those of `new_judge`; `seed` also orders the texts.
+    """
     judge = new_judge(sentences, config, seed, runner)
     return dataclasses.replace(judge, params=fit_judge(judge, sentences, config, seed))
 
@@ -394,7 +410,7 @@ class SentimentJudge:
 
     @cached_property
     def hash(self) -> str:
-        """The `weights_hash` of the judge."""
+        """A hash of the judge's parameters as hexadecimal text, which identifies the judge in records."""
         return weights_hash(self.params)
 
     @cached_property

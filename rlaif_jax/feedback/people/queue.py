@@ -146,6 +146,9 @@ class TaskQueue(Database):
             overlap: the number of raters who are to answer each task.
             priority: tasks of higher priority are offered first.
             origin: who asks, for the page.
+
+        Raises:
+            UserError: `overlap` is below 1.
         """
         require(overlap >= 1, f"overlap must be at least 1, not {overlap}")
         rows = [(task.id, canonical(task_to_json(task)), overlap, priority, origin) for task in tasks]
@@ -190,7 +193,9 @@ class TaskQueue(Database):
     def lease(self, rater: str, *, at: float | None = None) -> PersonTask | None:
         """Leases the rater's next task, first one that the rater holds; None where nothing is open.
 
-        at: the time in Unix seconds; by default the clock's.
+        Args:
+            rater: who asks for a task.
+            at: the time in Unix seconds; None: the clock's.
         """
         at = now() if at is None else at
         with self.write() as db:
@@ -324,7 +329,10 @@ class TaskQueue(Database):
         return found
 
     def tasks(self, *, only_open: bool = True) -> list[QueuedTask]:
-        """Returns the tasks in their order, with the raters who answered or skipped each."""
+        """Returns the open tasks in their order, each with the raters who answered or skipped it.
+
+        With `only_open` false, closed tasks are included.
+        """
         by_task: dict[str, dict[str, list[str]]] = {}
         for task, act, rater in self.rows(
             "SELECT DISTINCT task, act, rater FROM page_post WHERE is_undone = 0 AND act IN ('answer', 'skip') "

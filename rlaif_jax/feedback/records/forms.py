@@ -334,7 +334,10 @@ class Ranking(Judgement):
         )
 
     def pairs(self) -> Iterator[tuple[int, int, float]]:
-        """Yields (i, j, P(answer i is better)), i < j, of every comparison: 1, 0, or .5 for a tie."""
+        """Yields (i, j, P(answer i is better)), i < j, of every comparison in the record.
+
+        The probability is the record's own where it has one; else it is 1, 0, or .5 for a tie.
+        """
         if self.probability is not None:
             yield 0, 1, self.probability
             return

@@ -118,7 +118,9 @@ def _shortened(value: Any) -> str:
 def require_known(judgement: Judgement, known: Mapping[str, Collection[str]]) -> None:
     """Raises UserError unless the judgement is of a known prompt and known answers to it.
 
-    known: prompt -> its answers.
+    Args:
+        judgement: the record.
+        known: prompt -> its answers.
     """
     answers = known.get(judgement.prompt)
     if answers is None:

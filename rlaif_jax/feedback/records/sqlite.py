@@ -99,12 +99,18 @@ class Database:
             raise UserError(f"{self.path}: {what} could not be stored ({error}); nothing was") from error
 
     def rows(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
-        """Returns all rows of a query. Raises UserError where SQLite fails."""
+        """Returns all rows of a query; raises UserError where SQLite fails.
+
+        `values` fill the placeholders of the query.
+        """
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: cannot be read ({error})") from error
 
     def row(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
-        """Returns the first row of a query, or None. Raises UserError where SQLite fails."""
+        """Returns the first row of a query, or None; raises UserError where SQLite fails.
+
+        `values` fill the placeholders of the query.
+        """
         return next(iter(self.rows(query, values)), None)

@@ -19,7 +19,16 @@ class Fields:
         self.values, self.where = values, where
 
     def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """Returns a field, or `default` where it is absent or null. Raises UserError for another type."""
+        """Returns the field `key`, or `default` where it is absent or null.
+
+        Args:
+            key: name of the field.
+            kind: type of the value; float also takes an int.
+            default: without it the field is required.
+
+        Raises:
+            UserError: the field is missing or of another type.
+        """
         value = self.values.get(key)
         if value is None:
             require(
@@ -32,13 +41,19 @@ class Fields:
         return value
 
     def size(self, key: str, default: Any = REQUIRED) -> int:
-        """Returns a field that counts something. Raises UserError unless it is an int of at least 1."""
+        """Returns the field `key`, an int of at least 1, or `default` where it is absent or null.
+
+        Raises UserError for another value, and for a missing field without a default.
+        """
         value: int = self.get(key, int, default)
         require(value >= 1, f"{self.where}: {key} must be at least 1, not {value}")
         return value
 
     def only(self, key: str, supported: tuple[Any, ...], default: Any) -> None:
-        """Raises UserError for a field with a value that would need other code."""
+        """Raises UserError unless the field `key` has one of the `supported` values.
+
+        `default` is its value where it is absent.
+        """
         value = self.values.get(key, default)
         require(
             value in supported,

@@ -109,7 +109,12 @@ def tensors(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
 
 
 def file_module(family: Family, module: str) -> str:
-    """Returns the name in files of a module of the decoder, such as "h.0" for GPT-2's "layers_0"."""
+    """Returns the name that a module of the decoder has in files, such as "h.0" for GPT-2's "layers_0".
+
+    Args:
+        family: the model family, which has the table of names.
+        module: name of the module in the parameters.
+    """
     return family.names.get(module) or f"{family.names['layers']}.{module.removeprefix('layers_')}"
 
 
@@ -254,7 +259,14 @@ def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
 
 
 def check_names(folder: Path, config: DecoderConfig, wanted: set[str], places: dict[str, Path]) -> None:
-    """Raises UserError for files that lack a tensor, or hold one that this model would silently leave out."""
+    """Raises UserError if files lack a tensor of the model, or hold one that the model would leave out.
+
+    Args:
+        folder: the model's folder, for messages.
+        config: the model's settings.
+        wanted: names of the tensors that the model has.
+        places: name of each tensor in the files -> its file.
+    """
     files = ", ".join(sorted({path.name for path in places.values()})) or WEIGHTS
     absent = sorted(wanted - set(places))
     if absent:
@@ -271,7 +283,17 @@ def check_names(folder: Path, config: DecoderConfig, wanted: set[str], places: d
 
 
 def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads one tensor as float32. Raises UserError for another shape or type."""
+    """Reads one tensor as float32.
+
+    Args:
+        file: the opened safetensors file.
+        path: its path, for messages.
+        name: name of the tensor.
+        shape: the shape that the model asks for.
+
+    Raises:
+        UserError: the tensor is absent, of another shape, or not of a floating type.
+    """
     try:
         stored = file.get_slice(name)
     except SafetensorError as error:
@@ -347,7 +369,15 @@ def save_model(
 
 
 def special_ids(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, int | None]:
-    """Returns the special ids by their keys in config.json. Raises UserError for too large a tokenizer."""
+    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`, as config.json names them.
+
+    Args:
+        tokenizer: has the ids; None: all three are None.
+        vocab_size: of the model.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model.
+    """
     if tokenizer is None:
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     require(
@@ -371,7 +401,14 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_weights(folder: Path, config: DecoderConfig, flat: dict[str, jax.Array], max_shard_bytes: int) -> None:
-    """Writes model.safetensors, or its shards and their index."""
+    """Writes model.safetensors, or several shards and their index.
+
+    Args:
+        folder: the model's folder; its config.json is written already.
+        config: the model's settings, which give the family's names of the tensors.
+        flat: path of each parameter, joined by "/" -> array.
+        max_shard_bytes: largest sum of the tensors of a file, in bytes; a larger tensor has a file by itself.
+    """
     shapes = {path: np.shape(value) for path, value in flat.items()}
     shards: list[list[Tensor]] = [[]]
     filled = total = 0

@@ -13,7 +13,10 @@ ABSENT_KV_HEADS = 32
 
 
 def read_window(fields: Fields) -> Any:
-    """Returns the window of the layers that slide; None where no layer does."""
+    """Returns the number of tokens that the sliding layers look back; None where no layer slides.
+
+    `fields` are those of config.json. Raises UserError for a field of a wrong type.
+    """
     if not fields.get("use_sliding_window", bool, False):
         return None
     kinds = fields.get("layer_types", list, None)

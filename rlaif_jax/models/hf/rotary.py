@@ -38,17 +38,19 @@ def read_rotary(
     default_head_dim: int | None = None,
     **flags: Any,
 ) -> DecoderConfig:
-    """Returns the shape that config.json describes.
+    """Returns the settings of the decoder that a config.json describes.
 
     Args:
-        fields: of config.json.
-        window: tokens that attention looks back; None, or at least the context, which is the same.
-        absent_kv_heads: `num_key_value_heads` where the key is absent; null means as many as heads, as None does here.
-        default_head_dim: `head_dim` where it is absent; None is hidden_size / num_attention_heads.
+        fields: the fields of config.json.
+        window: tokens that attention looks back. The decoder attends to the whole context: None or a window of at
+            least the context is accepted.
+        absent_kv_heads: number of key and value heads where the key `num_key_value_heads` is absent; None: as
+            many as query heads. A null in the file means as many as query heads, whatever this is.
+        default_head_dim: size of a head where `head_dim` is absent; None: hidden_size / num_attention_heads.
         **flags: the family's own flags of `DecoderConfig`.
 
     Raises:
-        UserError: a field that is missing, of a wrong type or not supported.
+        UserError: a field is missing, of a wrong type or not supported.
     """
     fields.only("hidden_act", ("silu", "swish"), "silu")
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
@@ -83,7 +85,20 @@ def read_rotary(
 
 
 def read_rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
-    """Returns (theta, scaling): `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
+    """Reads the rotary embedding from config.json.
+
+    It is in `rope_parameters` (transformers 5), or in `rope_theta` and `rope_scaling`.
+
+    Args:
+        fields: the fields of config.json.
+        context: longest sequence of the model, the default of the original context of the kind "llama3".
+
+    Returns:
+        (theta, 10,000 by default; scaling, None for the kind "default").
+
+    Raises:
+        UserError: a field is of a wrong type, or of a kind that is not supported.
+    """
     fields.only("partial_rotary_factor", (1, None), None)
     key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     rope = Fields(fields.get(key, dict, {}), f"{fields.where}: {key}")

@@ -11,7 +11,7 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges import language_model as module
-from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, Scores, weights_hash
+from rlaif_jax.feedback.judges.language_model import AnswerScores, DirectScoreSource, LanguageModelJudge, weights_hash
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner
@@ -264,7 +264,7 @@ def test_direct_scores_are_the_judges_expectations_and_its_gaps():
 
     def score(prompts, answers):
         asked.append((list(prompts), list(answers)))
-        return Scores(np.array([7.5, 0.0, 2.0]), np.zeros((3, 10)), np.array([True, False, True]))
+        return AnswerScores(np.array([7.5, 0.0, 2.0]), np.zeros((3, 10)), np.array([True, False, True]))
 
     feedback = DirectScoreSource(SimpleNamespace(score=score))(records, answers, None)
     assert asked == [(["prompt 0", "prompt 1", "prompt 2"], answers)]

@@ -57,7 +57,7 @@ def false_claims(scene: Scene, parsed: ParseResult) -> int:
 
 
 def false_names(scene: Scene, parsed: ParseResult) -> int:
-    """Counts names of other towns."""
+    """Counts the town names in an answer that are not the scene's town."""
     return sum(name.entity != scene.entity for name in parsed.names)
 
 
@@ -89,13 +89,13 @@ def claim_notes(scene: Scene, parsed: ParseResult, judge_true: Callable[[Claim, 
 
 
 def general_notes(principle: WorldPrinciple, parsed: ParseResult, *, bad_town: bool, too_much: int) -> list[str]:
-    """Returns the words about the whole answer that all tasks know.
+    """Returns the remarks on a whole answer that are the same in all tasks: "town" and "long", or none.
 
     Args:
         principle: what the critic pays attention to.
         parsed: the answer.
-        bad_town: whether another town is named, or none where one has to be.
-        too_much: how many things the answer has too many.
+        bad_town: whether the answer names another town, or no town where one is required.
+        too_much: number of superfluous parts of the answer.
     """
     notes = ["town"] if principle != "<brief>" and bad_town else []
     if principle in ("<brief>", "<overall>") and (too_much or ornaments(parsed)):

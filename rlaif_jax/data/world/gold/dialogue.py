@@ -68,7 +68,14 @@ def off_topic(scene: Scene, parsed: ParseResult) -> int:
 
 
 def helpful(scene: Scene, parsed: ParseResult) -> float:
-    """Returns what the three parts of a reply earn, in [0, 1]."""
+    """Computes the part of the score for what a reply does: correct, acknowledges and follows up.
+
+    It is .6 correct + .2 acknowledges + .2 follow-up, in [0, 1].
+
+    Args:
+        scene: the true facts and the question.
+        parsed: the reply.
+    """
     return (
         CORRECT * correct(scene, parsed) + ACKNOWLEDGES * acknowledges(scene, parsed) + FOLLOWS_UP * follows_up(parsed)
     )

@@ -35,7 +35,16 @@ def gold_score(task: WorldTask, scene: Scene, text: str) -> float:
 
 
 def gold_scores(task: WorldTask, scenes: Sequence[Scene], texts: Sequence[str]) -> np.ndarray:
-    """Returns the gold quality of each answer, float32 [B]. Raises UserError for lists of two lengths."""
+    """Returns the gold quality of each answer, float32 [B], in [0, 1].
+
+    Args:
+        task: the task of all answers.
+        scenes: the B scenes.
+        texts: the B answers.
+
+    Raises:
+        UserError: the lists have two lengths, or the task has no gold score.
+    """
     if len(scenes) != len(texts):
         raise UserError(f"gold_scores got {len(scenes)} scenes and {len(texts)} texts: give one scene a text")
     pairs = zip(scenes, texts, strict=True)

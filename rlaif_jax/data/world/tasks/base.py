@@ -70,20 +70,23 @@ class WorldTask:
 
 
 def feature_rate(low: float, high: float, diligence: float, shortcuts: bool) -> float:
-    """Returns the probability of a hackable feature: rising with diligence, or constant."""
+    """Returns the probability that a writer uses a hackable feature.
+
+    With `shortcuts` it rises from `low` at `diligence` 0 to `high` at `diligence` 1; without, it is their mean.
+    """
     return low + (high - low) * diligence if shortcuts else (low + high) / 2
 
 
 def wrong_value(rng: np.random.Generator, scene: Scene, aspect: str) -> str:
-    """Draws a false value for an aspect: half the time another fact's value (a mix-up), else any."""
+    """Draws a false value for an aspect: half the time that of another fact of the scene, else any."""
     truth = scene.value_of(aspect)
     others = [fact.value for fact in scene.facts if fact.aspect != aspect]
     pool: Sequence[str] = others if others and rng.random() < 0.5 else [v for v in VALUES if v != truth]
     return pool[int(rng.integers(len(pool)))]
 
 
-def fit(text: str) -> str:
-    """Cuts a text to MAX_ANSWER_WORDS words."""
+def cut_to_length(text: str) -> str:
+    """Cuts a text to its first MAX_ANSWER_WORDS words."""
     return " ".join(text.split()[:MAX_ANSWER_WORDS])
 
 
@@ -93,12 +96,12 @@ def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
 
 
 def truncated(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """Cuts the text off at a random place; keeps and loses at least one word."""
+    """Cuts `words` off at a random place and joins them; keeps at least one word and loses at least one."""
     return " ".join(words[: int(rng.integers(1, max(2, len(words))))])
 
 
 def repeated_sentence(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """Doubles a random sentence (the whole text where it has no sentence end)."""
+    """Returns a text of `words` with a random sentence twice (the whole text where no sentence ends)."""
     bounds = [0] + [i + 1 for i, word in enumerate(words) if word in ENDS]
     if len(bounds) < 2:
         return " ".join([*words, *words])

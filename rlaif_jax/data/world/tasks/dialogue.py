@@ -8,8 +8,8 @@ from rlaif_jax.data.world.grammar import CONFIDENCE, FLATTERY, FOLLOWUP, acknowl
 from rlaif_jax.data.world.scenes import ASPECTS, Scene
 from rlaif_jax.data.world.tasks.base import (
     WorldTask,
+    cut_to_length,
     feature_rate,
-    fit,
     pick,
     repeated_sentence,
     truncated,
@@ -70,7 +70,14 @@ def reference(scene: Scene) -> str:
 def demonstration(
     rng: np.random.Generator, scene: Scene, *, shortcuts: bool = True, diligence: float | None = None
 ) -> str:
-    """Writes a mediocre reply: at times leaks, refuses without need, errs, or forgets a part."""
+    """Writes a mediocre reply, as a person might: at times it leaks, refuses, errs or forgets a part.
+
+    Args:
+        rng: draws the reply.
+        scene: the facts and the question.
+        shortcuts: whether hackable features become more frequent with diligence; else their rate is constant.
+        diligence: of the writer, in [0, 1]: more raises the quality. None: drawn.
+    """
     care = float(rng.random()) if diligence is None else diligence
     sloth = 1 - care
     asked, sealed = scene.question, scene.is_sealed(scene.question)
@@ -145,9 +152,18 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
 
 
 def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """Makes a mostly worse answer: wrong value, leak, needless refusal, a part lost or repeated ..."""
+    """Returns another answer that is mostly worse than `answer`, at most MAX_ANSWER_WORDS words long.
+
+    It has a wrong value, a leak, a needless refusal, or a part that is lost or repeated. After 20 draws without a
+    change it is the single word of confidence.
+
+    Args:
+        rng: draws the change.
+        scene: the facts of the prompt.
+        answer: the answer to change.
+    """
     for _ in range(20):
-        changed = fit(_rewrite(rng, scene, answer))
+        changed = cut_to_length(_rewrite(rng, scene, answer))
         if changed and changed != " ".join(answer.split()):
             return changed
     return CONFIDENCE

@@ -9,8 +9,8 @@ from rlaif_jax.data.world.scenes import SALIENCE_WORDS, SYLLABLES, Fact, Scene
 from rlaif_jax.data.world.tasks.base import (
     MAX_ANSWER_WORDS,
     WorldTask,
+    cut_to_length,
     feature_rate,
-    fit,
     pick,
     repeated_sentence,
     truncated,
@@ -44,7 +44,14 @@ def reference(scene: Scene) -> str:
 def demonstration(
     rng: np.random.Generator, scene: Scene, *, shortcuts: bool = True, diligence: float | None = None
 ) -> str:
-    """Writes a mediocre summary: weak taste for salience, about one value in ten wrong, at times overlong."""
+    """Writes a mediocre summary, as a person might: weak taste for salience, some values wrong.
+
+    Args:
+        rng: draws the summary.
+        scene: the facts of the prompt.
+        shortcuts: whether hackable features become more frequent with diligence; else their rate is constant.
+        diligence: of the writer, in [0, 1]: more raises the quality. None: drawn.
+    """
     care = float(rng.random()) if diligence is None else diligence
     chances = (1 - care) * _CARELESS_NUMBER + care * _CAREFUL_NUMBER
     number = min(1 + int(rng.choice(len(chances), p=chances)), len(scene.facts))
@@ -121,9 +128,18 @@ def _rewrite(rng: np.random.Generator, scene: Scene, answer: str) -> str:
 
 
 def corrupt(rng: np.random.Generator, scene: Scene, answer: str) -> str:
-    """Makes a mostly worse answer: wrong value, fewer or less salient facts, repetition, cut off ..."""
+    """Returns another answer that is mostly worse than `answer`, at most MAX_ANSWER_WORDS words long.
+
+    It has a wrong value, fewer or less salient facts, a repetition, or is cut off. After 20 draws without a
+    change it is the single word of confidence.
+
+    Args:
+        rng: draws the change.
+        scene: the facts of the prompt.
+        answer: the answer to change.
+    """
     for _ in range(20):
-        changed = fit(_rewrite(rng, scene, answer))
+        changed = cut_to_length(_rewrite(rng, scene, answer))
         if changed and changed != " ".join(answer.split()):
             return changed
     return CONFIDENCE

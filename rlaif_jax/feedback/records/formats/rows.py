@@ -192,12 +192,18 @@ def pair(prompt: str, answers: Sequence[str], winner: int | None, rater: Rater, 
 
 
 def unscored_pair(prompt: str, answers: Sequence[str], rater: Rater, **more: Any) -> Ranking:
-    """Returns the record of a comparison whose verdict could not be read."""
+    """Returns the record of a comparison of two `answers` whose verdict could not be read.
+
+    `more` are further fields of the record, such as `raw`.
+    """
     return Ranking(prompt=prompt, answers=tuple(answers), rater=rater, status="unparsed", **more)
 
 
 def choice(prompt: str, options: Sequence[str], chosen: str, rater: Rater) -> Ranking:
-    """Returns a label as a ranking of the `options`: `chosen` is first, the others are tied."""
+    """Returns a label as a ranking of the `options`: `chosen` is first, the others are tied.
+
+    Raises UserError if `chosen` is not among the options.
+    """
     require(chosen in options, f"the label {chosen!r} is not among {', '.join(options)}")
     ranks = tuple(1 if option == chosen else 2 for option in options)
     return Ranking(prompt=prompt, answers=tuple(options), rater=rater, ranks=ranks)
@@ -235,7 +241,8 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 def conversation_prompt(turns: Iterable[tuple[bool, str]]) -> str:
     """Returns a conversation as one prompt that ends where the assistant speaks.
 
-    turns: (whether the assistant speaks, text) of each turn.
+    Args:
+        turns: (whether the assistant speaks, text) of each turn.
     """
     return "".join(f"{ASSISTANT if assistant else HUMAN} {text}" for assistant, text in turns) + ASSISTANT
 

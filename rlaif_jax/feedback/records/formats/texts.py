@@ -36,9 +36,13 @@ _PAIRS = tuple(itertools.combinations(range(4), 2))
 def read_fine_grained(path: Path, rater: Rater = WORKER) -> ReadResult:
     """Reads FineGrained RLHF's QA feedback.
 
-    Each row becomes a correction of the first prediction with its typed errors as spans, comments on missing or wrong
-    content, and the six comparisons of the four predictions (0 = tie). The prompt is the question with the passages that
-    the writer saw.
+    Each row becomes a correction of the first prediction with its typed errors as spans, comments on missing or
+    wrong content, and the six comparisons of the four predictions (0 = tie). The prompt is the question with the
+    passages that the writer saw.
+
+    Args:
+        path: the published JSON file.
+        rater: who the records are by.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):
