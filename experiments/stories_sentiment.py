@@ -28,14 +28,8 @@ from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptIterator, prompt_batches
 from rlaif_jax.data.readers import FileRecords, jsonl_records
 from rlaif_jax.evaluate import Evaluation, rewards_of
-from rlaif_jax.feedback.judges.sentiment import (
-    SOURCE,
-    Mood,
-    Sentences,
-    SentimentConfig,
-    SentimentSource,
-    read_sentences,
-)
+from rlaif_jax.feedback.judges.sentences import SOURCE, Sentences, read_sentences
+from rlaif_jax.feedback.judges.sentiment import Mood, SentimentConfig, SentimentSource
 from rlaif_jax.files import atomic_write
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.hf.files import save_model

@@ -19,7 +19,8 @@ from rich.console import Console
 from rlaif_jax.feedback.api.replies import Reply
 from rlaif_jax.feedback.api.templates import RenderedQuestion, Template
 from rlaif_jax.feedback.api.verdicts import read_verdict
-from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, cross_fitted, read_sentences, train_judge
+from rlaif_jax.feedback.judges.sentences import Sentences, read_sentences
+from rlaif_jax.feedback.judges.sentiment import SentimentConfig, cross_fitted, train_judge
 from rlaif_jax.feedback.records.formats.judges import read_llmbar, read_llmbar_judge, read_pandalm, read_prometheus
 from rlaif_jax.feedback.records.formats.rows import chosen
 from rlaif_jax.feedback.records.formats.texts import read_mlqe_post_edits, read_mlqe_ratings, read_squality

@@ -12,14 +12,8 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
-from rlaif_jax.feedback.judges.sentiment import (
-    Sentences,
-    SentimentConfig,
-    SentimentJudge,
-    fit_judge,
-    new_judge,
-    split_sentences,
-)
+from rlaif_jax.feedback.judges.sentences import Sentences, split_sentences
+from rlaif_jax.feedback.judges.sentiment import SentimentConfig, SentimentJudge, fit_judge, new_judge
 from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM

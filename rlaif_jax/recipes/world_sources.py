@@ -15,7 +15,8 @@ from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.constitution.constitution import Constitution
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
-from rlaif_jax.feedback.judges.sentiment import Sentences, SentimentConfig, SentimentJudge, train_judge
+from rlaif_jax.feedback.judges.sentences import Sentences
+from rlaif_jax.feedback.judges.sentiment import SentimentConfig, SentimentJudge, train_judge
 from rlaif_jax.feedback.people.kinds import kind_of_form
 from rlaif_jax.feedback.people.source import PeopleSource
 from rlaif_jax.feedback.record_rewards import (

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
+from rlaif_jax.feedback.judges.sentences import Sentences, read_sentences, split_sentences
 from rlaif_jax.feedback.judges.sentiment import (
-    Sentences,
     SentimentConfig,
     SentimentJudge,
     SentimentSource,
@@ -16,8 +16,6 @@ from rlaif_jax.feedback.judges.sentiment import (
     fit_judge,
     known_words,
     new_judge,
-    read_sentences,
-    split_sentences,
     train_judge,
     word_tokenizer,
 )
