@@ -134,7 +134,8 @@ def test_a_run_in_its_first_seconds_shows_where_it_stands(tmp_path):
         assert "Loss 6.25 nats per token" in page.text
         assert "Speed 12,345 tokens per second" in page.text
         assert page.tags.count("svg") == 2
-        (tmp_path / "metrics.jsonl").open("a").write('{"step": 2, "stage": "lm", "lo')
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "stage": "lm", "lo')
         assert "step 1" in make(tmp_path).text
 
 

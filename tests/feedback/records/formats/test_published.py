@@ -201,7 +201,7 @@ def test_mlqe_ratings(shared_data: Data, split: str, ratings: int, raters: int):
 
 def test_xsum(shared_data: Data):
     path = shared_data("xsum_hallucination/hallucination_annotations_xsum_summaries.csv")
-    raw = list(csv.DictReader(path.open()))
+    raw = list(csv.DictReader(path.read_text().splitlines()))
     found = texts.read_xsum_spans(path)
     groups = {(r["bbcid"], r["system"], r["worker_id"]) for r in raw}
     assert forms(found) == {("correction", "ok"): len(groups)}
@@ -218,7 +218,7 @@ def test_xsum(shared_data: Data):
     spans = {(j.prompt.split()[1], j.rater.name, span.start, span.end) for j in found[0] for span in j.spans}
     assert len(exact) > 5000 and exact <= spans
     path = shared_data("xsum_hallucination/factuality_annotations_xsum_summaries.csv")
-    facts = Counter(row["is_factual"] for row in csv.DictReader(path.open()))
+    facts = Counter(row["is_factual"] for row in csv.DictReader(path.read_text().splitlines()))
     assert forms(texts.read_xsum_factuality(path)) == {
         ("rating", "ok"): facts["yes"] + facts["no"],
         ("rating", "abstained"): facts["NULL"],
