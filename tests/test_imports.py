@@ -10,7 +10,7 @@ LEVELS = [
     {"types", "config", "files", "progress"},
     {"models", "data", "rewards", "parallel"},
     {"policies", "feedback", "algorithms"},
-    {"train", "evaluate", "report", "quality"},
+    {"programs", "train", "evaluate", "report", "quality"},
     {"recipes"},
     {"ui", "__main__"},
 ]

@@ -57,8 +57,9 @@ from rlaif_jax.feedback.api.source import ApiJudgeSource
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import CompilationClock, make_runner
+from rlaif_jax.programs import programs
 from rlaif_jax.run import Run
-from rlaif_jax.train import programs, train
+from rlaif_jax.train import train
 from rlaif_jax.types import Feedback, Frozen, Prompts, Rollout, StepData
 
 FILLS = {"U25": 0.25, "U50": 0.5, "U100": 1.0}

@@ -156,7 +156,7 @@ class Update:
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
         rows = mask.shape[0] * devices
         size = rows // self.num_minibatches
-        check_minibatches(rows, self.num_minibatches, devices, self.answers if self.unit == "group" else 1)
+        check_minibatches(rows, self.num_minibatches, devices, 1 if self.unit == "answer" else self.answers)
         key = step_key(state.seed, state.step, PERMUTATION)
         group = self.answers if size % self.answers == 0 else 1
         order = jax.vmap(lambda k: jax.random.permutation(k, rows // group))(jax.random.split(key, self.num_epochs))

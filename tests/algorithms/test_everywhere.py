@@ -15,8 +15,9 @@ from rlaif_jax.feedback.sources import RecordedPreferences, collect_feedback
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.parallel import JitRunner, PmapRunner, Runner, ShardRunner, make_mesh
 from rlaif_jax.policies.base import to_prompts
+from rlaif_jax.programs import programs
 from rlaif_jax.run import Run
-from rlaif_jax.train import TrainConfig, programs, step_data, train
+from rlaif_jax.train import TrainConfig, step_data, train
 from rlaif_jax.types import Frozen, step_key
 from tests.builders import PROMPT, PROOFS, SETUPS, TOKENIZER, Setup, dpo, ppo
 

@@ -141,7 +141,7 @@ def test_advantages_are_whitened_over_the_whole_batch(gae_case, group_case, mini
 def test_packed_rows_give_the_same_numbers(request, moved, name):
     """Scores, gradient, loss and metrics with two rows at a time, on prompts that are shared, padded and left alone."""
     case = request.getfixturevalue(f"{name}_case")
-    shared = 1 if name == "gae" else K  # answers that are packed with their prompt
+    shared = 1 if name.startswith("gae") else K  # answers that are packed with their prompt
     packed = build(dataclasses.replace(case.algorithm.config, packed_rows=2, answers_per_prompt=shared))
     args = (case.state, case.frozen, case.rollout, case.rewards)
     for (path, got), want in zip(

@@ -1,0 +1,70 @@
+"""The pure functions of a training step, which a runner compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rlaif_jax.algorithms.base import Algorithm
+from rlaif_jax.feedback.sources import DeviceReward
+from rlaif_jax.policies.base import Policy
+from rlaif_jax.types import (
+    ROLLOUT,
+    Feedback,
+    Frozen,
+    Metrics,
+    Prompts,
+    RewardBatch,
+    Rollout,
+    StepData,
+    TrainState,
+    step_key,
+)
+
+
+class Programs(NamedTuple):
+    """The pure functions of a step. They need shapes only, so they can be compiled for an absent pod.
+
+    Attributes:
+        sample: ((state, frozen), prompts) -> rollout.
+        prepare: ((state, frozen), (data, rollout, judged)) -> (batch, rewards, judged): rewards and advantages in one
+            program; `judged` with the rewards that are computed on the devices.
+        step: (state, frozen, batch) -> (state, metrics).
+    """
+
+    sample: Callable[..., Rollout]
+    prepare: Callable[..., tuple[Any, RewardBatch, Feedback]]
+    step: Callable[..., tuple[TrainState, Metrics]]
+
+
+def programs(algorithm: Algorithm, policy: Policy, device_rewards: Sequence[DeviceReward] = ()) -> Programs:
+    """Returns the pure functions of a step, which a runner compiles.
+
+    Args:
+        algorithm: prepares batches and updates the state.
+        policy: draws the answers.
+        device_rewards: rewards that are computed inside `prepare`, one for each entry of `Frozen.rewards`.
+
+    Returns:
+        `sample`, `prepare` and `step`; the first two take a state without its optimiser.
+    """
+
+    def sample(replicated: tuple[TrainState, Frozen], prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
+        state, frozen = replicated
+        key = step_key(state.seed, state.step, ROLLOUT)
+        return policy.sample(state.params["policy"], frozen, prompts, key, algorithm.draws)
+
+    def prepare(
+        replicated: tuple[TrainState, Frozen],
+        inputs: tuple[StepData, Rollout, Feedback],
+        *,
+        axis_name: str | None = None,
+    ) -> tuple[Any, RewardBatch, Feedback]:
+        (state, frozen), (data, rollout, judged) = replicated, inputs
+        for reward, params in zip(device_rewards, frozen.rewards, strict=True):
+            judged = judged.join(reward(params, rollout, axis_name=axis_name))
+        rewards = algorithm.rewards(state, frozen, data, rollout, judged, axis_name=axis_name)
+        batch = algorithm.prepare(state, frozen, data, rollout, rewards, axis_name=axis_name)
+        return batch, rewards, judged
+
+    return Programs(sample, prepare, algorithm.step)
