@@ -113,6 +113,7 @@ def main(config: FormsConfig) -> dict[str, Any]:
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
+        config.train.check(config.ppo, runner.devices)
         world = WorldModels(summarisation.TASK, False, config.models, run, writer, runner)
         training, held_out = world.records("train"), world.records("test_entities")
 

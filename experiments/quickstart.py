@@ -118,6 +118,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
+        config.train.check(config.ppo, runner.devices)
         world = WorldModels(TASKS[config.task], config.shortcuts, config.models, run, writer, runner)
         training, held_out = world.records("train"), world.records("test_entities")
 

@@ -139,6 +139,7 @@ def main(config: StoriesConfig) -> dict[str, Any]:
         MetricsWriter(config.out) as writer,
     ):
         runner = make_runner(config.train.parallel)
+        config.train.check(config.ppo, runner.devices)
         source = SentimentSource(sentiment_judge(sentences, config.judge, runner, run, writer), config.mood)
         run.report()
 

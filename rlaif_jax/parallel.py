@@ -35,7 +35,9 @@ class ParallelConfig:
     Attributes:
         mode: `pmap`: every local device holds the whole state and a share of the batch. `shard`: a mesh of
             data x fsdp x tensor devices; parameters are split over fsdp and tensor.
-        data, fsdp, tensor: shape of the mesh; data=0 takes what fsdp and tensor leave.
+        data: devices of the mesh that share the batch; 0: those that fsdp and tensor leave.
+        fsdp: devices that share the batch and hold a part of the parameters each.
+        tensor: devices that share each matrix product.
     """
 
     mode: Literal["pmap", "shard"] = "pmap"
@@ -46,7 +48,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         check_choices(self, "parallel")
         require(
-            self.data >= 0 and self.fsdp >= 1 and self.tensor >= 1, "parallel: data must be >= 0, fsdp and tensor >= 1"
+            self.data >= 0 and self.fsdp >= 1 and self.tensor >= 1,
+            f"parallel: data must be >= 0, fsdp and tensor >= 1, not {self.data}, {self.fsdp} and {self.tensor}",
         )
         require(
             self.mode == "shard" or (self.data, self.fsdp, self.tensor) == (0, 1, 1),
@@ -242,9 +245,9 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.D
         UserError: the mesh needs more devices.
     """
     devices = devices or jax.devices()
-    data = data or len(devices) // (fsdp * tensor)
+    data = data or max(len(devices) // (fsdp * tensor), 1)
     require(
-        data * fsdp * tensor <= len(devices) and data >= 1,
+        data * fsdp * tensor <= len(devices),
         f"parallel: a mesh {data}x{fsdp}x{tensor} needs {data * fsdp * tensor} devices, there are {len(devices)}",
     )
     grid = np.array(devices[: data * fsdp * tensor]).reshape(data, fsdp, tensor)

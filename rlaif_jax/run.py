@@ -98,6 +98,8 @@ class Run:
                 raise UserError(f"{folder}: there is no run to resume here (no config.json); start it without --resume")
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is a file; a run needs a folder")
+            if self._stages.exists() and not self._stages.is_dir():
+                raise UserError(f"{self._stages} is a file; stages need a folder")
             if not self.resuming and folder.exists() and any(folder.iterdir()):
                 names = (folder.with_name(f"{folder.name}.{i}") for i in range(1, 10_000))
                 self._aside = next(path for path in names if not path.exists())
@@ -280,7 +282,10 @@ class Run:
             if error is None:  # else the first error counts
                 raise
         if status == "stopped":
-            print(f"stopped after step {self.steps_done}; go on with --resume --out {self.folder}", file=sys.stderr)
+            print(
+                f"stopped after step {self.steps_done}: the same command with --resume goes on in {self.folder}",
+                file=sys.stderr,
+            )
         return isinstance(error, StopRequested)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,13 @@ from rlaif_jax.types import (
     Rollout,
     StepData,
 )
+
+
+class ChecksSteps(Protocol):
+    """What knows whether it can learn from steps of a given size: an algorithm or its settings."""
+
+    def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
+        """Raises UserError where it cannot; see `Algorithm.check`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +82,20 @@ class TrainConfig:
             self.prompts_per_step % self.rollout_parts == 0,
             f"train.rollout_parts ({self.rollout_parts}) must divide train.prompts_per_step ({self.prompts_per_step})",
         )
+
+    def check(self, algorithm: ChecksSteps, devices: int) -> None:
+        """Raises UserError where a step cannot be shared by the devices, or cannot be learned from.
+
+        Args:
+            algorithm: an algorithm, or its settings where they can check themselves before anything is computed.
+            devices: shards of a batch.
+        """
+        require(
+            self.prompts_per_step % (self.rollout_parts * devices) == 0,
+            f"train.prompts_per_step ({self.prompts_per_step}) / train.rollout_parts ({self.rollout_parts}) must be a "
+            f"multiple of the {devices} devices",
+        )
+        algorithm.check(self.prompts_per_step, devices, self.staleness)
 
 
 def train(
@@ -121,12 +142,7 @@ def train(
     # ---- Programs, devices
     policy.check(config.prompt_length, tokenizer)
     runner = make_runner(config.parallel, policy.rules)
-    require(
-        config.prompts_per_step % (config.rollout_parts * runner.devices) == 0,
-        f"train.prompts_per_step ({config.prompts_per_step}) / train.rollout_parts ({config.rollout_parts}) must be a "
-        f"multiple of the {runner.devices} devices",
-    )
-    algorithm.check(config.prompts_per_step, runner.devices, config.staleness)
+    config.check(algorithm, runner.devices)
     pure = programs(algorithm, policy, [reward for reward, _ in device_rewards])
     sample, prepare, update = runner.map(pure.sample), runner.map(pure.prepare), runner.step(pure.step)
 

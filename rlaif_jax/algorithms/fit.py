@@ -34,7 +34,11 @@ class FitConfig:
     learning_rate: float = 1.5e-3
 
     def __post_init__(self) -> None:
-        require(self.updates >= 1 and self.batch_size >= 1, "a stage needs updates >= 1 and batch_size >= 1")
+        require(
+            self.updates >= 1 and self.batch_size >= 1,
+            f"a stage needs updates >= 1 and batch_size >= 1, not {self.updates} and {self.batch_size}",
+        )
+        require(self.learning_rate > 0, f"a stage needs a learning_rate > 0, not {self.learning_rate}")
 
     @property
     def optimizer(self) -> OptimizerConfig:

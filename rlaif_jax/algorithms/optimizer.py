@@ -23,7 +23,10 @@ class OptimizerConfig:
         learning_rate: the peak.
         schedule: after the warm-up constant, linear to zero or cosine to zero.
         warmup_updates: updates of the linear warm-up from zero.
-        b1, b2, eps, weight_decay: AdamW's.
+        b1: AdamW's decay of the mean gradient.
+        b2: AdamW's decay of the mean square.
+        eps: added to the root of the mean square.
+        weight_decay: AdamW's.
         max_grad_norm: gradients of a larger global norm are scaled down to it.
     """
 

@@ -27,10 +27,11 @@ from rlaif_jax.algorithms.objectives import (
 )
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.scoring import score_rollout
+from rlaif_jax.algorithms.step_metrics import batch_metrics, summarise
 from rlaif_jax.algorithms.update import Batch, Scored, Totals, Update, check_minibatches
 from rlaif_jax.config import check_choices, require
 from rlaif_jax.models.base import Critic, View
-from rlaif_jax.parallel import masked_mean, masked_whiten, psum
+from rlaif_jax.parallel import masked_whiten, psum
 from rlaif_jax.policies.base import Draw, Policy
 from rlaif_jax.rewards.shaping import Shaping
 from rlaif_jax.types import Frozen, Metrics, Params, RewardBatch, Rollout, StepData, TrainState
@@ -43,7 +44,8 @@ class PPOConfig:
     Schulman 2017; Stiennon 2020; Huang 2024; GRPO, Shao 2024; RLOO, Ahmadian 2024.
 
     Attributes:
-        advantage: the estimator; `GAE` needs a critic, the others compare the answers to one prompt.
+        advantage: the estimator; `GAE` needs a critic, the others compare the answers to one prompt and need
+            kl_in="loss" or kl_coef=0. On the command line it comes behind all options: ppo.advantage:leave-one-out.
         objective: the surrogate loss.
         answers_per_prompt: K, answers drawn for each prompt.
         num_epochs: passes over a step's answers.
@@ -64,7 +66,8 @@ class PPOConfig:
             of prompt_length + max_new_tokens - 1 columns and adds up the gradient over `packed_rows` rows at a time: the
             same gradient with less work where lengths are uneven, in the memory of these rows.
         shaping: how judgements become rewards.
-        policy_optimizer, value_optimizer: one optimiser for each part.
+        policy_optimizer: the policy's optimiser.
+        value_optimizer: the critic's optimiser.
     """
 
     advantage: Advantage = GAE()
@@ -108,6 +111,18 @@ class PPOConfig:
         require(self.importance_cap >= 1, f"ppo.importance_cap must be >= 1, not {self.importance_cap}")
         require(self.packed_rows >= 0, f"ppo.packed_rows must be >= 0 (0: not packed), not {self.packed_rows}")
         require(self.kl_coef >= 0, f"ppo.kl_coef must be >= 0, not {self.kl_coef}")
+
+    def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
+        """Raises UserError where minibatches would be uneven, or staleness is not corrected.
+
+        Args: those of `Algorithm.check`.
+        """
+        check_minibatches(prompts_per_step * self.answers_per_prompt, self.num_minibatches, devices, 1)
+        require(
+            not staleness or self.behaviour == "recompute",
+            "train.staleness=1 corrects for the older policy by importance weights and needs the log-probs of both "
+            "policies: set ppo.behaviour='recompute'",
+        )
 
     def build(self, policy: Policy, critic: Critic | None, *, steps: int) -> PPO:
         """Returns the algorithm that trains `policy`, with learning rates scheduled over `steps` steps.
@@ -184,12 +199,7 @@ class PPO(Algorithm):
 
         Args: those of `Algorithm.check`.
         """
-        check_minibatches(prompts_per_step * self.config.answers_per_prompt, self.config.num_minibatches, devices, 1)
-        require(
-            not staleness or self.config.behaviour == "recompute",
-            "train.staleness=1 corrects for the older policy by importance weights and needs the log-probs of both "
-            "policies: set ppo.behaviour='recompute'",
-        )
+        self.config.check(prompts_per_step, devices, staleness)
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
         """Returns the state at step 0 from `params` ("policy", and with a critic "value") and the run's seed."""
@@ -404,46 +414,3 @@ def ppo_loss(
         loss = loss - config.entropy_coef * exact
         metrics["entropy_exact"] = exact
     return loss, metrics
-
-
-def summarise(history: Metrics) -> Metrics:
-    """Returns a step's metrics, means and `first/*`, from `history`: those of its minibatches, in order."""
-    # The sampler's log-probs are compared with the trainer's before it has moved: later the gap would mean nothing.
-    metrics = {name: x.mean() for name, x in history.items() if not name.startswith("sampler_")}
-    first = {name: x[0] for name, x in history.items()}
-    for name in ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap", "sampler_gap_max"):
-        metrics[f"first/{name}"] = first[name]
-    squared = jnp.maximum(first["sampler_weight_squared"], 1e-8)
-    metrics["first/effective_sample_size"] = first["sampler_weight"] ** 2 / squared
-    metrics["nonfinite"] = history["nonfinite"].sum()
-    return metrics
-
-
-def batch_metrics(batch: Batch, axis_name: str | None, *, with_critic: bool) -> Metrics:
-    """Computes the metrics of a rollout.
-
-    Args:
-        batch: the rollout with its token fields.
-        axis_name: the mapped axis of the devices, or None; means are over all devices.
-        with_critic: whether to add `explained_variance` and the mean `return`.
-
-    Returns:
-        `kl` and `kl_k3` of a whole answer to the reference, in nats; `entropy` of a token, estimated from the
-        sampled tokens; `length` of an answer in tokens.
-    """
-    mask, fields = batch.mask, batch.fields
-    rows = mask.any(-1)
-    log_ratio = jnp.where(mask, fields.logprobs - fields.ref_logprobs, 0.0)
-    k1, _, k3 = kl_estimates(log_ratio)
-    metrics = {
-        "kl": masked_mean(jnp.where(mask, k1, 0.0).sum(-1), rows, axis_name),
-        "kl_k3": masked_mean(jnp.where(mask, k3, 0.0).sum(-1), rows, axis_name),
-        "entropy": masked_mean(-fields.logprobs, mask, axis_name),  # Monte Carlo, over the behaviour policy's tokens
-        "length": masked_mean(batch.response_mask.sum(-1).astype(jnp.float32), rows, axis_name),
-    }
-    if with_critic:
-        error = masked_mean((fields.returns - fields.values) ** 2, mask, axis_name)
-        mean = masked_mean(fields.returns, mask, axis_name)
-        variance = masked_mean((fields.returns - mean) ** 2, mask, axis_name)
-        metrics |= {"explained_variance": 1 - error / jnp.maximum(variance, 1e-8), "return": mean}
-    return metrics

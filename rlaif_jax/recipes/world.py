@@ -17,6 +17,7 @@ from rlaif_jax.algorithms.fit import Arrays, FitConfig, fit_model
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.supervised import supervised_step
+from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import TfdsRecords
 from rlaif_jax.data.text import Segments, text_arrays
@@ -62,6 +63,13 @@ class StageConfig(FitConfig):
     """
 
     examples: int = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.examples >= self.batch_size,
+            f"a stage of batches of {self.batch_size} needs at least as many examples, not {self.examples}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

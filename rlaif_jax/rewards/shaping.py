@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlaif_jax.config import check_choices
+from rlaif_jax.config import check_choices, require
 from rlaif_jax.parallel import masked_mean
 from rlaif_jax.types import Array, Feedback, RewardBatch, Rollout
 
@@ -113,7 +113,11 @@ def shaped_rewards(shaping: Shaping, normaliser: Normaliser, judged: Feedback, r
     chex.assert_rank([judged.values, judged.valid], 2)
     count = judged.values.shape[1]
     normalised = sequence_rewards(judged.values, judged.valid, normaliser)
-    if count == 1:
+    require(
+        not shaping.weights or len(shaping.weights) == count,
+        f"shaping.weights has {len(shaping.weights)} entries, but the feedback gives {count} rewards an answer",
+    )
+    if count == 1 and not shaping.weights:
         score, valid = normalised.values[:, 0], normalised.valid[:, 0]
     elif count == 0:  # nobody judges: recorded preferences, or rewards that the algorithm makes
         score, valid = jnp.zeros(rollout.finished.shape), jnp.ones(rollout.finished.shape, bool)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlaif_jax.config import UserError
 from rlaif_jax.rewards.shaping import (
     Normaliser,
     Shaping,
@@ -290,3 +291,13 @@ def test_all_of_it_everywhere():
         )
 
     same_everywhere(everything, scores, valid, rtol=1e-5)
+
+
+def test_weights_count_for_a_single_reward_too_and_must_be_one_for_each():
+    judged = Feedback.single(jnp.array([1.0, 2.0]), jnp.array([True, False]))
+    rollout = jax.tree.map(lambda x: x[:2], ROLLOUT)
+    rewards = shaped_rewards(Shaping(weights=(-2.0,)), identity_normaliser(), judged, rollout)
+    np.testing.assert_allclose(rewards.score, [-2, 0])
+    np.testing.assert_array_equal(rewards.valid, [True, False])
+    with pytest.raises(UserError, match="2 entries, but the feedback gives 1 rewards"):
+        shaped_rewards(Shaping(weights=(1.0, 2.0)), identity_normaliser(), judged, rollout)
