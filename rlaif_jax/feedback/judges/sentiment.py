@@ -22,7 +22,7 @@ import optax
 import tokenizers as hf
 
 from rlaif_jax.algorithms.fit import fit, minibatches
-from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
+from rlaif_jax.algorithms.optimizer import OptimizerConfig, descend, make_optimizer
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, check_tokenizer
@@ -127,9 +127,8 @@ def classifier_step(
         axis_name: the device axis under pmap.
 
     Returns:
-        The new state and the metrics `loss` and `accuracy`, which counts a label above a half as positive.
+        The new state and the metrics `loss`, `grad_norm` and `accuracy`, which counts a label above a half as positive.
     """
-    params, opt_state = state
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
         weights = batch["weights"]
@@ -141,9 +140,7 @@ def classifier_step(
         right = jnp.sum(weights * ((logits > 0) == (labels > 0.5))) / total
         return loss, {"loss": psum(jax.lax.stop_gradient(loss), axis_name), "accuracy": psum(right, axis_name)}
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = optimizer.update(psum(grads, axis_name), opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state), metrics
+    return descend(loss_fn, optimizer, state, axis_name)
 
 
 def new_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
