@@ -350,6 +350,10 @@ def command_line(main: Callable[[Config], Result], default: Config, description:
         config = tyro.cli(
             type(default), default=default, description=description, config=(tyro.conf.CascadeSubcommandArgs,)
         )
+    except BrokenPipeError:  # the reader of --help has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    try:
         use_compilation_cache()
         return main(config)
     except UserError as error:
