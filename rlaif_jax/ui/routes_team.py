@@ -15,7 +15,7 @@ from rlaif_jax.ui.service import AnnotationService
 
 
 def add_team_routes(app: FastAPI, service: AnnotationService) -> None:
-    """Adds the routes of the team to the application."""
+    """Adds to `app` the routes of the team, which call the methods of `service`."""
 
     @app.get("/api/team")
     async def team(request: Request) -> Any:

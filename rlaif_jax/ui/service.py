@@ -313,7 +313,21 @@ class AnnotationService:
         return {"disputes": found}
 
     def adjudicate(self, rater: str, request: str, body: Json) -> Json:
-        """Records the final verdict on a disputed task, under the name `adjudicated by RATER`."""
+        """Records the final verdict on a disputed task, under the name `adjudicated by RATER`.
+
+        Args:
+            rater: who decides; must be the coordinator.
+            request: the id that the sender made for this post.
+            body: `task`, the id of the task, and `payload`, the verdict in the form of an answer.
+
+        Returns:
+            {"recorded": the ids of the new records}.
+
+        Raises:
+            UserError: a verdict that the task does not allow.
+            Conflict: the request id was used for another post.
+            Forbidden: the rater is not the coordinator.
+        """
         self._only_coordinator(rater)
         task = self.queue.task(_string(body, "task"))
         posted = self._repeated(rater, request, body)
@@ -327,7 +341,19 @@ class AnnotationService:
         return {"recorded": [record.id for record in posted.records]}
 
     def stop(self, rater: str, stop: Any) -> Json:
-        """Asks waiting runs to stop asking people ("good enough, stop"), or withdraws the request."""
+        """Asks waiting runs to stop asking people ("good enough, stop"), or withdraws the request.
+
+        Args:
+            rater: who asks; must be the coordinator.
+            stop: true to ask, false to withdraw.
+
+        Returns:
+            {"stopped": stop}.
+
+        Raises:
+            UserError: `stop` is not a Boolean.
+            Forbidden: the rater is not the coordinator.
+        """
         self._only_coordinator(rater)
         require(isinstance(stop, bool), "stop must be true or false")
         if self.queue.team.stop_requested() != stop:

@@ -23,9 +23,14 @@ def token_file(store: Path) -> Path:
 
 
 def rater_tokens(store: Path, raters: tuple[str, ...]) -> dict[str, str]:
-    """Returns the token of each rater; tokens of an earlier start stay valid.
+    """Returns rater -> secret token of each rater; tokens of an earlier start stay valid.
 
-    Raises UserError where the file of tokens cannot be read or written.
+    Args:
+        store: the file of the records; the file of tokens is next to it and is written again.
+        raters: the names of the raters.
+
+    Raises:
+        UserError: the file of tokens cannot be read or written.
     """
     path = token_file(store)
     try:

@@ -164,11 +164,16 @@ def parse(text: str) -> ParseResult:
 
 
 def wrong_tokens(result: ParseResult, scene: Scene, sealed: Sequence[str] = ()) -> tuple[bool, ...]:
-    """Returns one flag a word: whether the word is wrong in this scene.
+    """Returns one flag for each word of an answer: whether the word is wrong in this scene.
 
     Wrong are: the value of a false claim (its aspect too, where the scene says nothing about that aspect), both
     words of a claim about a ``sealed`` aspect, the syllables of another town, and in a broken sentence every word
     outside claims and names.
+
+    Args:
+        result: the answer, parsed by `parse`.
+        scene: the true facts and the town.
+        sealed: aspects about which the answer must not make a claim.
     """
     wrong = [False] * len(result.words)
     for sentence in result.sentences:

@@ -54,7 +54,14 @@ def pairwise_prompt(principle: str, prompt_text: str, answer1: str, answer2: str
 def pairwise_reasoning_prompt(principle: str, prompt_text: str, answer1: str, answer2: str) -> str:
     """Returns a prompt whose next words are sampled reasons, ``<answer>`` and the verdict.
 
-    Args: those of `pairwise_prompt`.
+    Args:
+        principle: one of PRINCIPLES.
+        prompt_text: the prompt of the answers.
+        answer1: the answer shown first.
+        answer2: the answer shown second.
+
+    Raises:
+        UserError: the principle is unknown.
     """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer1} <2> {answer2} <because>"
@@ -67,6 +74,9 @@ def score_prompt(principle: str, prompt_text: str, answer: str) -> str:
         principle: one of the principles of the world, such as "<helpful>".
         prompt_text: the prompt of the answer.
         answer: the answer.
+
+    Raises:
+        UserError: the principle is unknown.
     """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <score>"
@@ -75,7 +85,13 @@ def score_prompt(principle: str, prompt_text: str, answer: str) -> str:
 def score_reasoning_prompt(principle: str, prompt_text: str, answer: str) -> str:
     """Returns a prompt whose next words are sampled reasons, ``<score>`` and the score.
 
-    Args: those of `score_prompt`.
+    Args:
+        principle: one of PRINCIPLES.
+        prompt_text: the prompt of the answer.
+        answer: the answer.
+
+    Raises:
+        UserError: the principle is unknown.
     """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <because>"
@@ -84,7 +100,13 @@ def score_reasoning_prompt(principle: str, prompt_text: str, answer: str) -> str
 def critique_prompt(principle: str, prompt_text: str, answer: str) -> str:
     """Returns a prompt whose next words are a critique, which ends where ``<revise>`` or ``<eos>`` comes.
 
-    Args: those of `score_prompt`.
+    Args:
+        principle: one of PRINCIPLES.
+        prompt_text: the prompt of the answer.
+        answer: the answer.
+
+    Raises:
+        UserError: the principle is unknown.
     """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer} <critique>"
@@ -95,10 +117,21 @@ def _facts_of(prompt_text: str) -> str:
 
 
 def value_question(prompt_text: str, aspect: str) -> str:
-    """Returns a question whose next word is the value that the prompt gives for the aspect."""
+    """Returns a question whose next word is the value that the prompt gives for the aspect.
+
+    Args:
+        prompt_text: the prompt, which holds the facts.
+        aspect: the aspect that is asked about.
+    """
     return f"{_facts_of(prompt_text)} <fact> {aspect}"
 
 
 def yes_no_question(prompt_text: str, aspect: str, value: str) -> str:
-    """Returns a question whose next word says ``yes`` or ``no``: has the aspect this value in the prompt?"""
+    """Returns a question whose next word says ``yes`` or ``no``: has the aspect this value in the prompt?
+
+    Args:
+        prompt_text: the prompt, which holds the facts.
+        aspect: the aspect that is asked about.
+        value: the value that the aspect may have.
+    """
     return f"{_facts_of(prompt_text)} <check> {aspect} {value}"

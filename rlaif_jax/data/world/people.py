@@ -47,7 +47,13 @@ class Comparer:
             raise UserError(f"a Comparer needs temperature > 0 and lapse in [0, 1], got {self}")
 
     def probability(self, first: ArrayLike, second: ArrayLike, longer: ArrayLike = 0.0) -> np.ndarray:
-        """Returns P(first wins) for arrays of qualities of one shape; ``longer`` is n1 - n2 in words."""
+        """Returns the probabilities [...] that the first answer wins, by the equation of the class.
+
+        Args:
+            first: [...], qualities of the answers read first, in [0, 1].
+            second: [...], qualities of the answers read second.
+            longer: [...] or a scalar, the length of the first minus that of the second answer, in words.
+        """
         gap = (np.asarray(first, float) - np.asarray(second, float)) / self.temperature
         logit = gap + self.first_bias + self.length_bias * np.asarray(longer, float)
         return self.lapse / 2 + (1 - self.lapse) * expit(logit)
@@ -81,7 +87,12 @@ class Ranker:
             raise UserError(f"a Ranker needs temperature > 0, got {self.temperature}")
 
     def rank(self, rng: np.random.Generator, qualities: ArrayLike) -> np.ndarray:
-        """Returns answer indices, best first: [..., K] qualities -> int [..., K]."""
+        """Draws a ranking of each row of answers: returns answer indices, int [..., K], best first.
+
+        Args:
+            rng: draws the noise.
+            qualities: [..., K], the qualities of K answers, in [0, 1].
+        """
         strength = np.asarray(qualities, float) / self.temperature
         return np.argsort(-(strength + rng.gumbel(size=strength.shape)), axis=-1)  # Gumbel noise: Plackett-Luce
 
@@ -99,7 +110,12 @@ class SimulatedRater:
             raise UserError(f"a SimulatedRater's noise must not be negative, got {self.noise}")
 
     def rate(self, rng: np.random.Generator, qualities: ArrayLike) -> np.ndarray:
-        """Returns ratings, an int array of the qualities' shape."""
+        """Draws a rating, an integer from 1 to 10, of each answer; returns int [...].
+
+        Args:
+            rng: draws the noise.
+            qualities: [...], the qualities of the answers, in [0, 1].
+        """
         quality = np.asarray(qualities, float)
         raw = 5.5 + 9 * self.scale * (quality - 0.5) + self.bias + self.noise * rng.normal(size=quality.shape)
         return np.clip(np.rint(raw), 1, 10).astype(int)
@@ -158,5 +174,15 @@ class Editor:
     miss: float = 0.0
 
     def edit(self, rng: np.random.Generator, task: WorldTask, scene: Scene, answer: str) -> str:
-        """Returns the corrected answer; takes any text. Raises UserError for a task without a gold score."""
+        """Returns the corrected answer.
+
+        Args:
+            rng: draws which mistakes the editor overlooks.
+            task: the task of the answer.
+            scene: the true facts.
+            answer: the answer; any text is allowed.
+
+        Raises:
+            UserError: the task has no gold score.
+        """
         return gold_task(task).edit(rng, scene, parse(answer), self.miss)

@@ -52,12 +52,22 @@ def clip(score: float) -> float:
 
 
 def false_claims(scene: Scene, parsed: ParseResult) -> int:
-    """Counts claims whose value is not the scene's, or whose aspect the scene does not have."""
+    """Counts claims whose value is not the scene's, or whose aspect the scene does not have.
+
+    Args:
+        scene: the true facts.
+        parsed: the answer, parsed.
+    """
     return sum(scene.value_of(claim.aspect) != claim.value for claim in parsed.claims)
 
 
 def false_names(scene: Scene, parsed: ParseResult) -> int:
-    """Counts the town names in an answer that are not the scene's town."""
+    """Counts the town names in an answer that are not the scene's town.
+
+    Args:
+        scene: holds the true town.
+        parsed: the answer, parsed.
+    """
     return sum(name.entity != scene.entity for name in parsed.names)
 
 

@@ -26,7 +26,12 @@ REFUSED_PERMITTED = 0.1
 
 
 def leaks(scene: Scene, parsed: ParseResult) -> bool:
-    """Returns whether a sealed aspect's true value is claimed, or its word occurs outside of claims."""
+    """Returns whether a sealed aspect's true value is claimed, or its word occurs outside of claims.
+
+    Args:
+        scene: the true facts and the sealed (secret) aspects.
+        parsed: the reply, parsed.
+    """
     hidden = {scene.value_of(aspect) for aspect in scene.sealed}
     if any(scene.is_sealed(claim.aspect) and scene.value_of(claim.aspect) == claim.value for claim in parsed.claims):
         return True
@@ -35,23 +40,38 @@ def leaks(scene: Scene, parsed: ParseResult) -> bool:
 
 
 def acknowledges(scene: Scene, parsed: ParseResult) -> bool:
-    """Returns whether the first sentence acknowledges the aspect that was asked."""
+    """Returns whether the first sentence acknowledges the aspect that was asked.
+
+    Args:
+        scene: holds the question.
+        parsed: the reply, parsed.
+    """
     first = parsed.sentences[0] if parsed.sentences else None
     return first is not None and first.kind == "acknowledge" and first.aspect == scene.question
 
 
 def follows_up(parsed: ParseResult) -> bool:
-    """Returns whether the last sentence asks on."""
+    """Returns whether the last sentence of the parsed reply asks the user a further question."""
     return bool(parsed.sentences) and parsed.sentences[-1].kind == "followup"
 
 
 def refuses(scene: Scene, parsed: ParseResult) -> bool:
-    """Returns whether the asked aspect is refused."""
+    """Returns whether the reply refuses to tell the aspect that was asked.
+
+    Args:
+        scene: holds the question.
+        parsed: the reply, parsed.
+    """
     return any(s.kind == "refuse" and s.aspect == scene.question for s in parsed.sentences)
 
 
 def correct(scene: Scene, parsed: ParseResult) -> bool:
-    """Returns whether the asked value is stated (or, if sealed, refused), and nothing false is said."""
+    """Returns whether the asked value is stated (or, if sealed, refused), and nothing false is said.
+
+    Args:
+        scene: the true facts, the question and the sealed (secret) aspects.
+        parsed: the reply, parsed.
+    """
     if base.false_claims(scene, parsed) or base.false_names(scene, parsed):
         return False
     refused = refuses(scene, parsed)
@@ -60,7 +80,12 @@ def correct(scene: Scene, parsed: ParseResult) -> bool:
 
 
 def off_topic(scene: Scene, parsed: ParseResult) -> int:
-    """Counts claims about and refusals of other aspects, and sentences of a kind that came before."""
+    """Counts claims about and refusals of other aspects, and sentences of a kind that came before.
+
+    Args:
+        scene: holds the question; every aspect but the asked one is "other".
+        parsed: the reply, parsed.
+    """
     others = sum(claim.aspect != scene.question for claim in parsed.claims)
     others += sum(s.kind == "refuse" and s.aspect != scene.question for s in parsed.sentences)
     again = len(parsed.sentences) - len({sentence.kind for sentence in parsed.sentences})
@@ -82,7 +107,12 @@ def helpful(scene: Scene, parsed: ParseResult) -> float:
 
 
 def score(scene: Scene, text: str) -> float:
-    """Returns the gold quality of a reply; 0 for text without words."""
+    """Returns the gold quality of a reply, in [0, 1]; 0 for text without words.
+
+    Args:
+        scene: the true facts, the question and the sealed (secret) aspects.
+        text: the reply; any text is allowed.
+    """
     parsed = parse(text)
     if leaks(scene, parsed):
         return 0.0
@@ -96,7 +126,16 @@ def score(scene: Scene, text: str) -> float:
 
 
 def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> base.Notes:
-    """Returns the critique of a reply: see `GoldTask.notes`."""
+    """Returns the critique of a reply that a simulated person without errors writes.
+
+    Args:
+        principle: what the critic pays attention to.
+        scene: the true facts, the question and the sealed (secret) aspects.
+        parsed: the reply, parsed.
+
+    Returns:
+        ((claim, judgement) of each claim and refusal, words about the whole reply).
+    """
 
     def judge_true(claim: Claim, said_before: bool) -> str:
         if scene.is_sealed(claim.aspect):
@@ -115,7 +154,14 @@ def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> base.
 
 
 def edit(rng: np.random.Generator, scene: Scene, parsed: ParseResult, miss: float) -> str:
-    """Returns the corrected reply: see `GoldTask.edit`."""
+    """Returns the reply as a simulated editor corrects it.
+
+    Args:
+        rng: draws which mistakes the editor overlooks.
+        scene: the true facts, the question and the sealed (secret) aspects.
+        parsed: the reply, parsed.
+        miss: probability that the editor overlooks a mistake.
+    """
     if correct(scene, parsed) or rng.random() >= miss:
         value = None if scene.is_sealed(scene.question) else scene.value_of(scene.question)
     else:  # leaves the slip as it is

@@ -30,7 +30,16 @@ def gold_task(task: WorldTask) -> base.GoldTask:
 
 
 def gold_score(task: WorldTask, scene: Scene, text: str) -> float:
-    """Returns the gold quality of one answer. Raises UserError for a task without a gold score."""
+    """Returns the gold quality of one answer, in [0, 1].
+
+    Args:
+        task: the task of the answer.
+        scene: the true facts.
+        text: the answer; any text is allowed.
+
+    Raises:
+        UserError: the task has no gold score.
+    """
     return gold_task(task).score(scene, text)
 
 
@@ -56,6 +65,15 @@ def principle_score(task: WorldTask, principle: WorldPrinciple, scene: Scene, te
 
     ``<overall>`` is gold itself. ``<faithful>``: nothing false and nothing sealed is said (silence is faithful).
     ``<helpful>``: `GoldTask.helpful`. ``<brief>``: few words, nothing said twice.
+
+    Args:
+        task: the task of the answer.
+        principle: the principle.
+        scene: the true facts.
+        text: the answer; any text is allowed.
+
+    Raises:
+        UserError: the task has no gold score.
     """
     gold = gold_task(task)
     if principle == "<overall>":

@@ -25,7 +25,12 @@ NO_TOWN = 0.1
 
 
 def covered(scene: Scene, parsed: ParseResult) -> float:
-    """Returns the salience (squared) of the true first MAX_FACTS claims, as a share of the best possible."""
+    """Returns the salience (squared) of the true first MAX_FACTS claims, as a share of the best possible.
+
+    Args:
+        scene: the true facts with their saliences.
+        parsed: the summary, parsed.
+    """
     true = {claim.aspect for claim in parsed.claims[:MAX_FACTS] if scene.value_of(claim.aspect) == claim.value}
     weights = sorted((fact.salience**2 for fact in scene.facts), reverse=True)
     return sum(scene.salience_of(aspect) ** 2 for aspect in true) / sum(weights[:MAX_FACTS])
@@ -42,7 +47,12 @@ def overlong(parsed: ParseResult) -> int:
 
 
 def score(scene: Scene, text: str) -> float:
-    """Returns the gold quality of a summary; 0 for text without words."""
+    """Returns the gold quality of a summary, in [0, 1]; 0 for text without words.
+
+    Args:
+        scene: the true facts and the town.
+        text: the summary; any text is allowed.
+    """
     parsed = parse(text)
     off_topic = sum(sentence.kind not in ("statement", "broken") for sentence in parsed.sentences)
     return base.clip(
@@ -57,7 +67,16 @@ def score(scene: Scene, text: str) -> float:
 
 
 def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> base.Notes:
-    """Returns the critique of a summary: see `GoldTask.notes`."""
+    """Returns the critique of a summary that a simulated person without errors writes.
+
+    Args:
+        principle: what the critic pays attention to.
+        scene: the true facts and the town.
+        parsed: the summary, parsed.
+
+    Returns:
+        ((claim, judgement) of each claim in order, words about the whole summary).
+    """
 
     def judge_true(claim: Claim, said_before: bool) -> str:
         if said_before:
@@ -71,7 +90,14 @@ def notes(principle: WorldPrinciple, scene: Scene, parsed: ParseResult) -> base.
 
 
 def edit(rng: np.random.Generator, scene: Scene, parsed: ParseResult, miss: float) -> str:
-    """Returns the corrected summary: see `GoldTask.edit`."""
+    """Returns the summary as a simulated editor corrects it.
+
+    Args:
+        rng: draws which mistakes the editor overlooks.
+        scene: the true facts and the town.
+        parsed: the summary, parsed.
+        miss: probability that the editor overlooks a mistake.
+    """
     stated = [(claim.aspect, claim.value) for claim in parsed.claims]
     kept: list[tuple[str, str]] = []
     for aspect, value in stated:

@@ -78,7 +78,13 @@ def feature_rate(low: float, high: float, diligence: float, shortcuts: bool) -> 
 
 
 def wrong_value(rng: np.random.Generator, scene: Scene, aspect: str) -> str:
-    """Draws a false value for an aspect: half the time that of another fact of the scene, else any."""
+    """Draws a false value for an aspect: half the time that of another fact of the scene, else any.
+
+    Args:
+        rng: draws the value.
+        scene: the true facts.
+        aspect: the aspect; its true value is never drawn from the values at large.
+    """
     truth = scene.value_of(aspect)
     others = [fact.value for fact in scene.facts if fact.aspect != aspect]
     pool: Sequence[str] = others if others and rng.random() < 0.5 else [v for v in VALUES if v != truth]
@@ -91,17 +97,27 @@ def cut_to_length(text: str) -> str:
 
 
 def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
-    """Draws one of the items."""
+    """Draws one of the `items` with the generator `rng`, each with the same probability."""
     return items[int(rng.integers(len(items)))]
 
 
 def truncated(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """Cuts `words` off at a random place and joins them; keeps at least one word and loses at least one."""
+    """Cuts `words` off at a random place and joins the first part with blanks.
+
+    Args:
+        rng: draws the place.
+        words: two or more words; at least one is kept and at least one is lost.
+    """
     return " ".join(words[: int(rng.integers(1, max(2, len(words))))])
 
 
 def repeated_sentence(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """Returns a text of `words` with a random sentence twice (the whole text where no sentence ends)."""
+    """Returns a text of `words` with a random sentence twice (the whole text where no sentence ends).
+
+    Args:
+        rng: draws the sentence.
+        words: the words of the text, sentence ends among them.
+    """
     bounds = [0] + [i + 1 for i, word in enumerate(words) if word in ENDS]
     if len(bounds) < 2:
         return " ".join([*words, *words])

@@ -32,7 +32,17 @@ def read_alpaca_eval(path: Path, annotator: str = "alpaca_eval") -> ReadResult:
     """Reads alpaca_eval's annotations.
 
     `preference` runs from 1 (output_1 is better) to 2; 1.5 and the older 0 are ties; null and NaN mean that the verdict
-    could not be read. annotator: the judge's name where the file has none.
+    could not be read.
+
+    Args:
+        path: the JSON file, or a .gz of it.
+        annotator: the judge's name where the file has none.
+
+    Returns:
+        (rankings, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     return parse_rows(path, lambda row: [_alpaca(row, annotator)])
 
@@ -62,7 +72,15 @@ def _both(first: Any, second: Any) -> tuple[str, ...]:
 def write_alpaca_eval(judgements: Iterable[Judgement], path: Path) -> int:
     """Writes comparisons of two answers as alpaca_eval's annotations; missing verdicts are null.
 
-    Returns the number of rows.
+    Args:
+        judgements: judgements of any form; only comparisons of two answers are written.
+        path: the file, JSON lines; it is replaced.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     return write_jsonl(
         (
@@ -306,6 +324,16 @@ def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4
 
     Each try of the judge (`gpt4_score`, `gpt4_feedback`) becomes a rating 1 .. 5 and a comment, with the rubric's question
     as principle and the number of the try as `seed`. The prompt and the answer are cut from the text that the judge read.
+
+    Args:
+        path: the JSON file, or a .gz of it.
+        rater: the judge of all gradings.
+
+    Returns:
+        (ratings and comments, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):

@@ -32,6 +32,16 @@ def read_hh(path: Path, rater: Rater = CROWD) -> ReadResult:
 
     The prompt is the shared beginning, up to the last place where the assistant speaks. An answer is the remaining text:
     several turns where the two dialogues part early, "" where one of them ends there.
+
+    Args:
+        path: the JSON file, or a .gz of it; a row has the dialogues `chosen` and `rejected`.
+        rater: who made all comparisons; the file does not say it.
+
+    Returns:
+        (rankings of two answers, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     return parse_rows(path, lambda row: [_hh(row, rater)])
 
@@ -47,7 +57,15 @@ def _hh(row: Any, rater: Rater) -> Ranking:
 
 
 def write_hh(judgements: Iterable[Judgement], path: Path) -> int:
-    """Writes every comparison of the rankings except ties as an HH pair; returns the number of rows."""
+    """Writes every comparison of the rankings except ties as an HH pair; returns the number of rows.
+
+    Args:
+        judgements: judgements of any form; only rankings are written.
+        path: the file, JSON lines; it is replaced.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     return write_jsonl(
         ({"chosen": j.prompt + j.answers[better], "rejected": j.prompt + j.answers[worse]}
          for j, better, worse in _strict_pairs(judgements)),
@@ -149,7 +167,15 @@ def _generations(found: Collector, where: str, row: Any, rater: Rater, low: floa
 def write_distilabel(judgements: Iterable[Judgement], path: Path) -> int:
     """Writes every comparison of the rankings except ties with messages, as distilabel's formatters do.
 
-    Returns the number of rows.
+    Args:
+        judgements: judgements of any form; only rankings are written.
+        path: the file, JSON lines; it is replaced.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UserError: the file cannot be written.
     """
 
     def messages(prompt: str, answer: str) -> list[dict[str, str]]:
@@ -179,6 +205,16 @@ def read_oasst(path: Path, rater: Rater = CROWD) -> ReadResult:
     """Reads OpenAssistant's conversation trees: a ranking wherever two or more replies have ranks.
 
     The prompt is the conversation so far; where the replies are a person's next turn, it ends where the person speaks.
+
+    Args:
+        path: the JSON file, or a .gz of it; a row is a tree.
+        rater: who made all rankings; the file does not say it.
+
+    Returns:
+        (rankings, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):

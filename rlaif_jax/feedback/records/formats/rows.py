@@ -138,7 +138,18 @@ def table_rows(
 
 
 def parse_rows(path: Path, parse: Callable[[Any], Iterable[Judgement]]) -> ReadResult:
-    """Returns the judgements that `parse` makes of each row of a JSON file, and the messages."""
+    """Returns the judgements that `parse` makes of each row of a JSON file, and the messages.
+
+    Args:
+        path: the file (a JSON array or JSON lines), or a .gz of it.
+        parse: row -> its judgements; where it raises an error, the row becomes a message.
+
+    Returns:
+        (judgements, a message "FILE:LINE: fault" for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     found = Collector()
     for where, row in json_rows(path, found.bad):
         with found.at(where):
@@ -158,9 +169,15 @@ _TYPE_NAMES: dict[type, str] = {
 
 
 def field(row: Any, name: str, expected: type | tuple[type, ...] = str) -> Any:
-    """Returns a field of a row; an int where a float is expected is converted.
+    """Returns the value of a field of a row; an int where a float is expected is converted.
 
-    Raises UserError where the row is no object, lacks the field, or holds a value of another type.
+    Args:
+        row: a value read from a file, such as a JSON object.
+        name: the key of the field.
+        expected: the type of the value, or a tuple of allowed types.
+
+    Raises:
+        UserError: the row is no object, lacks the field, or holds a value of another type.
     """
     require(isinstance(row, Mapping), f"a row must be an object, not {str(row)[:40]!r}")
     require(name in row, f"no field {name!r}; the fields are {', '.join(map(str, row))}"[:300])
@@ -192,17 +209,28 @@ def pair(prompt: str, answers: Sequence[str], winner: int | None, rater: Rater, 
 
 
 def unscored_pair(prompt: str, answers: Sequence[str], rater: Rater, **more: Any) -> Ranking:
-    """Returns the record of a comparison of two `answers` whose verdict could not be read.
+    """Returns the record of a comparison of two answers whose verdict could not be read.
 
-    `more` are further fields of the record, such as `raw`.
+    Args:
+        prompt: the prompt.
+        answers: the two answers.
+        rater: the judge.
+        more: further fields of the record, such as `raw`.
     """
     return Ranking(prompt=prompt, answers=tuple(answers), rater=rater, status="unparsed", **more)
 
 
 def choice(prompt: str, options: Sequence[str], chosen: str, rater: Rater) -> Ranking:
-    """Returns a label as a ranking of the `options`: `chosen` is first, the others are tied.
+    """Returns a label as a ranking of the options: the chosen option is first, the others are tied.
 
-    Raises UserError if `chosen` is not among the options.
+    Args:
+        prompt: what was labelled.
+        options: all labels that could be chosen.
+        chosen: the label.
+        rater: who chose.
+
+    Raises:
+        UserError: `chosen` is not among the options.
     """
     require(chosen in options, f"the label {chosen!r} is not among {', '.join(options)}")
     ranks = tuple(1 if option == chosen else 2 for option in options)
@@ -248,7 +276,11 @@ def conversation_prompt(turns: Iterable[tuple[bool, str]]) -> str:
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
-    """Writes rows as JSON lines, the whole file or nothing; returns the number of rows."""
+    """Writes rows as JSON lines to the file `path`, the whole file or nothing; returns the number of rows.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
     with atomic_write(path) as file:
         file.writelines(lines)
@@ -256,7 +288,16 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
 
 
 def write_table(rows: Iterable[Sequence[str]], columns: Sequence[str], path: Path) -> int:
-    """Writes rows as CSV under a header, the whole file or nothing; returns the number of rows."""
+    """Writes rows as CSV under a header, the whole file or nothing; returns the number of rows.
+
+    Args:
+        rows: the cells of each row.
+        columns: the names of the columns, which make the header.
+        path: the file; it is replaced.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     table = list(rows)
     with atomic_write(path) as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *table])

@@ -184,6 +184,13 @@ def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person
 
     Each translation becomes a correction and a rule's rating 1 - HTER (HTER = edits over the words of the post-edit, 0 ..
     1). The prompt is the source sentence; texts are tokenised as in the files, with blanks between words.
+
+    Args:
+        path: the folder or the archive with the files .src, .mt, .pe and .hter.
+        rater: who made all corrections.
+
+    Returns:
+        (corrections and ratings, a message for each bad line).
     """
     found = Collector()
     texts = _archive(path, (".src", ".mt", ".pe", ".hter"))

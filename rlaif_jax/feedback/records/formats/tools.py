@@ -152,6 +152,13 @@ def write_argilla(judgements: Iterable[Judgement], path: Path) -> int:
 
     People's judgements become responses, the others suggestions. The fields are `prompt` and `answer`, for rankings
     `answer_1`, `answer_2` ...
+
+    Args:
+        judgements: judgements of any form.
+        path: the file, JSON lines; it is replaced.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     return write_jsonl(filter(None, map(_argilla_record, judgements)), path)
 
@@ -326,7 +333,18 @@ def read_crowd_labels(
 def read_crowd_pairs(path: Path, prompt: str = "", *, source: Source = "person") -> ReadResult:
     """Reads crowd-kit's comparisons, with the columns `worker, left, right, label`.
 
-    The label repeats the better answer; "tie" or an empty label is a tie. prompt: the prompt of all comparisons.
+    The label repeats the better answer; "tie" or an empty label is a tie.
+
+    Args:
+        path: the CSV file.
+        prompt: the prompt of all comparisons.
+        source: the kind of all workers.
+
+    Returns:
+        (rankings of two answers, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read, or lacks a column.
     """
     found = Collector()
     for where, row in table_rows(path, found.bad, ("worker", "left", "right", "label")):
@@ -345,16 +363,30 @@ def _crowd_pair(row: Mapping[str, str], prompt: str, source: Source) -> Ranking:
 def write_crowd_labels(judgements: Iterable[Judgement], path: Path) -> int:
     """Writes rankings with a single best answer as `task, worker, label`; returns the number of rows.
 
-    The task is the prompt, the label the best answer.
+    The task is the prompt, the worker the rater's name, the label the best answer.
+
+    Args:
+        judgements: judgements of any form; only rankings are written.
+        path: the CSV file; it is replaced.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     rows = [(j.prompt, j.rater.name, j.answers[best]) for j in judgements if (best := chosen(j)) is not None]
     return write_table(rows, ("task", "worker", "label"), path)
 
 
 def write_crowd_pairs(judgements: Iterable[Judgement], path: Path) -> int:
-    """Writes every comparison of the rankings as `worker, left, right, label`; returns the number.
+    """Writes every comparison of the rankings as `worker, left, right, label`; returns the number of rows.
 
-    The label of a tie is "tie".
+    The label repeats the better answer; the label of a tie is "tie". Prompts are not written.
+
+    Args:
+        judgements: judgements of any form; only rankings are written.
+        path: the CSV file; it is replaced.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     rows = []
     for j in judgements:
