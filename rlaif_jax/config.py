@@ -80,7 +80,7 @@ def _to_json(value: Any, hint: Any) -> Any:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Writes `config` as indented JSON."""
+    """Writes `config` as indented JSON to the file `path`."""
     path.write_text(json.dumps(to_json(config), indent=1) + "\n")
 
 

@@ -149,7 +149,14 @@ class Evaluation:
             )
 
     def during(self, run: Run, *, samples: int = 4) -> Callable[[Params, int], dict[str, float]]:
-        """Returns `evaluate` for `train`: (policy parameters, step) -> metrics; it writes samples too."""
+        """Returns the function `evaluate` of `train`: (policy parameters, step) -> metrics.
+
+        The function also appends the first answers to the run's samples.
+
+        Args:
+            run: the run.
+            samples: the number of answers that are appended.
+        """
 
         def evaluate(params: Params, step: int) -> dict[str, float]:
             answers = self.answers(params, judged=False)

@@ -57,7 +57,13 @@ class Sink(Protocol):
         """
 
     def write(self, stage: str, step: int, values: Numbers) -> None:
-        """Takes the numbers of one step of a stage."""
+        """Takes the numbers of one step of a stage.
+
+        Args:
+            stage: the name of a stage that was started.
+            step: the step.
+            values: the numbers by name; None for a number that is not finite.
+        """
 
     def flush(self) -> None:
         """Makes everything permanent; called with every checkpoint."""
@@ -305,19 +311,24 @@ class Terminal:
         self._bars: dict[str, ProgressBar] = {}
 
     def start(self, stage: str, total: int | None, resume_from: int | None) -> None:
+        """Shows a bar for `stage` of `total` steps (None: unknown) that begins after `resume_from`."""
         self._bars[stage] = self._display.add(stage, total, start=resume_from or 0)
 
     def write(self, stage: str, step: int, values: Numbers) -> None:
+        """Moves the bar of `stage` to `step` and shows those of the `values` that SHOWN names."""
         self._bars[stage].update(
             step, "  ".join(f.format(values[k]) for k, f in self.SHOWN if values.get(k) is not None)
         )
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Does nothing: the terminal shows every number at once."""
 
     def end(self, stage: str) -> None:
+        """Closes the bar of `stage`."""
         self._bars.pop(stage).close()
 
     def close(self) -> None:
+        """Closes the display of all bars."""
         self._display.close()
 
 
@@ -338,6 +349,13 @@ class TensorBoard:
 
     def start(self, stage: str, total: int | None, resume_from: int | None) -> None:
         # Lazy: half a second that `--help` need not pay.
+        """Opens the events of `stage`; events after the step `resume_from` (None: all events) become void.
+
+        `total` is not read.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
@@ -350,6 +368,11 @@ class TensorBoard:
             self._files[stage].write_event(event_pb2.Event(wall_time=time.time(), step=purge, session_log=log))
 
     def write(self, stage: str, step: int, values: Numbers) -> None:
+        """Writes the finite ones of `values` as scalars of `stage` at `step`; flushes every 10 seconds.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         from tensorboardX.proto import event_pb2, summary_pb2
 
         finite = {key: value for key, value in values.items() if value is not None}
@@ -362,16 +385,27 @@ class TensorBoard:
             self.flush()
 
     def flush(self) -> None:
+        """Writes all events to disk.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
         self._flushed_at = time.monotonic()
         for stage, file in self._files.items():
             with self._writable(stage):
                 file.flush()
 
     def end(self, stage: str) -> None:
+        """Closes the events of `stage`.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         with self._writable(stage):
             self._files.pop(stage).close()
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Does nothing: `end` has closed the file of each stage."""
 
     @contextmanager
     def _writable(self, stage: str) -> Iterator[None]:

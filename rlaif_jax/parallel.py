@@ -170,7 +170,12 @@ class Runner(Protocol):
         """Compiles `fn(replicated, batch, *, axis_name)`, whose result is split like the batch."""
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
-        """Runs `fn(*args)`, which makes a state, so that it comes out split and never whole on one device."""
+        """Runs `fn(*args)`, compiled, and returns its state; a split state is never whole on one device.
+
+        Args:
+            fn: a function that jax can trace; it returns a pytree of arrays.
+            *args: its arguments.
+        """
 
     def place(self, state: S) -> S:
         """Puts a state where `step` expects it."""

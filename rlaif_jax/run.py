@@ -216,7 +216,15 @@ class Run:
         return self.stop_requested
 
     def check(self, name: str, holds: bool) -> bool:
-        """Records a check of the run and returns whether it holds; a check that failed once stays failed."""
+        """Records the check `name` of the run; a check that failed once stays failed.
+
+        Args:
+            name: the name of the check.
+            holds: whether it holds now.
+
+        Returns:
+            Whether it has held every time.
+        """
         self.checks[name] = bool(holds) and self.checks.get(name, True)
         return self.checks[name]
 
@@ -227,7 +235,7 @@ class Run:
             print(f"warning: {text}", file=sys.stderr)
 
     def sample(self, **fields: Any) -> None:
-        """Appends a line of JSON values to samples.jsonl; raises UserError if it cannot be written."""
+        """Appends `fields`, JSON values, as a line to samples.jsonl; raises UserError if it cannot be written."""
         path = self.folder / "samples.jsonl"
         try:
             with open(path, "a") as file:

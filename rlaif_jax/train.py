@@ -39,7 +39,13 @@ class ChecksSteps(Protocol):
     """What knows whether it can learn from steps of a given size: an algorithm or its settings."""
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
-        """Raises UserError where it cannot; see `Algorithm.check`."""
+        """Raises UserError where it cannot learn from a step of these sizes; see `Algorithm.check`.
+
+        Args:
+            prompts_per_step: prompts of a step, over all devices.
+            devices: number of devices that share each minibatch.
+            staleness: steps between the policy that answers and the policy that learns, 0 or 1.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

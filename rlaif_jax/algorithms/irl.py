@@ -91,13 +91,16 @@ class Adversarial(Algorithm):
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """Returns the discriminator's optimiser."""
+        """Returns the discriminator's optimiser, made from `config.optimizer` for `updates` updates."""
         return make_optimizer(self.config.optimizer, self.updates)
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
-        """Raises UserError where the inner algorithm does.
+        """Raises UserError where the inner algorithm cannot learn from a step of these sizes.
 
-        Args: those of `Algorithm.check`.
+        Args:
+            prompts_per_step: prompts of a step, over all devices.
+            devices: number of devices that share each minibatch.
+            staleness: steps between the policy that answers and the policy that learns, 0 or 1.
         """
         self.algorithm.check(prompts_per_step, devices, staleness)
 
@@ -192,7 +195,13 @@ class Adversarial(Algorithm):
     def checks(self, metrics: dict[str, float], *, step: int, tolerance: float) -> dict[str, bool]:
         """Returns the inner algorithm's checks, and that the discriminator's loss is finite.
 
-        Args: those of `Algorithm.checks`.
+        Args:
+            metrics: the metrics of the step.
+            step: the step, counted from 1.
+            tolerance: the largest gap of a log-prob, in nats, that rounding explains.
+
+        Returns:
+            name -> whether the check holds.
         """
         finite = jnp.isfinite(metrics["discriminator/loss"])
         return self.algorithm.checks(metrics, step=step, tolerance=tolerance) | {

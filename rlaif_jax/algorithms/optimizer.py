@@ -61,7 +61,13 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
 def learning_rate_schedule(
     config: OptimizerConfig, updates: int, peak: jax.Array | float
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns the learning rate as a function of the number of updates done; `peak` may be traced."""
+    """Returns the schedule of a learning rate: number of updates done -> learning rate.
+
+    Args:
+        config: the length of the warm-up and the shape of the schedule.
+        updates: all updates of the run; a decay ends at the last.
+        peak: the learning rate after the warm-up; may be a traced scalar.
+    """
     warmup = min(config.warmup_updates, updates)
     rest = max(updates - warmup, 1)
     after = {

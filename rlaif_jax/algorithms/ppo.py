@@ -115,7 +115,10 @@ class PPOConfig:
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
         """Raises UserError where minibatches would be uneven, or staleness is not corrected.
 
-        Args: those of `Algorithm.check`.
+        Args:
+            prompts_per_step: prompts of a step, over all devices.
+            devices: number of devices that share each minibatch.
+            staleness: steps between the policy that answers and the policy that learns, 0 or 1.
         """
         check_minibatches(prompts_per_step * self.answers_per_prompt, self.num_minibatches, devices, 1)
         require(
@@ -197,7 +200,10 @@ class PPO(Algorithm):
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
         """Raises UserError where minibatches would be uneven, or staleness is not corrected.
 
-        Args: those of `Algorithm.check`.
+        Args:
+            prompts_per_step: prompts of a step, over all devices.
+            devices: number of devices that share each minibatch.
+            staleness: steps between the policy that answers and the policy that learns, 0 or 1.
         """
         self.config.check(prompts_per_step, devices, staleness)
 
@@ -279,7 +285,12 @@ class PPO(Algorithm):
         return state.extra["kl_coef"] if self.config.kl_target is not None else state.hyper["kl_coef"]
 
     def update(self, state: TrainState, frozen: Frozen) -> Update:
-        """Returns the update of a step: its loss with the coefficients of `state`."""
+        """Returns the update of a step: its loss with the coefficients of `state`.
+
+        Args:
+            state: gives the coefficients and the learning rates.
+            frozen: weights that do not learn.
+        """
         config = self.config
         return Update(
             score=lambda params, view: self.score(params, frozen, view),
@@ -328,7 +339,13 @@ class PPO(Algorithm):
 
         At step 1 the KL to the reference must be 0.
 
-        Args: those of `Algorithm.checks`.
+        Args:
+            metrics: the metrics of the step.
+            step: the step, counted from 1.
+            tolerance: the largest gap of a log-prob, in nats, that rounding explains.
+
+        Returns:
+            name -> whether the check holds.
         """
         found = {
             "first_minibatch_ratio_is_1": metrics["first/ratio_error"] < tolerance,

@@ -90,7 +90,7 @@ class Llama2cTokenizer:
         return {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Returns the ids of `text`; see `Tokenizer.encode`."""
+        """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
         ids: list[int] = []
         for character in " " + text if text else "":
             raw = character.encode(errors="replace")
@@ -131,7 +131,7 @@ class Llama2cTokenizer:
         return [i for i, living in zip(ids, alive, strict=True) if living]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of `ids`; see `Tokenizer.decode`."""
+        """Returns the text of `ids`, without special tokens if `skip_special`; see `Tokenizer.decode`."""
         out, at_start = bytearray(), True
         for i in map(int, ids):
             if i in (0, 1, 2):

@@ -80,11 +80,11 @@ class SentencePieceTokenizer:
         return frozenset([*control, self.pad_id])
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Returns the ids of `text`; see `Tokenizer.encode`."""
+        """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
         return tokenizer_files.bos_prefix(self.bos_id, add_bos) + list(self._processor.encode(text))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of `ids`; see `Tokenizer.decode`."""
+        """Returns the text of `ids`, without special tokens if `skip_special`; see `Tokenizer.decode`."""
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         if skip_special:
             return self._processor.decode([i for i in known if i not in self._special])

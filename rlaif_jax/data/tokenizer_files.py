@@ -58,7 +58,12 @@ def byte_name(token: str) -> str:
 
 
 def not_one_token(token: str, pieces: Sequence[str | None]) -> UserError:
-    """Returns the error of `Tokenizer.token_id`, which shows the tokens of the text."""
+    """Returns the error of `Tokenizer.token_id` for a text that is not one token.
+
+    Args:
+        token: the text.
+        pieces: the tokens that the text becomes, which the message shows.
+    """
     return UserError(
         f"{token!r} is not one token of this tokenizer: it becomes {list(pieces)!r}; choose a text that is one token"
     )

@@ -259,13 +259,13 @@ class HuggingFaceTokenizer:
         return any(b"ByteLevel" in part.__getstate__() for part in parts if part is not None)
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Returns the ids of `text`; see `Tokenizer.encode`."""
+        """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
         return (
             tokenizer_files.bos_prefix(self.bos_id, add_bos) + self.backend.encode(text, add_special_tokens=False).ids
         )
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of `ids`; see `Tokenizer.decode`."""
+        """Returns the text of `ids`, without special tokens if `skip_special`; see `Tokenizer.decode`."""
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self.backend.decode(known, skip_special_tokens=skip_special)
 

@@ -78,7 +78,11 @@ def mean_rating(
 
     An answer without ratings is missing.
 
-    Args: those of `RewardFn`.
+    Args:
+        records: not read.
+        answers: the B answers; not read.
+        rollout: not read.
+        judgements: the judgements of each answer; only ratings count.
     """
     return _means([[j.unit for j in given if isinstance(j, Rating) and j.answered] for given in judgements])
 
@@ -91,7 +95,11 @@ def standard_rating(
     Mean and deviation of a rater are those of the step's ratings. This removes differences between raters in
     generosity and spread (`rewards.ratings.z_score_mean`). An answer without such ratings is missing.
 
-    Args: those of `RewardFn`.
+    Args:
+        records: not read.
+        answers: the B answers.
+        rollout: not read.
+        judgements: the judgements of each answer; only ratings count.
     """
     ratings = [(row, j) for row, given in enumerate(judgements) for j in given if isinstance(j, Rating) and j.answered]
     names = {name: i for i, name in enumerate(sorted({j.rater.name for _, j in ratings}))}
@@ -122,7 +130,11 @@ def win_share(
 
     An answer without comparisons is missing.
 
-    Args: those of `RewardFn`.
+    Args:
+        records: not read.
+        answers: the B answers.
+        rollout: not read.
+        judgements: the judgements of each answer; only rankings count.
     """
     return _means([_wins(answer, given) for answer, given in zip(answers, judgements)])
 

@@ -152,7 +152,12 @@ class MixedSource(FeedbackSource):
         )
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
-        """Lets every source begin; see `FeedbackSource.prefetch`."""
+        """Lets every source begin to judge; see `FeedbackSource.prefetch`.
+
+        Args:
+            records: the record of each answer's prompt.
+            answers: the B answers.
+        """
         for source in self.sources:
             source.prefetch(records, answers)
 

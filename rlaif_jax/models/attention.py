@@ -95,9 +95,12 @@ def build_mask(
 def last_queries(
     visible: AttentionMask | SharedPrefixMask | jax.Array, last: int
 ) -> AttentionMask | SharedPrefixMask | jax.Array:
-    """Restricts a mask to its last `last` queries.
+    """Returns the mask of the last `last` queries alone.
 
-    Shared-prefix masks are returned unchanged: their answers are already separate.
+    Args:
+        visible: which keys each query reads, as a mask or bool [B, S, C]. A `SharedPrefixMask` is returned
+            unchanged: its answers are already separate.
+        last: the number of queries that are kept.
     """
     if isinstance(visible, SharedPrefixMask):
         return visible

@@ -142,10 +142,10 @@ class LanguageModel(Protocol):
         """
 
     def hidden(self, params: Params, view: View) -> jax.Array:
-        """Returns the hidden states [..., D] that predict `view.targets`."""
+        """Returns the hidden states [..., D], by the parameters `params`, that predict `view.targets`."""
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Returns logits [..., V] float32 of hidden states [..., D]."""
+        """Returns logits [..., V] float32 of hidden states [..., D], by the parameters `params`."""
 
     def token_logprobs(
         self, params: Params, hidden: jax.Array, targets: jax.Array, temperature: float = 1.0, *, entropy: bool = False
@@ -165,4 +165,10 @@ class Critic(Protocol):
     """A scalar for every target of a view: a value function."""
 
     def values(self, params: Params, view: View, hidden: jax.Array) -> jax.Array:
-        """Returns values of the shape of `view.targets`, float32; `hidden` are the policy's hidden states."""
+        """Returns values of the shape of `view.targets`, float32.
+
+        Args:
+            params: the critic's parameters.
+            view: the rollout, padded or packed.
+            hidden: the policy's hidden states of the same view, [..., D].
+        """

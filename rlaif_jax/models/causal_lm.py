@@ -73,15 +73,21 @@ class CausalLM:
         return params | {"trunk": unstack_layers(self.config, params["trunk"])}
 
     def sequence_hidden(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns hidden states [B, S, D] of whole sequences, tokens and mask [B, S]."""
+        """Returns hidden states [B, S, D] of whole sequences.
+
+        Args:
+            params: the model's parameters.
+            tokens: [B, S] int32.
+            mask: [B, S] bool, false for padding.
+        """
         return apply(Trunk(self.config), params["trunk"], tokens, mask)[0]
 
     def hidden(self, params: Params, view: View) -> jax.Array:
-        """Returns the hidden states [..., D] that predict `view.targets`."""
+        """Returns the hidden states [..., D], by the parameters `params`, that predict `view.targets`."""
         return view_hidden(self.config, params["trunk"], view)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Returns logits [..., V] float32 of hidden states [..., D]."""
+        """Returns logits [..., V] float32 of hidden states [..., D], by the parameters `params`."""
         return apply(Decoder(self.config), params, hidden, method="logits")
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:

@@ -57,7 +57,10 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def rope_table(config: DecoderConfig, positions: jax.Array) -> KeyValue | None:
-    """Returns cosines and sines [..., 1, h / 2] float32 of positions [...]; None with learned positions."""
+    """Returns cosines and sines [..., 1, h / 2] float32 of positions [...]; None with learned positions.
+
+    `config` gives h, the frequencies and the kind of positions.
+    """
     if config.positions != "rope":
         return None
     angles = positions[..., None, None] * rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -98,7 +101,7 @@ def flat_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options:
 
 
 def block_params(config: DecoderConfig, trunk: Any) -> list[Any]:
-    """Returns the parameters of each block of a trunk."""
+    """Returns the parameters of each block of a trunk that has the layers of `config`."""
     return [trunk[f"layers_{layer}"] for layer in range(config.num_layers)]
 
 
@@ -362,7 +365,7 @@ class Decoder(nn.Module):
 
 
 def view_hidden(config: DecoderConfig, trunk: Any, view: View) -> jax.Array:
-    """Returns the hidden states [..., D] of a trunk's parameters that predict `view.targets`."""
+    """Returns the hidden states [..., D], by parameters `trunk` of `config`, that predict `view.targets`."""
     if isinstance(view, PaddedView):
         return response_hidden(config, trunk, view)
     # Segments alone separate prompts where each has one answer.

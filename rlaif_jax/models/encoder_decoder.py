@@ -158,6 +158,10 @@ class EncoderDecoder:
     def hidden(self, params: Params, view: View) -> jax.Array:
         """Returns the hidden states [B, T, D] that predict `view.targets`.
 
+        Args:
+            params: the parameters of encoder and decoder.
+            view: the rollout, padded.
+
         Raises:
             UserError: the view is packed.
         """
@@ -185,7 +189,7 @@ class EncoderDecoder:
         return apply(Trunk(config), trunk, x, method="final")
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Returns logits [..., V] float32 of hidden states [..., D]."""
+        """Returns logits [..., V] float32 of hidden states [..., D], by the parameters `params`."""
         table = params["decoder"]["embed"]["embedding"].astype(hidden.dtype)
         return (hidden @ table.T).astype(jnp.float32)
 

@@ -45,7 +45,12 @@ class ScalarModel:
     initial: Literal["zero", "normal"] = "zero"
 
     def init(self, key: jax.Array, trunk: Params | None = None) -> Params:
-        """Returns fresh parameters; `trunk` (another model's `params["trunk"]`) is copied where it is given."""
+        """Returns fresh parameters, drawn with `key`.
+
+        Args:
+            key: the random key.
+            trunk: another model's `params["trunk"]`, which is copied; None: the trunk is drawn too.
+        """
         trunk_key, head_key = jax.random.split(key)
         one = jnp.ones((1, 1), jnp.int32)
         if trunk is None:
@@ -69,7 +74,12 @@ class ScalarModel:
         return self.head(params, view_hidden(self.config, params["trunk"], view))
 
     def head(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Returns the scalars [...] float32 of hidden states [..., D] of this model's own trunk."""
+        """Returns the scalars [...] float32 of hidden states [..., D] of this model's own trunk.
+
+        Args:
+            params: the parameters of trunk and head; only the head is read.
+            hidden: the hidden states.
+        """
         return apply(ScalarHead(self.initial), params["head"], hidden)
 
 

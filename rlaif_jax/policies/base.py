@@ -57,7 +57,7 @@ class Policy(Protocol):
 
     @property
     def tolerance(self) -> float:
-        """The largest gap in nats between two computations of one log-prob that rounding explains."""
+        """Returns the largest gap in nats between two computations of one log-prob that rounding explains."""
 
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
         """Raises UserError where the model does not fit the prompts or the tokenizer.

@@ -48,7 +48,12 @@ class TextPolicy:
         return 1e-3 if self.model.compute_dtype == "float32" else 5e-2
 
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
-        """Raises UserError where lengths, tokenizer or temperature do not fit a policy that learns."""
+        """Raises UserError where lengths, tokenizer or temperature do not fit a policy that learns.
+
+        Args:
+            prompt_length: P in tokens, padding included.
+            tokenizer: its vocabulary, EOS and padding are compared with those of the policy.
+        """
         check_tokenizer(tokenizer, self.model.vocab_size, "the policy")
         require(
             (self.eos_id, self.pad_id) == (tokenizer.eos_id, tokenizer.pad_id),
@@ -123,7 +128,7 @@ class TextPolicy:
         return Scores(logprobs, entropies, hidden)
 
     def texts(self, rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-        """Returns the B answers of a rollout as text; see `answer_texts`."""
+        """Returns the B answers of a rollout as text, decoded by `tokenizer`; see `answer_texts`."""
         return answer_texts(rollout, tokenizer)
 
     def checks(self, rollout: Rollout) -> dict[str, bool]:

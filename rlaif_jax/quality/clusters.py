@@ -32,7 +32,12 @@ def vote_shares_by_pair(votes: Votes) -> dict[int, dict[int, Floats]]:
 
 
 def sort_by_source(votes: Votes, raters: Iterable[int]) -> list[int]:
-    """Returns rater numbers in the order of `SOURCES`, then of their numbers."""
+    """Returns rater numbers in the order of `SOURCES`, then of their numbers.
+
+    Args:
+        votes: holds the name and source of each rater.
+        raters: the rater numbers.
+    """
     return sorted(raters, key=lambda rater: (SOURCES.index(votes.raters[rater][1]), rater))
 
 
@@ -79,7 +84,12 @@ def missing_estimate(reason: str) -> EstimateFields:
 
 
 def rater_fields(votes: Votes, rater: int) -> dict[str, Any]:
-    """Returns the name and source of a rater, the first fields of its row in a table."""
+    """Returns the name and source of a rater, the first fields of its row in a table.
+
+    Args:
+        votes: holds the name and source of each rater.
+        rater: the number of the rater.
+    """
     return {"rater": votes.raters[rater][0], "source": votes.raters[rater][1]}
 
 

@@ -73,12 +73,13 @@ def power_lambda(sums: ArrayLike) -> Floats:
 
 
 def powered_mean(sums: ArrayLike) -> Floats:
-    """Computes the people's mean over all pairs, from a judge on all and people on some of them.
+    """Computes the people's mean [...] over all pairs, from a judge on all and people on some of them.
 
         mean_labelled y + lambda (mean_all f - mean_labelled f),   lambda = `power_lambda`
 
     Without bias for any lambda if the labelled pairs are a random part of all; lambda = 1 is the judge's mean plus the
-    mean error (Angelopoulos et al. 2023, "Prediction-powered inference"), lambda = 0 the labels alone.
+    mean error (Angelopoulos et al. 2023, "Prediction-powered inference"), lambda = 0 the labels alone. `sums` [..., 8]
+    are those of `powered_columns`; f is the judge, y the people.
     """
     moments = _moments(sums)
     return moments.mean_person + power_lambda(sums) * (moments.mean_all - moments.mean_judge)

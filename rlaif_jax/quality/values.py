@@ -64,7 +64,13 @@ def group_index(groups: ArrayLike | None, values: Floats) -> tuple[NDArray[np.in
 
 
 def sum_by_group(columns: ArrayLike, member: ArrayLike, count: int) -> Floats:
-    """Returns the sums [count, ...] of rows [n, ...] by the group number `member` [n] of each row."""
+    """Returns the sums [count, ...] float64 of rows [n, ...] within each group.
+
+    Args:
+        columns: [n, ...], the rows.
+        member: [n], the group number of each row, from 0.
+        count: the number of groups; a group without rows has the sum 0.
+    """
     rows = np.asarray(columns, np.float64)
     total = np.zeros((count, *rows.shape[1:]))
     np.add.at(total, np.asarray(member, np.int64), rows)

@@ -168,7 +168,12 @@ def _word_ids(*sides: Sequence[Sequence[str]]) -> list[tuple[np.ndarray, np.ndar
 
 
 def ratings(*archives: Path, seed: int) -> Findings:
-    """Ranks translations by many raters and checks the ranks by raters who were left out."""
+    """Ranks translations by many raters and checks the ranks by raters who were left out.
+
+    Args:
+        archives: MLQE-PE's files of ratings, each a .tar.gz or a folder.
+        seed: of the random parts.
+    """
     for archive in archives:
         records = [j for j in readable(read_mlqe_ratings(archive)) if isinstance(j, Rating)]
         item, items = index(j.item for j in records)

@@ -172,11 +172,16 @@ class WorldModels:
         )
 
     def first_prompts(self, records: TfdsRecords, count: int) -> PromptBatch:
-        """Returns the first `count` prompts of a split, for evaluation."""
+        """Returns the first `count` prompts of `records`, a split, for evaluation."""
         return next(self.prompts(records, count, shuffle=False))
 
     def gold(self, records: Sequence[Record], answers: Sequence[str]) -> np.ndarray:
-        """Returns the gold scores [B] of answers: a `Measure` for evaluations, never for judges."""
+        """Returns the gold scores [B] of answers: a `Measure` for evaluations, never for judges.
+
+        Args:
+            records: the record of each answer's prompt, with its scene.
+            answers: the B answers.
+        """
         return gold.gold_scores(self.task, [scene_from_json(record["scene"]) for record in records], answers)
 
     # ---- Stages

@@ -57,7 +57,7 @@ class Pool(NamedTuple):
 
     @property
     def singles(self) -> tuple[list[str], list[str]]:
-        """(prompts, answers) of all answers, those to one prompt adjacent."""
+        """Returns (prompts, answers) of all answers, one prompt an answer; answers to one prompt are adjacent."""
         return (
             [p for p, answers in zip(self.prompts, self.answers) for _ in answers],
             [a for answers in self.answers for a in answers],

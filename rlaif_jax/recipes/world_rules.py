@@ -53,6 +53,10 @@ def mended(prompt: str, answer: str) -> str:
     """Corrects an answer: removes false and repeated claims, and replaces its least salient claim.
 
     The least salient claim gives way to the most salient fact that the answer leaves out, where that one matters more.
+
+    Args:
+        prompt: the prompt, which holds the facts.
+        answer: the answer.
     """
     known = facts(prompt)
     kept: list[str] = []

@@ -30,6 +30,10 @@ def final_cards(numbers: Mapping[str, Any], wall_s: Any) -> tuple[list[Card], li
 
     First come the numbers with a 95 % interval (a key `NAME_ci95` next to `NAME`), then the pairs `NAME_before` and
     `NAME_after`, then all other numbers; each in the order of the summary.
+
+    Args:
+        numbers: the metrics by name.
+        wall_s: the wall time of the run in seconds, shown on the last card; no card for anything but a number.
     """
     left = {key: value for key, value in numbers.items() if key != "wall_s"}
     last = [Card("Wall time", duration_text(wall_s))] if is_number(wall_s) else []

@@ -82,13 +82,23 @@ def quantity(name: str) -> tuple[str, str]:
 
 
 def is_main(stage: str, key: str) -> bool:
-    """Returns whether a key is one that everybody looks at first, whatever its values are."""
+    """Returns whether a curve is one that everybody looks at first, whatever its values are.
+
+    Args:
+        stage: the stage of the run.
+        key: the key in metrics.jsonl.
+    """
     name = key.split("/")[-1]
     return name in QUANTITIES if stage == RL_STAGE else name.endswith(("loss", "accuracy"))
 
 
 def curve_title(stage: str, key: str) -> tuple[str, str]:
-    """Returns (title, unit) of a key of metrics.jsonl; the unit is empty if it is not known."""
+    """Returns (title, unit) of a curve; the unit is empty if it is not known.
+
+    Args:
+        stage: the stage of the run; the unit of a loss depends on it.
+        key: the key in metrics.jsonl.
+    """
     name = key.split("/")[-1]
     if stage == RL_STAGE and name in QUANTITIES:
         title, unit = quantity(name)

@@ -176,7 +176,14 @@ def missing_eos_score(shaping: Shaping, score: jax.Array, finished: jax.Array) -
 
 
 def clip(scores: jax.Array, valid: jax.Array, low: float, high: float) -> Masked:
-    """Clips scores [...] to [low, high]; a missing one, or one that is not finite, is missing and 0."""
+    """Clips scores to [low, high]; a missing one, or one that is not finite, is missing and 0.
+
+    Args:
+        scores: [...].
+        valid: [...], false where a score is missing.
+        low: the smallest score.
+        high: the largest score.
+    """
     scores, valid = masked(scores, valid)
     return Masked(jnp.where(valid, jnp.clip(scores, low, high), 0.0), valid)
 

@@ -13,7 +13,7 @@ from rlaif_jax.ui.service import AnnotationService
 
 
 def add_task_routes(app: FastAPI, service: AnnotationService) -> None:
-    """Adds to `app` the routes of a rater's work, which call the methods of `service`."""
+    """Adds to `app` the routes of a rater's work, such as GET /api/me; each calls a method of `service`."""
 
     @app.get("/api/me")
     async def me(request: Request) -> Any:

@@ -15,7 +15,7 @@ from rlaif_jax.ui.service import AnnotationService
 
 
 def add_team_routes(app: FastAPI, service: AnnotationService) -> None:
-    """Adds to `app` the routes of the team, which call the methods of `service`."""
+    """Adds to `app` the routes of the team, such as GET /api/team; each calls a method of `service`."""
 
     @app.get("/api/team")
     async def team(request: Request) -> Any:

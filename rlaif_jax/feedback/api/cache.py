@@ -77,7 +77,13 @@ class CallCache:
         return json.loads(row[0]) if row else None
 
     def put_capabilities(self, server: str, model: str, capabilities: dict[str, Any]) -> None:
-        """Stores what a server can do with a model, in place of what was stored before."""
+        """Stores what a server can do with a model, in place of what was stored before.
+
+        Args:
+            server: the server's address.
+            model: the model's name at the server.
+            capabilities: the answer to each question about the server, JSON values.
+        """
         self._db.execute(
             "INSERT OR REPLACE INTO server VALUES (?, ?)", (sha256([server, model]), canonical(capabilities))
         )

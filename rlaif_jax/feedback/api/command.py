@@ -160,7 +160,12 @@ def _builtin_text(form: Form) -> str:
 
 
 def summarise_outcomes(outcomes: Sequence[Outcome], spent: Spent) -> str:
-    """Summarises outcomes in lines: answered, missing by name and reason, money, position bias."""
+    """Summarises outcomes in lines: answered, missing by name and reason, money, position bias.
+
+    Args:
+        outcomes: the outcomes of all questions.
+        spent: the calls, tokens and money that they used.
+    """
     entries = [(outcome.question, entry) for outcome in outcomes for entry in outcome.judgements]
     answered = sum(entry.answered for _, entry in entries)
     ties = sum(entry.status == "tie" for _, entry in entries)

@@ -146,7 +146,7 @@ class ApiJudge:
 
     @property
     def concurrency(self) -> int:
-        """The calls that may run at a time, now: less than the config's after "too many requests"."""
+        """Returns how many calls may run at a time now: fewer than in the config after "too many requests"."""
         return self._transport.concurrency
 
     # ---- questions
@@ -183,7 +183,12 @@ class ApiJudge:
             template.render(question, order, ending=self._ending(template, False))
 
     def judge(self, questions: Sequence[Question], template: Template) -> list[Outcome]:
-        """Asks all questions and waits for their outcomes: `submit`, then all results."""
+        """Asks all questions with a template and waits for their outcomes, which it returns in their order.
+
+        Args:
+            questions: the prompts with the answers to judge.
+            template: the wording of the request and the form of the verdict.
+        """
         return [future.result() for future in self.submit(questions, template)]
 
     async def _judge(self, question: Question, template: Template, orders: tuple[tuple[int, ...], ...]) -> Outcome:

@@ -54,7 +54,12 @@ class ApiJudgeSource(FeedbackSource):
         return [self.question(record, answer) for record, answer in zip(records, answers, strict=True)]
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
-        """Starts to judge these answers and returns at once."""
+        """Starts to judge these answers and returns at once.
+
+        Args:
+            records: the record of each answer's prompt.
+            answers: the B answers.
+        """
         self.judge.submit(self._questions(records, answers), self.template)
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:

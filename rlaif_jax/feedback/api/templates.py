@@ -244,7 +244,12 @@ class Template:
 
 
 def split_question(question: Question, form: Form) -> list[Question]:
-    """Splits a question into one for every pair of answers (ranking) or every answer (other forms)."""
+    """Splits a question into one for every pair of answers (ranking) or every answer (other forms).
+
+    Args:
+        question: the prompt and two or more answers.
+        form: the form of the judgements that are asked for.
+    """
     generators = question.generators
 
     def of(indices: tuple[int, ...]) -> Question:
@@ -288,7 +293,7 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def unknown_placeholder(name: str, form: str) -> str:
-    """Returns the message about a placeholder that a form does not have."""
+    """Returns the message that a template for a `form` has no placeholder `name`; it lists those it has."""
     return f"unknown placeholder {{{name}}}; a {form} has {', '.join(PLACEHOLDERS[form])}"
 
 

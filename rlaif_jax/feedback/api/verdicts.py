@@ -266,6 +266,10 @@ def preference(judgements: Iterable[Judgement], *, debias: Debias = "logit") -> 
     - mean: (p12 + 1 - p21) / 2 (Lee 2023, section 2.2); also used for verdicts in words, which are 1, 0 or
       1/2.
 
+    Args:
+        judgements: rankings of the same two answers, each with the order in which the judge read them.
+        debias: "logit" or "mean".
+
     Raises:
         UserError: a judgement is not a ranking of two answers.
     """

@@ -109,7 +109,11 @@ def rule_comments(
     half, or false where its weight is negative), else its blame. The formula's name is the comment's aspect
     and principle.
 
-    Args: those of `rule_ratings`.
+    Args:
+        constitution: the rules and formulas.
+        prompts: the B prompts.
+        answers: the B answers.
+        encoder: embeds texts for the rules that compare with an exemplar; None if there are no such rules.
     """
     _, (truths, valid) = _rewards(constitution, evaluate_rules(constitution, prompts, answers, encoder))
     rater = rule_rater(constitution)
@@ -144,7 +148,11 @@ def rule_corrections(
     has a `replace`. An answer without a fault is left unchanged if its reward is the best possible; otherwise
     the rules cannot locate the fault, and the correction is `abstained`.
 
-    Args: those of `rule_ratings`.
+    Args:
+        constitution: the rules and formulas.
+        prompts: the B prompts.
+        answers: the B answers.
+        encoder: embeds texts for the rules that compare with an exemplar; None if there are no such rules.
     """
     rule_values = evaluate_rules(constitution, prompts, answers, encoder)
     (rewards, valid), _ = _rewards(constitution, rule_values)

@@ -100,7 +100,7 @@ class Length:
 
 
 def measure_length(text: str, unit: Unit) -> int:
-    """Measures the length of a text in characters, words, sentences, lines or paragraphs (see `Length`)."""
+    """Returns the length of a text, counted in `unit`: characters, words, sentences, lines or paragraphs."""
     if unit == "characters":
         return len(text)
     if unit == "words":
@@ -235,7 +235,12 @@ def apply_rule(
 
 
 def fresh_words(prompt: str, answer: str) -> float | None:
-    """Computes the share of distinct word triples of the answer: 1 = no repetition; None below 3 words."""
+    """Computes the share of distinct word triples of the answer: 1 = no repetition; None below 3 words.
+
+    Args:
+        prompt: not read; every predicate takes it.
+        answer: the answer.
+    """
     words = answer.lower().split()
     triples = list(zip(words, words[1:], words[2:]))
     return len(set(triples)) / len(triples) if triples else None

@@ -66,7 +66,16 @@ class TomlEntry:
         return self.values[name][0]
 
     def text(self, name: str, default: str | None = None, *, empty: bool = False) -> str:
-        """Reads a text, not blank unless `empty`; an absent field has the default, or is an error without one."""
+        """Returns the text of the field `name`.
+
+        Args:
+            name: the field.
+            default: the value where the field is absent; None: the field is required.
+            empty: whether a blank text is allowed.
+
+        Raises:
+            UserError: another type, a blank text that is not allowed, or a required field is absent.
+        """
         if not self.has(name) and default is not None:
             return default
         value = self._value(name, "a text")
@@ -93,14 +102,26 @@ class TomlEntry:
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Reads a list of one or more texts that are not blank."""
+        """Returns the field `name`, a list of one or more texts that are not blank.
+
+        Raises:
+            UserError: another value, or the field is absent.
+        """
         value = self._value(name, "a list of texts")
         if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
             raise self.wrong(name, f'{name} must be a list of texts such as ["one", "two"], not {value!r}')
         return tuple(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Reads a finite number; an absent field has the default, or is an error without one."""
+        """Returns the finite number of the field `name`.
+
+        Args:
+            name: the field.
+            default: the value where the field is absent; None: the field is required.
+
+        Raises:
+            UserError: another type, a number that is not finite, or a required field is absent.
+        """
         if not self.has(name) and default is not None:
             return default
         value = self._value(name, "a number")
@@ -125,7 +146,11 @@ class TomlEntry:
 
 
 def read_entries(path: Path, sections: Sequence[str]) -> tuple[str, list[TomlEntry]]:
-    """Reads a file; returns (its text, its entries: the top of the file, then every `[[section]]`).
+    """Reads a TOML file; returns (its text, its entries: the top of the file, then every `[[section]]`).
+
+    Args:
+        path: the file.
+        sections: the names of the sections that the file may have.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, is empty, is no TOML, or has another section.

@@ -70,6 +70,10 @@ def preference_from_scores(first: AnswerScores, second: AnswerScores) -> tuple[n
 
     The probability is P(s1 > s2) + P(s1 = s2) / 2 with independent scores, and 0.5 where not valid. Each
     answer was judged alone, so no position bias arises. The scale must be in rising order.
+
+    Args:
+        first: scores of B first answers.
+        second: scores of the B second answers to the same prompts.
     """
     p1, p2 = first.probabilities, second.probabilities
     below = np.cumsum(p2, axis=-1) - p2  # P(s2 < s1), score by score
@@ -255,10 +259,19 @@ class LanguageModelJudge:
         return choices, fits & np.isfinite(choices).all(-1) & (found["mass"] >= self.min_mass)
 
     def compare(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Comparison:
-        """Compares two answers [B] to each prompt in both orders.
+        """Compares two answers to each of B prompts in both orders.
 
         P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2, or by log-odds:
         `debias`.
+
+        Args:
+            prompts: B prompts.
+            first: B first answers.
+            second: B second answers.
+
+        Returns:
+            The comparison, arrays [B]; it is not valid for a question longer than the context, or with too little
+            probability on the verdicts (`min_mass`).
         """
         count = len(prompts)
         texts = [self.pairwise_prompt(p, a, b) for p, a, b in zip(prompts, first, second)]

@@ -79,7 +79,12 @@ class SentimentConfig:
 
 
 def word_tokenizer(texts: Sequence[str], config: SentimentConfig) -> HuggingFaceTokenizer:
-    """Builds a word-level tokenizer of the texts: lower case, punctuation apart, rare words unknown."""
+    """Builds a word-level tokenizer of the texts: lower case, punctuation apart, rare words unknown.
+
+    Args:
+        texts: the texts whose words make the vocabulary.
+        config: the largest vocabulary (`vocab_size`) and the frequency that a word needs (`min_frequency`).
+    """
     backend = hf.Tokenizer(hf.models.WordLevel({PAD: 0, UNKNOWN: 1}, unk_token=UNKNOWN))
     backend.normalizer = hf.normalizers.Lowercase()
     backend.pre_tokenizer = hf.pre_tokenizers.Whitespace()
@@ -206,7 +211,11 @@ def fit_judge(
 def train_judge(sentences: Sentences, config: SentimentConfig, seed: int, runner: Runner) -> SentimentJudge:
     """Builds a judge and trains it on `sentences`: `new_judge`, then `fit_judge`.
 
-    Args: those of `new_judge`; `seed` also orders the texts.
+    Args:
+        sentences: the n texts and their labels.
+        config: the settings of the judge.
+        seed: draws the parameters and orders the texts.
+        runner: runs the judge on all devices.
     """
     judge = new_judge(sentences, config, seed, runner)
     return dataclasses.replace(judge, params=fit_judge(judge, sentences, config, seed))

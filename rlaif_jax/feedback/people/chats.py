@@ -50,9 +50,14 @@ class Chats:
             )
 
     def reply(self, rater: str, request: str, reply: str) -> None:
-        """Stores the model's reply to a request; the first reply stays.
+        """Stores the model's reply to a message; the first reply stays.
 
         A lone surrogate, which SQLite cannot hold, becomes a question mark.
+
+        Args:
+            rater: who wrote the message.
+            request: the id of the post that held the message.
+            reply: the model's text.
         """
         reply = reply.encode(errors="replace").decode()
         with self.database.write() as db:

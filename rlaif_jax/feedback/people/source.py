@@ -96,6 +96,10 @@ class PeopleSource(FeedbackSource):
 
         In rankings, a prompt with fewer than two different answers makes no task.
 
+        Args:
+            records: the record of each answer's prompt.
+            answers: the B answers.
+
         Raises:
             UserError: more different answers to a prompt than people can rank at once.
         """

@@ -44,7 +44,7 @@ class Team:
             db.execute("INSERT OR IGNORE INTO page_passed VALUES (?, ?)", (rater, questions))
 
     def request_stop(self, rater: str, stop: bool = True) -> None:
-        """Stores a request to stop asking people, or (`stop` false) to go on."""
+        """Stores the request of `rater` to stop asking people, or (`stop` false) to go on."""
         with self.database.write() as db:
             db.execute("INSERT INTO page_stop (time, rater, stop) VALUES (?, ?, ?)", (now(), rater, stop))
 

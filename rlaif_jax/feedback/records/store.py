@@ -134,7 +134,11 @@ class Store(Database):
             yield StoredJudgement(sequence, from_json(json.loads(record), f"{self.path}: record {sequence}"))
 
     def judgements(self, **selection: object) -> list[Judgement]:
-        """Returns the judgements that `read` yields, without their sequence numbers."""
+        """Returns the judgements that `read` yields, without their sequence numbers.
+
+        Args:
+            **selection: the arguments of `read`, such as `form` and `item`; without them all judgements are returned.
+        """
         return [stored.judgement for stored in self.read(**selection)]  # type: ignore[arg-type]
 
     def __contains__(self, identifier: str) -> bool:
@@ -177,7 +181,12 @@ class Store(Database):
         return dataset.write({"train": self.judgements(superseded=True)}, folder)
 
     def import_tfds(self, folder: Path, split: str = "train") -> tuple[int, Sequence[str]]:
-        """Adds a split that `export_tfds` wrote; returns (number of new records, messages)."""
+        """Adds a split that `export_tfds` wrote; returns (number of new records, messages).
+
+        Args:
+            folder: the folder that `export_tfds` wrote.
+            split: the name of the split.
+        """
         from rlaif_jax.feedback.records import dataset
 
         good, bad = dataset.read(folder, split)

@@ -90,7 +90,10 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
-    """Returns every tensor of a model's files, named as in transformers; `shapes`: of all parameters."""
+    """Returns every tensor of a model's files, named as the model's `family` names it in transformers.
+
+    `shapes` are those of all parameters, by path.
+    """
     groups: dict[tuple[str, bool], list[str]] = {}
     for path in shapes:
         *modules, leaf = path.split("/")
@@ -229,7 +232,10 @@ def damage(path: Path) -> str:
 
 
 def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
-    """Returns all parameters {path: float32 array} from the safetensors of a folder, each tensor checked."""
+    """Returns all parameters {path: float32 array} from the safetensors of a folder, each tensor checked.
+
+    `config` is the model's. Raises UserError where a tensor is missing, unknown or of another shape.
+    """
     shapes = parameter_shapes(config)
     values: dict[str, np.ndarray] = {}
     places = weight_files(folder)
@@ -431,6 +437,11 @@ def write_weights(folder: Path, config: DecoderConfig, flat: dict[str, jax.Array
 
 
 def gather(tensor: Tensor, flat: dict[str, jax.Array]) -> np.ndarray:
-    """Returns a tensor of a file from the parameters that it holds."""
+    """Returns a tensor of a file as a float32 array, made from the parameters that it holds.
+
+    Args:
+        tensor: names its parameters, and whether the file holds them transposed.
+        flat: path of a parameter, with "/" -> its array.
+    """
     array = np.concatenate([np.asarray(flat[p], np.float32) for p in tensor.parameters], axis=-1)
     return np.ascontiguousarray(array.T if tensor.transposed else array)

@@ -85,7 +85,10 @@ def layout(config: DecoderConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def half_split(kernel: np.ndarray, head_dim: int) -> np.ndarray:
-    """Reorders each head's rows in a kernel [L, heads * h, D]: rotary pairs -> first rows, then second."""
+    """Reorders each head's rows in a kernel [L, heads * h, D]: rotary pairs -> first rows, then second.
+
+    `head_dim` is h.
+    """
     depth, rows, width = kernel.shape
     pairs = kernel.reshape(depth, rows // head_dim, head_dim // 2, 2, width)
     return pairs.swapaxes(2, 3).reshape(kernel.shape)

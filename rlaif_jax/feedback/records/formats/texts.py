@@ -191,6 +191,9 @@ def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person
 
     Returns:
         (corrections and ratings, a message for each bad line).
+
+    Raises:
+        UserError: a file is missing or cannot be read.
     """
     found = Collector()
     texts = _archive(path, (".src", ".mt", ".pe", ".hter"))
