@@ -118,6 +118,9 @@ class MetricsWriter:
             total: steps of the stage, for the bar and the time left; None when unknown.
             resume_from: the step the stage continues from; its lines beyond it are dropped at once (they came
                 after the checkpoint that is continued). None: all its lines. Other stages' lines stay.
+
+        Raises:
+            UserError: metrics.jsonl cannot be written.
         """
         keep = -math.inf if resume_from is None else resume_from
         try:

@@ -345,7 +345,7 @@ class JitRunner:
         return jax.device_put(state)
 
     def fetch(self, state: S) -> S:
-        """Returns host arrays."""
+        """Returns the state with its arrays on the host."""
         return jax.device_get(state)
 
 

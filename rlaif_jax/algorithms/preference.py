@@ -135,7 +135,7 @@ class DPO(Algorithm):
         return initial_state(params, self.optimizers, self.config, seed)
 
     def score(self, params: Params, frozen: Frozen, view: View) -> Scored:
-        """Returns the policy's log-probs of every target of a view.
+        """Returns the log-probs and entropies, under the policy, of every target of a view.
 
         Args:
             params: {"policy": parameters}.

@@ -11,7 +11,10 @@ from rlaif_jax.types import Metrics
 
 
 def summarise(history: Metrics) -> Metrics:
-    """Returns a step's metrics, means and `first/*`, from `history`: those of its minibatches, in order."""
+    """Returns the metrics of a step: means over its minibatches, and `first/*` of the first minibatch.
+
+    `history` has the same metrics of each minibatch, arrays [number of minibatches] in order.
+    """
     # The sampler's log-probs are compared with the trainer's before it has moved: later the gap would mean nothing.
     metrics = {name: x.mean() for name, x in history.items() if not name.startswith("sampler_")}
     first = {name: x[0] for name, x in history.items()}

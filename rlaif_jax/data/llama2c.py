@@ -148,7 +148,7 @@ class Llama2cTokenizer:
         return out.decode(errors="replace")
 
     def token_id(self, token: str) -> int:
-        """Returns the id of a text that is one token; see `Tokenizer.token_id`."""
+        """Returns the id of a text that is one token; raises UserError for other texts."""
         names = {"<unk>": 0, "<s>": 1, "</s>": 2}
         if token in names:
             return names[token]

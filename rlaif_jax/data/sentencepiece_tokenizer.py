@@ -99,7 +99,7 @@ class SentencePieceTokenizer:
         return "".join([*parts, self._processor.decode(run)])
 
     def token_id(self, token: str) -> int:
-        """Returns the id of a text that is one token; see `Tokenizer.token_id`."""
+        """Returns the id of a text that is one token; raises UserError for other texts."""
         sp = self._processor
         for name in (token, token.replace(" ", "▁"), tokenizer_files.byte_name(token)):
             i = sp.piece_to_id(name)

@@ -99,7 +99,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def own_place(folder: PathLike, name: str) -> Path:
-    """Makes a folder and returns `folder/name`.
+    """Makes the folder where missing and returns `folder/name`, the path of a tokenizer's file.
 
     Raises UserError where the folder cannot be made, or holds another tokenizer that would be found first.
     """

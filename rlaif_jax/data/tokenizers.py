@@ -124,10 +124,14 @@ def load_tokenizer(folder_or_file: tokenizer_files.PathLike) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
-    """Raises UserError for a tokenizer that knows more ids than the model has embeddings (`vocab_size`).
+    """Raises UserError for a tokenizer that knows more ids than the model has embeddings.
 
-    A smaller tokenizer is fine: many models pad their embedding to a round number. The message names `where`, such as
-    the model's folder.
+    A smaller tokenizer is fine: many models pad their embedding to a round number.
+
+    Args:
+        tokenizer: the tokenizer.
+        vocab_size: the number of the model's embeddings.
+        where: begins the message, such as the model's folder.
     """
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -163,7 +167,11 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def read(cls, path: tokenizer_files.PathLike) -> HuggingFaceTokenizer:
-        """Reads a `tokenizer.json`, and the special ids from the other files of its folder."""
+        """Reads a `tokenizer.json`, and the special ids from the other files of its folder.
+
+        Raises:
+            UserError: the file is not a readable tokenizer.json.
+        """
         path = Path(path)
         text = tokenizer_files.read_text(path)
         try:
@@ -270,7 +278,7 @@ class HuggingFaceTokenizer:
         return self.backend.decode(known, skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int:
-        """Returns the id of a text that is one token; see `Tokenizer.token_id`."""
+        """Returns the id of a text that is one token; raises UserError for other texts."""
         if token in {t.content for t in self.backend.get_added_tokens_decoder().values()}:
             return self._ids[token]
         if self._byte_level:
@@ -289,7 +297,7 @@ class HuggingFaceTokenizer:
         return ids[0]
 
     def save(self, folder: tokenizer_files.PathLike) -> None:
-        """Writes the tokenizer into a folder; see `Tokenizer.save`."""
+        """Writes the tokenizer into a folder, made if missing; see `Tokenizer.save`."""
         path = tokenizer_files.own_place(folder, "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.settings}
         with atomic_write(path) as file:

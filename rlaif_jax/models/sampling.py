@@ -80,11 +80,13 @@ def first_above(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """Returns indices [B] drawn with probability weight / total.
 
-    `weights` are [B, V] >= 0, `uniform` [B, 2] in [0, 1).
-
     A large vocabulary is drawn from in two levels: the first number picks a block by its sum, the second a token of it.
-    One number of 24 bits could not tell the tokens of 152,000 apart, and every token's bound is a place where a rounding
-    of the logits changes the draw: two levels have a few hundred of them.
+    One level has two faults. A number of 24 bits cannot tell 152,000 tokens apart. And a rounding of the logits can
+    change the draw at the bound of every token; two levels have only a few hundred bounds.
+
+    Args:
+        weights: [B, V], >= 0.
+        uniform: [B, 2], in [0, 1).
     """
     rows, vocab = weights.shape
     if vocab <= 2 * BLOCK:

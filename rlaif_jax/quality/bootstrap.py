@@ -49,7 +49,12 @@ def draw_counts(seed: int, resamples: int, groups: int, row: int | None = None) 
 
 
 def percentile_interval(values: Floats | Sequence[float], level: float) -> tuple[float, float]:
-    """Returns the middle `level` of resampled `values` [r] as (low, high)."""
+    """Returns the bounds (low, high) of the middle of resampled values.
+
+    Args:
+        values: [r], the resampled values.
+        level: the share of the values between the bounds, between 0 and 1.
+    """
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

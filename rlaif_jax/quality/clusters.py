@@ -65,7 +65,7 @@ class GroupedRows:
         return sorted(self._rows, key=lambda key: -len(self._rows[key]))
 
     def size(self, key: Any) -> int:
-        """Returns the number of rows under `key`."""
+        """Returns the number of rows under `key`; 0 for a key that has none."""
         return len(self._rows[key])
 
     def sums(self, key: Any) -> Floats:
@@ -79,7 +79,7 @@ def ratio(top: int, bottom: int) -> Callable[[Floats], Floats]:
 
 
 def missing_estimate(reason: str) -> EstimateFields:
-    """Returns the fields of an estimate that could not be computed."""
+    """Returns the fields of an estimate that could not be computed: no value, no bounds, the `reason`."""
     return {"value": None, "low": None, "high": None, "reason": reason}
 
 

@@ -148,9 +148,9 @@ def by_crowd(form: Form, pool: Pool, scene_of: SceneOf, crowd: Sequence[Person],
     Args:
         form: of the judgements.
         pool: the answers.
-        scene_of: the truth about a prompt.
+        scene_of: prompt -> its scene, which holds the true facts.
         crowd: the people.
-        seed: of the choice of person and of their noise, which depend on the prompt alone.
+        seed: of the choice of person and of their noise, which depend on the seed, the form and the prompt alone.
     """
     made = []
     for prompt, answers in zip(pool.prompts, pool.answers):

@@ -109,6 +109,9 @@ def shaped_rewards(shaping: Shaping, normaliser: Normaliser, judged: Feedback, r
         normaliser: mean and std of each reward.
         judged: feedback with values [B, R].
         rollout: the answers.
+
+    Raises:
+        UserError: the number of weights is not R.
     """
     chex.assert_rank([judged.values, judged.valid], 2)
     count = judged.values.shape[1]

@@ -85,7 +85,7 @@ class AnnotationService:
     # ---- Reading
 
     def me(self, rater: str) -> Json:
-        """Returns the rater's role, the check and the rater's progress."""
+        """Returns the rater's role, whether the rater has passed the check, its questions, and the progress."""
         return {
             "rater": rater,
             "simulated": rater in self.simulated,
@@ -104,7 +104,7 @@ class AnnotationService:
             raise Forbidden("pass the check of the instructions first")
 
     def progress(self, rater: str) -> Json:
-        """Returns how many tasks the rater has answered, skipped and left."""
+        """Returns {"answered", "skipped", "left"}: the rater's numbers of tasks."""
         row = self.queue.progress([rater])[0]
         return {"answered": row.answered, "skipped": row.skipped, "left": row.left}
 
@@ -154,7 +154,14 @@ class AnnotationService:
     # ---- Working
 
     def next(self, rater: str) -> Json:
-        """Leases the rater's next task and returns it, with the rater's progress."""
+        """Leases the rater's next task and returns it, with the rater's progress.
+
+        Returns:
+            {"task": the task as the rater sees it, or None where no task is left; "progress": counts of tasks}.
+
+        Raises:
+            Forbidden: the rater has not passed the check.
+        """
         self._require_passed(rater)
         task = self.queue.lease(rater)
         progress = self.progress(rater)
@@ -226,8 +233,11 @@ class AnnotationService:
             request: the id that the sender made for this post.
             body: the post; no field of it is read.
 
+        Returns:
+            {"task": the task as the rater sees it, "progress": counts of tasks}.
+
         Raises:
-            Conflict: the rater has no such post.
+            Conflict: the rater has no such post, or used the request id for another post.
         """
         posted = self._repeated(rater, request, body)
         if posted is None:
@@ -272,7 +282,11 @@ class AnnotationService:
             raise Forbidden(f"only the coordinator ({self.coordinator}) may do this")
 
     def team(self) -> Json:
-        """Returns the progress of all raters and of each kind of task."""
+        """Returns {"raters", "groups", "stuck", "stopped"}: who has done how much of which kind of task.
+
+        "raters" has a row for each rater, "groups" one for each kind and origin of tasks; "stuck" is the number of
+        tasks that nobody is left to answer; "stopped" says whether runs were asked to stop.
+        """
         rows = [row._asdict() | {"simulated": row.rater in self.simulated} for row in self.queue.progress(self.raters)]
         tasks = self.queue.tasks()
         groups: dict[tuple[str, str], list[QueuedTask]] = {}
@@ -294,7 +308,17 @@ class AnnotationService:
         return {"raters": rows, "groups": counts, "stuck": stuck, "stopped": self.queue.team.stop_requested()}
 
     def disputes(self, rater: str) -> Json:
-        """Returns the tasks whose raters disagree and that nobody has adjudicated yet."""
+        """Returns the tasks whose raters disagree and that nobody has adjudicated yet.
+
+        Args:
+            rater: who asks; must be the coordinator.
+
+        Returns:
+            {"disputes": [{"task": the task, "opinions": the raters' answers in words}]}.
+
+        Raises:
+            Forbidden: the rater is not the coordinator.
+        """
         self._only_coordinator(rater)
         found = []
         for identifier, posts in group_by_task(self.queue.posts()).items():
@@ -367,6 +391,9 @@ class AnnotationService:
             rater: who asks; must be the coordinator.
             final: only the records that hold in the end: none that was retracted or replaced, and of an adjudicated task
                 only the adjudication.
+
+        Raises:
+            Forbidden: the rater is not the coordinator.
         """
         self._only_coordinator(rater)
         overruled: set[str] = set()

@@ -126,7 +126,7 @@ class Brindlemoor(tfds.core.GeneratorBasedBuilder):
 
 
 def cache_folder() -> Path:
-    """Returns ``$RLAIF_JAX_CACHE``, or ``~/.cache/rlaif_jax``."""
+    """Returns the folder of generated worlds: ``$RLAIF_JAX_CACHE``, or ``~/.cache/rlaif_jax``."""
     return Path(os.environ.get("RLAIF_JAX_CACHE") or Path.home() / ".cache" / "rlaif_jax")
 
 

@@ -82,7 +82,10 @@ class ConcurrencyLimiter:
             self.limit, self._answers_since_refusal = max(1.0, self.limit * 0.8), 0
 
     def answered(self) -> None:
-        """Counts an answer and raises the limit after enough of them."""
+        """Counts an answer; after 10 x limit answers without a refusal, raises the limit by one.
+
+        The limit never exceeds the one that the limiter was made with.
+        """
         self._answers_since_refusal += 1
         if self._answers_since_refusal >= 10 * self.limit:
             self.limit, self._answers_since_refusal = min(self.limit + 1, float(self._widest)), 0

@@ -136,7 +136,7 @@ class Transport:
 
     @property
     def concurrency(self) -> int:
-        """The calls that may run at a time, now."""
+        """Returns how many calls may run at a time now."""
         return max(int(self._concurrency.limit), 1)
 
     async def close(self) -> None:

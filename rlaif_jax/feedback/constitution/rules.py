@@ -206,6 +206,9 @@ def apply_rule(
 
     Returns:
         The rule's values [B], None where missing; and a sentence about each different problem.
+
+    Raises:
+        UserError: the rule compares with an exemplar and `numbers` is None.
     """
     require(
         numbers is not None or not isinstance(rule.measure, Exemplar), f"rule {rule.name}: similarities must be given"

@@ -30,7 +30,7 @@ class Team:
 
     @property
     def raters(self) -> frozenset[str]:
-        """The raters that the page registered when it last started; empty before the first start."""
+        """Returns the raters that the page registered when it last started; none before the first start."""
         return frozenset(row[0] for row in self.database.rows("SELECT name FROM page_rater"))
 
     def has_passed(self, rater: str, questions: str) -> bool:

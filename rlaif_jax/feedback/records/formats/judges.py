@@ -117,6 +117,12 @@ def read_fastchat(path: Path, questions: Path | None = None, answers: Sequence[P
         path: the judgements, which name questions and models.
         questions: question.jsonl with the texts of the questions; without it a prompt is the question's number.
         answers: model_answer/*.jsonl with the texts of the answers; without them an answer is the model's name.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: a file cannot be read.
     """
     found = Collector()
     question_turns: dict[Any, list[str]] = {}
@@ -203,6 +209,12 @@ def read_pandalm(path: Path, judges: Sequence[Path] = ()) -> ReadResult:
         path: the test set.
         judges: files of AI judges on the same pairs, with `NAME_result` and `NAME_reason` by `idx`; a result that is no
             verdict ("garbage") becomes an unparsed record.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: a file cannot be read.
     """
     found = Collector()
     pairs: dict[Any, tuple[str, tuple[str, str], tuple[str, ...]]] = {}
@@ -252,7 +264,17 @@ def _pandalm_judge(row: Any, prompt: str, answers: tuple[str, str], writers: tup
 
 
 def read_llmbar(path: Path) -> ReadResult:
-    """Reads LLMBar's pairs with the authors' label of the output that follows the instruction."""
+    """Reads LLMBar's pairs with the authors' label of the output that follows the instruction.
+
+    Args:
+        path: the JSON file, or a .gz of it.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     return parse_rows(path, lambda row: [_llmbar(row)])
 
 
@@ -274,6 +296,12 @@ def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | Non
         judge: the judge's name.
         verdict: parses the judge's text: 0 or 1 for the output shown first or second, None for neither; by default the
             file's parsed `winner` is used.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found = Collector()
     rater = Rater(judge, "ai", model=judge)
@@ -366,6 +394,15 @@ def read_autoj_pairs(path: Path) -> ReadResult:
     """Reads Auto-J's pairs from prometheus-eval, with people's labels.
 
     The label is 0 where response 1 is better, 1 where response 2 is better, 2 for a tie.
+
+    Args:
+        path: the JSON file, or a .gz of it.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     return parse_rows(path, lambda row: [_autoj(row)])
 

@@ -97,6 +97,12 @@ def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, hi
         rater: the judge.
         low: the lowest rating.
         high: the highest rating.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):
@@ -261,6 +267,12 @@ def read_critique_requests(path: Path) -> tuple[list[CritiqueRequest], list[str]
 
     Returns:
         (requests, a message for each bad row).
+
+    Args:
+        path: the JSON file, or a .gz of it.
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found = Collector()
     requests: list[CritiqueRequest] = []

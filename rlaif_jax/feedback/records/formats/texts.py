@@ -43,6 +43,12 @@ def read_fine_grained(path: Path, rater: Rater = WORKER) -> ReadResult:
     Args:
         path: the published JSON file.
         rater: who the records are by.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):
@@ -94,6 +100,12 @@ def read_squality(path: Path, stories: Path | None = None) -> ReadResult:
     Args:
         path: the evaluation, which has no questions.
         stories: the v1-3 JSONL file with the questions; a question that it lacks is replaced by its number.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: a file cannot be read.
     """
     found = Collector()
     question_texts: dict[tuple[str, str], str] = {}
@@ -217,6 +229,15 @@ def read_mlqe_ratings(path: Path) -> ReadResult:
 
     The file has each score with its z-score, (score - the rater's mean) / the rater's deviation, and no names. Scores that
     lie on one such line are of one rater: `SPLIT/1`, `SPLIT/2` ... by falling number of ratings.
+
+    Args:
+        path: the folder or the .tar.gz.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file is missing, cannot be read, or lacks a column.
     """
     found = Collector()
     place, text = _archive(path, (".df.short.tsv",))[".df.short.tsv"]
@@ -284,6 +305,15 @@ def read_xsum_spans(path: Path) -> ReadResult:
     The correction has the marked spans, extrinsic or intrinsic; without marks, it leaves the summary unchanged. The prompt is
     the article's BBC number, because the file has no articles. The file's offsets count from 1 and, in some rows, in a text
     with other escapes: a span is placed where its words occur nearest to the offset.
+
+    Args:
+        path: the CSV file, or a .gz of it.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read, or lacks a column.
     """
     found = Collector()
     grouped: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -319,7 +349,17 @@ def read_xsum_spans(path: Path) -> ReadResult:
 
 
 def read_xsum_factuality(path: Path) -> ReadResult:
-    """Reads XSum's factuality annotations: a rating 0 or 1 of each worker; NULL is an abstention."""
+    """Reads XSum's factuality annotations: a rating 0 or 1 of each worker; NULL is an abstention.
+
+    Args:
+        path: the CSV file, or a .gz of it.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read, or lacks a column.
+    """
     found = Collector()
     for where, row in table_rows(path, found.bad, ("bbcid", "system", "summary", "is_factual", "worker_id")):
         with found.at(where):
@@ -344,6 +384,15 @@ def read_ilf(path: Path) -> ReadResult:
     """Reads ILF's code refinements: a comment on a failing program, and a person's corrected program.
 
     The program is the text after the prompt.
+
+    Args:
+        path: the JSON file, or a .gz of it.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     return parse_rows(path, _refined)
 

@@ -77,6 +77,12 @@ def read_argilla(
         answers: the names of the answers' fields.
         edits: the names of the questions whose text is a correction.
         scale: the lowest and the highest rating.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):
@@ -220,6 +226,12 @@ def read_label_studio(
         answers: the names of the answers in `data`.
         edits: the from_names whose text is a correction.
         scale: the lowest and the highest rating.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found = Collector()
     for where, row in json_rows(path, found.bad):
@@ -317,6 +329,12 @@ def read_crowd_labels(
         source: the kind of judge.
         delimiter: the character between columns.
         header: whether the first line names the columns; else they are `worker, task, label`.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: a file cannot be read or lacks a column, or fewer than two labels occur and `options` is empty.
     """
     found = Collector()
     columns = ("task", "worker", "label") if header else ("worker", "task", "label")
@@ -407,6 +425,12 @@ def read_get_another_label(path: Path, options: Sequence[str] = (), gold: Path |
         path: the lines.
         options: the categories to choose from; by default all that occur, sorted.
         gold: a file of `object TAB category`, whose choices are appended with the rater "gold".
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: a file cannot be read, or fewer than two categories occur and `options` is empty.
     """
     good, bad = read_crowd_labels(path, options, delimiter="\t", header=False)
     if gold is not None and good:
