@@ -46,12 +46,12 @@ class Answers(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """The number of tokens of each answer, [B] float64."""
+        """Returns the number of tokens of each answer, [B] float64."""
         return np.asarray(self.rollout.response_mask.sum(-1), np.float64)
 
     @property
     def distinct2(self) -> float:
-        """Different token pairs over all token pairs."""
+        """Returns the number of different token pairs over the number of all token pairs."""
         tokens, mask = np.asarray(self.rollout.responses), np.asarray(self.rollout.response_mask)
         return distinct_n([row[real].tolist() for row, real in zip(tokens, mask)], 2)
 

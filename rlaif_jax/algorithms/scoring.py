@@ -22,15 +22,15 @@ class Sequences(Protocol):
 
     @property
     def tokens(self) -> jax.Array:
-        """[B, P + T] int32."""
+        """Returns the tokens of prompts and answers, [B, P + T] int32."""
 
     @property
     def prompt_mask(self) -> jax.Array:
-        """[B, P] bool."""
+        """Returns which tokens of the prompts are real, [B, P] bool."""
 
     @property
     def response_mask(self) -> jax.Array:
-        """[B, T] bool."""
+        """Returns which tokens of the answers are real, [B, T] bool."""
 
 
 def padded_view(batch: Sequences, answers: int = 1) -> PaddedView:

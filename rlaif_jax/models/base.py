@@ -84,15 +84,15 @@ class LanguageModel(Protocol):
 
     @property
     def rules(self) -> Rules:
-        """How matrices are split over a mesh, by the last two names of a parameter's path."""
+        """Returns how matrices are split over a mesh, by the last two names of a parameter's path."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of entries of the vocabulary."""
+        """Returns the number of entries of the vocabulary."""
 
     @property
     def compute_dtype(self) -> str:
-        """Name of the dtype of matrix products, "float32" or "bfloat16"."""
+        """Returns the name of the dtype of matrix products, "float32" or "bfloat16"."""
 
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:
         """Raises UserError where the model cannot take prompts and answers of these lengths, in tokens.

@@ -40,17 +40,17 @@ class CausalLM:
 
     @property
     def rules(self) -> Rules:
-        """How matrices are split over a mesh."""
+        """Returns how matrices are split over a mesh."""
         return COLUMN_AND_ROW
 
     @property
     def vocab_size(self) -> int:
-        """Number of entries of the vocabulary."""
+        """Returns the number of entries of the vocabulary."""
         return self.config.vocab_size
 
     @property
     def compute_dtype(self) -> str:
-        """Name of the dtype of matrix products."""
+        """Returns the name of the dtype of matrix products."""
         return self.config.compute_dtype
 
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:

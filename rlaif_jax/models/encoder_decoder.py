@@ -95,17 +95,17 @@ class EncoderDecoder:
 
     @property
     def rules(self) -> Rules:
-        """How matrices are split over a mesh."""
+        """Returns how matrices are split over a mesh."""
         return COLUMN_AND_ROW
 
     @property
     def vocab_size(self) -> int:
-        """Number of entries of the vocabulary."""
+        """Returns the number of entries of the vocabulary."""
         return self.config.vocab_size
 
     @property
     def compute_dtype(self) -> str:
-        """Name of the dtype of matrix products."""
+        """Returns the name of the dtype of matrix products."""
         return self.config.compute_dtype
 
     @property

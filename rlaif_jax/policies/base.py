@@ -53,7 +53,7 @@ class Policy(Protocol):
 
     @property
     def rules(self) -> Rules:
-        """How matrices are split over a mesh (`LanguageModel.rules`)."""
+        """Returns how matrices are split over a mesh (`LanguageModel.rules`)."""
 
     @property
     def tolerance(self) -> float:

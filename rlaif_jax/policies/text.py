@@ -39,7 +39,7 @@ class TextPolicy:
 
     @property
     def rules(self) -> Rules:
-        """How matrices are split over a mesh."""
+        """Returns how matrices are split over a mesh."""
         return self.model.rules
 
     @property

@@ -103,7 +103,7 @@ class PageClient:
 
     @property
     def base(self) -> str:
-        """Scheme, host and port of the page."""
+        """Returns the address of the page: scheme, host and port."""
         return self.url.split("/?")[0].rstrip("/")
 
     @cached_property

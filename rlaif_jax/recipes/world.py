@@ -123,7 +123,7 @@ class WorldModels:
 
     @property
     def model(self) -> CausalLM:
-        """The shape of all models."""
+        """Returns the shape of all models."""
         return CausalLM(
             small_decoder(
                 self.tokenizer.vocab_size,
@@ -137,7 +137,7 @@ class WorldModels:
 
     @property
     def template(self) -> Params:
-        """The shapes of the model's parameters."""
+        """Returns the shapes of the model's parameters."""
         return jax.eval_shape(self.model.init, jax.random.key(0))
 
     def policy(self, sampling: SamplingConfig) -> TextPolicy:

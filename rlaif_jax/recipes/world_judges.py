@@ -99,7 +99,7 @@ class Person:
 
     @property
     def rater(self) -> Rater:
-        """The person as records name it."""
+        """Returns the person as records name it."""
         return Rater(self.name, "simulated", model="rlaif_jax.data.world.people")
 
     def judge(

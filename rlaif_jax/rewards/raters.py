@@ -47,7 +47,7 @@ class Consensus:
 
     @property
     def accuracy(self) -> jax.Array:
-        """Probability [W] that a worker's label is right, over the class prior."""
+        """Returns the probability [W] that a worker's label is right, over the class prior."""
         return jnp.einsum("wkk,k->w", self.confusion, self.class_prior)
 
 

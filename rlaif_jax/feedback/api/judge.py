@@ -53,17 +53,17 @@ class Outcome:
 
     @property
     def missing(self) -> tuple[Judgement, ...]:
-        """The judgements without a value."""
+        """Returns the judgements without a value."""
         return tuple(entry for entry in self.judgements if not entry.answered)
 
     @property
     def preference(self) -> Preference | None:
-        """The preference of a pair, both orders together; None if an order has no answer."""
+        """Returns the preference of a pair, both orders together; None if an order has no answer."""
         return preference(self.judgements, debias=self.debias)
 
     @property
     def rating(self) -> float | None:
-        """The rating of an answer, the mean over the answered repeats; None without one."""
+        """Returns the rating of an answer, the mean over the answered repeats; None without one."""
         values = [entry.value for entry in self.judgements if isinstance(entry, Rating) and entry.answered]
         return sum(values) / len(values) if values else None
 
@@ -141,7 +141,7 @@ class ApiJudge:
 
     @property
     def spent(self) -> Spent:
-        """The requests, tokens and money used so far."""
+        """Returns the requests, tokens and money used so far."""
         return self._transport.spent
 
     @property

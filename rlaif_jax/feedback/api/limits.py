@@ -173,7 +173,7 @@ class Budget:
 
     @property
     def seconds_left(self) -> float:
-        """The seconds until the time budget is used up; infinite without a limit."""
+        """Returns the seconds until the time budget is used up; infinite without a limit."""
         if self._limits[2] is None:
             return math.inf
         if self._started is None:

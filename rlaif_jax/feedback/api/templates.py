@@ -138,28 +138,28 @@ class Template:
 
     @property
     def choices(self) -> bool:
-        """Whether the verdict is one of the labels (ranking, rating) and not a text."""
+        """Returns whether the verdict is one of the labels (ranking, rating) and not a text."""
         return self.form in ("ranking", "rating")
 
     @property
     def reasoned(self) -> bool:
-        """Whether a judge can be asked for reasons before the verdict."""
+        """Returns whether a judge can be asked for reasons before the verdict."""
         return bool(self.reasons) or not self.direct
 
     @property
     def scorable(self) -> bool:
-        """Whether a label's first token identifies it: "1" does not where "10" is a label, too."""
+        """Returns whether a label's first token identifies it: "1" does not where "10" is a label, too."""
         labels = [label for label, _ in self.labels]
         return not any(a != b and a.startswith(b) for a in labels for b in labels)
 
     @property
     def numeric(self) -> bool:
-        """Whether the labels are their scores, so that any number on the scale is a verdict."""
+        """Returns whether the labels are their scores, so that any number on the scale is a verdict."""
         return self.form == "rating" and all(label == f"{value:g}" for label, value in self.labels)
 
     @cached_property
     def hash(self) -> str:
-        """The SHA-256 of the wording, without the name."""
+        """Returns the SHA-256 of the wording, without the name."""
         values = dataclasses.asdict(self)
         return sha256({name: value for name, value in values.items() if name not in ("name", "max_tokens")})
 

@@ -131,7 +131,7 @@ class Transport:
 
     @property
     def spent(self) -> Spent:
-        """The use so far."""
+        """Returns the requests, tokens and money used so far."""
         return dataclasses.replace(self._counts, tokens=self._budget.tokens, usd=self._budget.usd)
 
     @property

@@ -146,12 +146,12 @@ class Constitution:
 
     @cached_property
     def rule_names(self) -> tuple[str, ...]:
-        """The names of the rules, in the order of the axis P of `RuleValues`."""
+        """Returns the names of the rules, in the order of the axis P of `RuleValues`."""
         return tuple(rule.name for rule in self.rules)
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The lowest and the highest possible reward, which depend on the signs of the weights."""
+        """Returns the lowest and the highest possible reward, which depend on the signs of the weights."""
         weights = [formula.weight for formula in self.formulas]
         return sum(min(w, 0.0) for w in weights), sum(max(w, 0.0) for w in weights)
 

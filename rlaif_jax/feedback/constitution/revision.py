@@ -74,7 +74,7 @@ class Revised:
 
     @property
     def pair(self) -> tuple[str, str] | None:
-        """The pair (prompt, last revision) to learn from; None without a revision."""
+        """Returns the pair (prompt, last revision) to learn from; None without a revision."""
         return (self.prompt, self.answers[-1]) if len(self.answers) > 1 else None
 
 

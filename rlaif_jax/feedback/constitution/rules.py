@@ -52,7 +52,7 @@ class Pattern:
 
     @cached_property
     def compiled(self) -> regex.Pattern[str]:
-        """The compiled expression; raises regex.error, with the place, if it is no regular expression."""
+        """Returns the compiled expression; raises regex.error, with the place, if it is no regular expression."""
         return regex.compile(self.pattern, regex.IGNORECASE if self.ignore_case else 0)
 
     def matches(self, text: str) -> list[regex.Match[str]]:

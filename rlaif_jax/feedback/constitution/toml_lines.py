@@ -48,7 +48,7 @@ class TomlEntry:
 
     @property
     def label(self) -> str:
-        """The name of this entry in messages."""
+        """Returns the name of this entry in messages."""
         return f"[[{self.section}]]" if self.section else "the top of the file"
 
     def wrong(self, name: str, message: str) -> UserError:

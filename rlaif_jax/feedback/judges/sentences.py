@@ -49,12 +49,12 @@ class Sentences:
 
     @property
     def positive(self) -> np.ndarray:
-        """A bool array in the shape of `labels`: whether each label is above 0.5."""
+        """Returns a bool array in the shape of `labels`: whether each label is above 0.5."""
         return self.labels > 0.5
 
     @property
     def label_weights(self) -> np.ndarray:
-        """The weights as float32, shaped as `labels`; ones where `weights` is None."""
+        """Returns the weights as float32, shaped as `labels`; ones where `weights` is None."""
         return np.ones(self.labels.shape, np.float32) if self.weights is None else self.weights.astype(np.float32)
 
     def rows(self, chosen: np.ndarray) -> Sentences:

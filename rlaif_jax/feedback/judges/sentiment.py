@@ -302,7 +302,7 @@ class SentimentJudge:
 
     @cached_property
     def hash(self) -> str:
-        """A hash of the judge's parameters as hexadecimal text, which identifies the judge in records."""
+        """Returns the hash of the judge's parameters, hexadecimal text that identifies the judge in records."""
         return weights_hash(self.params)
 
     @cached_property

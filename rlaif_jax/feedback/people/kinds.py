@@ -26,7 +26,7 @@ class Kind:
 
     @property
     def form(self) -> str:
-        """The form of the records that its answers make; "" for `CHAT`."""
+        """Returns the form of the records that its answers make; "" for `CHAT`."""
         return "" if self.record is None else self.record.form
 
 

@@ -65,7 +65,7 @@ class PersonTask:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 of the question, whatever the order of its answers."""
+        """Returns the SHA-256 of the question, whatever the order of its answers."""
         asked = [self.kind.name, self.prompt, sorted(self.answers), self.principle]
         return sha256([*asked, [self.low, self.high] if self.kind is RATE else [], sorted(self.labels)])
 

@@ -50,7 +50,7 @@ class Team:
 
     @property
     def last_stop(self) -> int:
-        """The number of the newest request to stop or to go on; 0 where nobody ever made one."""
+        """Returns the number of the newest request to stop or to go on; 0 where nobody ever made one."""
         return self.database.row("SELECT coalesce(max(sequence), 0) FROM page_stop")[0]
 
     def stop_requested(self, after: int = 0) -> bool:

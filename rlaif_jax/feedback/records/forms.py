@@ -163,17 +163,17 @@ class Judgement:
 
     @property
     def answered(self) -> bool:
-        """Whether the record has a value."""
+        """Returns whether the record has a value."""
         return self.status in ANSWERED
 
     @cached_property
     def item(self) -> str:
-        """SHA-256 of the prompt and the answers in any order, equal for all judgements of them."""
+        """Returns the SHA-256 of the prompt and the answers in any order, equal for all judgements of them."""
         return sha256([self.prompt, sorted(self.answers)])
 
     @cached_property
     def id(self) -> str:
-        """Content hash over the non-default fields except `call`.
+        """Returns the content hash over the non-default fields except `call`.
 
         A later field with a default therefore keeps the ids of old records.
         """
@@ -238,7 +238,7 @@ class Rating(Judgement):
 
     @property
     def unit(self) -> float:
-        """The value rescaled to [0, 1]."""
+        """Returns the value rescaled to [0, 1]."""
         return (self.value - self.low) / (self.high - self.low)
 
 

@@ -149,7 +149,7 @@ class Store(Database):
 
     @property
     def cursor(self) -> int:
-        """The sequence number of the newest record; 0 in an empty store."""
+        """Returns the sequence number of the newest record; 0 in an empty store."""
         return self.row("SELECT coalesce(max(sequence), 0) FROM judgement")[0]
 
     def export_jsonl(self, path: Path) -> int:

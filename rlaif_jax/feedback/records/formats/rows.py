@@ -42,7 +42,7 @@ class Collector:
 
     @property
     def result(self) -> ReadResult:
-        """(judgements, messages)."""
+        """Returns (judgements, messages)."""
         return self.good, self.bad
 
 
