@@ -333,7 +333,7 @@ class JitRunner:
         return jax.jit(partial(fn, axis_name=None), donate_argnums=0)
 
     def map(self, fn: Callable[..., T]) -> Callable[[R, B], T]:
-        """Compiles a map; see `Runner`."""
+        """Compiles `fn(replicated, batch, *, axis_name)` for one device, with axis_name=None."""
         return jax.jit(partial(fn, axis_name=None))
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
@@ -361,7 +361,7 @@ class PmapRunner:
         return pmap_step(fn, self._devices)
 
     def map(self, fn: Callable[..., T]) -> Callable[[R, B], T]:
-        """Compiles a map; see `Runner`."""
+        """Compiles `fn(replicated, batch, *, axis_name)` with pmap; its result is split like the batch."""
         return pmap_step(fn, self._devices, out="split", donate=False)
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
@@ -373,7 +373,7 @@ class PmapRunner:
         return state
 
     def fetch(self, state: S) -> S:
-        """Returns host arrays."""
+        """Returns the state with its arrays on the host."""
         return jax.device_get(state)
 
 
@@ -389,7 +389,7 @@ class ShardRunner:
         return shard_step(fn, self.mesh, self.rules)
 
     def map(self, fn: Callable[..., T]) -> Callable[[R, B], T]:
-        """Compiles a map; see `Runner`."""
+        """Compiles `fn(replicated, batch, *, axis_name)` over the mesh; its result is split like the batch."""
         return shard_step(fn, self.mesh, self.rules, out="split", donate=False)
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:

@@ -204,6 +204,9 @@ class DPO(Algorithm):
             frozen: the weights under an adapter.
             batch: this device's rows of the global batch.
             axis_name: the mapped axis of the devices, or None.
+
+        Returns:
+            (the new state, name -> metric, float32 scalars of the global batch).
         """
         new, history = self.update(state, frozen)(state, batch, axis_name=axis_name)
         metrics = {name: x.mean() for name, x in history.items()}

@@ -119,5 +119,5 @@ def draw_count(draws: tuple[Draw, ...]) -> int:
 
 
 def to_prompts(batch: PromptBatch) -> Prompts:
-    """Returns a host batch as arrays of the devices."""
+    """Returns the tokens, masks and uids of a host batch as JAX arrays."""
     return Prompts(tokens=jnp.asarray(batch.tokens), mask=jnp.asarray(batch.mask), uid=jnp.asarray(batch.uid))

@@ -94,7 +94,12 @@ class ModelsConfig:
 
 
 def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
-    """Returns a transcript's words with weights: 1 for what is to be written, else `context`."""
+    """Returns a transcript's words with weights: 1 for what the labeler learns to write, else `context`.
+
+    Args:
+        transcript: the text and the indices of its words that are to be written.
+        context: the weight of all other words.
+    """
     targets = set(transcript.targets)
     return [(word, 1.0 if i in targets else context) for i, word in enumerate(transcript.text.split())]
 
@@ -312,7 +317,12 @@ class WorldModels:
         return self.run.stage("sft", self.template, learn, settings=settings, after=(base,))
 
     def judge(self, labeler: Params, principle: labeler_prompts.WorldPrinciple) -> LanguageModelJudge:
-        """Returns the labeler as a judge by one principle, which writes its reasons before a score."""
+        """Returns the labeler as a judge by one principle, which writes its reasons before a score.
+
+        Args:
+            labeler: the parameters of the labeler.
+            principle: the principle by which it compares and scores answers.
+        """
         return LanguageModelJudge(
             self.model,
             labeler,

@@ -65,7 +65,7 @@ class Pool(NamedTuple):
 
 
 def pool_of(prompts: Sequence[str], answers: Sequence[str]) -> Pool:
-    """Returns the different answers to each prompt, from B prompts and the answer to each."""
+    """Returns the different answers to each prompt, made from `answers`, the B answers to the B `prompts`."""
     groups: dict[str, dict[str, None]] = {}
     for prompt, answer in zip(prompts, answers):
         groups.setdefault(prompt, {})[answer] = None

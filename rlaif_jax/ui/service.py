@@ -260,6 +260,9 @@ class AnnotationService:
             request: the id that the sender made for this post.
             body: `task`, the id of a chat, and `message`.
 
+        Returns:
+            {"turns": the rater's messages with the model's replies, oldest first}.
+
         Raises:
             UserError: the task is no chat, the message is empty or too long, or the page has no model.
         """

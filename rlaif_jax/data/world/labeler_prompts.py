@@ -39,13 +39,13 @@ def pairwise_prompt(principle: str, prompt_text: str, answer1: str, answer2: str
     """Returns a prompt whose next word is the verdict on two answers, one of VERDICTS.
 
     Args:
-        principle: one of the principles of the world, such as "<helpful>".
+        principle: one of PRINCIPLES, such as "<helpful>".
         prompt_text: the prompt of the answers.
         answer1: the answer shown first.
         answer2: the answer shown second.
 
     Raises:
-        UserError: the principle is unknown; all prompts in this file raise it.
+        UserError: the principle is unknown.
     """
     _check(principle)
     return f"{principle} {prompt_text} <1> {answer1} <2> {answer2} <answer>"
@@ -71,7 +71,7 @@ def score_prompt(principle: str, prompt_text: str, answer: str) -> str:
     """Returns a prompt whose next word is the score of an answer, one of SCORES.
 
     Args:
-        principle: one of the principles of the world, such as "<helpful>".
+        principle: one of PRINCIPLES, such as "<helpful>".
         prompt_text: the prompt of the answer.
         answer: the answer.
 

@@ -82,7 +82,7 @@ class CallCache:
         Args:
             server: the server's address.
             model: the model's name at the server.
-            capabilities: the answer to each question about the server, JSON values.
+            capabilities: the capabilities by name, JSON values.
         """
         self._db.execute(
             "INSERT OR REPLACE INTO server VALUES (?, ?)", (sha256([server, model]), canonical(capabilities))

@@ -156,6 +156,10 @@ class ApiJudge:
 
         The same question twice is asked once.
 
+        Args:
+            questions: the prompts with the answers to judge.
+            template: the wording of the request and the form of the verdict.
+
         Raises:
             UserError: the template cannot ask a question; the message names it. Where the server's
                 log-probabilities decide between [direct] and [reasons], a question that only the chosen

@@ -76,7 +76,12 @@ class ConcurrencyLimiter:
                 self._changed.notify(2)  # two, as the limit may have risen by one; thousands may wait: not all
 
     def refused(self, generation: int) -> None:
-        """Lowers the limit after "too many requests" to a call that began in `generation`."""
+        """Lowers the limit by a fifth, to 1 at the least, after a reply "too many requests".
+
+        Args:
+            generation: the generation in which the refused call began. Only the first refusal of a generation counts,
+                because the calls that ran at the same time are refused for the same reason.
+        """
         if generation == self.generation:
             self.generation += 1
             self.limit, self._answers_since_refusal = max(1.0, self.limit * 0.8), 0

@@ -83,7 +83,7 @@ def wrong_value(rng: np.random.Generator, scene: Scene, aspect: str) -> str:
     Args:
         rng: draws the value.
         scene: the true facts.
-        aspect: the aspect; its true value is never drawn from the values at large.
+        aspect: the aspect that gets the false value.
     """
     truth = scene.value_of(aspect)
     others = [fact.value for fact in scene.facts if fact.aspect != aspect]

@@ -334,7 +334,7 @@ def read_crowd_labels(
         (judgements, a message for each bad row).
 
     Raises:
-        UserError: a file cannot be read or lacks a column, or fewer than two labels occur and `options` is empty.
+        UserError: a file cannot be read or lacks a column, or there are fewer than two labels to choose from.
     """
     found = Collector()
     columns = ("task", "worker", "label") if header else ("worker", "task", "label")
@@ -430,7 +430,7 @@ def read_get_another_label(path: Path, options: Sequence[str] = (), gold: Path |
         (judgements, a message for each bad row).
 
     Raises:
-        UserError: a file cannot be read, or fewer than two categories occur and `options` is empty.
+        UserError: a file cannot be read, or there are fewer than two categories to choose from.
     """
     good, bad = read_crowd_labels(path, options, delimiter="\t", header=False)
     if gold is not None and good:
