@@ -119,7 +119,7 @@ class Evaluation:
         return float(log_ratio.sum(-1).mean())
 
     def metrics(self, answers: Answers) -> dict[str, float]:
-        """Returns the mean score, the mean length and the diversity of answers."""
+        """Returns the mean score (under `name`), the mean length `eval_length` in tokens, and `distinct2`."""
         return {
             self.name: float(np.nanmean(answers.scores)),
             "eval_length": float(answers.lengths.mean()),

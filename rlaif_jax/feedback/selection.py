@@ -66,8 +66,14 @@ def judge_margin(probability: ArrayLike) -> Floats:
 def order_disagreement(p12: ArrayLike, p21: ArrayLike) -> Floats:
     """Computes how far verdicts in the two orders contradict each other, |p12 + p21 - 1|, [n].
 
-    p12, p21: [n], P(the answer shown first wins) in each order; without position bias they add up to one. Raises UserError
-    for a value outside [0, 1].
+    Without position bias, p12 and p21 add up to one.
+
+    Args:
+        p12: [n], P(the answer shown first wins) in one order.
+        p21: [n], P(the answer shown first wins) in the other order.
+
+    Raises:
+        UserError: a value is outside [0, 1].
     """
     return np.abs(_probabilities(p12, "p12") + _probabilities(p21, "p21") - 1)
 

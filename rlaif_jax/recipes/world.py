@@ -146,7 +146,7 @@ class WorldModels:
         return jax.eval_shape(self.model.init, jax.random.key(0))
 
     def policy(self, sampling: SamplingConfig) -> TextPolicy:
-        """Returns the policy without its parameters."""
+        """Returns the policy that draws answers by `sampling`; its parameters are kept apart."""
         return TextPolicy(self.model, sampling, self.tokenizer.eos_id, self.tokenizer.pad_id)
 
     # ---- Data

@@ -87,7 +87,13 @@ class Family:
 
 
 def require_flags(config: DecoderConfig, architecture: str, **wanted: Any) -> None:
-    """Raises UserError naming the first flag of `config` that differs from what an architecture needs."""
+    """Raises UserError naming the first flag of `config` that differs from what an architecture needs.
+
+    Args:
+        config: the shape of the model.
+        architecture: the name of the architecture, for the message.
+        **wanted: the value that each flag of `DecoderConfig` must have.
+    """
     for flag, value in wanted.items():
         ours = vars(config)[flag]
         require(
