@@ -355,13 +355,7 @@ def command_line(main: Callable[[Config], Result], default: Config, description:
             loss is not finite, with 130 on Ctrl-C.
     """
     try:
-        config = tyro.cli(
-            type(default), default=default, description=description, config=(tyro.conf.CascadeSubcommandArgs,)
-        )
-    except BrokenPipeError:  # the reader of --help has gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    try:
+        config = _parse_arguments(default, description)
         use_compilation_cache()
         return main(config)
     except UserError as error:
@@ -372,3 +366,13 @@ def command_line(main: Callable[[Config], Result], default: Config, description:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _parse_arguments(default: Config, description: str | None) -> Config:
+    try:
+        return tyro.cli(
+            type(default), default=default, description=description, config=(tyro.conf.CascadeSubcommandArgs,)
+        )
+    except BrokenPipeError:  # the reader of --help has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
