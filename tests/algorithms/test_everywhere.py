@@ -19,7 +19,7 @@ from rlaif_jax.programs import programs
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig, step_data, train
 from rlaif_jax.types import Frozen, step_key
-from tests.builders import PROMPT, PROOFS, SETUPS, TOKENIZER, Setup, dpo, ppo
+from tests.builders import PROMPT, PROOFS, SETUPS, TOKENIZER, Setup, dpo, encoder_decoder, ppo
 
 pytestmark = pytest.mark.slow
 PROMPTS = 8
@@ -202,7 +202,7 @@ def test_dpo_one_row_a_device_cuts_every_pair():
 def test_what_is_not_supported_is_refused(tmp_path, one_device):
     cases = [
         (lambda: dpo(num_minibatches=16), "cuts the 2 answers"),
-        (lambda: SETUPS["encoder_decoder"]().algorithm and _packed_encoder_decoder(), "padded rows only"),
+        (lambda: encoder_decoder(packed_rows=1), "padded rows only"),
         (lambda: dataclasses.replace(SETUPS["adversarial"](), bring={}), "needs demonstrations"),
         (lambda: dataclasses.replace(dpo(), bring={}), "recorded answers"),
     ]
@@ -213,9 +213,3 @@ def test_what_is_not_supported_is_refused(tmp_path, one_device):
         run_train(dpo(), tmp_path / "stale", staleness=1)
     with pytest.raises(UserError, match="recompute"):
         run_train(ppo(behaviour="sampler"), tmp_path / "sampler", staleness=1)
-
-
-def _packed_encoder_decoder() -> Setup:
-    from tests.builders import encoder_decoder
-
-    return encoder_decoder(packed_rows=1)
