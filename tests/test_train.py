@@ -356,9 +356,9 @@ def test_full_disk_keeps_what_was_computed(prompts, tmp_path):
         timeout=300,
     )
     assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert str(out) in last
-    assert "a checkpoint cannot be written" in last
-    assert "File too large" in last
+    # The writer's threads print tracebacks of their own, sometimes after the message.
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert str(out) in message
+    assert "a checkpoint cannot be written" in message
+    assert "File too large" in message
     assert [line["step"] for line in numbers(out)] == list(range(1, 11)), "the numbers of all steps are kept"
