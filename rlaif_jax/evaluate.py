@@ -19,7 +19,7 @@ from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.base import Draw, Policy, to_prompts
 from rlaif_jax.quality.statistics import distinct_n
 from rlaif_jax.run import Run
-from rlaif_jax.types import EVALUATION, Frozen, Params, Prompts, Rollout, step_key
+from rlaif_jax.types import EVALUATION, SAMPLES, Frozen, Params, Prompts, Rollout, step_key
 
 
 class Measure(Protocol):
@@ -70,6 +70,7 @@ class Evaluation:
         source: judges answers on the host as training does; None: answers have a score only.
         name: of the score in metrics.
         frozen: weights under an adapter.
+        reasons: from (prompts, answers) to what a judge says about each answer, for the samples; None: it says nothing.
     """
 
     policy: Policy
@@ -81,6 +82,7 @@ class Evaluation:
     source: FeedbackSource | None = None
     name: str = "gold"
     frozen: Frozen = Frozen()
+    reasons: Callable[[Sequence[str], Sequence[str]], Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         require(self.measure is not None or self.source is not None, "an evaluation needs a measure or a source")
@@ -126,41 +128,55 @@ class Evaluation:
             "distinct2": answers.distinct2,
         }
 
-    def write_samples(self, run: Run, answers: Answers, *, step: int, stage: str, count: int) -> None:
-        """Appends the first `count` answers to the run's samples.
+    def random_prompts(self, count: int) -> list[int]:
+        """Returns the places of at most `count` held-out prompts drawn at random, the same at every call."""
+        places = jax.random.permutation(step_key(self.seed, 0, SAMPLES), len(self.prompts.records))
+        return sorted(places[:count].tolist())
+
+    def write_samples(
+        self, run: Run, answers: Answers, *, step: int, stage: str, indices: Sequence[int], chosen: str = "random"
+    ) -> None:
+        """Appends the answers to some of the prompts to the run's samples.
 
         Args:
             run: the run.
             answers: the answers.
             step: the policy step after which they were drawn.
             stage: of the page: `rl` during training, `before` and `after` in its comparison.
-            count: at most this many.
+            indices: places of the prompts.
+            chosen: how the prompts were chosen, `random` or `worst`.
         """
-        for i in range(min(count, len(answers.texts))):
+        prompts = [str(self.prompts.records[i]["prompt"]) for i in indices]
+        texts = [answers.texts[i] for i in indices]
+        reasons = self.reasons(prompts, texts) if self.reasons is not None and texts else [None] * len(texts)
+        for i, prompt, text, said in zip(indices, prompts, texts, reasons):
             scores = {} if self.measure is None else {self.name: number_or_none(answers.scores[i])}
             run.sample(
                 step=step,
                 stage=stage,
                 index=i,
-                prompt=self.prompts.records[i]["prompt"],
-                response=answers.texts[i],
+                chosen=chosen,
+                prompt=prompt,
+                response=text,
                 **scores,
                 reward=None if answers.rewards is None else number_or_none(answers.rewards[i]),
+                **({} if said is None else {"reasons": said}),
             )
 
     def during(self, run: Run, *, samples: int = 4) -> Callable[[Params, int], dict[str, float]]:
         """Returns the function `evaluate` of `train`: (policy parameters, step) -> metrics.
 
-        The function also appends the first answers to the run's samples.
+        The function also appends answers to the run's samples, always to the same prompts drawn at random.
 
         Args:
             run: the run.
             samples: the number of answers that are appended.
         """
+        indices = self.random_prompts(samples)
 
         def evaluate(params: Params, step: int) -> dict[str, float]:
             answers = self.answers(params, judged=False)
-            self.write_samples(run, answers, step=step, stage="rl", count=samples)
+            self.write_samples(run, answers, step=step, stage="rl", indices=indices)
             return self.metrics(answers)
 
         return evaluate

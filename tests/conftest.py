@@ -1,6 +1,7 @@
 """Eight fake CPU devices and a compilation cache, set before jax is imported anywhere."""
 
 import os
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,21 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium, or a skip."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="drives the page with playwright (requirements-dev.txt)"
+    )
+    with playwright.sync_playwright() as driver:
+        path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if path is None and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("needs Chromium: install it, or run `playwright install chromium`")
+        found = driver.chromium.launch(executable_path=path)
+        yield found
+        found.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

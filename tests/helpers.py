@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlaif_jax.metrics import read_metrics
 from rlaif_jax.models.base import PaddedView
+from rlaif_jax.report.glossary import label
 
 
 def random_params(model: Any, seed: int = 0, scale: float = 0.3) -> Any:
@@ -42,3 +46,10 @@ def relative_distance(a: Any, b: Any) -> float:
 def sequences_view(tokens: Any, prompt_mask: Any, response_mask: Any, answers: int = 1) -> PaddedView:
     """Returns sequences [B, P + T] as a model reads them; the targets are the response tokens as they are."""
     return PaddedView(tokens, prompt_mask, response_mask, tokens[:, prompt_mask.shape[1] :], answers)
+
+
+def unexplained(folder: Path) -> list[str]:
+    """Returns the names of a run's numbers that the page's glossary does not explain."""
+    summary = json.loads((folder / "summary.json").read_text())
+    names = {key for row in read_metrics(folder) for key in row} - {"step", "stage"}
+    return sorted(key for key in names | set(summary["metrics"]) if not label(key).term)

@@ -8,6 +8,13 @@ from typing import Any, NamedTuple
 MAX_NAME = 40
 """Names of raters and generators are cut to this number of characters."""
 
+_SHARES = frozenset(
+    (
+        "agreement", "longer", "first", "ties", "consistent", "same_position", "same", "distance", "rate",
+        "length_controlled", "accuracy", "eta", "ece", "unanswered", "unparsed", "refused", "error", "abstained",
+    )
+)  # columns of shares, written as percentages  # fmt: skip
+
 
 class Table(NamedTuple):
     """A table of text.
@@ -142,7 +149,7 @@ def _wins(part: Mapping[str, Any]) -> list[Table]:
     ]
     debiased = [row for row in rows if "budget" in row]
     budget = [
-        {"name": row["name"], **entry, "alone": f"± {entry['alone']:.3f}", "powered": f"± {entry['powered']:.3f}"}
+        {"name": row["name"], **entry, "alone": f"± {share(entry['alone'])}", "powered": f"± {share(entry['powered'])}"}
         | {"worth": f"{entry['worth']:.0f}"}
         for row in debiased
         for entry in row["budget"]
@@ -213,18 +220,36 @@ def _failures(failures: Mapping[str, int]) -> str:
 def _table(title: str, note: str, rows: Sequence[Mapping[str, Any]], **columns: str) -> Table:
     """Returns a table with the columns key = head; a column that no row fills is left out."""
     kept = {key: head for key, head in columns.items() if any(row.get(key) not in (None, "") for row in rows)}
-    return Table(title, note, tuple(kept.values()), tuple(tuple(cell(row.get(key)) for key in kept) for row in rows))
+    return Table(
+        title,
+        note,
+        tuple(kept.values()),
+        tuple(tuple(cell(row.get(key), key in _SHARES) for key in kept) for row in rows),
+    )
 
 
-def cell(value: Any) -> str:
-    """Returns a value of the report as short text; "-" for None and for an estimate without a value."""
+def share(value: float) -> str:
+    """Returns a share as a percentage: 72.5 %."""
+    return f"{100 * value:.1f} %"
+
+
+def cell(value: Any, is_share: bool = False) -> str:
+    """Returns a value of the report as short text; "-" for None and for an estimate without a value.
+
+    Args:
+        value: a number, a text, None, or an estimate {"value", "low", "high"}.
+        is_share: whether numbers are shares.
+    """
     if value is None:
         return "-"
+    show = share if is_share else "{:.3f}".format
     if isinstance(value, Mapping):
         if value["value"] is None:
             return "-"
-        whole = f"{value['value']:.3f}"
-        return whole if value["low"] is None else f"{whole} [{value['low']:.3f}, {value['high']:.3f}]"
+        whole = show(value["value"])
+        return whole if value["low"] is None else f"{whole} [{show(value['low'])}, {show(value['high'])}]"
+    if isinstance(value, float) and is_share:
+        return share(value)
     if isinstance(value, float):
         return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else clean(str(value))

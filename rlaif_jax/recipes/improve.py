@@ -23,7 +23,8 @@ from rlaif_jax.run import Run, StopRequested
 from rlaif_jax.train import TrainConfig, train
 from rlaif_jax.types import Params
 
-SAMPLES = 24  # pairs of answers, before and after, on the page
+SAMPLES = 24  # prompts drawn at random whose answers before and after are written to the samples
+WORST = 6  # the same for the prompts that lost most
 
 
 class Improvement(NamedTuple):
@@ -57,7 +58,8 @@ def improve(
 ) -> Improvement:
     """Trains a policy and compares its answers to held-out prompts before and after.
 
-    The metrics go to `run.metrics` (see `comparison`, and `kl`), answers side by side to its samples.
+    The metrics go to `run.metrics` (see `comparison`, and `kl`), answers before and after to its samples: to prompts
+    drawn at random, and to those that lost most.
 
     Args:
         config: size and rhythm of the loop.
@@ -98,9 +100,26 @@ def improve(
     after = evaluation.answers(trained)
     run.metrics |= comparison(evaluation.name, before, after, run.seed)
     run.metrics["kl"] = evaluation.kl(params["policy"], after)
-    evaluation.write_samples(run, before, step=0, stage="before", count=SAMPLES)
-    evaluation.write_samples(run, after, step=config.steps, stage="after", count=SAMPLES)
+    for chosen, indices in (
+        ("random", evaluation.random_prompts(SAMPLES)),
+        ("worst", worst_prompts(before, after, WORST)),
+    ):
+        for step, stage, answers in ((0, "before", before), (run.steps_done, "after", after)):
+            evaluation.write_samples(run, answers, step=step, stage=stage, indices=indices, chosen=chosen)
     return Improvement(trained, before, after)
+
+
+def worst_prompts(before: Answers, after: Answers, count: int) -> list[int]:
+    """Returns the places of at most `count` prompts whose score fell most, or rose least, the worst first.
+
+    Args:
+        before: the answers before.
+        after: the answers after.
+        count: at most this many; prompts without both scores are left out.
+    """
+    gained = after.scores - before.scores
+    order = np.argsort(gained, kind="stable")
+    return [int(i) for i in order if np.isfinite(gained[i])][:count]
 
 
 def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[str, Any]:

@@ -9,76 +9,64 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlaif_jax.metrics import RL_STAGE
+from rlaif_jax.report.glossary import Label, label, main_rank
+from rlaif_jax.report.numbers import number_text, share_text, texts
 
-# Quantities with a title and a unit, in the order of the page: last part of the key -> (title, unit). Any other key is
-# shown by its words.
-QUANTITIES = {
-    "reward": ("Reward", "score"),
-    "gold": ("Gold score", "score"),
-    "kl": ("KL to the reference", "nats per answer"),
-    "length": ("Answer length", "tokens"),
-    "entropy": ("Entropy", "nats per token"),
-    "clip_fraction": ("Clip fraction", "share of tokens"),
-    "sampler_gap": ("Sampler gap", "nats per token"),
-}
-_STAGE_TITLES = {
-    "lm": "Language model",
-    "sft": "Supervised fine-tuning",
-    "labeler": "Labeler",
-    "reward_model": "Reward model",
-    RL_STAGE: "Training loop",
-}
 _LOSS_UNITS = {
     "lm": "nats per token",
     "sft": "nats per token",
     "labeler": "nats per token",
     "reward_model": "nats per pair",
 }
-_ABBREVIATIONS = {"kl", "ppo", "grpo", "sft", "rl", "rm", "eos", "lm", "ece", "lc", "ci95", "ai"}
+BLUE, GREEN, GREY, RED, INK = "#4453c8", "#0b7a6f", "#5b6475", "#c0392b", "#333a56"
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A curve: its title, its last finite value as text, and an SVG element that holds no foreign text."""
+    """A curve: its stage (or ""), label, last value as text, and an SVG element without foreign text."""
 
-    title: str
+    stage: str
+    label: Label
     last: str
     svg: str
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Returns whether a JSON value is a finite number; true and false are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+class Journey(NamedTuple):
+    """How a number of the loop moved from the beginning of the training to its end.
+
+    Attributes:
+        label: what it is.
+        first: its value at the beginning, as text.
+        last: its value at the end, as text.
+        rose: whether the end is higher.
+    """
+
+    label: Label
+    first: str
+    last: str
+    rose: bool
 
 
-def number_text(value: float) -> str:
-    """Returns a number with three or four digits that matter: 0.123, 12.35, 1,235."""
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
+class JourneyFigure(NamedTuple):
+    """Numbers of the loop over the same steps.
 
+    Attributes:
+        journeys: from where to where each went.
+        svg: an SVG element with a panel for each.
+        compared: whether there are several.
+    """
 
-def words(key: str) -> str:
-    """Returns a key as words: first_kl_zero -> First KL zero."""
-    text = " ".join(word.upper() if word in _ABBREVIATIONS else word for word in key.split("_") if word)
-    return text[:1].upper() + text[1:]
-
-
-def stage_title(stage: str) -> str:
-    """Returns the name of a stage for people: reward_model -> Reward model."""
-    return _STAGE_TITLES.get(stage) or words(str(stage))
-
-
-def quantity(name: str) -> tuple[str, str]:
-    """Returns (title, unit) of a number; the unit is empty if it is not known."""
-    return QUANTITIES.get(name) or (words(name), "")
+    journeys: list[Journey]
+    svg: str
+    compared: bool
 
 
 def is_main(stage: str, key: str) -> bool:
@@ -88,26 +76,18 @@ def is_main(stage: str, key: str) -> bool:
         stage: the stage of the run.
         key: the key in metrics.jsonl.
     """
-    name = key.split("/")[-1]
-    return name in QUANTITIES if stage == RL_STAGE else name.endswith(("loss", "accuracy"))
+    return main_rank(key) is not None if stage == RL_STAGE else key.endswith(("loss", "accuracy"))
 
 
-def curve_title(stage: str, key: str) -> tuple[str, str]:
-    """Returns (title, unit) of a curve; the unit is empty if it is not known.
+def curve_label(stage: str, key: str) -> Label:
+    """Returns the label of a curve, whose unit may depend on the stage.
 
     Args:
-        stage: the stage of the run; the unit of a loss depends on it.
+        stage: the stage of the run.
         key: the key in metrics.jsonl.
     """
-    name = key.split("/")[-1]
-    if stage == RL_STAGE and name in QUANTITIES:
-        title, unit = quantity(name)
-        return (title if "/" not in key else f"{title} ({key.rsplit('/', 1)[0]})"), unit
-    if key == "time/tokens_per_s":
-        return "Speed", "tokens per second"
-    if name.endswith("accuracy"):
-        return words(key), "share correct"
-    return words(key), _LOSS_UNITS.get(stage, "nats") if name.endswith("loss") and stage != RL_STAGE else ""
+    found = label(key)
+    return found._replace(unit=_LOSS_UNITS.get(stage, "")) if key.endswith("loss") and not found.unit else found
 
 
 class Curves:
@@ -132,48 +112,95 @@ class Curves:
         self._drawn = 0
         self.window = False
 
-    def main(self, stage: str) -> list[Plot]:
+    @property
+    def keys(self) -> set[str]:
+        """Returns the keys of all stages that have a curve."""
+        return {key for _, key in self._series}
+
+    def main(self, stage: str, *, without: Sequence[str] = ()) -> list[Plot]:
         """Returns the plots to look at first.
 
-        These are losses and accuracies; of the stage "rl" the keys of `QUANTITIES`, then the other keys that change.
+        These are losses and accuracies; of the stage "rl" those of `glossary.MAIN`, then other keys that change and that
+        the glossary does not know.
+
+        Args:
+            stage: the stage of the run.
+            without: keys that are shown elsewhere.
         """
-        keys = [key for at, key in self._series if at == stage and self._is_main(stage, key)]
-        if stage == RL_STAGE:
-            place = {name: i for i, name in enumerate(QUANTITIES)}
-            keys.sort(key=lambda key: place.get(key.split("/")[-1], len(place)))
-            return [self._plot(stage, key, "#4453c8") for key in keys]
-        return [self._plot(stage, key, "#0b7a6f", stage_title(stage)) for key in keys]
+        keys = [key for at, key in self._series if at == stage and self._is_main(stage, key) and key not in without]
+        if stage != RL_STAGE:
+            return [self._plot(stage, key, GREEN) for key in keys]
+        keys.sort(key=lambda key: (main_rank(key) is None, main_rank(key)))
+        return [self._plot(stage, key, BLUE) for key in keys]
 
     def others(self, stage: str) -> list[Plot]:
         """Returns the plots of all other keys of the stage."""
-        keys = [key for at, key in self._series if at == stage and not self._is_main(stage, key)]
-        prefix = "Loop" if stage == RL_STAGE else stage_title(stage)
-        return [self._plot(stage, key, "#5b6475", prefix) for key in keys]
+        return [
+            self._plot(stage, key, GREY) for at, key in self._series if at == stage and not self._is_main(stage, key)
+        ]
+
+    def journey(self, keys: Sequence[str]) -> JourneyFigure | None:
+        """Returns the figure of numbers of the loop over the same steps; None if none is finite.
+
+        Each number has a panel with its own scale. A dashed line marks where it began; what lies above is blue,
+        what lies below is red.
+
+        Args:
+            keys: of the loop's numbers, in the order of the panels.
+        """
+        journeys: list[Journey] = []
+        panels: list[_Panel] = []
+        for key in keys:
+            steps, values = self._points(RL_STAGE, key)
+            known = np.isfinite(values)
+            steps, values = steps[known], values[known]
+            if not len(values):
+                continue
+            part = max(1, len(values) // 10)
+            first, last = float(values[:part].mean()), float(values[-part:].mean())
+            of_key = label(key)
+            shown_first, shown_last = texts([first, last], share=of_key.share)
+            journeys.append(Journey(of_key, shown_first, shown_last, last >= first))
+            smooth, shown = _smooth(values), _extremes(values)
+            self.window |= smooth is not None
+            line = values if smooth is None else smooth
+            some = np.linspace(0, len(line) - 1, min(len(line), 300)).astype(int)  # a smooth line has no spikes to lose
+            title = of_key.title if of_key.term else "measure"  # a plot holds no foreign text
+            thin = None if smooth is None else (steps[shown], values[shown])
+            panels.append(_Panel(title, steps[some], line[some], thin, first))
+        if not panels:
+            return None
+        return JourneyFigure(journeys, _draw_journey(panels), len(panels) > 1)
 
     def _is_main(self, stage: str, key: str) -> bool:
-        if stage != RL_STAGE or is_main(stage, key) or "/" in key:
+        if stage != RL_STAGE or is_main(stage, key) or "/" in key or label(key).term:
             return is_main(stage, key)
         finite = [value for _, value in self._series[stage, key] if np.isfinite(value)]
         return bool(finite) and min(finite) < max(finite)
 
-    def _plot(self, stage: str, key: str, color: str, prefix: str = "") -> Plot:
-        points = np.asarray(sorted(self._series[stage, key]), dtype=np.float64)
-        steps, values = points[:, 0], points[:, 1]
+    def _points(self, stage: str, key: str) -> tuple[Floats, Floats]:
+        """Returns the steps and the values of a curve, in the order of the steps."""
+        points = np.asarray(sorted(self._series.get((stage, key), [])), dtype=np.float64).reshape(-1, 2)
+        return points[:, 0], points[:, 1]
+
+    def _plot(self, stage: str, key: str, color: str) -> Plot:
+        steps, values = self._points(stage, key)
         finite = values[np.isfinite(values)]
-        title, unit = curve_title(stage, key)
+        of_key = curve_label(stage, key)
+        share = of_key.share and bool(np.all((finite >= 0) & (finite <= 1)))
         self._drawn += 1
         smooth = _smooth(values)
         self.window |= smooth is not None
         shown = _extremes(values)
         steps, values, smooth = steps[shown], values[shown], None if smooth is None else smooth[shown]
-        return Plot(
-            title=f"{prefix} · {title}" if prefix else title,
-            last=number_text(float(finite[-1])) if len(finite) else "no finite value",
-            svg=_draw(steps, values, smooth, unit or "value", color, f"plot-{self._drawn}"),
-        )
+        if share:
+            values, smooth = 100 * values, None if smooth is None else 100 * smooth
+        last = (share_text if share else number_text)(float(finite[-1])) if len(finite) else "no finite value"
+        unit = of_key.unit or ("%" if share else "value")
+        return Plot(stage, of_key, last, _draw(steps, values, smooth, unit, color, f"plot-{self._drawn}"))
 
 
-def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, Any] | None:
+def _smooth(values: Floats) -> Floats | None:
     """Returns the centred mean over a twentieth of the points; None for short series.
 
     Missing points are left out.
@@ -187,7 +214,7 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, An
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _extremes(values: np.ndarray[Any, np.dtype[np.float64]], bins: int = 500) -> np.ndarray[Any, Any]:
+def _extremes(values: Floats, bins: int = 500) -> np.ndarray[Any, Any]:
     """Returns the indices of the points to draw: all, or the lowest and highest of each bin.
 
     Bins are for long series; spikes stay visible.
@@ -214,24 +241,23 @@ def draw_reliability(bins: Sequence[tuple[float, float, float]], name: str) -> s
         name: keeps the ids of a page's plots apart.
     """
     confidence, right, count = np.array(bins, np.float64).reshape(-1, 3).T
+    confidence, right = 100 * confidence, 100 * right
 
     def plot(axes: Any) -> None:
         from matplotlib.ticker import MultipleLocator
 
-        axes.plot([0.5, 1], [0.5, 1], color="#9aa1ad", linewidth=1, linestyle="--")
-        axes.plot(confidence, right, color="#4453c8", linewidth=1)
-        axes.scatter(confidence, right, s=8 + 60 * count / max(count.max(initial=1), 1), color="#4453c8", alpha=0.75)
-        axes.set_xlim(0.48, 1.02)
-        axes.set_ylim(min(0.45, right.min(initial=0.5) - 0.05), 1.05)
-        axes.xaxis.set_major_locator(MultipleLocator(0.1))
+        axes.plot([50, 100], [50, 100], color="#9aa1ad", linewidth=1, linestyle="--")
+        axes.plot(confidence, right, color=BLUE, linewidth=1)
+        axes.scatter(confidence, right, s=8 + 60 * count / max(count.max(initial=1), 1), color=BLUE, alpha=0.75)
+        axes.set_xlim(48, 102)
+        axes.set_ylim(min(45, right.min(initial=50) - 5), 105)
+        axes.xaxis.set_major_locator(MultipleLocator(10))
 
-    return _figure(plot, "confidence", "share right", name)
+    return _figure([(plot, "% right")], "confidence in %", name)
 
 
 def _draw(steps: Any, values: Any, smooth: Any, unit: str, color: str, name: str) -> str:
     def plot(axes: Any) -> None:
-        from matplotlib.ticker import MaxNLocator
-
         if smooth is None:
             marker = "o" if len(steps) <= 25 else ""
             axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=3.2)
@@ -240,14 +266,65 @@ def _draw(steps: Any, values: Any, smooth: Any, unit: str, color: str, name: str
             axes.plot(steps, smooth, color=color, linewidth=1.7)
         if not np.isfinite(values).any():
             axes.set_ylim(0, 1)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _step_axis(axes)
         axes.margins(x=0.02, y=0.1)
 
-    return _figure(plot, "step", unit, name)
+    return _figure([(plot, unit)], "step", name)
 
 
-def _figure(plot: Callable[[Any], None], xlabel: str, ylabel: str, name: str) -> str:
-    """Returns an SVG element; made without pyplot, which would share state with plots of the caller."""
+class _Panel(NamedTuple):
+    """A panel of a `JourneyFigure`.
+
+    Attributes:
+        title: the label of its y axis.
+        steps: of the points of the line.
+        line: the values, smoothed where there are many.
+        thin: (steps, values) of the curve that was smoothed; None where it was not.
+        first: the value that training began with.
+    """
+
+    title: str
+    steps: Floats
+    line: Floats
+    thin: tuple[Floats, Floats] | None
+    first: float
+
+
+def _draw_journey(panels: Sequence[_Panel]) -> str:
+    ends = np.array([(panel.steps.min(), panel.steps.max()) for panel in panels])
+    begin, end = ends.min(), ends.max()
+    room = 0.02 * max(end - begin, 1.0)
+
+    def plot(panel: _Panel, axes: Any) -> None:
+        axes.axhline(panel.first, color="#9aa1ad", linewidth=1, linestyle="--")
+        for color, side in ((BLUE, panel.line > panel.first), (RED, panel.line < panel.first)):
+            shade = {"color": color, "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(panel.steps, panel.line, panel.first, where=side, interpolate=True, **shade)
+        if panel.thin is not None:
+            axes.plot(*panel.thin, color=INK, linewidth=0.6, alpha=0.3)
+        marker = "o" if len(panel.line) <= 25 else ""
+        axes.plot(panel.steps, panel.line, color=INK, linewidth=1.5, marker=marker, markersize=3.2)
+        _step_axis(axes)
+        axes.margins(y=0.15)
+        axes.set_xlim(begin - room, end + room)
+
+    return _figure([(partial(plot, panel), panel.title) for panel in panels], "step", "journey")
+
+
+def _step_axis(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
+
+def _figure(panels: Sequence[tuple[Callable[[Any], None], str]], xlabel: str, name: str) -> str:
+    """Returns an SVG element; made without pyplot, which would share state with plots of the caller.
+
+    Args:
+        panels: (what draws on the axes, label of the y axis) of each panel, from the top.
+        xlabel: label of the common x axis.
+        name: keeps the ids of a page's plots apart.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -259,21 +336,26 @@ def _figure(plot: Callable[[Any], None], xlabel: str, ylabel: str, name: str) ->
         "axes.formatter.useoffset": False,
         "axes.formatter.limits": (-4, 6),
     }
+    high, below, above, gap = (1.46 if len(panels) == 1 else 1.05), 0.4, 0.14, 0.16  # inches
+    height = below + above + len(panels) * high + (len(panels) - 1) * gap
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.7, 2.0))
-        axes = figure.add_axes((0.18, 0.2, 0.8, 0.73))  # an automatic layout measures every text first
-        plot(axes)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(xlabel, color="#6b7280")
-        axes.set_ylabel(ylabel, color="#6b7280", labelpad=2)
-        axes.grid(axis="y", color="#e8eaee", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color("#c9cdd5")
-        axes.tick_params(colors="#6b7280", length=0)
+        figure = Figure(figsize=(3.7, height))
+        for place, (plot, ylabel) in enumerate(reversed(panels)):
+            # Placed by hand: an automatic layout measures every text first.
+            axes = figure.add_axes((0.18, (below + place * (high + gap)) / height, 0.8, high / height))
+            plot(axes)
+            axes.yaxis.set_major_locator(MaxNLocator(4 if len(panels) == 1 else 3))
+            axes.set_ylabel(ylabel, color="#6b7280", labelpad=2)
+            axes.grid(axis="y", color="#e8eaee", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color("#c9cdd5")
+            axes.tick_params(colors="#6b7280", length=0, labelbottom=place == 0)
+            axes.patch.set_visible(False)
+            if place == 0:
+                axes.set_xlabel(xlabel, color="#6b7280")
         buffer = io.StringIO()
         figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

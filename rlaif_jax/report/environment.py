@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _PACKAGES = ("rlaif_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 def save_environment(run_folder: Path) -> Path:
     """Writes `environment.json`, {"machine": ..., "versions": ...}, and returns its path.
 
-    A run calls it when it starts.
+    The versions hold the commit of the code, too (see `commit`). A run calls it when it starts.
 
     A page that is made later, perhaps on another machine, then still says what the run ran on.
 
@@ -28,7 +29,7 @@ def save_environment(run_folder: Path) -> Path:
     """
     path = Path(run_folder) / "environment.json"
     with atomic_write(path) as file:
-        file.write(json.dumps({"machine": machine(), "versions": versions()}, indent=1) + "\n")
+        file.write(json.dumps({"machine": machine(), "versions": {**versions(), "commit": commit()}}, indent=1) + "\n")
     return path
 
 
@@ -47,6 +48,29 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def commit(package: Path = Path(__file__).parents[1]) -> str | None:
+    """Returns the git commit of the code, with " (modified)" if tracked files differ from it.
+
+    Returns None where git does not track the package, as in an installed one. Never fails.
+
+    Args:
+        package: the folder of the package.
+    """
+
+    def git(*arguments: str) -> str:
+        # Variables such as GIT_DIR, which a git hook sets, would name another repository.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        command = ["git", "--no-optional-locks", "-C", str(package), *arguments]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=10)
+        return found.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an environment inside a work tree is not a part of it
+        return git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def machine() -> dict[str, str | int | float]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from rlaif_jax.quality.quality import quality_of_store
 from rlaif_jax.quality.text import Table, clean, tables
-from rlaif_jax.report.curves import Plot, draw_reliability, number_text
+from rlaif_jax.report.curves import Plot, draw_reliability
+from rlaif_jax.report.glossary import Label
+from rlaif_jax.report.numbers import share_text
 
 MAX_PLOTS = 6
 """Judges that have a reliability plot, those with most verdicts first."""
@@ -67,8 +69,9 @@ def page_of(report: Mapping[str, Any]) -> FeedbackPage:
 def _plots(rows: Sequence[Mapping[str, Any]]) -> tuple[Plot, ...]:
     return tuple(
         Plot(
-            title=f"{clean(row['rater'])}: is it as often right as it says?",
-            last=f"ECE {number_text(row['ece']['value'])}",
+            stage="",
+            label=Label(f"{clean(row['rater'])}: is it as often right as it says?"),
+            last=f"off by {share_text(row['ece']['value'])}",
             svg=draw_reliability(
                 [(b["confidence"], b["right"], b["count"]) for b in row["bins"] if b["count"]], f"reliability-{number}"
             ),

@@ -11,7 +11,7 @@ import importlib.resources
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,22 @@ from typing import Any
 from rlaif_jax.config import UserError
 from rlaif_jax.files import atomic_write
 from rlaif_jax.metrics import RL_STAGE, read_appended, read_metrics
-from rlaif_jax.report.cards import cards_so_far, duration_text, final_cards, value_text
-from rlaif_jax.report.curves import Curves, is_number, number_text, stage_title, words
+from rlaif_jax.report.cards import Card, cards_so_far, compares, final_cards, is_internal
+from rlaif_jax.report.curves import Curves, JourneyFigure
 from rlaif_jax.report.environment import environment_here
+from rlaif_jax.report.glossary import entries, label, stage_title
+from rlaif_jax.report.numbers import duration_text, interval_text, is_number, value_text
 from rlaif_jax.report.quality_section import FeedbackPage, feedback_page
-
-MAX_PAIRS = 12
-"""Sample pairs that are shown; more would bury the page."""
-
-MAX_CHARACTERS = 4000
-"""A longer sample is cut, and the page says so."""
+from rlaif_jax.report.samples import sample_sections
+from rlaif_jax.report.story import checks, story, verdict, warnings
 
 
 def write_report(run_folder: Path) -> Path:
     """Writes `run_folder/report.html`, whole or not at all, and returns its path; call it early and often.
 
     The page shows what there is of config.json, metrics.jsonl, samples.jsonl, summary.json, environment.json and
-    the quality of the judgements in feedback.sqlite.
+    the quality of the judgements in feedback.sqlite. It begins with what was done, what came out and what went wrong,
+    in words; every number leads to its explanation in the glossary (see `glossary.QUANTITIES`).
 
     Settings whose name contains key, token, secret or password (apart from "tokenizer") are shown as
     "(hidden)" unless they are a number, true, false or null, as max_tokens is. A user name and password
@@ -61,55 +60,107 @@ def _collect(folder: Path) -> dict[str, Any]:
     """Returns everything that the template shows, as text; the template escapes it."""
     config = _read_json(folder / "config.json")
     summary = _read_json(folder / "summary.json")
-    environment = _read_json(folder / "environment.json")
     rows = read_metrics(folder / "metrics.jsonl")
     samples = list(read_appended(folder / "samples.jsonl").values())
     status = str(summary.get("status", "running"))
-    seed = summary.get("seed", config.get("seed"))
     numbers = summary.get("metrics")
     numbers = numbers if isinstance(numbers, dict) else {}
-    wall = summary.get("wall_s", numbers.get("wall_s", rows[-1].get("time/elapsed_s") if rows else None))
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    curves = Curves(rows)
+    measures = _measures(rows, numbers)
+    journey = curves.journey(measures)
+    cards, others = _cards(numbers, rows, journey, measures)
+    shown = sample_sections(samples)
+    return {
+        "title": str(summary.get("experiment") or config.get("experiment") or folder.resolve().name),
+        "status": status,
+        "error": summary.get("error"),
+        "facts": _facts(config, summary, rows),
+        "verdict": verdict(summary),
+        "story": story(summary, rows, status, journey),
+        "warnings": warnings(summary),
+        "cards": cards,
+        "others": others,
+        "journey": journey,
+        "claims": _claims(summary.get("claims")),
+        "missing": [(name, count) for name, count in _rows(summary.get("missing")) if count != "0"],
+        "rl": curves.main(RL_STAGE, without=measures),
+        "pretraining": [plot for stage in stages if stage != RL_STAGE for plot in curves.main(stage)],
+        "more": [plot for stage in stages for plot in curves.others(stage)],
+        "window": curves.window,
+        **shown,
+        "checks": checks(summary),
+        "fingerprints": [(key, value_text(numbers[key])) for key in numbers if is_internal(key)],
+        "stages": _rows(summary.get("stages")),
+        "feedback": _feedback(folder / "feedback.sqlite"),
+        "settings": _flatten(config),
+        **_made_with(folder, summary),
+        "glossary": entries({*numbers, *shown["sample_keys"], *curves.keys}),
+        "empty": not (rows or samples or numbers),
+    }
+
+
+def _facts(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the short facts under the title."""
+    numbers = summary.get("metrics")
+    seed = summary.get("seed", config.get("seed"))
+    wall = summary.get("wall_s", numbers.get("wall_s") if isinstance(numbers, dict) else None)
+    if wall is None and rows:
+        wall = rows[-1].get("time/elapsed_s")
     facts = [
         f"seed {seed}" if seed is not None else "",
         _progress(rows, summary),
         duration_text(wall) if is_number(wall) else "",
         f"page written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     ]
-    cards, others = final_cards(numbers, wall) if numbers else (cards_so_far(rows), [])
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    curves = Curves(rows)
-    pretraining = [plot for stage in stages if stage != RL_STAGE for plot in curves.main(stage)]
+    return [fact for fact in facts if fact]
+
+
+def _measures(rows: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the keys that one figure compares: reward, second opinion, measures of the run.
+
+    Besides `gold` a measure is what the summary has a win rate of.
+    """
+    logged = {key for row in rows if row["stage"] == RL_STAGE for key in row}
+    won = [key.removeprefix("win_rate_") for key in numbers if key.startswith("win_rate_")]
+    return tuple(key for key in dict.fromkeys(("reward", "second_opinion", "gold", *won)) if key in logged)
+
+
+def _cards(
+    numbers: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    journey: JourneyFigure | None,
+    measures: Sequence[str],
+) -> tuple[list[Card], list[Card]]:
+    """Returns (headline numbers, the others).
+
+    Where the summary does not compare answers before and after training, the reward is the headline.
+    """
+    moved = [
+        Card(part.label._replace(title=f"{part.label.title}, first → last"), f"{part.first} → {part.last}", "")
+        for part in (journey.journeys if journey else ())
+    ]
+    if not numbers:
+        return moved + cards_so_far(rows, measures), []
+    cards, others = final_cards(numbers)
+    return ([] if compares(numbers) else moved) + cards, others
+
+
+def _made_with(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the command, the machine and the versions of the run; where it left none, of this process."""
+    environment = _read_json(folder / "environment.json")
     made_here = not environment
     if made_here:
         environment = environment_here()
+    command = summary.get("command")
     return {
-        "title": str(summary.get("experiment") or config.get("experiment") or folder.resolve().name),
-        "status": status,
-        "error": summary.get("error"),
-        "facts": [fact for fact in facts if fact],
-        "cards": cards,
-        "others": others,
-        "claims": _claims(summary.get("claims")),
-        "warnings": [str(text) for text in summary.get("warnings") or ()],
-        "missing": _rows(summary.get("missing")),
-        "stages": _rows(summary.get("stages")),
-        "rl": curves.main(RL_STAGE),
-        "pretraining": pretraining,
-        "more": [plot for stage in stages for plot in curves.others(stage)],
-        "window": curves.window,
-        "pairs": (pairs := _pairs(samples))[:MAX_PAIRS],
-        "hidden_pairs": max(0, len(pairs) - MAX_PAIRS),
-        "rl_samples": _latest(samples),
-        "checks": _checks(summary.get("checks")),
-        "feedback": _feedback(folder / "feedback.sqlite"),
-        "settings": _flatten(config),
+        "command": _without_credentials(command) if isinstance(command, str) else "",
         "made_here": made_here,
         "environment": [
-            (str(name).replace("_", " "), str(value))
+            (str(name).replace("_", " "), "not known: the code is in no git work tree" if value is None else str(value))
             for part in ("machine", "versions")
             for name, value in (environment.get(part) or {}).items()
         ],
-        "empty": not (rows or samples or numbers),
     }
 
 
@@ -155,52 +206,9 @@ def _claims(claims: Any) -> list[dict[str, str]]:
         if isinstance(claim, dict):
             ci = claim.get("ci95")
             row = {key: value_text(claim.get(key)) for key in ("claim", "paper", "ours", "verdict")}
-            row["ci95"] = " to ".join(map(value_text, ci)) if isinstance(ci, list) else ""
+            row["ci95"] = interval_text(*map(value_text, ci)) if isinstance(ci, list) and len(ci) == 2 else ""
             shown.append(row)
     return shown
-
-
-def _checks(checks: Any) -> list[tuple[str, str, str]]:
-    """Returns (class, verdict, name) of each check."""
-    verdicts = {True: ("ok", "ok"), False: ("failed", "failed")}
-    return [
-        (*(verdicts[value] if isinstance(value, bool) else ("unknown", value_text(value))), words(name))
-        for name, value in (checks.items() if isinstance(checks, dict) else ())
-    ]
-
-
-def _pairs(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns pairs of samples before and after training with the same index and prompt.
-
-    The newest sample of each counts.
-    """
-    pairs: dict[tuple[Any, str], dict[str, Any]] = {}
-    for sample in samples:
-        stage = sample.get("stage")
-        if stage in ("before", "after"):
-            key = (str(sample.get("index")), str(sample.get("prompt", "")))
-            pair = pairs.setdefault(key, {"prompt": _cut(key[1]), "before": None, "after": None})
-            pair[stage] = _sample(sample)
-    return list(pairs.values())
-
-
-def _latest(samples: Iterable[Mapping[str, Any]], count: int = 8) -> list[dict[str, Any]]:
-    """Returns the last few samples that were drawn during training."""
-    drawn = [sample for sample in samples if sample.get("stage") == RL_STAGE][-count:]
-    return [
-        _sample(sample) | {"prompt": _cut(str(sample.get("prompt", ""))), "step": str(sample.get("step"))}
-        for sample in drawn
-    ]
-
-
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    scores = [(name, number_text(sample[name])) for name in ("reward", "gold") if is_number(sample.get(name))]
-    return {"response": _cut(str(sample.get("response", ""))), "scores": scores}
-
-
-def _cut(text: str) -> str:
-    more = len(text) - MAX_CHARACTERS
-    return text if more <= 0 else f"{text[:MAX_CHARACTERS]} … ({more:,} more characters)"
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -219,13 +227,13 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
         elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
             flat += _flatten({str(place): item for place, item in enumerate(value)}, f"{name}.")
         else:
-            flat.append(
-                (
-                    name,
-                    re.sub(r"(?<=://)[^/@\s]+(?=@)", "(hidden)", "none" if value is None else value_text(value)),
-                )
-            )
+            flat.append((name, _without_credentials("none" if value is None else value_text(value))))
     return flat
+
+
+def _without_credentials(text: str) -> str:
+    """Returns a text in which user names and passwords inside URLs are hidden."""
+    return re.sub(r"(?<=://)[^/@\s]+(?=@)", "(hidden)", text)
 
 
 def _is_secret(name: str) -> bool:
@@ -237,4 +245,5 @@ def _render(page: Mapping[str, Any]) -> str:
 
     template = importlib.resources.files("rlaif_jax.report").joinpath("report.html.jinja").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"stage_title": stage_title, "label": label}
     return environment.from_string(template).render(page)

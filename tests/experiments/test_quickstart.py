@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import unexplained
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--models.num-layers=1",
@@ -41,6 +43,7 @@ def test_every_stage_runs_and_leaves_what_was_promised(tmp_path):
         "rm_accuracy", "kl", "length_before", "length_after", "wall_s",
     }  # fmt: skip
     assert promised <= set(summary["metrics"])
+    assert unexplained(out) == []
     page = (out / "report.html").read_text()
     assert "<svg" in page
     assert 'src="http' not in page

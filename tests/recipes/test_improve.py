@@ -21,13 +21,15 @@ from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.policies.text import TextPolicy
-from rlaif_jax.recipes.improve import comparison, improve, normaliser_of, with_critic
+from rlaif_jax.recipes.improve import comparison, improve, normaliser_of, with_critic, worst_prompts
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig
+from tests.helpers import unexplained
 
 TOKENIZER = word_level_tokenizer(tuple("abcdefgh"))
 MODEL = CausalLM(small_decoder(TOKENIZER.vocab_size, num_layers=1, width=16, num_heads=2, context_length=12))
 POLICY = TextPolicy(MODEL, SamplingConfig(max_new_tokens=4), TOKENIZER.eos_id, TOKENIZER.pad_id)
+HOW = ("random", "worst")
 SOURCE = FunctionSource(lambda record, answer: None if answer.startswith("b") else float(answer.count("a")))
 
 
@@ -45,6 +47,23 @@ def test_the_comparison_is_of_pairs_with_both_scores():
     assert (found["gold_before"], found["gold_after"]) == (2.0, 4.5)
     assert (found["length_before"], found["length_after"]) == (2.5, 2.0)
     assert found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
+
+
+def test_the_worst_prompts_are_those_that_lost_most():
+    before = answers([1.0, 2.0, np.nan, 3.0, 1.0], [1] * 5)
+    after = answers([0.0, 2.0, 0.0, 0.5, np.nan], [1] * 5)
+    assert worst_prompts(before, after, 2) == [3, 0]
+    assert worst_prompts(before, after, 9) == [3, 0, 1]
+
+
+def test_the_prompts_of_samples_are_drawn_by_the_seed(records):
+    prompts = next(batches(records, 16))
+    evaluation = lambda seed: Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, seed, source=SOURCE)
+    drawn = [tuple(evaluation(seed).random_prompts(4)) for seed in range(8)]
+    assert len(set(drawn)) > 4
+    assert drawn[0] == tuple(evaluation(0).random_prompts(4))
+    assert all(len(set(places)) == 4 and max(places) < 16 for places in drawn)
+    assert evaluation(0).random_prompts(99) == list(range(16))
 
 
 def test_the_normaliser_leaves_missing_rewards_out():
@@ -76,7 +95,8 @@ def test_an_evaluation_needs_a_score(records):
 def test_before_train_after(params, records, tmp_path):
     prompts = next(batches(records, 16))
     gold = lambda records, texts: np.array([len(text.split()) for text in texts], np.float32)
-    evaluation = Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, 0, measure=gold, source=SOURCE)
+    reasons = lambda prompts, texts: [f"{prompt}: {text}" for prompt, text in zip(prompts, texts)]
+    evaluation = Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, 0, measure=gold, source=SOURCE, reasons=reasons)
     before = evaluation.answers(params)
     again = evaluation.answers(params, judged=False)
     assert (again.texts, again.rewards) == (before.texts, None)
@@ -108,6 +128,17 @@ def test_before_train_after(params, records, tmp_path):
     assert {(s["stage"], s["step"]) for s in samples} == {("before", 0), ("rl", 0), ("rl", 2), ("after", 2)}
     assert all(s["reward"] is None for s in samples if s["stage"] == "rl")
     assert any(s["reward"] is not None for s in samples if s["stage"] == "before")
+    assert all(s["reasons"] == f"{s['prompt']}: {s['response']}" for s in samples)
+    for stage, answers in (("before", before), ("after", found.after)):
+        written = {how: [s["index"] for s in samples if (s["stage"], s["chosen"]) == (stage, how)] for how in HOW}
+        assert written == {"random": list(range(16)), "worst": worst_prompts(before, found.after, 6)}
+        for s in samples:
+            if s["stage"] == stage:
+                assert (s["prompt"], s["response"]) == (
+                    prompts.records[s["index"]]["prompt"],
+                    answers.texts[s["index"]],
+                )
+    assert unexplained(run.folder) == []
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["gold"] == run.metrics["gold_before"]
     assert lines[-1]["gold"] == run.metrics["gold_after"]

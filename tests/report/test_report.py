@@ -14,7 +14,8 @@ from rlaif_jax.feedback.records.forms import Ranking, Rater
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.report import report
-from rlaif_jax.report.environment import save_environment
+from rlaif_jax.report.environment import commit, save_environment
+from rlaif_jax.report.samples import MAX_PAIRS
 from tests.report.pages import ATTACK, Page, make, sample, write_json, write_samples
 
 
@@ -24,36 +25,37 @@ def test_the_page_tells_the_whole_run(run):
         "quickstart",
         "done",
         "seed 0 · 5 steps · 7 min 13 s",
-        "71.3 % 95 % interval 65.1 to 77.2 %",
+        "71.3 % 95 % interval [65.1 %, 77.2 %]",
         "0.412 → 0.741",
         "8.91 nats per answer",
         "87.4 %",
         "9.3 %",
         "84.2 %",
         "22.3 → 25.9 tokens",
-        "RLAIF beats SFT 0.71 0.713 0.651 to 0.772 reproduced",
+        "RLAIF beats SFT 0.71 0.713 [0.651, 0.772] reproduced",
         "✓ ok KL at step 0 is zero",
         "✗ failed Loss finite",
         "ppo.policy.lr 3e-06",
-        "Reward model · Heldout accuracy",
-        "Before reward -0.25 gold 0.5 a cup cup After reward 1.5 gold 0.75 The cook gives a cup.",
+        "Reward model · Held-out accuracy",
+        "Prompt change: Reward +1.75 Gold score +0.25 prompt 0",
+        "Before Reward -0.25 Gold score 0.5 a cup cup After Reward 1.5 Gold score 0.75 The cook gives a cup.",
         "while it learns",
     ):
         assert words in page.text, words
-    assert page.tags.count("svg") == 7 + 2 + 3
-    assert page.text.index("KL to the reference", 500) < page.text.index("Sampler gap")
+    assert page.tags.count("svg") == 1 + 3 + 2 + 5  # the figure, the loop, the reward model, all other curves
+    assert page.text.index("Entropy") < page.text.index("Sampler gap (first minibatch)")
 
 
 def test_every_plot_has_labelled_axes_with_units(run):
     text = report.write_report(run).read_text()
     plots = re.findall(r"<figcaption><span>(.*?)</span>.*?</figcaption>\s*(<svg.*?</svg>)", text, re.DOTALL)
+    plots = [(re.sub("<[^>]*>", "", title), svg) for title, svg in plots]
     units = {title: re.findall(r"<text[^>]*>\s*([^<]*?)\s*</text>", svg) for title, svg in plots}
     for title, unit in {
-        "Reward": "score",
         "KL to the reference": "nats per answer",
         "Answer length": "tokens",
         "Entropy": "nats per token",
-        "Clip fraction": "share of tokens",
+        "Clip fraction": "% of tokens",
         "Reward model · Loss": "nats per pair",
     }.items():
         assert {unit, "step"} <= set(units[title]), (title, units[title])
@@ -83,6 +85,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(run):
     assert len(ids) == len(set(ids))
     used = {value[1:] for _, name, value in page.attributes if name == "xlink:href"}
     used |= {value[5:-1] for _, name, value in page.attributes if name == "clip-path"}
+    used |= {value[1:] for tag, name, value in page.attributes if (tag, name) == ("a", "href")}
     assert used <= set(ids)
     assert used
 
@@ -93,20 +96,27 @@ def test_hostile_text_is_shown_as_text_wherever_it_comes_from(tmp_path):
             stage.write(1, {ATTACK: 1.0, "reward": 1.0, f"{ATTACK}/kl": 1.0})
         with writer.stage(ATTACK, 1) as stage:
             stage.write(1, {f"{ATTACK} loss": 1.0})
-    samples = [sample(stage, 0, ATTACK, prompt=ATTACK) for stage in ("before", "after", "rl")]
+    samples = [
+        sample(stage, 0, ATTACK, prompt=ATTACK, chosen=chosen, reasons=ATTACK, **{ATTACK: 1.0})
+        for stage in ("before", "after", "rl")
+        for chosen in ("random", "worst", ATTACK)
+    ]
     write_samples(tmp_path, *samples)
     write_json(tmp_path, "config.json", {ATTACK: ATTACK, "nested": {ATTACK: [ATTACK]}})
     claim = dict.fromkeys(("claim", "paper", "ours", "verdict"), ATTACK) | {"ci95": [ATTACK]}
-    numbers = {ATTACK: 1.0, "text": ATTACK, "x": {ATTACK: ATTACK}}
+    numbers = {ATTACK: 1.0, "text": ATTACK, "x": {ATTACK: ATTACK}, f"{ATTACK}sha256": ATTACK}
+    numbers |= {f"win_rate_{ATTACK}": 0.5, f"win_rate_{ATTACK}_ci95": [0.4, 0.6]}
     summary = dict.fromkeys(("experiment", "status", "seed", "error"), ATTACK)
     summary |= {"metrics": numbers, "checks": {ATTACK: True, "other": ATTACK}, "claims": [claim]}
-    summary |= {"warnings": [ATTACK], "missing": {ATTACK: 3}, "stages": {ATTACK: ATTACK}}
+    summary |= {"warnings": [f"{ATTACK} Try: {ATTACK}"], "missing": {ATTACK: 3}, "stages": {ATTACK: ATTACK}}
+    summary |= {"story": [ATTACK], "verdict": ATTACK, "command": ATTACK}
     write_json(tmp_path, "summary.json", summary)
     write_json(tmp_path, "environment.json", {"machine": {ATTACK: ATTACK}, "versions": {ATTACK: ATTACK}})
     page = make(tmp_path)
     assert not {"script", "img"} & set(page.tags)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert page.text.count("<script>alert(1)</script>") > 20
+    assert not [value for _, name, value in page.attributes if name in ("id", "href") and "script" in value]
+    assert page.text.count("<script>alert(1)</script>") > 40
     assert "{{ 7 * 7 }}" in page.text
     assert " 49 " not in page.text
 
@@ -159,8 +169,8 @@ def test_samples_of_one_index_and_prompt_stand_side_by_side_and_the_newest_count
     assert "(1,000 more characters)" in text
     write_samples(tmp_path, *(sample("before", index, "answer") for index in range(20)))
     text = make(tmp_path).text
-    assert text.count("Before answer") == report.MAX_PAIRS
-    assert "8 more are in samples.jsonl" in text
+    assert text.count("Before answer") == MAX_PAIRS
+    assert f"{20 - MAX_PAIRS} more are in samples.jsonl" in text
 
 
 def test_values_that_are_not_finite_leave_gaps_not_errors(tmp_path):
@@ -171,7 +181,7 @@ def test_values_that_are_not_finite_leave_gaps_not_errors(tmp_path):
         for step in range(1, 101):
             stage.write(step, {"reward": float("nan"), "kl": float("nan") if step % 3 else step / 7})
     page = make(tmp_path)
-    assert "Reward no finite value" in page.text
+    assert "Reward over the training" not in page.text
     assert "KL to the reference 14.14" in page.text
     assert not [value for _, name, value in page.attributes if name == "d" and "nan" in value]
 
@@ -191,13 +201,14 @@ def test_whatever_a_new_algorithm_logs_and_changes_is_among_the_first_curves(tmp
         writer.stage("rl", 3) as stage,
     ):
         for step in range(1, 4):
-            stage.write(step, {"margin": 0.1 * step, "constant": 1.0, "first/margin": 0.1 * step, "reward": 1.0})
+            values = {"novelty": 0.1 * step, "first/novelty": 0.1 * step, "constant": 1.0, "loss": 0.1 * step}
+            stage.write(step, values | {"reward": 1.0})
     page = make(tmp_path)
-    first, _, others = page.text.partition("All other curves (2)")
-    assert first.index("Training loop The number next to a title") < first.index("Margin 0.3")
-    assert "Reward 1 " in first
-    assert "Loop · Constant" in others
-    assert "Loop · First/margin" in others
+    first, _, others = page.text.partition("All other curves (3)")
+    assert first.index("Training loop The number next to a title") < first.index("Novelty 0.3")
+    assert "Reward, first → last 1 → 1" in first
+    for title in ("Constant 1", "First/novelty 0.3", "Loss 0.3"):
+        assert title in others
 
 
 def test_warnings_missing_judgements_and_stages_are_shown(run):
@@ -205,7 +216,7 @@ def test_warnings_missing_judgements_and_stages_are_shown(run):
     summary |= {"warnings": ["the code has changed"], "missing": {"timeout": 12}, "stages": {"lm-0123": "reused"}}
     write_json(run, "summary.json", summary)
     text = make(run).text
-    for words in ("Warnings ! warning the code has changed", "by reason. timeout 12", "began with lm-0123 reused"):
+    for words in ("the code has changed", "by reason. timeout 12", "began with lm-0123 reused"):
         assert words in text, words
 
 
@@ -214,12 +225,12 @@ def test_unknown_numbers_of_other_experiments_are_shown_too(tmp_path):
     metrics |= {"directions": {"happier": 1}, "note": "both", "nothing": None, "flag": True, "wall_s": 3700}
     write_json(tmp_path, "summary.json", {"status": "stopped", "metrics": metrics})
     text = make(tmp_path).text
-    assert "Score, before → after 0.25 → 0.5" in text
-    assert "Distinct 2 0.4 95 % interval 0.3 to 0.5" in text
+    assert "Score, before → after 0.25 → 0.50" in text
+    assert "Distinct 2 0.4 95 % interval [0.3, 0.5]" in text
     assert 'Directions {"happier": 1}' in text
     assert "Note both" in text
     assert "Flag true" in text
-    assert "Wall time 1 h 1 min" in text
+    assert "1 h 1 min · page written" in text
     assert "stopped" in text
 
 
@@ -292,6 +303,43 @@ def test_the_environment_of_the_run_is_kept(run):
     assert os.uname().nodename not in json.dumps(saved["machine"]).split()
 
 
+def git(folder, *arguments):
+    identity = ("-c", "user.name=ann", "-c", "user.email=ann@example.org")
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_of_the_code_is_kept(tmp_path, monkeypatch):
+    package = tmp_path / "work" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    assert commit(package) is None, "no repository"
+    git(tmp_path / "work", "init", "--quiet")
+    assert commit(package) is None, "git does not track it, as in an environment inside a work tree"
+    git(tmp_path / "work", "add", ".")
+    git(tmp_path / "work", "commit", "--quiet", "-m", "first")
+    head = git(tmp_path / "work", "rev-parse", "HEAD")
+    assert commit(package) == head
+    (package / "new.txt").write_text("not tracked")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    assert commit(package) == head
+    (package / "__init__.py").write_text("x = 1")
+    assert commit(package) == f"{head} (modified)"
+    monkeypatch.setenv("PATH", "")
+    assert commit(package) is None, "no git"
+
+
+def test_the_commit_is_shown(run):
+    save_environment(run)
+    saved = json.loads((run / "environment.json").read_text())
+    saved["versions"]["commit"] = "0123abcd (modified)"
+    write_json(run, "environment.json", saved)
+    assert "commit 0123abcd (modified)" in make(run).text
+    saved["versions"]["commit"] = None
+    write_json(run, "environment.json", saved)
+    assert "commit not known: the code is in no git work tree" in make(run).text
+
+
 def test_a_page_about_another_process_does_not_start_jax(run):
     program = (
         "import sys; from pathlib import Path; from rlaif_jax.report import report\n"
@@ -338,14 +386,14 @@ def test_the_quality_of_the_feedback_is_on_the_page(run):
         "Agreement of sources on comparisons",
         "Both orders",
         "Win rates of the judge, debiased by people's labels",
-        "1.000 [0.912, 1.000]",  # they always agree: Wilson's interval of 40
+        "100.0 % [91.2 %, 100.0 %]",  # they always agree: Wilson's interval of 40
     ):
         assert words in page.text, words
     assert page.tags.count("svg") == before + 1
     text = (run / "report.html").read_text()
     (svg,) = re.findall(r"as often right as it says\?.*?(<svg.*?</svg>)", text, re.DOTALL)
     labels = set(re.findall(r"<text[^>]*>\s*([^<]*?)\s*</text>", svg))
-    assert {"confidence", "share right"} <= labels
+    assert {"confidence in %", "% right"} <= labels
 
 
 def test_names_in_the_feedback_are_shown_as_text(run):

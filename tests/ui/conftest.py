@@ -1,8 +1,5 @@
 """A running annotation page, for requests and for a real browser."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 
 from rlaif_jax.feedback.people.queue import TaskQueue
@@ -40,18 +37,3 @@ def running(tmp_path_factory):
     store = tmp_path_factory.mktemp("page") / "feedback.sqlite"
     with model_server() as url, running_page(store, RATERS, "--model", url) as page:
         yield store, page.urls
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A Chromium, or a skip."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="drives the page with playwright (requirements-dev.txt)"
-    )
-    with playwright.sync_playwright() as driver:
-        path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        if path is None and not Path(driver.chromium.executable_path).exists():
-            pytest.skip("needs Chromium: install it, or run `playwright install chromium`")
-        found = driver.chromium.launch(executable_path=path)
-        yield found
-        found.close()

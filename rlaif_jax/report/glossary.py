@@ -1,0 +1,365 @@
+"""What the numbers of a run are called and mean: one table for the page's titles, hints and glossary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from rlaif_jax.metrics import RL_STAGE
+
+
+class Quantity(NamedTuple):
+    """What a number is.
+
+    Attributes:
+        title: its name on the page; {} is what the * of its key matches.
+        unit: its unit, or ""; that of a share begins with %.
+        meaning: a sentence or two for a reader who has not seen it before.
+    """
+
+    title: str
+    unit: str
+    meaning: str
+
+
+_PER_ANSWER, _PER_TOKEN = "nats per answer", "nats per token"
+
+QUANTITIES = {
+    # ---- What a policy's answers are worth
+    "win_rate_*": Quantity(
+        "Win rate by {}",
+        "%",
+        "Share of the held-out prompts for which the answer after training has the higher score; ties count half. "
+        "50 % means no difference.",
+    ),
+    "win_rate_*_length_controlled": Quantity(
+        "Win rate by {}, equal lengths",
+        "%",
+        "Win rate after the effect of the answers' length is taken out by a logistic regression.",
+    ),
+    "reward": Quantity(
+        "Reward",
+        "score",
+        "Mean reward of the answers of a training step, after all shaping: what the policy learned from. A higher "
+        "reward is what training aims at; it does not prove that the answers are better.",
+    ),
+    "score": Quantity("Score", "score", "Mean score that the feedback gave a step's answers, before any shaping."),
+    "score/*": Quantity(
+        "Score {}",
+        "score",
+        "Mean score that one of several kinds of feedback gave a step's answers, before any shaping.",
+    ),
+    "second_opinion": Quantity(
+        "Second opinion",
+        "score",
+        "Mean score of the answers to held-out prompts by a judge that the policy does not learn from. If it falls "
+        "while the reward rises, the policy exploits its reward.",
+    ),
+    "second_opinion_se": Quantity(
+        "Second opinion, standard error", "score", "How far chance alone moves the second opinion's mean."
+    ),
+    "gold": Quantity(
+        "Gold score",
+        "score",
+        "Mean score of the answers to held-out prompts by the task's exact measure, which no part of the training sees.",
+    ),
+    "judge": Quantity("Judge's score", "score", "Mean score that the judge gives the answers to held-out prompts."),
+    "judge_win_rate": Quantity(
+        "Win rate by the judge",
+        "%",
+        "How probable it is, in the judge's own opinion, that an answer after training is better than the one before.",
+    ),
+    "gain_sd": Quantity(
+        "Gain in standard deviations",
+        "",
+        "Mean gain of the score, divided by the spread of the scores before training.",
+    ),
+    "gain": Quantity(
+        "Gain", "score", "Mean of the score after training minus the score before, over held-out prompts."
+    ),
+    # ---- What the answers look like
+    "kl": Quantity(
+        "KL to the reference",
+        _PER_ANSWER,
+        "How far the policy has moved from the one that training began with: 0 is not at all. A large or leaping value "
+        "means that it has left the answers on which its feedback can be trusted.",
+    ),
+    "kl_k3": Quantity(
+        "KL, second estimate", _PER_ANSWER, "The KL to the reference by an estimate that is never negative (k3)."
+    ),
+    "length": Quantity("Answer length", "tokens", "Mean number of tokens of an answer."),
+    "eval_length": Quantity(
+        "Held-out answer length", "tokens", "Mean number of tokens of an answer to a held-out prompt."
+    ),
+    "finished": Quantity(
+        "Finished answers",
+        "% of answers",
+        "Share of a step's answers that ended by themselves, before the length limit.",
+    ),
+    "entropy": Quantity(
+        "Entropy",
+        _PER_TOKEN,
+        "How undecided the policy is about the next token, estimated from its answers. Near 0 all answers become alike.",
+    ),
+    "entropy_exact": Quantity(
+        "Entropy, exact",
+        _PER_TOKEN,
+        "How undecided the policy is about the next token, summed over the whole vocabulary.",
+    ),
+    "distinct2": Quantity(
+        "Distinct token pairs",
+        "%",
+        "Different pairs of neighbouring tokens among all pairs: how varied the answers are.",
+    ),
+    # ---- How good the feedback is
+    "judge_agreement": Quantity(
+        "Judge agrees with gold",
+        "%",
+        "Share of labelled pairs of answers in which the judge prefers the better one by gold.",
+    ),
+    "judge_agreement_pairwise": Quantity(
+        "Judge agrees with gold, asked about pairs",
+        "%",
+        "Share of labelled pairs in which the judge prefers the better answer by gold when it is shown both, in both orders.",
+    ),
+    "judge_agreement_final": Quantity(
+        "Judge agrees with gold at the end",
+        "%",
+        "Share of held-out prompts where the judge and gold prefer the same of two answers: before or after training.",
+    ),
+    "judge_accuracy": Quantity(
+        "Judge's accuracy", "%", "Share of held-out texts with a known label that the judge classifies correctly."
+    ),
+    "judge_missing": Quantity(
+        "Missing judgements",
+        "%",
+        "Share of answers, or of pairs of answers, about which the judge gave no usable judgement.",
+    ),
+    "judge_sd": Quantity("Spread of the judge's scores", "score", "Standard deviation of the judge's scores."),
+    "same_position_rate": Quantity(
+        "Same position",
+        "%",
+        "Share of pairs for which the judge prefers the same place, first or second, in both orders.",
+    ),
+    "rm_accuracy": Quantity(
+        "Reward model's accuracy",
+        "%",
+        "Share of held-out pairs of answers that the reward model orders as the judge's labels do.",
+    ),
+    "accuracy_*": Quantity(
+        "Accuracy, {}",
+        "%",
+        "Share of held-out pairs ordered correctly after all labels, where this rule chose what to ask.",
+    ),
+    "labels_saved_*": Quantity(
+        "Labels saved, {}", "labels", "How many labels fewer than at random this rule needs for the same accuracy."
+    ),
+    "labels": Quantity("Labels", "", "Number of judgements that the run collected."),
+    "feedback_missing": Quantity("Missing so far", "answers", "Answers without a judgement since training began."),
+    # ---- The update
+    "loss": Quantity(
+        "Loss", "", "What an update makes smaller. Its value has no meaning outside one stage of one run."
+    ),
+    "accuracy": Quantity(
+        "Accuracy", "%", "Share of examples that are classified, or pairs that are ordered, as labelled."
+    ),
+    "heldout_accuracy": Quantity(
+        "Held-out accuracy", "%", "Share of examples that are right, of those that are not learned from."
+    ),
+    "learning_rate": Quantity("Learning rate", "", "Size of the optimiser's steps."),
+    "grad_norm": Quantity(
+        "Gradient norm", "", "Length of the gradient before clipping. Spikes mean unstable training."
+    ),
+    "grad_norm/*": Quantity(
+        "Gradient norm, {}", "", "Length of the gradient of one part before clipping. Spikes mean unstable training."
+    ),
+    "policy_loss": Quantity(
+        "Policy loss", "", "The policy's part of the loss. It need not fall while the policy improves."
+    ),
+    "value_loss": Quantity("Value loss", "", "Squared error of the critic, which predicts the return."),
+    "explained_variance": Quantity(
+        "Explained variance", "", "How well the critic predicts returns: 1 is perfectly, 0 no better than their mean."
+    ),
+    "return": Quantity("Return", "score", "Mean sum of the rewards from a token to the end of its answer."),
+    "kl_coef": Quantity("KL coefficient", "", "How much reward a policy loses per nat of KL to the reference."),
+    "kl_loss": Quantity("KL in the loss", _PER_TOKEN, "The KL term of the loss, before its coefficient."),
+    "approx_kl": Quantity(
+        "KL of the update", _PER_TOKEN, "How far the updates of a step move the policy from the one that answered."
+    ),
+    "clip_fraction": Quantity(
+        "Clip fraction", "% of tokens", "Tokens whose update is cut off because the policy has changed enough at them."
+    ),
+    "ratio_error": Quantity(
+        "Ratio error", "", "Mean distance from 1 of the ratio of a token's probability to that when it was drawn."
+    ),
+    "sampler_gap": Quantity(
+        "Sampler gap",
+        _PER_TOKEN,
+        "Mean difference between the log-probs of the sampler and of the trainer: rounding only.",
+    ),
+    "sampler_gap_max": Quantity(
+        "Largest sampler gap",
+        "nats",
+        "Largest difference of a step between the log-probs of the sampler and of the trainer.",
+    ),
+    "effective_sample_size": Quantity(
+        "Effective sample size", "%", "Share of tokens that count fully after weights correct for the sampler's gap."
+    ),
+    "nonfinite": Quantity(
+        "Skipped updates", "updates", "Updates of a step that were left out: loss or gradient not finite."
+    ),
+    "staleness": Quantity("Staleness", "steps", "Steps between the policy that answered and the policy that learned."),
+    "margin": Quantity(
+        "Margin", "nats", "By how much more the policy has raised the preferred answer than the other, times beta."
+    ),
+    "margin_size": Quantity(
+        "Size of the margin", "nats", "Mean size of the margin between two answers, whichever is preferred."
+    ),
+    "pairs": Quantity("Pairs", "pairs", "Pairs of answers with a preference in a minibatch."),
+    "dpo_loss": Quantity(
+        "Preference loss", "", "The loss of direct preference optimisation; log 2 = 0.69 at the start."
+    ),
+    # ---- Time
+    "time/tokens_per_s": Quantity("Speed", "tokens per second", "Answer tokens over the time of a whole step."),
+    "time/updates_per_s": Quantity("Updates per second", "", "Updates of a stage per second."),
+    "time/rollout_s": Quantity("Rollout", "s", "Seconds of a step until its answers were drawn."),
+    "time/feedback_s": Quantity("Feedback", "s", "Seconds of a step until its answers were judged."),
+    "time/update_s": Quantity("Update", "s", "Seconds of a step for rewards, update and evaluation."),
+    "time/compilations": Quantity(
+        "Compilations", "programs", "Programs compiled so far: a number that grows costs time."
+    ),
+    "time/elapsed_s": Quantity("Elapsed", "s", "Seconds since the run began."),
+    "wall_s": Quantity("Wall time", "s", "Seconds from the start of the run to its end."),
+    # ---- Fingerprints
+    "labeler_sha256": Quantity(
+        "Labeler's fingerprint", "", "SHA-256 of the AI labeler's weights, frozen before training."
+    ),
+    "judge_sha256": Quantity("Judge's fingerprint", "", "SHA-256 of the judge's weights, frozen before training."),
+    "results": Quantity("Results", "", "All results of the experiment."),
+}
+"""The numbers that the package and its experiments write, in the glossary's order; * matches any name.
+
+Keys are those of metrics.jsonl and of summary.json without `_before`, `_after`, `_ci95`, and without what precedes the
+last slash where the whole key is not in the table.
+"""
+
+MAIN = (
+    "reward", "second_opinion", "gold", "judge", "kl", "length", "finished", "entropy", "distinct2", "margin",
+    "accuracy",
+)  # fmt: skip
+"""The curves of the training loop that everybody looks at first, in this order."""
+
+CHECKS = {
+    "kl_at_step_0_is_0": "Before the first update the policy gives its answers the reference's probabilities.",
+    "first_minibatch_ratio_is_1": "Before the first update of a step the trainer's probabilities are the sampler's.",
+    "first_minibatch_clip_fraction_is_0": "Before the first update of a step no token is clipped.",
+    "first_minibatch_approx_kl_is_0": "Before the first update of a step the policy is the one that answered.",
+    "first_margin_is_0": "Before the first update the policy prefers no answer more than the reference does.",
+    "sampler_and_trainer_logprobs_agree": "Generation and training compute the same log-probs up to rounding.",
+    "losses_are_finite": "No update was left out because its loss or gradient was not finite.",
+    "discriminator_loss_is_finite": "The loss of the discriminator was always finite.",
+    "eos_is_kept_in_the_mask": "The stop token of a finished answer is part of what is learned.",
+    "labeler_weights_unchanged": "The AI labeler after training is bit for bit the one before.",
+}
+"""What the checks of a run verify, by name."""
+
+_STAGE_TITLES = {
+    "lm": "Language model",
+    "sft": "Supervised fine-tuning",
+    "labeler": "Labeler",
+    "reward_model": "Reward model",
+    RL_STAGE: "Training loop",
+}
+_ABBREVIATIONS = {"kl", "ppo", "grpo", "sft", "rl", "rm", "eos", "lm", "ece", "lc", "ci95", "ai", "dpo"}
+_SHARE = re.compile(r"(?<!learning)_(rate|accuracy|agreement)(_|$)")
+
+
+class Label(NamedTuple):
+    """What the page writes at a number.
+
+    Attributes:
+        title: its name.
+        unit: its unit, or "".
+        share: whether numbers between 0 and 1 are written as percentages.
+        term: the id of its entry in the glossary; "" where it has no entry.
+        meaning: that entry's sentence, or "".
+    """
+
+    title: str
+    unit: str = ""
+    share: bool = False
+    term: str = ""
+    meaning: str = ""
+
+
+def words(key: str) -> str:
+    """Returns a key as words: first_kl_zero -> First KL zero."""
+    text = " ".join(word.upper() if word in _ABBREVIATIONS else word for word in key.split("_") if word)
+    return text[:1].upper() + text[1:]
+
+
+def stage_title(stage: str) -> str:
+    """Returns the name of a stage for people: reward_model -> Reward model."""
+    return _STAGE_TITLES.get(stage) or words(str(stage))
+
+
+def label(key: str) -> Label:
+    """Returns the label of a number; of one that is not in the table, its words.
+
+    Args:
+        key: in metrics.jsonl or summary.json.
+    """
+    stem = key.removesuffix("_ci95")
+    when = next((suffix for suffix in ("_before", "_after") if stem.endswith(suffix)), "")
+    where, _, last = stem.rpartition("/")
+    for name, detail in (
+        (stem, ""),
+        (stem.removesuffix(when), when[1:]),
+        (last, where.replace("first", "first minibatch")),
+    ):
+        entry = _entry(name)
+        if entry is not None:
+            quantity = QUANTITIES[entry]
+            place = entry.find("*")
+            matched = name[place : len(name) - (len(entry) - place - 1)] if place >= 0 else ""
+            title = quantity.title.format(words(matched).lower()) + (f" ({detail})" if detail else "")
+            return Label(title, quantity.unit, quantity.unit.startswith("%"), _id(entry), quantity.meaning)
+    return Label(words(key), share=bool(_SHARE.search(key)))
+
+
+def main_rank(key: str) -> int | None:
+    """Returns the place of a curve of the loop among those to look at first; None for any other."""
+    return MAIN.index(key) if key in MAIN else None
+
+
+def rank(key: str) -> int:
+    """Returns the place of a number in the table; that of a number that is not in it is the last."""
+    term = label(key).term
+    return next((place for place, name in enumerate(QUANTITIES) if _id(name) == term), len(QUANTITIES))
+
+
+def entries(keys: Iterable[str]) -> list[tuple[str, str, str, str]]:
+    """Returns (id, title, unit, meaning) of what the keys need in a glossary, in the table's order.
+
+    Args:
+        keys: of the numbers that the page shows; those that are not in the table have no entry.
+    """
+    used = {label(key).term for key in keys}
+    return [
+        (_id(key), quantity.title.replace("{}", "…"), quantity.unit, quantity.meaning)
+        for key, quantity in QUANTITIES.items()
+        if _id(key) in used
+    ]
+
+
+def _entry(name: str) -> str | None:
+    if name in QUANTITIES:
+        return name
+    matches = [key for key in QUANTITIES if "*" in key and fnmatchcase(name, key)]
+    return max(matches, key=len, default=None)
+
+
+def _id(key: str) -> str:
+    return "term-" + re.sub("[^a-z0-9]+", "-", key)
