@@ -14,6 +14,11 @@ Expected (seeds 0, 1, 2): see experiments/RESULTS.md.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +120,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the quickstart and returns the run's metrics."""
     with (
         Run(config.out, "quickstart", config, seed=config.seed, resume=config.resume, stages=config.stages) as run,
-        MetricsWriter(config.out) as writer,
+        MetricsWriter(config.out, display=run.display) as writer,
     ):
         runner = make_runner(config.train.parallel)
         config.train.check(config.ppo, runner.devices)
@@ -191,4 +196,4 @@ def judge_metrics(judge: LanguageModelJudge, prompts: list[str], found: Improvem
 
 
 if __name__ == "__main__":
-    command_line(main, get_config(), __doc__)
+    command_line(main, get_config(), __doc__, loading=loading)
