@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pty
-import re
 import resource
 import signal
 import struct
@@ -22,8 +21,6 @@ from tensorboardX.proto import event_pb2
 from rlaif_jax import metrics
 from rlaif_jax.config import UserError
 from rlaif_jax.metrics import MetricsWriter, read_metrics, without_time
-from rlaif_jax.progress.display import ProgressDisplay
-from rlaif_jax.progress.plan import PlannedStage
 
 ROOT = Path(__file__).parents[1]
 
@@ -349,38 +346,6 @@ def test_the_last_line_is_printed_when_the_run_ends_between_two(tmp_path, capsys
         for step in (1, 2, 3):
             lm.write(step, {"loss": 1.0})
     assert capsys.readouterr().out.splitlines() == ["[lm] step 1  loss 1.0000", "[lm] step 3  loss 1.0000"]
-
-
-def test_an_evaluation_leaves_a_line_and_its_numbers_stay_until_the_next(tmp_path, capsys):
-    with rl(tmp_path, terminal=True, total=4) as log:
-        log.write(0, {"gold": 0.5, "eval_length": 9.0})
-        log.write(1, {"reward": 0.25})
-        log.write(2, {"reward": 0.5, "gold": 0.75, "second_opinion": 6.5})
-        log.write(3, {"reward": 0.5, "gold": math.nan})
-        log.write(4, {"reward": 1.0, "gold": 0.8})
-    lines = capsys.readouterr().out.splitlines()
-    assert [re.sub(r"  \d:\d\d left$", "", line) for line in lines] == [
-        "[rl] step 0/4  gold 0.500",
-        "[rl] step 2/4  reward 0.500  second opinion 6.500  gold 0.750",
-        "[rl] step 4/4  reward 1.000  second opinion 6.500  gold 0.800",
-    ]
-
-
-def test_a_display_of_a_run_outlives_the_writer(tmp_path, capsys):
-    with ProgressDisplay() as display:
-        display.plan([PlannedStage("lm", "a model learns", 1)])
-        for name in ("one", "two"):
-            with writer(tmp_path / name, terminal=True, display=display) as out, out.stage("lm", 1) as lm:
-                lm.write(1, {"loss": 1.0})
-        bar = display.add("later", None)
-        bar.update(1, "")
-        bar.close()
-    assert capsys.readouterr().out.splitlines() == [
-        "stage 1 of 1: a model learns",
-        "[lm] step 1/1  loss 1.0000",
-        "[lm] step 1/1  loss 1.0000",
-        "[later] step 1",
-    ]
 
 
 def test_no_terminal_no_output(tmp_path, capsys):

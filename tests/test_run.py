@@ -17,7 +17,6 @@ import pytest
 
 from rlaif_jax import run as run_module
 from rlaif_jax.config import UserError
-from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.run import Run, StopRequested, command_line
 
 ROOT = Path(__file__).parents[1]
@@ -301,75 +300,6 @@ def test_warnings_and_missing_judgements_are_in_the_summary_and_on_the_page(tmp_
         assert run.missing == {"timeout": 3}
         run.warn("the labeler agrees with <nobody>")
     assert capsys.readouterr().err == ""
-
-
-def test_the_story_ends_the_output_and_the_summary_knows_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "orig_argv", ["/opt/bin/python3", "some script.py", "--api-key", "sk-1", "--seed=0"])
-    with open_run(tmp_path / "one") as run:
-        run.settled()
-        run.story += ["The answers are better.", "Next: another seed."]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"test: seed 0, run folder {tmp_path / 'one'}"
-    page = tmp_path / "one" / "report.html"
-    assert lines[-3:] == ["The answers are better.", "Next: another seed.", f"done: the run's page is {page}"]
-    kept = summary(tmp_path / "one")
-    assert kept["story"] == ["The answers are better.", "Next: another seed."]
-    assert kept["command"] == "python3 'some script.py' --api-key '***' --seed=0"
-    monkeypatch.setattr(sys, "orig_argv", ["python3", "some script.py", "--resume"])
-    with open_run(tmp_path / "one", resume=True):
-        pass
-    assert summary(tmp_path / "one")["command"] == kept["command"]
-
-
-def test_stages_are_announced_whether_they_are_made_or_reused(tmp_path, capsys):
-    plan = [PlannedStage("base", "a model learns", 1), PlannedStage("next", "another one", 2)]
-    for name in ("one", "two"):
-        with open_run(tmp_path / name, tmp_path / "shared") as run:
-            run.display.plan(plan)
-            two_stages(run, Made())
-        lines = [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()]
-        assert [line for line in lines if line.startswith("stage")] == [
-            "stage 1 of 2: a model learns",
-            "stage 2 of 2: another one",
-        ]
-
-
-def test_one_sample_of_each_evaluation_is_shown_and_cannot_change_the_terminal(tmp_path, capsys):
-    with open_run(tmp_path / "one") as run:
-        run.settled()
-        for step in (0, 5):
-            for i, chosen in enumerate(("worst", "random", "random")):
-                answer = f"\x1b[2Janswer {i}\nof step {step}\r"
-                run.sample(step=step, stage="rl", index=i, prompt="a prompt", response=answer, chosen=chosen)
-        run.sample(step=5, stage="after", index=0, prompt="a prompt", response="not shown")
-    out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if "answer" in line or "prompt:" in line] == [
-        "step 0, an answer to a held-out prompt:",
-        "  prompt: a prompt",
-        "  answer: answer 1 of step 0",
-        "step 5, an answer to a held-out prompt:",
-        "  prompt: a prompt",
-        "  answer: answer 1 of step 5",
-    ]
-    assert "\x1b" not in out
-    assert len((tmp_path / "one" / "samples.jsonl").read_text().splitlines()) == 7
-
-
-def test_a_run_that_is_a_part_of_another_uses_its_display_and_leaves_it_open(tmp_path, capsys):
-    with open_run(tmp_path / "whole") as whole:
-        whole.settled()
-        part = Run(tmp_path / "part", "part", Config(), seed=0, display=whole.display)
-        with part:
-            part.settled()
-        with whole.display.wait("something", "question") as count:
-            whole.display._printed_at = -np.inf
-            count(1, 2)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1:3] == [
-        f"part: seed 0, run folder {tmp_path / 'part'}",
-        f"done: the run's page is {part.folder / 'report.html'}",
-    ]
-    assert lines[3].startswith("[something] question 1/2")
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_first_error(tmp_path):
