@@ -16,13 +16,14 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from rlaif_jax.progress.count import Count
 from rlaif_jax.progress.plan import Plan, PlannedStage
 from rlaif_jax.progress.text import cut_end, cut_start, duration, one_line
 
@@ -31,9 +32,6 @@ PLAIN_LINE_EVERY_S = 2.5
 PLAIN_WIDTH = 120  # columns of a sample when the output is no terminal
 SHOWN_AFTER_S = 1.0  # a shorter wait inside of a stage is not shown
 TICK_S = {"plain": 0.25, "live": 0.5}  # seldom: the thread shares the cores with the training
-
-Count = Callable[[int, int], None]
-"""Takes how many units of a wait are done, and how many there are."""
 
 
 class ProgressDisplay:

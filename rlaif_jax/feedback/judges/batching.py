@@ -11,16 +11,12 @@ import numpy as np
 
 from rlaif_jax.config import require
 from rlaif_jax.parallel import Runner
-from rlaif_jax.progress.display import Count
+from rlaif_jax.progress.count import Count, count_nothing
 
 B = TypeVar("B")
 T = TypeVar("T")
 
 AHEAD = 4  # batches that are dispatched before the oldest one is waited for
-
-
-def count_nothing(done: int, total: int) -> None:
-    """Shows nothing: the `progress` of what nobody waits for."""
 
 
 def check_batch_size(name: str, size: int, runner: Runner) -> None:

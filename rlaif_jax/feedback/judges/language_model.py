@@ -23,13 +23,13 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
-from rlaif_jax.feedback.judges.batching import check_batch_size, count_nothing, in_batches
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, generate
-from rlaif_jax.progress.display import Count
+from rlaif_jax.progress.count import Count, count_nothing
 from rlaif_jax.rewards.rankings import both_orders
 from rlaif_jax.types import Feedback, Params, Prompts, Rollout
 
