@@ -27,7 +27,7 @@ from rlaif_jax.progress.count import Count
 from rlaif_jax.progress.plan import Plan, PlannedStage
 from rlaif_jax.progress.text import cut_end, cut_start, duration, one_line
 
-PLAIN_LINE_EVERY_S = 2.5
+PLAIN_LINE_EVERY_S = 2.0
 """Seconds between two progress lines when the output is no terminal; more in a long run, see `_interval`."""
 PLAIN_WIDTH = 120  # columns of a sample when the output is no terminal
 SHOWN_AFTER_S = 1.0  # a shorter wait inside of a stage is not shown
@@ -56,6 +56,7 @@ class ProgressDisplay:
         self._name: str | None = None
         self._opened_at = self._begun_at = time.monotonic()
         self._printed_at = -math.inf
+        self._stage_counted = False  # the present stage's own bar has been and is closed
 
     # ---- The run
 
@@ -87,7 +88,7 @@ class ProgressDisplay:
             now = time.monotonic()
             if self._plan is None or not self._plan.begin(name, now, skipped=skipped):
                 return
-            self._begun_at = now
+            self._begun_at, self._stage_counted = now, False
             left = self._plan.left(now)
             about = "" if left is None else f" (about {duration(left)} left of the whole run)"
             self.print(self._plan.title() + about)
@@ -104,7 +105,7 @@ class ProgressDisplay:
             total: number of units of the whole task; None if unknown.
             start: number of units that are done.
             unit: what is counted, for plain lines.
-            text: shown until the first update.
+            text: shown until the first unit is done.
             brief: a task that leaves no line behind where it is short.
         """
         with self._lock:
@@ -220,13 +221,19 @@ class ProgressDisplay:
             now = time.monotonic()
             self.print(f"[{stage or self._name}] working, {duration(now - self._begun_at)}{self._whole_left(now)}")
 
+    def _is_stage(self, bar: ProgressBar) -> bool:
+        """Returns whether a bar counts the steps of the present planned stage."""
+        return self._plan is not None and self._plan.at >= 0 and bar.name == self._plan.stages[self._plan.at].name
+
     def _left(self, now: float) -> float | None:
-        """Returns the seconds that are left of the whole run, None while they are unknown."""
+        """Returns the seconds that are left of the whole run, None while they are unknown or nearly over."""
         if self._plan is None or self._plan.at < 0:
             return None
-        name = self._plan.stages[self._plan.at].name
-        stage_left = next((bar.left(now) for bar in self._bars if bar.name == name and not bar.brief), None)
-        return self._plan.left(now, stage_left)
+        # What a stage does after its bar is short.
+        stage_left = 0.0 if self._stage_counted else None
+        stage_left = next((bar.left(now) for bar in self._bars if self._is_stage(bar)), stage_left)
+        left = self._plan.left(now, stage_left)
+        return None if left is None or left < 1 else left
 
     def _whole_left(self, now: float) -> str:
         left = self._left(now)
@@ -256,7 +263,7 @@ class ProgressBar:
         self, display: ProgressDisplay, name: str, total: int | None, start: int, unit: str, text: str, brief: bool
     ) -> None:
         self.name, self.brief = name, brief
-        self._display, self._total, self._unit, self._text = display, total, unit, text
+        self._display, self._total, self._unit, self._text, self._first_text = display, total, unit, "", text
         self._start = self._done = start
         self._began = time.monotonic()
         self._alone = not display._bars
@@ -321,6 +328,7 @@ class ProgressBar:
             if self._unprinted and (not self.brief or self._printed is not None):
                 self.print(time.monotonic())
             display._bars.remove(self)
+            display._stage_counted |= display._is_stage(self)
             if self._task is not None and display._rich is not None:
                 display._rich.remove_task(self._task)
 
@@ -330,7 +338,8 @@ class ProgressBar:
 
     def _words(self, now: float) -> str:
         left = self.left(now)
-        return self._text if left is None else f"{self._text}  {duration(left)} left".lstrip()
+        last = self._first_text if self._first is None else "" if left is None else f"{duration(left)} left"
+        return f"{self._text}  {last}".strip()
 
     def print(self, now: float) -> None:
         """Prints the bar as a plain line, with the time that has passed where the line says nothing new."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ALIVE_EVERY_S = 2.5
+ALIVE_EVERY_S = 2.0
 """Seconds between two lines while the imports run."""
 
 

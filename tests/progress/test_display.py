@@ -38,10 +38,10 @@ def test_plain_lines_are_rare_and_include_the_last(clock, capsys):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert err == ""
-    assert [line.split()[3] for line in lines] == [f"{done}/101" for done in range(1, 102, 5)]
+    assert [line.split()[3] for line in lines] == [f"{done}/101" for done in range(1, 102, 4)]
     assert lines[0] == "[judge [a/b]] judgement 1/101  1 missing"
-    assert lines[2] == "[judge [a/b]] judgement 11/101  4 missing  0:45 left"
-    assert lines[4] == "[judge [a/b]] judgement 21/101  0:40 left"
+    assert lines[1] == "[judge [a/b]] judgement 5/101  5 missing  0:48 left"
+    assert lines[5] == "[judge [a/b]] judgement 21/101  0:40 left"
     assert lines[-1].endswith("0:00 left")
 
 
@@ -79,9 +79,9 @@ def test_the_lines_of_a_long_run_become_rarer(clock, capsys):
             clock[0] += 1.0
         lines = capsys.readouterr().out.splitlines()
     times = [int(line.split()[2]) for line in lines]
-    assert times[:4] == [1, 4, 7, 10]
+    assert times[:4] == [1, 3, 5, 7]
     assert max(b - a for a, b in itertools.pairwise(times)) == 60
-    assert len(times) < 1200  # of ten hours
+    assert len(times) < 1300  # of ten hours
 
 
 # ---- A plan, waits, samples
@@ -111,6 +111,26 @@ def test_planned_stages_are_announced_with_the_time_that_is_left(clock, capsys):
     ]
 
 
+def test_what_a_stage_does_after_its_bar_does_not_make_the_run_longer(clock, capsys):
+    with ProgressDisplay() as display:
+        display.plan([*STAGES, PlannedStage("rl", "PPO", 10)])
+        display.begin("rl")
+        bar = display.add("rl", 4)
+        for done in (1, 2, 4):
+            clock[0] += 5.0
+            bar.update(done, "")
+        bar.close()
+        with display.wait("the last answers", "answer") as count:
+            clock[0] += 5.0
+            count(1, 2)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "[rl] step 1/4",
+        "[rl] step 2/4  0:10 left  (whole run: 0:10 left)",
+        "[rl] step 4/4  0:00 left",
+        "[the last answers] answer 1/2",
+    ]
+
+
 def test_a_short_wait_leaves_no_line_and_a_longer_one_its_last(clock, capsys):
     with ProgressDisplay() as display:
         display.print("begun")
@@ -123,7 +143,7 @@ def test_a_short_wait_leaves_no_line_and_a_longer_one_its_last(clock, capsys):
                 clock[0] += 0.5
                 count(done, 8)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["begun", "[long] question 4/8  0:02 left", "[long] question 8/8  0:00 left"]
+    assert lines == ["begun", *(f"[long] question {done}/8  0:0{left} left" for done, left in ((3, 2), (7, 0), (8, 0)))]
 
 
 def test_what_cannot_say_how_far_it_is_is_not_silent(monkeypatch, capsys):
@@ -149,6 +169,8 @@ def test_what_cannot_say_how_far_it_is_is_not_silent(monkeypatch, capsys):
     wait_for("[lm] step 0/5  compiling  0:00 so far")
     with display.wait("the page"):
         wait_for("[the page]  0:00 so far")
+    bar.update(0, "gold 0.5")
+    wait_for("[lm] step 0/5  gold 0.5  compiling  0:00 so far")
     bar.close()
     display.close()
     capsys.readouterr()

@@ -115,7 +115,7 @@ def test_an_evaluation_leaves_a_line_and_its_numbers_stay_until_the_next(tmp_pat
         log.write(4, {"reward": 1.0, "gold": 0.8})
     lines = capsys.readouterr().out.splitlines()
     assert [re.sub(r"  \d:\d\d left$", "", line) for line in lines] == [
-        "[rl] step 0/4  gold 0.500",
+        "[rl] step 0/4  gold 0.500  compiling",
         "[rl] step 2/4  reward 0.500  second opinion 6.500  gold 0.750",
         "[rl] step 4/4  reward 1.000  second opinion 6.500  gold 0.800",
     ]
