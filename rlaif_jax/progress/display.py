@@ -22,6 +22,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from rlaif_jax.progress.count import Count
 from rlaif_jax.progress.plan import Plan, PlannedStage
@@ -184,10 +185,11 @@ class ProgressDisplay:
         if self._thread is not None:
             return
         if self._is_live:
+            column = Column(no_wrap=True, overflow="ellipsis")
             self._rich = Progress(
-                TextColumn("{task.description:<12}", style="bold", markup=False),
+                TextColumn("{task.description:<12}", style="bold", markup=False, table_column=column),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}", markup=False),
+                TextColumn("{task.fields[text]}", markup=False, table_column=column.copy()),
                 TimeElapsedColumn(),
                 console=self._console,
                 auto_refresh=False,
@@ -338,7 +340,8 @@ class ProgressBar:
 
     def _words(self, now: float) -> str:
         left = self.left(now)
-        last = self._first_text if self._first is None else "" if left is None else f"{duration(left)} left"
+        last = "" if left is None or self._done == self._total else f"{duration(left)} left"
+        last = self._first_text if self._first is None else last
         return f"{self._text}  {last}".strip()
 
     def print(self, now: float) -> None:
