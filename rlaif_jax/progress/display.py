@@ -66,7 +66,8 @@ class ProgressDisplay:
         with self._lock:
             self._name = name
             self._opened_at = self._begun_at = self._printed_at = time.monotonic()
-            self._start()
+            if not self._is_live:  # else the first bar or plan does: until then another display may use the terminal
+                self._start()
 
     def plan(self, stages: Sequence[PlannedStage]) -> None:
         """Says which stages come, so that each is announced with its number and the time that is left of all.
@@ -76,7 +77,9 @@ class ProgressDisplay:
         Args:
             stages: in the order in which they begin.
         """
-        self._plan = Plan(stages)
+        with self._lock:
+            self._plan = Plan(stages)
+            self._start()
 
     def begin(self, name: str, *, skipped: bool = False) -> None:
         """Announces a planned stage that begins; does nothing for any other, or for one that has begun.
