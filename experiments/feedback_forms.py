@@ -15,6 +15,11 @@ experiments/RESULTS.md.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,7 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
+from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, StageConfig, WorldModels
 from rlaif_jax.recipes.world_judges import FORMS, Form, make_crowd
@@ -41,6 +47,11 @@ from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import FEEDBACK, INIT, Params, step_key
 
 RULES = Path(__file__).with_name("brindlemoor.toml")
+MODEL_STAGES = (
+    PlannedStage("lm", "a language model learns the language of the text world", 20),
+    PlannedStage("labeler", "from it, an AI labeler learns to judge", 80),
+    PlannedStage("sft", "from it, a policy learns to imitate a mediocre writer", 10),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +116,23 @@ def labeler_mix() -> corpus.LabelerMix:
     )
 
 
+def comparison_stages(config: FormsConfig) -> list[PlannedStage]:
+    """Returns a stage for each form and origin."""
+    return [
+        PlannedStage(f"{form}-{origin}", f"PPO on feedback of form {form} and origin {origin}", 60)
+        for form in config.forms
+        for origin in config.origins
+    ]
+
+
 def main(config: FormsConfig) -> dict[str, Any]:
     """Runs all forms and origins and returns the metrics: `results` by "FORM-ORIGIN"."""
     seed = config.seed
     with (
         Run(config.out, "feedback_forms", config, seed=seed, resume=config.resume, stages=config.stages) as run,
-        MetricsWriter(config.out) as writer,
+        MetricsWriter(config.out, display=run.display) as writer,
     ):
+        run.display.plan([*MODEL_STAGES, *comparison_stages(config)])
         runner = make_runner(config.train.parallel)
         config.train.check(config.ppo, runner.devices)
         world = WorldModels(summarisation.TASK, False, config.models, run, writer, runner)
@@ -149,6 +170,7 @@ def main(config: FormsConfig) -> dict[str, Any]:
         for form in config.forms:
             for origin in config.origins:
                 name = f"{form}-{origin}"
+                run.display.begin(name, skipped=name in results)
                 if name not in results:
                     results[name] = improve_by(config, form, origin, world, sources, sft, sample, evaluation, before)
                     print(row(name, results[name]))
@@ -184,8 +206,15 @@ def improve_by(
     name, seed = f"{form}-{origin}", config.seed
     folder = config.out / name
     with (
-        Run(folder, name, config, seed=seed, resume=config.resume and (folder / "config.json").exists()) as run,
-        MetricsWriter(folder) as writer,
+        Run(
+            folder,
+            name,
+            config,
+            seed=seed,
+            resume=config.resume and (folder / "config.json").exists(),
+            display=world.run.display,
+        ) as run,
+        MetricsWriter(folder, display=run.display) as writer,
         Store(folder / "feedback.sqlite") as store,
         sources.open(origin, store, run.stopped) as source_of,
     ):
@@ -225,4 +254,4 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command_line(main, get_config(), __doc__)
+    command_line(main, get_config(), __doc__, loading=loading)

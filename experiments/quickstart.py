@@ -14,6 +14,11 @@ Expected (seeds 0, 1, 2): see experiments/RESULTS.md.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +37,7 @@ from rlaif_jax.feedback.sources import DeviceSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
+from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import Improvement, improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
 from rlaif_jax.recipes.world_rewards import agreement_or_none, learn_reward
@@ -39,6 +45,14 @@ from rlaif_jax.run import Run, command_line
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import INIT, step_key
 
+STAGES = (
+    PlannedStage("lm", "a language model learns the language of the text world", 25),
+    PlannedStage("labeler", "from it, an AI labeler learns to judge, and is then frozen", 50),
+    PlannedStage("sft", "from it, a policy learns to imitate a mediocre writer", 10),
+    PlannedStage("pairs", "the labeler judges pairs of the policy's answers", 30),
+    PlannedStage("reward_model", "a reward model learns the labeler's judgements", 15),
+    PlannedStage("rl", "PPO improves the policy", 60),
+)
 TASKS = {task.name: task for task in WORLD_TASKS}
 
 
@@ -115,8 +129,9 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
     """Runs the quickstart and returns the run's metrics."""
     with (
         Run(config.out, "quickstart", config, seed=config.seed, resume=config.resume, stages=config.stages) as run,
-        MetricsWriter(config.out) as writer,
+        MetricsWriter(config.out, display=run.display) as writer,
     ):
+        run.display.plan(STAGES)
         runner = make_runner(config.train.parallel)
         config.train.check(config.ppo, runner.devices)
         world = WorldModels(TASKS[config.task], config.shortcuts, config.models, run, writer, runner)
@@ -148,7 +163,9 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
         policy = world.policy(config.sampling)
         prompts = world.first_prompts(held_out, config.eval_prompts)
         evaluation = Evaluation(policy, world.tokenizer, runner, prompts, config.seed, world.gold, source)
-        before = evaluation.answers(sft.params)
+        run.display.begin("rl")
+        with run.display.wait("held-out answers before training"):
+            before = evaluation.answers(sft.params)
         assert before.rewards is not None
         key = step_key(config.seed, 2, INIT)
         critic, params = with_critic(config.ppo, world.model, sft.params, learned.params["trunk"], key)
@@ -191,4 +208,4 @@ def judge_metrics(judge: LanguageModelJudge, prompts: list[str], found: Improvem
 
 
 if __name__ == "__main__":
-    command_line(main, get_config(), __doc__)
+    command_line(main, get_config(), __doc__, loading=loading)

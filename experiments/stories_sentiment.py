@@ -15,6 +15,11 @@ Expected, both moods: see experiments/RESULTS.md.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+
 import dataclasses
 import json
 from pathlib import Path
@@ -37,12 +42,20 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import TextPolicy, answer_texts, make_generator
+from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
 from rlaif_jax.recipes.stories import Storyteller, load_storyteller, sentiment_judge, story_beginnings
 from rlaif_jax.run import Run, command_line
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import FEEDBACK, INIT, step_key
 
+STAGES = (
+    PlannedStage("judge", "a judge learns to tell happy sentences from sad ones", 20),
+    PlannedStage(
+        "beginnings", "the storyteller writes beginnings of stories, and stories whose scores are the scale", 20
+    ),
+    PlannedStage("rl", "the storyteller learns to please the judge", 100),
+)
 MODEL_SOURCE = "stories260K/stories260K.bin and stories260K/tok512.bin of https://huggingface.co/karpathy/tinyllamas"
 
 
@@ -136,14 +149,16 @@ def main(config: StoriesConfig) -> dict[str, Any]:
     length, seed = config.train.prompt_length, config.seed
     with (
         Run(config.out, "stories_sentiment", config, seed=seed, resume=config.resume, stages=config.stages) as run,
-        MetricsWriter(config.out) as writer,
+        MetricsWriter(config.out, display=run.display) as writer,
     ):
+        run.display.plan(STAGES)
         runner = make_runner(config.train.parallel)
         config.train.check(config.ppo, runner.devices)
         source = SentimentSource(sentiment_judge(sentences, config.judge, runner, run, writer), config.mood)
         run.report()
 
         # ---- Beginnings of stories
+        run.display.begin("beginnings")
         path = run.folder / "prompts.jsonl"
         if not (run.resuming and path.exists()):
             count = config.training_prompts + config.eval_prompts
@@ -200,9 +215,9 @@ def main(config: StoriesConfig) -> dict[str, Any]:
         }
         save_model(run.folder / "model", model, found.params, tokenizer)
         before, after, kl = (run.metrics[name] for name in ("judge_before", "judge_after", "kl"))
-        print(f"{config.mood}: judge score {before:.2f} -> {after:.2f} at KL {kl:.1f}; {config.out / 'report.html'}")
+        run.story.append(f"{config.mood}: judge score {before:.2f} -> {after:.2f} at KL {kl:.1f}")
     return run.metrics
 
 
 if __name__ == "__main__":
-    command_line(main, get_config(), __doc__)
+    command_line(main, get_config(), __doc__, loading=loading)

@@ -20,6 +20,11 @@ method on the device; the ensemble is its Bayesian bootstrap. Expected: see expe
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+
 import dataclasses
 import json
 from pathlib import Path
@@ -30,6 +35,7 @@ import numpy as np
 from rlaif_jax.config import require
 from rlaif_jax.data.world.tasks import summarisation
 from rlaif_jax.files import atomic_write
+from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.label_curves import labels_to_reach, saved_share, smoothed, t_interval
 from rlaif_jax.recipes.asking import AskingConfig, Order, accuracy_curve, pool_and_test
 from rlaif_jax.run import Run, command_line
@@ -75,8 +81,11 @@ def get_config() -> AskConfig:
 def main(config: AskConfig) -> dict[str, Any]:
     """Asks in all orders, writes the curves to OUT/what_to_ask.json and returns the run's metrics."""
     with Run(config.out, "what_to_ask", config, seed=config.seed) as run:
+        seeds = range(config.seed, config.seed + config.seeds)
+        run.display.plan([PlannedStage(f"seed {seed}", f"all orders of asking, with seed {seed}", 1) for seed in seeds])
         curves: Curves = {order: [] for order in ORDERS}
-        for seed in range(config.seed, config.seed + config.seeds):
+        for seed in seeds:
+            run.display.begin(f"seed {seed}")
             pool, test = pool_and_test(seed, summarisation.TASK, config.prompts, config.test_prompts)
             for order in ORDERS:
                 repeats = range(config.asking.repeats)
@@ -143,4 +152,4 @@ def print_tables(
 
 
 if __name__ == "__main__":
-    command_line(main, get_config(), __doc__)
+    command_line(main, get_config(), __doc__, loading=loading)

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.files import atomic_write, read_json_lines
-from rlaif_jax.progress import ProgressBar, ProgressDisplay
+from rlaif_jax.progress.display import ProgressBar, ProgressDisplay
 
 RL_STAGE = "rl"
 """The stage of the training loop; also that of a line without "stage"."""
@@ -81,6 +81,7 @@ class MetricsWriter:
     Args:
         folder: the run folder; made if missing.
         terminal: False: show nothing on the terminal.
+        display: shows the numbers, `run.display`; None: a display that only this writer has.
         sinks: where else the numbers go; None: TensorBoard events in `folder/tensorboard`.
 
     Raises:
@@ -89,7 +90,14 @@ class MetricsWriter:
             in its last line (a last line cut by `kill -9` is dropped).
     """
 
-    def __init__(self, folder: Path, *, terminal: bool = True, sinks: Sequence[Sink] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        terminal: bool = True,
+        display: ProgressDisplay | None = None,
+        sinks: Sequence[Sink] | None = None,
+    ) -> None:
         folder = Path(folder)
         self.path = folder / "metrics.jsonl"
         try:
@@ -103,7 +111,7 @@ class MetricsWriter:
         # A resumed run's clock goes on from its last line; a new run has no lines.
         self._started = time.monotonic() - max(map(_elapsed, lines), default=0.0)
         shown = [TensorBoard(folder / "tensorboard")] if sinks is None else sinks
-        self._sinks: list[Sink] = [*([Terminal()] if terminal else []), *shown]
+        self._sinks: list[Sink] = [*([Terminal(display)] if terminal else []), *shown]
 
     def _open(self) -> None:
         # Unbuffered and in append mode: a line is with the system as soon as write() has returned.
@@ -299,29 +307,45 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 
 
 class Terminal:
-    """Shows each stage as a progress bar with the values of `SHOWN`, or as plain lines."""
+    """Shows each stage as a progress bar with the values of `SHOWN`, or as plain lines.
+
+    What only evaluations measure is shown until the next one, and each evaluation leaves a line behind.
+
+    Args:
+        display: shows the bars; None: a display that only this terminal has.
+    """
 
     SHOWN = (
         ("reward", "reward {:.3f}"),
+        ("second_opinion", "second opinion {:.3f}"),
+        ("gold", "gold {:.3f}"),
+        ("judge", "judge {:.3f}"),
         ("kl", "KL {:.3f}"),
         ("loss", "loss {:.4f}"),
         ("accuracy", "accuracy {:.3f}"),
         ("time/tokens_per_s", "{:,.0f} tokens/s"),
     )
+    EVALUATED = ("second_opinion", "gold", "judge")
 
-    def __init__(self) -> None:
-        self._display = ProgressDisplay()
+    def __init__(self, display: ProgressDisplay | None = None) -> None:
+        self._display = display or ProgressDisplay()
+        self._owns = display is None
         self._bars: dict[str, ProgressBar] = {}
+        self._measured: dict[str, dict[str, float | int]] = {}  # stage -> what its last evaluation measured
 
     def start(self, stage: str, total: int | None, resume_from: int | None) -> None:
         """Shows a bar for `stage` of `total` steps (None: unknown) that begins after `resume_from`."""
-        self._bars[stage] = self._display.add(stage, total, start=resume_from or 0)
+        self._display.begin(stage)
+        self._bars[stage] = self._display.add(stage, total, start=resume_from or 0, text="compiling")
+        self._measured[stage] = {}
 
     def write(self, stage: str, step: int, values: Numbers) -> None:
         """Moves the bar of `stage` to `step` and shows those of the `values` that SHOWN names."""
-        self._bars[stage].update(
-            step, "  ".join(f.format(values[k]) for k, f in self.SHOWN if values.get(k) is not None)
-        )
+        new = {name: value for name in self.EVALUATED if (value := values.get(name)) is not None}
+        self._measured[stage] |= new
+        shown = {**values, **self._measured[stage]}
+        text = "  ".join(f.format(shown[name]) for name, f in self.SHOWN if shown.get(name) is not None)
+        self._bars[stage].update(step, text, keep=bool(new))
 
     def flush(self) -> None:
         """Does nothing: the terminal shows every number at once."""
@@ -331,8 +355,9 @@ class Terminal:
         self._bars.pop(stage).close()
 
     def close(self) -> None:
-        """Closes the display of all bars."""
-        self._display.close()
+        """Closes the display, unless the run goes on to use it."""
+        if self._owns:
+            self._display.close()
 
 
 class TensorBoard:

@@ -22,6 +22,8 @@ import tyro
 from rlaif_jax.checkpoint import load_params, save_params
 from rlaif_jax.config import CheckFailed, UserError, differing, require, save_config, to_json
 from rlaif_jax.files import atomic_write
+from rlaif_jax.progress.display import ProgressDisplay
+from rlaif_jax.progress.startup import Loading, command_text
 from rlaif_jax.report.environment import save_environment, versions
 from rlaif_jax.report.report import write_report
 from rlaif_jax.types import Params
@@ -64,27 +66,43 @@ class Run:
         seed: of everything random, in 0 .. 2**32 - 1.
         resume: go on with the run in `folder`.
         stages: the folder of finished stages, which several runs may share; None: `folder`/checkpoints/stages.
+        display: the display of the run that this one is a part of; None: the run has one.
 
     Attributes:
+        display: shows on the terminal how far the run is.
         metrics, checks, warnings, missing, claims: go to summary.json; `missing` counts missing judgements by reason.
+        story: sentences in plain words for the end of the terminal and the top of the page: what happened, what the
+            measure is, what to do next.
         steps_done: steps of the loop.
         stop_requested: whether a person or the system asked the run to stop.
         resuming: whether the run was begun by an earlier process.
     """
 
     def __init__(
-        self, folder: Path, experiment: str, config: Any, *, seed: int, resume: bool = False, stages: Path | None = None
+        self,
+        folder: Path,
+        experiment: str,
+        config: Any,
+        *,
+        seed: int,
+        resume: bool = False,
+        stages: Path | None = None,
+        display: ProgressDisplay | None = None,
     ) -> None:
         require(0 <= seed < 2**32, f"seed must lie in 0 .. 2**32 - 1, not {seed}")
         self.folder, self.experiment, self.seed = Path(folder), experiment, seed
         self.config, self.resuming = config, resume
+        self.display, self._is_part = display or ProgressDisplay(), display is not None
         self.stop_requested = False
         self.metrics: dict[str, Any] = {}
         self.checks: dict[str, bool] = {}
         self.warnings: list[str] = []
         self.missing: dict[str, int] = {}
         self.claims: list[dict[str, Any]] = []
+        self.story: list[str] = []
         self.steps_done = 0
+        self._command = command_text(sys.orig_argv)
+        self._sampled_at: int | None = None  # the step of the last sample on the terminal
         self._stages = stages or self.folder / "checkpoints" / "stages"
         self._used_stages: dict[str, str] = {}  # key -> "made" or "reused"
         self._started = time.time()
@@ -119,6 +137,9 @@ class Run:
                 "choose another --out or free some space"
             ) from error
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.display.print(f"{self.experiment}: seed {self.seed}, run folder {folder}")
+        if not self._is_part:
+            self.display.open(self.experiment)
         return self
 
     def _continue(self) -> None:
@@ -136,6 +157,7 @@ class Run:
         self.metrics, self.checks = before.get("metrics", {}), before.get("checks", {})
         self.warnings, self.missing = before.get("warnings", []), before.get("missing", {})
         self._used_stages = before.get("stages", {})
+        self._command = before.get("command", self._command)
 
     def stage(
         self,
@@ -183,6 +205,7 @@ class Run:
                 key = known[0]
                 self.warn(f"the stage {key} was made by another version of the code; a resumed run keeps to it")
         kept = self._stage_exists(key)
+        self.display.begin(name, skipped=kept)
         if not kept:
             params = make(*(stage.params for stage in after))
             if self.stop_requested:
@@ -235,13 +258,20 @@ class Run:
             print(f"warning: {text}", file=sys.stderr)
 
     def sample(self, **fields: Any) -> None:
-        """Appends `fields`, JSON values, as a line to samples.jsonl; raises UserError if it cannot be written."""
+        """Appends `fields`, JSON values, as a line to samples.jsonl; raises UserError if it cannot be written.
+
+        The first sample of each evaluation during training is also shown on the terminal.
+        """
         path = self.folder / "samples.jsonl"
         try:
             with open(path, "a") as file:
                 file.write(json.dumps(fields) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        if fields.get("stage") == "rl" and fields["step"] != self._sampled_at and fields.get("chosen") != "worst":
+            self._sampled_at = fields["step"]
+            title = f"step {fields['step']}, an answer to a held-out prompt:"
+            self.display.sample(title, str(fields["prompt"]), str(fields["response"]))
 
     def report(self, status: str = "running") -> None:
         """Writes summary.json and report.html from what is known by now.
@@ -251,6 +281,7 @@ class Run:
         summary = {
             "experiment": self.experiment,
             "status": status,
+            "command": self._command,
             "seed": self.seed,
             "steps": self.steps_done,
             "wall_s": round(time.time() - self._started, 3),
@@ -260,10 +291,12 @@ class Run:
             "missing": self.missing,
             "claims": self.claims,
             "stages": self._used_stages,
+            "story": self.story,
         }
-        with atomic_write(self.folder / "summary.json") as file:
-            file.write(json.dumps(summary, indent=1) + "\n")
-        write_report(self.folder)
+        with self.display.wait("the run's page"):
+            with atomic_write(self.folder / "summary.json") as file:
+                file.write(json.dumps(summary, indent=1) + "\n")
+            write_report(self.folder)
 
     @property
     def wall_s(self) -> float:
@@ -275,6 +308,14 @@ class Run:
     ) -> bool:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        try:
+            return self._end(error)
+        finally:
+            if not self._is_part:
+                self.display.close()
+
+    def _end(self, error: BaseException | None) -> bool:
+        """Writes the last report and prints how the run ended; returns whether `error` is dealt with."""
         if isinstance(error, UserError) and not self._settled:
             shutil.rmtree(self.folder)
             if self._aside is not None:
@@ -289,6 +330,9 @@ class Run:
         except UserError:
             if error is None:  # else the first error counts
                 raise
+        for sentence in self.story:
+            self.display.print(sentence)
+        self.display.print(f"{status}: the run's page is {self.folder / 'report.html'}")
         if status == "stopped":
             print(
                 f"stopped after step {self.steps_done}: the same command with --resume goes on in {self.folder}",
@@ -339,7 +383,13 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def command_line(main: Callable[[Config], Result], default: Config, description: str | None = None) -> Result:
+def command_line(
+    main: Callable[[Config], Result],
+    default: Config,
+    description: str | None = None,
+    *,
+    loading: Loading | None = None,
+) -> Result:
     """Parses the command line into a config, calls `main` with it and returns the result of `main`.
 
     A choice between dataclasses is written as a word, `ppo.advantage:leave-one-out`; the options of the chosen
@@ -349,11 +399,14 @@ def command_line(main: Callable[[Config], Result], default: Config, description:
         main: a function of the config.
         default: a frozen dataclass: its fields are the options, its values the defaults.
         description: the text of --help.
+        loading: what the script has shown while its imports ran; ends here.
 
     Raises:
         SystemExit: with status 2 and one line on stderr for bad input, with 1 when a check of the run failed or a
             loss is not finite, with 130 on Ctrl-C.
     """
+    if loading is not None:
+        loading.done()
     try:
         config = _parse_arguments(default, description)
         use_compilation_cache()

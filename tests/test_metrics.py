@@ -335,10 +335,10 @@ def test_plain_lines_are_rare_and_include_the_last(tmp_path, capsys, monkeypatch
             log.write(step, {"reward": 0.25, "kl": 1.5, "loss": 3.0, "time/tokens_per_s": 1234.5})
             clock[0] += 0.5
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == [f"{step}/101" for step in range(1, 102, 10)]
+    assert [line.split()[2] for line in lines] == [f"{step}/101" for step in range(1, 102, 4)]
     assert lines[0] == "[rl] step 1/101  reward 0.250  KL 1.500  loss 3.0000  1,234 tokens/s"
-    assert lines[1].endswith("0:45 left")
-    assert lines[-1].endswith("0:00 left")
+    assert lines[1].endswith("0:48 left")
+    assert lines[-1].endswith("1,234 tokens/s")
 
 
 def test_the_last_line_is_printed_when_the_run_ends_between_two(tmp_path, capsys):

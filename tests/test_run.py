@@ -236,7 +236,8 @@ def make():
 with Run(folder, "test", Config(), seed=0, stages=shared) as run:
     run.settled()
     like = {"w": np.zeros((400, 1000), np.float32)}
-    print(int(run.stage("base", like, make, settings=Config()).params["w"][0, 0]))
+    maker = int(run.stage("base", like, make, settings=Config()).params["w"][0, 0])
+(folder / "maker").write_text(str(maker))
 """
 
 
@@ -263,17 +264,17 @@ def test_killed_while_it_writes_a_stage_is_made_again(tmp_path):
         if whole:
             break
     last = process(tmp_path, "last", 0)
-    printed, errors = last.communicate(timeout=120)
+    _, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors
     assert ("reused" in errors) == bool(whole)
-    assert (int(printed) == last.pid) == (not whole)
+    assert (int((tmp_path / "last" / "maker").read_text()) == last.pid) == (not whole)
 
 
 def test_of_two_processes_that_make_the_same_stage_both_use_the_first(tmp_path):
     both = [process(tmp_path, name, -1) for name in ("one", "two")]
     ended = [(p.communicate(timeout=120), p) for p in both]
     assert all(p.returncode == 0 for _, p in ended), ended
-    used = {int(printed) for (printed, _), _ in ended}
+    used = {int((tmp_path / name / "maker").read_text()) for name in ("one", "two")}
     assert len(used) == 1
     assert used <= {p.pid for p in both}
     assert sum("reused" in errors for (_, errors), _ in ended) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -30,11 +31,12 @@ def text_arrays(
     Raises:
         UserError: an example is longer than `length`.
     """
+    encode = functools.cache(tokenizer.encode)  # parts are often single words, which come again
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     sequences: list[list[int]] = []
     rows: list[list[float]] = []
     for i, segments in enumerate(examples):
-        parts = [tokenizer.encode(text) for text, _ in segments]
+        parts = [encode(text) for text, _ in segments]
         sequences.append([token for part in parts for token in part] + end)
         rows.append([w for part, (_, w) in zip(parts, segments) for _ in part] + [end_weight] * len(end))
         require(

@@ -14,7 +14,7 @@ from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.data.prompts import PromptIterator
 from rlaif_jax.evaluate import Answers, Evaluation
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
-from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.metrics import RL_STAGE, MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.quality.bootstrap import bootstrap_ci
 from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, win_rate_ci
@@ -79,7 +79,9 @@ def improve(
         StopRequested: the run was asked to stop; a resume goes on.
     """
     if before is None:
-        before = evaluation.answers(params["policy"])
+        with run.display.wait("held-out answers before training"):
+            before = evaluation.answers(params["policy"])
+    run.display.begin(RL_STAGE)
     trained = train(
         config,
         run,
@@ -97,9 +99,10 @@ def improve(
     )
     if run.stop_requested:
         raise StopRequested
-    after = evaluation.answers(trained)
-    run.metrics |= comparison(evaluation.name, before, after, run.seed)
-    run.metrics["kl"] = evaluation.kl(params["policy"], after)
+    with run.display.wait("held-out answers after training"):
+        after = evaluation.answers(trained)
+        run.metrics |= comparison(evaluation.name, before, after, run.seed)
+        run.metrics["kl"] = evaluation.kl(params["policy"], after)
     for chosen, indices in (
         ("random", evaluation.random_prompts(SAMPLES)),
         ("worst", worst_prompts(before, after, WORST)),

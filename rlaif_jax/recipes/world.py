@@ -261,14 +261,16 @@ class WorldModels:
         """Returns a language model of the world: scenes, demonstrations, questions about facts."""
 
         def learn() -> Params:
-            lines = corpus.base_corpus(
-                np.random.default_rng((self.run.seed, 0)),
-                self.config.base.examples,
-                tasks=(self.task,),
-                questions=0.6,
-                yes_no=0.0,
-                shortcuts=self.shortcuts,
-            )
+            with self.run.display.wait("texts of the world", "text") as count:
+                lines = corpus.base_corpus(
+                    np.random.default_rng((self.run.seed, 0)),
+                    self.config.base.examples,
+                    tasks=(self.task,),
+                    questions=0.6,
+                    yes_no=0.0,
+                    shortcuts=self.shortcuts,
+                    progress=count,
+                )
             fresh = with_recall_heads(self.model.config, self.model.init(step_key(self.run.seed, 0, INIT)))
             length = PROMPT_LENGTH + ANSWER_LENGTH
             return self.supervised("lm", fresh, [segments(t) for t in lines], length, self.config.base)
@@ -284,13 +286,15 @@ class WorldModels:
         """
 
         def learn(base: Params) -> Params:
-            lines = corpus.labeler_corpus(
-                np.random.default_rng((self.run.seed, 1)),
-                self.config.labeler.examples,
-                tasks=(self.task,),
-                mix=mix,
-                shortcuts=self.shortcuts,
-            )
+            with self.run.display.wait("transcripts of simulated people", "transcript") as count:
+                lines = corpus.labeler_corpus(
+                    np.random.default_rng((self.run.seed, 1)),
+                    self.config.labeler.examples,
+                    tasks=(self.task,),
+                    mix=mix,
+                    shortcuts=self.shortcuts,
+                    progress=count,
+                )
             examples = [segments(t) for t in lines]
             # A score is the last word of its transcript; a revision has to learn where it ends.
             length, end = (corpus.MAX_TRANSCRIPT_WORDS + 1, 1.0) if mix.revision else (TRANSCRIPT_LENGTH, 0.0)

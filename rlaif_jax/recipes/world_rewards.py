@@ -138,15 +138,20 @@ def label_pairs(
     records: list[Record] = []
     texts: list[str] = []
     finished: list[np.ndarray] = []
-    for step in range(pair_prompts // size):
-        batch = next(stream)
-        rollout = generator((policy, step_key(world.run.seed, step, FEEDBACK)), to_prompts(batch))
-        texts += answer_texts(rollout, world.tokenizer)
-        finished.append(np.asarray(rollout.finished))
-        records += [record for record in batch.records for _ in range(2)]
+    steps = pair_prompts // size
+    with world.run.display.wait("answers to judge", "batch") as count:
+        for step in range(steps):
+            batch = next(stream)
+            rollout = generator((policy, step_key(world.run.seed, step, FEEDBACK)), to_prompts(batch))
+            texts += answer_texts(rollout, world.tokenizer)
+            finished.append(np.asarray(rollout.finished))
+            records += [record for record in batch.records for _ in range(2)]
+            count(step + 1, steps)
     first, second, prompts = texts[0::2], texts[1::2], [str(record["prompt"]) for record in records]
-    verdict = judge.compare(prompts, first, second)
-    scores = judge.score(prompts + prompts, first + second)
+    with world.run.display.wait("pairs, judged in both orders", "question") as count:
+        verdict = judge.compare(prompts, first, second, progress=count)
+    with world.run.display.wait("answers, judged one by one", "question") as count:
+        scores = judge.score(prompts + prompts, first + second, progress=count)
     half = len(prompts)
     one, two = (AnswerScores(*(part[rows] for part in scores)) for rows in (slice(half), slice(half, None)))
     probability, valid = preference_from_scores(one, two)

@@ -18,8 +18,10 @@ from rlaif_jax.data.world.people import Commenter, Comparer, Editor, SimulatedRa
 from rlaif_jax.data.world.scenes import VALUES, Scene, sample_scene
 from rlaif_jax.data.world.tasks.all import WORLD_TASKS
 from rlaif_jax.data.world.tasks.base import WorldTask
+from rlaif_jax.progress.count import Count, count_nothing
 
 MAX_TRANSCRIPT_WORDS = 96
+COUNT_EVERY = 500  # texts between two calls of `progress`
 LABELER_SCENES = 1_000_000  # scene indices are drawn below this
 _TOO_CLOSE = 0.05  # people do not compare answers that they cannot tell apart
 
@@ -83,6 +85,7 @@ def base_corpus(
     shortcuts: bool = True,
     questions: float = 0.4,
     yes_no: float = 0.2,
+    progress: Count = count_nothing,
 ) -> list[Transcript]:
     """Returns lines of plain text: scenes, each with a demonstration or questions about its facts.
 
@@ -95,6 +98,7 @@ def base_corpus(
         questions: share of the lines with questions.
         yes_no: share of the questions that ask yes or no. The others are look-ups; with too few of them a small model
             takes much longer to find out that the value next to an aspect can be copied.
+        progress: called now and then with (lines that are made, `size`).
     """
     lines = []
     for number in range(size):
@@ -105,6 +109,8 @@ def base_corpus(
         else:
             answer = task.demonstration(rng, scene, shortcuts=shortcuts)
             lines.append(_transcript("demonstration", task.prompt(scene), answer))
+        if len(lines) % COUNT_EVERY == 0 or len(lines) == size:
+            progress(len(lines), size)
     return lines
 
 
@@ -224,6 +230,7 @@ def labeler_corpus(
     seed: int = 0,
     shortcuts: bool = True,
     mix: LabelerMix | None = None,
+    progress: Count = count_nothing,
 ) -> list[Transcript]:
     """Returns judged transcripts of at most MAX_TRANSCRIPT_WORDS words, in random order of kinds.
 
@@ -234,6 +241,7 @@ def labeler_corpus(
         seed: of the scenes.
         shortcuts: whether writers plant hackable features in good answers.
         mix: kinds, principles and people; None is `LabelerMix()`.
+        progress: called now and then with (transcripts that are made, `size`).
     """
     mix = mix or LabelerMix()
     kinds, weights = list(mix.weights), np.array([*mix.weights.values()], float)
@@ -247,4 +255,6 @@ def labeler_corpus(
             transcripts.append(_pairwise(rng, task, scene, mix, shortcuts, kind == "pairwise_reasoning"))
         else:
             transcripts.append(_single(rng, task, scene, mix, shortcuts, kind))
+        if len(transcripts) % COUNT_EVERY == 0 or len(transcripts) == size:
+            progress(len(transcripts), size)
     return transcripts

@@ -23,7 +23,7 @@ from rlaif_jax.feedback.api.templates import Form, Question, split_question
 from rlaif_jax.feedback.api.transport import Spent
 from rlaif_jax.feedback.records.forms import Judgement
 from rlaif_jax.files import read_json_lines
-from rlaif_jax.progress import ProgressDisplay
+from rlaif_jax.progress.display import ProgressDisplay
 
 NAMED_MISSING = 20  # missing judgements that are named on the terminal; the store has them all
 

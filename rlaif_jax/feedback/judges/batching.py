@@ -11,9 +11,12 @@ import numpy as np
 
 from rlaif_jax.config import require
 from rlaif_jax.parallel import Runner
+from rlaif_jax.progress.count import Count, count_nothing
 
 B = TypeVar("B")
 T = TypeVar("T")
+
+AHEAD = 4  # batches that are dispatched before the oldest one is waited for
 
 
 def check_batch_size(name: str, size: int, runner: Runner) -> None:
@@ -27,11 +30,11 @@ def check_batch_size(name: str, size: int, runner: Runner) -> None:
     )
 
 
-def in_batches(fn: Callable[[B], T], rows: B, size: int) -> T:
+def in_batches(fn: Callable[[B], T], rows: B, size: int, progress: Count = count_nothing) -> T:
     """Applies a compiled function to N rows, `size` rows at a time, so that it is compiled for one shape.
 
-    The last batch is filled up with copies of the first row, and the results of the copies are dropped. All
-    batches are dispatched before the first result is fetched, so the devices never wait for the host.
+    The last batch is filled up with copies of the first row, and the results of the copies are dropped. Some
+    batches are always dispatched ahead of the one that is waited for, so the devices never wait for the host.
 
     Args:
         fn: a function of a batch, a pytree of arrays [size, ...]; it returns a pytree of arrays [size, ...]
@@ -39,6 +42,7 @@ def in_batches(fn: Callable[[B], T], rows: B, size: int) -> T:
         rows: a pytree of host arrays [N, ...]. Where N is 0, `fn` is called with one batch of zeros for its
             shapes.
         size: the number of rows of a batch, a multiple of the number of devices.
+        progress: called after each batch with (rows that are done, N).
 
     Returns:
         The results of `fn` as a pytree of host arrays [N, ...].
@@ -52,5 +56,11 @@ def in_batches(fn: Callable[[B], T], rows: B, size: int) -> T:
 
     rows = jax.tree.map(filled, rows)
     batches = [slice(start, start + size) for start in range(0, count + filling, size)]
-    results = [fn(jax.tree.map(itemgetter(batch), rows)) for batch in batches]
+    results: list[T] = []
+    for at in range(len(batches) + AHEAD):
+        if at < len(batches):
+            results.append(fn(jax.tree.map(itemgetter(batches[at]), rows)))
+        if at >= AHEAD:
+            jax.block_until_ready(results[at - AHEAD])
+            progress(min(batches[at - AHEAD].stop, count), count)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *jax.device_get(results))

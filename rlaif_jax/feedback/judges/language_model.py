@@ -29,6 +29,7 @@ from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, generate
+from rlaif_jax.progress.count import Count, count_nothing
 from rlaif_jax.rewards.rankings import both_orders
 from rlaif_jax.types import Feedback, Params, Prompts, Rollout
 
@@ -223,12 +224,15 @@ class LanguageModelJudge:
 
         return self.runner.map(run)
 
-    def reasons(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    def reasons(
+        self, prompts: Sequence[str], answers: Sequence[str], *, progress: Count = count_nothing
+    ) -> tuple[list[str], np.ndarray]:
         """Lets the judge write its reasons before a score; needs a judge with a `reasoning`.
 
         Args:
             prompts: the B prompts.
             answers: the B answers.
+            progress: called while the judge works with (answers that are done, B).
 
         Returns:
             (the B texts of reasons; [B] bool: the question fitted into the context and the reasons ended with a
@@ -237,7 +241,7 @@ class LanguageModelJudge:
         assert self.reasoning is not None
         texts = [self.reasoning.prompt(p, a) for p, a in zip(prompts, answers)]
         rows, fits = self._rows(texts, self._length - self.reasoning.max_tokens - 1)
-        rollout = in_batches(partial(self._reason, self._placed), rows, self.batch_size)
+        rollout = in_batches(partial(self._reason, self._placed), rows, self.batch_size, progress)
         return answer_texts(rollout, self.tokenizer), fits & np.asarray(rollout.finished)
 
     def _rows(self, texts: Sequence[str], length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -251,14 +255,16 @@ class LanguageModelJudge:
         tokens, mask = padded(shown, length, self.tokenizer.pad_id, "left")
         return {"tokens": tokens, "mask": mask}, fits
 
-    def _choices(self, compiled: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _choices(self, compiled: Any, texts: Sequence[str], progress: Count) -> tuple[np.ndarray, np.ndarray]:
         """Returns the distributions over the choices [B, C] after each text, and which of them [B] are valid."""
         rows, fits = self._rows(texts, self._length)
-        found = in_batches(partial(compiled, self._placed), rows, self.batch_size)
+        found = in_batches(partial(compiled, self._placed), rows, self.batch_size, progress)
         choices = found["choices"]
         return choices, fits & np.isfinite(choices).all(-1) & (found["mass"] >= self.min_mass)
 
-    def compare(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Comparison:
+    def compare(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], *, progress: Count = count_nothing
+    ) -> Comparison:
         """Compares two answers to each of B prompts in both orders.
 
         P(first better) = (P(verdict 1 | first, second) + P(verdict 2 | second, first)) / 2, or by log-odds:
@@ -268,6 +274,7 @@ class LanguageModelJudge:
             prompts: B prompts.
             first: B first answers.
             second: B second answers.
+            progress: called while the judge works with (questions that are done, 2 B).
 
         Returns:
             The comparison, arrays [B]; it is not valid for a question longer than the context, or with too little
@@ -276,14 +283,14 @@ class LanguageModelJudge:
         count = len(prompts)
         texts = [self.pairwise_prompt(p, a, b) for p, a, b in zip(prompts, first, second)]
         texts += [self.pairwise_prompt(p, b, a) for p, a, b in zip(prompts, first, second)]
-        choices, valid = self._choices(self._compare, texts)
+        choices, valid = self._choices(self._compare, texts, progress)
         forward, swapped = choices[:count, 0], choices[count:, 0]
         both = valid[:count] & valid[count:]
         better, _ = both_orders(jnp.asarray(forward), jnp.asarray(swapped), how=self.debias)
         fill = lambda x: np.where(both, x, 0.5)
         return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both)
 
-    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> AnswerScores:
+    def score(self, prompts: Sequence[str], answers: Sequence[str], *, progress: Count = count_nothing) -> AnswerScores:
         """Scores each of B answers by its expected score, sum_i i P(i).
 
         Lee 2023, section 2.2.2, direct RLAIF. Where the judge has a `reasoning`, it first writes its reasons, and
@@ -292,16 +299,19 @@ class LanguageModelJudge:
         Args:
             prompts: the B prompts.
             answers: the B answers.
+            progress: called while the judge works with (questions that are done, how many there are): B, or 2 B
+                where it writes its reasons first.
         """
+        count, before = len(prompts), 0 if self.reasoning is None else len(prompts)
         if self.reasoning is None:
             texts, ended = [self.score_prompt(p, a) for p, a in zip(prompts, answers)], np.ones(len(prompts), bool)
         else:
-            written, ended = self.reasons(prompts, answers)
+            written, ended = self.reasons(prompts, answers, progress=lambda done, _: progress(done, 2 * count))
             texts = [
                 f"{self.reasoning.prompt(p, a)} {reasons} {self.reasoning.marker}"
                 for p, a, reasons in zip(prompts, answers, written)
             ]
-        choices, valid = self._choices(self._score, texts)
+        choices, valid = self._choices(self._score, texts, lambda done, _: progress(before + done, before + count))
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
         return AnswerScores(np.where(valid, choices @ numbers, 0.0), choices, valid)

@@ -110,8 +110,12 @@ def test_questions_end_before_their_answer():
 
 def test_the_same_generator_gives_the_same_corpus():
     assert corpus.labeler_corpus(np.random.default_rng(0), 50) != corpus.labeler_corpus(np.random.default_rng(1), 50)
-    again = corpus.labeler_corpus(np.random.default_rng(3), 50)
+    counted = []
+    count = lambda done, of: counted.append((done, of))
+    again = corpus.labeler_corpus(np.random.default_rng(3), 50, progress=count)
     assert corpus.labeler_corpus(np.random.default_rng(3), 50) == again
+    corpus.base_corpus(np.random.default_rng(3), 1100, progress=count)
+    assert counted == [(50, 50), (500, 1100), (1000, 1100), (1100, 1100)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges import language_model as module
-from rlaif_jax.feedback.judges.language_model import AnswerScores, DirectScoreSource, LanguageModelJudge, weights_hash
+from rlaif_jax.feedback.judges.language_model import (
+    AnswerScores,
+    DirectScoreSource,
+    LanguageModelJudge,
+    Reasoning,
+    weights_hash,
+)
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner
@@ -199,6 +205,23 @@ def test_batches_of_any_size(judge, count):
     assert verdict.probability.shape == verdict.valid.shape == (count,)
     np.testing.assert_allclose(verdict.probability, np.resize(all_of_them.probability, count), atol=1e-6)
     assert judge.score(prompts, first).expected.shape == (count,)
+
+
+def test_progress_counts_every_question_of_a_call(make_judge):
+    judge = make_judge(reasoning=Reasoning(lambda prompt, answer: f"{answer} rate", "3", max_tokens=2))
+    counted = []
+    progress = lambda done, total: counted.append((done, total))
+    judge.compare(PROMPTS, FIRST, SECOND, progress=progress)
+    assert counted == [(4, 10), (8, 10), (10, 10)]
+    counted.clear()
+    judge.score(PROMPTS, FIRST, progress=progress)
+    assert counted == [(4, 10), (5, 10), (9, 10), (10, 10)]
+    counted.clear()
+    judge.reasons(PROMPTS, FIRST, progress=progress)
+    assert counted == [(4, 5), (5, 5)]
+    counted.clear()
+    make_judge().score(PROMPTS, FIRST, progress=progress)
+    assert counted == [(4, 5), (5, 5)]
 
 
 def test_nothing_to_judge(judge):
