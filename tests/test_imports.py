@@ -10,7 +10,7 @@ LEVELS = [
     {"types", "config", "files", "progress"},
     {"models", "data", "rewards", "parallel"},
     {"policies", "feedback", "algorithms"},
-    {"programs", "train", "evaluate", "report", "quality"},
+    {"programs", "steps", "train", "watch", "evaluate", "report", "quality"},
     {"recipes"},
     {"ui", "__main__"},
 ]
