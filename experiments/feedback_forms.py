@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.command_line import command_line
 from rlaif_jax.config import require
 from rlaif_jax.data.world import corpus
 from rlaif_jax.data.world.scenes import scene_from_json
@@ -42,7 +43,7 @@ from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, StageConfig, WorldModels
 from rlaif_jax.recipes.world_judges import FORMS, Form, make_crowd
 from rlaif_jax.recipes.world_sources import Origin, Sample, WorldSources, rewards_of_form
-from rlaif_jax.run import Run, StopRequested, command_line
+from rlaif_jax.run import Run, StopRequested
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import FEEDBACK, INIT, Params, step_key
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from rlaif_jax.command_line import command_line
 from rlaif_jax.config import require
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
 from rlaif_jax.recipes.published import (
@@ -41,7 +42,6 @@ from rlaif_jax.recipes.published import (
     remarks,
     summaries,
 )
-from rlaif_jax.run import command_line
 
 
 @dataclasses.dataclass(frozen=True)

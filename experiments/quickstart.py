@@ -27,6 +27,7 @@ import numpy as np
 
 from rlaif_jax.algorithms.fit import FitConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.command_line import command_line
 from rlaif_jax.config import require
 from rlaif_jax.data.world import corpus, labeler_prompts
 from rlaif_jax.data.world.tasks.all import WORLD_TASKS
@@ -41,7 +42,7 @@ from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import Improvement, improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
 from rlaif_jax.recipes.world_rewards import agreement_or_none, learn_reward
-from rlaif_jax.run import Run, command_line
+from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import INIT, step_key
 

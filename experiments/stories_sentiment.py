@@ -29,6 +29,7 @@ import numpy as np
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.command_line import command_line
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptIterator, prompt_batches
 from rlaif_jax.data.readers import FileRecords, jsonl_records
@@ -45,7 +46,7 @@ from rlaif_jax.policies.text import TextPolicy, answer_texts, make_generator
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
 from rlaif_jax.recipes.stories import Storyteller, load_storyteller, sentiment_judge, story_beginnings
-from rlaif_jax.run import Run, command_line
+from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import FEEDBACK, INIT, step_key
 

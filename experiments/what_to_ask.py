@@ -32,13 +32,14 @@ from typing import Any, get_args
 
 import numpy as np
 
+from rlaif_jax.command_line import command_line
 from rlaif_jax.config import require
 from rlaif_jax.data.world.tasks import summarisation
 from rlaif_jax.files import atomic_write
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.label_curves import labels_to_reach, saved_share, smoothed, t_interval
 from rlaif_jax.recipes.asking import AskingConfig, Order, accuracy_curve, pool_and_test
-from rlaif_jax.run import Run, command_line
+from rlaif_jax.run import Run
 
 ORDERS: tuple[Order, ...] = get_args(Order)
 Curves = dict[Order, list[list[list[float]]]]  # order -> [seeds, repeats, budgets]

@@ -16,8 +16,8 @@ usage: python -m rlaif_jax TOOL [options]
 
 def judge() -> None:
     """Asks a judge behind an API about answers; exits with 1 if a judgement is missing."""
+    from rlaif_jax.command_line import command_line
     from rlaif_jax.feedback.api import command as judge_tool
-    from rlaif_jax.run import command_line
 
     def run(config: judge_tool.JudgeConfig) -> None:
         missing = judge_tool.main(config)
@@ -34,7 +34,7 @@ def judge() -> None:
 
 def annotate() -> None:
     """Serves the annotation page."""
-    from rlaif_jax.run import command_line
+    from rlaif_jax.command_line import command_line
     from rlaif_jax.ui.annotate import AnnotateConfig, main
 
     command_line(main, AnnotateConfig())

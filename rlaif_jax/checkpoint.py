@@ -122,6 +122,24 @@ class Checkpointer:
             ) from error
         return Restored(step, arrays, host)
 
+    def drop_after(self, step: int) -> str:
+        """Deletes the checkpoints of later steps; returns a sentence about the newest one that is left.
+
+        Args:
+            step: the last step whose checkpoint may stay.
+
+        Raises:
+            UserError: a checkpoint cannot be written or deleted.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            for later in [saved for saved in self._manager.all_steps() if saved > step]:
+                self._manager.delete(later)
+        left = self.latest()
+        if left is None:
+            return "no checkpoint of before was saved"
+        return f"the checkpoint of step {left} in {self.folder} is of before"
+
     def close(self) -> None:
         """Waits until all files are written and releases the folder.
 

@@ -24,6 +24,10 @@ class CheckFailed(RuntimeError):
     """The run contradicts what must hold of any correct run; its numbers would mean nothing."""
 
 
+class Diverged(RuntimeError):
+    """The policy is ruined; the message says which checkpoint is of before."""
+
+
 class UserError(Exception):
     """Input that a person can mend: the message says what is wrong, where, and what would be right."""
 

@@ -37,12 +37,14 @@ class Answers(NamedTuple):
         texts: the answers as text.
         scores: [B] float, NaN where an answer has no score.
         rewards: [B] float, what the source of the evaluation gives them, NaN where missing; None: not asked.
+        second: [B] float, the second opinion, NaN where missing; None: the evaluation has none.
     """
 
     rollout: Rollout
     texts: list[str]
     scores: np.ndarray
     rewards: np.ndarray | None
+    second: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -71,6 +73,8 @@ class Evaluation:
         name: of the score in metrics.
         frozen: weights under an adapter.
         reasons: from (prompts, answers) to what a judge says about each answer, for the samples; None: it says nothing.
+        second: another judge of the answers, such as the judge itself where a reward model is what is learned from. The
+            run warns when its opinion falls while the reward rises.
     """
 
     policy: Policy
@@ -83,6 +87,7 @@ class Evaluation:
     name: str = "gold"
     frozen: Frozen = Frozen()
     reasons: Callable[[Sequence[str], Sequence[str]], Sequence[str]] | None = None
+    second: FeedbackSource | None = None
 
     def __post_init__(self) -> None:
         require(self.measure is not None or self.source is not None, "an evaluation needs a measure or a source")
@@ -113,7 +118,8 @@ class Evaluation:
             rewards = rewards_of(self.source, records, texts, rollout)
         scores = rewards if self.measure is None else self.measure(records, texts)
         assert scores is not None
-        return Answers(rollout, texts, scores, rewards)
+        second = None if self.second is None else rewards_of(self.second, records, texts, rollout)
+        return Answers(rollout, texts, scores, rewards, second)
 
     def kl(self, reference: Params, answers: Answers) -> float:
         """Returns the mean KL of an answer to `reference` in nats, by the sampler's log-probs."""
@@ -121,12 +127,21 @@ class Evaluation:
         return float(log_ratio.sum(-1).mean())
 
     def metrics(self, answers: Answers) -> dict[str, float]:
-        """Returns the mean score (under `name`), the mean length `eval_length` in tokens, and `distinct2`."""
-        return {
+        """Returns the mean score (under `name`), the mean length `eval_length` in tokens, and `distinct2`.
+
+        With a second opinion also its mean, `second_opinion`, and the standard error of that, `second_opinion_se`.
+        """
+        found = {
             self.name: float(np.nanmean(answers.scores)),
             "eval_length": float(answers.lengths.mean()),
             "distinct2": answers.distinct2,
         }
+        if answers.second is not None:
+            second = answers.second[np.isfinite(answers.second)]
+            enough = len(second) > 1
+            found["second_opinion"] = float(second.mean()) if enough else float("nan")
+            found["second_opinion_se"] = float(second.std(ddof=1) / np.sqrt(len(second))) if enough else float("nan")
+        return found
 
     def random_prompts(self, count: int) -> list[int]:
         """Returns the places of at most `count` held-out prompts drawn at random, the same at every call."""
@@ -160,6 +175,7 @@ class Evaluation:
                 response=text,
                 **scores,
                 reward=None if answers.rewards is None else number_or_none(answers.rewards[i]),
+                **({} if answers.second is None else {"second_opinion": number_or_none(answers.second[i])}),
                 **({} if said is None else {"reasons": said}),
             )
 

@@ -1,4 +1,4 @@
-"""The life of a run: its folder, the stages before its loop, and how it ends: done, stopped or failed."""
+"""The life of a run: its folder, the stages before its loop, and how it ends."""
 
 from __future__ import annotations
 
@@ -14,22 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
-import tyro
 
 from rlaif_jax.checkpoint import load_params, save_params
-from rlaif_jax.config import CheckFailed, UserError, differing, require, save_config, to_json
+from rlaif_jax.config import Diverged, UserError, differing, require, save_config, to_json
 from rlaif_jax.files import atomic_write
 from rlaif_jax.progress.display import ProgressDisplay
-from rlaif_jax.progress.startup import Loading, command_text
+from rlaif_jax.progress.startup import command_text
 from rlaif_jax.report.environment import save_environment, versions
 from rlaif_jax.report.report import write_report
 from rlaif_jax.types import Params
-
-Config = TypeVar("Config")
-Result = TypeVar("Result")
 
 
 class StopRequested(Exception):
@@ -52,12 +48,12 @@ class Run:
     """A run's folder as a context manager.
 
     Inside, SIGTERM and the first Ctrl-C only set `stop_requested`: the loop saves a checkpoint and leaves. At the end
-    summary.json and report.html are written, with the status done, stopped or failed. A `UserError` before anything
-    was computed removes the folder again: bad input leaves no half-written run.
+    summary.json and report.html are written, with the status done, stopped, failed or diverged. A `UserError` before
+    anything was computed removes the folder again: bad input leaves no half-written run.
 
     If the folder holds a run already, that run is resumed with `resume`, else it is moved to NAME.1, NAME.2 ...: nothing
     that was collected is lost. A resumed run must have the settings that it was started with, except for where its
-    files are (`out`, `stages`) and `resume`.
+    files are (`out`, `stages`), `resume` and when it warns (`watch`). One that has diverged needs another `watch`.
 
     Args:
         folder: the run's folder.
@@ -73,6 +69,7 @@ class Run:
         metrics, checks, warnings, missing, claims: go to summary.json; `missing` counts missing judgements by reason.
         story: sentences in plain words for the end of the terminal and the top of the page: what happened, what the
             measure is, what to do next.
+        verdict: better, no different or worse (`verdict_of`); None where nobody compares.
         steps_done: steps of the loop.
         stop_requested: whether a person or the system asked the run to stop.
         resuming: whether the run was begun by an earlier process.
@@ -100,6 +97,7 @@ class Run:
         self.missing: dict[str, int] = {}
         self.claims: list[dict[str, Any]] = []
         self.story: list[str] = []
+        self.verdict: str | None = None
         self.steps_done = 0
         self._command = command_text(sys.orig_argv)
         self._sampled_at: int | None = None  # the step of the last sample on the terminal
@@ -150,9 +148,23 @@ class Run:
             before = json.loads(summary.read_text()) if summary.exists() else {}
         except ValueError as error:
             raise UserError(f"{self.folder}: config.json or summary.json is damaged ({error})") from error
-        places = ("out", "resume", "stages")
-        changed = [line for line in differing(saved, to_json(self.config)) if line.split()[0] not in places]
+        changed, watch = [], []
+        for line in differing(saved, to_json(self.config)):
+            name = line.split()[0]
+            if "watch" in name.split("."):
+                watch.append(line)
+            elif name not in ("out", "resume", "stages"):
+                changed.append(line)
         require(not changed, f"{self.folder}: the run was started with another config: {'; '.join(changed)}")
+        require(
+            before.get("status") != "diverged" or bool(watch),
+            f"{self.folder}: this run has diverged, and with the same settings it would again. Resume it with another bound, "
+            "such as --train.watch.kl-limit, or with --train.watch.no-stop to go on from its last healthy checkpoint "
+            "whatever happens; or start a new run with other settings, without --resume",
+        )
+        if watch:
+            save_config(self.config, self.folder / "config.json")
+            print(f"{self.folder}: resumed although {'; '.join(watch)}", file=sys.stderr)
         self._started -= before.get("wall_s", 0.0)
         self.metrics, self.checks = before.get("metrics", {}), before.get("checks", {})
         self.warnings, self.missing = before.get("warnings", []), before.get("missing", {})
@@ -290,8 +302,9 @@ class Run:
             "warnings": self.warnings,
             "missing": self.missing,
             "claims": self.claims,
-            "stages": self._used_stages,
             "story": self.story,
+            "verdict": self.verdict,
+            "stages": self._used_stages,
         }
         with self.display.wait("the run's page"):
             with atomic_write(self.folder / "summary.json") as file:
@@ -324,7 +337,8 @@ class Run:
         if self._aside is not None:
             print(f"{self.folder} held a run already: it is now {self._aside}", file=sys.stderr)
         stopped = isinstance(error, (StopRequested, KeyboardInterrupt)) or (error is None and self.stop_requested)
-        status = "stopped" if stopped else "done" if error is None else "failed"
+        ended = "done" if error is None else "diverged" if isinstance(error, Diverged) else "failed"
+        status = "stopped" if stopped else ended
         try:
             self.report(status)
         except UserError:
@@ -370,62 +384,3 @@ def _made_by(make: Callable[..., Params]) -> dict[str, str]:
         "sources": package_sources(),
         "script": _digest(script.read_text()) if script.is_file() else "",
     }
-
-
-# ---- The command line
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/rlaif_jax/xla."""
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        base = Path(os.environ.get("RLAIF_JAX_CACHE", Path.home() / ".cache" / "rlaif_jax"))
-        jax.config.update("jax_compilation_cache_dir", str(base / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def command_line(
-    main: Callable[[Config], Result],
-    default: Config,
-    description: str | None = None,
-    *,
-    loading: Loading | None = None,
-) -> Result:
-    """Parses the command line into a config, calls `main` with it and returns the result of `main`.
-
-    A choice between dataclasses is written as a word, `ppo.advantage:leave-one-out`; the options of the chosen
-    class may be anywhere after the word.
-
-    Args:
-        main: a function of the config.
-        default: a frozen dataclass: its fields are the options, its values the defaults.
-        description: the text of --help.
-        loading: what the script has shown while its imports ran; ends here.
-
-    Raises:
-        SystemExit: with status 2 and one line on stderr for bad input, with 1 when a check of the run failed or a
-            loss is not finite, with 130 on Ctrl-C.
-    """
-    if loading is not None:
-        loading.done()
-    try:
-        config = _parse_arguments(default, description)
-        use_compilation_cache()
-        return main(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (CheckFailed, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _parse_arguments(default: Config, description: str | None) -> Config:
-    try:
-        return tyro.cli(
-            type(default), default=default, description=description, config=(tyro.conf.CascadeSubcommandArgs,)
-        )
-    except BrokenPipeError:  # the reader of --help has gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ import numpy as np
 
 from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.checkpoint import Checkpointer
-from rlaif_jax.config import CheckFailed, require, to_json
-from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record
+from rlaif_jax.config import CheckFailed, Diverged, require, to_json
+from rlaif_jax.data.prompts import PromptIterator
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource, collect_feedback
 from rlaif_jax.metrics import MetricsWriter
@@ -24,15 +24,10 @@ from rlaif_jax.policies.base import Policy, draw_count, to_prompts
 from rlaif_jax.programs import programs
 from rlaif_jax.rewards.shaping import Normaliser
 from rlaif_jax.run import Run
-from rlaif_jax.types import (
-    Array,
-    Feedback,
-    Frozen,
-    Params,
-    RewardBatch,
-    Rollout,
-    StepData,
-)
+from rlaif_jax.steps import PendingRollout, collect, reward_metrics, step_data, write_samples
+from rlaif_jax.types import Frozen, Params, Rollout
+from rlaif_jax.watch.rules import WatchConfig
+from rlaif_jax.watch.watch import Watch, reward_scale
 
 
 class ChecksSteps(Protocol):
@@ -63,7 +58,9 @@ class TrainConfig:
         parallel: how the devices are used.
         eval_every: steps between two evaluations.
         save_every: steps between two checkpoints.
-        keep_checkpoints: newest checkpoints that are kept.
+        keep_checkpoints: newest checkpoints that are kept; 2 + `staleness` at least, so that one of them is healthy when a
+            run diverges.
+        watch: when the run warns that it goes wrong, and whether it stops when it has diverged. A resumed run may change it.
         target_reward: the mean reward of a step at which training ends early; None: no target.
     """
 
@@ -76,6 +73,7 @@ class TrainConfig:
     eval_every: int = 20
     save_every: int = 20
     keep_checkpoints: int = 2
+    watch: WatchConfig = WatchConfig()
     target_reward: float | None = None
 
     def __post_init__(self) -> None:
@@ -144,6 +142,7 @@ def train(
     Raises:
         UserError: settings that do not fit together, or feedback that is not a number.
         CheckFailed: one of the checks does not hold; the newest checkpoint is then of a step that passed them.
+        Diverged: the policy is ruined (`config.watch`); the newest checkpoint, if there is one, is of before.
     """
     # ---- Programs, devices
     policy.check(config.prompt_length, tokenizer)
@@ -162,10 +161,19 @@ def train(
     # pmap sends every argument to all devices, so each program gets only what it reads of the frozen weights.
     adapter = dataclasses.replace(frozen, reference=None, rewards=())
     answering = frozen if any(draw.by == "reference" for draw in algorithm.draws) else adapter
-    checkpoints = Checkpointer(run.folder / "checkpoints", to_json(config), keep=config.keep_checkpoints)
+    settings = {name: value for name, value in to_json(config).items() if name != "watch"}
+    keep = max(config.keep_checkpoints, 2 + config.staleness)
+    checkpoints = Checkpointer(run.folder / "checkpoints", settings, keep=keep)
     empty = runner.place(empty_rollouts(config, algorithm, policy))
     found = checkpoints.restore(runner.fetch((state, *empty))) if run.resuming else None
     missing, start = 0, 0
+    watch = Watch(
+        config.watch,
+        scale=reward_scale(algorithm.shaping, normaliser),
+        staleness=config.staleness,
+        drawn=bool(algorithm.draws),
+        stops=tokenizer.eos_id is not None,
+    )
     pending: PendingRollout | None = None  # the next step's rollout, where it is drawn before this step's update
     if found is not None:
         (state, *rollouts), start = found.arrays, found.step
@@ -177,6 +185,8 @@ def train(
         if config.staleness and start < config.steps:
             pending = PendingRollout(found.host["prompts"], next(prompts), list(rollouts))
         missing, run.checks = int(found.host["missing"]), dict(found.host["checks"])
+        for text in watch.set_state(found.host["watch"]):
+            run.warn(text)
     compilations = CompilationClock()
 
     def dispatch(step: int) -> PendingRollout:
@@ -199,6 +209,7 @@ def train(
             "feedback": None if feedback is None else feedback.get_state(),
             "missing": missing,
             "checks": run.checks,
+            "watch": watch.get_state(),
         }
         checkpoints.save(step, runner.fetch((state, *(pending.rollouts if pending else empty))), host)
 
@@ -208,7 +219,9 @@ def train(
         closing(checkpoints),
     ):
         if evaluate is not None and start == 0:
-            log.write(0, evaluate(state.params["policy"], 0))
+            values = evaluate(state.params["policy"], 0)
+            watch.evaluated(0, values)
+            log.write(0, values)
         for step in range(start + 1, config.steps + 1):
             started = time.perf_counter()
             stale = pending is not None
@@ -233,8 +246,11 @@ def train(
                 "feedback_missing": float(missing),
                 "staleness": float(stale),
             }
-            if evaluate is not None and (step % config.eval_every == 0 or step == config.steps):  # evaluate
-                values |= evaluate(state.params["policy"], step)
+            due = step % config.eval_every == 0 or step == config.steps
+            if evaluate is not None and due:
+                values |= evaluate(state.params["policy"], step)  # evaluate
+            elif evaluate is None and algorithm.draws and (due or step == 1):
+                write_samples(run, step, records, answers, rewards)
             update_done = time.perf_counter()
             values |= {
                 "time/rollout_s": rollout_done - started,
@@ -246,6 +262,8 @@ def train(
             log.write(step, values)
             run.settled()
             run.steps_done = step
+            for text in watch.see(step, records, answers, rewards, judged, values):
+                run.warn(text)
             checks = policy.checks(rollout) | algorithm.checks(values, step=step, tolerance=policy.tolerance)
             failed = [name for name, holds in checks.items() if not run.check(name, holds)]
             if failed:
@@ -253,21 +271,16 @@ def train(
                     f"step {step}: {', '.join(failed)}: false. Nothing of this step was saved: the checkpoint in "
                     f"{checkpoints.folder} is of before; the step's numbers are the last line of {writer.path}"
                 )
+            if watch.diverged and config.watch.stop:
+                left = checkpoints.drop_after(watch.healthy_step)
+                raise Diverged(f"step {step}: the run has diverged and stops here; {left}")
             reached = config.target_reward is not None and values.get("reward", float("-inf")) >= config.target_reward
             done = run.stop_requested or reached or enough()
-            if step % config.save_every == 0 or step == config.steps or done:
+            if (step % config.save_every == 0 and watch.healthy) or step == config.steps or done:
                 save(step)  # checkpoint
             if done:
                 break
     return jax.tree.map(jnp.asarray, runner.fetch(state.params["policy"]))
-
-
-class PendingRollout(NamedTuple):
-    """A rollout on the devices: the iterator's position before its prompts, the prompts, the parts."""
-
-    position: Any
-    batch: PromptBatch
-    rollouts: list[Rollout]
 
 
 def empty_rollouts(config: TrainConfig, algorithm: Algorithm, policy: Policy) -> list[Rollout]:
@@ -285,62 +298,3 @@ def empty_rollouts(config: TrainConfig, algorithm: Algorithm, policy: Policy) ->
         return []
     rows = config.prompts_per_step // config.rollout_parts * draw_count(algorithm.draws)
     return [policy.empty_rollout(rows, config.prompt_length)] * config.rollout_parts
-
-
-def step_data(batch: PromptBatch) -> StepData:
-    """Returns the arrays of a host batch that an algorithm may read."""
-    return StepData(to_prompts(batch), batch.demonstrations, batch.recorded)
-
-
-def collect(
-    current: PendingRollout, policy: Policy, tokenizer: Tokenizer, feedback: FeedbackSource | None
-) -> tuple[Rollout, list[Record], list[str]]:
-    """Waits for the answers of a step and returns them as arrays and as texts.
-
-    While the devices work on the later parts, the source may already judge the answers of the earlier ones.
-
-    Args:
-        current: the prompts and the rollouts that the devices work on.
-        policy: turns tokens into texts.
-        tokenizer: decodes the texts.
-        feedback: its `prefetch` is called with each part; None where no source judges on the host.
-
-    Returns:
-        (rollout of all parts, the record of each answer's prompt, the texts).
-    """
-    batch, rollouts = current.batch, current.rollouts
-    records: list[Record] = []
-    answers: list[str] = []
-    size = len(batch.records) // len(rollouts)
-    for i, rollout in enumerate(rollouts):
-        texts = policy.texts(rollout, tokenizer)
-        part = batch.records[i * size : (i + 1) * size]
-        of_answers: list[Record] = [record for record in part for _ in range(len(texts) // size)]
-        if feedback is not None:
-            feedback.prefetch(of_answers, texts)
-        records, answers = records + of_answers, answers + texts
-    whole = rollouts[0] if len(rollouts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *rollouts)
-    return whole, records, answers
-
-
-def reward_metrics(rewards: RewardBatch, judged: Feedback) -> dict[str, float]:
-    """Returns the mean `reward` that is learned from, and the mean raw `score` of each judgement.
-
-    Where answers are only compared in pairs they have no reward, which is not a reward of 0: it is left out.
-
-    Args:
-        rewards: the rewards of B answers, on the host.
-        judged: the feedback [B, R] behind them, on the host.
-
-    Returns:
-        `reward`, and `score` (R = 1) or `score/0`, `score/1` ...; NaN where nothing is valid.
-    """
-
-    def mean(x: Array, valid: Array) -> float:
-        return float(np.mean(x[valid])) if valid.any() else float("nan")
-
-    count = judged.values.shape[1]
-    names = ["score"] if count == 1 else [f"score/{i}" for i in range(count)]
-    scores = {name: mean(judged.values[:, i], judged.valid[:, i]) for i, name in enumerate(names)}
-    compared = rewards.pairs is not None and count == 0
-    return scores if compared else {"reward": mean(rewards.total, rewards.valid)} | scores

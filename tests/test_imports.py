@@ -10,7 +10,7 @@ LEVELS = [
     {"types", "config", "files", "progress"},
     {"models", "data", "rewards", "parallel"},
     {"policies", "feedback", "algorithms"},
-    {"programs", "train", "evaluate", "report", "quality"},
+    {"programs", "steps", "train", "watch", "evaluate", "report", "quality"},
     {"recipes"},
     {"ui", "__main__"},
 ]
@@ -20,6 +20,7 @@ HELPERS = {
     "metrics": {"config", "files", "progress"},
     "report": {"config", "files", "metrics", "quality"},
     "checkpoint": {"types", "config", "files"},
+    "command_line": {"config", "progress"},
     "run": {"types", "config", "files", "metrics", "progress", "report", "checkpoint"},
 }
 Imports = dict[str, set[str]]

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
+from rlaif_jax.command_line import command_line
 from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import jsonl_records
@@ -31,8 +32,7 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner
 from rlaif_jax.policies.base import Draw, to_prompts
 from rlaif_jax.policies.text import TextPolicy
-from rlaif_jax.run import command_line
-from rlaif_jax.train import PendingRollout, collect
+from rlaif_jax.steps import PendingRollout, collect
 from rlaif_jax.types import Frozen
 from tests import tiny
 
@@ -331,6 +331,18 @@ def test_checkpoint_of_another_config(whole, prompts, monkeypatch, capsys):
     assert "clip_range was 0.2 and is now 0.3" in errors
     assert "Traceback" not in errors
     assert json.loads((whole / "summary.json").read_text())["status"] == "done", "the old run is left as it was"
+
+
+def test_checkpoints_after_a_step_are_dropped(tmp_path):
+    checkpoints = Checkpointer(tmp_path, {}, keep=3)
+    for step in (2, 4, 6):
+        checkpoints.save(step, {"x": np.full(3, step)}, {})
+    assert checkpoints.drop_after(5) == f"the checkpoint of step 4 in {tmp_path} is of before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
+    assert checkpoints.restore({"x": np.ones(3, int)}).arrays["x"].tolist() == [4, 4, 4]
+    assert checkpoints.drop_after(1) == "no checkpoint of before was saved"
+    assert checkpoints.latest() is None
+    checkpoints.close()
 
 
 def test_checkpoint_with_other_arrays(tmp_path):

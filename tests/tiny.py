@@ -14,6 +14,7 @@ import numpy as np
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.command_line import command_line
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
@@ -24,7 +25,7 @@ from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import TextPolicy
-from rlaif_jax.run import Run, command_line
+from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig, train
 
 WORDS = tuple("abcdefghijklmnopqrstuvwxyz")

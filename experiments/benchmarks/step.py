@@ -57,7 +57,8 @@ from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import CompilationClock, make_runner  # noqa: E402
 from rlaif_jax.policies.text import TextPolicy  # noqa: E402
 from rlaif_jax.programs import programs  # noqa: E402
-from rlaif_jax.train import TrainConfig, step_data  # noqa: E402
+from rlaif_jax.steps import step_data  # noqa: E402
+from rlaif_jax.train import TrainConfig  # noqa: E402
 from rlaif_jax.types import Frozen, Params, Rollout, TrainState  # noqa: E402
 
 GROUP = 8  # answers a prompt in GRPO

@@ -5,12 +5,16 @@ NumPy on host arrays of one number for each pair (n of them). NaN means "not jud
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from rlaif_jax.quality.bootstrap import Estimate, bootstrap_ci, check_resampling, draw_counts, percentile_interval
 from rlaif_jax.quality.values import Floats, group_index, judged_values, vector_pair
+
+Verdict = Literal["better", "no different", "worse"]
 
 
 def pair_outcomes(a: ArrayLike, b: ArrayLike) -> Floats:
@@ -154,3 +158,14 @@ def _logistic_regressions(x: Floats, y: Floats, weights: Floats, ridge: float) -
         if size.max() < 1e-9:
             break
     return theta
+
+
+def verdict_of(low: float, high: float, even: float = 0.5) -> Verdict:
+    """Returns what an interval says of a policy after training.
+
+    Args:
+        low: the lower end, such as of the win rate against the policy before training.
+        high: the upper end.
+        even: the value of no difference: .5 of a win rate, 0 of a gain.
+    """
+    return "better" if low > even else "worse" if high < even else "no different"

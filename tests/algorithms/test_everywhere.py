@@ -17,7 +17,8 @@ from rlaif_jax.parallel import JitRunner, PmapRunner, Runner, ShardRunner, make_
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.programs import programs
 from rlaif_jax.run import Run
-from rlaif_jax.train import TrainConfig, step_data, train
+from rlaif_jax.steps import step_data
+from rlaif_jax.train import TrainConfig, train
 from rlaif_jax.types import Frozen, step_key
 from tests.builders import PROMPT, PROOFS, SETUPS, TOKENIZER, Setup, dpo, encoder_decoder, ppo
 

@@ -16,6 +16,7 @@ import pytest
 from experiments import stories_sentiment
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.command_line import command_line
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
@@ -25,7 +26,6 @@ from rlaif_jax.models.hf.files import load_model, save_model
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.recipes.stories import load_storyteller, story_beginnings
-from rlaif_jax.run import command_line
 from rlaif_jax.train import TrainConfig
 
 MOODS = (("happy", "good", "warm", "kind"), ("sad", "bad", "cold", "mean"))

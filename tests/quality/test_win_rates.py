@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, win_rate, win_rate_ci
+from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, verdict_of, win_rate, win_rate_ci
 
 NAN = float("nan")
 
@@ -103,3 +103,18 @@ def test_length_control_cannot_tell_a_constant_difference_from_quality():
 def test_impossible_input_is_refused_with_its_numbers(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "even", "verdict"),
+    [
+        (0.51, 0.6, 0.5, "better"),
+        (0.5, 0.6, 0.5, "no different"),
+        (0.4, 0.5, 0.5, "no different"),
+        (0.4, 0.49, 0.5, "worse"),
+        (0.1, 0.2, 0.0, "better"),
+        (-0.2, -0.1, 0.0, "worse"),
+    ],
+)
+def test_the_verdict_of_an_interval(low, high, even, verdict):
+    assert verdict_of(low, high, even) == verdict

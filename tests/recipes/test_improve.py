@@ -1,5 +1,6 @@
 """Evaluation of a policy and the comparison before and after, on a model of a few words."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -90,6 +91,23 @@ def batches(records, size):
 def test_an_evaluation_needs_a_score(records):
     with pytest.raises(UserError, match="a measure or a source"):
         Evaluation(POLICY, TOKENIZER, JitRunner(), next(batches(records, 4)), 0)
+
+
+def test_a_second_opinion_has_a_mean_and_its_standard_error(params, records):
+    prompts = next(batches(records, 16))
+    alone = Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, 0, source=SOURCE)
+    assert alone.answers(params).second is None
+    assert "second_opinion" not in alone.metrics(alone.answers(params))
+    second = FunctionSource(lambda record, answer: None if answer.startswith("c") else float(len(answer.split())))
+    evaluation = dataclasses.replace(alone, second=second)
+    found = evaluation.answers(params, judged=False)
+    known = np.array([len(text.split()) for text in found.texts if not text.startswith("c")], float)
+    assert 2 < len(known) < 16
+    metrics = evaluation.metrics(found)
+    assert metrics["second_opinion"] == pytest.approx(known.mean())
+    assert metrics["second_opinion_se"] == pytest.approx(known.std(ddof=1) / np.sqrt(len(known)))
+    nobody = dataclasses.replace(alone, second=FunctionSource(lambda record, answer: None))
+    assert np.isnan(nobody.metrics(nobody.answers(params))["second_opinion"])
 
 
 def test_before_train_after(params, records, tmp_path):

@@ -1,0 +1,84 @@
+"""The command line of a script: options from a dataclass, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import tyro
+
+from rlaif_jax.config import CheckFailed, Diverged, UserError
+from rlaif_jax.progress.startup import Loading
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/rlaif_jax/xla."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        base = Path(os.environ.get("RLAIF_JAX_CACHE", Path.home() / ".cache" / "rlaif_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(base / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def ended_worse(metrics: Mapping[str, Any]) -> bool:
+    """Returns whether the entry `verdict` of what a recipe returns is "worse" (see `command_line`)."""
+    return metrics.get("verdict") == "worse"
+
+
+def command_line(
+    main: Callable[[Config], Result],
+    default: Config,
+    description: str | None = None,
+    *,
+    loading: Loading | None = None,
+    failed: Callable[[Result], bool] = lambda result: False,
+) -> Result:
+    """Parses the command line into a config, calls `main` with it and returns the result of `main`.
+
+    A choice between dataclasses is written as a word, `ppo.advantage:leave-one-out`; the options of the chosen
+    class may be anywhere after the word.
+
+    Args:
+        main: a function of the config.
+        default: a frozen dataclass: its fields are the options, its values the defaults.
+        description: the text of --help.
+        loading: what the script has shown while its imports ran; ends here.
+        failed: whether the result of `main` is a failure though everything was written, such as `ended_worse`.
+
+    Raises:
+        SystemExit: with status 2 and one line on stderr for bad input, with 1 when a check of the run failed, a loss is
+            not finite, the run has diverged or its result is a failure, with 130 on Ctrl-C.
+    """
+    if loading is not None:
+        loading.done()
+    try:
+        config = _parse_arguments(default, description)
+        use_compilation_cache()
+        result = main(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (CheckFailed, Diverged, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if failed(result):
+        sys.exit(1)
+    return result
+
+
+def _parse_arguments(default: Config, description: str | None) -> Config:
+    try:
+        return tyro.cli(
+            type(default), default=default, description=description, config=(tyro.conf.CascadeSubcommandArgs,)
+        )
+    except BrokenPipeError:  # the reader of --help has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,104 @@
+"""The host's side of a step: rollouts that are on their way, texts, metrics of the rewards, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlaif_jax.data.prompts import PromptBatch, Record
+from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.policies.base import Policy, to_prompts
+from rlaif_jax.run import Run
+from rlaif_jax.types import Array, Feedback, RewardBatch, Rollout, StepData
+
+SAMPLES = 4  # answers of a step on the page
+
+
+class PendingRollout(NamedTuple):
+    """A rollout on the devices: the iterator's position before its prompts, the prompts, the parts."""
+
+    position: Any
+    batch: PromptBatch
+    rollouts: list[Rollout]
+
+
+def step_data(batch: PromptBatch) -> StepData:
+    """Returns the arrays of a host batch that an algorithm may read."""
+    return StepData(to_prompts(batch), batch.demonstrations, batch.recorded)
+
+
+def collect(
+    current: PendingRollout, policy: Policy, tokenizer: Tokenizer, feedback: FeedbackSource | None
+) -> tuple[Rollout, list[Record], list[str]]:
+    """Waits for the answers of a step and returns them as arrays and as texts.
+
+    While the devices work on the later parts, the source may already judge the answers of the earlier ones.
+
+    Args:
+        current: the prompts and the rollouts that the devices work on.
+        policy: turns tokens into texts.
+        tokenizer: decodes the texts.
+        feedback: its `prefetch` is called with each part; None where no source judges on the host.
+
+    Returns:
+        (rollout of all parts, the record of each answer's prompt, the texts).
+    """
+    batch, rollouts = current.batch, current.rollouts
+    records: list[Record] = []
+    answers: list[str] = []
+    size = len(batch.records) // len(rollouts)
+    for i, rollout in enumerate(rollouts):
+        texts = policy.texts(rollout, tokenizer)
+        part = batch.records[i * size : (i + 1) * size]
+        of_answers: list[Record] = [record for record in part for _ in range(len(texts) // size)]
+        if feedback is not None:
+            feedback.prefetch(of_answers, texts)
+        records, answers = records + of_answers, answers + texts
+    whole = rollouts[0] if len(rollouts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *rollouts)
+    return whole, records, answers
+
+
+def reward_metrics(rewards: RewardBatch, judged: Feedback) -> dict[str, float]:
+    """Returns the mean `reward` that is learned from, and the mean raw `score` of each judgement.
+
+    Where answers are only compared in pairs they have no reward, which is not a reward of 0: it is left out.
+
+    Args:
+        rewards: the rewards of B answers, on the host.
+        judged: the feedback [B, R] behind them, on the host.
+
+    Returns:
+        `reward`, and `score` (R = 1) or `score/0`, `score/1` ...; NaN where nothing is valid.
+    """
+
+    def mean(x: Array, valid: Array) -> float:
+        return float(np.mean(x[valid])) if valid.any() else float("nan")
+
+    count = judged.values.shape[1]
+    names = ["score"] if count == 1 else [f"score/{i}" for i in range(count)]
+    scores = {name: mean(judged.values[:, i], judged.valid[:, i]) for i, name in enumerate(names)}
+    compared = rewards.pairs is not None and count == 0
+    return scores if compared else {"reward": mean(rewards.total, rewards.valid)} | scores
+
+
+def write_samples(run: Run, step: int, records: Sequence[Record], answers: Sequence[str], rewards: RewardBatch) -> None:
+    """Appends a few answers of a step, to different prompts where it has them, to the run's samples.
+
+    Args:
+        run: the run.
+        step: the step.
+        records: the record of each answer's prompt.
+        answers: the B texts.
+        rewards: their rewards, on the host.
+    """
+    apart = max(1, len(answers) // SAMPLES)
+    for index, row in enumerate(range(0, apart * min(SAMPLES, len(answers)), apart)):
+        reward = float(rewards.total[row]) if rewards.valid[row] and rewards.pairs is None else None
+        run.sample(
+            step=step, stage="rl", index=index, prompt=records[row]["prompt"], response=answers[row], reward=reward
+        )

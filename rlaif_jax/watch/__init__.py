@@ -1,0 +1,1 @@
+"""Notices that a run goes wrong: warnings with what to try, and when a run has clearly diverged."""
