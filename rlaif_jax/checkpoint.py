@@ -137,8 +137,8 @@ class Checkpointer:
                 self._manager.delete(later)
         left = self.latest()
         if left is None:
-            return "no checkpoint of before was saved"
-        return f"the checkpoint of step {left} in {self.folder} is of before"
+            return f"no checkpoint is left in {self.folder}"
+        return f"the newest checkpoint that is left is that of step {left} in {self.folder}"
 
     def close(self) -> None:
         """Waits until all files are written and releases the folder.

@@ -273,7 +273,7 @@ def train(
                 )
             if watch.diverged and config.watch.stop:
                 left = checkpoints.drop_after(watch.healthy_step)
-                raise Diverged(f"step {step}: the run has diverged and stops here; {left}")
+                raise Diverged(f"step {step}: the run has diverged and stops here. Of a healthy policy, {left}")
             reached = config.target_reward is not None and values.get("reward", float("-inf")) >= config.target_reward
             done = run.stop_requested or reached or enough()
             if (step % config.save_every == 0 and watch.healthy) or step == config.steps or done:

@@ -337,10 +337,10 @@ def test_checkpoints_after_a_step_are_dropped(tmp_path):
     checkpoints = Checkpointer(tmp_path, {}, keep=3)
     for step in (2, 4, 6):
         checkpoints.save(step, {"x": np.full(3, step)}, {})
-    assert checkpoints.drop_after(5) == f"the checkpoint of step 4 in {tmp_path} is of before"
+    assert checkpoints.drop_after(5) == f"the newest checkpoint that is left is that of step 4 in {tmp_path}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
     assert checkpoints.restore({"x": np.ones(3, int)}).arrays["x"].tolist() == [4, 4, 4]
-    assert checkpoints.drop_after(1) == "no checkpoint of before was saved"
+    assert checkpoints.drop_after(1) == f"no checkpoint is left in {tmp_path}"
     assert checkpoints.latest() is None
     checkpoints.close()
 

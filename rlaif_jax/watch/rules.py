@@ -271,9 +271,9 @@ def diverged(past: Past) -> str | None:
     if len(steps) < past.config.patience or None in reasons:
         return None
     return (
-        f"steps {steps[0].step} to {steps[-1].step}: the run has diverged: {reasons[-1]}. Try: a smaller "
-        "ppo.policy_optimizer.learning_rate, a larger ppo.kl_coef, or a ppo.kl_target, from the last healthy checkpoint or "
-        "anew; train.watch.stop false goes on nevertheless."
+        f"steps {steps[0].step} to {steps[-1].step}: the run has diverged: {reasons[-1]}. Try: a new run with "
+        "a smaller ppo.policy_optimizer.learning_rate, a larger ppo.kl_coef or a ppo.kl_target; train.watch.stop=False goes "
+        "on nevertheless."
     )
 
 

@@ -112,7 +112,7 @@ def test_a_run_that_has_diverged_stops_with_a_healthy_checkpoint(tmp_path, monke
     # Of three bad steps, the first one's answers are of the policy after the step before, which is not healthy either.
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == [done.summary["steps"] - 4]
-    assert f"the checkpoint of step {saved[0]} in" in done.errors
+    assert f"Of a healthy policy, the newest checkpoint that is left is that of step {saved[0]} in" in done.errors
 
     again = outcome(monkeypatch, capsys, ruined(tmp_path), "--resume")
     assert again.code == 2
@@ -130,7 +130,7 @@ def test_without_a_healthy_checkpoint_the_message_says_so(tmp_path, monkeypatch,
     rewarded(monkeypatch, says_a_only)
     done = outcome(monkeypatch, capsys, settings(tmp_path, rate=0.5, penalty=False, save_every=10))
     assert (done.code, done.summary["status"]) == (1, "diverged")
-    assert "no checkpoint of before was saved" in done.errors
+    assert "no checkpoint is left in" in done.errors
 
 
 @pytest.mark.parametrize("killed", [False, True])
