@@ -40,7 +40,7 @@ from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
-from rlaif_jax.recipes.world import PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, StageConfig, WorldModels
+from rlaif_jax.recipes.world import PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
 from rlaif_jax.recipes.world_judges import FORMS, Form, make_crowd
 from rlaif_jax.recipes.world_sources import Origin, Sample, WorldSources, rewards_of_form
 from rlaif_jax.run import Run, StopRequested
@@ -80,7 +80,7 @@ class FormsConfig:
     stages: Path | None = None
     forms: tuple[Form, ...] = FORMS
     origins: tuple[Origin, ...] = ("ai", "rule", "simulated", "page")
-    models: ModelsConfig = ModelsConfig(labeler=StageConfig(updates=3_000, examples=96_000))
+    models: ModelsConfig = ModelsConfig()
     calibration_prompts: int = 256
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(

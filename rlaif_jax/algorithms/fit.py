@@ -1,4 +1,4 @@
-"""Supervised stages: a step is run over a fixed set of examples for a number of updates."""
+"""Supervised stages: a step is run over examples for a number of updates, or until a check holds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
+from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer, restart_schedule
 from rlaif_jax.config import require
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params
 
 Arrays = dict[str, np.ndarray]
+WARMUP = 40  # updates
+LOG_EVERY = 10  # updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,41 @@ class FitConfig:
         return OptimizerConfig(
             learning_rate=self.learning_rate, schedule="cosine", warmup_updates=self.updates // 20, b2=0.98, eps=1e-8
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class UntilConfig:
+    """A supervised stage that learns until a check of the model holds, then cools down.
+
+    AdamW with a warm-up over the first `WARMUP` updates, a constant rate until the check holds, and a linear decay to zero:
+    how long a small model needs to find what it has to learn differs from seed to seed, and a rate that decays at a fixed
+    time freezes the slow ones half-way.
+
+    Attributes:
+        updates: at most this number of updates at the constant rate; a multiple of `check_every`.
+        check_every: updates between two checks.
+        required: the value of the check, in [0, 1], at which the cool-down begins.
+        cooldown: updates of the decay.
+        batch_size: examples of a step.
+        learning_rate: the constant rate.
+    """
+
+    updates: int
+    check_every: int = 200
+    required: float = 0.95
+    cooldown: int = 200
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
+
+    def __post_init__(self) -> None:
+        for field in ("updates", "check_every", "cooldown", "batch_size"):
+            require(self.__dict__[field] >= 1, f"a stage needs {field} >= 1, not {self.__dict__[field]}")
+        require(
+            self.updates % self.check_every == 0,
+            f"updates ({self.updates}) of a stage must be a multiple of its check_every ({self.check_every})",
+        )
+        require(0 <= self.required <= 1, f"required of a stage must lie in 0 .. 1, not {self.required}")
+        require(self.learning_rate > 0, f"a stage needs a learning_rate > 0, not {self.learning_rate}")
 
 
 def minibatches(examples: Arrays, size: int, seed: int) -> Iterator[Arrays]:
@@ -80,7 +117,7 @@ def fit(
     *,
     runner: Runner,
     log: Callable[[int, dict[str, float]], None],
-    log_every: int = 10,
+    log_every: int = LOG_EVERY,
     stop: Callable[[], bool] = lambda: False,
 ) -> Any:
     """Runs `updates` steps over `batches` and returns the state.
@@ -98,15 +135,30 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    compiled = runner.step(step)
     # The first step donates its input: the caller keeps its own arrays.
     state = runner.place(jax.tree.map(jax.numpy.array, state))
+    return _descend(runner.step(step), state, batches, range(1, updates + 1), log, log_every, stop)
+
+
+def _descend(
+    compiled: Callable[..., Any],
+    state: Any,
+    batches: Iterator[Arrays],
+    updates: range,
+    log: Callable[[int, dict[str, float]], None],
+    log_every: int,
+    stop: Callable[[], bool],
+) -> Any:
+    """Runs a compiled step for the `updates` of these numbers, as `fit` does.
+
+    `state` is on the devices and donated.
+    """
     pending: list[Any] = []
     since = time.perf_counter()
-    for update in range(1, updates + 1):
+    for update in updates:
         state, metrics = compiled(state, next(batches))
         pending.append(metrics)
-        if update % log_every == 0 or update == updates:
+        if update % log_every == 0 or update == updates[-1]:
             values = {k: float(np.mean([float(m[k]) for m in jax.device_get(pending)])) for k in metrics}
             if not np.isfinite(values["loss"]):
                 raise FloatingPointError(f"the loss is not finite at update {update}: lower the learning rate")
@@ -157,4 +209,57 @@ def fit_model(
         log=log,
         stop=stop,
     )
+    return jax.device_get(state[0])
+
+
+def fit_until(
+    step: Callable[..., Any],
+    model: Any,
+    params: Params,
+    examples: Callable[[int, int], Arrays],
+    check: Callable[[Params], dict[str, float]],
+    config: UntilConfig,
+    *,
+    runner: Runner,
+    log: Callable[[int, dict[str, float]], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> Params:
+    """Fits a model until a check of it holds, cools down, and returns its parameters on the host.
+
+    Args:
+        step: as `fit_model` takes it.
+        model: what `step` takes as its model.
+        params: the parameters to start from.
+        examples: (round, number) -> that many fresh examples; a round lasts until the next check, the last one is the
+            cool-down.
+        check: parameters on the host -> values in [0, 1], which are logged; the smallest one counts.
+        config: updates, checks and optimiser.
+        runner: the devices.
+        log: called with (update, mean metrics since the last call, or the check's values).
+        stop: asked after each call of `log`; True ends the stage early.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    rate = OptimizerConfig(config.learning_rate, "constant", WARMUP, b2=0.98, eps=1e-8)
+    constant = make_optimizer(rate, config.updates)
+    decaying = make_optimizer(dataclasses.replace(rate, schedule="linear", warmup_updates=0), config.cooldown)
+    compiled = runner.step(partial(step, model, constant))
+    state = runner.place(jax.tree.map(jax.numpy.array, (params, constant.init(params))))  # the caller keeps its own
+
+    def learn(compiled: Callable[..., Any], state: Any, done: int, updates: int) -> Any:
+        batches = minibatches(examples(done // config.check_every, updates * config.batch_size), config.batch_size, 0)
+        return _descend(compiled, state, batches, range(done + 1, done + updates + 1), log, LOG_EVERY, stop)
+
+    for done in range(0, config.updates, config.check_every):
+        state = learn(compiled, state, done, config.check_every)
+        if stop():
+            break
+        values = check(jax.device_get(runner.fetch(state[0])))
+        log(done + config.check_every, {f"check/{name}": value for name, value in values.items()})
+        if min(values.values()) >= config.required:
+            break
+    if not stop():
+        compiled = runner.step(partial(step, model, decaying))
+        state = learn(compiled, (state[0], restart_schedule(state[1])), done + config.check_every, config.cooldown)
     return jax.device_get(state[0])

@@ -117,6 +117,15 @@ def scale_by_learning_rate(config: OptimizerConfig, updates: int) -> optax.Gradi
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def restart_schedule(state: Any) -> Any:
+    """Returns the state of an optimiser of `make_optimizer` with the number of updates done set to zero.
+
+    Another schedule may then go on with the moments that are known.
+    """
+    clear = lambda part: ScheduleState(jnp.zeros_like(part.done)) if isinstance(part, ScheduleState) else part
+    return jax.tree.map(clear, state, is_leaf=lambda part: isinstance(part, ScheduleState))
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
     """Returns optax's transformation of this name, computed as one factor; `update` also takes `norm`.
 

@@ -14,10 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
-from rlaif_jax.config import require
 from rlaif_jax.models.attention import AttentionMask, SharedPrefixMask, attend, attend_groups, build_mask, last_queries
 from rlaif_jax.models.base import PaddedView, View
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
@@ -402,46 +400,3 @@ def response_hidden(config: DecoderConfig, trunk: Any, view: PaddedView) -> jax.
         method="groups",
     )
     return hidden.reshape(*mask.shape, -1)
-
-
-def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
-    """Returns fresh parameters whose attention can look things up in the prompt from the start.
-
-    Half of the first layer's heads attend to the previous token, by biases alone: with k = u and q = R(-1) u the
-    rotary score is sum_f cos(theta_f (distance - 1)), largest one token back. Half of the heads of every later
-    layer match contents: W_k = W_q, so that equal residuals meet (mimetic initialisation, Trockman & Kolter
-    2023), and biases keep them from matching themselves. Together they are the two halves of an induction head
-    (Olsson 2022), which small decoders otherwise take thousands of updates to find.
-
-    Args:
-        config: shape and flags of the decoder.
-        params: what `CausalLM.init` returned; it is not changed.
-
-    Raises:
-        UserError: the config has no qkv_bias, no rotary positions, or several query heads for a key-value head.
-    """
-    require(
-        config.qkv_bias and config.positions == "rope" and config.num_kv_heads == config.num_heads,
-        "recall heads need qkv_bias=True, positions='rope' and num_kv_heads == num_heads",
-    )
-    heads, h = config.num_heads, config.head_dim
-    half, count = h // 2, heads // 2
-    frequencies = rope_frequencies(h, config.rope_theta, config.rope_scaling)
-    trunk = dict(params["trunk"])
-    for layer, block in enumerate(block_params(config, trunk)):
-        keys, queries = np.zeros((heads, h), np.float32), np.zeros((heads, h), np.float32)
-        kernel, matching = np.array(block["q"]["kernel"]), np.array(block["k"]["kernel"])
-        if layer == 0:
-            keys[:count, :half] = 2.0
-            queries[:count, :half] = 2.0 * np.cos(frequencies)
-            queries[:count, half:] = -2.0 * np.sin(frequencies)
-        else:
-            keys[count:, :half] = 1.0
-            queries[count:, :half] = -4.0
-            kernel[:, count * h :] *= 1.4  # sharp enough to single out a match among some fifty tokens
-            matching[:, count * h :] = kernel[:, count * h :]
-        trunk[f"layers_{layer}"] = block | {
-            "q": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(queries.ravel())},
-            "k": {"kernel": jnp.asarray(matching), "bias": jnp.asarray(keys.ravel())},
-        }
-    return params | {"trunk": trunk}

@@ -95,6 +95,7 @@ def small_decoder(
     width: int = 96,
     num_heads: int = 6,
     num_kv_heads: int | None = None,
+    head_dim: int | None = None,
     context_length: int = 128,
     mlp_width: int | None = None,
     **flags: Any,
@@ -104,9 +105,10 @@ def small_decoder(
     Args:
         vocab_size: V.
         num_layers: L.
-        width: D; a head has width / num_heads.
+        width: D.
         num_heads: query heads.
         num_kv_heads: key-value heads; None: as many as query heads.
+        head_dim: h; None: width / num_heads.
         context_length: most tokens of a sequence.
         mlp_width: of the SwiGLU; None: about 8/3 of the width.
         **flags: further fields of `DecoderConfig`.
@@ -117,7 +119,7 @@ def small_decoder(
         width=width,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads or num_heads,
-        head_dim=width // max(num_heads, 1),
+        head_dim=head_dim or width // max(num_heads, 1),
         mlp_width=mlp_width or (8 * width // 3 + 7) // 8 * 8,
         context_length=context_length,
         **flags,

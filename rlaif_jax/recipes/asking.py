@@ -71,11 +71,11 @@ class AskingConfig:
 def features(prompt: str, answer: str) -> np.ndarray:
     """Computes [2 V + 7] numbers of an answer, float32: what a linear reward model can learn from.
 
-    They are its words; the words before the places of the prompt where its word pairs come from (so that it can be learned
+    They are its words; the words after the places of the prompt where its word pairs come from (so that it can be learned
     what matters); its length, repeats, and how much of it is in the prompt.
     """
     said, words = prompt.split(), answer.split()
-    before = {(said[i], said[i + 1]): said[i - 1] for i in range(1, len(said) - 1)}
+    after = {(said[i], said[i + 1]): said[i + 2] for i in range(len(said) - 2)}
     size = len(VOCABULARY)
     x = np.zeros(_WIDTH, np.float32)
     for word, count in Counter(words).items():
@@ -85,9 +85,9 @@ def features(prompt: str, answer: str) -> np.ndarray:
     for pair in itertools.pairwise(words):
         if pair in seen:
             x[2 * size + 2] += 1
-        elif pair in before:
+        elif pair in after:
             seen.add(pair)
-            x[size + _WORD[before[pair]]] += 1
+            x[size + _WORD[after[pair]]] += 1
             x[2 * size + 3] += 1
         else:
             x[2 * size + 4] += 1

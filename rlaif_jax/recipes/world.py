@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlaif_jax.algorithms.fit import Arrays, FitConfig, fit_model
+from rlaif_jax.algorithms.fit import Arrays, FitConfig, UntilConfig, fit_model, fit_until
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.supervised import supervised_step
@@ -25,22 +25,25 @@ from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, word_level_tokenizer
 from rlaif_jax.data.world import corpus, labeler_prompts
 from rlaif_jax.data.world.builder import load_world
 from rlaif_jax.data.world.gold import scores as gold
-from rlaif_jax.data.world.scenes import Split, scene_from_json
+from rlaif_jax.data.world.scenes import ASPECTS, Split, scene_from_json
 from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Reasoning
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM
-from rlaif_jax.models.decoder import with_recall_heads
 from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.recall_heads import with_recall_heads
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import TextPolicy
+from rlaif_jax.recipes.world_checks import FACTS, NOTES, WordCheck
 from rlaif_jax.rewards.shaping import Shaping
 from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.types import INIT, Params, step_key
 
-PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 82  # tokens
+PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 76  # tokens
+RANKINGS = {"summarisation": 0.4, "dialogue": 0.0}  # share of such lines in the base corpus
+CHECKED = 512  # texts of a held-out check
 
 SAMPLING = SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7)
 PPO = PPOConfig(
@@ -80,6 +83,7 @@ class ModelsConfig:
         num_layers: layers of all models.
         width: D.
         num_heads: H.
+        head_dim: h.
         base: training of the base language model.
         labeler: training of the AI labeler, from the base model.
         sft: training of the supervised policy, from the base model.
@@ -87,9 +91,10 @@ class ModelsConfig:
 
     num_layers: int = 3
     width: int = 64
-    num_heads: int = 4
-    base: StageConfig = StageConfig(updates=800, examples=25_600)
-    labeler: StageConfig = StageConfig(updates=1_500, examples=48_000)
+    num_heads: int = 6
+    head_dim: int = 16
+    base: UntilConfig = UntilConfig(updates=3_000, required=0.9, learning_rate=2e-3)
+    labeler: UntilConfig = UntilConfig(updates=3_000, required=0.95, learning_rate=2e-3)
     sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
 
 
@@ -129,14 +134,17 @@ class WorldModels:
     @property
     def model(self) -> CausalLM:
         """Returns the shape of all models."""
+        size = self.config
         return CausalLM(
             small_decoder(
                 self.tokenizer.vocab_size,
-                num_layers=self.config.num_layers,
-                width=self.config.width,
-                num_heads=self.config.num_heads,
+                num_layers=size.num_layers,
+                width=size.width,
+                num_heads=size.num_heads,
+                head_dim=size.head_dim,
                 context_length=128,
                 qkv_bias=True,
+                rope_theta=1e6,
             )
         )
 
@@ -257,25 +265,85 @@ class WorldModels:
         arrays = text_arrays(self.tokenizer, examples, length=length, end_weight=end_weight)
         return self.fit(name, supervised_step, self.model, start, arrays, settings)
 
+    def learned(
+        self,
+        name: str,
+        start: Params,
+        texts: Callable[[int, int], Sequence[corpus.Transcript]],
+        check: WordCheck,
+        settings: UntilConfig,
+        *,
+        length: int,
+        end_weight: float = 1.0,
+    ) -> Params:
+        """Returns parameters after maximum likelihood on fresh texts until `check` holds.
+
+        Args:
+            name: of the stage.
+            start: the parameters to start from.
+            texts: (round, number) -> that many texts.
+            check: a held-out check of the model.
+            settings: updates, checks and optimiser.
+            length: tokens that a text is padded to.
+            end_weight: weight of the stop token.
+        """
+
+        def examples(number: int, size: int) -> Arrays:
+            lines = [segments(text) for text in texts(number, size)]
+            return text_arrays(self.tokenizer, lines, length=length, end_weight=end_weight)
+
+        with self.writer.stage(name, settings.updates + settings.cooldown) as log:
+            self.run.settled()
+            return fit_until(
+                supervised_step,
+                self.model,
+                start,
+                examples,
+                check,
+                settings,
+                runner=self.runner,
+                log=log.write,
+                stop=self.run.stopped,
+            )
+
+    def report_check(self, name: str, stage: FinishedStage, check: WordCheck, required: float) -> None:
+        """Records how far a model has learned what its stage is for, and warns where it has not.
+
+        Args:
+            name: of the model, and of its settings in `ModelsConfig`.
+            stage: the model.
+            check: the held-out check.
+            required: what its smallest value should be.
+        """
+        values = check(stage.params)
+        self.run.metrics |= {f"{name}_check_{kind}": value for kind, value in values.items()}
+        weak = [f"{kind} {value:.2f}" for kind, value in values.items() if value < required]
+        if weak:
+            self.run.warn(
+                f"The {name} model has not learned what it should ({', '.join(weak)} on its held-out check, "
+                f"{required:.2f} asked for). Try: another seed, or a larger models.{name}.updates"
+            )
+
     def base(self) -> FinishedStage:
         """Returns a language model of the world: scenes, demonstrations, questions about facts."""
+        settings = self.config.base
+        length, rankings = PROMPT_LENGTH + ANSWER_LENGTH, RANKINGS[self.task.name]
+        corpus_of = partial(corpus.base_corpus, tasks=(self.task,), shortcuts=self.shortcuts, rankings=rankings)
+        rng = np.random.default_rng((self.run.seed, 10))
+        held_out = corpus_of(rng, CHECKED, split="test_entities", questions=1.0, yes_no=0.5)
+        check = WordCheck(self.model, self.tokenizer, self.runner, held_out, FACTS, length, frozenset(ASPECTS))
+
+        def texts(number: int, size: int) -> Sequence[corpus.Transcript]:
+            rng = np.random.default_rng((self.run.seed, 0, number))
+            return corpus_of(rng, size, questions=0.6, yes_no=0.4)
 
         def learn() -> Params:
-            with self.run.display.wait("texts of the world", "text") as count:
-                lines = corpus.base_corpus(
-                    np.random.default_rng((self.run.seed, 0)),
-                    self.config.base.examples,
-                    tasks=(self.task,),
-                    questions=0.6,
-                    yes_no=0.0,
-                    shortcuts=self.shortcuts,
-                    progress=count,
-                )
             fresh = with_recall_heads(self.model.config, self.model.init(step_key(self.run.seed, 0, INIT)))
-            length = PROMPT_LENGTH + ANSWER_LENGTH
-            return self.supervised("lm", fresh, [segments(t) for t in lines], length, self.config.base)
+            return self.learned("lm", fresh, texts, check, settings, length=length)
 
-        return self.run.stage("lm", self.template, learn, settings=self.stage_settings(fit=self.config.base))
+        stage = self.run.stage("lm", self.template, learn, settings=self.stage_settings(fit=settings))
+        self.report_check("base", stage, check, settings.required)
+        return stage
 
     def labeler(self, base: FinishedStage, mix: corpus.LabelerMix) -> FinishedStage:
         """Returns the AI labeler: trained on simulated people's transcripts of training towns.
@@ -284,24 +352,24 @@ class WorldModels:
             base: the base model.
             mix: shares of the kinds of transcripts.
         """
+        settings = self.config.labeler
+        corpus_of = partial(corpus.labeler_corpus, tasks=(self.task,), shortcuts=self.shortcuts)
+        careful = corpus.only_reasons(mix)
+        held_out = corpus_of(np.random.default_rng((self.run.seed, 11)), CHECKED, split="test_entities", mix=careful)
+        check = WordCheck(self.model, self.tokenizer, self.runner, held_out, NOTES, TRANSCRIPT_LENGTH)
+        # A score is the last word of its transcript; a revision has to learn where it ends.
+        length, end = (corpus.MAX_TRANSCRIPT_WORDS + 1, 1.0) if mix.revision else (TRANSCRIPT_LENGTH, 0.0)
+
+        def texts(number: int, size: int) -> Sequence[corpus.Transcript]:
+            return corpus_of(np.random.default_rng((self.run.seed, 1, number)), size, mix=mix)
 
         def learn(base: Params) -> Params:
-            with self.run.display.wait("transcripts of simulated people", "transcript") as count:
-                lines = corpus.labeler_corpus(
-                    np.random.default_rng((self.run.seed, 1)),
-                    self.config.labeler.examples,
-                    tasks=(self.task,),
-                    mix=mix,
-                    shortcuts=self.shortcuts,
-                    progress=count,
-                )
-            examples = [segments(t) for t in lines]
-            # A score is the last word of its transcript; a revision has to learn where it ends.
-            length, end = (corpus.MAX_TRANSCRIPT_WORDS + 1, 1.0) if mix.revision else (TRANSCRIPT_LENGTH, 0.0)
-            return self.supervised("labeler", base, examples, length, self.config.labeler, end_weight=end)
+            return self.learned("labeler", base, texts, check, settings, length=length, end_weight=end)
 
-        settings = self.stage_settings(fit=self.config.labeler, mix=mix)
-        return self.run.stage("labeler", self.template, learn, settings=settings, after=(base,))
+        described = self.stage_settings(fit=settings, mix=mix)
+        stage = self.run.stage("labeler", self.template, learn, settings=described, after=(base,))
+        self.report_check("labeler", stage, check, settings.required)
+        return stage
 
     def sft(self, base: FinishedStage, training: TfdsRecords) -> FinishedStage:
         """Returns the supervised policy: it imitates the demonstrations of a mediocre writer.

@@ -14,9 +14,9 @@ def facts(prompt: str) -> dict[str, tuple[int, str]]:
     """Returns aspect -> (salience 1 .. 3, value), as the prompt lists them."""
     words = prompt.partition(":")[2].split()
     return {
-        words[i + 1]: (SALIENCE_WORDS.index(words[i]) + 1, words[i + 2])
+        words[i]: (SALIENCE_WORDS.index(words[i + 2]) + 1, words[i + 1])
         for i in range(0, len(words) - 2, 3)
-        if words[i] in SALIENCE_WORDS
+        if words[i + 2] in SALIENCE_WORDS
     }
 
 

@@ -156,6 +156,21 @@ QUANTITIES = {
     "labels_saved_*": Quantity(
         "Labels saved, {}", "labels", "How many labels fewer than at random this rule needs for the same accuracy."
     ),
+    "check/*": Quantity(
+        "Held-out check, {}",
+        "%",
+        "Share of words of this kind that the model in training writes correctly in texts about towns that it has not seen.",
+    ),
+    "base_check_*": Quantity(
+        "Base model knows {}",
+        "%",
+        "Share of words of this kind that the base model writes correctly in texts about towns that it has not seen.",
+    ),
+    "labeler_check_*": Quantity(
+        "Labeler knows {}",
+        "%",
+        "Share of notes of this kind that the AI labeler writes as people do, on answers about towns that it has not seen.",
+    ),
     "labels": Quantity("Labels", "", "Number of judgements that the run collected."),
     "feedback_missing": Quantity("Missing so far", "answers", "Answers without a judgement since training began."),
     # ---- The update

@@ -9,15 +9,7 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.models import CausalLM, ScalarModel, ValueHead, causal_lm, decoder, gather_last
-from rlaif_jax.models.decoder import (
-    Block,
-    Trunk,
-    apply,
-    block_params,
-    response_hidden,
-    rope_table,
-    with_recall_heads,
-)
+from rlaif_jax.models.decoder import Trunk, apply, response_hidden
 from rlaif_jax.models.decoder_config import DecoderConfig, small_decoder
 from rlaif_jax.models.heads import ScalarHead
 from tests.helpers import random_params, sequences_view
@@ -297,37 +289,3 @@ def test_scalar_model_starts_from_a_copy_of_another_trunk() -> None:
 def test_impossible_shapes_are_refused(flags: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         dataclasses.replace(LLAMA, **flags)
-
-
-def test_recall_heads_look_one_token_back_and_at_equal_contents():
-    config = small_decoder(16, num_layers=2, width=32, num_heads=2, qkv_bias=True)
-    model = CausalLM(config)
-    params = with_recall_heads(config, model.init(jax.random.key(0)))
-    length = 12
-    positions = jnp.arange(length)
-    rope = rope_table(config, positions)
-
-    def scores(layer, head, x):
-        q, k, _ = apply(Block(config), block_params(config, params["trunk"])[layer], x, rope, method="qkv")
-        table = np.asarray(jnp.einsum("sh,th->st", q[:, head], k[:, head])) / config.head_dim**0.5
-        return np.where(np.tril(np.ones((length, length), bool)), table, -np.inf)
-
-    # The first head of the first layer: contents set to zero, only its biases speak.
-    quiet = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(1))["trunk"]["embed"]["embedding"][:1])
-    back = scores(0, 0, jnp.broadcast_to(quiet, (length, 32)))
-    assert (back.argmax(-1)[1:] == np.arange(length - 1)).all()
-    # The last head of the second layer: what stood six columns before draws more attention than anything else does.
-    x = jax.random.normal(jax.random.key(2), (6, 32))
-    match = scores(1, 1, jnp.concatenate([x, x]))
-    again = np.array([match[6 + i, i] for i in range(6)])
-    other = np.array([match[6 + i, j] for i in range(6) for j in range(6 + i) if j != i])
-    assert again.mean() > other.mean() + 2 * other.std() / np.sqrt(len(other)) + 1
-    second = block_params(config, params["trunk"])[1]
-    assert jnp.array_equal(second["q"]["kernel"][:, 16:], second["k"]["kernel"][:, 16:])
-    assert not jnp.array_equal(second["q"]["kernel"][:, :16], second["k"]["kernel"][:, :16])
-
-
-def test_recall_heads_need_biases():
-    config = small_decoder(16, num_layers=2, width=32, num_heads=2)
-    with pytest.raises(UserError, match="qkv_bias=True"):
-        with_recall_heads(config, CausalLM(config).init(jax.random.key(0)))

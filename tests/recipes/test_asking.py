@@ -9,7 +9,7 @@ from rlaif_jax.recipes import asking
 
 
 def test_features_see_what_matters_in_a_summary():
-    prompt = "summarise sel mor : vital market damp minor river narrow ="
+    prompt = "summarise sel mor : market damp vital river narrow minor ="
     names = {word: asking._WORD[word] for word in ("vital", "minor", "market")}
     size = len(asking.VOCABULARY)
     x = asking.features(prompt, "in sel mor the market damp and the market damp .")

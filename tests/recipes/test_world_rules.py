@@ -8,7 +8,7 @@ from rlaif_jax.feedback.constitution.constitution import load_constitution
 from rlaif_jax.recipes import world_rules
 from rlaif_jax.recipes.world_judges import by_rules, pool_of
 
-PROMPT = "summarise sel mor : vital market damp minor river narrow ="
+PROMPT = "summarise sel mor : market damp vital river narrow minor ="
 GOOD = "in sel mor the market damp ."
 FALSE = "in sel mor the market narrow ."
 CONSTITUTION = Path(__file__).resolve().parents[2] / "experiments" / "brindlemoor.toml"

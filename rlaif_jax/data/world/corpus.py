@@ -1,11 +1,12 @@
 """Training text: for the base language model, and for the AI labeler.
 
-The labeler's transcripts come from TRAINING scenes, from demonstrations and corrupted candidates only, and are judged
-by noisy simulated people: never gold itself, never a policy's sample.
+The labeler's transcripts come from TRAINING scenes (those of a check from others), from demonstrations and corrupted
+candidates only, and are judged by noisy simulated people: never gold itself, never a policy's sample.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,13 @@ from rlaif_jax.data.world import labeler_prompts
 from rlaif_jax.data.world.gold import scores as gold
 from rlaif_jax.data.world.labeler_prompts import PRINCIPLES, WorldPrinciple
 from rlaif_jax.data.world.people import Commenter, Comparer, Editor, SimulatedRater
-from rlaif_jax.data.world.scenes import VALUES, Scene, sample_scene
+from rlaif_jax.data.world.scenes import SALIENCE_WORDS, VALUES, Scene, Split, sample_scene
 from rlaif_jax.data.world.tasks.all import WORLD_TASKS
 from rlaif_jax.data.world.tasks.base import WorldTask
 from rlaif_jax.progress.count import Count, count_nothing
 
 MAX_TRANSCRIPT_WORDS = 96
+MAX_LINE_WORDS = 54  # of the base corpus
 COUNT_EVERY = 500  # texts between two calls of `progress`
 LABELER_SCENES = 1_000_000  # scene indices are drawn below this
 _TOO_CLOSE = 0.05  # people do not compare answers that they cannot tell apart
@@ -32,7 +34,7 @@ class Transcript:
 
     Attributes:
         text: words without ``<bos>`` and ``<eos>``.
-        kind: ``demonstration``, ``value_questions``, ``yes_no_questions``, ``revision``, or ``pairwise``,
+        kind: ``demonstration``, ``ranking``, ``value_questions``, ``yes_no_questions``, ``revision``, or ``pairwise``,
             ``pairwise_reasoning``, ``score``, ``score_reasoning``, whose last word is the verdict or score.
         targets: indices of the words (of ``text.split()``) that a reader should learn to write.
     """
@@ -48,32 +50,57 @@ def _transcript(kind: str, given: str, written: str) -> Transcript:
     return Transcript(f"{given} {written}", kind, tuple(range(start, start + number)))
 
 
-def _questions(rng: np.random.Generator, task: WorldTask, scene: Scene, yes_no: bool) -> Transcript:
+def _questions(rng: np.random.Generator, task: WorldTask, scene: Scene, claims: bool) -> Transcript:
     """Asks about every fact of a scene, in random order: many look-ups a line teach looking up.
 
-    Half of the yes/no questions are true, a quarter mix up two facts.
+    Each answer is the true value. Where the prompt shows the salience, it follows. With `claims` a question holds a
+    value that somebody claims (half of the time the true one, a quarter that of another fact), and after the true value
+    comes "no" where the claim is wrong, else the salience or "yes"; at most two true claims are made a second time, and the
+    answer is "again". The aspects are learned, too: a list that names each once teaches to keep in mind what was said.
     """
     facts = [scene.facts[i] for i in rng.permutation(len(scene.facts)).tolist()]
     values = [fact.value for fact in facts]
     words: list[str] = []
     targets: list[int] = []
+    repeats = 0
     for number, fact in enumerate(facts):
+        fits = len(words) + 3 + 4 * (len(facts) - number) <= MAX_LINE_WORDS
+        if claims and number and fits and repeats < 2 and rng.random() < 0.25:
+            said = facts[int(rng.integers(number))]
+            words += [said.aspect, said.value, "again"]
+            targets.append(len(words) - 1)
+            repeats += 1
         value = fact.value
-        if yes_no and rng.random() < 0.5:
+        if claims and rng.random() < 0.5:
             others = values[:number] + values[number + 1 :]
             value = others[int(rng.integers(len(others)))] if rng.random() < 0.5 else str(rng.choice(VALUES))
-        if yes_no:
+        if claims:
             asked = labeler_prompts.yes_no_question(task.prompt(scene), fact.aspect, value)
         else:
             asked = labeler_prompts.value_question(task.prompt(scene), fact.aspect)
-        words += asked.split() if number == 0 else asked.split()[-2 if yes_no else -1 :]
-        targets.append(len(words))
-        words.append(("yes" if value == fact.value else "no") if yes_no else value)
-    return Transcript(" ".join(words), "yes_no_questions" if yes_no else "value_questions", tuple(targets))
+        given = 2 if claims else 1  # aspect and claimed value, or the aspect
+        words += asked.split() if number == 0 else asked.split()[-given:]
+        if number:
+            targets.append(len(words) - given)
+        salience = SALIENCE_WORDS[fact.salience - 1]
+        shown = f" {fact.aspect} {fact.value} {salience} " in task.prompt(scene)
+        written = [fact.value]
+        if claims or shown:
+            written.append("no" if value != fact.value else salience if shown else "yes")
+        targets += range(len(words), len(words) + len(written))
+        words += written
+    return Transcript(" ".join(words), "yes_no_questions" if claims else "value_questions", tuple(targets))
 
 
-def _train_scene(rng: np.random.Generator, seed: int) -> Scene:
-    return sample_scene(seed, "train", int(rng.integers(LABELER_SCENES)))
+def _ranking(rng: np.random.Generator, task: WorldTask, scene: Scene) -> Transcript:
+    """Lists the aspects of a scene, the most salient first: what to choose and what was said already."""
+    order = sorted(rng.permutation(len(scene.facts)).tolist(), key=lambda i: -scene.facts[i].salience)
+    asked = labeler_prompts.rank_question(task.prompt(scene))
+    return _transcript("ranking", asked, " ".join(scene.facts[i].aspect for i in order))
+
+
+def _scene(rng: np.random.Generator, seed: int, split: Split) -> Scene:
+    return sample_scene(seed, split, int(rng.integers(LABELER_SCENES)))
 
 
 def base_corpus(
@@ -82,9 +109,11 @@ def base_corpus(
     *,
     tasks: Sequence[WorldTask] = WORLD_TASKS,
     seed: int = 0,
+    split: Split = "train",
     shortcuts: bool = True,
     questions: float = 0.4,
     yes_no: float = 0.2,
+    rankings: float = 0.0,
     progress: Count = count_nothing,
 ) -> list[Transcript]:
     """Returns lines of plain text: scenes, each with a demonstration or questions about its facts.
@@ -94,17 +123,21 @@ def base_corpus(
         size: number of lines.
         tasks: each in turn gives a line.
         seed: of the scenes.
+        split: of the scenes; others than the training scenes are for checks.
         shortcuts: whether writers plant hackable features in good answers.
-        questions: share of the lines with questions.
-        yes_no: share of the questions that ask yes or no. The others are look-ups; with too few of them a small model
+        questions: share of the other lines that ask questions.
+        yes_no: share of the questions that hold a claim. The others are look-ups; with too few of them a small model
             takes much longer to find out that the value next to an aspect can be copied.
+        rankings: share of the lines that list aspects by salience; only for tasks whose prompts show it.
         progress: called now and then with (lines that are made, `size`).
     """
     lines = []
     for number in range(size):
         task = tasks[number % len(tasks)]
-        scene = _train_scene(rng, seed)
-        if rng.random() < questions:
+        scene = _scene(rng, seed, split)
+        if rng.random() < rankings:
+            lines.append(_ranking(rng, task, scene))
+        elif rng.random() < questions:
             lines.append(_questions(rng, task, scene, bool(rng.random() < yes_no)))
         else:
             answer = task.demonstration(rng, scene, shortcuts=shortcuts)
@@ -178,6 +211,12 @@ class LabelerMix:
         }
 
 
+def only_reasons(mix: LabelerMix) -> LabelerMix:
+    """Returns a mix of nothing but reasoned scores, by people who make no mistakes in their notes."""
+    others = dict.fromkeys(mix.weights, 0.0)
+    return dataclasses.replace(mix, **others | {"score_reasoning": 1.0}, commenter=Commenter(0.0))  # type: ignore[arg-type]
+
+
 def _pairwise(
     rng: np.random.Generator, task: WorldTask, scene: Scene, mix: LabelerMix, shortcuts: bool, reasoning: bool
 ) -> Transcript:
@@ -228,6 +267,7 @@ def labeler_corpus(
     *,
     tasks: Sequence[WorldTask] = WORLD_TASKS,
     seed: int = 0,
+    split: Split = "train",
     shortcuts: bool = True,
     mix: LabelerMix | None = None,
     progress: Count = count_nothing,
@@ -239,6 +279,7 @@ def labeler_corpus(
         size: number of transcripts.
         tasks: each in turn gives a transcript.
         seed: of the scenes.
+        split: of the scenes; others than the training scenes are for checks.
         shortcuts: whether writers plant hackable features in good answers.
         mix: kinds, principles and people; None is `LabelerMix()`.
         progress: called now and then with (transcripts that are made, `size`).
@@ -248,7 +289,7 @@ def labeler_corpus(
     drawn = rng.choice(len(kinds), size=size, p=weights / weights.sum())
     transcripts = []
     for number, kind_number in enumerate(drawn.tolist()):
-        kind, task, scene = kinds[kind_number], tasks[number % len(tasks)], _train_scene(rng, seed)
+        kind, task, scene = kinds[kind_number], tasks[number % len(tasks)], _scene(rng, seed, split)
         if kind.endswith("questions"):
             transcripts.append(_questions(rng, task, scene, kind == "yes_no_questions"))
         elif kind.startswith("pairwise"):

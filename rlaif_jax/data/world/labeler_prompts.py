@@ -22,6 +22,7 @@ MARKERS: tuple[str, ...] = (
     "<revise>",
     "<fact>",
     "<check>",
+    "<rank>",
 )
 VERDICTS: tuple[str, ...] = ("1", "2")
 SCORES: tuple[str, ...] = tuple(f"s{number}" for number in range(1, 11))
@@ -119,6 +120,8 @@ def _facts_of(prompt_text: str) -> str:
 def value_question(prompt_text: str, aspect: str) -> str:
     """Returns a question whose next word is the value that the prompt gives for the aspect.
 
+    Where the prompt gives the salience, it follows the value.
+
     Args:
         prompt_text: the prompt, which holds the facts.
         aspect: the aspect that is asked about.
@@ -127,7 +130,10 @@ def value_question(prompt_text: str, aspect: str) -> str:
 
 
 def yes_no_question(prompt_text: str, aspect: str, value: str) -> str:
-    """Returns a question whose next word says ``yes`` or ``no``: has the aspect this value in the prompt?
+    """Returns a question whose next words are the true value and whether the given one is right.
+
+    They are the value that the prompt gives, and ``no`` where it is another one, else the salience; ``yes`` where the
+    prompt gives no salience.
 
     Args:
         prompt_text: the prompt, which holds the facts.
@@ -135,3 +141,12 @@ def yes_no_question(prompt_text: str, aspect: str, value: str) -> str:
         value: the value that the aspect may have.
     """
     return f"{_facts_of(prompt_text)} <check> {aspect} {value}"
+
+
+def rank_question(prompt_text: str) -> str:
+    """Returns a question whose next words are the aspects of the prompt's facts, the most salient first.
+
+    Args:
+        prompt_text: the prompt, which holds the facts and their salience.
+    """
+    return f"{_facts_of(prompt_text)} <rank>"

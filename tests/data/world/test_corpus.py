@@ -1,5 +1,6 @@
 """Corpora: within limits, inside the vocabulary, true to the templates, and behind the firewall."""
 
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.data.world import corpus, labeler_prompts, scenes
 from rlaif_jax.data.world.gold import scores as gold
+from rlaif_jax.data.world.people import Commenter
 from rlaif_jax.data.world.scenes import sample_scene
 from rlaif_jax.data.world.tasks.all import WORLD_TASKS
 from rlaif_jax.data.world.vocabulary import VOCABULARY
@@ -85,24 +87,128 @@ def test_verdicts_follow_gold_under_noise():
     assert 0.85 < np.mean(agree) < 0.995  # people err, but not often
 
 
-def test_yes_no_questions_are_true_half_the_time_and_answered_truly():
-    answers = Counter()
-    for transcript in LABELER:
-        if transcript.kind == "yes_no_questions":
+def facts_of(prompt: list[str]) -> dict[str, tuple[str, str]]:
+    """Returns aspect -> (value, word of salience), as a prompt lists them; no salience in a dialogue."""
+    listed = prompt[prompt.index(":") + 1 :]
+    if prompt[0] == "summarise":
+        return {listed[i]: (listed[i + 1], listed[i + 2]) for i in range(0, len(listed), 3)}
+    starts = [i for i, word in enumerate(listed) if word in ("open", "sealed") and listed[i - 2] != "asked"]
+    return {listed[i + 1]: (listed[i + 2], "") for i in starts}
+
+
+def asked(transcript: corpus.Transcript) -> tuple[dict, list[tuple[str, str | None, str, str]]]:
+    """Returns (facts, [(aspect, claimed value, value, word that follows)]) of questions; checks their targets."""
+    words = transcript.text.split()
+    claims = transcript.kind == "yes_no_questions"
+    at = words.index("<check>" if claims else "<fact>")
+    facts, at = facts_of(words[:at]), at + 1
+    concluded = claims or words[0] == "summarise"
+    found, written = [], []
+    while at < len(words):
+        if claims and words[at + 2] == "again":
+            assert (words[at], words[at + 1]) in [(aspect, value) for aspect, _, value, _ in found]
+            written.append(at + 2)
+            at += 3
+            continue
+        written += [at] if found else []
+        value = at + 1 + claims
+        written += range(value, value + 1 + concluded)
+        found.append(
+            (words[at], words[at + 1] if claims else None, words[value], words[value + 1] if concluded else "")
+        )
+        at = value + 1 + concluded
+    assert transcript.targets == tuple(written)
+    return facts, found
+
+
+@pytest.mark.parametrize("kind", ["value_questions", "yes_no_questions"])
+def test_every_question_is_answered_truly(kind):
+    """The value, and after it "no" exactly where the claim is false, else the salience, or "yes" where none is shown."""
+    chosen = [transcript for transcript in LABELER + BASE if transcript.kind == kind]
+    assert {transcript.text.split()[0] for transcript in chosen} == {"summarise", "talk"}
+    for transcript in chosen:
+        facts, found = asked(transcript)
+        assert sorted(aspect for aspect, *_ in found) == sorted(facts), "each fact once"
+        for aspect, claim, value, word in found:
+            truth, salience = facts[aspect]
+            assert value == truth
+            if claim is not None and claim != truth:
+                assert word == "no"
+            else:
+                assert word == (salience or ("yes" if claim is not None else ""))
+    orders = [[aspect for aspect, *_ in found] == list(facts) for facts, found in map(asked, chosen) if len(facts) > 3]
+    assert np.mean(orders) < 0.1, "in random order"
+
+
+def test_some_claims_are_made_again_and_rankings_begin_with_what_matters():
+    again = [t.text.split().count("again") for t in LABELER + BASE if t.kind == "yes_no_questions"]
+    assert max(again) == 2
+    assert 0.3 < np.mean(again) < 1.2
+    task = next(task for task in WORLD_TASKS if task.name == "summarisation")
+    orders = []
+    for transcript in corpus.base_corpus(np.random.default_rng(0), 50, tasks=(task,), rankings=1.0):
+        words = transcript.text.split()
+        at = words.index("<rank>")
+        facts, listed = facts_of(words[:at]), words[at + 1 :]
+        assert transcript.kind == "ranking"
+        assert transcript.targets == tuple(range(at + 1, len(words)))
+        assert sorted(listed) == sorted(facts)
+        salience = [scenes.SALIENCE_WORDS.index(facts[aspect][1]) for aspect in listed]
+        assert salience == sorted(salience, reverse=True)
+        orders.append(listed == sorted(facts, key=lambda a: -scenes.SALIENCE_WORDS.index(facts[a][1])))
+    assert np.mean(orders) < 0.9, "facts that matter alike are in random order"
+
+
+def test_claims_are_true_half_the_time_and_a_quarter_of_another_fact():
+    true, elsewhere = [], []
+    for facts, found in (asked(transcript) for transcript in LABELER if transcript.kind == "yes_no_questions"):
+        values = {value for value, _ in facts.values()}
+        true += [claim == value for _, claim, value, _ in found]
+        elsewhere += [claim in values - {value} for _, claim, value, _ in found]
+    assert len(true) > 1000
+    assert np.mean(true) == pytest.approx(0.5 + 0.25 / 20, abs=0.04)
+    assert np.mean(elsewhere) == pytest.approx(0.25 + 0.25 * 3.7 / 20, abs=0.04)  # 3.7 other facts, by chance
+
+
+def test_only_reasons_are_written_and_no_note_is_wrong():
+    mix = corpus.LabelerMix(principles=("<helpful>", "<overall>"), commenter=Commenter(0.5))
+    careful = corpus.only_reasons(mix)
+    assert careful.weights == dict.fromkeys(mix.weights, 0.0) | {"score_reasoning": 1.0}
+    assert (careful.principles, careful.raters) == (mix.principles, mix.raters)
+    task = next(task for task in WORLD_TASKS if task.name == "summarisation")
+    kinds, slips = Counter(), {}
+    for name, part in (("careful", careful), ("careless", dataclasses.replace(careful, commenter=mix.commenter))):
+        slips[name] = []
+        for transcript in corpus.labeler_corpus(np.random.default_rng(0), 200, tasks=(task,), mix=part):
+            kinds[transcript.kind] += 1
             words = transcript.text.split()
-            facts = " ".join(words[: words.index("<check>")])
-            for target in transcript.targets:
-                answers[words[target]] += 1
-                assert (words[target] == "yes") == (f"{words[target - 2]} {words[target - 1]}" in facts)
-    assert set(answers) == {"yes", "no"}
-    assert abs(answers["yes"] / answers.total() - 0.5) < 0.05
+            facts = facts_of(words[1 : words.index("=")])
+            notes = words[words.index("<because>") + 1 : words.index("<score>")]
+            for i in range(0, len(notes) - 2, 3):
+                if notes[i] not in scenes.ASPECTS:
+                    break
+                false = facts.get(notes[i], ("", ""))[0] != notes[i + 1]
+                slips[name].append((notes[i + 2] == "wrong") != false)
+    assert set(kinds) == {"score_reasoning"}
+    assert len(slips["careful"]) > 300
+    assert not any(slips["careful"])
+    assert np.mean(slips["careless"]) == pytest.approx(0.5, abs=0.07)
+
+
+def test_texts_of_a_check_are_about_towns_of_no_training_text():
+    held_out = set(scenes.names(test=True))
+    for make in (corpus.base_corpus, corpus.labeler_corpus):
+        for transcript in make(np.random.default_rng(0), 100, split="test_entities"):
+            words = transcript.text.split()
+            start = next(index for index, word in enumerate(words) if word in ("summarise", "talk"))
+            assert f"{words[start + 1]} {words[start + 2]}" in held_out
 
 
 def test_questions_end_before_their_answer():
-    prompt = "summarise bren dal : vital mill old ="
-    assert labeler_prompts.value_question(prompt, "mill") == "summarise bren dal : vital mill old <fact> mill"
+    prompt = "summarise bren dal : mill old vital ="
+    assert labeler_prompts.value_question(prompt, "mill") == "summarise bren dal : mill old vital <fact> mill"
     assert (
-        labeler_prompts.yes_no_question(prompt, "inn", "warm") == "summarise bren dal : vital mill old <check> inn warm"
+        labeler_prompts.yes_no_question(prompt, "inn", "warm") == "summarise bren dal : mill old vital <check> inn warm"
     )
     with pytest.raises(UserError, match="<kind>"):
         labeler_prompts.score_prompt("<kind>", prompt, "")

@@ -27,8 +27,8 @@ _SALIENCE_TASTE = 0.8  # log-odds a point of salience for the most careful write
 
 
 def prompt(scene: Scene) -> str:
-    """Writes a prompt: ``summarise bren dal : vital mill old minor inn warm =`` (salience, aspect, value)."""
-    facts = " ".join(f"{SALIENCE_WORDS[fact.salience - 1]} {fact.aspect} {fact.value}" for fact in scene.facts)
+    """Writes a prompt: ``summarise bren dal : mill old vital inn warm minor =`` (aspect, value, salience)."""
+    facts = " ".join(f"{fact.aspect} {fact.value} {SALIENCE_WORDS[fact.salience - 1]}" for fact in scene.facts)
     return f"summarise {scene.entity} : {facts} ="
 
 
