@@ -53,6 +53,7 @@ from rlaif_jax.quality.win_rates import verdict_of
 from rlaif_jax.recipes.improve import Improvement, improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
 from rlaif_jax.recipes.world_rewards import agreement_or_none, learn_reward
+from rlaif_jax.report.numbers import interval_text, share_text
 from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import INIT, Params, step_key
@@ -292,11 +293,11 @@ def tell(run: Run, kind: str) -> None:
     judge = numbers["judge_win_rate"]
     run.story += [
         f"The policy was trained on {by} for {run.steps_done} steps, and its answers to prompts about new towns became "
-        f"{run.verdict}: they win {numbers['win_rate_gold']:.1%} of comparisons with those before "
-        f"(95 % interval {low:.1%} to {high:.1%}).",
+        f"{run.verdict}: they win {share_text(numbers['win_rate_gold'])} of comparisons with those "
+        f"before (95 % interval {interval_text(share_text(low), share_text(high))}).",
         f"Gold, the world's exact score from 0 to 1, which no model has seen, went from {numbers['gold_before']:.3f} to "
         f"{numbers['gold_after']:.3f}"
-        + (f"; the labeler prefers the new answers in {judge:.1%}." if judge is not None else "."),
+        + (f"; the labeler prefers the new answers in {share_text(judge)}." if judge is not None else "."),
         "Next: open the page, try another seed (--seed 1) or watch a reward being exploited (--shortcuts); "
         "docs/guides/loop.md shows the loop with a model, prompts and a judge of your own.",
     ]

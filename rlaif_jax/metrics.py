@@ -323,6 +323,7 @@ class Terminal:
         ("kl", "KL {:.3f}"),
         ("loss", "loss {:.4f}"),
         ("accuracy", "accuracy {:.3f}"),
+        ("check", "check {:.2f}"),
         ("time/tokens_per_s", "{:,.0f} tokens/s"),
     )
     EVALUATED = ("second_opinion", "gold", "judge")

@@ -256,8 +256,9 @@ def fit_until(
         if stop():
             break
         values = check(jax.device_get(runner.fetch(state[0])))
-        log(done + config.check_every, {f"check/{name}": value for name, value in values.items()})
-        if min(values.values()) >= config.required:
+        smallest = min(values.values())
+        log(done + config.check_every, {"check": smallest} | {f"check/{name}": x for name, x in values.items()})
+        if smallest >= config.required:
             break
     if not stop():
         compiled = runner.step(partial(step, model, decaying))

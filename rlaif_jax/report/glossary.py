@@ -156,6 +156,7 @@ QUANTITIES = {
     "labels_saved_*": Quantity(
         "Labels saved, {}", "labels", "How many labels fewer than at random this rule needs for the same accuracy."
     ),
+    "check": Quantity("Held-out check", "%", "The smallest of the held-out checks of the model in training."),
     "check/*": Quantity(
         "Held-out check, {}",
         "%",

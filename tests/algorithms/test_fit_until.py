@@ -85,8 +85,8 @@ def test_the_constant_rate_lasts_until_the_check_holds():
     assert stage.checked == pytest.approx([-0.1 * sum(range(20)) / WARMUP, -WARMED], rel=1e-5)
     assert stage.asked == [(0, 80), (1, 80), (2, 40)], "fresh examples of each round, the cool-down's last"
     assert [update for update, _ in stage.log] == [10, 20, 20, 30, 40, 40, 50]
-    assert stage.log[2][1] == {"check/good": 1.0, "check/poor": 0.89}
-    assert stage.log[5][1] == {"check/good": 1.0, "check/poor": 0.9}
+    assert stage.log[2][1] == {"check": 0.89, "check/good": 1.0, "check/poor": 0.89}
+    assert stage.log[5][1] == {"check": 0.9, "check/good": 1.0, "check/poor": 0.9}
     assert stage.log[6][1]["loss"] == pytest.approx(
         -WARMED - np.mean([0.1 * (t - t * (t - 1) / 20) for t in range(10)])
     )

@@ -136,8 +136,8 @@ def test_the_verdict_comes_from_the_interval(low, high, verdict, fails):
     happened, measure, following = run.story
     assert f"became {verdict}" in happened
     assert "for 60 steps" in happened
-    assert f"(95 % interval {low:.1%} to {high:.1%})" in happened
-    assert "from 0.500 to 0.625; the labeler prefers the new answers in 75.0%." in measure
+    assert f"(95 % interval [{100 * low:.1f} %, {100 * high:.1f} %])" in happened.replace("\N{NO-BREAK SPACE}", " ")
+    assert "from 0.500 to 0.625; the labeler prefers the new answers in 75.0\N{NO-BREAK SPACE}%." in measure
     assert following.startswith("Next:")
 
 
