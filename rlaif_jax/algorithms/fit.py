@@ -149,10 +149,7 @@ def _descend(
     log_every: int,
     stop: Callable[[], bool],
 ) -> Any:
-    """Runs a compiled step for the `updates` of these numbers, as `fit` does.
-
-    `state` is on the devices and donated.
-    """
+    """Runs a compiled step for the updates of these numbers, as `fit` does; `state` is donated."""
     pending: list[Any] = []
     since = time.perf_counter()
     for update in updates:

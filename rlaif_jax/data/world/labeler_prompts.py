@@ -130,10 +130,9 @@ def value_question(prompt_text: str, aspect: str) -> str:
 
 
 def yes_no_question(prompt_text: str, aspect: str, value: str) -> str:
-    """Returns a question whose next words are the true value and whether the given one is right.
+    """Returns a question whose next words are the value of the aspect and a verdict on the given one.
 
-    They are the value that the prompt gives, and ``no`` where it is another one, else the salience; ``yes`` where the
-    prompt gives no salience.
+    The verdict is ``no`` where the prompt gives another value, else the salience; ``yes`` where it gives no salience.
 
     Args:
         prompt_text: the prompt, which holds the facts.
