@@ -93,8 +93,8 @@ class ModelsConfig:
     width: int = 64
     num_heads: int = 6
     head_dim: int = 16
-    base: UntilConfig = UntilConfig(updates=3_000, required=0.9, learning_rate=2e-3)
-    labeler: UntilConfig = UntilConfig(updates=3_000, required=0.95, learning_rate=2e-3)
+    base: UntilConfig = UntilConfig(updates=2_400, required=0.9, learning_rate=2e-3)
+    labeler: UntilConfig = UntilConfig(updates=2_000, required=0.9, learning_rate=2e-3)
     sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
 
 
