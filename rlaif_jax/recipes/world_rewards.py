@@ -20,7 +20,7 @@ from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
-from rlaif_jax.quality.statistics import agreement_with_gold, same_position_rate
+from rlaif_jax.quality.statistics import agreement_with_gold
 from rlaif_jax.recipes.world import ANSWER_LENGTH, PROMPT_LENGTH, WorldModels
 from rlaif_jax.run import FinishedStage
 from rlaif_jax.types import FEEDBACK, INIT, Params, step_key
@@ -148,8 +148,6 @@ def label_pairs(
             records += [record for record in batch.records for _ in range(2)]
             count(step + 1, steps)
     first, second, prompts = texts[0::2], texts[1::2], [str(record["prompt"]) for record in records]
-    with world.run.display.wait("pairs, judged in both orders", "question") as count:
-        verdict = judge.compare(prompts, first, second, progress=count)
     with world.run.display.wait("answers, judged one by one", "question") as count:
         scores = judge.score(prompts + prompts, first + second, progress=count)
     half = len(prompts)
@@ -169,12 +167,7 @@ def label_pairs(
     )
     return pairs | {
         "valid": valid,
-        "same": same,
         "better": world.gold(records, first) - world.gold(records, second),
-        "pairwise": np.asarray(verdict.probability, np.float32),
-        "pairwise_valid": verdict.valid,
-        "forward": np.asarray(verdict.forward, np.float32),
-        "swapped": np.asarray(verdict.swapped, np.float32),
     }
 
 
@@ -185,26 +178,21 @@ def pair_shapes(pair_prompts: int) -> Params:
     return {
         **{name: shape(np.int32, LENGTH) for name in ("tokens1", "tokens2")},
         **{name: shape(np.bool_, LENGTH) for name in ("mask1", "mask2")},
-        **{name: shape(np.bool_) for name in ("valid", "same", "pairwise_valid")},
-        **{name: shape(np.float32) for name in ("probability", "weight", "better", "pairwise", "forward", "swapped")},
+        **{name: shape(np.bool_) for name in ("valid",)},
+        **{name: shape(np.float32) for name in ("probability", "weight", "better")},
     }
 
 
 def label_quality(pairs: Arrays) -> dict[str, Any]:
-    """Returns how good labels are by the gold score, and how biased by position; for the report.
+    """Returns how good labels are by the gold score, and how many are missing; for the report.
 
     Args:
-        pairs: `probability` [n] from score distributions and `pairwise` [n] from verdicts in both orders, each with its
-            `valid`; `forward` and `swapped` [n], the verdicts by position; `better` [n], the gold difference; `same`
-            [n], equal answers.
+        pairs: `probability` [n] that the first answer is better, with `valid` [n]; `better` [n], the gold difference.
     """
-    better, valid, pairwise_valid = pairs["better"], pairs["valid"], pairs["pairwise_valid"]
-    decided, both = valid & (better != 0), pairwise_valid & (better != 0)
-    differing = pairwise_valid & ~pairs["same"]
+    better, valid = pairs["better"], pairs["valid"]
+    decided = valid & (better != 0)
     return {
         "judge_agreement": agreement_or_none((pairs["probability"] > 0.5)[decided], (better > 0)[decided]),
-        "judge_agreement_pairwise": agreement_or_none((pairs["pairwise"] > 0.5)[both], (better > 0)[both]),
-        "same_position_rate": same_position_rate(pairs["forward"][differing], pairs["swapped"][differing]),
         "judge_missing": float((~valid).mean()),
     }
 

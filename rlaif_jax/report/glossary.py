@@ -119,11 +119,6 @@ QUANTITIES = {
         "%",
         "Share of labelled pairs of answers in which the judge prefers the better one by gold.",
     ),
-    "judge_agreement_pairwise": Quantity(
-        "Judge agrees with gold, asked about pairs",
-        "%",
-        "Share of labelled pairs in which the judge prefers the better answer by gold when it is shown both, in both orders.",
-    ),
     "judge_agreement_final": Quantity(
         "Judge agrees with gold at the end",
         "%",

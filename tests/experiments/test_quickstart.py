@@ -81,7 +81,7 @@ def test_every_stage_runs_and_leaves_what_was_promised(tmp_path):
     out = tmp_path / "reward_model"
     learned = run_small(out, "--stages", str(stages), "--reward", "reward_model")
     assert stages_of(out) == {"reward_model", "rl"}
-    assert set(learned["metrics"]) >= {"rm_accuracy", "judge_agreement", "same_position_rate"}
+    assert set(learned["metrics"]) >= {"rm_accuracy", "judge_agreement", "judge_missing"}
     assert learned["metrics"]["labeler_sha256"] == summary["metrics"]["labeler_sha256"]
     assert learned["metrics"]["gold_before"] == summary["metrics"]["gold_before"]
     assert sorted(learned["stages"].values()) == ["made", "made", "reused", "reused", "reused"]
