@@ -10,7 +10,7 @@ held-out towns the world's exact gold score measures by how much; nothing except
 that read only the prompt and the answer give a second opinion, and the run warns when it falls while the reward rises.
 
 `--reward reward_model` learns a reward model from the labeler's scores of pairs of answers and maximises that; the labeler
-is then the second opinion. `--shortcuts` plants habits that look like quality, which the reward model falls for. `--reward
+is then the second opinion. `--shortcuts` plants habits that look like quality, which the reward model may fall for. `--reward
 oracle` and `--reward random` are the control arms.
 
 Results for twenty seeds: experiments/RESULTS.md.
@@ -298,7 +298,7 @@ def tell(run: Run, kind: str) -> None:
         f"Gold, the world's exact score from 0 to 1, which no model has seen, went from {numbers['gold_before']:.3f} to "
         f"{numbers['gold_after']:.3f}"
         + (f"; the labeler prefers the new answers in {share_text(judge)}." if judge is not None else "."),
-        "Next: open the page, try another seed (--seed 1) or watch a reward being exploited (--shortcuts); "
+        "Next: open the page, try another seed (--seed 1) or a world with planted habits (--shortcuts); "
         "docs/guides/loop.md shows the loop with a model, prompts and a judge of your own.",
     ]
 
