@@ -98,6 +98,11 @@ class ModelsConfig:
     labeler: UntilConfig = UntilConfig(updates=2_000, required=0.9, learning_rate=2e-3)
     sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
 
+    def __post_init__(self) -> None:
+        require(
+            self.num_heads >= 2, f"models.num_heads must be >= 2 (recall heads are of two kinds), not {self.num_heads}"
+        )
+
 
 def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
     """Returns a transcript's words with weights: 1 for what the labeler learns to write, else `context`.

@@ -111,7 +111,7 @@ def test_random_scores_are_uniform_and_know_nothing():
     assert random_score(0, records[3], "x") != random_score(1, records[3], "x")
 
 
-def told(low: float, high: float, kind: str = "judge", judge: float | None = 0.75) -> SimpleNamespace:
+def run_after_tell(low: float, high: float, kind: str = "judge", judge: float | None = 0.75) -> SimpleNamespace:
     """Returns a run after `tell`, with this interval of the win rate."""
     metrics = {
         "win_rate_gold": (low + high) / 2,
@@ -130,7 +130,7 @@ def told(low: float, high: float, kind: str = "judge", judge: float | None = 0.7
     [(0.51, 0.6, "better", False), (0.49, 0.6, "no different", False), (0.3, 0.49, "worse", True)],
 )
 def test_the_verdict_comes_from_the_interval(low, high, verdict, fails):
-    run = told(low, high)
+    run = run_after_tell(low, high)
     assert run.verdict == verdict
     assert ended_worse({"verdict": run.verdict}) == fails
     happened, measure, following = run.story
@@ -148,8 +148,8 @@ def test_the_story_names_the_reward_and_no_number_that_is_missing():
         "oracle": "gold score itself (control arm)",
         "random": "random scores (control arm)",
     }.items():
-        assert words in told(0.5, 0.6, kind).story[0]
-    assert told(0.5, 0.6, judge=None).story[1].endswith("to 0.625.")
+        assert words in run_after_tell(0.5, 0.6, kind).story[0]
+    assert run_after_tell(0.5, 0.6, judge=None).story[1].endswith("to 0.625.")
 
 
 def test_the_labeler_learns_reasons_only_from_people_who_slip_at_times():
