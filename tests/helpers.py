@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,15 @@ def unexplained(folder: Path) -> list[str]:
     summary = json.loads((folder / "summary.json").read_text())
     names = {key for row in read_metrics(folder) for key in row} - {"step", "stage"}
     return sorted(key for key in names | set(summary["metrics"]) if not label(key).term)
+
+
+def read_terminal(parent: int) -> str:
+    """Returns all that is shown on a terminal until its last program has ended, and closes `parent`, its other end."""
+    shown = b""
+    try:
+        while data := os.read(parent, 65536):
+            shown += data
+    except OSError:  # the other end has closed
+        pass
+    os.close(parent)
+    return shown.decode()

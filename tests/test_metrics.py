@@ -21,6 +21,7 @@ from tensorboardX.proto import event_pb2
 from rlaif_jax import metrics
 from rlaif_jax.config import UserError
 from rlaif_jax.metrics import MetricsWriter, read_metrics, without_time
+from tests.helpers import read_terminal
 
 ROOT = Path(__file__).parents[1]
 
@@ -378,14 +379,7 @@ def test_a_terminal_gets_a_bar_a_stage_and_keeps_the_programs_lines(tmp_path):
         [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=child, stderr=child, env=environment, cwd=ROOT
     )
     os.close(child)
-    shown = b""
-    try:
-        while data := os.read(parent, 65536):
-            shown += data
-    except OSError:  # the other end has closed
-        pass
-    os.close(parent)
-    text = shown.decode()
+    text = read_terminal(parent)
     assert process.wait() == 0
     assert "\x1b[" in text
     assert "━" in text

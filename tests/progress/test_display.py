@@ -17,6 +17,7 @@ import pytest
 from rlaif_jax.progress import display as progress
 from rlaif_jax.progress.display import ProgressDisplay
 from rlaif_jax.progress.plan import PlannedStage
+from tests.helpers import read_terminal
 
 ROOT = Path(__file__).parents[2]
 
@@ -223,15 +224,9 @@ def on_a_terminal(program: str, **variables: str) -> tuple[int, str, str]:
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=child, env=environment, cwd=ROOT, text=True
     )
     os.close(child)
-    shown = b""
-    try:
-        while data := os.read(parent, 65536):
-            shown += data
-    except OSError:  # the other end has closed
-        pass
-    os.close(parent)
+    shown = read_terminal(parent)
     out, _ = process.communicate()
-    return process.returncode, out, shown.decode()
+    return process.returncode, out, shown
 
 
 def plain(shown: str) -> str:
