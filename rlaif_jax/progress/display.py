@@ -226,9 +226,12 @@ class ProgressDisplay:
             now = time.monotonic()
             self.print(f"[{stage or self._name}] working, {duration(now - self._begun_at)}{self._whole_left(now)}")
 
-    def _is_stage(self, bar: ProgressBar) -> bool:
-        """Returns whether a bar counts the steps of the present planned stage."""
-        return self._plan is not None and self._plan.at >= 0 and bar.name == self._plan.stages[self._plan.at].name
+    def _stage_of(self, bar: ProgressBar) -> PlannedStage | None:
+        """Returns the present planned stage if the bar counts its steps."""
+        if self._plan is None or self._plan.at < 0:
+            return None
+        stage = self._plan.stages[self._plan.at]
+        return stage if bar.name == stage.name else None
 
     def _left(self, now: float) -> float | None:
         """Returns the seconds that are left of the whole run, None while they are unknown or nearly over."""
@@ -236,7 +239,7 @@ class ProgressDisplay:
             return None
         # What a stage does after its bar is short.
         stage_left = 0.0 if self._stage_counted else None
-        stage_left = next((bar.left(now) for bar in self._bars if self._is_stage(bar)), stage_left)
+        stage_left = next((bar.left(now) for bar in self._bars if self._stage_of(bar)), stage_left)
         left = self._plan.left(now, stage_left)
         return None if left is None or left < 1 else left
 
@@ -306,7 +309,9 @@ class ProgressBar:
         if self._first is None or self._updated is None or self._total is None or self._done <= self._first[0]:
             return None
         (done, since), updated = self._first, self._updated
-        left = (self._total - self._done) * (updated - since) / (self._done - done)
+        stage = self._display._stage_of(self)
+        total = self._total if stage is None else stage.expected(self._done, self._total)
+        left = (total - self._done) * (updated - since) / (self._done - done)
         return max(0.0, left - (now - updated))
 
     def line(self, now: float) -> str:
@@ -333,7 +338,7 @@ class ProgressBar:
             if self._unprinted and (not self.brief or self._printed is not None):
                 self.print(time.monotonic())
             display._bars.remove(self)
-            display._stage_counted |= display._is_stage(self)
+            display._stage_counted |= display._stage_of(self) is not None
             if self._task is not None and display._rich is not None:
                 display._rich.remove_task(self._task)
 

@@ -14,11 +14,24 @@ class PlannedStage(NamedTuple):
         name: the name by which it begins: of `Run.stage`, `MetricsWriter.stage` or `ProgressDisplay.begin`.
         words: what happens in it, in plain words.
         cost: the time that it takes, in any unit that all stages share, such as seconds on some machine.
+        usual: the steps after which it usually ends, where it ends as soon as a check holds; None: it takes all its steps.
     """
 
     name: str
     words: str
     cost: float
+    usual: int | None = None
+
+    def expected(self, done: int, total: int) -> int:
+        """Returns the number of steps that the stage is expected to take in all.
+
+        Args:
+            done: steps that are done.
+            total: the largest number of steps.
+        """
+        if self.usual is None:
+            return total
+        return min(total, self.usual if done < self.usual else done + done // 5)
 
 
 class Plan:

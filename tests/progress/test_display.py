@@ -112,6 +112,21 @@ def test_planned_stages_are_announced_with_the_time_that_is_left(clock, capsys):
     ]
 
 
+def test_a_stage_that_ends_when_a_check_holds_is_expected_to_take_its_usual_steps(clock, capsys):
+    with ProgressDisplay() as display:
+        display.plan([PlannedStage("lm", "a model learns", 1, usual=40), PlannedStage("rl", "PPO", 1)])
+        display.begin("lm")
+        bar = display.add("lm", 100)
+        for done in (10, 20, 40):
+            clock[0] += 5.0
+            bar.update(done, "")
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "[lm] step 10/100",
+        "[lm] step 20/100  0:10 left  (whole run: 0:30 left)",
+        "[lm] step 40/100  0:03 left  (whole run: 0:20 left)",
+    ]
+
+
 def test_what_a_stage_does_after_its_bar_does_not_make_the_run_longer(clock, capsys):
     with ProgressDisplay() as display:
         display.plan([*STAGES, PlannedStage("rl", "PPO", 10)])

@@ -54,3 +54,9 @@ def test_a_name_may_come_twice():
     plan = Plan([*STAGES, PlannedStage("labels", "labels once more", 5)])
     assert [plan.begin(name, 0.0) for name in ("labels", "rl", "labels", "labels")] == [True, True, True, False]
     assert plan.title() == "stage 4 of 4: labels once more"
+
+
+@pytest.mark.parametrize(("done", "expected"), [(0, 100), (99, 100), (100, 120), (200, 240), (900, 1000)])
+def test_a_stage_past_its_usual_steps_is_expected_to_take_a_fifth_more(done, expected):
+    assert PlannedStage("lm", "a model", 10, usual=100).expected(done, 1000) == expected
+    assert PlannedStage("lm", "a model", 10).expected(done, 1000) == 1000
