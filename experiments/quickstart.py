@@ -41,7 +41,7 @@ from rlaif_jax.data.world.people import Commenter
 from rlaif_jax.data.world.tasks.all import WORLD_TASKS
 from rlaif_jax.evaluate import Evaluation
 from rlaif_jax.feedback.constitution.constitution import ConstitutionSource, load_constitution
-from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge, preference_from_scores
+from rlaif_jax.feedback.judges.language_model import DirectScoreSource, LanguageModelJudge
 from rlaif_jax.feedback.judges.reward_model import RewardModel
 from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.feedback.sources import DeviceReward, DeviceSource, FeedbackSource, FunctionSource
@@ -49,7 +49,7 @@ from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.progress.plan import PlannedStage
-from rlaif_jax.quality.win_rates import verdict_of
+from rlaif_jax.quality.win_rates import pair_outcomes, verdict_of, win_rate
 from rlaif_jax.recipes.improve import Improvement, improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
 from rlaif_jax.recipes.world_rewards import agreement_or_none, learn_reward
@@ -59,10 +59,10 @@ from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import INIT, Params, step_key
 
 STAGES = (
-    PlannedStage("lm", "a language model learns the language of the text world", 45),
-    PlannedStage("labeler", "from it, an AI labeler learns to judge, and is then frozen", 75),
-    PlannedStage("sft", "from it, a policy learns to imitate a mediocre writer", 20),
-    PlannedStage("rl", "PPO improves the policy by the labeler's scores", 60),
+    PlannedStage("lm", "a language model learns the language of the text world", 75, usual=1_200),
+    PlannedStage("labeler", "from it, an AI labeler learns to judge, and is then frozen", 65, usual=600),
+    PlannedStage("sft", "from it, a policy learns to imitate a mediocre writer", 25),
+    PlannedStage("rl", "PPO improves the policy by the labeler's scores", 65),
 )
 LEARNED = (
     PlannedStage("pairs", "the labeler judges pairs of the policy's answers", 15),
@@ -268,14 +268,15 @@ def random_score(seed: int, record: Record, answer: str) -> float:
 
 
 def judge_metrics(judge: LanguageModelJudge, prompts: list[str], found: Improvement) -> dict[str, Any]:
-    """Returns how often the judge prefers the answers after training, and how often it agrees with gold on pairs."""
+    """Returns how often the judge scores the answer after training higher, and how often it agrees with gold on pairs."""
     after, before = judge.score(prompts, found.after.texts), judge.score(prompts, found.before.texts)
-    preferred, valid = preference_from_scores(after, before)
+    first, second = (np.where(scores.valid, scores.expected, np.nan) for scores in (after, before))
+    outcomes = pair_outcomes(first, second)
     better = found.after.scores - found.before.scores
-    decided = valid & (better != 0)
+    decided = np.isfinite(outcomes) & (better != 0)
     return {
-        "judge_win_rate": float(np.mean(preferred[valid])) if valid.any() else None,
-        "judge_agreement_final": agreement_or_none((preferred > 0.5)[decided], (better > 0)[decided]),
+        "judge_win_rate": win_rate(first, second) if np.isfinite(outcomes).any() else None,
+        "judge_agreement_final": agreement_or_none((outcomes > 0.5)[decided], (better > 0)[decided]),
     }
 
 

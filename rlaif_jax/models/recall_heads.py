@@ -15,7 +15,7 @@ from rlaif_jax.models.decoder_config import DecoderConfig
 BACK = (5.6, 3.6)  # biases that look one token back: of fast and of slow frequencies
 SHARPNESS = (10.0, 4.0)  # of the heads that look for what followed, and of those that look for the same
 QUIET = 0.3  # scale of what else the blocks write at first
-COPY = 0.1  # how much of a token a head writes that looks for what followed
+COPY = 0.1  # how much of a token a head writes that it attends to
 
 
 def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
@@ -24,10 +24,10 @@ def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
     A third of the heads of the first layer attend to the previous token, by biases alone: with k = w u and q = w R(-1) u the
     rotary score is sum_f w_f^2 cos(theta_f (distance - 1)), largest one token back. In every later layer as many heads look for
     what followed an earlier copy of the query's token: they compare its own content with what the first layer wrote about the
-    token before each key, and write the key's own token (the induction heads of Olsson 2022). The other heads look for an
-    earlier copy itself; biases keep them from matching themselves. Whatever else the blocks write begins small, so that the
-    comparisons are not drowned. Small decoders otherwise take thousands of updates to
-    find such heads, or never do. Slow rotary frequencies (a large `rope_theta`) make the comparisons sharper.
+    token before each key (the induction heads of Olsson 2022). The other heads look for an earlier copy itself; biases keep
+    them from matching themselves. Both kinds write a little of the token that they attend to. Whatever else the blocks write
+    begins small, so that the comparisons are not drowned. Small decoders otherwise take thousands of updates to find such
+    heads, or never do. Slow rotary frequencies (a large `rope_theta`) make the comparisons sharper.
 
     Args:
         config: shape and flags of the decoder.
@@ -70,6 +70,7 @@ def with_recall_heads(config: DecoderConfig, params: Any) -> Any:
         q[:, matching] = k[:, matching] = SHARPNESS[1] * own @ q[:, matching]
         v[:, following] = own @ v[:, following]
         o[following] = COPY * v[:, following].T
+        o[matching] += COPY * v[:, matching].T
     trunk = dict(params["trunk"])
     for layer, block in enumerate(blocks):
         block["q"]["bias"], block["k"]["bias"] = queries[layer].ravel(), keys[layer].ravel()

@@ -46,7 +46,7 @@ RANKINGS = {"summarisation": 0.4, "dialogue": 0.0}  # share of such lines in the
 CHECKED = 512  # texts of a held-out check
 SLACK = 0.05  # by which a check may fall in the cool-down without a warning
 
-SAMPLING = SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=0.7)
+SAMPLING = SamplingConfig(max_new_tokens=ANSWER_LENGTH)
 PPO = PPOConfig(
     num_epochs=2,
     num_minibatches=2,
@@ -94,8 +94,8 @@ class ModelsConfig:
     width: int = 64
     num_heads: int = 6
     head_dim: int = 16
-    base: UntilConfig = UntilConfig(updates=2_400, required=0.9, learning_rate=2e-3)
-    labeler: UntilConfig = UntilConfig(updates=2_000, required=0.9, learning_rate=2e-3)
+    base: UntilConfig = UntilConfig(updates=2_400, required=0.85, learning_rate=2e-3)
+    labeler: UntilConfig = UntilConfig(updates=2_000, required=0.85, learning_rate=2e-3)
     sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
 
     def __post_init__(self) -> None:

@@ -29,9 +29,8 @@ FACTS: Mapping[str, frozenset[str]] = {
     "values": frozenset(VALUES),
     "salience": frozenset(SALIENCE_WORDS),
     "claims": frozenset(("yes", "no")),
-    "again": frozenset(("again",)),
 }
-"""What a base model should know: the value of an aspect, its salience, whether a claim is true, whether it was made before."""
+"""What a base model should know: the value of an aspect, its salience, whether a claim is true."""
 NOTES: Mapping[str, frozenset[str]] = {
     "salience": frozenset(SALIENCE_WORDS),
     **{word: frozenset((word,)) for word in ("right", "again", "leak", "fine")},

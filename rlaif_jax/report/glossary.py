@@ -69,7 +69,7 @@ QUANTITIES = {
     "judge_win_rate": Quantity(
         "Win rate by the judge",
         "%",
-        "How probable it is, in the judge's own opinion, that an answer after training is better than the one before.",
+        "How often the judge scores the answer after training higher than the one before; ties count half.",
     ),
     "gain_sd": Quantity(
         "Gain in standard deviations",

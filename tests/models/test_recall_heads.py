@@ -105,16 +105,21 @@ def test_the_others_look_at_an_earlier_copy_but_not_at_themselves(seed: int) -> 
     assert shares(seed, recall=True, biases=False)["self"][1, 1] > 0.5
 
 
-def test_a_head_that_looks_for_what_followed_writes_the_token_it_attends_to() -> None:
-    params = with_recall_heads(CONFIG, CausalLM(CONFIG).init(jax.random.key(0)))
-    block = jax.device_get(block_params(CONFIG, params["trunk"])[1])
-    embedding = np.asarray(params["trunk"]["embed"]["embedding"])
-    right = lambda at: np.mean(
-        (embedding @ block["v"]["kernel"][:, at] @ block["o"]["kernel"][at] @ embedding.T).argmax(-1) == np.arange(96)
-    )
-    h = CONFIG.head_dim
-    assert right(slice(0, h)) > 0.8
-    assert right(slice(LOOKING * h, LOOKING * h + h)) < 0.1, "the others write what chance gives"
+def test_the_heads_write_the_tokens_that_they_attend_to() -> None:
+    fresh = CausalLM(CONFIG).init(jax.random.key(0))
+    params = with_recall_heads(CONFIG, fresh)
+    embedding, h = np.asarray(params["trunk"]["embed"]["embedding"]), CONFIG.head_dim
+
+    def right(params, at) -> float:
+        block = jax.device_get(block_params(CONFIG, params["trunk"])[1])
+        written = embedding @ block["v"]["kernel"][:, at] @ block["o"]["kernel"][at] @ embedding.T
+        return np.mean(written.argmax(-1) == np.arange(96))
+
+    following, matching = slice(0, h), slice(LOOKING * h, LOOKING * h + h)
+    assert right(params, following) > 0.8
+    assert right(params, matching) > 0.3
+    assert right(fresh, following) < 0.1
+    assert right(fresh, matching) < 0.1
 
 
 def test_the_given_parameters_are_kept() -> None:
