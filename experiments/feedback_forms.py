@@ -49,7 +49,7 @@ from rlaif_jax.types import FEEDBACK, INIT, Params, step_key
 
 RULES = Path(__file__).with_name("brindlemoor.toml")
 MODEL_STAGES = (
-    PlannedStage("lm", "a language model learns the language of the text world", 20, usual=1_200),
+    PlannedStage("lm", "a language model learns the language of the text world", 20, usual=1_600),
     PlannedStage("labeler", "from it, an AI labeler learns to judge", 80),
     PlannedStage("sft", "from it, a policy learns to imitate a mediocre writer", 10),
 )

@@ -10,8 +10,8 @@ held-out towns the world's exact gold score measures by how much; nothing except
 that read only the prompt and the answer give a second opinion, and the run warns when it falls while the reward rises.
 
 `--reward reward_model` learns a reward model from the labeler's scores of pairs of answers and maximises that; the labeler
-is then the second opinion. `--shortcuts` plants habits that look like quality, which the reward model may fall for. `--reward
-oracle` and `--reward random` are the control arms.
+is then the second opinion. `--shortcuts` shows how such a reward is exploited: writers have habits that look like quality,
+and the reward model has seen few labels. `--reward oracle` and `--reward random` are the control arms.
 
 Results for twenty seeds: experiments/RESULTS.md.
 """
@@ -59,10 +59,10 @@ from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import INIT, Params, step_key
 
 STAGES = (
-    PlannedStage("lm", "a language model learns the language of the text world", 75, usual=1_200),
-    PlannedStage("labeler", "from it, an AI labeler learns to judge, and is then frozen", 65, usual=600),
-    PlannedStage("sft", "from it, a policy learns to imitate a mediocre writer", 25),
-    PlannedStage("rl", "PPO improves the policy by the labeler's scores", 65),
+    PlannedStage("lm", "a language model learns the language of the text world", 45, usual=1_600),
+    PlannedStage("labeler", "from it, an AI labeler learns to judge, and is then frozen", 45, usual=1_000),
+    PlannedStage("sft", "from it, a policy learns to imitate a mediocre writer", 10),
+    PlannedStage("rl", "PPO improves the policy by the labeler's scores", 55),
 )
 LEARNED = (
     PlannedStage("pairs", "the labeler judges pairs of the policy's answers", 15),
@@ -88,7 +88,8 @@ class QuickstartConfig:
         models: the language models.
         reward_model: training of the reward model.
         principle: by which the labeler judges.
-        pair_prompts: prompts whose answers the judge compares, two pairs each.
+        pair_prompts: prompts whose answers the judge compares, two pairs each; None: 2,000, with shortcuts 100, from which
+            a reward model learns habits rather than quality.
         eval_prompts: held-out prompts of the evaluation.
         train: the loop.
         sampling: how answers are drawn.
@@ -105,7 +106,7 @@ class QuickstartConfig:
     models: ModelsConfig = ModelsConfig()
     reward_model: FitConfig = FitConfig(updates=200, learning_rate=1e-3)
     principle: labeler_prompts.WorldPrinciple = "<overall>"
-    pair_prompts: int = 2_000
+    pair_prompts: int | None = None
     eval_prompts: int = 512
     train: TrainConfig = TrainConfig(
         steps=60, prompts_per_step=128, prompt_length=PROMPT_LENGTH, eval_every=20, save_every=20
@@ -114,7 +115,8 @@ class QuickstartConfig:
     ppo: PPOConfig = PPO
 
     def __post_init__(self) -> None:
-        require(self.pair_prompts >= 20, f"pair_prompts must be >= 20, not {self.pair_prompts}")
+        pairs = self.pair_prompts
+        require(pairs is None or pairs >= 20, f"pair_prompts must be >= 20, not {pairs}")
         require(self.eval_prompts >= 8, f"eval_prompts must be >= 8, not {self.eval_prompts}")
         require(
             (self.train.prompt_length, self.sampling.max_new_tokens) == (PROMPT_LENGTH, ANSWER_LENGTH),
@@ -252,7 +254,7 @@ def make_reward(
         sft,
         training,
         principle=config.principle,
-        pair_prompts=config.pair_prompts,
+        pair_prompts=config.pair_prompts or (100 if config.shortcuts else 2_000),
         sampling=config.sampling,
         settings=config.reward_model,
     )

@@ -27,7 +27,7 @@ class FitConfig:
 
     Attributes:
         updates: optimiser steps.
-        batch_size: examples of a step.
+        batch_size: examples of a step; of packed texts, rows.
         learning_rate: the peak.
     """
 
@@ -63,7 +63,7 @@ class UntilConfig:
         check_every: updates between two checks.
         required: the value of the check, in [0, 1], at which the cool-down begins.
         cooldown: updates of the decay.
-        batch_size: examples of a step.
+        batch_size: examples of a step; of packed texts, rows.
         learning_rate: the constant rate.
     """
 

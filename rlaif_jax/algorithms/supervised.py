@@ -9,18 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from rlaif_jax.algorithms.optimizer import descend
+from rlaif_jax.models.base import PackedView
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.parallel import psum
 from rlaif_jax.types import Metrics, Params
 
 
 def weighted_cross_entropy(
-    model: CausalLM,
-    params: Params,
-    tokens: jax.Array,
-    mask: jax.Array,
-    weights: jax.Array,
-    axis_name: str | None = None,
+    model: CausalLM, params: Params, batch: dict[str, jax.Array], axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (this device's contribution, global loss): next-token cross-entropy in nats, weighted.
 
@@ -29,14 +25,16 @@ def weighted_cross_entropy(
     Args:
         model: the language model.
         params: its parameters.
-        tokens: [B, S] int32.
-        mask: [B, S] bool.
-        weights: [B, S] float32, of each token as a target; 0 where it is not to be learned.
+        batch: rows of packed texts, as `supervised_step` takes them.
         axis_name: the mapped axis of the devices, or None.
     """
-    hidden = model.sequence_hidden(params, tokens[:, :-1], mask[:, :-1])
-    logprobs, _ = model.token_logprobs(params, hidden, tokens[:, 1:])
-    weights = jnp.where(mask[:, 1:].astype(bool), weights[:, 1:], 0.0)
+    segments = batch["segments"]
+    # The last column wraps around to the first one, which may belong to a text of the same number.
+    follows = (segments > 0) & (jnp.roll(segments, -1, axis=1) == segments).at[:, -1].set(False)
+    targets = jnp.where(follows, jnp.roll(batch["tokens"], -1, axis=1), 0)
+    weights = jnp.where(follows, jnp.roll(batch["weights"], -1, axis=1), 0.0)
+    view = PackedView(batch["tokens"], batch["positions"], segments, None, targets)
+    logprobs, _ = model.token_logprobs(params, model.hidden(params, view), targets)
     total = jnp.maximum(psum(weights.sum(), axis_name), 1e-8)
     loss = -jnp.sum(jnp.where(weights > 0, logprobs, 0.0) * weights) / total
     return loss, psum(jax.lax.stop_gradient(loss), axis_name)
@@ -56,12 +54,14 @@ def supervised_step(
         model: the language model.
         optimizer: the optimiser.
         state: (params, opt_state).
-        batch: `tokens` int32, `mask` bool, `weights` float32, each [B, S].
+        batch: rows of texts behind one another, as `packed_text_arrays` makes them, each [R, C]: `tokens`, `segments` (the
+            number of a column's text within its row, 0 for an empty column) and `positions` int32; `weights` float32, of
+            each token as a target, 0 where it is not to be learned.
         axis_name: the mapped axis of the devices, or None.
     """
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
-        loss, total = weighted_cross_entropy(model, params, batch["tokens"], batch["mask"], batch["weights"], axis_name)
+        loss, total = weighted_cross_entropy(model, params, batch, axis_name)
         return loss, {"loss": total}
 
     return descend(loss_fn, optimizer, state, axis_name)

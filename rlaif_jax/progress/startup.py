@@ -1,4 +1,4 @@
-"""A script's command line, and its first line of output before the imports, which take seconds.
+"""A script's command line, and what it does first, before the imports, which take seconds.
 
 This module imports nothing but the standard library.
 """
@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlaif_jax.memory import keep_freed_memory
+
 ALIVE_EVERY_S = 2.0
 """Seconds between two lines while the imports run."""
 
@@ -20,10 +22,12 @@ ALIVE_EVERY_S = 2.0
 class Loading:
     """Prints at once that this script is loading, and again every few seconds until `done`.
 
-    The lines go to the standard error, so that the output of `--help` stays what it is.
+    The lines go to the standard error, so that the output of `--help` stays what it is. Before any thread exists, it
+    calls `keep_freed_memory`.
     """
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self._name = Path(sys.argv[0]).stem
         self._done = threading.Event()
         self._started = time.monotonic()

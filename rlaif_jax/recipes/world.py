@@ -20,7 +20,7 @@ from rlaif_jax.algorithms.supervised import supervised_step
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptBatch, PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import TfdsRecords
-from rlaif_jax.data.text import Segments, text_arrays
+from rlaif_jax.data.text import Segments, packed_text_arrays
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, word_level_tokenizer
 from rlaif_jax.data.world import corpus, labeler_prompts
 from rlaif_jax.data.world.builder import load_world
@@ -42,6 +42,8 @@ from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.types import INIT, Params, step_key
 
 PROMPT_LENGTH, ANSWER_LENGTH, TRANSCRIPT_LENGTH = 32, 24, 76  # tokens
+ROW, TRANSCRIPT_ROW = 64, 104  # columns of rows of texts, and of transcripts, behind one another
+TEXTS_A_ROW = 2.25  # at most, on average
 RANKINGS = {"summarisation": 0.4, "dialogue": 0.0}  # share of such lines in the base corpus
 CHECKED = 512  # texts of a held-out check
 SLACK = 0.05  # by which a check may fall in the cool-down without a warning
@@ -94,9 +96,9 @@ class ModelsConfig:
     width: int = 64
     num_heads: int = 6
     head_dim: int = 16
-    base: UntilConfig = UntilConfig(updates=2_400, required=0.85, learning_rate=2e-3)
-    labeler: UntilConfig = UntilConfig(updates=2_000, required=0.85, learning_rate=2e-3)
-    sft: StageConfig = StageConfig(updates=400, examples=12_800, learning_rate=1e-3)
+    base: UntilConfig = UntilConfig(updates=2_400, required=0.85, batch_size=16, learning_rate=2e-3)
+    labeler: UntilConfig = UntilConfig(updates=2_000, required=0.9, cooldown=400, batch_size=16, learning_rate=2e-3)
+    sft: StageConfig = StageConfig(updates=400, examples=12_800, batch_size=16, learning_rate=1e-3)
 
     def __post_init__(self) -> None:
         require(
@@ -254,9 +256,7 @@ class WorldModels:
         name: str,
         start: Params,
         examples: Sequence[Segments],
-        length: int,
         settings: FitConfig,
-        end_weight: float = 1.0,
     ) -> Params:
         """Returns parameters after maximum likelihood on texts.
 
@@ -264,11 +264,9 @@ class WorldModels:
             name: of the stage.
             start: the parameters to start from.
             examples: the texts, each in parts with weights.
-            length: tokens that a text is padded to.
             settings: updates, batch size and optimiser.
-            end_weight: weight of the stop token.
         """
-        arrays = text_arrays(self.tokenizer, examples, length=length, end_weight=end_weight)
+        arrays = packed_text_arrays(self.tokenizer, examples, length=ROW)
         return self.fit(name, supervised_step, self.model, start, arrays, settings)
 
     def learned(
@@ -290,13 +288,14 @@ class WorldModels:
             texts: (round, number) -> that many texts.
             check: a held-out check of the model.
             settings: updates, checks and optimiser.
-            length: tokens that a text is padded to.
+            length: columns of a row of texts.
             end_weight: weight of the stop token.
         """
 
         def examples(number: int, size: int) -> Arrays:
-            lines = [segments(text) for text in texts(number, size)]
-            return text_arrays(self.tokenizer, lines, length=length, end_weight=end_weight)
+            lines = [segments(text) for text in texts(number, round(TEXTS_A_ROW * size))]
+            rows = packed_text_arrays(self.tokenizer, lines, length=length, end_weight=end_weight)
+            return {name: values[:size] for name, values in rows.items()}
 
         with self.writer.stage(name, settings.updates + settings.cooldown) as log:
             self.run.settled()
@@ -333,11 +332,11 @@ class WorldModels:
     def base(self) -> FinishedStage:
         """Returns a language model of the world: scenes, demonstrations, questions about facts."""
         settings = self.config.base
-        length, rankings = PROMPT_LENGTH + ANSWER_LENGTH, RANKINGS[self.task.name]
+        rankings = RANKINGS[self.task.name]
         corpus_of = partial(corpus.base_corpus, tasks=(self.task,), shortcuts=self.shortcuts, rankings=rankings)
         rng = np.random.default_rng((self.run.seed, 10))
         held_out = corpus_of(rng, CHECKED, split="test_entities", questions=1.0, yes_no=0.5)
-        check = WordCheck(self.model, self.tokenizer, self.runner, held_out, FACTS, length, frozenset(ASPECTS))
+        check = WordCheck(self.model, self.tokenizer, self.runner, held_out, FACTS, ROW, frozenset(ASPECTS))
 
         def texts(number: int, size: int) -> Sequence[corpus.Transcript]:
             rng = np.random.default_rng((self.run.seed, 0, number))
@@ -345,7 +344,7 @@ class WorldModels:
 
         def learn() -> Params:
             fresh = with_recall_heads(self.model.config, self.model.init(step_key(self.run.seed, 0, INIT)))
-            return self.learned("lm", fresh, texts, check, settings, length=length)
+            return self.learned("lm", fresh, texts, check, settings, length=ROW)
 
         stage = self.run.stage("lm", self.template, learn, settings=self.stage_settings(fit=settings))
         self.report_check("base", stage, check, settings.required)
@@ -363,14 +362,13 @@ class WorldModels:
         careful = corpus.only_reasons(mix)
         held_out = corpus_of(np.random.default_rng((self.run.seed, 11)), CHECKED, split="test_entities", mix=careful)
         check = WordCheck(self.model, self.tokenizer, self.runner, held_out, NOTES, TRANSCRIPT_LENGTH)
-        # A score is the last word of its transcript; a revision has to learn where it ends.
-        length, end = (corpus.MAX_TRANSCRIPT_WORDS + 1, 1.0) if mix.revision else (TRANSCRIPT_LENGTH, 0.0)
+        end = 1.0 if mix.revision else 0.0  # a score is the last word; a revision has to learn where it ends
 
         def texts(number: int, size: int) -> Sequence[corpus.Transcript]:
             return corpus_of(np.random.default_rng((self.run.seed, 1, number)), size, mix=mix)
 
         def learn(base: Params) -> Params:
-            return self.learned("labeler", base, texts, check, settings, length=length, end_weight=end)
+            return self.learned("labeler", base, texts, check, settings, length=TRANSCRIPT_ROW, end_weight=end)
 
         described = self.stage_settings(fit=settings, mix=mix)
         stage = self.run.stage("labeler", self.template, learn, settings=described, after=(base,))
@@ -389,7 +387,7 @@ class WorldModels:
             examples: list[Segments] = [
                 [(training[i]["prompt"], 0.0), (training[i]["demonstration"], 1.0)] for i in range(len(training))
             ]
-            return self.supervised("sft", base, examples, PROMPT_LENGTH + ANSWER_LENGTH, self.config.sft)
+            return self.supervised("sft", base, examples, self.config.sft)
 
         settings = self.stage_settings(fit=self.config.sft)
         return self.run.stage("sft", self.template, learn, settings=settings, after=(base,))

@@ -112,7 +112,12 @@ def test_fit_model_learns_sequences_and_repeats_itself():
     """The sequence 1 2 3 4 after any first token: only targets of weight are learned, twice the same bits."""
     rng = np.random.default_rng(0)
     tokens = np.concatenate([rng.integers(0, 8, (40, 1)), np.tile([1, 2, 3, 4], (40, 1))], axis=1).astype(np.int32)
-    examples = {"tokens": tokens, "mask": np.ones((40, 5), bool), "weights": np.ones((40, 5), np.float32)}
+    examples = {
+        "tokens": tokens,
+        "segments": np.ones((40, 5), np.int32),
+        "positions": np.tile(np.arange(5, dtype=np.int32), (40, 1)),
+        "weights": np.ones((40, 5), np.float32),
+    }
     model = CausalLM(DECODER)
     start = random_params(model, scale=0.1)
     before = jax.device_get(start)

@@ -14,7 +14,7 @@ from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from tests.helpers import random_params
 
-V, S, B = 9, 6, 4
+V, C = 9, 10  # columns of a row
 MODEL = CausalLM(small_decoder(V, num_layers=1, width=16, num_heads=2, context_length=16))
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, schedule="constant"), 1)
 
@@ -24,23 +24,47 @@ def params():
     return random_params(MODEL, scale=0.2)
 
 
-def make_batch():
+LENGTHS = (6, 2, 4, 5)
+
+
+def make_texts():
+    """Returns (tokens, weights) of each text."""
     rng = np.random.default_rng(0)
-    mask = np.arange(S) < np.array([6, 2, 4, 5])[:, None]
-    weights = rng.choice([0.0, 0.1, 1.0, 2.0], (B, S)).astype(np.float32)
-    return {"tokens": rng.integers(0, V, (B, S)).astype(np.int32), "mask": mask, "weights": weights}
+    return [
+        (rng.integers(0, V, n).astype(np.int32), rng.choice([0.0, 0.1, 1.0, 2.0], n).astype(np.float32))
+        for n in LENGTHS
+    ]
 
 
-def numpy_loss(params, batch):
-    """sum of weight x -log p(next token) over all real targets, over the sum of their weights."""
-    logits = np.asarray(jax.jit(MODEL)(params, batch["tokens"], batch["mask"]), np.float64)
+def rows_of(*rows, columns=C):
+    """Lays texts out in rows: each argument is the numbers of the texts of a row."""
+    texts = make_texts()
+    batch = {name: np.zeros((len(rows), columns), np.int32) for name in ("tokens", "segments", "positions")}
+    batch["weights"] = np.zeros((len(rows), columns), np.float32)
+    for row, numbers in enumerate(rows):
+        start = 0
+        for segment, number in enumerate(numbers, start=1):
+            tokens, weights = texts[number]
+            at = (row, slice(start, start + len(tokens)))
+            batch["tokens"][at], batch["weights"][at] = tokens, weights
+            batch["segments"][at], batch["positions"][at] = segment, np.arange(len(tokens))
+            start += len(tokens)
+    return batch
+
+
+def make_batch():
+    return rows_of((0, 1), (2, 3))
+
+
+def numpy_loss(params):
+    """sum of weight x -log p(next token) over all targets, over the sum of their weights; text by text, in float64."""
     total = weight = 0.0
-    for row in range(B):
-        for s in range(1, S):
-            if batch["mask"][row, s]:
-                w, scores = float(batch["weights"][row, s]), logits[row, s - 1]
-                total += w * (np.log(np.exp(scores).sum()) - scores[batch["tokens"][row, s]])
-                weight += w
+    for tokens, weights in make_texts():
+        logits = np.asarray(jax.jit(MODEL)(params, tokens[None], np.ones((1, len(tokens)), bool)), np.float64)[0]
+        for s in range(1, len(tokens)):
+            w, scores = float(weights[s]), logits[s - 1]
+            total += w * (np.log(np.exp(scores).sum()) - scores[tokens[s]])
+            weight += w
     return total / weight
 
 
@@ -52,29 +76,51 @@ def step():
 def test_the_loss_is_the_weighted_cross_entropy(params, step):
     batch = make_batch()
     _, metrics = step((params, OPTIMIZER.init(params)), batch)
-    np.testing.assert_allclose(metrics["loss"], numpy_loss(params, batch), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], numpy_loss(params), rtol=1e-5)
     doubled = batch | {"weights": 2 * batch["weights"]}
     np.testing.assert_allclose(step((params, OPTIMIZER.init(params)), doubled)[1]["loss"], metrics["loss"], rtol=1e-5)
     other = batch | {"weights": (batch["weights"] > 0).astype(np.float32)}
     assert abs(step((params, OPTIMIZER.init(params)), other)[1]["loss"] - metrics["loss"]) > 1e-3
 
 
-def test_masked_slots_may_hold_anything(params, step):
-    batch = make_batch()
-    rng = np.random.default_rng(1)
-    dirty = {
-        "tokens": np.where(batch["mask"], batch["tokens"], rng.integers(-3, 3 * V, (B, S))).astype(np.int32),
-        "mask": batch["mask"],
-        "weights": np.where(batch["mask"], batch["weights"], np.nan).astype(np.float32),
+@pytest.mark.parametrize(
+    "rows, columns",
+    [([(0,), (1,), (2,), (3,)], C), ([(3, 0), (1, 2)], 11), ([(1, 2, 3, 0)], 17), ([(2, 0), (3, 1), ()], C)],
+)
+def test_the_layout_of_the_rows_changes_nothing(params, step, rows, columns):
+    """Texts alone, in another order, in full rows whose last and first text have one number, beside an empty row."""
+    state = (params, OPTIMIZER.init(params))
+    (new, _), metrics = step(state, rows_of(*rows, columns=columns))
+    (expected, _), expected_metrics = step(state, make_batch())
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_a_full_row_does_not_predict_its_first_token(params, step):
+    full = rows_of((0,), columns=LENGTHS[0])
+    heavy = full | {"weights": np.where(np.arange(LENGTHS[0]) == 0, 7, full["weights"]).astype(np.float32)}
+    state = (params, OPTIMIZER.init(params))
+    assert step(state, full)[1]["loss"] == step(state, heavy)[1]["loss"]
+
+
+def test_empty_columns_may_hold_anything(params, step):
+    batch, rng = make_batch(), np.random.default_rng(1)
+    empty = batch["segments"] == 0
+    assert empty.any()
+    dirty = batch | {
+        "tokens": np.where(empty, rng.integers(-3, 3 * V, empty.shape), batch["tokens"]).astype(np.int32),
+        "positions": np.where(empty, rng.integers(0, C, empty.shape), batch["positions"]).astype(np.int32),
+        "weights": np.where(empty, np.nan, batch["weights"]).astype(np.float32),
     }
-    dirty["weights"][:, 0] = 7  # the first token is nobody's target
     clean = step((params, OPTIMIZER.init(params)), batch)
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(step((params, OPTIMIZER.init(params)), dirty))):
         np.testing.assert_array_equal(a, b)
 
 
 def test_a_batch_without_weights_is_finite_and_moves_nothing(params, step):
-    batch = make_batch() | {"weights": np.zeros((B, S), np.float32)}
+    batch = make_batch() | {"weights": np.zeros((2, C), np.float32)}
     (new, _), metrics = step((params, OPTIMIZER.init(params)), batch)
     assert metrics["loss"] == 0
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(params)):
@@ -83,14 +129,14 @@ def test_a_batch_without_weights_is_finite_and_moves_nothing(params, step):
 
 def test_the_shares_of_the_devices_add_up(params):
     batch = make_batch()
-    halves = jax.tree.map(lambda x: x.reshape(2, 2, S), batch)
+    halves = jax.tree.map(lambda x: x.reshape(2, 1, C), batch)
     share, loss = jax.jit(
         jax.vmap(
-            lambda b: weighted_cross_entropy(MODEL, params, b["tokens"], b["mask"], b["weights"], "data"),
+            lambda rows: weighted_cross_entropy(MODEL, params, rows, "data"),
             axis_name="data",
         )
     )(halves)
-    expected = numpy_loss(params, batch)
+    expected = numpy_loss(params)
     np.testing.assert_allclose(share.sum(), expected, rtol=1e-5)
     np.testing.assert_allclose(loss, [expected] * 2, rtol=1e-5)
 

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.text import pair_arrays, text_arrays, token_spans
+from rlaif_jax.data.text import packed_text_arrays, pair_arrays, text_arrays, token_spans
 from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 
 TOKENIZER = word_level_tokenizer(("a", "b", "c"))  # ids 4, 5, 6; pad 0, stop 2, unknown 3
@@ -34,6 +36,33 @@ def test_without_a_stop_token_nothing_is_put_at_the_end():
 def test_an_example_that_is_too_long_is_named():
     with pytest.raises(UserError, match="example 1 has 4 tokens, more than 3: 'a b c'"):
         text_arrays(TOKENIZER, [[("a b", 1.0)], [("a b c", 1.0)]], length=3)
+
+
+def test_texts_are_packed_behind_one_another_where_they_leave_the_least_space():
+    texts = [[("a b c", 1.0)], [("a b", 0.5)], [("c", 2.0)], [("b", 0.0)]]  # 4, 3, 2 and 2 tokens with the stop token
+    got = packed_text_arrays(TOKENIZER, texts, length=6, end_weight=0.25)
+    # The third text fits behind the first one exactly; behind the second one it would leave a column.
+    np.testing.assert_array_equal(got["tokens"], [[4, 5, 6, 2, 6, 2], [4, 5, 2, 5, 2, 0]])
+    np.testing.assert_array_equal(got["segments"], [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 0]])
+    np.testing.assert_array_equal(got["positions"], [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 0]])
+    np.testing.assert_array_equal(got["weights"], [[1, 1, 1, 0.25, 2, 0.25], [0.5, 0.5, 0.25, 0, 0.25, 0]])
+    assert [got[name].dtype for name in ("tokens", "segments", "positions", "weights")] == [np.int32] * 3 + [np.float32]
+
+
+@given(st.lists(st.integers(0, 7), max_size=40))
+def test_packing_keeps_every_text_and_fills_rows(lengths):
+    texts = [[(" ".join("abc"[i % 3] for i in range(n)), 1.0)] for n in lengths]
+    rows = packed_text_arrays(TOKENIZER, texts, length=8)
+    alone = text_arrays(TOKENIZER, texts, length=8)
+    packed = [
+        tuple(row[segments == number])
+        for row, segments in zip(rows["tokens"], rows["segments"])
+        for number in range(1, segments.max(initial=0) + 1)
+    ]
+    assert sorted(packed) == sorted(tuple(row[mask]) for row, mask in zip(alone["tokens"], alone["mask"]))
+    used = (rows["segments"] > 0).sum(axis=1)
+    assert (used > 4).sum() >= len(used) - 1  # no two rows would fit into one
+    assert (used > 0).all()
 
 
 def test_pair_arrays():
