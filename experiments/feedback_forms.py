@@ -96,6 +96,7 @@ class FormsConfig:
             f"ppo.answers_per_prompt must be >= 2, not {self.ppo.answers_per_prompt}: a ranking is of two or more",
         )
         require(bool(self.forms) and bool(self.origins), "forms and origins must name at least one each")
+        require(self.models.reasons, "models.reasons must be True here: the labeler's comments are its reasons")
 
 
 def get_config() -> FormsConfig:

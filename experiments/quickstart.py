@@ -130,11 +130,11 @@ def get_config() -> QuickstartConfig:
     return QuickstartConfig()
 
 
-def labeler_mix(principle: labeler_prompts.WorldPrinciple) -> corpus.LabelerMix:
-    """Returns what the labeler is trained on: scores after reasons."""
-    return dataclasses.replace(
-        corpus.only_reasons(corpus.LabelerMix()), principles=(principle,), commenter=Commenter(0.02)
-    )
+def labeler_mix(principle: labeler_prompts.WorldPrinciple, reasons: bool = True) -> corpus.LabelerMix:
+    """Returns what the labeler is trained on: scores by the principle, after reasons or at first sight."""
+    careful = corpus.only_reasons(corpus.LabelerMix())
+    mix = careful if reasons else dataclasses.replace(careful, score=1.0, score_reasoning=0.0)
+    return dataclasses.replace(mix, principles=(principle,), commenter=Commenter(0.02))
 
 
 def main(config: QuickstartConfig) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
 
         # ---- A language model, an AI labeler that is frozen before any policy exists, a supervised policy
         base = world.base()
-        labeler = world.labeler(base, labeler_mix(config.principle))
+        labeler = world.labeler(base, labeler_mix(config.principle, config.models.reasons))
         judge = world.judge(labeler.params, config.principle)
         frozen_hash = judge.hash
         sft = world.sft(base, training)
@@ -171,7 +171,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
             config.seed,
             world.gold,
             reward.source,
-            reasons=lambda prompts, answers: judge.reasons(prompts, answers)[0],
+            reasons=(lambda prompts, answers: judge.reasons(prompts, answers)[0]) if config.models.reasons else None,
             second=reward.second,
         )
         with run.display.wait("held-out answers before training"):

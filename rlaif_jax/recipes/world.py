@@ -87,6 +87,9 @@ class ModelsConfig:
         width: D.
         num_heads: H.
         head_dim: h.
+        recall_heads: whether the base model's first parameters can look things up (`with_recall_heads`).
+        questions: whether the base model's corpus has questions about facts and rankings, or demonstrations alone.
+        reasons: whether the labeler writes its reasons before it scores, or scores at first sight.
         base: training of the base language model.
         labeler: training of the AI labeler, from the base model.
         sft: training of the supervised policy, from the base model.
@@ -96,6 +99,9 @@ class ModelsConfig:
     width: int = 64
     num_heads: int = 6
     head_dim: int = 16
+    recall_heads: bool = True
+    questions: bool = True
+    reasons: bool = True
     base: UntilConfig = UntilConfig(updates=2_400, required=0.85, batch_size=16, learning_rate=2e-3)
     labeler: UntilConfig = UntilConfig(updates=2_000, required=0.9, cooldown=400, batch_size=16, learning_rate=2e-3)
     sft: StageConfig = StageConfig(updates=400, examples=12_800, batch_size=16, learning_rate=1e-3)
@@ -332,21 +338,28 @@ class WorldModels:
     def base(self) -> FinishedStage:
         """Returns a language model of the world: scenes, demonstrations, questions about facts."""
         settings = self.config.base
-        rankings = RANKINGS[self.task.name]
-        corpus_of = partial(corpus.base_corpus, tasks=(self.task,), shortcuts=self.shortcuts, rankings=rankings)
+        rankings, questions = (RANKINGS[self.task.name], 0.6) if self.config.questions else (0.0, 0.0)
+        corpus_of = partial(corpus.base_corpus, tasks=(self.task,), shortcuts=self.shortcuts)
         rng = np.random.default_rng((self.run.seed, 10))
-        held_out = corpus_of(rng, CHECKED, split="test_entities", questions=1.0, yes_no=0.5)
+        held_out = corpus_of(
+            rng, CHECKED, split="test_entities", questions=1.0, yes_no=0.5, rankings=RANKINGS[self.task.name]
+        )
         check = WordCheck(self.model, self.tokenizer, self.runner, held_out, FACTS, ROW, frozenset(ASPECTS))
 
         def texts(number: int, size: int) -> Sequence[corpus.Transcript]:
             rng = np.random.default_rng((self.run.seed, 0, number))
-            return corpus_of(rng, size, questions=0.6, yes_no=0.4)
+            return corpus_of(rng, size, questions=questions, yes_no=0.4, rankings=rankings)
 
         def learn() -> Params:
-            fresh = with_recall_heads(self.model.config, self.model.init(step_key(self.run.seed, 0, INIT)))
+            fresh = self.model.init(step_key(self.run.seed, 0, INIT))
+            if self.config.recall_heads:
+                fresh = with_recall_heads(self.model.config, fresh)
             return self.learned("lm", fresh, texts, check, settings, length=ROW)
 
-        stage = self.run.stage("lm", self.template, learn, settings=self.stage_settings(fit=settings))
+        described = self.stage_settings(
+            fit=settings, recall_heads=self.config.recall_heads, questions=self.config.questions
+        )
+        stage = self.run.stage("lm", self.template, learn, settings=described)
         self.report_check("base", stage, check, settings.required)
         return stage
 
@@ -393,12 +406,13 @@ class WorldModels:
         return self.run.stage("sft", self.template, learn, settings=settings, after=(base,))
 
     def judge(self, labeler: Params, principle: labeler_prompts.WorldPrinciple) -> LanguageModelJudge:
-        """Returns the labeler as a judge by one principle, which writes its reasons before a score.
+        """Returns the labeler as a judge by one principle; it writes its reasons first where it learned to.
 
         Args:
             labeler: the parameters of the labeler.
             principle: the principle by which it compares and scores answers.
         """
+        reasoning = Reasoning(partial(labeler_prompts.score_reasoning_prompt, principle), "<score>")
         return LanguageModelJudge(
             self.model,
             labeler,
@@ -408,6 +422,6 @@ class WorldModels:
             score_prompt=partial(labeler_prompts.score_prompt, principle),
             verdicts=(labeler_prompts.VERDICTS[0], labeler_prompts.VERDICTS[1]),
             scale=tuple((s, float(i)) for i, s in enumerate(labeler_prompts.SCORES, 1)),
-            reasoning=Reasoning(partial(labeler_prompts.score_reasoning_prompt, principle), "<score>"),
+            reasoning=reasoning if self.config.reasons else None,
             max_length=TRANSCRIPT_LENGTH,
         )

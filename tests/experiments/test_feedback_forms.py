@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.feedback_forms import FormsConfig
+from rlaif_jax.config import UserError
 from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.recipes.world import ModelsConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -54,3 +57,8 @@ def test_what_the_page_collects_reaches_the_policy(tmp_path):
         assert all(judgement.time is not None for judgement in told), "the page writes down when"
         assert json.loads((out / f"{form}-page" / "summary.json").read_text())["status"] == "done"
         assert "Feedback" in (out / f"{form}-page" / "report.html").read_text()
+
+
+def test_a_labeler_without_reasons_is_refused():
+    with pytest.raises(UserError, match=r"models\.reasons must be True"):
+        FormsConfig(models=ModelsConfig(reasons=False))

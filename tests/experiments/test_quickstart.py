@@ -157,6 +157,8 @@ def test_the_labeler_learns_reasons_only_from_people_who_slip_at_times():
     assert [kind for kind, weight in mix.weights.items() if weight] == ["score_reasoning"]
     assert mix.principles == ("<helpful>",)
     assert 0 < mix.commenter.error_rate < 0.05
+    at_first_sight = labeler_mix("<helpful>", reasons=False)
+    assert [kind for kind, weight in at_first_sight.weights.items() if weight] == ["score"]
 
 
 @pytest.mark.parametrize(
