@@ -198,7 +198,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
         with run.display.wait("the labeler judges the answers before and after"):
             judged = judge_metrics(judge, [str(record["prompt"]) for record in prompts.records], found)
         run.metrics |= judged | {"labeler_sha256": frozen_hash, "wall_s": round(run.wall_s, 1)}
-        tell(run, kind)
+        tell(run, kind, config.shortcuts)
     return run.metrics | {"verdict": run.verdict}
 
 
@@ -282,7 +282,7 @@ def judge_metrics(judge: LanguageModelJudge, prompts: list[str], found: Improvem
     }
 
 
-def tell(run: Run, kind: str) -> None:
+def tell(run: Run, kind: str, shortcuts: bool) -> None:
     """Gives the run its verdict and says in three sentences what happened, by what measure, and what to do next."""
     numbers = run.metrics
     low, high = numbers["win_rate_gold_ci95"]
@@ -294,6 +294,11 @@ def tell(run: Run, kind: str) -> None:
         "random": "random scores (control arm)",
     }[kind]
     judge = numbers["judge_win_rate"]
+    other = (
+        "the labeler's own scores in the same world (--shortcuts --reward judge)"
+        if shortcuts
+        else "a world with planted habits and few labels (--shortcuts)"
+    )
     run.story += [
         f"The policy was trained on {by} for {run.steps_done} steps, and its answers to prompts about new towns became "
         f"{run.verdict}: they win {share_text(numbers['win_rate_gold'])} of comparisons with those "
@@ -301,7 +306,7 @@ def tell(run: Run, kind: str) -> None:
         f"Gold, the world's exact score from 0 to 1, which no model has seen, went from {numbers['gold_before']:.3f} to "
         f"{numbers['gold_after']:.3f}"
         + (f"; the labeler prefers the new answers in {share_text(judge)}." if judge is not None else "."),
-        "Next: open the page, try another seed (--seed 1) or a world with planted habits (--shortcuts); "
+        f"Next: open the page, try another seed (--seed {run.seed + 1}) or {other}; "
         "docs/guides/loop.md shows the loop with a model, prompts and a judge of your own.",
     ]
 

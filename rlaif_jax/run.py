@@ -344,6 +344,8 @@ class Run:
         except UserError:
             if error is None:  # else the first error counts
                 raise
+        if self.warnings:  # they may have scrolled away
+            self.display.print("\n".join(["This run warned:", *(f"  {warning}" for warning in self.warnings)]))
         for sentence in self.story:
             self.display.print(sentence)
         self.display.print(f"{status}: the run's page is {self.folder / 'report.html'}")

@@ -291,7 +291,10 @@ def test_warnings_and_missing_judgements_are_in_the_summary_and_on_the_page(tmp_
         run.warn("the labeler agrees with <nobody>")
         run.warn("the labeler agrees with <nobody>")
         run.missing["timeout"] = 3
-    assert capsys.readouterr().err.count("warning: the labeler agrees with <nobody>") == 1
+        run.story.append("It is over.")
+    shown = capsys.readouterr()
+    assert shown.err.count("warning: the labeler agrees with <nobody>") == 1
+    assert "This run warned:\n  the labeler agrees with <nobody>\nIt is over.\n" in shown.out, "again at the end"
     kept = summary(tmp_path / "one")
     page = (tmp_path / "one" / "report.html").read_text()
     assert page.count("the labeler agrees with &lt;nobody&gt;") == 1

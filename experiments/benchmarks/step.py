@@ -26,7 +26,10 @@ Run it on an idle machine; `compare.py` compares it with other systems.
 
 import time
 
+from rlaif_jax.memory import keep_freed_memory
+
 START = time.time()  # the first step's time counts from here: imports and compilation included
+keep_freed_memory()  # as all scripts do
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402

@@ -111,7 +111,9 @@ def test_random_scores_are_uniform_and_know_nothing():
     assert random_score(0, records[3], "x") != random_score(1, records[3], "x")
 
 
-def run_after_tell(low: float, high: float, kind: str = "judge", judge: float | None = 0.75) -> SimpleNamespace:
+def run_after_tell(
+    low: float, high: float, kind: str = "judge", judge: float | None = 0.75, shortcuts: bool = False
+) -> SimpleNamespace:
     """Returns a run after `tell`, with this interval of the win rate."""
     metrics = {
         "win_rate_gold": (low + high) / 2,
@@ -120,8 +122,8 @@ def run_after_tell(low: float, high: float, kind: str = "judge", judge: float | 
         "gold_after": 0.625,
         "judge_win_rate": judge,
     }
-    run = SimpleNamespace(metrics=metrics, story=[], verdict=None, steps_done=60)
-    tell(run, kind)  # type: ignore[arg-type]
+    run = SimpleNamespace(metrics=metrics, story=[], verdict=None, steps_done=60, seed=4)
+    tell(run, kind, shortcuts)  # type: ignore[arg-type]
     return run
 
 
@@ -150,6 +152,12 @@ def test_the_story_names_the_reward_and_no_number_that_is_missing():
     }.items():
         assert words in run_after_tell(0.5, 0.6, kind).story[0]
     assert run_after_tell(0.5, 0.6, judge=None).story[1].endswith("to 0.625.")
+
+
+def test_the_story_ends_with_what_to_try_next():
+    assert "(--seed 5) or a world with planted habits and few labels (--shortcuts)" in run_after_tell(0.5, 0.6).story[2]
+    exploited = run_after_tell(0.1, 0.2, "reward_model", shortcuts=True).story[2]
+    assert "the labeler's own scores in the same world (--shortcuts --reward judge)" in exploited
 
 
 def test_the_labeler_learns_reasons_only_from_people_who_slip_at_times():
