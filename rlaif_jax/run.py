@@ -11,7 +11,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ from rlaif_jax.report.report import write_report
 from rlaif_jax.types import Params
 
 
-class StopRequested(Exception):
-    """SIGTERM or Ctrl-C came outside of the loop, so no checkpoint was saved; the run ends as `stopped`."""
+class StopRequested(BaseException):
+    """SIGTERM or Ctrl-C ends the run as `stopped`; no Exception, which a source might catch."""
 
 
 class FinishedStage(NamedTuple):
@@ -47,7 +48,8 @@ class FinishedStage(NamedTuple):
 class Run:
     """A run's folder as a context manager.
 
-    Inside, SIGTERM and the first Ctrl-C only set `stop_requested`: the loop saves a checkpoint and leaves. At the end
+    Inside, SIGTERM and the first Ctrl-C set `stop_requested`, and end a wait that is `interruptible`: the loop saves a
+    checkpoint and leaves. At the end
     summary.json and report.html are written, with the status done, stopped, failed or diverged. A `UserError` before
     anything was computed removes the folder again: bad input leaves no half-written run.
 
@@ -104,6 +106,7 @@ class Run:
         self._stages = stages or self.folder / "checkpoints" / "stages"
         self._used_stages: dict[str, str] = {}  # key -> "made" or "reused"
         self._started = time.time()
+        self._interruptible = False  # a stop need not wait for what is done at the moment
         self._settled = False  # something worth keeping has been computed
         self._aside: Path | None = None  # the new place of an earlier run of this folder
 
@@ -240,7 +243,26 @@ class Run:
         if self.stop_requested:  # at a second Ctrl-C the person does not want to wait
             raise KeyboardInterrupt
         self.stop_requested = True
-        print("\nstopping: this step is finished, a checkpoint saved (once more to leave at once)", file=sys.stderr)
+        print("\nstopping: what is computed is saved (once more to leave at once)", file=sys.stderr)
+        if self._interruptible:
+            raise StopRequested
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Lets a stop end the block at once: for waits that can be begun again, such as those for a judge.
+
+        Raises:
+            StopRequested: SIGTERM or Ctrl-C came in the block, or before it.
+        """
+        self._interruptible = True
+        try:
+            if self.stop_requested:
+                raise StopRequested
+            yield
+        finally:
+            self._interruptible = False
+        if self.stop_requested:  # the block has noticed the stop itself, and left something undone
+            raise StopRequested
 
     def settled(self) -> None:
         """Keeps the folder from now on, whatever happens."""

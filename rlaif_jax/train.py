@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from rlaif_jax.parallel import CompilationClock, ParallelConfig, make_runner
 from rlaif_jax.policies.base import Policy, draw_count, to_prompts
 from rlaif_jax.programs import programs
 from rlaif_jax.rewards.shaping import Normaliser
-from rlaif_jax.run import Run
+from rlaif_jax.run import Run, StopRequested
 from rlaif_jax.steps import PendingRollout, collect, reward_metrics, step_data, write_samples
 from rlaif_jax.types import Frozen, Params, Rollout
 from rlaif_jax.watch.rules import WatchConfig
@@ -141,6 +141,7 @@ def train(
 
     Raises:
         UserError: settings that do not fit together, or feedback that is not a number.
+        StopRequested: SIGTERM or Ctrl-C came before the judgements of a step; the newest checkpoint is of the step before.
         CheckFailed: one of the checks does not hold; the newest checkpoint is then of a step that passed them.
         Diverged: the policy is ruined (`config.watch`); the newest checkpoint, if there is one, is of before.
     """
@@ -184,9 +185,11 @@ def train(
             feedback.set_state(found.host["feedback"])
         if config.staleness and start < config.steps:
             pending = PendingRollout(found.host["prompts"], next(prompts), list(rollouts))
-        missing, run.checks = int(found.host["missing"]), dict(found.host["checks"])
+        missing = int(found.host["missing"])
         for text in watch.set_state(found.host["watch"]):
             run.warn(text)
+    if run.resuming:  # a check that failed after the checkpoint is tried again
+        run.checks = {} if found is None else dict(found.host["checks"])
     compilations = CompilationClock()
 
     def dispatch(step: int) -> PendingRollout:
@@ -202,35 +205,51 @@ def train(
             position, batch, [sample((sampling_state, answering), to_prompts(part)) for part in parts]
         )
 
-    def save(step: int) -> None:
+    def save(step: int, ahead: PendingRollout | None, position: Any, feedback_state: Any, evaluated: bool) -> None:
+        """Saves the state after `step`, with the next rollout where it is `ahead`, else its `position`."""
         log.flush()
         host = {
-            "prompts": pending.position if pending else prompts.get_state(),
-            "feedback": None if feedback is None else feedback.get_state(),
+            "prompts": ahead.position if ahead else position,
+            "feedback": feedback_state,
             "missing": missing,
             "checks": run.checks,
             "watch": watch.get_state(),
+            "evaluated": evaluated,
         }
-        checkpoints.save(step, runner.fetch((state, *(pending.rollouts if pending else empty))), host)
+        checkpoints.save(step, runner.fetch((state, *(ahead.rollouts if ahead else empty))), host)
+
+    def evaluation(step: int) -> dict[str, float]:
+        assert evaluate is not None
+        with run.interruptible():
+            return evaluate(state.params["policy"], step)
 
     # ---- Loop
     with (
         writer.stage("rl", config.steps, resume_from=start if found is not None else None) as log,
         closing(checkpoints),
     ):
-        if evaluate is not None and start == 0:
-            values = evaluate(state.params["policy"], 0)
-            watch.evaluated(0, values)
-            log.write(0, values)
+        if evaluate is not None and (found is None or not found.host["evaluated"]):
+            values = evaluation(start)
+            watch.evaluated(start, values)
+            log.write(start, values)
         for step in range(start + 1, config.steps + 1):
             started = time.perf_counter()
             stale = pending is not None
             current = pending or dispatch(step)  # prompts
-            rollout, records, answers = collect(current, policy, tokenizer, feedback)  # rollout
-            # One step off-policy: while the judge thinks, the devices draw the next step's answers.
-            pending = dispatch(step + 1) if config.staleness and step < config.steps else None
-            rollout_done = time.perf_counter()
-            judged = collect_feedback(feedback, records, answers, rollout, step)  # feedback
+            source_state = None if feedback is None else feedback.get_state()
+            if feedback is not None:
+                run.settled()  # judgements may cost money or people's time
+            try:
+                with run.interruptible():
+                    rollout, records, answers = collect(current, policy, tokenizer, feedback)  # rollout
+                    # One step off-policy: while the judge thinks, the devices draw the next step's answers.
+                    pending = dispatch(step + 1) if config.staleness and step < config.steps else None
+                    rollout_done = time.perf_counter()
+                    judged = collect_feedback(feedback, records, answers, rollout, step)  # feedback
+            except StopRequested:
+                if step > 1:
+                    save(step - 1, current if stale else None, current.position, source_state, True)
+                raise
             feedback_done = time.perf_counter()
             data = step_data(current.batch)
             sampling_state = state.without_optimizer()
@@ -247,8 +266,12 @@ def train(
                 "staleness": float(stale),
             }
             due = step % config.eval_every == 0 or step == config.steps
+            evaluated = True
             if evaluate is not None and due:
-                values |= evaluate(state.params["policy"], step)  # evaluate
+                try:
+                    values |= evaluation(step)  # evaluate
+                except StopRequested:
+                    evaluated = False  # a resumed run does it first
             elif evaluate is None and algorithm.draws and (due or step == 1):
                 write_samples(run, step, records, answers, rewards)
             update_done = time.perf_counter()
@@ -277,7 +300,8 @@ def train(
             reached = config.target_reward is not None and values.get("reward", float("-inf")) >= config.target_reward
             done = run.stop_requested or reached or enough()
             if (step % config.save_every == 0 and watch.healthy) or step == config.steps or done:
-                save(step)  # checkpoint
+                source_state = None if feedback is None else feedback.get_state()
+                save(step, pending, prompts.get_state(), source_state, evaluated)  # checkpoint
             if done:
                 break
     return jax.tree.map(jnp.asarray, runner.fetch(state.params["policy"]))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.command_line import command_line
-from rlaif_jax.config import UserError
+from rlaif_jax.config import CheckFailed, UserError
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import word_level_tokenizer
@@ -117,7 +117,7 @@ def test_stopped_killed_and_resumed_is_the_same_run_bit_for_bit(whole, prompts, 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "stopped"
     assert (out / "checkpoints" / str(summary["steps"])).is_dir()
-    (out / "final.npz").unlink()
+    (out / "final.npz").unlink(missing_ok=True)  # it is not written by a run that was stopped in a rollout
 
     process = started(out, (*options, "--resume"), 8)
     os.kill(process.pid, signal.SIGKILL)
@@ -130,6 +130,70 @@ def test_stopped_killed_and_resumed_is_the_same_run_bit_for_bit(whole, prompts, 
     assert numbers(out) == numbers(whole)
     assert all(np.array_equal(a, b) for a, b in zip(leaves(out), leaves(whole)))
     assert json.loads((out / "summary.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_stop_ends_the_wait_for_a_judge_and_nothing_is_learned_from_what_is_missing(
+    prompts, tmp_path, monkeypatch, staleness
+):
+    """SIGTERM in the judgement of step 4: the checkpoint is of step 3, and the resumed run is the one without a stop."""
+    train = dataclasses.replace(tiny.TinyConfig().train, steps=6, save_every=2, staleness=staleness)
+    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "stopped", train=train)
+
+    class Slow(FunctionSource):
+        def __call__(self, records, answers, rollout):
+            calls.append(answers)
+            if len(calls) == 4:
+                signalled.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
+                try:
+                    time.sleep(60)
+                except Exception:  # a careless source
+                    pass
+            return super().__call__(records, answers, rollout)
+
+    calls: list = []
+    signalled: list[float] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "FunctionSource", Slow)
+        tiny.main(config)
+    assert time.monotonic() - signalled[0] < 30, "the judge takes 60 s"
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("stopped", 3)
+    assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["2", "3"]
+    tiny.main(dataclasses.replace(config, resume=True))
+    tiny.main(dataclasses.replace(config, out=tmp_path / "whole"))
+    assert numbers(config.out) == numbers(tmp_path / "whole")
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(config.out), leaves(tmp_path / "whole")))
+
+
+def test_judgements_are_kept_when_the_first_step_fails(prompts, tmp_path, monkeypatch):
+    """A value that is no number is bad input, but the judgements beside it may have cost money: the folder stays."""
+    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run", nan_reward=True)
+
+    class Paid(FunctionSource):
+        def __call__(self, records, answers, rollout):
+            (config.out / "feedback.sqlite").write_text("paid for")
+            return super().__call__(records, answers, rollout)
+
+    monkeypatch.setattr(tiny, "FunctionSource", Paid)
+    with pytest.raises(UserError, match="step 1: the reward of answer 0 is nan"):
+        tiny.main(config)
+    assert (config.out / "feedback.sqlite").read_text() == "paid for"
+    assert json.loads((config.out / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_check_that_failed_before_the_first_checkpoint_is_tried_again(prompts, tmp_path, monkeypatch):
+    train = dataclasses.replace(tiny.TinyConfig().train, steps=2)
+    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run", train=train)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextPolicy, "checks", lambda self, rollout: {"eos_is_kept_in_the_mask": False})
+        with pytest.raises(CheckFailed):
+            tiny.main(config)
+    tiny.main(dataclasses.replace(config, resume=True))
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert all(summary["checks"].values())
 
 
 def resumed_from(step: int, done: Path, options: tuple[str, ...], env: dict[str, str]) -> Path:
@@ -268,7 +332,6 @@ BAD = {
     ),
     "greedy policy": Bad(("--sampling.temperature", "0"), names=("sampling.temperature",)),
     "top_p out of range": Bad(("--sampling.top-p", "1.5"), names=("sampling.top_p", "1.5")),
-    "NaN in a reward": Bad(("--nan-reward",), names=("step 1", "nan")),
     "missing model folder": Bad(("--model", "no/such/folder"), names=("no/such/folder",)),
     "truncated safetensors": Bad(spoil="truncate", names=("model.safetensors",)),
     "missing tensor": Bad(spoil="drop", names=("model.safetensors", "norm.weight")),

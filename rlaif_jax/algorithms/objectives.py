@@ -91,6 +91,9 @@ def importance_weights(log_weight: jax.Array, cap: jax.Array | float) -> jax.Arr
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(log_weight, -20.0, 20.0)), cap))
 
 
+KL_COEF_RANGE = (1e-6, 1e3)  # of an adaptive coefficient
+
+
 def adapt_kl(
     kl_coef: jax.Array,
     kl: jax.Array,
@@ -101,7 +104,8 @@ def adapt_kl(
 ) -> jax.Array:
     """Returns the KL coefficient after a step: coef (1 + e n / horizon) (Ziegler 2019, section 2.2).
 
-    e = clip(KL / target - 1, -.2, .2).
+    e = clip(KL / target - 1, -.2, .2). So that a step of many sequences cannot turn its sign, the factor lies in 1/2 .. 2,
+    and so that it can come back, the coefficient in `KL_COEF_RANGE`.
 
     Args:
         kl_coef: [] the coefficient of the step.
@@ -111,4 +115,5 @@ def adapt_kl(
         horizon: in sequences.
     """
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
-    return kl_coef * (1 + error * sequences / horizon)
+    factor = jnp.clip(1 + error * sequences / horizon, 0.5, 2.0)
+    return jnp.clip(kl_coef * factor, *KL_COEF_RANGE)

@@ -142,7 +142,8 @@ class Update:
 
         Minibatches are drawn from the global batch by a new permutation an epoch, from the state's (seed, step): of whole
         groups where they fit, so that a prompt is computed once for its answers, else of rows. A minibatch with a
-        non-finite loss or gradient changes nothing; `nonfinite` marks it.
+        non-finite loss or gradient changes nothing; `nonfinite` marks it. Nor does one whose gradient is 0, because nothing
+        was judged, say: moments from before would move the parameters all the same.
 
         Args:
             state: the state.
@@ -172,7 +173,8 @@ class Update:
             finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
             metrics |= norms | {"loss": loss, "nonfinite": 1.0 - finite.astype(jnp.float32)}
             # A branch works in place; choosing between old and new numbers one by one would hold both.
-            return jax.lax.cond(finite, lambda c: self._descend(grads, norms, c), lambda c: c, carry), metrics
+            teaches = finite & (sum(norms.values()) > 0)
+            return jax.lax.cond(teaches, lambda c: self._descend(grads, norms, c), lambda c: c, carry), metrics
 
         (params, opt_state), history = jax.lax.scan(
             update, (state.params, state.opt_state), order.reshape(self.num_epochs * self.num_minibatches, size)

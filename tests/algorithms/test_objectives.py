@@ -72,3 +72,14 @@ def test_adapt_kl():
     for kl, factor in ((4.0, 1), (40.0, 1 + 0.2 * 64 / 1000), (0.0, 1 - 0.2 * 64 / 1000), (4.4, 1 + 0.1 * 64 / 1000)):
         got = adapt_kl(jnp.float32(0.5), jnp.float32(kl), 64, target=4.0, horizon=1000.0)
         np.testing.assert_allclose(got, 0.5 * factor, rtol=1e-6)
+
+
+def test_an_adaptive_kl_coefficient_stays_positive_and_bounded():
+    """The sixty-five thousand sequences of a step at the default horizon would give -.0155."""
+    follow = lambda coef, kl, n: float(adapt_kl(jnp.float32(coef), jnp.float32(kl), n, target=1.0, horizon=10_000.0))
+    assert follow(0.05, 0.0, 65_536) == pytest.approx(0.025)
+    assert follow(0.05, 9.0, 65_536) == pytest.approx(0.1)
+    low, high = 0.05, 0.05
+    for _ in range(200):
+        low, high = follow(low, 0.0, 65_536), follow(high, 9.0, 65_536)
+    assert (low, high) == (pytest.approx(1e-6), pytest.approx(1e3))

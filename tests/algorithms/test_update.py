@@ -52,6 +52,16 @@ def test_a_loss_that_is_not_finite_changes_nothing(gae_case):
         assert_same_leaves((state.params, state.opt_state), (gae_case.state.params, gae_case.state.opt_state))
 
 
+def test_a_step_without_judgements_moves_nothing(gae_case):
+    """Neither the parameters, by moments of the steps before, nor the moments."""
+    state = gae_case.stepped[0]
+    assert max(float(np.abs(x).max()) for x in jax.tree.leaves(state.opt_state["policy"])) > 0
+    unjudged = gae_case.batch.replace(mask=np.zeros_like(gae_case.batch.mask))
+    after, metrics = jax.device_get(gae_case.step(fresh(state), unjudged))
+    assert_same_leaves((after.params, after.opt_state), (state.params, state.opt_state))
+    assert (int(after.step), metrics["nonfinite"]) == (int(state.step) + 1, 0)
+
+
 def test_minibatches_that_do_not_divide_are_refused(gae_case):
     algorithm = build(dataclasses.replace(ACTOR_CRITIC, num_minibatches=4))
     six = jax.tree.map(lambda x: x[:6], gae_case.batch)
