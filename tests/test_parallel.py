@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import UserError
-from rlaif_jax.models import CausalLM, ScalarModel
+from rlaif_jax.models import CausalLM, ScalarModel, causal_lm
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import (
@@ -210,6 +211,39 @@ def test_activations_stay_with_their_rows_on_a_mesh():
     assert "all-gather" in program
     assert "all-reduce" in program
     assert "all-to-all" not in program
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 152_000])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_the_output_matrix_works_on_the_rows_of_each_device(shape, vocabulary):
+    """In chunks: no device computes logits of the others' tokens, none sends hidden states, none adds up logits."""
+    width, rows, columns = 64, 32, 64
+    model = CausalLM(small_decoder(vocabulary, num_layers=1, width=width, num_heads=4, context_length=128))
+    mesh = make_mesh(*shape)
+
+    def loss(params, hidden, targets):
+        return model.token_logprobs(params, hidden, targets)[0].sum()
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    placed = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        params,
+        state_shardings(params, mesh),
+    )
+    split = NamedSharding(mesh, BATCH)
+    hidden = jax.ShapeDtypeStruct((rows, columns, width), jnp.float32, sharding=split)
+    targets = jax.ShapeDtypeStruct((rows, columns), jnp.int32, sharding=split)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(placed, hidden, targets).compile().as_text()
+    tokens = rows * columns // (mesh.shape["data"] * mesh.shape["fsdp"])
+    turns = -(-tokens * vocabulary // causal_lm.CHUNK_ELEMENTS)
+    own, share = -(-tokens // turns), vocabulary // mesh.shape["tensor"]
+    widest = [int(n) for n in re.findall(rf"f32\[(\d+),{share}\]", program) if int(n) != width]
+    assert max(widest) == own, "logits of one chunk of this device's tokens"
+    reduced = re.findall(r"= (?:\()?(f32\[[\d,]*\]).* all-reduce\(", program)
+    assert not [x for x in reduced if x.endswith(f"{share}]") and not x.startswith(f"f32[{width},")]
+    gathered = re.findall(r"= (?:\()?f32\[([\d,]*)\].* all-gather\(", program)
+    assert all(str(share) in dims.split(",") for dims in gathered), "weights alone"
 
 
 def test_masked_statistics_are_global_not_means_of_means():

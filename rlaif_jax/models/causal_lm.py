@@ -18,6 +18,7 @@ from rlaif_jax.models.decoder import (
     Trunk,
     apply,
     block_params,
+    in_own_rows,
     rope_table,
     unstack_layers,
     view_hidden,
@@ -106,9 +107,12 @@ class CausalLM:
             temperature: divides the logits.
             entropy: whether to compute entropies.
         """
-        return chunked_logprobs(
-            lambda x: self.logits(params, x), hidden, targets, self.vocab_size, temperature, entropy=entropy
+        head = (
+            {"trunk": {"embed": params["trunk"]["embed"]}}
+            if self.config.tie_embeddings
+            else {"lm_head": params["lm_head"]}
         )
+        return chunked_logprobs(self.logits, head, hidden, targets, self.vocab_size, temperature, entropy=entropy)
 
     def prefill(self, params: Params, tokens: jax.Array, mask: jax.Array, *, hold_last: bool) -> Prefill:
         """Reads prompts once, before any token of an answer is drawn.
@@ -180,7 +184,8 @@ class CausalLM:
 
 
 def chunked_logprobs(
-    logits_of: Callable[[jax.Array], jax.Array],
+    logits_of: Callable[[Params, jax.Array], jax.Array],
+    head: Params,
     hidden: jax.Array,
     targets: jax.Array,
     vocab_size: int,
@@ -191,20 +196,20 @@ def chunked_logprobs(
     """Returns (log-probs in nats, entropies) of target tokens, each [B, T] float32.
 
     Where B x T x V is large the tokens are taken in chunks whose logits are recomputed in the backward pass, so that
-    no [B, T, V] array is ever held.
+    no [B, T, V] array is ever held. On a mesh each device takes its own rows' tokens.
 
     Args:
-        logits_of: hidden states [..., D] -> logits [..., V] float32.
+        logits_of: (head, hidden states [..., D]) -> logits [..., V] float32.
+        head: the parameters that `logits_of` reads.
         hidden: [B, T, D] hidden states that predict the targets.
         targets: [B, T] int32.
         vocab_size: V.
         temperature: divides the logits.
         entropy: whether to compute entropies; they are 0 otherwise.
     """
-    shape, width = targets.shape, hidden.shape[-1]
 
-    def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = logits_of(hidden) / temperature
+    def score(head: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = logits_of(head, hidden) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         if not entropy:
@@ -212,18 +217,21 @@ def chunked_logprobs(
         mean = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
         return chosen - normaliser, normaliser - mean
 
-    flat, ids = hidden.reshape(-1, width), targets.reshape(-1)
-    count = ids.shape[0]
-    turns = -(-count // max(1, CHUNK_ELEMENTS // vocab_size))
-    if turns <= 1:
-        logprobs, entropies = score(flat, ids)
-    else:
-        size = -(-count // turns)  # even chunks: a last one of pads is work for nothing
-        pad = turns * size - count
-        chunks = (
-            jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, size, width),
-            jnp.pad(ids, (0, pad)).reshape(-1, size),
-        )
-        logprobs, entropies = jax.lax.map(jax.checkpoint(lambda c: score(*c)), chunks)
-        logprobs, entropies = logprobs.reshape(-1)[:count], entropies.reshape(-1)[:count]
-    return logprobs.reshape(shape), entropies.reshape(shape)
+    def of_rows(head: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        count = ids.shape[0]
+        turns = -(-count // max(1, CHUNK_ELEMENTS // vocab_size))
+        if turns <= 1:
+            logprobs, entropies = score(head, flat, ids)
+        else:
+            size = -(-count // turns)  # even chunks: a last one of pads is work for nothing
+            pad = turns * size - count
+            chunks = (
+                jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, size, flat.shape[-1]),
+                jnp.pad(ids, (0, pad)).reshape(-1, size),
+            )
+            logprobs, entropies = jax.lax.map(jax.checkpoint(lambda c: score(head, *c)), chunks)
+            logprobs, entropies = logprobs.reshape(-1)[:count], entropies.reshape(-1)[:count]
+        return logprobs.reshape(targets.shape), entropies.reshape(targets.shape)
+
+    return in_own_rows(of_rows, head, hidden, targets)

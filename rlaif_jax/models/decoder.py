@@ -8,6 +8,7 @@ their gradients put back into it, in every pass. Training and prefill run a few 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -142,10 +143,37 @@ def split_by_rows(x: jax.Array) -> jax.Array:
     devices in every block, where weights would be fewer bytes. Without a mesh, or where B is no multiple of the
     two axes' devices, x is returned unmarked.
     """
+    axes, shares = _row_axes()
+    return x if shares == 1 or x.shape[0] % shares else jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def in_own_rows(fn: Callable[..., Any], params: Any, *rows: jax.Array) -> Any:
+    """Returns `fn(params, *rows)`, computed by each device of the mesh's axes "data" and "fsdp" for its own rows.
+
+    What is split over "fsdp" of `params` is gathered once, before, and its gradient summed once, after: a loop in `fn`
+    over chunks of rows needs no other device. Without a mesh, or where the number of rows is no multiple of the two axes'
+    devices, it is `fn` itself. Matrices stay split over "tensor".
+
+    Args:
+        fn: a function whose results are arrays [B, ...].
+        params: what all devices read.
+        *rows: arrays [B, ...].
+    """
+    axes, shares = _row_axes()
+    if shares == 1 or rows[0].shape[0] % shares:
+        return fn(params, *rows)
+    own = PartitionSpec(axes)
+    split = jax.shard_map(
+        fn, in_specs=(PartitionSpec(), *[own] * len(rows)), out_specs=own, axis_names=set(axes), check_vma=False
+    )
+    return split(params, *rows)
+
+
+def _row_axes() -> tuple[tuple[str, ...], int]:
+    """Returns the axes of the present mesh that share rows, and the number of their devices."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names and axis not in mesh.manual_axes)
-    shares = math.prod(mesh.shape[axis] for axis in axes)
-    return x if shares == 1 or x.shape[0] % shares else jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+    return axes, math.prod(mesh.shape[axis] for axis in axes)
 
 
 class Block(nn.Module):

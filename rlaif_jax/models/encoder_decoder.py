@@ -205,9 +205,8 @@ class EncoderDecoder:
             temperature: divides the logits.
             entropy: whether to compute entropies; they are 0 otherwise.
         """
-        return chunked_logprobs(
-            lambda x: self.logits(params, x), hidden, targets, self.vocab_size, temperature, entropy=entropy
-        )
+        head = {"decoder": {"embed": params["decoder"]["embed"]}}
+        return chunked_logprobs(self.logits, head, hidden, targets, self.vocab_size, temperature, entropy=entropy)
 
     def prefill(self, params: Params, tokens: jax.Array, mask: jax.Array, *, hold_last: bool) -> Prefill:
         """Encodes prompts once; the first token to feed is always the start token.
