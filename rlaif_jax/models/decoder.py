@@ -148,7 +148,7 @@ def split_by_rows(x: jax.Array) -> jax.Array:
 
 
 def in_own_rows(fn: Callable[..., Any], params: Any, *rows: jax.Array) -> Any:
-    """Returns `fn(params, *rows)`, computed by each device of the mesh for its own rows, over "data" and "fsdp".
+    """Returns `fn(params, *rows)`, computed by each device of a mesh for its own rows alone.
 
     What is split over "fsdp" of `params` is gathered once, before, and its gradient summed once, after: a loop in `fn`
     over chunks of rows needs no other device. Without a mesh, or where the number of rows is no multiple of the two axes'
