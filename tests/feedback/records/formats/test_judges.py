@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from rlaif_jax.feedback.records.formats import judges
-from rlaif_jax.feedback.records.forms import Ranking, Rater
+from rlaif_jax.feedback.records.forms import Call, Ranking, Rater
 from tests.feedback.records.formats.verdicts import verdicts
 
 
@@ -30,6 +30,8 @@ def test_alpaca_eval(write):
     ]  # fmt: skip
     assert bad == [f"{path}:1: preference is 3.0; it runs from 1 to 2"]
     assert good[0].rater == Rater("gpt", "ai") and good[0].generators == ("m", "n") and good[0].call.cost == 0.5
+    unknown = write("n.json", [row | {"preference": 1, "price_per_example": float("nan"), "time_per_example": -1}])
+    assert [j.call for j in judges.read_alpaca_eval(unknown)[0]] == [Call()]
     assert judges.write_alpaca_eval(good, path) == 6
     assert judges.read_alpaca_eval(path) == (good, [])
 
