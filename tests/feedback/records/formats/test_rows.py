@@ -149,6 +149,8 @@ def test_fields_that_no_reader_used_are_counted(write):
                               for name in ("x", "y", None)), {"prompt": "p", "source": "z"})  # fmt: skip
     found = pairs.read_distilabel(path)
     assert len(found[0]) == 3 and len(found[1]) == 1 and found.unused == {"field source": 2}
+    path = write("b.csv", "task,worker,label,seconds", "t1,w,a,5", "t2,w,b,", "t3,w,,7")
+    assert tools.read_crowd_labels(path).unused == {"field seconds": 2, "row without a label": 1}
 
 
 def test_names_from_a_file_reach_no_terminal_raw(write):
