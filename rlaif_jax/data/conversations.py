@@ -19,7 +19,10 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
 }  # fmt: skip
 _SIDES = ("chosen", "rejected")
-_RATINGS = frozenset({"rating", "ratings", "score", "scores", "reward", "rewards", "grade", "grades"})
+_RATINGS = frozenset(
+    {"rating", "ratings", "score", "scores", "reward", "rewards", "grade", "grades", "stars", "points", "overall",
+     "quality", "helpfulness"}
+)  # fmt: skip
 
 
 class Turn(NamedTuple):

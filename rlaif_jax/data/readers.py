@@ -13,7 +13,7 @@ import numpy as np
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.conversations import prompt_text, read_pair, read_ratings, read_turns
-from rlaif_jax.files import read_json_lines
+from rlaif_jax.files import printable, read_json_lines
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -122,7 +122,7 @@ def _checked(record: Any, place: str, required: Sequence[str]) -> dict[str, Any]
 
 def listed(names: Sequence[str] | Mapping[str, Any]) -> str:
     """Returns field names as a message shows them."""
-    return ", ".join(f'"{name}"' for name in names) or "no fields"
+    return ", ".join(f'"{printable(name)}"' for name in names) or "no fields"
 
 
 def _shown(value: Any) -> str:

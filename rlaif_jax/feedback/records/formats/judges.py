@@ -253,7 +253,9 @@ def _annotator(row: Any, item: tuple[str, tuple[str, str], tuple[str, ...]], num
 
 
 def _pandalm_judge(row: Any, prompt: str, answers: tuple[str, str], writers: tuple[str, ...]) -> Ranking:
-    key = next((key for key in row if key.endswith("_result")), "result")
+    keys = [key for key in row if key.endswith("_result")] or ["result"]
+    require(len(keys) == 1, f"verdicts of several judges: {', '.join(keys)}")
+    key = keys[0]
     name = key.removesuffix("_result")
     verdict = str(field(row, key, (str, int))).strip().lower()
     more: dict[str, Any] = {"raw": str(row.get(f"{name}_reason") or verdict), "generators": writers}
@@ -310,7 +312,9 @@ def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | Non
     for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             prompt, answers = field(row, "input"), (field(row, "output_1"), field(row, "output_2"))
-            for result in field(row, "results", list):
+            if not field(row, "results", list):
+                found.unused["row without a result"] += 1
+            for result in row["results"]:
                 for number, answer in enumerate(answers, 1):
                     if f"score_{number}" in result:
                         with found.at(where):
@@ -381,6 +385,8 @@ def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4
             }
             scores, remarks = field(row, "gpt4_score", list), field(row, "gpt4_feedback", list)
             require(len(scores) == len(remarks), f"{len(scores)} scores but {len(remarks)} pieces of feedback")
+            if not scores:
+                found.unused["row without a score"] += 1
             for seed, (score, remark) in enumerate(zip(scores, remarks)):
                 with found.at(where):
                     found.good.extend(_graded(shared, seed, score, remark))

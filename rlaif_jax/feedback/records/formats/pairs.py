@@ -150,7 +150,7 @@ def _chosen(found: Collector, where: str, row: Any, rater: Rater, low: float, hi
         ratings = read_ratings(row)
     better, worse = ratings if ratings != (None, None) or "generations" not in row else _ratings_of(row, answers)
     with found.at(where):
-        tie = better is not None and better == worse
+        tie = row.get("status") == "tie" or (better is not None and better == worse)
         require(
             better is None or worse is None or better >= worse,
             f"the chosen answer is rated {better}, below the rejected one, {worse}: the comparison is left out",

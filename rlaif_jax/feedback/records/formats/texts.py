@@ -21,7 +21,6 @@ from rlaif_jax.feedback.records.formats.rows import (
     json_rows,
     locate,
     pair,
-    parse_rows,
     table_rows,
 )
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Span
@@ -161,6 +160,8 @@ def _highlights(found: Collector, where: str, shared: Mapping[str, Any], marks: 
         with found.at(where):
             start, end = locate(answer, field(mark, "selection"))
             spans.append(Span(start, end))
+            if answer[start:end] in answer[end:]:
+                found.unused["later place of the words of a highlight, which is put at the first"] += 1
             remark = " ".join(field(mark, "annotation", list)).strip()
             if remark:
                 found.good.append(Comment(**shared, text=remark, quote=answer[start:end]))
@@ -254,18 +255,17 @@ def read_mlqe_ratings(path: Path) -> ReadResult:
         with found.at(where):
             scores, zs = (json.loads(row[name]) for name in ("scores", "z_scores"))
             require(len(scores) == len(zs) and len(scores) > 0, "scores and z_scores differ in number")
-            rows.append((where, row, [float(s) for s in scores], [float(z) for z in zs]))
+            item = (row["original"], row["translation"])
+            rows.append((where, item, [float(s) for s in scores], [float(z) for z in zs]))
     points = [(s, z) for *_, scores, zs in rows for s, z in zip(scores, zs)]
     names = iter(_raters_of_lines(np.array(points).reshape(-1, 2)))
     split = Path(place).name.split(".")[0]
-    for where, row, scores, _ in rows:
+    for where, (original, translation), scores, _ in rows:
         for score in scores:
             rater = Rater(f"{split}/{next(names)}", "person")
             with found.at(where):
                 found.good.append(
-                    Rating(
-                        prompt=row["original"], answers=(row["translation"],), rater=rater, value=score, low=0, high=100
-                    )
+                    Rating(prompt=original, answers=(translation,), rater=rater, value=score, low=0, high=100)
                 )
     return found.result
 
@@ -403,7 +403,13 @@ def read_ilf(path: Path) -> ReadResult:
     Raises:
         UserError: the file cannot be read.
     """
-    return parse_rows(path, _refined)
+    found = Collector()
+    for where, row in found.rows(json_rows(path, found.bad)):
+        with found.at(where):
+            found.good.extend(_refined(row))
+            if not row["Feedback"].strip():
+                found.unused["row without feedback in words"] += 1
+    return found.result
 
 
 def _refined(row: Any) -> Iterator[Judgement]:

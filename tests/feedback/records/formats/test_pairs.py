@@ -223,11 +223,9 @@ def test_the_two_sets_of_orca_pairs(write):
     assert [m.split(": ", 1)[1] for m in found[1]] == [
         "the chosen answer is rated 1.0, below the rejected one, 9.0: the comparison is left out"
     ]
-    assert found.unused == {
-        "field rationale": 2,
-        "field status": 2,
-        "field chosen_score": 2,
-    }  # of the rows without a fault
+    assert found.unused == {"field rationale": 2, "field chosen_score": 2}  # of the rows without a fault
+    tied = old | {"rating": [None, None], "status": "tie"}
+    assert pairs.read_distilabel(write("t.jsonl", tied))[0][0].status == "tie"
 
 
 TURNS = st.lists(st.text("ab \n:", max_size=6), min_size=1, max_size=5)
