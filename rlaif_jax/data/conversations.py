@@ -48,8 +48,9 @@ class Pair(NamedTuple):
 
 def role_of(name: Any) -> Literal["system", "user", "assistant"]:
     """Returns the role that a data set calls `name`. Raises UserError for an unknown one."""
-    require(isinstance(name, str) and name in _ROLES, f"the role {name!r}; a message is by {', '.join(_ROLES)}")
-    return _ROLES[name]
+    role = name.lower() if isinstance(name, str) else ""
+    require(role in _ROLES, f"the role {name!r}; a message is by {', '.join(_ROLES)}")
+    return _ROLES[role]
 
 
 def read_turns(value: Any, name: str) -> list[Turn]:
@@ -188,10 +189,12 @@ def _whole(row: Mapping[str, Any], before: list[Turn], asked: list[Turn]) -> lis
     if isinstance(row.get("prompt"), list):
         shared = next(k for k in range(len(asked), -1, -1) if asked[len(asked) - k :] == before[:k])
         return [*asked, *before[shared:]]
-    if any(turn.role == "user" for turn in before):
+    said = [turn for turn in before if turn.role != "system"]
+    question = [turn for turn in asked if turn.role != "system"]
+    if (said and said[0].role == "user") or any(turn in said for turn in question):
         return _with_system(row, before)
     system = [turn for turn in before if turn.role == "system"] or [turn for turn in asked if turn.role == "system"]
-    return [*system, *(turn for turn in [*asked, *before] if turn.role != "system")]
+    return [*system, *question, *said]  # `chosen` begins with an answer: to the row's own prompt
 
 
 def rating_columns(row: Mapping[str, Any]) -> tuple[str, str] | None:

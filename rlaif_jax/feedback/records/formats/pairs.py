@@ -87,15 +87,18 @@ def write_hh(judgements: Iterable[Judgement], path: Path) -> int:
 
 def _dialogue(prompt: str, answer: str) -> str:
     """Returns a prompt and its answer as HH's text."""
-    if ASSISTANT in prompt and (prompt.endswith((ASSISTANT, HUMAN)) or prompt.startswith((ASSISTANT, HUMAN))):
+    if ASSISTANT in prompt and (prompt.endswith(ASSISTANT) or prompt.startswith((ASSISTANT, HUMAN))):
         return prompt + answer
     return f"{HUMAN} {prompt}{ASSISTANT} {answer}"
 
 
 def _strict_pairs(judgements: Iterable[Judgement]) -> Iterator[tuple[Ranking, int, int]]:
-    """Yields (ranking, index of the better answer, index of the worse) of comparisons without ties."""
+    """Yields (ranking, index of the better answer, index of the worse) of comparisons without ties.
+
+    Left out are comparisons of what a person says next (`read_oasst`): the formats hold answers of the assistant.
+    """
     for judgement in judgements:
-        if isinstance(judgement, Ranking) and judgement.answered:
+        if isinstance(judgement, Ranking) and judgement.answered and not judgement.prompt.endswith(HUMAN):
             for first, second, p in judgement.pairs():
                 if p != 0.5:
                     yield judgement, *((first, second) if p > 0.5 else (second, first))

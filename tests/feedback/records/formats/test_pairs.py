@@ -141,6 +141,21 @@ def test_messages_in_the_prompt_as_trl_has_them(write, sides):
     assert only(write, last | {"prompt": said(*BEFORE, system=BRIEF)}) == BRIEF + TALK
 
 
+def test_an_answer_at_the_beginning_is_one_to_the_prompt(write):
+    sides = {"chosen": [*answer("A fine county."), *said(BEFORE[2], EXMOOR)]}
+    sides["rejected"] = [*answer("A fine county."), *said(BEFORE[2], OTHER)]
+    assert only(write, sides | {"prompt": BEFORE[0]}) == TALK
+    assert only(write, sides | {"prompt": BEFORE[0], "system": BRIEF}) == BRIEF + TALK
+    assert (
+        only(write, sides | {"prompt": BEFORE[2]}) == only(write, sides) == TALK.replace("\n\nHuman: " + BEFORE[0], "")
+    )
+
+
+def test_what_a_person_says_next_is_no_answer(tmp_path):
+    record = rows.pair("\n\nHuman: q\n\nAssistant: a\n\nHuman:", (" x", " y"), 0, pairs.CROWD)
+    assert pairs.write_hh([record], tmp_path / "h") == pairs.write_distilabel([record], tmp_path / "d") == 0
+
+
 def test_a_system_message_is_no_turn_of_the_person(write):
     one = "Be brief.\n\nHuman: Name a moor.\n\nAssistant:"
     talks = {
