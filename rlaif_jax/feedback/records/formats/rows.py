@@ -210,7 +210,7 @@ def table_rows(
         _, first = next(records, (1, []))
         names = [name.strip() for name in first] if isinstance(first, list) else [first]
         missing = [column for column in columns if column not in names]
-        shown = printable(", ".join(names))
+        shown = printable(", ".join(names))[:300]
         require(not missing, f"{path}:1: no column {', '.join(missing)}; the columns are {shown}")
         twice = [column for column in columns if names.count(column) > 1]
         require(not twice, f"{path}:1: the column {', '.join(twice)} is there twice; the columns are {shown}")
@@ -226,7 +226,7 @@ def table_rows(
         elif len(row) == len(names):
             yield where, dict(zip(names, row))
         elif any(row):
-            bad.append(f"{where}: {len(row)} columns; the {len(names)} are {printable(', '.join(names))}")
+            bad.append(f"{where}: {len(row)} columns; the {len(names)} are {printable(', '.join(names))[:300]}")
 
 
 def _records(text: str, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str] | str]]:

@@ -134,6 +134,11 @@ def test_long_cells_and_cells_with_a_wrong_end(write):
     bad.clear()
     assert [row["x"] for _, row in rows.table_rows(path, bad, ("x",))] == ["b"]
     assert bad == [f"{path}:2: no text (it holds bytes that are no UTF-8)"]
+    with pytest.raises(
+        UserError, match=r"no column y; the columns are x\\r1\\r"
+    ) as raised:  # lines of an old Macintosh
+        list(rows.table_rows(write("d.csv", "x" + "\r1" * 1000), [], ("y",)))
+    assert len(str(raised.value)) < 500
     with pytest.raises(UserError, match="the column x is there twice"):
         list(rows.table_rows(write("c.csv", "x,x", "1,2"), [], ("x",)))
 
