@@ -7,8 +7,10 @@ import sys
 TOOLS = """\
 usage: python -m rlaif_jax TOOL [options]
 
-  judge      ask a model behind an API about answers, or report how good the feedback in a store is
-  annotate   serve the page on which people annotate
+  judge             ask a model behind an API about answers, or report how good the feedback in a store is
+  annotate          serve the page on which people annotate
+  import-feedback   add the feedback in files of other tools and data sets to a store
+  export-feedback   write the feedback of a store in the format of another tool
 
 `python -m rlaif_jax TOOL --help` lists a tool's options.
 """
@@ -40,6 +42,22 @@ def annotate() -> None:
     command_line(main, AnnotateConfig())
 
 
+def import_feedback() -> None:
+    """Adds feedback of other tools to a store; exits with 1 if something of a file was faulty."""
+    from rlaif_jax.command_line import command_line
+    from rlaif_jax.feedback.records import exchange
+
+    command_line(exchange.import_feedback, exchange.ImportConfig(), failed=bool)
+
+
+def export_feedback() -> None:
+    """Writes the feedback of a store in the format of another tool."""
+    from rlaif_jax.command_line import command_line
+    from rlaif_jax.feedback.records import exchange
+
+    command_line(exchange.export_feedback, exchange.ExportConfig())
+
+
 def tool(arguments: list[str]) -> None:
     """Runs the tool that the first argument names, with the other arguments.
 
@@ -51,6 +69,10 @@ def tool(arguments: list[str]) -> None:
         judge()
     elif name == "annotate":
         annotate()
+    elif name == "import-feedback":
+        import_feedback()
+    elif name == "export-feedback":
+        export_feedback()
     elif name in ("", "-h", "--help"):
         print(TOOLS, end="")
     else:

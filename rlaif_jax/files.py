@@ -32,6 +32,11 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
+def printable(text: str) -> str:
+    """Returns text for a terminal: control codes, line ends and the like are escaped, as in a literal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def read_json_lines(
     path: str | os.PathLike[str], parse: Callable[[Any, str], T], *, skip_cut: bool = False
 ) -> tuple[list[T], list[str]]:
@@ -60,7 +65,7 @@ def read_json_lines(
         except (UserError, ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
             message = str(error) if isinstance(error, UserError) else f"no valid JSON ({error})"
             if not (skip_cut and number == len(lines)):
-                bad.append(message if message.startswith(place) else f"{place}: {message}")
+                bad.append(printable(message if message.startswith(place) else f"{place}: {message}"))
     return good, bad
 
 

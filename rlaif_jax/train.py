@@ -149,6 +149,10 @@ def train(
     policy.check(config.prompt_length, tokenizer)
     runner = make_runner(config.parallel, policy.rules)
     config.check(algorithm, runner.devices)
+    require(
+        prompts.batches is None or prompts.batches >= config.steps,
+        f"train.steps is {config.steps}, but the prompts end after {prompts.batches} batches: set epochs=None, or fewer steps",
+    )
     pure = programs(algorithm, policy, [reward for reward, _ in device_rewards])
     sample, prepare, update = runner.map(pure.sample), runner.map(pure.prepare), runner.step(pure.step)
 

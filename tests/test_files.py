@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.files import atomic_write, read_bytes, read_json_lines
+from rlaif_jax.files import atomic_write, printable, read_bytes, read_json_lines
 
 ROOT = Path(__file__).parents[1]
 VALUES = st.recursive(
@@ -186,3 +186,15 @@ def test_kill_9_at_any_moment_leaves_one_whole_file(tmp_path):
         lines = path.read_text().splitlines()
         assert len(lines) == 200
         assert len(set(lines)) == 1
+
+
+def test_text_from_a_file_is_printed_without_control_codes(tmp_path):
+    assert printable("a b\u00e9 \U0001f600") == "a b\u00e9 \U0001f600"
+    assert printable("\x1b[31m\x9b\n\u2028\ud800") == "\\x1b[31m\\x9b\\n\\u2028\\ud800"
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"x\x1b": 1}))
+
+    def refuse(value, place):
+        raise UserError(f"no field {next(iter(value))}")
+
+    assert read_json_lines(path, refuse) == ([], [f"{path}:1: no field x\\x1b"])

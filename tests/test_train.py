@@ -307,6 +307,7 @@ BAD = {
     "prompt longer than prompt_length": Bad(prompts=GOOD + '{"prompt": "a b c d e f g h"}\n', names=("8 tokens", "6")),
     "longer than the context": Bad(("--sampling.max-new-tokens", "40"), names=("46", "context of 16")),
     "batch larger than the data": Bad(("--train.prompts-per-step", "64"), names=("64", "36")),
+    "fewer batches than steps": Bad(("--epochs", "2"), names=("train.steps is 20", "after 4 batches", "epochs=None")),
     "K=1 for a group method": Bad(
         ("--ppo.kl-in", "loss"), ("ppo.advantage:group-normalised",), names=("answers_per_prompt is 1",)
     ),

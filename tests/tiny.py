@@ -40,6 +40,7 @@ class TinyConfig:
     tokenizer: Path | None = None
     out: Path = Path("runs/tiny")
     seed: int = 0
+    epochs: int | None = None
     resume: bool = False
     nan_reward: bool = False
     width: int = 16
@@ -80,6 +81,7 @@ def main(config: TinyConfig) -> None:
         batch_size=config.train.prompts_per_step,
         seed=config.seed,
         prompt_length=config.train.prompt_length,
+        epochs=config.epochs,
     )
     critic = ScalarModel(model.config, "zero") if config.ppo.advantage.needs_critic else None
     settings = dataclasses.replace(config, resume=False)

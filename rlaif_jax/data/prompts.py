@@ -101,12 +101,19 @@ class PromptBatch:
 
 
 class PromptIterator(Iterator[PromptBatch]):
-    """Iterator that `prompt_batches` makes; its position is `get_state()`, a small JSON-serialisable dict."""
+    """Iterator that `prompt_batches` makes; its position is `get_state()`, a small JSON-serialisable dict.
 
-    def __init__(self, batches: Any, make: Callable[[Any], PromptBatch], identity: Mapping[str, Any]) -> None:
-        self._iterator = iter(batches)
+    Attributes:
+        batches: how many batches there are from the first to the last; None: it never ends.
+    """
+
+    def __init__(
+        self, dataset: Any, make: Callable[[Any], PromptBatch], identity: Mapping[str, Any], batches: int | None
+    ) -> None:
+        self._iterator = iter(dataset)
         self._make = make
         self._identity = dict(identity)
+        self.batches = batches
 
     def __iter__(self) -> PromptIterator:
         return self
@@ -176,7 +183,9 @@ def prompt_batches(
     dataset = grain.MapDataset.range(len(records)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.batch(batch_size, drop_remainder=drop_remainder).repeat(epochs)
+    dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
+    count = None if epochs is None else len(dataset) * epochs
+    dataset = dataset.repeat(epochs)
     # The tokens are in memory: threads or worker processes would only cost.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
@@ -199,7 +208,7 @@ def prompt_batches(
         "drop_remainder": drop_remainder,
         "fingerprint": digest.hexdigest()[:16],
     }
-    return PromptIterator(batches, make, identity)
+    return PromptIterator(batches, make, identity, count)
 
 
 def _check_settings(
@@ -232,6 +241,8 @@ def _tokenized(
                 f'{_place(records, index)}: field "prompt" should be a string, not {type(prompt).__name__}; '
                 f"the record has {listed(record)}"
             )
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UserError(f'{_place(records, index)}: field "prompt" holds half of a Unicode surrogate pair')
         ids = tokenizer.encode(prompt, add_bos=add_bos)
         if not ids:
             raise UserError(f"{_place(records, index)}: the prompt has no tokens; write one, or set add_bos")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rlaif_jax.config import UserError
-from rlaif_jax.files import read_json_lines
+from rlaif_jax.data.conversations import prompt_text, read_pair, read_ratings, read_turns
+from rlaif_jax.files import printable, read_json_lines
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -43,6 +44,8 @@ class FileRecords:
 def jsonl_records(path: PathLike, *, required: Sequence[str] = ("prompt",)) -> FileRecords:
     """Reads and checks a whole file of one JSON object a line (`.jsonl` or `.jsonl.gz`).
 
+    A `prompt` that is a list of messages becomes text (`conversations.prompt_text`).
+
     Args:
         path: the file.
         required: fields that every record must have, each a string. Other fields are kept as they are.
@@ -52,8 +55,47 @@ def jsonl_records(path: PathLike, *, required: Sequence[str] = ("prompt",)) -> F
     """
 
     def parse(value: Any, place: str) -> tuple[dict[str, Any], str]:
+        if isinstance(value, dict) and "prompt" in required and isinstance(value.get("prompt"), list):
+            value = value | {"prompt": prompt_text(read_turns(value["prompt"], "prompt"))}
         return _checked(value, place, required), place
 
+    return _read(path, parse, required)
+
+
+def pair_records(path: PathLike) -> FileRecords:
+    """Reads preference pairs from JSON lines: `prompt`, `chosen`, `rejected` and optionally `probability`.
+
+    The three are texts or lists of messages; see `conversations.read_pair` for where else the prompt may be.
+    `probability`, in [0, 1], is the probability that `chosen` is the better answer (a soft label). Its default is 1, or 1/2
+    where the record rates both answers equally (`conversations.rating_columns`).
+
+    Raises:
+        UserError: as `jsonl_records`, a probability that is not a number from 0 to 1, or a chosen answer with the lower
+            rating.
+    """
+    return _read(path, _pair, ("prompt", "chosen", "rejected"))
+
+
+def _pair(value: Any, place: str) -> tuple[dict[str, Any], str]:
+    if not isinstance(value, dict) or not value.keys() >= {"chosen", "rejected"}:
+        _checked(value, place, ("chosen", "rejected"))  # raises the error for what is missing
+    prompt, answers, _ = read_pair(value)
+    record = _checked(value | dict(zip(("prompt", "chosen", "rejected"), (prompt, *answers))), place, ("prompt",))
+    better, worse = read_ratings(value)
+    if better is not None and worse is not None and "probability" not in value:
+        if better < worse:
+            raise UserError(f"{place}: the chosen answer is rated {better}, below the rejected one, {worse}")
+        record |= {"probability": 0.5} if better == worse else {}
+    probability = record.get("probability", 1.0)
+    is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
+    if not is_number or not 0.0 <= probability <= 1.0:
+        raise UserError(f'{place}: field "probability" should be a number from 0 to 1, not {_shown(probability)}')
+    return _checked(record, place, ("chosen", "rejected")), place
+
+
+def _read(
+    path: PathLike, parse: Callable[[Any, str], tuple[dict[str, Any], str]], required: Sequence[str]
+) -> FileRecords:
     good, bad = read_json_lines(path, parse)
     if bad:
         raise UserError(bad[0])
@@ -61,22 +103,6 @@ def jsonl_records(path: PathLike, *, required: Sequence[str] = ("prompt",)) -> F
         raise UserError(f"{path} is empty: expected one JSON object a line, with {listed(required)}")
     records, places = zip(*good, strict=True)
     return FileRecords(records, places)
-
-
-def pair_records(path: PathLike) -> FileRecords:
-    """Reads preference pairs from JSON lines: `prompt`, `chosen`, `rejected` and optionally `probability`.
-
-    `probability`, in [0, 1], is the probability that `chosen` is the better answer (a soft label); its default is 1.
-
-    Raises:
-        UserError: as `jsonl_records`, or a probability that is not a number from 0 to 1.
-    """
-    records = jsonl_records(path, required=("prompt", "chosen", "rejected"))
-    for record, place in zip(records.records, records.places, strict=True):
-        value = record.get("probability", 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-            raise UserError(f'{place}: field "probability" should be a number from 0 to 1, not {_shown(value)}')
-    return records
 
 
 def _checked(record: Any, place: str, required: Sequence[str]) -> dict[str, Any]:
@@ -96,7 +122,7 @@ def _checked(record: Any, place: str, required: Sequence[str]) -> dict[str, Any]
 
 def listed(names: Sequence[str] | Mapping[str, Any]) -> str:
     """Returns field names as a message shows them."""
-    return ", ".join(f'"{name}"' for name in names) or "no fields"
+    return ", ".join(f'"{printable(name)}"' for name in names) or "no fields"
 
 
 def _shown(value: Any) -> str:

@@ -68,6 +68,7 @@ class WithRecorded(PromptIterator):
         demonstration: str = "",
     ) -> None:
         self._prompts, self._tokenizer, self._length = prompts, tokenizer, length
+        self.batches = prompts.batches
         self._pair, self._demonstration = pair, demonstration
 
     def __next__(self) -> PromptBatch:
@@ -82,6 +83,10 @@ class WithRecorded(PromptIterator):
         for record in batch.records:
             lacking = [field for field in fields if not isinstance(record.get(field), str)]
             require(not lacking, f"a record has no text in {', '.join(lacking)}: {str(record)[:80]}")
+            halves = [
+                field for field in fields if any("\ud800" <= character <= "\udfff" for character in record[field])
+            ]
+            require(not halves, f"a record has half of a surrogate pair in {', '.join(halves)}: {str(record)[:80]!a}")
         texts = [[record[field] for field in fields] for record in batch.records]
         return as_rollout(batch, texts, self._tokenizer, self._length)
 

@@ -97,7 +97,11 @@ def test_remainder_is_dropped_or_kept_and_no_prompt_is_twice_in_a_batch():
     )
     assert [len(b.uid) for b in kept] == [4, 4, 2, 4, 4, 2]
     assert sorted(int(u) for b in kept[:3] for u in b.uid) == list(range(10))
-    dropped = list(prompt_batches(prompts(10), WORDS, batch_size=4, seed=0, prompt_length=5, epochs=2))
+    endless = prompt_batches(prompts(10), WORDS, batch_size=4, seed=0, prompt_length=5)
+    counted = prompt_batches(prompts(10), WORDS, batch_size=4, seed=0, prompt_length=5, epochs=2)
+    assert (endless.batches, counted.batches) == (None, 4)
+    dropped = list(counted)
+    assert len(dropped) == 4
     assert [len(b.uid) for b in dropped] == [4] * 4
     small = prompt_batches(prompts(3), WORDS, batch_size=8, seed=0, prompt_length=5, epochs=1, drop_remainder=False)
     assert [len(b.uid) for b in small] == [3]
@@ -207,6 +211,7 @@ def test_long_prompts(tmp_path: Path):
         (prompts(3), {"batch_size": 0}, "batch_size should be at least 1"),
         (prompts(3), {"epochs": 0}, "epochs should be at least 1"),
         ([{"prompt": ""}], {}, "record 0: the prompt has no tokens"),
+        ([{"prompt": "w1"}, {"prompt": "w1 \ud83d"}], {}, 'record 1: field "prompt" holds half of a Unicode surrogate'),
         ([{"question": "w1"}], {}, 'record 0: field "prompt" should be a string.*"question"'),
         ([{"prompt": "w1", "uid": -1}], {}, "uid.*should be from 0"),
         ([{"prompt": "w1", "uid": 2**32}], {}, "uid.*should be from 0"),

@@ -81,6 +81,41 @@ def test_pairs(tmp_path: Path):
         pair_records(write(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "good"}))
 
 
+def said(*texts: str, system: str = "") -> list[dict[str, str]]:
+    head = [{"role": "system", "content": system}] if system else []
+    return head + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+TALK = "Be brief.\n\nHuman: p\n\nAssistant: a\n\nHuman: q\n\nAssistant:"
+
+
+def test_prompts_and_pairs_of_messages(tmp_path: Path):
+    talk, answers = said("p", "a", "q", system="Be brief."), [said("", text)[1:] for text in ("good", "bad")]
+    records = jsonl_records(write(tmp_path / "p.jsonl", {"prompt": talk, "id": 1}, {"prompt": said("q")})).records
+    assert records == ({"prompt": TALK, "id": 1}, {"prompt": "q"})
+    rows = [
+        {"prompt": talk, "chosen": answers[0], "rejected": answers[1]},
+        {"prompt": "q", "chosen": talk + answers[0], "rejected": talk + answers[1]},
+    ]
+    expected = {"prompt": TALK, "chosen": "good", "rejected": "bad"}
+    assert pair_records(write(tmp_path / "p.jsonl", *rows)).records == (expected, expected)
+    for wrong in ([], [{"role": "robot", "content": "x"}], [{"role": "user"}], 3):
+        with pytest.raises(UserError, match=r"p\.jsonl:1: .*prompt"):
+            jsonl_records(write(tmp_path / "p.jsonl", {"prompt": wrong}))
+        with pytest.raises(UserError, match=r"p\.jsonl:1: .*prompt"):
+            pair_records(write(tmp_path / "p.jsonl", {"prompt": wrong, "chosen": "a", "rejected": "b"}))
+
+
+def test_pairs_that_are_rated_equally_are_no_certain_preference(tmp_path: Path):
+    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    rows = [pair | {"chosen-rating": 4, "rejected-rating": low} for low in (4, 3)]
+    rows.append(rows[0] | {"probability": 0.9})
+    records = pair_records(write(tmp_path / "p.jsonl", *rows)).records
+    assert [record.get("probability", 1) for record in records] == [0.5, 1, 0.9]
+    with pytest.raises(UserError, match=r"p\.jsonl:1: the chosen answer is rated 2.0, below the rejected one, 4.0"):
+        pair_records(write(tmp_path / "p.jsonl", pair | {"score_chosen": 2, "score_rejected": 4}))
+
+
 def test_real_jsonl(shared_data):
     records = jsonl_records(shared_data("gsm8k/train.jsonl"), required=("question", "answer"))
     assert len(records) == 7473

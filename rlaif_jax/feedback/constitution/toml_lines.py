@@ -1,8 +1,7 @@
 """A TOML file of `[[section]]` entries, read so that every value knows its line.
 
-The standard library's parser gives values without lines. However, no TOML statement ends inside another one,
-so the file is cut into statements (the shortest runs of lines that parse by themselves), and each statement
-has the line of its beginning.
+The standard library's parser gives values without lines. However, a TOML statement ends with a line, so the
+file is cut at the line ends outside texts and brackets, and each statement has the line of its beginning.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.files import read_bytes
+from rlaif_jax.files import printable, read_bytes
 
 
 @dataclass
@@ -53,7 +52,7 @@ class TomlEntry:
 
     def wrong(self, name: str, message: str) -> UserError:
         """Returns the error for a wrong field `name`; its text is file, line, section and `message`."""
-        return UserError(f"{self.where(name)}: {self.label}: {message}")
+        return UserError(printable(f"{self.where(name)}: {self.label}: {message}"))
 
     def has(self, name: str) -> bool:
         """Returns whether the entry has the field."""
@@ -168,7 +167,7 @@ def read_entries(path: Path, sections: Sequence[str]) -> tuple[str, list[TomlEnt
         if statement.startswith("["):
             found = re.match(r"\[\[\s*([^\[\]]*?)\s*\]\]", statement)
             name = found[1].strip("\"'") if found else statement.strip("[] \t\r").split("]")[0]
-            require(name in sections, f"{path}:{line}: unknown section {statement.strip()}; there are {expected}")
+            require(name in sections, f"{path}:{line}: unknown section {printable(statement)}; there are {expected}")
             require(found is not None, f"{path}:{line}: write [[{name}]], with two brackets: there may be several")
             entries.append(TomlEntry(path, name, line, {}))
         else:
@@ -192,24 +191,34 @@ def _check_syntax(path: Path, text: str) -> None:
         raise UserError(f"{path}:1: no valid TOML: nested too deeply") from error
 
 
+_TOKENS = re.compile(
+    r""""{3}(?:[^"\\]|\\.|"(?!""))*+"{3,5}|'{3}(?:[^']|'(?!''))*+'{3,5}"""  # texts of several lines
+    r"""|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+'|#[^\n]*+"""  # texts in a line, comments
+    r"|[\[{]|[\]}]|\n",
+    re.DOTALL,
+)
+
+
 def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
     """Yields (first line, text, values) of every statement; blank lines and comments are not statements.
 
-    Where a string or an array is never closed, the rest of the text is the last statement, with None as values.
+    A statement ends with the first line outside its texts and brackets. The values are None for one that is no TOML.
     """
-    lines: list[str] = []
-    first = 1
-    for number, line in enumerate(text.split("\n"), 1):
-        if not lines:
-            first = number
-        lines.append(line)
-        statement = "\n".join(lines)
-        try:
-            parsed = tomllib.loads(statement)
-        except tomllib.TOMLDecodeError:
+    start, line, depth = 0, 1, 0
+    ends = (match for match in _TOKENS.finditer(text + "\n") if match[0] in _BRACKETS or match[0] == "\n")
+    for end in ends:
+        depth += _BRACKETS.get(end[0], 0)
+        if end[0] != "\n" or (depth > 0 and end.end() <= len(text)):
             continue
-        lines = []
-        if parsed or statement.lstrip().startswith("["):
-            yield first, statement.strip(), parsed
-    if lines:
-        yield first, "\n".join(lines), None
+        statement = text[start : end.start()]
+        try:
+            parsed: dict[str, Any] | None = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            parsed = None
+        if parsed is None or parsed or statement.lstrip().startswith("["):
+            yield line, statement.strip(), parsed
+        line += statement.count("\n") + 1
+        start, depth = end.end(), 0
+
+
+_BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}

@@ -20,6 +20,7 @@ from rlaif_jax.data.readers import tfds_records
 from rlaif_jax.data.tfds_offline import tfds
 from rlaif_jax.feedback.records.forms import Judgement, canonical, to_json
 from rlaif_jax.feedback.records.parsing import from_json
+from rlaif_jax.files import printable
 
 NAME = "judgements"
 _TEXTS = ("id", "form", "item", "prompt", "rater", "source", "principle", "status", "record")
@@ -114,7 +115,7 @@ def read(folder: Path, split: str = "train") -> tuple[list[Judgement], list[str]
         try:
             good.append(from_json(json.loads(records[index]["record"]), place))
         except UserError as error:
-            bad.append(str(error))
+            bad.append(printable(str(error)))
         except (KeyError, ValueError, TypeError) as error:
             bad.append(f"{place}: no judgement in the field record ({error!r})")
     return good, bad

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import time
 import tomllib
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from rlaif_jax.config import UserError
@@ -59,6 +63,56 @@ def test_values_and_lines(tmp_path):
         *whole["rule"],
         *whole["other"],
     ]
+
+
+TEXTS = st.lists(st.sampled_from([*"a]}[{#=,\n\\' ", '"', '"""', "'''"]), max_size=8).map("".join)
+
+
+def quoted(text: str) -> str:
+    """A basic text: JSON's escapes are TOML's."""
+    return json.dumps(text)
+
+
+def in_several_lines(text: str) -> str:
+    return '"""' + text.replace("\\", "\\\\").replace('"""', '""\\"') + '"""'
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from(["text", "lines", "list", "comment", "literal"]), TEXTS), max_size=6)
+)
+def test_every_statement_has_its_line(tmp_path, statements):
+    """The file is made of statements whose lines and values are known."""
+    text, expected = "", {}
+    for number, (kind, value) in enumerate(statements):
+        name, line = f"k{number}", text.count("\n") + 1
+        if kind == "comment":
+            text += "# " + value.replace("\n", " ") + "\n\n"
+            continue
+        if kind == "literal":
+            value = value.replace("'", "").replace("\n", " ")
+        written_as = {
+            "text": quoted(value),
+            "lines": in_several_lines(value),
+            "list": f"[ # ] {value.replace(chr(10), ' ')}\n  {quoted(value)},\n\n  {{ x = {quoted(value)} }},\n]",
+            "literal": f"'{value}'",
+        }[kind]
+        text += f"{name} = {written_as}  # {value.replace(chr(10), ' ')}\n"
+        expected[name] = line
+    text += "[[rule]]\n"
+    _, entries = read_entries(written(tmp_path, text), ["rule"])
+    assert {name: line for name, (_, line) in entries[0].values.items()} == expected
+    assert {name: value for name, (value, _) in entries[0].values.items()} | {"rule": [{}]} == tomllib.loads(text)
+    assert entries[1].line == text.count("\n")
+
+
+def test_the_time_is_that_of_the_length(tmp_path):
+    """4,000 lines of one list: 26 s where each line reads all lines before it again."""
+    text = "[[rule]]\nwords = [\n" + '  "word",\n' * 4000 + "]\nname = 'x'\n"
+    start = time.perf_counter()
+    _, entries = read_entries(written(tmp_path, text), ["rule"])
+    assert time.perf_counter() - start < 5
+    assert len(entries[1].values["words"][0]) == 4000 and entries[1].values["name"] == ("x", 4004)
 
 
 def test_windows_line_ends_and_a_byte_order_mark(tmp_path):
@@ -120,6 +174,7 @@ def test_fields_by_kind(tmp_path):
         ('a = "x"', lambda e: e.choice("a", ("y", "z")), r"a is 'x'; it is one of y, z"),
         ("", lambda e: e.text("a"), r":1: \[\[rule\]\]: needs a, a text"),
         ("name = 1\nat_lest = 2", lambda e: (e.has("name"), e.has("at_least"), e.done()), r":3: .*did you mean at_least"),
+        ('"z\\u001b[31m" = 2', lambda e: e.done(), r":2: .*has no field z\\x1b\[31m; it has "),
         ("zzz = 2", lambda e: (e.has("name"), e.done()), r":2: .*has no field zzz; it has name"),
     ],
 )  # fmt: skip

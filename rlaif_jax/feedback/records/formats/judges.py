@@ -13,6 +13,7 @@ from rlaif_jax.config import require
 from rlaif_jax.feedback.records.formats.rows import (
     Collector,
     ReadResult,
+    amount,
     field,
     json_rows,
     pair,
@@ -54,7 +55,7 @@ def _alpaca(row: Any, annotator: str) -> Ranking:
     more: dict[str, Any] = {
         "generators": _both(row.get("generator_1"), row.get("generator_2")),
         "raw": row.get("raw_completion") if isinstance(row.get("raw_completion"), str) else "",
-        "call": Call(latency_s=row.get("time_per_example"), cost=row.get("price_per_example") or 0.0),
+        "call": Call(latency_s=amount(row.get("time_per_example")), cost=amount(row.get("price_per_example")) or 0.0),
     }
     answers = (field(row, "output_1"), field(row, "output_2"))
     if field(row, "preference", (float, type(None))) is None or math.isnan(row["preference"]):
@@ -138,21 +139,22 @@ def read_fastchat(path: Path, questions: Path | None = None, answers: Sequence[P
                 answer_turns[field(row, "model_id"), field(row, "question_id", (int, str))] = turns
 
     def text(row: Any, model: str) -> str:
-        key = (model, row["question_id"])
-        if key not in answer_turns:
+        key, turn = (model, row["question_id"]), row.get("turn", 1)
+        if not answers:
             return model
+        require(key in answer_turns, f"the files of answers have none of {model} to question {key[1]}")
         turns, asked = answer_turns[key], question_turns.get(row["question_id"], [])
-        if row.get("turn", 1) == 1 or len(asked) < 2:
+        require(turn in (1, 2) and turn <= len(turns), f"turn {turn} of {len(turns)}, by {model}")
+        if turn == 1:
             return turns[0]
-        return f"{turns[0]}\n\nHuman: {asked[1]}\n\nAssistant: {turns[1]}"
+        return f"{turns[0]}\n\nHuman: {asked[1]}\n\nAssistant: {turns[1]}" if len(asked) > 1 else turns[1]
 
     def prompt(row: Any) -> str:
         number = field(row, "question_id", (int, str))
-        return (
-            question_turns[number][0] if number in question_turns else f"question {number}, turn {row.get('turn', 1)}"
-        )
+        require(questions is None or number in question_turns, f"the file of questions has no question {number}")
+        return question_turns[number][0] if questions is not None else f"question {number}, turn {row.get('turn', 1)}"
 
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             found.good.extend(_fastchat(row, prompt(row), partial(text, row)))
     return found.result
@@ -161,7 +163,7 @@ def read_fastchat(path: Path, questions: Path | None = None, answers: Sequence[P
 def _fastchat(row: Any, prompt: str, text: Callable[[str], str]) -> Iterator[Judgement]:
     judge = row.get("judge")
     name = "/".join(judge) if isinstance(judge, list) else str(judge or "judge")
-    more: dict[str, Any] = {"time": row.get("tstamp"), "principle": f"turn {row.get('turn', 1)}"}
+    more: dict[str, Any] = {"time": amount(row.get("tstamp")), "principle": f"turn {row.get('turn', 1)}"}
     if "score" in row:
         model, score = field(row, "model"), field(row, "score", float)
         shared: dict[str, Any] = {
@@ -218,7 +220,7 @@ def read_pandalm(path: Path, judges: Sequence[Path] = ()) -> ReadResult:
     """
     found = Collector()
     pairs: dict[Any, tuple[str, tuple[str, str], tuple[str, ...]]] = {}
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             given = field(row, "input")
             prompt = field(row, "instruction") + (f"\n\n{given}" if given else "")
@@ -251,7 +253,9 @@ def _annotator(row: Any, item: tuple[str, tuple[str, str], tuple[str, ...]], num
 
 
 def _pandalm_judge(row: Any, prompt: str, answers: tuple[str, str], writers: tuple[str, ...]) -> Ranking:
-    key = next((key for key in row if key.endswith("_result")), "result")
+    keys = [key for key in row if key.endswith("_result")] or ["result"]
+    require(len(keys) == 1, f"verdicts of several judges: {', '.join(keys)}")
+    key = keys[0]
     name = key.removesuffix("_result")
     verdict = str(field(row, key, (str, int))).strip().lower()
     more: dict[str, Any] = {"raw": str(row.get(f"{name}_reason") or verdict), "generators": writers}
@@ -305,10 +309,12 @@ def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | Non
     """
     found = Collector()
     rater = Rater(judge, "ai", model=judge)
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             prompt, answers = field(row, "input"), (field(row, "output_1"), field(row, "output_2"))
-            for result in field(row, "results", list):
+            if not field(row, "results", list):
+                found.unused["row without a result"] += 1
+            for result in row["results"]:
                 for number, answer in enumerate(answers, 1):
                     if f"score_{number}" in result:
                         with found.at(where):
@@ -318,13 +324,15 @@ def read_llmbar_judge(path: Path, judge: str, verdict: Callable[[str], int | Non
                     if "completion" in order:
                         with found.at(where):
                             found.good.append(_order(prompt, answers, order, shown, rater, verdict))
+                    elif "score_1" not in result:
+                        found.unused["order without a completion"] += 1
     return found.result
 
 
 def _score(prompt: str, answer: str, raw: str, rater: Rater) -> Rating:
-    digits = re.search(r"\d+(\.\d+)?", raw)
+    numbers = re.findall(r"\d+(?:\.\d+)?", re.sub(r"\s*(/|out of)\s*10\b", "", raw))
     shared: dict[str, Any] = {"prompt": prompt, "answers": (answer,), "rater": rater, "raw": raw, "low": 0, "high": 10}
-    return Rating(**shared, value=float(digits[0])) if digits else Rating(**shared, status="unparsed")
+    return Rating(**shared, value=float(numbers[0])) if len(numbers) == 1 else Rating(**shared, status="unparsed")
 
 
 def _order(
@@ -364,7 +372,7 @@ def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4
         UserError: the file cannot be read.
     """
     found = Collector()
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             pieces = _SECTION.split(field(row, "instruction"))
             sections = {name.strip().split(" (")[0]: text.strip("\n") for name, text in zip(pieces[1::2], pieces[2::2])}
@@ -377,6 +385,8 @@ def read_prometheus(path: Path, rater: Rater = Rater("gpt-4", "ai", model="gpt-4
             }
             scores, remarks = field(row, "gpt4_score", list), field(row, "gpt4_feedback", list)
             require(len(scores) == len(remarks), f"{len(scores)} scores but {len(remarks)} pieces of feedback")
+            if not scores:
+                found.unused["row without a score"] += 1
             for seed, (score, remark) in enumerate(zip(scores, remarks)):
                 with found.at(where):
                     found.good.extend(_graded(shared, seed, score, remark))

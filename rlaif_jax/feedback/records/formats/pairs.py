@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlaif_jax.config import require
-from rlaif_jax.feedback.records.formats.rows import (
+from rlaif_jax.data.conversations import (
     ASSISTANT,
+    HUMAN,
+    Turn,
+    conversation_prompt,
+    prompt_text,
+    prompt_turns,
+    read_pair,
+    read_prompt,
+    read_ratings,
+    role_of,
+)
+from rlaif_jax.feedback.records.formats.rows import (
     Collector,
     ReadResult,
-    conversation_prompt,
     field,
     json_rows,
     pair,
@@ -59,6 +69,8 @@ def _hh(row: Any, rater: Rater) -> Ranking:
 def write_hh(judgements: Iterable[Judgement], path: Path) -> int:
     """Writes every comparison of the rankings except ties as an HH pair; returns the number of rows.
 
+    A prompt that is no dialogue becomes the person's turn of one.
+
     Args:
         judgements: judgements of any form; only rankings are written.
         path: the file, JSON lines; it is replaced.
@@ -67,16 +79,26 @@ def write_hh(judgements: Iterable[Judgement], path: Path) -> int:
         UserError: the file cannot be written.
     """
     return write_jsonl(
-        ({"chosen": j.prompt + j.answers[better], "rejected": j.prompt + j.answers[worse]}
+        ({"chosen": _dialogue(j.prompt, j.answers[better]), "rejected": _dialogue(j.prompt, j.answers[worse])}
          for j, better, worse in _strict_pairs(judgements)),
         path,
     )  # fmt: skip
 
 
+def _dialogue(prompt: str, answer: str) -> str:
+    """Returns a prompt and its answer as HH's text."""
+    if ASSISTANT in prompt and (prompt.endswith(ASSISTANT) or prompt.startswith((ASSISTANT, HUMAN))):
+        return prompt + answer
+    return f"{HUMAN} {prompt}{ASSISTANT} {answer}"
+
+
 def _strict_pairs(judgements: Iterable[Judgement]) -> Iterator[tuple[Ranking, int, int]]:
-    """Yields (ranking, index of the better answer, index of the worse) of comparisons without ties."""
+    """Yields (ranking, index of the better answer, index of the worse) of comparisons without ties.
+
+    Left out are comparisons of what a person says next (`read_oasst`): the formats hold answers of the assistant.
+    """
     for judgement in judgements:
-        if isinstance(judgement, Ranking) and judgement.answered:
+        if isinstance(judgement, Ranking) and judgement.answered and not judgement.prompt.endswith(HUMAN):
             for first, second, p in judgement.pairs():
                 if p != 0.5:
                     yield judgement, *((first, second) if p > 0.5 else (second, first))
@@ -86,11 +108,14 @@ def _strict_pairs(judgements: Iterable[Judgement]) -> Iterator[tuple[Ranking, in
 
 
 def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, high: float = 5) -> ReadResult:
-    """Reads distilabel's rows, of either kind.
+    """Reads distilabel's rows, and those of TRL and other sets of pairs.
 
-    `prompt, chosen, rejected` (texts, or lists of messages), optionally with `chosen_rating, rejected_rating` and the names
-    of the models, become a comparison (a tie where the ratings are equal) and two ratings. `instruction, generations,
-    ratings`, optionally with `rationales` and `generation_models`, become a rating and a comment for each generation.
+    `chosen, rejected` (texts, or lists of messages) become a comparison. The prompt is all that was said before the answers
+    (`conversations.read_pair`): messages in `chosen` and `prompt`, or the fields `prompt`, `instruction`, `input`,
+    `question` and `system`. Two ratings (`chosen_rating, rejected_rating`; see `conversations.rating_columns`) become
+    ratings; equal ones make the comparison a tie, and where the chosen answer has the lower one the comparison is left out.
+    `generations, ratings` (or `rating`), optionally with `rationales` and `generation_models`, become a rating and a comment
+    for each generation.
 
     Args:
         path: the file.
@@ -105,58 +130,65 @@ def read_distilabel(path: Path, rater: Rater = DISTILABEL, *, low: float = 1, hi
         UserError: the file cannot be read.
     """
     found = Collector()
-    for where, row in json_rows(path, found.bad):
-        with found.at(where):
-            if isinstance(row, dict) and "generations" in row:
+    for where, row in found.rows(json_rows(path, found.bad)):
+        several = isinstance(row, dict) and "generations" in row
+        if not several or ("chosen" in row and "rejected" in row):
+            with found.at(where):
+                require(isinstance(row, dict), f"a row must be an object, not {str(row)[:40]!r}")
+                _chosen(found, where, row, rater, low, high)
+        if several:
+            with found.at(where):
                 _generations(found, where, row, rater, low, high)
-            else:
-                found.good.extend(_chosen(row, rater, low, high))
     return found.result
 
 
-def _chosen(row: Any, rater: Rater, low: float, high: float) -> list[Judgement]:
-    sides = [_messages(field(row, name, (list, str))) for name in ("chosen", "rejected")]
-    prompt = row.get("prompt") or row.get("instruction") or sides[0][0]
-    require(
-        isinstance(prompt, str) and bool(prompt), "no prompt: there is no field prompt, and chosen is no conversation"
-    )
-    answers = (sides[0][1], sides[1][1])
-    require(answers[0] != answers[1], "chosen and rejected are the same text")
+def _chosen(found: Collector, where: str, row: Any, rater: Rater, low: float, high: float) -> None:
+    """Adds the comparison of a row and the ratings of its two answers."""
+    prompt, answers, unused = read_pair(row)
+    found.unused.update(unused)
     models = [row.get("chosen_model"), row.get("rejected_model")]
     written = tuple(models) if all(isinstance(model, str) for model in models) else ()
-    ratings = [row.get("chosen_rating"), row.get("rejected_rating")]
-    tie = ratings[0] is not None and ratings[0] == ratings[1]
-    made: list[Judgement] = [pair(prompt, answers, None if tie else 0, rater, generators=written)]
-    for i, name in enumerate(("chosen_rating", "rejected_rating")):
-        if ratings[i] is not None:
-            value = field(row, name, float)
-            made.append(
-                Rating(prompt=prompt, answers=(answers[i],), rater=rater, value=value, low=low, high=high,
-                       generators=written[i : i + 1])
-            )  # fmt: skip
-    return made
+    ratings: tuple[float | None, float | None] = (None, None)
+    with found.at(where):
+        ratings = read_ratings(row)
+    better, worse = ratings if ratings != (None, None) or "generations" not in row else _ratings_of(row, answers)
+    with found.at(where):
+        tie = row.get("status") == "tie" or (better is not None and better == worse)
+        require(
+            better is None or worse is None or better >= worse,
+            f"the chosen answer is rated {better}, below the rejected one, {worse}: the comparison is left out",
+        )
+        found.good.append(pair(prompt, answers, None if tie else 0, rater, generators=written))
+    for i, value in enumerate(ratings):
+        if value is not None:
+            with found.at(where):
+                found.good.append(
+                    Rating(prompt=prompt, answers=(answers[i],), rater=rater, value=value, low=low, high=high,
+                           generators=written[i : i + 1])
+                )  # fmt: skip
 
 
-def _messages(side: Any) -> tuple[str, str]:
-    """Returns (the text before the last message, the last message)."""
-    if isinstance(side, str):
-        return "", side
-    require(bool(side), "a conversation without messages")
-    texts = [field(message, "content") for message in side]
-    if len(side) == 2:
-        return texts[0], texts[1]
-    return conversation_prompt(
-        (message.get("role") == "assistant", text) for message, text in zip(side[:-1], texts)
-    ), texts[-1]
+def _ratings_of(row: Any, answers: tuple[str, str]) -> tuple[float | None, float | None]:
+    """Returns the ratings that `generations` of these texts have; None for other texts."""
+    rated = dict(zip(field(row, "generations", list), _rating_list(row)))
+    values = [rated.get(answer) for answer in answers]
+    return tuple(float(value) if isinstance(value, (int, float)) else None for value in values)  # type: ignore[return-value]
+
+
+def _rating_list(row: Any) -> list[Any]:
+    return field(row, "rating" if "rating" in row and "ratings" not in row else "ratings", list)
 
 
 def _generations(found: Collector, where: str, row: Any, rater: Rater, low: float, high: float) -> None:
-    prompt, answers = field(row, "instruction"), field(row, "generations", list)
-    ratings, reasons = field(row, "ratings", list), row.get("rationales") or [None] * len(answers)
+    asked, answers = read_prompt(row), field(row, "generations", list)
+    require(bool(asked), f"no prompt: the fields are {', '.join(map(str, row))}"[:300])
+    prompt = prompt_text(asked)
+    ratings, reasons = _rating_list(row), row.get("rationales") or [None] * len(answers)
     models = row.get("generation_models") or [None] * len(answers)
     require(len(answers) == len(ratings) == len(reasons) == len(models), "generations and ratings differ in number")
     for answer, value, reason, model in zip(answers, ratings, reasons, models):
         if answer is None:
+            found.unused["generation that is null"] += 1
             continue
         shared: dict[str, Any] = {"prompt": prompt, "answers": (answer,), "rater": rater, "raw": reason or ""}
         shared["generators"] = (model,) if model else ()
@@ -173,6 +205,8 @@ def _generations(found: Collector, where: str, row: Any, rater: Rater, low: floa
 def write_distilabel(judgements: Iterable[Judgement], path: Path) -> int:
     """Writes every comparison of the rankings except ties with messages, as distilabel's formatters do.
 
+    A prompt that is a dialogue in HH's text becomes one message for each turn.
+
     Args:
         judgements: judgements of any form; only rankings are written.
         path: the file, JSON lines; it is replaced.
@@ -185,7 +219,8 @@ def write_distilabel(judgements: Iterable[Judgement], path: Path) -> int:
     """
 
     def messages(prompt: str, answer: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        turns = [*prompt_turns(prompt), Turn("assistant", answer)]
+        return [{"role": turn.role, "content": turn.text} for turn in turns]
 
     return write_jsonl(
         (
@@ -223,25 +258,29 @@ def read_oasst(path: Path, rater: Rater = CROWD) -> ReadResult:
         UserError: the file cannot be read.
     """
     found = Collector()
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
-            stack: list[tuple[Any, tuple[tuple[bool, str], ...]]] = [(field(row, "prompt", dict), ())]
+            stack: list[tuple[Any, tuple[Turn, ...]]] = [(field(row, "prompt", dict), ())]
             while stack:
                 node, before = stack.pop()
-                turns = (*before, (field(node, "role") == "assistant", field(node, "text")))
+                turns = (*before, Turn(role_of(field(node, "role")), field(node, "text")))
                 replies = node.get("replies") or []
                 stack.extend((reply, turns) for reply in reversed(replies))
                 ranked = [reply for reply in replies if reply.get("rank") is not None]
                 if len(ranked) >= 2:
                     with found.at(where):
                         found.good.append(_replies(turns, replies, rater))
+                elif replies:
+                    found.unused["turn with fewer than two ranked replies"] += 1
     return found.result
 
 
-def _replies(turns: tuple[tuple[bool, str], ...], replies: list[Any], rater: Rater) -> Ranking:
+def _replies(turns: tuple[Turn, ...], replies: list[Any], rater: Rater) -> Ranking:
     prompt = conversation_prompt(turns)
-    if replies[0].get("role") != "assistant":
-        prompt = prompt.removesuffix(ASSISTANT) + "\n\nHuman:"
+    roles = {role_of(field(reply, "role")) for reply in replies}
+    require(len(roles) == 1, f"replies to one turn are by {' and '.join(sorted(roles))}")
+    if roles == {"user"}:
+        prompt = prompt.removesuffix(ASSISTANT) + HUMAN
     ranks = tuple(None if reply.get("rank") is None else field(reply, "rank", int) + 1 for reply in replies)
     answers = tuple(field(reply, "text") for reply in replies)
     return Ranking(prompt=prompt, answers=answers, rater=rater, ranks=ranks)
@@ -276,7 +315,7 @@ def read_critique_requests(path: Path) -> tuple[list[CritiqueRequest], list[str]
     """
     found = Collector()
     requests: list[CritiqueRequest] = []
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             require(isinstance(row, dict), "expected an object with prompt and edit_request, or one of such objects")
             named = {row.get("name", f"{len(requests)}"): row} if "edit_request" in row else row

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
+import json
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.formats.rows import (
     Collector,
     ReadResult,
+    damaged,
     field,
     json_rows,
     locate,
     pair,
-    parse_rows,
     table_rows,
 )
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Span
@@ -51,7 +52,7 @@ def read_fine_grained(path: Path, rater: Rater = WORKER) -> ReadResult:
         UserError: the file cannot be read.
     """
     found = Collector()
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             passages = ["\n".join(passage) for passage in field(row, "passages", list)]
             prompt = "\n\n".join([field(row, "question"), *passages])
@@ -113,7 +114,7 @@ def read_squality(path: Path, stories: Path | None = None) -> ReadResult:
         with found.at(where):
             for number, question in enumerate(field(row, "questions", list)):
                 question_texts[row["metadata"]["passage_id"], str(number)] = field(question, "question_text")
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             story = field(row, "passage-id")
             for number, systems in field(row, "questions", dict).items():
@@ -159,12 +160,16 @@ def _highlights(found: Collector, where: str, shared: Mapping[str, Any], marks: 
         with found.at(where):
             start, end = locate(answer, field(mark, "selection"))
             spans.append(Span(start, end))
+            if answer[start:end] in answer[end:]:
+                found.unused["later place of the words of a highlight, which is put at the first"] += 1
             remark = " ".join(field(mark, "annotation", list)).strip()
             if remark:
                 found.good.append(Comment(**shared, text=remark, quote=answer[start:end]))
     if spans:
         with found.at(where):
             found.good.append(Correction(**shared, spans=tuple(spans)))
+    elif not marks:
+        found.unused["review without a highlight"] += 1
 
 
 # ---- MLQE-PE (Fomicheva et al. 2020)
@@ -180,14 +185,14 @@ def _archive(path: Path, suffixes: Sequence[str]) -> dict[str, tuple[str, str]]:
             with tarfile.open(path) as archive:
                 members = [member for member in archive.getmembers() if member.isfile()]
                 files = [(f"{path}:{m.name}", archive.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"cannot read {path}: {reason}") from error
     for suffix in suffixes:
         place, data = next(((name, data) for name, data in files if name.endswith(suffix)), ("", None))
         if data is None:
             raise UserError(f"{path}: no file *{suffix}")
-        texts[suffix] = (place, data.decode())
+        texts[suffix] = (place, data.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape"))
     return texts
 
 
@@ -209,13 +214,16 @@ def read_mlqe_post_edits(path: Path, rater: Rater = Rater("post-editor", "person
     """
     found = Collector()
     texts = _archive(path, (".src", ".mt", ".pe", ".hter"))
-    columns = {suffix: text.split("\n") for suffix, (_, text) in texts.items()}
+    columns = {suffix: text.replace("\r\n", "\n").split("\n") for suffix, (_, text) in texts.items()}
     lengths = {suffix: len(lines) - (lines[-1] == "") for suffix, lines in columns.items()}
     if len(set(lengths.values())) > 1:
         found.bad.append(f"{path}: the files differ in length ({lengths}); the lines that all have are read")
     for i in range(min(lengths.values())):
         source, translation, edited, hter = (columns[suffix][i] for suffix in columns)
         place = f"{texts['.hter'][0]}:{i + 1}"
+        if damaged(source + translation + edited):
+            found.bad.append(f"{place}: no text (the line holds bytes that are no UTF-8)")
+            continue
         shared: dict[str, Any] = {"prompt": source, "answers": (translation,)}
         with found.at(place):
             found.good.append(Correction(**shared, rater=rater, edited=edited))
@@ -243,22 +251,21 @@ def read_mlqe_ratings(path: Path) -> ReadResult:
     place, text = _archive(path, (".df.short.tsv",))[".df.short.tsv"]
     columns = ("index", "original", "translation", "scores", "mean", "z_scores", "z_mean", "model_scores")
     rows = []
-    for where, row in table_rows(Path(place), found.bad, columns, delimiter="\t", quoted=False, text=text):
+    for where, row in found.rows(table_rows(Path(place), found.bad, columns, delimiter="\t", text=text)):
         with found.at(where):
-            scores, zs = (ast.literal_eval(row[name]) for name in ("scores", "z_scores"))
+            scores, zs = (json.loads(row[name]) for name in ("scores", "z_scores"))
             require(len(scores) == len(zs) and len(scores) > 0, "scores and z_scores differ in number")
-            rows.append((where, row, [float(s) for s in scores], [float(z) for z in zs]))
+            item = (row["original"], row["translation"])
+            rows.append((where, item, [float(s) for s in scores], [float(z) for z in zs]))
     points = [(s, z) for *_, scores, zs in rows for s, z in zip(scores, zs)]
     names = iter(_raters_of_lines(np.array(points).reshape(-1, 2)))
     split = Path(place).name.split(".")[0]
-    for where, row, scores, _ in rows:
+    for where, (original, translation), scores, _ in rows:
         for score in scores:
             rater = Rater(f"{split}/{next(names)}", "person")
             with found.at(where):
                 found.good.append(
-                    Rating(
-                        prompt=row["original"], answers=(row["translation"],), rater=rater, value=score, low=0, high=100
-                    )
+                    Rating(prompt=original, answers=(translation,), rater=rater, value=score, low=0, high=100)
                 )
     return found.result
 
@@ -326,15 +333,16 @@ def read_xsum_spans(path: Path) -> ReadResult:
         "hallucinated_span_start",
         "worker_id",
     )
-    for where, row in table_rows(path, found.bad, columns):
+    for where, row in found.rows(table_rows(path, found.bad, columns)):
         with found.at(where):
             key = (row["bbcid"], row["system"], row["worker_id"])
             entry = grouped.setdefault(key, {"where": where, "summary": row["summary"], "spans": {}, "marked": False})
-            if row["hallucination_type"] != "NULL":
+            kind, words, near = (row[f"hallucinat{name}"] for name in ("ion_type", "ed_span", "ed_span_start"))
+            if kind != "NULL":
                 entry["marked"] = True
-                words = row["hallucinated_span"].replace("\\n", " ")  # an escaped line end that the summary has lost
-                start, end = locate(row["summary"], words, int(row["hallucinated_span_start"]) - 1)
-                entry["spans"][Span(start, end, category=row["hallucination_type"])] = None
+                words = words.replace("\\n", " ")  # an escaped line end that the summary has lost
+                start, end = locate(row["summary"], words, int(near) - 1)
+                entry["spans"][Span(start, end, category=kind)] = None
     for (article, system, worker), entry in grouped.items():
         with found.at(entry["where"]):
             spans = tuple(entry["spans"])
@@ -361,7 +369,8 @@ def read_xsum_factuality(path: Path) -> ReadResult:
         UserError: the file cannot be read, or lacks a column.
     """
     found = Collector()
-    for where, row in table_rows(path, found.bad, ("bbcid", "system", "summary", "is_factual", "worker_id")):
+    columns = ("bbcid", "system", "summary", "is_factual", "worker_id")
+    for where, row in found.rows(table_rows(path, found.bad, columns)):
         with found.at(where):
             found.good.append(_factual(row))
     return found.result
@@ -394,7 +403,13 @@ def read_ilf(path: Path) -> ReadResult:
     Raises:
         UserError: the file cannot be read.
     """
-    return parse_rows(path, _refined)
+    found = Collector()
+    for where, row in found.rows(json_rows(path, found.bad)):
+        with found.at(where):
+            found.good.extend(_refined(row))
+            if not row["Feedback"].strip():
+                found.unused["row without feedback in words"] += 1
+    return found.result
 
 
 def _refined(row: Any) -> Iterator[Judgement]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.feedback.records.formats.annotations import EDITS, Item, confidence, judgement_of
+from rlaif_jax.feedback.records.formats.label_studio import read_label_studio as read_label_studio
+from rlaif_jax.feedback.records.formats.label_studio import write_label_studio as write_label_studio
 from rlaif_jax.feedback.records.formats.rows import (
     Collector,
     ReadResult,
@@ -23,7 +24,6 @@ from rlaif_jax.feedback.records.formats.rows import (
 )
 from rlaif_jax.feedback.records.forms import (
     FORMS,
-    Call,
     Comment,
     Correction,
     Judgement,
@@ -31,25 +31,7 @@ from rlaif_jax.feedback.records.forms import (
     Rater,
     Rating,
     Source,
-    Span,
 )
-
-EDITS = ("correction",)
-"""Names of questions whose text is a correction, not a comment."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """What raters of an annotation tool judged.
-
-    It holds the prompt, the answers by the names of their fields, and the settings.
-    """
-
-    prompt: str
-    answers: dict[str, str]
-    edits: Collection[str]
-    scale: tuple[float, float]
-
 
 # ---- Argilla
 
@@ -61,15 +43,17 @@ def read_argilla(
     answers: Sequence[str] = ("answer",),
     edits: Collection[str] = EDITS,
     scale: tuple[float, float] = (1, 5),
+    about: Mapping[str, str] | None = None,
 ) -> ReadResult:
     """Reads Argilla's exported records.
 
     They are nested (`responses: {question: [{value, user_id}]}`) or flat (`question.responses`, `question.responses.users`,
-    `question.suggestion`, `.score`, `.agent`). The value decides the form: a number is a rating, a list of `{value, rank}` a
-    ranking, a list of `{start, end, label}` marked spans. A text is a choice if it names one of `answers` (or "tie"), a
-    correction if its question is one of `edits`, else a comment. The name of a question about one of several answers ends
-    with that field's name (`quality_answer_2`). The question's name is the principle, unless it is the form's name.
-    Suggestions are judgements of an AI; discarded responses are abstentions; drafts are left out.
+    `question.suggestion`, `.score`, `.agent`), or Argilla 1's (`responses: [{user_id, values: {question: {value}}}]`). The
+    value decides the form: a number is a rating, a list of `{value, rank}` or of all names a ranking, a list of
+    `{start, end, label}` marked spans. A text is a choice if it names one of `answers` (or "tie"), a correction if its
+    question is one of `edits`, else a comment. The name of a question about one of several answers ends with that field's
+    name (`quality_answer_2`), or `about` names the answer. The question's name is the principle, unless it is the form's
+    name. Suggestions are judgements of an AI; discarded responses are abstentions; drafts are left out and counted.
 
     Args:
         path: the export.
@@ -77,6 +61,7 @@ def read_argilla(
         answers: the names of the answers' fields.
         edits: the names of the questions whose text is a correction.
         scale: the lowest and the highest rating.
+        about: the name of a question -> the name of the answer that it is about.
 
     Returns:
         (judgements, a message for each bad row).
@@ -85,72 +70,59 @@ def read_argilla(
         UserError: the file cannot be read.
     """
     found = Collector()
-    for where, row in json_rows(path, found.bad):
+    for where, row in found.rows(json_rows(path, found.bad)):
         with found.at(where):
             fields = row["fields"] if isinstance(row, Mapping) and "fields" in row else row
-            item = _Item(field(fields, prompt), {name: field(fields, name) for name in answers}, edits, scale)
-            for question, value, rater, more in _argilla(row):
+            texts = {name: field(fields, name) for name in answers}
+            item = Item(field(fields, prompt), texts, edits, scale, about or {})
+            for question, value, rater, more in _responses(found, row):
                 with found.at(f"{where}, question {question}"):
-                    found.good.append(_judgement(item, question, value, rater, more))
+                    subject = item.subject(question)
+                    if value is None and more:
+                        principle = "" if subject.principle in FORMS else subject.principle
+                        found.good.append(item.abstained(rater, {"principle": principle}))
+                    else:
+                        found.good.append(judgement_of(item, question, subject, value, rater, more))
     return found.result
 
 
-def _argilla(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Rater, dict[str, Any]]]:
-    """Yields (question, value, rater, further fields) of every response and suggestion."""
+def _responses(found: Collector, row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Rater, dict[str, Any]]]:
+    """Yields (question, value, rater, further fields) of every response and suggestion; counts the drafts."""
     responses: list[tuple[str, Any, Any, Any]] = []
     suggestions: list[tuple[str, Any, Any, Any]] = []
-    for question, entries in (row.get("responses") or {}).items():
+    nested = row.get("responses") or {}
+    for response in nested if isinstance(nested, list) else ():  # Argilla 1: one entry a user
+        values = response.get("values") or {"": {"value": None}}
+        user, status = response.get("user_id"), response.get("status")
+        responses += [(question, entry.get("value"), user, status) for question, entry in values.items()]
+    for question, entries in nested.items() if isinstance(nested, Mapping) else ():
         responses += [(question, e.get("value"), e.get("user_id"), e.get("status")) for e in entries]
-    for question, entry in (row.get("suggestions") or {}).items():
+    given = row.get("suggestions") or {}
+    named = given.items() if isinstance(given, Mapping) else [(e.get("question_name", "suggestion"), e) for e in given]
+    for question, entry in named:
         suggestions.append((question, entry.get("value"), entry.get("agent"), entry.get("score")))
-    for key, values in row.items():
+    for key in row:
         question = key.rpartition(".")[0]
-        if key.endswith(".responses") and values:
+        if key.endswith(".responses") and row[key]:
+            values = row[key]
             users = row.get(f"{key}.users") or [None] * len(values)
             statuses = row.get(f"{key}.status") or [None] * len(values)
             responses += [(question, *entry) for entry in zip(values, users, statuses, strict=True)]
-        elif key.endswith(".suggestion") and values is not None:
-            suggestions.append((question, values, row.get(f"{key}.agent"), row.get(f"{key}.score")))
+        elif key.endswith(".suggestion") and row[key] is not None:
+            suggestions.append((question, row[key], row.get(f"{key}.agent"), row.get(f"{key}.score")))
+    if not responses and not suggestions:
+        found.unused["record without a response"] += 1
     for question, value, user, status in responses:
-        if status != "draft":
-            more: dict[str, Any] = {"status": "abstained"} if status == "discarded" else {}
-            yield question, value, Rater(str(user or "unknown"), "person"), more
+        if status == "draft":
+            found.unused["draft of a response"] += 1
+            continue
+        more: dict[str, Any] = {"status": "abstained"} if status == "discarded" else {}
+        yield question, value, Rater(str(user or "unknown"), "person"), more
     for question, value, agent, score in suggestions:
-        if value is not None:
-            yield question, value, Rater(str(agent or "suggestion"), "ai"), _confidence(score)
-
-
-def _judgement(item: _Item, question: str, value: Any, rater: Rater, more: Mapping[str, Any]) -> Judgement:
-    """Returns the judgement that a question's value expresses."""
-    names = list(item.answers)
-    about = next((name for name in names if question.endswith(name)), names[0])
-    one = {"prompt": item.prompt, "answers": (item.answers[about],), "rater": rater, **more}
-    every = {"prompt": item.prompt, "answers": tuple(item.answers.values()), "rater": rater, **more}
-    principle = question.removesuffix(about).rstrip("_-. ") if question.endswith(about) else question
-    shared: dict[str, Any] = {"principle": "" if principle in FORMS else principle}
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Rating(**one, **shared, value=float(value), low=item.scale[0], high=item.scale[1])
-    if isinstance(value, list) and value and all(isinstance(e, Mapping) and "rank" in e for e in value):
-        ranks = {field(e, "value"): e["rank"] for e in value}
-        unknown = sorted(set(ranks) - set(names))
-        require(not unknown, f"ranks the unknown answer {', '.join(unknown)}; the answers are {', '.join(names)}")
-        return Ranking(**every, **shared, ranks=tuple(ranks.get(name) for name in names))
-    if isinstance(value, list) and value and all(isinstance(e, Mapping) and "start" in e for e in value):
-        spans = tuple(
-            Span(field(e, "start", int), field(e, "end", int), category=str(e.get("label") or "")) for e in value
-        )
-        return Correction(**one, **shared, spans=spans)
-    require(isinstance(value, str), f"a value of no form: {str(value)[:60]!r}")
-    if value in names or (value == "tie" and len(names) == 2):
-        if "status" in more:
-            return Ranking(**every, **shared)
-        if len(names) == 2:
-            winner = names.index(value) if value in names else None
-            return pair(item.prompt, every["answers"], winner, rater, **shared, **more)
-        return Ranking(**every, **shared, ranks=tuple(1 if name == value else 2 for name in names))
-    if any(edit in question for edit in item.edits):
-        return Correction(**one, **shared, edited=value)
-    return Comment(**one, **shared, text=value)
+        if value is None:
+            found.unused["suggestion without a value"] += 1
+        else:
+            yield question, value, Rater(str(agent or "suggestion"), "ai"), confidence(score)
 
 
 def write_argilla(judgements: Iterable[Judgement], path: Path) -> int:
@@ -202,117 +174,6 @@ def _argilla_record(judgement: Judgement) -> dict[str, Any] | None:
     return record
 
 
-# ---- label-studio
-
-
-def read_label_studio(
-    path: Path,
-    *,
-    prompt: str = "prompt",
-    answers: Sequence[str] = ("answer",),
-    edits: Collection[str] = EDITS,
-    scale: tuple[float, float] = (1, 5),
-) -> ReadResult:
-    """Reads label-studio's JSON export: `annotations[].result[]` of people, `predictions[]` of models.
-
-    `pairwise` (value.selected "left" or "right") and `choices` that name an answer are comparisons, `rating` is a rating,
-    `textarea` a comment, or a correction if its from_name is one of `edits`. `labels` are marked spans; all spans of one
-    annotation make one correction. from_name is the principle, unless it is the form's or the type's name. A cancelled
-    annotation is an abstention.
-
-    Args:
-        path: the export.
-        prompt: the name of the prompt in `data`.
-        answers: the names of the answers in `data`.
-        edits: the from_names whose text is a correction.
-        scale: the lowest and the highest rating.
-
-    Returns:
-        (judgements, a message for each bad row).
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    found = Collector()
-    for where, row in json_rows(path, found.bad):
-        with found.at(where):
-            data = field(row, "data", dict)
-            item = _Item(field(data, prompt), {name: field(data, name) for name in answers}, edits, scale)
-            for annotation in row.get("annotations") or []:
-                with found.at(where):
-                    _annotation(found, where, annotation, item)
-            for prediction in row.get("predictions") or []:
-                with found.at(where):
-                    more = _confidence(prediction.get("score"))
-                    rater = Rater(str(prediction.get("model_version") or "prediction"), "ai")
-                    _results(found, where, prediction, item, rater, more)
-    return found.result
-
-
-def _annotation(found: Collector, where: str, annotation: Any, item: _Item) -> None:
-    """Adds the judgements of one annotation to `found`."""
-    who = annotation.get("completed_by", "unknown")
-    who = (who.get("email") or who.get("id")) if isinstance(who, Mapping) else who
-    rater = Rater(str(who), "person")
-    more: dict[str, Any] = {
-        "time": _unix(annotation.get("created_at")),
-        "call": Call(latency_s=annotation.get("lead_time")),
-    }
-    if not annotation.get("was_cancelled"):
-        return _results(found, where, annotation, item, rater, more)
-    form, answers = Ranking if len(item.answers) > 1 else Rating, tuple(item.answers.values())
-    found.good.append(form(prompt=item.prompt, answers=answers, rater=rater, status="abstained", **more))
-    return None
-
-
-def _confidence(score: Any) -> dict[str, Any]:
-    """Returns a score from 0 to 1 as the field `confidence`; no field for another score."""
-    return {"confidence": float(score)} if isinstance(score, (int, float)) and 0 <= score <= 1 else {}
-
-
-def _unix(stamp: str | None) -> float | None:
-    return None if stamp is None else datetime.datetime.fromisoformat(stamp).timestamp()
-
-
-def _results(found: Collector, where: str, annotation: Any, item: _Item, rater: Rater, more: Mapping[str, Any]) -> None:
-    """Adds the judgements of the results of one annotation or prediction to `found`."""
-    names = list(item.answers)
-    spans: dict[str, list[Span]] = {}
-    for result in field(annotation, "result", list):
-        with found.at(where):
-            kind, value, question = field(result, "type"), field(result, "value", dict), field(result, "from_name")
-            about = next((name for name in names if name == result.get("to_name")), names[0])
-            if kind == "labels":
-                label = "/".join(value.get("labels") or [])
-                span = Span(field(value, "start", int), field(value, "end", int), category=label)
-                require(
-                    span.end <= len(item.answers[about]), f"span {span.start} .. {span.end} does not lie in {about}"
-                )
-                spans.setdefault(about, []).append(span)
-                continue
-            parsed = _values(kind, value, names)
-            principle = "" if question == kind else question
-            title = f"{principle}_{about}" if kind in ("rating", "textarea") else principle
-            found.good.append(_judgement(item, title or kind, parsed, rater, more))
-    for about, marks in spans.items():
-        with found.at(where):
-            answers = (item.answers[about],)
-            found.good.append(Correction(prompt=item.prompt, answers=answers, rater=rater, spans=tuple(marks), **more))
-
-
-def _values(kind: str, value: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """Returns a result's value in Argilla's shape."""
-    if kind == "pairwise":
-        return {"left": names[0], "right": names[-1]}.get(field(value, "selected"), "tie")
-    if kind == "choices":
-        return field(value, "choices", list)[0]
-    if kind == "rating":
-        return field(value, "rating", float)
-    if kind == "textarea":
-        return "\n".join(field(value, "text", list))
-    raise UserError(f"a result of type {kind!r}; read are labels, pairwise, choices, rating, textarea")
-
-
 # ---- crowd-kit
 
 
@@ -321,7 +182,8 @@ def read_crowd_labels(
 ) -> ReadResult:
     """Reads crowd-kit's labels, with the columns `task, worker, label`.
 
-    A label becomes a ranking of the options that puts it first; `rows.chosen` returns its index. The prompt is the task.
+    A label becomes a ranking of the options that puts it first; `rows.chosen` returns its index. The prompt is the task. Rows
+    without a label are counted and left out.
 
     Args:
         path: the table.
@@ -339,12 +201,16 @@ def read_crowd_labels(
     found = Collector()
     columns = ("task", "worker", "label") if header else ("worker", "task", "label")
     rows = list(table_rows(path, found.bad, columns, delimiter=delimiter, header=header))
-    labels = tuple(options) or tuple(sorted({row["label"] for _, row in rows}))
+    labels = tuple(options) or tuple(sorted({row["label"] for _, row in rows if row["label"].strip()}))
     if rows:
         require(len(labels) >= 2, f"{path}: only the label {', '.join(labels)} occurs; give the options")
-    for where, row in rows:
+    for where, row in found.rows(rows):
         with found.at(where):
-            found.good.append(choice(row["task"], labels, row["label"], Rater(row["worker"], source)))
+            entry = (row["task"], row["worker"], row["label"])
+            if not entry[2].strip() and entry[2] not in labels:
+                found.unused["row without a label"] += 1
+            else:
+                found.good.append(choice(entry[0], labels, entry[2], Rater(entry[1], source)))
     return found.result
 
 
@@ -365,7 +231,7 @@ def read_crowd_pairs(path: Path, prompt: str = "", *, source: Source = "person")
         UserError: the file cannot be read, or lacks a column.
     """
     found = Collector()
-    for where, row in table_rows(path, found.bad, ("worker", "left", "right", "label")):
+    for where, row in found.rows(table_rows(path, found.bad, ("worker", "left", "right", "label"))):
         with found.at(where):
             found.good.append(_crowd_pair(row, prompt, source))
     return found.result
@@ -432,11 +298,12 @@ def read_get_another_label(path: Path, options: Sequence[str] = (), gold: Path |
     Raises:
         UserError: a file cannot be read, or there are fewer than two categories to choose from.
     """
-    good, bad = read_crowd_labels(path, options, delimiter="\t", header=False)
+    found = read_crowd_labels(path, options, delimiter="\t", header=False)
+    good, bad = found
     if gold is not None and good:
         for where, row in table_rows(gold, bad, ("task", "label"), delimiter="\t", header=False):
             try:
                 good.append(choice(row["task"], good[0].answers, row["label"], Rater("gold", "person")))
             except UserError as error:
                 bad.append(f"{where}: {error}")
-    return good, bad
+    return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from rlaif_jax.feedback.records.formats import judges
-from rlaif_jax.feedback.records.forms import Ranking, Rater
+from rlaif_jax.feedback.records.forms import Call, Ranking, Rater
 from tests.feedback.records.formats.verdicts import verdicts
 
 
@@ -30,6 +32,8 @@ def test_alpaca_eval(write):
     ]  # fmt: skip
     assert bad == [f"{path}:1: preference is 3.0; it runs from 1 to 2"]
     assert good[0].rater == Rater("gpt", "ai") and good[0].generators == ("m", "n") and good[0].call.cost == 0.5
+    unknown = write("n.json", [row | {"preference": 1, "price_per_example": float("nan"), "time_per_example": -1}])
+    assert [j.call for j in judges.read_alpaca_eval(unknown)[0]] == [Call()]
     assert judges.write_alpaca_eval(good, path) == 6
     assert judges.read_alpaca_eval(path) == (good, [])
 
@@ -95,6 +99,37 @@ def test_pandalm_people_and_judges(write):
     assert bad == [
         f"{path}:2: annotator2 is 3; 0 is a tie, 1 and 2 are the responses", f"{judge}:3: idx 2 is no pair of {path}"
     ]  # fmt: skip
+    both = write("b.jsonl", {"idx": 0, "gpt_result": 1, "llama_result": 2})
+    good, bad = judges.read_pandalm(path, [both])
+    assert len(good) == 5 and bad[1] == f"{both}:1: verdicts of several judges: gpt_result, llama_result"
+
+
+@pytest.mark.parametrize("raw, value", [("7.", 7), ("Score: 8/10", 8), ("7.5 out of 10", 7.5), ("Output 1: 8", None)])
+def test_llmbar_scores_are_one_number(write, raw, value):
+    result = {"score_1": [raw], "score_2": [raw]}
+    path = write("s.json", [{"input": "p", "output_1": "a", "output_2": "b", "results": [result]}])
+    good, _ = judges.read_llmbar_judge(path, "m")
+    assert [j.value if j.answered else None for j in good] == [value, value]
+
+
+def test_fastchat_takes_no_other_text_for_an_answer(write):
+    """Neither a model's name nor its answer of the first turn."""
+    questions = write("q.jsonl", {"question_id": 81, "turns": ["ask", "more"]})
+    said = [write("m.jsonl", {"model_id": "m", "question_id": 81, "choices": [{"turns": ["m1", "m2"]}]})]
+    score = {"question_id": 81, "model": "m", "score": 7}
+    path = write(
+        "j.jsonl", score | {"turn": 2}, score | {"model": "n"}, score | {"turn": 3}, score | {"question_id": 82}
+    )
+    good, bad = judges.read_fastchat(path, None, said)
+    assert [(j.prompt, j.answers) for j in good] == [("question 81, turn 2", ("m2",))]
+    assert [message.split(": ", 1)[1] for message in bad] == [
+        "the files of answers have none of n to question 81", "turn 3 of 2, by m",
+        "the files of answers have none of m to question 82",
+    ]  # fmt: skip
+    good, bad = judges.read_fastchat(path, questions, said)
+    assert [j.answers for j in good] == [("m1\n\nHuman: more\n\nAssistant: m2",)]
+    assert bad[-1].endswith("the file of questions has no question 82")
+    assert [j.answers for j in judges.read_fastchat(path)[0]] == [("m",), ("n",), ("m",), ("m",)]
 
 
 def test_llmbar_gold_and_judges_in_both_orders(write):
@@ -109,6 +144,10 @@ def test_llmbar_gold_and_judges_in_both_orders(write):
         ("rating", "ok", (), "7."), ("rating", "unparsed", (), "none"),
     ]  # fmt: skip
     assert good[0].ranks == (1, 2) and good[2].value == 7
+    given = {"input": "p", "output_1": "a", "output_2": "b"}
+    one = [{"swap = True": {"completion": ["x"]}}]
+    empty = judges.read_llmbar_judge(write("e.json", [given | {"results": []}, given | {"results": one}]), "m")
+    assert empty[1] == [] and empty.unused == {"row without a result": 1, "order without a completion": 1}
     reread, _ = judges.read_llmbar_judge(path, "m", verdict=lambda raw: 0)
     assert [j.ranks for j in reread[:2]] == [(1, 2), (2, 1)]  # the one shown first, in both orders
 

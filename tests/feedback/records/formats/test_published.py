@@ -163,6 +163,10 @@ def test_squality(shared_data: Data):
     reviews = [r for row in lines(path) for q in row["questions"].values() for s in q.values() for r in s["reviews"]]
     marks = [mark for review in reviews for mark in review["annotations"]]
     blank = [mark for mark in marks if not mark["selection"].strip()]
+    again = [s["response"].count(mark["selection"]) > 1 for row in lines(path) for q in row["questions"].values()
+             for s in q.values() for r in s["reviews"] for mark in r["annotations"] if mark["selection"].strip()]  # fmt: skip
+    places = texts.read_squality(path).unused["later place of the words of a highlight, which is put at the first"]
+    assert places == sum(again) > 200
     assert len(bad) == len(blank) == 5 and all("the quoted words are empty" in message for message in bad)
     assert len([j for j in good if isinstance(j, Rating)]) == 3 * len(reviews) == 2160
     assert len([j for j in good if isinstance(j, Ranking)]) == len(reviews) == 720

@@ -1,0 +1,279 @@
+"""The tools `import-feedback` and `export-feedback`: a store and the formats of other tools.
+
+Each format of `records/formats` that has the shape of a tool or of a well-known data set is a class here, with the settings of
+its reader; `write` is there where the format can be written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.feedback.records.formats import judges, pairs, tools
+from rlaif_jax.feedback.records.formats.rows import ReadResult, write_jsonl
+from rlaif_jax.feedback.records.forms import Judgement, Rater, to_json
+from rlaif_jax.feedback.records.parsing import read_judgements
+from rlaif_jax.feedback.records.store import Store
+
+NAMED_BAD = 20  # bad rows that are named on the terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The project's own records, one a line."""
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `parsing.read_judgements`."""
+        return ReadResult(*read_judgements(path), Counter())
+
+    def write(self, judgements: Iterable[Judgement], path: Path) -> int:
+        """Writes the judgements as JSON lines; returns the number of lines."""
+        return write_jsonl(map(to_json, judgements), path)
+
+
+@dataclasses.dataclass(frozen=True)
+class HH:
+    """Pairs of dialogues, as Anthropic's HH has them.
+
+    Attributes:
+        rater: the name of the people who compared.
+    """
+
+    rater: str = pairs.CROWD.name
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `pairs.read_hh`."""
+        return pairs.read_hh(path, Rater(self.rater, "person"))
+
+    def write(self, judgements: Iterable[Judgement], path: Path) -> int:
+        """Writes the comparisons; see `pairs.write_hh`."""
+        return pairs.write_hh(judgements, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilabel:
+    """Pairs and rated generations of distilabel, TRL and the sets on the Hugging Face hub.
+
+    Attributes:
+        rater: the name of the AI judge.
+        low: the lowest rating.
+        high: the highest rating.
+    """
+
+    rater: str = pairs.DISTILABEL.name
+    low: float = 1
+    high: float = 5
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `pairs.read_distilabel`."""
+        return pairs.read_distilabel(path, Rater(self.rater, "ai"), low=self.low, high=self.high)
+
+    def write(self, judgements: Iterable[Judgement], path: Path) -> int:
+        """Writes the comparisons; see `pairs.write_distilabel`."""
+        return pairs.write_distilabel(judgements, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotations:
+    """What the formats of annotation tools share.
+
+    Attributes:
+        prompt: the field of the prompt.
+        answers: the fields of the answers.
+        edits: the questions whose text is a correction.
+        low: the lowest rating.
+        high: the highest rating.
+        about: a question (Argilla) or tag (label-studio) and the answer that it is about.
+    """
+
+    prompt: str = "prompt"
+    answers: tuple[str, ...] = ("answer",)
+    edits: tuple[str, ...] = tools.EDITS
+    low: float = 1
+    high: float = 5
+    about: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Argilla(Annotations):
+    """Argilla's exported records."""
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `tools.read_argilla`."""
+        return tools.read_argilla(
+            path, prompt=self.prompt, answers=self.answers, edits=self.edits, scale=(self.low, self.high),
+            about=self.about,
+        )  # fmt: skip
+
+    def write(self, judgements: Iterable[Judgement], path: Path) -> int:
+        """Writes the judgements; see `tools.write_argilla`."""
+        return tools.write_argilla(judgements, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelStudio(Annotations):
+    """label-studio's JSON."""
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `tools.read_label_studio`."""
+        return tools.read_label_studio(
+            path, prompt=self.prompt, answers=self.answers, edits=self.edits, scale=(self.low, self.high),
+            about=self.about,
+        )  # fmt: skip
+
+    def write(self, judgements: Iterable[Judgement], path: Path) -> int:
+        """Writes the judgements; see `tools.write_label_studio`."""
+        return tools.write_label_studio(judgements, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlpacaEval:
+    """alpaca_eval's annotations."""
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `judges.read_alpaca_eval`."""
+        return judges.read_alpaca_eval(path)
+
+    def write(self, judgements: Iterable[Judgement], path: Path) -> int:
+        """Writes the comparisons; see `judges.write_alpaca_eval`."""
+        return judges.write_alpaca_eval(judgements, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class FastChat:
+    """FastChat's judgements of models, which name questions and models.
+
+    Attributes:
+        questions: question.jsonl with the texts of the questions.
+        answers: model_answer/*.jsonl with the texts of the answers.
+    """
+
+    questions: Path | None = None
+    answers: tuple[Path, ...] = ()
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `judges.read_fastchat`."""
+        return judges.read_fastchat(path, self.questions, self.answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrowdLabels:
+    """crowd-kit's table of labels.
+
+    Attributes:
+        options: the labels to choose from; by default all that occur.
+        tabs: the columns are separated by tabs, not commas.
+    """
+
+    options: tuple[str, ...] = ()
+    tabs: bool = False
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `tools.read_crowd_labels`."""
+        return tools.read_crowd_labels(path, self.options, delimiter="\t" if self.tabs else ",")
+
+    def write(self, judgements: Iterable[Judgement], path: Path) -> int:
+        """Writes the labels; see `tools.write_crowd_labels`."""
+        return tools.write_crowd_labels(judgements, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrowdPairs:
+    """crowd-kit's table of comparisons.
+
+    Attributes:
+        prompt: the prompt of all comparisons.
+    """
+
+    prompt: str = ""
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `tools.read_crowd_pairs`."""
+        return tools.read_crowd_pairs(path, self.prompt)
+
+    def write(self, judgements: Iterable[Judgement], path: Path) -> int:
+        """Writes the comparisons; see `tools.write_crowd_pairs`."""
+        return tools.write_crowd_pairs(judgements, path)
+
+
+Written = Records | HH | Distilabel | Argilla | LabelStudio | AlpacaEval | CrowdLabels | CrowdPairs
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig:
+    """Adds the feedback in files of other tools to a feedback store.
+
+    Attributes:
+        files: the files.
+        format: the format of all files.
+        store: the feedback store; created if absent.
+    """
+
+    files: tuple[Path, ...] = ()
+    format: Written | FastChat = Records()
+    store: Path = Path("feedback.sqlite")
+
+
+def import_feedback(config: ImportConfig) -> int:
+    """Adds the files to the store, prints what was read and not, and returns the number of faults.
+
+    Raises:
+        UserError: no files, or a file or the store cannot be read.
+    """
+    require(bool(config.files), "files is missing: --files FILE ...")
+    bad = 0
+    with Store(config.store) as store:
+        for path in config.files:
+            found = config.format.read(path)
+            good, messages = found
+            print(f"{path}: {len(good)} judgements, {store.add(good)} of them new in {config.store}")
+            for reason, count in found.unused.most_common():
+                print(f"  not used: {count} x {reason}")
+            for message in messages[:NAMED_BAD]:
+                print(message, file=sys.stderr)
+            if messages:
+                more = f", of which {NAMED_BAD} are named here" if len(messages) > NAMED_BAD else ""
+                print(f"{path}: {len(messages)} faults, whose rows or values are left out{more}", file=sys.stderr)
+            bad += len(messages)
+    return bad
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Writes the feedback of a store in the format of another tool.
+
+    Attributes:
+        file: the file to write; it is replaced.
+        format: the format.
+        store: the feedback store.
+        superseded: write records that others replace or withdraw, too.
+    """
+
+    file: Path | None = None
+    format: Written = Records()
+    store: Path = Path("feedback.sqlite")
+    superseded: bool = False
+
+
+def export_feedback(config: ExportConfig) -> None:
+    """Writes the file and prints how many rows and judgements it has.
+
+    Raises:
+        UserError: no file, no store, or the file cannot be written.
+    """
+    if config.file is None:
+        raise UserError("file is missing: --file FILE")
+    require(config.store.exists(), f"there is no feedback store {config.store}")
+    with Store(config.store) as store:
+        judgements = store.judgements(superseded=config.superseded)
+    held = [judgement for judgement in judgements if judgement.answered]
+    rows = config.format.write(judgements, config.file)
+    forms = Counter(judgement.form for judgement in judgements)
+    listed = ", ".join(f"{count} x {form}" for form, count in forms.most_common()) or "none"
+    print(
+        f"{config.file}: {rows} rows of {len(judgements)} judgements ({listed}; {len(judgements) - len(held)} without a value)"
+    )

@@ -1,0 +1,93 @@
+"""Feedback of other tools into a store and out of it, on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlaif_jax.__main__ import tool
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.records import exchange
+from rlaif_jax.feedback.records.formats import rows
+from rlaif_jax.feedback.records.forms import Comment, Rater, Rating
+from rlaif_jax.feedback.records.store import Store
+
+ANNA = Rater("anna", "person")
+START = "\n\nHuman: hi\n\nAssistant:"
+
+
+def test_what_a_reader_left_is_printed_with_its_number(tmp_path: Path, capsys):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "source": "web"}
+    table = [pair, pair | {"chosen": "c", "chosen_score": 3}, {"prompt": "p"}, *[{"x": 1}] * 25]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    config = exchange.ImportConfig((path,), exchange.Distilabel(rater="judge"), tmp_path / "f.sqlite")
+    assert exchange.import_feedback(config) == 26
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        f"{path}: 2 judgements, 2 of them new in {config.store}",
+        "  not used: 2 x field source",
+        "  not used: 1 x field chosen_score",
+    ]
+    lines = err.splitlines()
+    assert lines[0] == f"{path}:3: no field 'chosen'; the fields are prompt" and len(lines) == exchange.NAMED_BAD + 1
+    assert lines[-1] == f"{path}: 26 faults, whose rows or values are left out, of which 20 are named here"
+    with Store(config.store) as store:
+        assert [(j.rater.name, j.answers) for j in store.judgements()] == [("judge", ("a", "b")), ("judge", ("c", "b"))]
+    exchange.import_feedback(config)
+    assert "2 judgements, 0 of them new" in capsys.readouterr().out
+
+
+SHAPES = [
+    (exchange.Records(), True), (exchange.HH(rater="anna"), False), (exchange.Distilabel(), False),
+    (exchange.Argilla(answers=("answer_1", "answer_2")), True), (exchange.LabelStudio(answers=("answer_1", "answer_2")), True),
+    (exchange.AlpacaEval(), False), (exchange.CrowdLabels(options=(" a", " b")), True), (exchange.CrowdPairs(START), True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, same_rater", SHAPES, ids=lambda shape: type(shape).__name__)
+def test_a_comparison_goes_out_and_comes_back(tmp_path: Path, capsys, shape, same_rater):
+    record = rows.pair(START, (" a", " b"), 0, ANNA)
+    with Store(tmp_path / "f.sqlite") as store:
+        store.add([record, Rating(prompt="p", answers=("x",), rater=ANNA, status="error")])
+    file = tmp_path / "out"
+    exchange.export_feedback(exchange.ExportConfig(file, shape, tmp_path / "f.sqlite"))
+    count = 2 if shape == exchange.Records() else 1
+    listed = "1 x ranking, 1 x rating; 1 without a value"
+    assert capsys.readouterr().out == f"{file}: {count} rows of 2 judgements ({listed})\n"
+    assert exchange.import_feedback(exchange.ImportConfig((file,), shape, tmp_path / "g.sqlite")) == 0
+    with Store(tmp_path / "g.sqlite") as store:
+        (found,) = store.judgements(form="ranking")
+    assert (found.prompt, found.answers, rows.chosen(found)) == (START, (" a", " b"), 0)
+    assert not same_rater or found.rater == ANNA
+
+
+def test_the_tools_and_their_errors(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"chosen": "x"}\n')
+    with pytest.raises(SystemExit) as ended:
+        tool(["import-feedback", "--files", "a.jsonl", "format:hh"])
+    assert ended.value.code == 1 and "a.jsonl:1: no field 'rejected'" in capsys.readouterr().err
+    Path("l.csv").write_text("task,worker,label\nt,w,yes\n")
+    tool(["import-feedback", "--files", "l.csv", "format:crowd-labels", "--format.options", "yes", "no"])
+    with Store(Path("feedback.sqlite")) as store:
+        store.add([Comment(prompt="p", answers=("a",), rater=ANNA, text="good")])
+    tool(["export-feedback", "--file", "out.csv", "format:crowd-labels"])
+    assert capsys.readouterr().out.endswith(
+        "out.csv: 1 rows of 2 judgements (1 x ranking, 1 x comment; 0 without a value)\n"
+    )
+    assert Path("out.csv").read_text() == "task,worker,label\nt,w,yes\n"
+    for arguments, message in (
+        (["import-feedback"], "files is missing"),
+        (["import-feedback", "--files", "none"], "cannot read none"),
+        (["export-feedback"], "file is missing"),
+        (["export-feedback", "--file", "x", "--store", "none"], "there is no feedback store none"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            tool(arguments)
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not Path("none").exists()
+    with pytest.raises(UserError, match="there is no feedback store"):
+        exchange.export_feedback(exchange.ExportConfig(Path("x"), store=Path("none")))
