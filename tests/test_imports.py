@@ -7,7 +7,7 @@ import rlaif_jax
 
 ROOT = Path(rlaif_jax.__file__).parent
 LEVELS = [
-    {"types", "config", "files", "progress"},
+    {"types", "config", "files", "memory", "progress"},
     {"models", "data", "rewards", "parallel"},
     {"policies", "feedback", "algorithms"},
     {"programs", "steps", "train", "watch", "evaluate", "report", "quality"},
