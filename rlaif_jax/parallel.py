@@ -355,6 +355,8 @@ class PmapRunner:
     def __init__(self, devices: list[jax.Device] | None = None) -> None:
         self._devices = devices or jax.local_devices()
         self.devices = len(self._devices)
+        # What is on one device only would be sent to the others with every call.
+        self._everywhere = NamedSharding(Mesh(np.array(self._devices), (AXIS,)), PartitionSpec())
 
     def step(self, fn: Callable[..., tuple[S, Metrics]]) -> Callable[..., tuple[S, Metrics]]:
         """Compiles a step; see `Runner`."""
@@ -365,12 +367,12 @@ class PmapRunner:
         return pmap_step(fn, self._devices, out="split", donate=False)
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
-        """Runs `fn(*args)`, compiled; pmap replicates the state at the first step."""
-        return jax.jit(fn)(*args)
+        """Runs `fn(*args)`, compiled, and returns the state on every device."""
+        return self.place(jax.jit(fn)(*args))
 
     def place(self, state: S) -> S:
-        """Returns the state as it is: pmap replicates it."""
-        return state
+        """Puts a copy of the state on every device."""
+        return jax.device_put(state, self._everywhere)
 
     def fetch(self, state: S) -> S:
         """Returns the state with its arrays on the host."""

@@ -163,7 +163,7 @@ def train(
         normaliser = runner.place(jax.tree.map(jnp.array, normaliser))  # a copy: the state is donated
         state = dataclasses.replace(state, extra=state.extra | {"normaliser": normaliser})
     frozen = runner.place(Frozen(jax.tree.map(jnp.array, params["policy"]), None, tuple(p for _, p in device_rewards)))
-    # pmap sends every argument to all devices, so each program gets only what it reads of the frozen weights.
+    # Each program gets only what it reads of the frozen weights.
     adapter = dataclasses.replace(frozen, reference=None, rewards=())
     answering = frozen if any(draw.by == "reference" for draw in algorithm.draws) else adapter
     settings = {name: value for name, value in to_json(config).items() if name != "watch"}

@@ -276,6 +276,25 @@ def test_parameters_are_really_split():
     assert moment.addressable_shards[0].data.size == moment.size // 4
 
 
+def test_pmap_moves_what_is_replicated_once():
+    """What is placed is on every device, comes back so from a step, and is then used without being moved."""
+    runner = PmapRunner()
+    placed = runner.place({"w": np.arange(64.0)})
+    assert len(placed["w"].sharding.device_set) == 8
+    assert placed["w"].sharding.is_fully_replicated
+    made = runner.init(lambda x: {"w": x + 1}, np.arange(64.0))
+    assert made["w"].sharding == placed["w"].sharding
+    scale = runner.map(lambda weights, rows, *, axis_name=None: rows * weights["w"][2])
+    step = runner.step(lambda state, rows, *, axis_name=None: (jax.tree.map(lambda w: w + 1, state), {"n": rows.sum()}))
+    rows = jax.device_put(np.ones((8, 2)), NamedSharding(make_mesh(8), BATCH))
+    state, _ = step(made, rows)
+    np.testing.assert_array_equal(state["w"], np.arange(64.0) + 2)
+    scale(placed, rows), scale(state, rows)  # compiled
+    with jax.transfer_guard_device_to_device("disallow"):
+        np.testing.assert_array_equal(jax.device_get(scale(placed, rows)), 2 * np.ones((8, 2)))
+        np.testing.assert_array_equal(jax.device_get(scale(state, rows)), 4 * np.ones((8, 2)))
+
+
 def test_batch_that_does_not_divide_is_refused():
     with pytest.raises(UserError, match="multiple of 8"):
         pmap_step(lambda s, b, axis_name: (s, b))(jnp.zeros(()), jnp.zeros((6, 2)))
