@@ -331,6 +331,8 @@ BAD = {
         ("--ppo.num-minibatches", "3"), names=("num_minibatches", "16 sequences", "3 minibatches")
     ),
     "greedy policy": Bad(("--sampling.temperature", "0"), names=("sampling.temperature",)),
+    "truncated distribution, top_k": Bad(("--sampling.top-k", "5"), names=("sampling.top_k", "whole distribution")),
+    "truncated distribution, top_p": Bad(("--sampling.top-p", "0.9"), names=("sampling.top_p", "temperature")),
     "top_p out of range": Bad(("--sampling.top-p", "1.5"), names=("sampling.top_p", "1.5")),
     "missing model folder": Bad(("--model", "no/such/folder"), names=("no/such/folder",)),
     "truncated safetensors": Bad(spoil="truncate", names=("model.safetensors",)),

@@ -48,7 +48,7 @@ class TextPolicy:
         return 1e-3 if self.model.compute_dtype == "float32" else 5e-2
 
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
-        """Raises UserError where lengths, tokenizer or temperature do not fit a policy that learns.
+        """Raises UserError where lengths, tokenizer or sampling do not fit a policy that learns.
 
         Args:
             prompt_length: P in tokens, padding included.
@@ -62,6 +62,13 @@ class TextPolicy:
         )
         self.model.check_lengths(prompt_length, self.sampling.max_new_tokens)
         require(self.sampling.temperature > 0, "sampling.temperature is 0 (greedy): a policy learns only from samples")
+        # The update knows the log-probs of the whole distribution, not those of the tokens that were left to draw from.
+        for name, value, whole in (("top_k", self.sampling.top_k, 0), ("top_p", self.sampling.top_p, 1.0)):
+            require(
+                value == whole,
+                f"sampling.{name} is {value}: a policy learns only from answers that are drawn from its whole distribution. "
+                f"Set sampling.{name}={whole}; a lower sampling.temperature makes answers surer, too",
+            )
 
     def empty_rollout(self, rows: int, prompt_length: int) -> Rollout:
         """Returns a rollout of zeros with the shapes of `rows` answers to prompts of `prompt_length` tokens."""
