@@ -177,6 +177,14 @@ class Runner(Protocol):
             *args: its arguments.
         """
 
+    def template(self, fn: Callable[..., S], *args: Any) -> S:
+        """Returns what `init` would, as arrays without memory: how a checkpoint of it is to be read.
+
+        Args:
+            fn: as `init` takes it.
+            *args: as `init` takes them.
+        """
+
     def place(self, state: S) -> S:
         """Puts a state where `step` expects it."""
 
@@ -323,6 +331,11 @@ class shard_step:
             return self._jitted(*replicated, jax.device_put(batch, self._rows))
 
 
+def _host_template(fn: Callable[..., S], *args: Any) -> S:
+    """Returns arrays of the shapes of `fn(*args)`, each one number seen many times."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), jax.eval_shape(fn, *args))
+
+
 class JitRunner:
     """`Runner` on one device: plain `jax.jit`."""
 
@@ -339,6 +352,10 @@ class JitRunner:
     def init(self, fn: Callable[..., S], *args: Any) -> S:
         """Runs `fn(*args)`, compiled."""
         return jax.jit(fn)(*args)
+
+    def template(self, fn: Callable[..., S], *args: Any) -> S:
+        """Returns host arrays without memory of the shapes of `fn(*args)`."""
+        return _host_template(fn, *args)
 
     def place(self, state: S) -> S:
         """Puts a state on the device."""
@@ -370,6 +387,10 @@ class PmapRunner:
         """Runs `fn(*args)`, compiled, and returns the state on every device."""
         return self.place(jax.jit(fn)(*args))
 
+    def template(self, fn: Callable[..., S], *args: Any) -> S:
+        """Returns host arrays without memory of the shapes of `fn(*args)`."""
+        return _host_template(fn, *args)
+
     def place(self, state: S) -> S:
         """Puts a copy of the state on every device."""
         return jax.device_put(state, self._everywhere)
@@ -399,6 +420,13 @@ class ShardRunner:
         with jax.set_mesh(self.mesh):
             split = state_shardings(jax.eval_shape(fn, *args), self.mesh, self.rules)
             return jax.jit(fn, out_shardings=split)(*args)
+
+    def template(self, fn: Callable[..., S], *args: Any) -> S:
+        """Returns the shapes of `fn(*args)` with the places of their parts on the mesh."""
+        with jax.set_mesh(self.mesh):
+            shapes = jax.eval_shape(fn, *args)
+        split = state_shardings(shapes, self.mesh, self.rules)
+        return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, split)
 
     def place(self, state: S) -> S:
         """Splits a state over the mesh."""

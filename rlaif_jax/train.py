@@ -25,7 +25,7 @@ from rlaif_jax.programs import programs
 from rlaif_jax.rewards.shaping import Normaliser
 from rlaif_jax.run import Run, StopRequested
 from rlaif_jax.steps import PendingRollout, collect, reward_metrics, step_data, write_samples
-from rlaif_jax.types import Frozen, Params, Rollout
+from rlaif_jax.types import Frozen, Params, Rollout, TrainState
 from rlaif_jax.watch.rules import WatchConfig
 from rlaif_jax.watch.watch import Watch, reward_scale
 
@@ -157,11 +157,12 @@ def train(
     sample, prepare, update = runner.map(pure.sample), runner.map(pure.prepare), runner.step(pure.step)
 
     # ---- State, from a checkpoint or new
-    # Placed before they serve as the template of a restore, so that arrays come back where they belong.
-    state = runner.init(algorithm.init, params, np.uint32(run.seed))
-    if normaliser is not None:
-        normaliser = runner.place(jax.tree.map(jnp.array, normaliser))  # a copy: the state is donated
-        state = dataclasses.replace(state, extra=state.extra | {"normaliser": normaliser})
+    def initial(params: dict[str, Params], seed: jax.Array, normaliser: Normaliser | None) -> TrainState:
+        state = algorithm.init(params, seed)
+        kept = {} if normaliser is None else {"normaliser": jax.tree.map(jnp.array, normaliser)}
+        return dataclasses.replace(state, extra=state.extra | kept)
+
+    start_of_run = (initial, params, np.uint32(run.seed), normaliser)
     frozen = runner.place(Frozen(jax.tree.map(jnp.array, params["policy"]), None, tuple(p for _, p in device_rewards)))
     # Each program gets only what it reads of the frozen weights.
     adapter = dataclasses.replace(frozen, reference=None, rewards=())
@@ -170,7 +171,10 @@ def train(
     keep = max(config.keep_checkpoints, 2 + config.staleness)
     checkpoints = Checkpointer(run.folder / "checkpoints", settings, keep=keep)
     empty = runner.place(empty_rollouts(config, algorithm, policy))
-    found = checkpoints.restore(runner.fetch((state, *empty))) if run.resuming else None
+    # Of a state that is read back, none is made before: a run that fits can be resumed.
+    like = (runner.template(*start_of_run), *runner.fetch(empty)) if run.resuming else None
+    found = None if like is None else checkpoints.restore(like)
+    state: TrainState = runner.init(*start_of_run) if found is None else runner.place(found.arrays[0])
     missing, start = 0, 0
     watch = Watch(
         config.watch,
@@ -181,8 +185,7 @@ def train(
     )
     pending: PendingRollout | None = None  # the next step's rollout, where it is drawn before this step's update
     if found is not None:
-        (state, *rollouts), start = found.arrays, found.step
-        state = runner.place(state)
+        (_, *rollouts), start = found.arrays, found.step
         run.steps_done = start
         prompts.set_state(found.host["prompts"])
         if feedback is not None:

@@ -195,6 +195,31 @@ def test_a_check_that_failed_before_the_first_checkpoint_is_tried_again(prompts,
     assert all(summary["checks"].values())
 
 
+def test_a_state_that_is_read_back_is_made_only_once(prompts, tmp_path, monkeypatch):
+    """While the checkpoint is read, the devices hold no other state."""
+    config = tiny.TinyConfig(
+        prompts=prompts, out=tmp_path / "run", width=64, train=dataclasses.replace(tiny.TinyConfig().train, steps=2)
+    )
+    whole, held = [], []
+    in_use = lambda: sum(array.nbytes for array in jax.live_arrays())
+    restore, save = Checkpointer.restore, Checkpointer.save
+
+    def saved(self, step, arrays, host):
+        whole.append(sum(x.nbytes for x in jax.tree.leaves(arrays)))
+        save(self, step, arrays, host)
+
+    def restored(self, like):
+        held.append(in_use() - before)
+        return restore(self, like)
+
+    monkeypatch.setattr(Checkpointer, "save", saved)
+    monkeypatch.setattr(Checkpointer, "restore", restored)
+    tiny.main(config)
+    before = in_use()
+    tiny.main(dataclasses.replace(config, resume=True))
+    assert held[0] < 0.5 * whole[0], "the policy to start from, its reference and the critic, without their moments"
+
+
 def resumed_from(step: int, done: Path, options: tuple[str, ...], env: dict[str, str]) -> Path:
     """A copy of a finished run without what came after the checkpoint of `step`, resumed to its end."""
     out = done.with_name("resumed")
