@@ -445,15 +445,3 @@ def make_runner(config: ParallelConfig, rules: Rules = COLUMN_AND_ROW) -> Runner
     if config.mode == "pmap":
         return PmapRunner() if jax.local_device_count() > 1 else JitRunner()
     return ShardRunner(make_mesh(config.data, config.fsdp, config.tensor), rules)
-
-
-class CompilationClock:
-    """Counts compiled programs and the seconds they took; after the first steps neither may grow."""
-
-    def __init__(self) -> None:
-        self.seconds, self.programs = 0.0, 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            self.seconds, self.programs = self.seconds + duration_secs, self.programs + 1

@@ -1,9 +1,11 @@
-"""The pure functions of a training step, which a runner compiles."""
+"""The pure functions of a training step, which a runner compiles, and a count of what was compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import jax
 
 from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.feedback.sources import DeviceReward
@@ -68,3 +70,15 @@ def programs(algorithm: Algorithm, policy: Policy, device_rewards: Sequence[Devi
         return batch, rewards, judged
 
     return Programs(sample, prepare, algorithm.step)
+
+
+class CompilationClock:
+    """Counts compiled programs and the seconds they took; after the first steps neither may grow."""
+
+    def __init__(self) -> None:
+        self.seconds, self.programs = 0.0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.seconds, self.programs = self.seconds + duration_secs, self.programs + 1

@@ -19,9 +19,9 @@ from rlaif_jax.data.prompts import PromptIterator
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource, collect_feedback
 from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.parallel import CompilationClock, ParallelConfig, make_runner
+from rlaif_jax.parallel import ParallelConfig, make_runner
 from rlaif_jax.policies.base import Policy, draw_count, to_prompts
-from rlaif_jax.programs import programs
+from rlaif_jax.programs import CompilationClock, programs
 from rlaif_jax.rewards.shaping import Normaliser
 from rlaif_jax.run import Run, StopRequested
 from rlaif_jax.steps import PendingRollout, collect, reward_metrics, step_data, write_samples

@@ -1,6 +1,5 @@
 """The loop as a person runs it: to the end, killed and resumed, stopped, and fed bad input."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -20,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.checkpoint import Checkpointer
 from rlaif_jax.command_line import command_line
-from rlaif_jax.config import CheckFailed, UserError
+from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource, FunctionSource
-from rlaif_jax.metrics import read_metrics, without_time
+from rlaif_jax.metrics import read_metrics
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import save_model
@@ -36,16 +35,14 @@ from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.steps import PendingRollout, collect
 from rlaif_jax.types import Frozen
 from tests import tiny
+from tests.tiny import PROMPTS, leaves, numbers
 
 ROOT = Path(__file__).parent.parent
-PROMPTS = [{"prompt": f"{a} {b} {c}"} for a in "bcde" for b in "fgh" for c in "ijk"]
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    path.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
-    return path
+    return tiny.write_prompts(tmp_path_factory.mktemp("data"))
 
 
 def command(*options: str) -> list[str]:
@@ -56,14 +53,6 @@ def environment(devices: int = 1) -> dict[str, str]:
     """One device as on a laptop, or more: the resumed process must not depend on this one."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-
-
-def numbers(folder: Path) -> list[dict]:
-    return [without_time(line) for line in read_metrics(folder / "metrics.jsonl")]
-
-
-def leaves(folder: Path) -> list[np.ndarray]:
-    return list(np.load(folder / "final.npz").values())
 
 
 @pytest.fixture(scope="module")
@@ -131,93 +120,6 @@ def test_stopped_killed_and_resumed_is_the_same_run_bit_for_bit(whole, prompts, 
     assert numbers(out) == numbers(whole)
     assert all(np.array_equal(a, b) for a, b in zip(leaves(out), leaves(whole)))
     assert json.loads((out / "summary.json").read_text())["status"] == "done"
-
-
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_a_stop_ends_the_wait_for_a_judge_and_nothing_is_learned_from_what_is_missing(
-    prompts, tmp_path, monkeypatch, staleness
-):
-    """SIGTERM in the judgement of step 4: the checkpoint is of step 3, and the resumed run is the one without a stop."""
-    train = dataclasses.replace(tiny.TinyConfig().train, steps=6, save_every=2, staleness=staleness)
-    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "stopped", train=train)
-
-    class Slow(FunctionSource):
-        def __call__(self, records, answers, rollout):
-            calls.append(answers)
-            if len(calls) == 4:
-                signalled.append(time.monotonic())
-                os.kill(os.getpid(), signal.SIGTERM)
-                with contextlib.suppress(Exception):  # a careless source
-                    time.sleep(60)
-            return super().__call__(records, answers, rollout)
-
-    calls: list = []
-    signalled: list[float] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(tiny, "FunctionSource", Slow)
-        tiny.main(config)
-    assert time.monotonic() - signalled[0] < 30, "the judge takes 60 s"
-    summary = json.loads((config.out / "summary.json").read_text())
-    assert (summary["status"], summary["steps"]) == ("stopped", 3)
-    assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == ["2", "3"]
-    tiny.main(dataclasses.replace(config, resume=True))
-    tiny.main(dataclasses.replace(config, out=tmp_path / "whole"))
-    assert numbers(config.out) == numbers(tmp_path / "whole")
-    assert all(np.array_equal(a, b) for a, b in zip(leaves(config.out), leaves(tmp_path / "whole")))
-
-
-def test_judgements_are_kept_when_the_first_step_fails(prompts, tmp_path, monkeypatch):
-    """A value that is no number is bad input, but the judgements beside it may have cost money: the folder stays."""
-    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run", nan_reward=True)
-
-    class Paid(FunctionSource):
-        def __call__(self, records, answers, rollout):
-            (config.out / "feedback.sqlite").write_text("paid for")
-            return super().__call__(records, answers, rollout)
-
-    monkeypatch.setattr(tiny, "FunctionSource", Paid)
-    with pytest.raises(UserError, match="step 1: the reward of answer 0 is nan"):
-        tiny.main(config)
-    assert (config.out / "feedback.sqlite").read_text() == "paid for"
-    assert json.loads((config.out / "summary.json").read_text())["status"] == "failed"
-
-
-def test_a_check_that_failed_before_the_first_checkpoint_is_tried_again(prompts, tmp_path, monkeypatch):
-    train = dataclasses.replace(tiny.TinyConfig().train, steps=2)
-    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run", train=train)
-    with monkeypatch.context() as patch:
-        patch.setattr(TextPolicy, "checks", lambda self, rollout: {"eos_is_kept_in_the_mask": False})
-        with pytest.raises(CheckFailed):
-            tiny.main(config)
-    tiny.main(dataclasses.replace(config, resume=True))
-    summary = json.loads((config.out / "summary.json").read_text())
-    assert summary["status"] == "done"
-    assert all(summary["checks"].values())
-
-
-def test_a_state_that_is_read_back_is_made_only_once(prompts, tmp_path, monkeypatch):
-    """While the checkpoint is read, the devices hold no other state."""
-    config = tiny.TinyConfig(
-        prompts=prompts, out=tmp_path / "run", width=64, train=dataclasses.replace(tiny.TinyConfig().train, steps=2)
-    )
-    whole, held = [], []
-    in_use = lambda: sum(array.nbytes for array in jax.live_arrays())
-    restore, save = Checkpointer.restore, Checkpointer.save
-
-    def saved(self, step, arrays, host):
-        whole.append(sum(x.nbytes for x in jax.tree.leaves(arrays)))
-        save(self, step, arrays, host)
-
-    def restored(self, like):
-        held.append(in_use() - before)
-        return restore(self, like)
-
-    monkeypatch.setattr(Checkpointer, "save", saved)
-    monkeypatch.setattr(Checkpointer, "restore", restored)
-    tiny.main(config)
-    before = in_use()
-    tiny.main(dataclasses.replace(config, resume=True))
-    assert held[0] < 0.5 * whole[0], "the policy to start from, its reference and the critic, without their moments"
 
 
 def resumed_from(step: int, done: Path, options: tuple[str, ...], env: dict[str, str]) -> Path:

@@ -6,6 +6,7 @@ python -m tests.tiny --prompts prompts.jsonl --out runs/tiny
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.feedback.sources import FunctionSource
-from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.metrics import MetricsWriter, read_metrics, without_time
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import load_model
@@ -29,6 +30,24 @@ from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig, train
 
 WORDS = tuple("abcdefghijklmnopqrstuvwxyz")
+PROMPTS = [{"prompt": f"{a} {b} {c}"} for a in "bcde" for b in "fgh" for c in "ijk"]
+
+
+def write_prompts(folder: Path) -> Path:
+    """Writes the prompts of the tests' runs and returns the file."""
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    return path
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Returns the metrics of a run without those that depend on the clock."""
+    return [without_time(line) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def leaves(folder: Path) -> list[np.ndarray]:
+    """Returns the final parameters of a run."""
+    return list(np.load(folder / "final.npz").values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,8 +56,8 @@ from rlaif_jax.feedback.api.judge import ApiJudge
 from rlaif_jax.feedback.api.source import ApiJudgeSource
 from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.models.causal_lm import CausalLM
-from rlaif_jax.parallel import CompilationClock, make_runner
-from rlaif_jax.programs import programs
+from rlaif_jax.parallel import make_runner
+from rlaif_jax.programs import CompilationClock, programs
 from rlaif_jax.run import Run
 from rlaif_jax.train import train
 from rlaif_jax.types import Feedback, Frozen, Prompts, Rollout, StepData

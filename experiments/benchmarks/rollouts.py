@@ -59,8 +59,8 @@ from rlaif_jax.models.decoder import block_params  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
 from rlaif_jax.models.hf.files import save_model  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
-from rlaif_jax.parallel import CompilationClock  # noqa: E402
 from rlaif_jax.policies.text import generate  # noqa: E402
+from rlaif_jax.programs import CompilationClock  # noqa: E402
 from rlaif_jax.types import Params, Prompts  # noqa: E402
 
 PAD, STOP = 0, 1

@@ -57,9 +57,9 @@ from rlaif_jax.models.causal_lm import CausalLM  # noqa: E402
 from rlaif_jax.models.decoder_config import DecoderConfig  # noqa: E402
 from rlaif_jax.models.heads import ScalarModel  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
-from rlaif_jax.parallel import CompilationClock, make_runner  # noqa: E402
+from rlaif_jax.parallel import make_runner  # noqa: E402
 from rlaif_jax.policies.text import TextPolicy  # noqa: E402
-from rlaif_jax.programs import programs  # noqa: E402
+from rlaif_jax.programs import CompilationClock, programs  # noqa: E402
 from rlaif_jax.steps import step_data  # noqa: E402
 from rlaif_jax.train import TrainConfig  # noqa: E402
 from rlaif_jax.types import Frozen, Params, Rollout, TrainState  # noqa: E402

@@ -41,7 +41,7 @@ from experiments.benchmarks.step import GROUP, Settings, Words, settings, take_s
 from experiments.benchmarks.works import Work
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.hf.files import save_model
-from rlaif_jax.parallel import CompilationClock
+from rlaif_jax.programs import CompilationClock
 from rlaif_jax.types import Params
 
 SLOTS, ROWS = 8, 2

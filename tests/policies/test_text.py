@@ -23,7 +23,6 @@ from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import (
     BATCH,
-    CompilationClock,
     JitRunner,
     PmapRunner,
     ShardRunner,
@@ -33,6 +32,7 @@ from rlaif_jax.parallel import (
 from rlaif_jax.policies import decoding
 from rlaif_jax.policies.base import Draw, to_prompts
 from rlaif_jax.policies.text import TextPolicy, answer_texts, generate, make_generator
+from rlaif_jax.programs import CompilationClock
 from rlaif_jax.types import Frozen, Prompts, RewardBatch, StepData
 from tests.helpers import random_params
 
