@@ -88,7 +88,7 @@ class QuickstartConfig:
         models: the language models.
         reward_model: training of the reward model.
         principle: by which the labeler judges.
-        pair_prompts: prompts whose answers the judge compares, two pairs each; None: 2,000, with shortcuts 100, from which
+        pair_prompts: prompts whose answers the judge compares, two pairs each; None: 2,000, with shortcuts 40, from which
             a reward model learns habits rather than quality.
         eval_prompts: held-out prompts of the evaluation.
         train: the loop.
@@ -254,7 +254,7 @@ def make_reward(
         sft,
         training,
         principle=config.principle,
-        pair_prompts=config.pair_prompts or (100 if config.shortcuts else 2_000),
+        pair_prompts=config.pair_prompts or (40 if config.shortcuts else 2_000),
         sampling=config.sampling,
         settings=config.reward_model,
     )
