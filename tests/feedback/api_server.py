@@ -80,10 +80,20 @@ Behaviour = Callable[[dict[str, Any], int], Any]
 
 
 class Wrong:
-    """A wrong way: status with headers and the error's code, or what happens to the connection."""
+    """A wrong way: status with headers and the error's code or the whole body, or what happens to the connection."""
 
-    def __init__(self, status: int = 0, *, event: str = "", wait: float = 0.0, code: str = "", **headers: str) -> None:
+    def __init__(
+        self,
+        status: int = 0,
+        *,
+        event: str = "",
+        wait: float = 0.0,
+        code: str = "",
+        body: Any = None,
+        **headers: str,
+    ) -> None:
         self.status, self.event, self.wait, self.code, self.headers = status, event, wait, code, headers
+        self.body = body
 
 
 class ApiServer:
@@ -147,7 +157,8 @@ class ApiServer:
         time.sleep(wrong.wait)
         if wrong.status:
             error = {"message": f"wrong with {handler.headers.get('Authorization')}", "code": wrong.code or None}
-            data = json.dumps({"error": error}).encode()
+            body = {"error": error} if wrong.body is None else wrong.body
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
         elif isinstance(answer, bytes):
             data = answer
         else:

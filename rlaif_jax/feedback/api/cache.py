@@ -2,8 +2,8 @@
 
 The key is the SHA-256 of the canonical JSON of the request: model and revision, rendered messages, decoding,
 order and repeat. The server's whole response is kept, and how it is parsed is no part of the key, so that
-parsing it in a new way costs nothing. Refusals and errors are not kept. `put` returns after the transaction
-is on disk.
+parsing it in a new way costs nothing. Refusals and errors are not kept. A reply that could not be read is kept, for a
+better parser, and replaced by the next one. `put` returns after the transaction is on disk.
 """
 
 from __future__ import annotations
@@ -65,28 +65,26 @@ class CallCache:
         ).fetchone()
         return CachedReply(*row) if row else None
 
-    def put(self, request: dict[str, Any], reply: CachedReply) -> None:
-        """Stores the `reply` to a `request`; if the request has a stored reply already, that one stays."""
+    def put(self, request: dict[str, Any], reply: CachedReply, replace: bool = False) -> None:
+        """Stores the `reply` to a `request`; a stored one stays, unless the new one is to `replace` it."""
+        otherwise = "REPLACE" if replace else "IGNORE"
         self._db.execute(
-            "INSERT OR IGNORE INTO call VALUES (?, ?, ?, ?, ?)", (sha256(request), canonical(request), *reply)
+            f"INSERT OR {otherwise} INTO call VALUES (?, ?, ?, ?, ?)", (sha256(request), canonical(request), *reply)
         )
 
-    def capabilities(self, server: str, model: str) -> dict[str, Any] | None:
-        """Returns what `put_capabilities` stored about a model on a server."""
-        row = self._db.execute("SELECT facts FROM server WHERE key = ?", (sha256([server, model]),)).fetchone()
+    def capabilities(self, question: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns what `put_capabilities` stored under the same question."""
+        row = self._db.execute("SELECT facts FROM server WHERE key = ?", (sha256(question),)).fetchone()
         return json.loads(row[0]) if row else None
 
-    def put_capabilities(self, server: str, model: str, capabilities: dict[str, Any]) -> None:
-        """Stores what a server can do with a model, in place of what was stored before.
+    def put_capabilities(self, question: dict[str, Any], capabilities: dict[str, Any]) -> None:
+        """Stores what a server can do, in place of what was stored before.
 
         Args:
-            server: the server's address.
-            model: the model's name at the server.
+            question: the settings that it depends on: server, model and what is asked of them.
             capabilities: the capabilities by name, JSON values.
         """
-        self._db.execute(
-            "INSERT OR REPLACE INTO server VALUES (?, ?)", (sha256([server, model]), canonical(capabilities))
-        )
+        self._db.execute("INSERT OR REPLACE INTO server VALUES (?, ?)", (sha256(question), canonical(capabilities)))
 
     def __len__(self) -> int:
         return self._db.execute("SELECT count(*) FROM call").fetchone()[0]

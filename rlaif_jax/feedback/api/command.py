@@ -18,9 +18,9 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.api import builtin_templates as builtin
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
+from rlaif_jax.feedback.api.limits import Spent
 from rlaif_jax.feedback.api.template_files import read_template
 from rlaif_jax.feedback.api.templates import Form, Question, split_question
-from rlaif_jax.feedback.api.transport import Spent
 from rlaif_jax.feedback.records.forms import Judgement
 from rlaif_jax.files import read_json_lines
 from rlaif_jax.progress.display import ProgressDisplay
@@ -71,7 +71,8 @@ def _question(values: Any, where: str) -> Question:
     require(isinstance(values, Mapping), f"an item is a JSON object, not {str(values)[:60]!r}")
     unknown = sorted(set(values) - _FIELDS)
     require(not unknown, f"an item has no field {', '.join(unknown)}; it has {', '.join(sorted(_FIELDS))}")
-    require("prompt" in values and "answers" in values, "an item needs prompt and answers")
+    for name in ("prompt", "answers"):
+        require(values.get(name) is not None, f"an item needs prompt and answers; {name} is missing or null")
     built: dict[str, Any] = {}
     for name, value in values.items():
         if name in ("answers", "generators"):
@@ -184,6 +185,7 @@ def summarise_outcomes(outcomes: Sequence[Outcome], spent: Spent) -> str:
         f'{spent.requests} requests ({spent.retries} retries, {spent.throttled} "too many requests"), '
         f"{spent.cached} replies from the cache; {spent.tokens} tokens, ${spent.usd:.4f}"
     )
+    lines += [f"note: {note}" for note in spent.notes]
     preferences = [
         found for outcome in outcomes if len(outcome.question.answers) == 2 and (found := outcome.preference)
     ]

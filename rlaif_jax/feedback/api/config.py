@@ -22,20 +22,23 @@ class ApiConfig:
         key_env: name of the environment variable that holds the key; "" = the server needs no key.
         api: chat, or completion for models without a chat template.
         reading: direct: one label, whose log-probability is read; reasons: reasons first, then the verdict;
-            auto: direct where the server gives log-probabilities and the template has a [direct] section.
+            auto: direct where the server gives log-probabilities, the template has a [direct] section and the model
+            does not think before it answers.
         top_logprobs: how many log-probabilities to ask for at each token; a server with fewer gives fewer.
         constrain: how the server is made to choose among the labels after a reply with too little `min_mass`:
             structured_outputs (vLLM), grammar (llama.cpp), or none.
         min_mass: with less probability on all labels together than this, a verdict is missing.
         debias: how both orders of a pair become one probability, see `verdicts.preference`.
-        temperature: the temperature of replies in words; it is 1 where log-probabilities are read.
+        temperature: the temperature of replies in words; it is 1 where log-probabilities are read. A server that
+            takes no temperature, top_p or seed is asked without, and the summary says so.
         seed: seed of the judge's sampling.
         repeats: how often every question is asked, with the seeds seed, seed + 1, ...
-        max_tokens: the greatest length of a reply in words; 0 = the template's.
+        max_tokens: the greatest length of a reply in words, thoughts included; 0 = the template's, and 4,096 more for a
+            model that thinks before it answers.
         token_field: the server's name for the greatest length; auto = find out.
         concurrency: calls at a time; a fifth less after "too many requests", then slowly up again.
         requests_per_minute: the limit of your account; None = none.
-        tokens_per_minute: the limit of your account; None = none.
+        tokens_per_minute: the limit of your account; None = none. What a prompt will take is estimated from earlier ones.
         timeout_s: seconds of one call, from its start to the last byte.
         attempts: attempts of a call that fails; "too many requests" does not count.
         max_wait_s: the longest sum of pauses of one call, and the longest time of "too many requests" in

@@ -28,13 +28,19 @@ from typing import Any, Literal
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.api.cache import CallCache
 from rlaif_jax.feedback.api.config import ApiConfig
-from rlaif_jax.feedback.api.failures import CallFailed
-from rlaif_jax.feedback.api.limits import BudgetSpent
+from rlaif_jax.feedback.api.connection import off_loop
+from rlaif_jax.feedback.api.dialects import Relearned, ServerCapabilities
+from rlaif_jax.feedback.api.failures import CallFailed, Charge
+from rlaif_jax.feedback.api.limits import BudgetSpent, Spent
 from rlaif_jax.feedback.api.templates import Question, Template
-from rlaif_jax.feedback.api.transport import ModelReply, Spent, Transport
+from rlaif_jax.feedback.api.transport import ModelReply, Transport
 from rlaif_jax.feedback.api.verdicts import Debias, ParsedVerdict, Preference, make_judgement, preference, read_verdict
-from rlaif_jax.feedback.records.forms import ANSWERED, Call, Judgement, Rater, Rating, sha256, to_json
-from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.feedback.records.forms import ANSWERED, Call, Judgement, Rater, Rating, sha256
+from rlaif_jax.feedback.records.recorder import Recorder
+
+DIALECTS = 8  # the ways in which a question is asked before the server is given up
+DIRECT_TOKENS = 8  # the greatest length of a label without reasons
+THOUGHT_TOKENS = 4096  # more for a model that thinks before it answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,102 +237,101 @@ class ApiJudge:
     ) -> Judgement:
         """Asks once and records the judgement; a failure of this question is recorded as an `error`."""
         make = partial(make_judgement, question, template, order=order, rater=self.rater(question, template), seed=seed)
+        expense = Expense()
         try:
-            verdict, replies = await self._verdict(question, template, order, seed)
-            raw = replies[-1].reply.refusal or replies[-1].reply.text
-            made = make(verdict, raw=raw, time=replies[-1].time, call=_call(replies))
+            verdict, raw, when = await self._verdict(question, template, order, seed, expense)
+            made = make(verdict, raw=raw, time=when, call=expense.call)
         except (CallFailed, BudgetSpent, UserError, ValueError, sqlite3.Error) as failed:
             # The failure is this question's alone: the other questions go on.
-            made = make(ParsedVerdict("error"), raw=self._transport.scrub(str(failed)), time=time.time())
-        recorded: Judgement = await self._loop.run_in_executor(self._disk, self._recorder.record, made)
+            if isinstance(failed, (CallFailed, BudgetSpent)):
+                expense.add(failed.charge)
+            raw = self._transport.scrub(str(failed))
+            made = make(ParsedVerdict("error"), raw=raw, time=time.time(), call=expense.call)
+        recorded: Judgement = await self._loop.run_in_executor(self._disk, self._recorder.record, made, expense.paid)
         if self._listener is not None:
             self._listener(recorded)
         return recorded
 
     async def _verdict(
-        self, question: Question, template: Template, order: tuple[int, ...], seed: int
-    ) -> tuple[ParsedVerdict, list[ModelReply]]:
-        """Returns the verdict, and the one or two replies that it took."""
-        config, transport = self.config, self._transport
-        capabilities = await transport.capabilities()
+        self, question: Question, template: Template, order: tuple[int, ...], seed: int, expense: Expense
+    ) -> tuple[ParsedVerdict, str, float]:
+        """Returns the verdict, the words for the record and the time, asking in the server's dialect."""
+        for _ in range(DIALECTS):
+            capabilities = await self._transport.capabilities()
+            try:
+                reply, limit = await self._reply(question, template, order, seed, capabilities, expense)
+            except Relearned as refused:
+                expense.add(refused.charge)
+                continue
+            raw = reply.reply.refusal or reply.reply.text
+            if reply.verdict.status == "unparsed" and reply.reply.cut:
+                option = "--max-tokens raises the limit" if limit > DIRECT_TOKENS else "--reading reasons gives it more"
+                raw = f"cut at max_tokens = {limit} ({option}): {raw}"
+            return reply.verdict, raw, reply.time
+        raise CallFailed("the server refuses each way to ask this", free=True)
+
+    async def _reply(
+        self,
+        question: Question,
+        template: Template,
+        order: tuple[int, ...],
+        seed: int,
+        capabilities: ServerCapabilities,
+        expense: Expense,
+    ) -> tuple[ModelReply, int]:
+        """Returns the reply that counts, one of one or two, and its greatest length in tokens."""
+        config, transport, thinks = self.config, self._transport, capabilities.thinks
         logprobs = capabilities.top_logprobs > 0
-        ending = self._ending(template, logprobs)
+        ending = self._ending(template, logprobs and not thinks)
         direct = ending == "direct"
-        rendered = template.render(question, order, ending=ending)
+        length = len(question.prompt) + sum(map(len, question.answers))
+        rendered = await off_loop(length, partial(template.render, ending=ending), question, order)
         scored = logprobs and template.choices and template.scorable
-        length = (1 if scored else 8) if direct else config.max_tokens or template.max_tokens
-        ask = partial(transport.ask, rendered.messages, max_tokens=length, logprobs=scored, order=order, seed=seed)
-        parse = lambda answer: read_verdict(answer.reply, template, rendered, direct=direct, min_mass=config.min_mass)
-        first = await ask()
-        verdict = parse(first)
-        if verdict.status != "abstained" or config.constrain == "none" or not capabilities.constrains:
-            return verdict, [first]
+        if direct and not thinks:
+            length = 1 if scored else DIRECT_TOKENS
+        else:
+            length = config.max_tokens or template.max_tokens + (THOUGHT_TOKENS if thinks else 0)
+        parse = partial(read_verdict, template=template, rendered=rendered, direct=direct, min_mass=config.min_mass)
+        ask = partial(transport.ask, rendered.messages, capabilities, logprobs=scored, order=order, seed=seed)
+        first = await ask(parse, max_tokens=length)
+        expense.add(first.charge, first.paid, first.latency_s)
+        if first.reply.thinks and not thinks:
+            await transport.learned(capabilities, dataclasses.replace(capabilities, thinks=True))
+            if first.verdict.status not in ANSWERED:  # a model that thinks first needs more room, or reasons
+                raise Relearned
+        if first.verdict.status != "abstained" or config.constrain == "none" or not capabilities.constrains:
+            return first, length
         try:  # the judge's reply is no label: make it choose
-            again = await ask(labels=[label for label, _ in template.labels])
-        except (CallFailed, BudgetSpent):
-            return verdict, [first]
-        chosen = parse(again)
-        return (chosen, [first, again]) if chosen.status in ANSWERED else (verdict, [first, again])
+            again = await ask(
+                partial(parse, constrained=True),
+                max_tokens=max(length, DIRECT_TOKENS),
+                labels=[label for label, _ in template.labels],
+            )
+        except (CallFailed, BudgetSpent) as failed:
+            expense.add(failed.charge)
+            return first, length
+        expense.add(again.charge, again.paid, again.latency_s)
+        return (again if again.verdict.status in ANSWERED else first), length
 
 
-def _call(replies: Sequence[ModelReply]) -> Call:
-    """Adds up what the replies of one judgement took."""
-    return Call(
-        latency_s=sum(r.latency_s for r in replies),
-        prompt_tokens=sum(r.reply.prompt_tokens or 0 for r in replies),
-        completion_tokens=sum(r.reply.completion_tokens or 0 for r in replies),
-        cost=sum(r.cost for r in replies),
-    )
+class Expense:
+    """What one judgement takes: failed attempts, replies, and replies from the cache."""
 
+    def __init__(self) -> None:
+        self._all, self._paid, self._latency_s = Charge(), Charge(), 0.0
 
-class Recorder:
-    """Records judgements in a store; a new judgement on the same subject supersedes the old one."""
+    def add(self, charge: Charge, paid: Charge | None = None, latency_s: float = 0.0) -> None:
+        """Adds what a call took, in `latency_s` seconds, and the part that was `paid` now; None = all of it."""
+        self._all = self._all.plus(charge)
+        self._paid = self._paid.plus(charge if paid is None else paid)
+        self._latency_s += latency_s
 
-    def __init__(self, store: Path | None) -> None:
-        self._store = Store(store) if store is not None else None
+    @property
+    def call(self) -> Call:
+        """Returns the expense with that of replies from the cache, which were paid for earlier."""
+        return Call(self._latency_s or None, self._all.prompt, self._all.completion, self._all.usd)
 
-    def close(self) -> None:
-        """Closes the store's file, if there is one."""
-        if self._store is not None:
-            self._store.close()
-
-    def record(self, made: Judgement) -> Judgement:
-        """Records a judgement and returns what is on record now.
-
-        A missing judgement never replaces an answer, and a judgement with the same content is not recorded
-        twice.
-
-        Raises:
-            UserError: the store cannot be written.
-        """
-        if self._store is None:
-            return made
-        subject = _subject(made)
-        try:  # looked up now: another process may have recorded the same meanwhile
-            about = [entry.judgement for entry in self._store.read(source="ai", item=made.item)]
-            known = next((entry for entry in reversed(about) if _subject(entry) == subject), None)
-            if known is not None:
-                if (known.answered and not made.answered) or _content(known) == _content(made):
-                    return known
-                made = dataclasses.replace(made, supersedes=known.id)
-            self._store.add([made])
-        except sqlite3.Error as error:
-            raise UserError(f"{self._store.path}: a judgement cannot be recorded ({error})") from error
-        return made
-
-
-def _subject(entry: Judgement) -> str:
-    """Returns the key of what a judgement is about: rater, prompt, answers as shown, principle and seed."""
-    shown = [entry.answers[i] for i in entry.shown] if entry.shown else list(entry.answers)
-    if len(set(shown)) < len(shown):  # two answers of the same words still are two orders
-        shown.append(str(entry.shown))
-    rater = [entry.rater.name, entry.rater.model, entry.rater.prompt_hash]
-    return sha256([entry.form, rater, entry.prompt, shown, entry.principle, entry.seed])
-
-
-def _content(entry: Judgement) -> dict[str, Any]:
-    """Returns the record without the data of its call, for comparing two judgements on the same subject."""
-    values = to_json(entry)
-    for name in ("call", "supersedes", "time"):
-        del values[name]
-    return values
+    @property
+    def paid(self) -> Call:
+        """Returns the expense of now."""
+        return Call(None, self._paid.prompt, self._paid.completion, self._paid.usd)

@@ -16,11 +16,44 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
+from rlaif_jax.feedback.api.failures import Charge
+
 Clock = Callable[[], float]
 
 
 class BudgetSpent(Exception):
-    """The next call might pass a limit; the message names the limit."""
+    """The next call might pass a limit; the message names the limit.
+
+    Attributes:
+        charge: what the attempts of the call took before.
+    """
+
+    def __init__(self, message: str, charge: Charge = Charge()) -> None:
+        super().__init__(message)
+        self.charge = charge
+
+
+@dataclasses.dataclass
+class Spent:
+    """The use of an API.
+
+    Attributes:
+        requests: the requests that were sent.
+        retries: the pauses after which a call was tried again.
+        throttled: the requests that were answered with "too many requests".
+        cached: the replies from the cache.
+        tokens: the tokens of prompts and replies.
+        usd: their price in US dollars.
+        notes: what the user should know about the server or the cache.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    throttled: int = 0
+    cached: int = 0
+    tokens: int = 0
+    usd: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -107,19 +140,16 @@ class RateLimiter:
         self._turn = asyncio.Lock()
 
     async def reserve(self, tokens: int, check: Callable[[], None] = lambda: None) -> Reservation:
-        """Waits until a call of up to `tokens` tokens fits, and reserves them.
+        """Waits until a call of about `tokens` tokens fits, and reserves them.
 
-        The caller settles the reservation after the call.
+        The caller settles the reservation after the call. A call that seems too long for the limit is made when no other
+        call is in the period: the server counts, and this is an estimate.
 
         Args:
-            tokens: the most that the call can use.
+            tokens: what the call will probably use.
             check: is called again and again during the wait; an exception of `check` ends the wait.
-
-        Raises:
-            BudgetSpent: the call never fits.
         """
-        if self._tokens is not None and tokens > self._tokens:
-            raise BudgetSpent(f"a call of up to {tokens} tokens never fits tokens_per_minute = {self._tokens}")
+        tokens = tokens if self._tokens is None else min(tokens, self._tokens)
         check()
         async with self._turn:  # first come, first served
             check()
@@ -136,7 +166,7 @@ class RateLimiter:
             self._reservations.remove(reservation)
 
     def _pause(self, tokens: int) -> float:
-        """Computes the seconds until a call of up to `tokens` tokens fits."""
+        """Computes the seconds until a call of `tokens` tokens fits."""
         now = self._clock()
         while self._reservations and self._reservations[0].time <= now - self._period:
             self._reservations.popleft()

@@ -57,7 +57,7 @@ def read_template(path: Path) -> Template:
     Raises:
         UserError: the file cannot be read, or it is no template; with file and line.
     """
-    file, _, name = str(path).partition("#")
+    file, _, name = str(path).rpartition("#") if ".jsonl#" in str(path) else (str(path), "", "")
     if Path(file).suffix == ".jsonl":
         return _read_fastchat(file, name)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -30,11 +30,22 @@ REQUIRED_PLACEHOLDERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rating", "comment", "correction"), ("prompt", "answer")),
 }
 PLACEHOLDER_PATTERN = re.compile(r"\{\{|\}\}|\{([^{}\n]*)\}|[{}]")
-_CONTROL = re.compile(
-    r"<([|\uff5c])[^|\uff5c<>\n]{1,40}\1>"  # ChatML, Llama 3, Phi; DeepSeek with full-width bars
-    r"|<(?:/?s|bos|eos|unk|pad|(?:start|end)_of_[a-z]{1,20})>"  # Llama 2, Gemma
-    r"|<</?SYS>>|\[/?[A-Z][A-Z_]{2,30}\]"  # Llama 2, Mistral
+_CONTROL = re.compile(  # the first character decides quickly: texts of a million characters are looked through
+    r"<(?:"
+    r"([|\uff5c])[^|\uff5c<>\n]{1,40}\1"  # ChatML, Llama 3, Phi; DeepSeek with full-width bars
+    r"|/?s|bos|eos|unk|pad|(?:start|end)_of_[a-z]{1,20}|</?SYS>"  # Llama 2, Gemma
+    r"|/?(?:seed:)?think(?:ing)?|/?thought|[se]op"  # thoughts; ChatGLM
+    r")>"
+    r"|\[(?:/?[A-Z][A-Z_]{2,30}|gMASK)\]"  # Llama 2, Mistral; ChatGLM
+    r"|\u25c1/?think\u25b7"  # Kimi
 )
+# What may be around a verdict: bold type and code, quotes, brackets, and LaTeX boxes. Possessive: no backtracking.
+_MARKS = r"[*_`\s]*+"
+_OPENING = "*_`\"'\u201c\u2018([{<$"
+_BOXES = r"\\(?:boxed|text|textbf|textit|mathbf|mathrm|bf|rm)(?![a-zA-Z])"
+_CLOSED = r"[*_`\"'\u201d\u2019)\]}>$]*+"
+_RESTORED = 32  # rewritten pieces that are restored in a reply
+_NUMBER = r"[+-]?[0-9]{1,15}+(?:\.[0-9]{1,15}+)?+"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +76,32 @@ class RenderedQuestion(NamedTuple):
     Attributes:
         messages: the messages of the chat.
         nonce: the digits that its verdict must repeat.
+        answer: the one answer, of a form in words; "" = none.
+        shown: the answer as the judge reads it.
+        rewritten: what was rewritten in the data, as (new, old).
     """
 
     messages: tuple[Message, ...]
     nonce: str
+    answer: str = ""
+    shown: str = ""
+    rewritten: tuple[tuple[str, str], ...] = ()
+
+    def original(self, text: str) -> str:
+        """Returns `text` with the data that the judge repeats in it as it was before it was rewritten."""
+        for new, old in reversed(self.rewritten[:_RESTORED]):
+            text = text.replace(new, old)
+        return text
+
+    def corrected(self, text: str) -> str:
+        """Returns a correction of the answer: as the judge wrote it, with the blanks around the answer."""
+        text, answer = text.strip(), self.answer.strip()
+        if text == self.shown.strip():
+            return self.answer
+        if not text or not answer:
+            return self.original(text)
+        before, _, after = self.answer.partition(answer)
+        return before + self.original(text) + after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,25 +196,39 @@ class Template:
         values = dataclasses.asdict(self)
         return sha256({name: value for name, value in values.items() if name not in ("name", "max_tokens")})
 
-    def verdict_pattern(self, nonce: str) -> re.Pattern[str]:
-        """Builds the pattern of a verdict in a reply; its group is the label, the number or the text.
+    def verdict_pattern(self, nonce: str, *, strict: bool = True) -> re.Pattern[str]:
+        """Builds the pattern of a verdict in a reply with choices; its group is the label or the number.
 
-        Any blanks match blanks, and bold type is ignored; labels match in the case in which they are written.
+        Blanks, bold type, code, quotes, brackets and boxes around it are ignored, and the case of the words before it;
+        labels match in the case in which they are written. Two labels ("A or B", "4-5") are no verdict, and of fractions
+        only those of the scale's highest score are ("8/10" of 10).
+
+        Args:
+            nonce: the digits that the verdict must repeat.
+            strict: whether what follows the label is looked at; without, more matches.
         """
-        if not self.choices:
-            content = r"(.*?)"
-        elif self.numeric:
-            content = r"[*_\"'(]*(-?\d+(?:\.\d+)?)"
-        else:
-            content = (
-                r"[*_\"'(]*(" + "|".join(sorted((re.escape(label) for label, _ in self.labels), key=len)[::-1]) + ")"
-            )
         before, after = self.verdict_frame(nonce)
+        labels = sorted((label for label, _ in self.labels), key=len)[::-1]
+        label, whole = "|".join(map(re.escape, labels)), ""
+        if self.numeric:
+            highest = max(self.labels, key=lambda entry: entry[1])[0]
+            label, whole = (
+                _NUMBER,
+                rf"(?:{_CLOSED}\s*+\(?(?:/|(?:out\s++)?of\b)\s*+{re.escape(highest)}(?:\.0)?(?![.,]?[0-9]))?+",
+            )
+        # A run of marks is looked at once: those that the words before end with, or that a label begins with, are no marks.
+        taken = before.rstrip()[-1:] + "".join(label[0] for label, _ in self.labels)
+        marks = re.escape("".join(mark for mark in _OPENING if mark not in taken))
+        opened = rf"(?:[{marks}\s]|{_BOXES})*+" if before.strip() else r"(?<![\w.+-])"
         if after.strip():
-            tail = r"\s*" + _loose(after)
-        else:  # "A or B" is no verdict
-            tail = r"(?![\w-])(?!\s*(?:/|or\b|and\b))" if self.choices else r"\s*\Z"
-        return re.compile(rf"(?:{_loose(before)})\s*{content}{tail}", re.DOTALL if not self.choices else 0)
+            tail = rf"[*_`\"'\s]*+{loose(after)}"
+        elif not strict:
+            tail = r"(?!\w)"
+        else:
+            joined = r"[ \t]*+(?:[,&|=~<>+\u2248\u2013\u2014-]++|vs\.?|to\b|over\b|than\b)?+[ \t]*+"
+            other = rf"[{marks}]*+(?!I['\u2019 \t]++[a-z])(?:{label})(?!\w)"  # "H, I think" has one label
+            tail = rf"{_CLOSED}(?![\w%+-]|[.,][0-9])(?!\s*+\(?(?:/|or\b|and\b|(?:out\s++)?of\b))(?!{joined}{other})"
+        return re.compile(rf"{_framed(before)}{opened}({label}){whole}{tail}")
 
     def verdict_frame(self, nonce: str) -> tuple[str, str]:
         """Returns the text before and the text after the label or text of a verdict."""
@@ -219,28 +266,55 @@ class Template:
             "reference": question.reference,
             "critique": question.critique,
         }
-        values = {name: self.sanitise(text, nonce) for name, text in data.items()} | {"nonce": nonce}
+        rewritten: dict[str, str] = {}
+        values = {name: self.sanitise(text, nonce, rewritten) for name, text in data.items()} | {"nonce": nonce}
+        whole = "\n".join(data.values())
         last = {"direct": self.direct, "reasons": self.reasons, "": ""}[ending]
         text = "\n".join(part for part in (self.user, last) if part)
         for name, _ in placeholders(self.system + text, self.name):
             if name in ("principle", "rubric", "reference", "critique"):
                 require(bool(data[name]), f"{where}the template {self.name} asks for {{{name}}}, the question has none")
         messages = [{"role": "system", "content": _filled(self.system, values)}] if self.system else []
-        return RenderedQuestion((*messages, {"role": "user", "content": _filled(text, values)}), nonce)
+        return RenderedQuestion(
+            messages=(*messages, {"role": "user", "content": _filled(text, values)}),
+            nonce=nonce,
+            answer=data.get("answer", ""),
+            shown=values.get("answer", ""),
+            rewritten=tuple((new, old) for new, old in rewritten.items() if new not in whole),
+        )
 
-    def sanitise(self, text: str, nonce: str) -> str:
-        """Breaks up everything in `text` that could be taken for the nonce, a verdict or a control token."""
-        text = text.replace(nonce, f"{nonce[:3]} {nonce[3:]}")
-        text = _CONTROL.sub(lambda found: f"{found[0][0]} {found[0][1:-1]} {found[0][-1]}", text)
+    def sanitise(self, text: str, nonce: str, rewritten: dict[str, str] | None = None) -> str:
+        """Breaks up everything in `text` that could be taken for the nonce, a verdict or a control token.
+
+        Args:
+            text: a text of the data.
+            nonce: the digits that the verdict must repeat.
+            rewritten: collects what was rewritten, {new: old}.
+        """
+
+        def note(old: str, new: str) -> str:
+            if rewritten is not None and len(rewritten) < _RESTORED:
+                rewritten[new] = old
+            return new
+
+        if nonce in text:
+            text = text.replace(nonce, note(nonce, f"{nonce[:3]} {nonce[3:]}"))
+        text = _without_control(text, lambda found: note(found[0], f"{found[0][0]} {found[0][1:-1]} {found[0][-1]}"))
         if not self.verdict:
             return text
         if self.choices:
-            looks = self.verdict_pattern(nonce).pattern
+            looks = self.verdict_pattern(nonce, strict=False).pattern
         else:
-            looks = "|".join(_loose(part) for part in self.verdict_frame(nonce) if part.strip())
-        return (
-            re.sub(looks, lambda found: f"{found[0][0]} {found[0][1:]}", text, flags=re.IGNORECASE) if looks else text
-        )
+            looks = "|".join(loose(part) for part in self.verdict_frame(nonce) if part.strip())
+        pattern = re.compile(looks, re.IGNORECASE)
+
+        def broken(found: re.Match[str]) -> str:
+            spaced = f"{found[0][0]} {found[0][1:]}"
+            if pattern.search(spaced):  # "[A]" as "[ A]" is a verdict still
+                spaced = f"{found[0][0]}\u00b7{found[0][1:]}"
+            return note(found[0], spaced)
+
+        return pattern.sub(broken, text) if looks else text
 
 
 def split_question(question: Question, form: Form) -> list[Question]:
@@ -297,6 +371,29 @@ def unknown_placeholder(name: str, form: str) -> str:
     return f"unknown placeholder {{{name}}}; a {form} has {', '.join(PLACEHOLDERS[form])}"
 
 
-def _loose(text: str) -> str:
+def loose(text: str) -> str:
     """Builds a pattern for `text` that matches any blanks where the text has blanks."""
     return r"\s+".join(re.escape(word) for word in text.split())
+
+
+def _framed(text: str) -> str:
+    """Builds a pattern for the text before a verdict: `loose`, in any case, with bold type or code."""
+    words = []
+    for word in text.split():
+        name, punctuation = re.fullmatch(r"(.*?)([:=.,]*)", word).groups()  # type: ignore[union-attr]
+        words.append(f"{re.escape(name)}{_MARKS if name and punctuation else ''}{re.escape(punctuation)}")
+    between = r"[*_`]*+\s[*_`\s]*+"
+    return rf"(?i:{between.join(words)})" if words else ""
+
+
+def _without_control(text: str, replace: Callable[[re.Match[str]], str]) -> str:
+    """Replaces control tokens, in searches of at most 100,000 characters: no thread runs during a search."""
+    pieces, done, start, step, longest = [], 0, 0, 100_000, 64
+    while start < len(text):
+        found = _CONTROL.search(text, start, start + step)
+        if found is None:
+            start += step - longest
+        else:
+            pieces += [text[done : found.start()], replace(found)]
+            done = start = found.end()
+    return "".join([*pieces, text[done:]])

@@ -15,19 +15,28 @@ from scipy.special import expit, logit
 
 from rlaif_jax.config import require
 from rlaif_jax.feedback.api.replies import Reply, Token
-from rlaif_jax.feedback.api.templates import Question, RenderedQuestion, Template
+from rlaif_jax.feedback.api.templates import Question, RenderedQuestion, Template, loose
 from rlaif_jax.feedback.records.forms import Call, Comment, Correction, Judgement, Ranking, Rater, Rating, Status
 
 Debias = Literal["logit", "mean"]
 Distribution = tuple[float, ...]
 
-_CANNOT = r"(?:can(?:no|['\u2019]?)t|can not|won['\u2019]t|will not|(?:am|are) (?:unable|not able) to|must decline to)"
+_UNABLE = r"(?:unable|not able) to"
+_CANNOT = (
+    rf"(?:i|we)(?: (?:can(?:no|['\u2019]?)t|can not|won['\u2019]?t|will not|must decline to|(?:am|are) {_UNABLE})"
+    rf"|['\u2019](?:m|re) {_UNABLE})"
+)
+_HELP = r"help|assist|comply|fulfil|do (?:that|this|it)|engage|judge|evaluate|compare|rate|provide|answer"
+_MORE = (
+    r"discuss|respond|review|critique|assess|generate|write|produce|complete|continue|process|share|give|offer|support"
+)
 _REFUSAL = re.compile(
-    r"\W*(?:(?:i['\u2019]?m |i am |we are )?(?:very |really )?sorry\b.{0,80}?\b(?:can(?:no|['\u2019]?)t|unable|not able)"
-    rf"|(?:i|we) {_CANNOT} (?:help|assist|comply|fulfil|do that|engage|judge|evaluate|compare|rate|provide|answer)"
-    r"|as an ai\b)",
+    rf"\W*+(?:(?:i['\u2019]?m |i am |we are |my |i )?(?:very |really |so )?(?:sorry|apologi[sz]e|apologies)\b.{{0,80}}?"
+    rf"\b{_CANNOT} (?:{_HELP}|{_MORE})|{_CANNOT} (?:{_HELP})"
+    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)\b[\w ]{0,40}?[, ] ?(?:i|we)\b)",
     re.IGNORECASE | re.DOTALL,
 )
+_REFUSED_WITHIN = 400  # characters from the beginning of a reply in which a refusal begins and ends
 
 
 # ---- choices by log-probability
@@ -92,7 +101,13 @@ class ParsedVerdict(NamedTuple):
 
 
 def read_verdict(
-    reply: Reply, template: Template, rendered: RenderedQuestion, *, direct: bool, min_mass: float = 0.5
+    reply: Reply,
+    template: Template,
+    rendered: RenderedQuestion,
+    *,
+    direct: bool,
+    min_mass: float = 0.5,
+    constrained: bool = False,
 ) -> ParsedVerdict:
     """Parses the verdict of a reply.
 
@@ -104,30 +119,44 @@ def read_verdict(
             and its probabilities are those at its token.
         min_mass: the labels need this probability together. With less, a direct label is missing
             (`abstained`, with the mass), and a verdict after reasons has no probabilities.
+        constrained: whether the server made the judge choose among the labels: the text counts then, because some
+            servers give log-probabilities from before the choice was made (llama.cpp).
     """
     if reply.refusal:
         return ParsedVerdict("refused")
     if not template.choices:
         return _read_words(reply, template, rendered)
     labels = [label for label, _ in template.labels]
-    if direct and template.scorable and reply.tokens and reply.tokens[0].top:
-        first = next((token for token in reply.tokens if token.text.strip()), reply.tokens[0])
-        probabilities, mass = choice_distribution(first.top, labels, first.text)
-        return (
-            _chosen(template, probabilities, mass) if mass >= min_mass else ParsedVerdict("abstained", label_mass=mass)
-        )
-    verdicts = list(template.verdict_pattern(rendered.nonce).finditer(reply.text)) if template.verdict else []
-    if not verdicts and direct:
-        bare = reply.text.strip().strip("*_.:()[]\"'` ")
-        return _said(template, bare) if bare in labels else _unread(reply)
+    bare = reply.text.strip().strip("*_.:()[]<>{}$\"'` ")
+    if bare not in labels or (reply.cut and not template.scorable):  # "1" may be the beginning of "10"
+        bare = ""
+    if direct and template.scorable and (token := _first_token(reply)) is not None and token.top:
+        probabilities, mass = choice_distribution(token.top, labels, token.text)
+        if mass >= min_mass:
+            return _chosen(template, probabilities, mass)
+        if constrained and bare:
+            return _said(template, bare)._replace(label_mass=mass)
+        return ParsedVerdict("abstained", label_mass=mass)
+    # A server may file a whole reply under thoughts; after a cut reply the thoughts are all that there is.
+    text = reply.text if reply.text.strip() or reply.cut else reply.thoughts
+    verdicts = list(template.verdict_pattern(rendered.nonce).finditer(text)) if template.verdict else []
+    if verdicts and reply.cut and not text[verdicts[-1].end() :].strip():
+        return _unread(reply)  # what followed was cut off: " or B", "0", ".5"
     if not verdicts:
-        return _unread(reply)
+        return _said(template, bare) if direct and bare else _unread(reply)
     said = _said(template, verdicts[-1][1])
-    token = _token_at(reply, verdicts[-1].start(1))
+    token = _token_at(reply, verdicts[-1].start(1)) if text is reply.text else None
     if said.status == "unparsed" or token is None or not token.top or not template.scorable:
         return said
     probabilities, mass = choice_distribution(token.top, labels, token.text)
     return _chosen(template, probabilities, mass) if mass >= min_mass else said._replace(label_mass=mass)
+
+
+def _first_token(reply: Reply) -> Token | None:
+    """Returns the token with which the answer begins; None where the log-probabilities do not have it."""
+    if reply.thoughts:
+        return _token_at(reply, len(reply.text) - len(reply.text.lstrip())) if reply.text.strip() else None
+    return next((token for token in reply.tokens if token.text.strip()), next(iter(reply.tokens), None))
 
 
 def _token_at(reply: Reply, position: int) -> Token | None:
@@ -156,28 +185,41 @@ def _said(template: Template, label: str) -> ParsedVerdict:
     """Returns a verdict in words, without probabilities."""
     if template.numeric:
         value = float(label)
-        inside = template.labels[0][1] <= value <= template.labels[-1][1]
+        scores = [score for _, score in template.labels]
+        inside = min(scores) <= value <= max(scores)
         return ParsedVerdict("ok", label, value) if inside else ParsedVerdict("unparsed")
     value = dict(template.labels)[label]
     return ParsedVerdict("tie" if template.form == "ranking" and value == 0.5 else "ok", label, value)
 
 
+def _refused(text: str) -> bool:
+    return bool(_REFUSAL.match(text.lstrip()[:_REFUSED_WITHIN]))
+
+
 def _unread(reply: Reply) -> ParsedVerdict:
-    return ParsedVerdict("refused" if _REFUSAL.match(reply.text) else "unparsed")
+    return ParsedVerdict("refused" if _refused(reply.text) else "unparsed")
 
 
 def _read_words(reply: Reply, template: Template, rendered: RenderedQuestion) -> ParsedVerdict:
-    if not template.verdict:
-        text = reply.text.strip()
-        return ParsedVerdict("ok", text=text) if text and not _REFUSAL.match(text) else _unread(reply)
-    found = list(template.verdict_pattern(rendered.nonce).finditer(reply.text))
-    if not found:
+    text: str | None = reply.text
+    if template.verdict:
+        text = _between(reply.text if reply.text.strip() or reply.cut else reply.thoughts, template, rendered.nonce)
+    elif _refused(reply.text) or (template.form == "correction" and reply.cut):  # the end of the answer is missing
+        text = None
+    if text is None or not (text.strip() or (template.form == "correction" and template.verdict)):
         return _unread(reply)
-    before = template.verdict_frame(rendered.nonce)[0].strip()
-    text = found[-1][1].rpartition(before)[2] if before else found[-1][1]
-    if template.form == "comment" and not text.strip():
-        return ParsedVerdict("unparsed")
-    return ParsedVerdict("ok", text=text.strip())
+    if template.form == "correction":
+        return ParsedVerdict("ok", text=rendered.corrected(text))
+    return ParsedVerdict("ok", text=rendered.original(text.strip()))
+
+
+def _between(reply: str, template: Template, nonce: str) -> str | None:
+    """Returns the text in the last pair of tags around a verdict in words; None without one."""
+    before, after = (loose(part) for part in template.verdict_frame(nonce))
+    ends = [found.start() for found in re.finditer(after, reply)] if after else [len(reply)]
+    starts = [found.end() for found in re.finditer(before, reply)] if before else [0]
+    start = next((start for start in reversed(starts) if ends and start <= ends[-1]), None)
+    return None if start is None else reply[start : next(end for end in ends if end >= start)]
 
 
 # ---- judgements

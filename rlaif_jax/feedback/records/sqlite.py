@@ -40,7 +40,13 @@ def connect(path: Path | None) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Runs the block as one transaction: it waits for other writers, and is undone by an error."""
+    """Runs the block as one transaction: it waits for other writers, and is undone by an error.
+
+    Inside another transaction the block is a part of that.
+    """
+    if db.in_transaction:
+        yield
+        return
     db.execute("BEGIN IMMEDIATE")
     try:
         yield

@@ -28,12 +28,20 @@ def test_the_same_request_is_found_and_another_is_not(tmp_path: Path):
         assert again.get(REQUEST | change) is None
 
 
-def test_capabilities_are_of_a_server_and_a_model():
+def test_a_reply_that_could_not_be_read_is_replaced(tmp_path: Path):
+    cache = CallCache(tmp_path / "calls.sqlite")
+    cache.put(REQUEST, CachedReply("{}", 1.5, 0.25))
+    cache.put(REQUEST, CachedReply("better", 2.0, 0.5), True)
+    assert cache.get(REQUEST) == CachedReply("better", 2.0, 0.5) and len(cache) == 1
+
+
+def test_capabilities_are_of_what_was_asked():
     cache = CallCache(None)
-    cache.put_capabilities("http://a", "m", {"top_logprobs": 5})
-    cache.put_capabilities("http://a", "m", {"top_logprobs": 20})
-    assert cache.capabilities("http://a", "m") == {"top_logprobs": 20}
-    assert cache.capabilities("http://a", "n") is None and cache.capabilities("http://b", "m") is None
+    asked = {"server": "http://a", "model": "m", "api": "chat"}
+    cache.put_capabilities(asked, {"top_logprobs": 5})
+    cache.put_capabilities(asked, {"top_logprobs": 20})
+    assert cache.capabilities(asked) == {"top_logprobs": 20}
+    assert cache.capabilities(asked | {"api": "completion"}) is None and cache.capabilities({}) is None
 
 
 def test_a_file_that_is_no_cache(tmp_path: Path):

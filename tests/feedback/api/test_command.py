@@ -54,12 +54,14 @@ def test_bad_lines_are_reported_and_the_good_ones_asked(tmp_path: Path):
         [1],
         GOOD | {"prompt": "half \ud83d"},
         GOOD | {"answers": ["a", "\ude00", "c"]},
+        {"prompt": None, "answers": ["a"]},
+        {"prompt": "p", "answers": None},
         "",
         GOOD,
     )
     good, bad = read_questions(path)
-    assert len(good) == 2 and good[1].where == f"{path}:12"
-    assert [message.split(": ", 1)[0].rsplit(":", 1)[1] for message in bad] == [str(i) for i in range(2, 11)]
+    assert len(good) == 2 and good[1].where == f"{path}:14"
+    assert [message.split(": ", 1)[0].rsplit(":", 1)[1] for message in bad] == [str(i) for i in range(2, 13)]
     assert "no valid JSON" in bad[0] and "needs prompt and answers" in bad[1] and "no field answer" in bad[4]
     assert "prompt holds half of a Unicode" in bad[7] and "answers holds half of a Unicode" in bad[8]
     with pytest.raises(UserError, match="cannot read"):

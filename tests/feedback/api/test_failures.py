@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlaif_jax.feedback.api.failures import Attempts, CallFailed, RetryPolicy, error_message, retry_after_seconds
+from rlaif_jax.feedback.api.failures import Attempts, CallFailed, RetryPolicy, error_in, read_error, retry_after_seconds
 
 POLICY = RetryPolicy(attempts=3, max_wait_s=10.0)
 ERROR = CallFailed("status 500", retry=True, status=500)
@@ -71,11 +71,12 @@ class Response:
 
 
 def test_the_message_of_an_error_response():
-    assert error_message(Response({"error": {"message": "too  long\n text"}})) == "too long text"
-    assert error_message(Response({"error": "short"})) == "short"
-    assert error_message(Response({"detail": 3})) == "{'detail': 3}"
-    assert error_message(Response(["x"])) == "['x']"
-    assert error_message(Response(None, "<html>" + "x" * 400)) == "<html>" + "x" * 294
+    said = lambda body, text="": read_error(Response(body, text)).message
+    assert said({"error": {"message": "too  long\n text"}}) == "too long text"
+    assert said({"error": "short"}) == "short"
+    assert said({"detail": [3]}) == "[3]"
+    assert said(["x"], '["x"]') == '["x"]'
+    assert said(None, "<html>" + "x" * 400) == "<html>" + "x" * 294
 
 
 def test_retry_after_is_a_number_or_a_date():
@@ -84,3 +85,29 @@ def test_retry_after_is_a_number_or_a_date():
     assert retry_after_seconds({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
     assert retry_after_seconds({"retry-after": "soon"}) is None
     assert retry_after_seconds({}) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"error": {"message": "m", "code": 429}}, ("m", 429, False)),
+        ({"error": {"message": "m", "code": "429"}, "choices": None}, ("m", 429, False)),
+        ({"error": {"message": "m", "type": "rate_limit_error"}}, ("m", 429, False)),
+        ({"error": {"message": "m", "code": "insufficient_quota"}}, ("m", None, True)),
+        ({"error": {"message": "m", "metadata": {"raw": "why"}, "code": 502}}, ("m: why", 502, False)),
+        ({"error": "m", "error_type": "validation"}, ("m", None, False)),
+        ({"object": "error", "message": "m", "code": 40301}, ("m", None, False)),
+        ({"detail": "m"}, ("m", None, False)),
+        ([{"error": {"message": "m", "code": 503}}], ("m", 503, False)),
+        ({"choices": [{"error": {"message": "m", "code": 502}}]}, ("m", 502, False)),
+        ({"choices": [{"message": {}}], "error": None}, None),
+        ({"choices": []}, None),
+        ("text", None),
+    ],
+)
+def test_errors_in_bodies(body: object, expected: object):
+    assert error_in(body) == expected
+
+
+def test_a_call_that_is_refused_for_hours_still_pauses():
+    assert after(THROTTLED, Attempts(throttles=5000), policy=RetryPolicy(9, 1e9), jitter=1.0)[1] == 30.0

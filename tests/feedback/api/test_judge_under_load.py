@@ -103,12 +103,12 @@ def test_two_thousand_judgements_through_every_trouble(
             assert {e.id for e in store.judgements()} == {e.id for e in entries} and len(store) == 2000
 
         behave.calm = True
-        for expected in (len([e for e in missing if e.status == "error"]), 0):
+        for expected in (len(missing), 0):  # what could not be read is asked again, too
             calls = server.count
             with ApiJudge(config(server.url, **settings | {"timeout_s": 60.0}), store=tmp_path / "f.sqlite") as judge:
                 outcomes = judge.judge(questions, PAIRWISE)
             assert server.count - calls == expected
-            assert sum(len(outcome.missing) for outcome in outcomes) == len(prose)
+            assert not any(outcome.missing for outcome in outcomes)
         with Store(tmp_path / "f.sqlite") as store:
             now = store.judgements()
             assert len(now) == 2000 and len({(e.item, e.shown) for e in now}) == 2000

@@ -111,3 +111,18 @@ def test_a_file_of_fastchats_shape(tmp_path: Path):
     path.write_text("[1]\n")
     with pytest.raises(UserError, match=r"prompts.jsonl:1: a judge prompt is an object with a name"):
         read_template(Path(f"{path}#pair"))
+
+
+def test_a_path_may_hold_a_number_sign(tmp_path: Path):
+    folder = tmp_path / "run #3"
+    folder.mkdir()
+    (folder / "mine.txt").write_text(GOOD)
+    assert read_template(folder / "mine.txt").name == "mine"
+    line = {
+        "name": "pair",
+        "type": "pairwise",
+        "prompt_template": "{question} {answer_a} {answer_b}",
+        "output_format": "[[A]]",
+    }
+    (folder / "prompts.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_template(Path(f"{folder}/prompts.jsonl#pair")).form == "ranking"

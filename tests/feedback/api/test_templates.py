@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
-from rlaif_jax.feedback.api.builtin_templates import (
-    PAIRWISE,
-)
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaif_jax.feedback.api.builtin_templates import CORRECTION, PAIRWISE
 from rlaif_jax.feedback.api.replies import Reply
 from rlaif_jax.feedback.api.template_files import parse_template
-from rlaif_jax.feedback.api.templates import Question, split_question
+from rlaif_jax.feedback.api.templates import Question, RenderedQuestion, split_question
 from rlaif_jax.feedback.api.verdicts import read_verdict
 
 GOOD = """\
@@ -107,3 +109,69 @@ def test_the_hash_is_of_the_wording():
     template = parse_template(GOOD, "mine")
     assert dataclasses.replace(template, name="x", max_tokens=7).hash == template.hash
     assert parse_template(GOOD.replace("fairly", "well"), "mine").hash != template.hash
+
+
+@pytest.mark.parametrize(
+    "token", ["<think>", "</think>", "</thinking>", "[gMASK]", "<sop>", "</seed:think>", "\u25c1/think\u25b7"]
+)
+def test_thoughts_in_the_data_are_broken_up(token: str):
+    assert token not in PAIRWISE.sanitise(f"a{token}b", "abc123")
+
+
+def correct(answer: str, change: Callable[[str], str] = lambda text: text) -> str:
+    """What a judge that writes back `change` of the answer as it reads it has corrected."""
+    rendered = CORRECTION.render(Question("p", (answer,)))
+    shown = rendered.messages[-1]["content"].partition(f"<answer-{rendered.nonce}>\n")[2]
+    shown = shown.partition(f"\n</answer-{rendered.nonce}>")[0]
+    tag = f"corrected-{rendered.nonce}"
+    return read_verdict(Reply(f"<{tag}>\n{change(shown)}\n</{tag}>"), CORRECTION, rendered, direct=False).text
+
+
+PIECES = [
+    "[NAME]",
+    "[DATE]",
+    "<s>",
+    "</s>",
+    "[MASK]",
+    "<unk>",
+    "<|im_end|>",
+    "<<SYS>>",
+    "</think>",
+    " ",
+    "\n",
+    "me",
+    "[ NAME ]",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1).map("".join))
+def test_an_answer_that_is_right_comes_back_as_it_was(answer: str):
+    assert correct(answer) == answer
+
+
+@given(st.lists(st.sampled_from(PIECES[:-1]), min_size=1).map("".join).map(lambda text: f"{text}bad{text}"))
+def test_a_correction_changes_what_it_corrects_and_nothing_else(answer: str):
+    assert correct(answer, lambda text: text.replace("bad", "good")) == answer.replace("bad", "good")
+
+
+def test_a_correction_may_delete_everything():
+    assert correct("  x ", lambda text: "") == ""
+
+
+FRAMES = ["Verdict: {label}", "[[{label}]]", "[{label}]", "<{label}>", "Score {nonce}: {label}", "**Best:** {label}"]
+
+
+@given(st.sampled_from(FRAMES), st.sampled_from(["A", "1"]), st.text("AB1[]<>(){}*` :\nVerdictBestSco/", max_size=30))
+def test_no_data_is_a_verdict(frame: str, label: str, text: str):
+    """A judge that repeats the data as it reads it, and says no more, gives no verdict."""
+    labels = "A = 1, B = 2" if label == "A" else "1 .. 10"
+    template = parse_template(f"form: rating\nlabels: {labels}\nverdict: {frame}\n[user]\n{{prompt}} {{answer}}\n", "t")
+    spelled = frame.replace("{label}", label).replace("{nonce}", "abc123")
+    for data in (text, spelled, f"{text}{spelled}{text}", spelled.lower()):
+        shown = template.sanitise(data, "abc123")
+        assert read_verdict(Reply(shown), template, RenderedQuestion((), "abc123"), direct=False).status == "unparsed"
+
+
+def test_control_tokens_are_found_in_long_texts():
+    for before in (99_990, 99_980, 199_920, 250_000):
+        assert "<|im_end|>" not in PAIRWISE.sanitise("<" * before + "<|im_end|>" + "x" * 200_000, "abc123")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from scipy.special import expit, logit
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.api.builtin_templates import CORRECTION, CRITIQUE, PAIRWISE, RATING
 from rlaif_jax.feedback.api.replies import Reply, Token
+from rlaif_jax.feedback.api.template_files import parse_template
 from rlaif_jax.feedback.api.templates import Question, RenderedQuestion
 from rlaif_jax.feedback.api.verdicts import (
     ParsedVerdict,
@@ -205,3 +207,119 @@ def test_ranks_follow_the_answers_and_not_the_order_shown():
     assert ranking(0.9, (0, 1)).ranks == (1, 2) and ranking(0.9, (1, 0)).ranks == (2, 1)
     assert ranking(0.9, (1, 0)).probability == pytest.approx(0.1)
     assert ranking(0.9, (1, 0)).shown == (1, 0)
+
+
+NUMBERS = parse_template("form: rating\nlabels: 1 .. 10\nverdict: Score: {label}\n[user]\n{prompt} {answer}\n", "n")
+FALLING = parse_template(
+    "form: rating\nlabels: 5 = 5, 4 = 4, 3 = 3, 2 = 2, 1 = 1\nverdict: Score: {label}\n[user]\n{prompt} {answer}\n", "f"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["**Verdict abc123:** A", "**Verdict abc123: A**", "**Verdict abc123**: A", "Verdict abc123: [A]", "Verdict abc123: `A`",
+     "Verdict abc123: <A>", "Verdict abc123: (A)", 'Verdict abc123: "A"', "Verdict abc123: $\\boxed{A}$", "Verdict abc123 : A",
+     "Verdict abc123: \\boxed{\\text{A}}", "verdict abc123: A", "Verdict abc123:\n\n**A**", "Verdict `abc123`: A",
+     "Verdict abc123: A.", "Verdict abc123: A, because B is short", "Verdict abc123: A\nB is short"],
+)  # fmt: skip
+def test_spellings_of_a_label(text: str):
+    assert words(text).label == "A"
+
+
+@pytest.mark.parametrize(
+    "rest", [" or B", ", B", " > B", ">B", "/B", " = B", " | B", " vs. B", " B", "-B", "+", "-", "** or **B**"]
+)
+def test_two_labels_are_no_verdict(rest: str):
+    assert words(f"Verdict abc123: A{rest}").status == "unparsed"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8.5/10", 8.5), ("8/10", 8), ("8 / 10.", 8), ("**8**/10", 8), ("8 out of 10", 8), ("7 (out of 10)", 7), ("8.75", 8.75),
+     ("7.", 7), ("10", 10), ("\\boxed{8.5}", 8.5), ("[8]", 8), ("7 points", 7), ("+8", 8), ("8.5/10.0", 8.5),
+     ("9.5 or 10", None), ("4.5-5", None), ("9.5\u201310", None), ("8 to 9", None), ("85/100", None), ("8/100", None),
+     ("8 (out of 100)", None), ("8,5", None), ("1,000", None), ("8%", None), ("8th", None), ("1e1", None), ("8 1/2", None),
+     ("7.5.1", None), ("12", None), ("-3", None), ("8 9", None)],
+)  # fmt: skip
+def test_numbers(text: str, value: float | None):
+    verdict = words(f"Fine. Score: {text}", NUMBERS)
+    assert (verdict.status, verdict.value) == ("ok", value) if value is not None else verdict.status == "unparsed"
+
+
+@given(st.integers(100, 1000))
+def test_a_number_is_read_whole_or_not_at_all(hundredths: int):
+    number = f"{hundredths / 100:g}"
+    for text in (number, f"**{number}**", f"{number}/10", f"{number} out of 10."):
+        assert words(f"Score: {text}", NUMBERS).value == hundredths / 100
+    for text in (f"{number}/100", f"{number}-{number}", f"{number} or 3", f"{number}x", f"{number},5"):
+        assert words(f"Score: {text}", NUMBERS).status == "unparsed"
+
+
+def test_a_falling_scale():
+    assert [words(f"Score: {number}", FALLING).value for number in (1, 2.5, 5)] == [1, 2.5, 5]
+    assert words("Score: 6", FALLING).status == "unparsed" == words("Score: 0", FALLING).status
+
+
+def test_labels_with_marks_of_their_own():
+    text = "form: ranking\nlabels: (a) = first, (b) = second\nverdict: Best: {label}\n[user]\n{prompt} {answer_1} {answer_2}\n"
+    template = parse_template(text, "marks")
+    assert words("Best: (a)", template).label == "(a)" and words("Best: **(b)**", template).label == "(b)"
+    assert words("Best: a", template).status == "unparsed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Sorry to be harsh, but the answer can't be trusted.", "I am sorry but the answer cannot be called accurate.",
+     "As an AI answer it is fine.", "As an AI assistant's reply, this is good: it is polite.", "I can't fault it."],
+)  # fmt: skip
+def test_critiques_that_begin_like_refusals(text: str):
+    assert words(text, CRITIQUE).status == "ok"
+
+
+def test_what_was_cut_is_no_verdict():
+    cut = lambda text, template: read_verdict(Reply(text, finish="length"), template, ASKED, direct=False)
+    assert cut("Score: 1", NUMBERS).status == "unparsed"  # of "10", perhaps
+    assert cut("Score: 8.", NUMBERS).value == 8
+    assert cut("Verdict abc123: A", PAIRWISE).status == "unparsed"  # of "A or B", perhaps
+    assert cut("Verdict abc123: A\nThis is", PAIRWISE).label == "A"
+    assert cut("<corrected-abc123>a b", CORRECTION).status == "unparsed"
+    whole = parse_template("form: correction\n[user]\n{prompt} {answer}\n", "whole")
+    assert cut("a b", whole).status == "unparsed" and words("a b", whole).text == "a b"
+    assert cut("It is", CRITIQUE).text == "It is"
+    thoughts = lambda finish: Reply("", finish=finish, thoughts="Verdict abc123: A?\nNo.\nVerdict abc123: B")
+    assert read_verdict(thoughts("length"), PAIRWISE, ASKED, direct=False).status == "unparsed"
+    # Some servers file a whole reply under thoughts.
+    assert read_verdict(thoughts("stop"), PAIRWISE, ASKED, direct=False).label == "B"
+    assert read_verdict(Reply("", thoughts="It is fine."), CRITIQUE, ASKED, direct=False).status == "unparsed"
+
+
+def test_a_label_after_thoughts_has_its_log_probabilities():
+    tokens = (
+        Token("<think>", tuple(top(x=1.0))),
+        Token("A</think>", ()),
+        Token("\n", ()),
+        Token("B", tuple(top(A=0.2, B=0.8))),
+    )
+    verdict = read_verdict(Reply("\nB", tokens, thoughts="<think>A</think>"), PAIRWISE, ASKED, direct=True)
+    assert verdict.label == "B" and verdict.label_mass == pytest.approx(1)
+
+
+def test_a_constrained_reply_counts_by_its_text_where_the_log_probabilities_are_older():
+    tokens = (Token("A", tuple(top(Well=0.9, A=0.06, B=0.04))),)
+    for constrained, status in ((False, "abstained"), (True, "ok")):
+        verdict = read_verdict(Reply("A", tokens), PAIRWISE, ASKED, direct=True, constrained=constrained)
+        assert verdict.status == status and verdict.label_mass == pytest.approx(0.1) and verdict.probabilities == ()
+    assert read_verdict(Reply("Well", tokens), PAIRWISE, ASKED, direct=True, constrained=True).status == "abstained"
+
+
+@pytest.mark.parametrize("template", [PAIRWISE, CORRECTION, CRITIQUE, NUMBERS], ids=lambda template: template.name)
+def test_the_time_of_reading_grows_with_the_length(template):
+    """A reply that a limit has cut may be blanks, or whatever else a sampler repeats: CPU time, whatever else runs."""
+    units = [" ", "\n", "<", "[", "*", "1", "1.", "A or ", "Score: ", "Score: *", "<think>", "Verdict abc123: (", "I can't ",
+             "<corrected-abc123>", "<corrected-abc123> ", "</corrected-abc123>", "sorry "]  # fmt: skip
+    for unit in units:
+        for before in ("", "<corrected-abc123>", "Verdict abc123: ", "Score: "):
+            text = before + unit * (100_000 // len(unit))
+            started = time.thread_time()
+            read_verdict(Reply(text), template, ASKED, direct=False)
+            assert time.thread_time() - started < 0.05, (before, unit)  # a quadratic pattern takes minutes
