@@ -57,12 +57,13 @@ def load_storyteller(name: str, tokenizer_path: Path | None, prompt_length: int,
     folder = Path(name).parent if Path(name).is_file() else Path(name) if Path(name).is_dir() else download_model(name)
     tokenizer = load_tokenizer(tokenizer_path or folder)
     check_tokenizer(tokenizer, model.config.vocab_size, name)
-    if isinstance(tokenizer, Llama2cTokenizer):
-        tokenizer = tokenizer.stopping_at_bos()
     require(
         tokenizer.bos_id is not None,
         f"{tokenizer_path or folder}: this tokenizer has no BOS token to begin a story with",
     )
+    if Path(name).is_file() or isinstance(tokenizer, Llama2cTokenizer):
+        # A llama2.c model has learned texts that each begin with BOS, and never saw EOS, whatever file its tokenizer is in.
+        tokenizer = tokenizer.stopping_at_bos()
     longest = prompt_length + max_new_tokens
     require(
         longest <= model.config.context_length,
