@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.text import packed_text_arrays, pair_arrays, text_arrays, token_spans
+from rlaif_jax.data.prompts import padded, prompt_batches
+from rlaif_jax.data.text import answer_ids, packed_text_arrays, pair_arrays, text_arrays, token_spans
 from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
+from rlaif_jax.types import Rollout
 
 TOKENIZER = word_level_tokenizer(("a", "b", "c"))  # ids 4, 5, 6; pad 0, stop 2, unknown 3
 ENDLESS = SimpleNamespace(encode=TOKENIZER.encode, eos_id=None, pad_id=0)
@@ -77,6 +79,59 @@ def test_pair_arrays():
     np.testing.assert_array_equal(got["probability"], [0.75, 0.5])
     np.testing.assert_array_equal(got["weight"], [1, 0])
     assert got["probability"].dtype == got["weight"].dtype == np.float32
+
+
+def test_pairs_of_drawn_answers_are_the_tokens_that_will_be_scored(shared_data):
+    """The rollout draws " It" (632); its text, stripped and encoded again, begins with "It" (1026)."""
+    tokenizer = load_tokenizer(shared_data("tok_gpt2/gpt2_vocab.json"))
+    prompt = "Question: where is the moor?\nAnswer:"
+    drawn = [[*tokenizer.encode(" It lies north of here."), tokenizer.eos_id], tokenizer.encode(" It lies  n")]
+    assert drawn[0][0] == 632 and tokenizer.encode("It")[0] == 1026
+    for add_bos in (False, True):
+        batch = next(
+            prompt_batches(
+                [{"prompt": prompt}], tokenizer, batch_size=1, seed=0, prompt_length=16, add_bos=add_bos
+            )
+        )  # fmt: skip
+        tokens, mask = padded(drawn, 10, tokenizer.pad_id, "right")
+        rollout = Rollout(
+            tokens=np.concatenate([batch.tokens.repeat(2, axis=0), tokens], axis=1),
+            prompt_mask=batch.mask.repeat(2, axis=0),
+            response_mask=mask,
+            logprobs=np.zeros(tokens.shape),
+            finished=np.array([True, False]),
+        )
+        first, second = ([ids] for ids in answer_ids(rollout))
+        pair = pair_arrays(
+            tokenizer, [prompt], first, second, np.ones(1), np.ones(1, bool), length=40, add_bos=add_bos
+        )  # fmt: skip
+        whole = np.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+        for row, name in enumerate("12"):
+            learned = pair["tokens" + name][0][pair["mask" + name][0]]
+            np.testing.assert_array_equal(learned, rollout.tokens[row][whole[row]])
+            assert (learned[0] == tokenizer.bos_id) == add_bos
+
+
+@given(st.lists(st.integers(0, 258), max_size=6), st.lists(st.integers(0, 258), max_size=6))
+def test_answers_that_are_given_as_tokens_are_kept(first, second):
+    """Any tokens, also such as no text is encoded to, as a policy draws them."""
+    pair = pair_arrays(TOKENIZER, ["a b"], [first], [second], np.ones(1), np.ones(1, bool), length=8)
+    for name, ids in (("1", first), ("2", second)):
+        assert pair["tokens" + name][0][pair["mask" + name][0]].tolist() == [4, 5, *ids]
+
+
+def test_bos_before_texts_and_pairs():
+    """Once, with weight 0; ids: BOS 1, stop 2."""
+    texts = [[("a b", 0.5), ("c", 1.0)], [("<bos> a", 1.0)]]
+    got = text_arrays(TOKENIZER, texts, length=5, add_bos=True)
+    np.testing.assert_array_equal(got["tokens"], [[1, 4, 5, 6, 2], [1, 4, 2, 0, 0]])
+    np.testing.assert_array_equal(got["weights"], [[0, 0.5, 0.5, 1, 1], [1, 1, 1, 0, 0]])
+    packed = packed_text_arrays(TOKENIZER, texts, length=8, add_bos=True)
+    np.testing.assert_array_equal(packed["tokens"], [[1, 4, 5, 6, 2, 1, 4, 2]])
+    pair = pair_arrays(
+        TOKENIZER, ["a", "<bos> b"], ["b", "c"], ["c", "c"], np.ones(2), np.ones(2, bool), length=4, add_bos=True
+    )  # fmt: skip
+    np.testing.assert_array_equal(pair["tokens1"], [[1, 4, 5, 2], [1, 5, 6, 2]])
 
 
 def test_a_pair_that_is_too_long_is_refused():
