@@ -13,6 +13,7 @@ from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.types import Rollout
 
+CONTEXT = 8  # tokens before a token that are decoded with it
 Segments = Sequence[tuple[str, float]]  # a text in parts, each with the weight of its tokens in the loss
 
 
@@ -205,7 +206,7 @@ def token_spans(
     length = len(whole if text is None else text)
     # The end of each token's text is where the decoded tokens up to it and the whole text differ: a token of some of a
     # character's bytes decodes to a replacement character, and some tokenizers mend blanks at the end.
-    ends = [shared_prefix(whole, tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    ends = _shared_ends(tokenizer, ids, whole)
     ends = [*np.maximum.accumulate(ends)[:-1].tolist(), len(whole)] if ends else []
     starts = [0, *ends[:-1]]
     for i in range(len(ids)):
@@ -226,6 +227,33 @@ def token_spans(
         hits = touched(*place, bare) or touched(*place, list(zip(starts, ends)))
         found.append((hits[0], hits[-1] + 1))
     return found
+
+
+def _shared_ends(tokenizer: Tokenizer, ids: Sequence[int], whole: str) -> list[int]:
+    """Returns, for each token, how many characters the text up to it shares with the whole text.
+
+    A token is decoded with few tokens before it, from an anchor on up to which all text is settled.
+
+    Args:
+        tokenizer: decodes the tokens.
+        ids: the tokens.
+        whole: their text.
+    """
+    ends: list[int] = []
+    first = anchor = base = 0  # decoding begins at `first`; ids[:anchor] are the text whole[:base]
+    before = ""
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[first : i + 1])
+        if not text.startswith(before):  # the tokenizer writes earlier text in another way now
+            first = anchor = base = 0
+            before, text = "", tokenizer.decode(ids[: i + 1])
+        rest = text[len(before) :]
+        ends.append(base + shared_prefix(whole[base : base + len(rest)], rest))
+        if i - anchor >= 2 * CONTEXT and ends[-1] == base + len(rest) and not rest.endswith("\ufffd"):
+            near = tokenizer.decode(ids[i + 1 - CONTEXT : i + 1])
+            if near.strip() and whole[: ends[-1]].endswith(near):
+                first, anchor, base, before = i + 1 - CONTEXT, i + 1, ends[-1], near
+    return ends
 
 
 def shared_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:

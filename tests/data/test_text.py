@@ -1,21 +1,31 @@
 """Texts as arrays, by hand."""
 
+import functools
 import re
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import padded, prompt_batches
-from rlaif_jax.data.text import answer_ids, packed_text_arrays, pair_arrays, text_arrays, token_spans
+from rlaif_jax.data.text import (
+    _shared_ends,
+    answer_ids,
+    packed_text_arrays,
+    pair_arrays,
+    shared_prefix,
+    text_arrays,
+    token_spans,
+)
 from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.types import Rollout
 
 TOKENIZER = word_level_tokenizer(("a", "b", "c"))  # ids 4, 5, 6; pad 0, stop 2, unknown 3
+_loaded = functools.cache(load_tokenizer)
 ENDLESS = SimpleNamespace(encode=TOKENIZER.encode, eos_id=None, pad_id=0)
 
 
@@ -149,6 +159,34 @@ def test_spans_of_words():
     assert token_spans(TOKENIZER, ids, spans) == [(0, 1), (1, 2), (1, 3), (0, 4), (1, 2), (1, 2), (0, 1)]
     assert token_spans(TOKENIZER, ids, [(0, 1), (2, 3)], text="b c") == [(1, 2), (2, 3)]
     assert token_spans(TOKENIZER, [], []) == []
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("name", ["lm_stories260k/tok512.bin", "tok_gpt2/gpt2_vocab.json", "tok_sentencepiece"])
+def test_the_texts_of_tokens_are_those_of_decoding_every_beginning(shared_data, name, data):
+    """Any tokens: halves of characters, special tokens, unknown ones, ids without a text."""
+    path = shared_data(name)
+    tokenizer = _loaded(path if path.is_file() else next(path.glob("*.model")))
+    few = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 1), min_size=1, max_size=6))
+    ids = data.draw(st.lists(st.one_of(st.sampled_from(few), st.integers(0, tokenizer.vocab_size)), max_size=70))
+    whole = tokenizer.decode(ids)
+    wanted = [shared_prefix(whole, tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    assert _shared_ends(tokenizer, ids, whole) == wanted
+
+
+def test_long_answers_are_decoded_in_linear_time():
+    """Tokens that are decoded for the spans of an answer of 2,000: few for each, not all before it."""
+    decoded = 0
+
+    def decode(ids):
+        nonlocal decoded
+        decoded += len(ids)
+        return TOKENIZER.decode(ids)
+
+    ids = TOKENIZER.encode("a b c " * 700)[:2000]
+    assert token_spans(SimpleNamespace(decode=decode), ids, [(2, 3), (3998, 3999)]) == [(1, 2), (1999, 2000)]
+    assert decoded < 40 * len(ids)
 
 
 def test_spans_of_another_text_are_refused():
