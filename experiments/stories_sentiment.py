@@ -192,7 +192,7 @@ def main(config: StoriesConfig) -> dict[str, Any]:
         )
 
         # ---- PPO, and the judge's scores before and after, on beginnings that it has not learned on
-        policy = TextPolicy(model, config.sampling, tokenizer.eos_id, tokenizer.pad_id)
+        policy = TextPolicy(model, config.sampling, tokenizer.stop_ids, tokenizer.pad_id)
         prompts = next(batches(held_out, config.eval_prompts, shuffle=False))
         critic, params = with_critic(config.ppo, model, original, original["trunk"], step_key(seed, 0, INIT))
         found = improve(

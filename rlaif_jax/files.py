@@ -16,6 +16,36 @@ from rlaif_jax.config import UserError
 
 T = TypeVar("T")
 
+# The first bytes of files that are given in the place of others, and what to do with each.
+SIGNATURES = (
+    (b"version https://git-lfs", "a Git LFS pointer, a note in the place of the file: fetch the file (git lfs pull)"),
+    (b"PAR1", "a Parquet file: convert it to JSON lines, or a table of vocabulary to the format that is asked for"),
+    (b"PK\x03\x04", "a zip archive; PyTorch pickles weights so, which are never read: convert them to safetensors "
+     "with transformers' save_pretrained"),
+    (b"\x80", "a Python pickle, which is never read: convert weights to safetensors with transformers' save_pretrained"),
+    (b"GGUF", "a GGUF file of llama.cpp: take the Hugging Face folder that it was made from"),
+    (b"\x89HDF", "an HDF5 file, Keras' export: take the folder with safetensors"),
+    (b"ARROW1", "an Arrow file: convert it to JSON lines"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"<!doctype html", "a web page in the place of the file: download the file itself"),
+    (b"<html", "a web page in the place of the file: download the file itself"),
+)  # fmt: skip
+
+
+def it_is(path: str | os.PathLike[str]) -> str:
+    """Returns, for the end of a message, what kind of file it is instead; "" for a kind without a mark.
+
+    Args:
+        path: a file that is not what was asked for.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(64).removeprefix(b"\xef\xbb\xbf")
+    except OSError:
+        return ""
+    begins = lambda mark: start.lstrip().lower().startswith(mark) if mark.startswith(b"<") else start.startswith(mark)
+    return next((f"; it is {kind}" for mark, kind in SIGNATURES if begins(mark)), "")
+
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """Returns the content of a file (unpacked where its name ends in .gz) without a byte-order mark.

@@ -181,7 +181,7 @@ def train(
         scale=reward_scale(algorithm.shaping, normaliser),
         staleness=config.staleness,
         drawn=bool(algorithm.draws),
-        stops=tokenizer.eos_id is not None,
+        stops=bool(tokenizer.stop_ids),
     )
     pending: PendingRollout | None = None  # the next step's rollout, where it is drawn before this step's update
     if found is not None:

@@ -77,6 +77,11 @@ class Words:
     bos_id: None = None
     eos_id: int | None = None
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Returns the tokens that end an answer."""
+        return () if self.eos_id is None else (self.eos_id,)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the words of `ids`, separated by spaces."""
         del skip_special  # there are none
@@ -93,7 +98,7 @@ class Settings:
 
     def build(self, model: CausalLM, critic: ScalarModel | None, tokenizer: Any) -> PPO:
         """Returns the algorithm on a text policy of `model`."""
-        policy = TextPolicy(model, self.sampling, tokenizer.eos_id, tokenizer.pad_id)
+        policy = TextPolicy(model, self.sampling, tokenizer.stop_ids, tokenizer.pad_id)
         return self.ppo.build(policy, critic, steps=self.train.steps)
 
 

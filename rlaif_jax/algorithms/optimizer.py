@@ -41,7 +41,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "optimizer")
-        require(self.learning_rate > 0, f"optimizer.learning_rate must be > 0, not {self.learning_rate}")
+        for field in ("learning_rate", "max_grad_norm", "eps"):  # a norm of 0 scales every gradient to nothing
+            require(self.__dict__[field] > 0, f"optimizer.{field} must be > 0, not {self.__dict__[field]}")
+        for field in ("warmup_updates", "weight_decay"):
+            require(self.__dict__[field] >= 0, f"optimizer.{field} must be >= 0, not {self.__dict__[field]}")
+        for field in ("b1", "b2"):
+            require(0 <= self.__dict__[field] < 1, f"optimizer.{field} must lie in [0, 1), not {self.__dict__[field]}")
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformationExtraArgs:

@@ -105,7 +105,7 @@ class PPOConfig:
             f"ppo.kl_in='reward' has no place with ppo.advantage={name}, whose advantages are of whole answers: "
             "set ppo.kl_in='loss', or ppo.kl_coef=0",
         )
-        for field in ("kl_target", "kl_horizon"):
+        for field in ("kl_target", "kl_horizon", "value_clip_range"):
             value = self.__dict__[field]
             require(value is None or value > 0, f"ppo.{field} must be > 0, not {value}")
         require(self.importance_cap >= 1, f"ppo.importance_cap must be >= 1, not {self.importance_cap}")

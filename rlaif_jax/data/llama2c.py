@@ -7,10 +7,11 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data import tokenizer_files
-from rlaif_jax.files import atomic_write, read_bytes
+from rlaif_jax.data import special_tokens, tokenizer_files
+from rlaif_jax.files import atomic_write, it_is, read_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,8 @@ class Llama2cTokenizer:
 
     Ids: 0 `<unk>` (used for padding: the format has no padding token), 1 BOS, 2 EOS, 3-258 the single bytes,
     then pieces. The TinyStories models were trained on texts that each begin with BOS and never saw EOS:
-    their stop token is BOS (1), as in `run.c`; `stopping_at_bos` gives their tokenizer.
+    their stop token is BOS (1), as in `run.c`; `stopping_at_bos` gives their tokenizer. The format does not say
+    it, so `save` writes it into generation_config.json, which `read` looks for.
 
     `encode` puts a space first, as SentencePiece does; `decode` takes it away at the start and after a BOS.
     (`run.c` prints piece by piece, so only after a BOS; here `decode(encode(x)) == x` with and without one.)
@@ -28,13 +30,13 @@ class Llama2cTokenizer:
         pieces: each token's bytes, by id.
         scores: each token's score, by id; of two possible merges the one of higher score comes first.
         max_token_length: the header of the file, in bytes; kept so that `save` writes the same file.
-        eos_id: the token that ends a text. It is not in the file, so `save` does not keep it.
+        stop_ids: the tokens that end an answer. The first, `eos_id`, is written at the end of texts.
     """
 
     pieces: tuple[bytes, ...]
     scores: tuple[float, ...]
     max_token_length: int
-    eos_id: int = 2
+    stop_ids: tuple[int, ...] = (2,)
 
     pad_id = 0
     bos_id = 1
@@ -46,6 +48,8 @@ class Llama2cTokenizer:
         All is little-endian; the vocabulary ends where the file ends. Raises UserError for any other file.
         """
         data = read_bytes(path)
+        if kind := it_is(path):
+            raise UserError(f"{path} is not a llama2.c tokenizer{kind}")
         if len(data) < 4:
             raise UserError(f"{path} is not a llama2.c tokenizer: {len(data)} bytes are too few for its header")
         (longest,) = struct.unpack_from("<i", data)
@@ -69,11 +73,17 @@ class Llama2cTokenizer:
             offset += length
         if len(pieces) < 259 or pieces[3:259] != [f"<0x{b:02X}>".encode() for b in range(256)]:
             raise UserError(f"{path} is not a llama2.c tokenizer: ids 3 to 258 should be the bytes <0x00> to <0xFF>")
-        return cls(tuple(pieces), tuple(scores), longest)
+        ends = tuple(special_tokens.declared_ids(Path(path).parent, "eos"))
+        return cls(tuple(pieces), tuple(scores), longest, ends or (2,))
 
     def stopping_at_bos(self) -> Llama2cTokenizer:
         """Returns the same tokenizer for a model whose texts end where the next begins."""
-        return replace(self, eos_id=self.bos_id)
+        return replace(self, stop_ids=(self.bos_id,))
+
+    @property
+    def eos_id(self) -> int | None:
+        """Returns the id of the token at the end of texts."""
+        return self.stop_ids[0]
 
     @property
     def vocab_size(self) -> int:
@@ -97,6 +107,10 @@ class Llama2cTokenizer:
             known = self._ids.get(raw)
             ids += [known] if known is not None else [byte + 3 for byte in raw]
         return tokenizer_files.bos_prefix(self.bos_id, add_bos) + self._merge(ids)
+
+    def quote(self, text: str) -> str:
+        """Returns `text` as it is: no text becomes a special token."""
+        return text
 
     def _merge(self, ids: list[int]) -> list[int]:
         """Joins neighbours until no pair has a joint piece: the highest score first, the leftmost of equals.
@@ -133,11 +147,11 @@ class Llama2cTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of `ids`, without special tokens if `skip_special`; see `Tokenizer.decode`."""
         out, at_start = bytearray(), True
-        for i in map(int, ids):
+        row = [int(i) for i in ids]
+        for i in tokenizer_files.without_padding(row, 0, 1, (1, 2)) if skip_special else row:
             if i in (0, 1, 2):
-                out += b"" if skip_special else self.pieces[i]
-                # Padding may precede the text; only a token of the text ends its start.
-                at_start = at_start or i == self.bos_id
+                out += b"" if skip_special and i else self.pieces[i]  # <unk> is in the place of a word
+                at_start = (at_start and i > 0) or i == self.bos_id
             elif 3 <= i < 259:
                 out.append(i - 3)
                 at_start = False
@@ -163,5 +177,7 @@ class Llama2cTokenizer:
     def save(self, folder: tokenizer_files.PathLike) -> None:
         """Writes the tokenizer into a folder; see `Tokenizer.save`."""
         rows = [struct.pack("<fi", s, len(p)) + p for p, s in zip(self.pieces, self.scores, strict=True)]
-        with atomic_write(tokenizer_files.own_place(folder, "tokenizer.bin"), "wb") as file:
+        path = tokenizer_files.own_place(folder, "tokenizer.bin")
+        with atomic_write(path, "wb") as file:
             file.write(struct.pack("<i", self.max_token_length) + b"".join(rows))
+        tokenizer_files.write_stop_ids(path.parent, () if self.stop_ids == (2,) else self.stop_ids)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import padded
 from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.types import Rollout
 
+CONTEXT = 8  # tokens before a token that are decoded with it
 Segments = Sequence[tuple[str, float]]  # a text in parts, each with the weight of its tokens in the loss
 
 
 def text_arrays(
-    tokenizer: Tokenizer, examples: Iterable[Segments], *, length: int, end_weight: float = 1.0
+    tokenizer: Tokenizer, examples: Iterable[Segments], *, length: int, end_weight: float = 1.0, add_bos: bool = False
 ) -> dict[str, np.ndarray]:
     """Encodes texts, one a row, each closed by the stop token where the tokenizer has one.
 
@@ -24,6 +27,7 @@ def text_arrays(
         examples: B texts in parts, each part with the weight of its tokens in the loss.
         length: columns of the arrays.
         end_weight: weight of the stop token in the loss.
+        add_bos: put BOS before each text, with weight 0; as `prompt_batches` does for the policy's prompts.
 
     Returns:
         `tokens` int32, `mask` bool and `weights` float32, each [B, length], right padded.
@@ -31,7 +35,7 @@ def text_arrays(
     Raises:
         UserError: an example is longer than `length`.
     """
-    sequences, values = _encoded(tokenizer, examples, length, end_weight)
+    sequences, values = _encoded(tokenizer, examples, length, end_weight, add_bos)
     tokens, mask = padded(sequences, length, tokenizer.pad_id, "right")
     weights = np.zeros(tokens.shape, np.float32)
     for row, of_row in zip(weights, values):
@@ -40,7 +44,7 @@ def text_arrays(
 
 
 def packed_text_arrays(
-    tokenizer: Tokenizer, examples: Iterable[Segments], *, length: int, end_weight: float = 1.0
+    tokenizer: Tokenizer, examples: Iterable[Segments], *, length: int, end_weight: float = 1.0, add_bos: bool = False
 ) -> dict[str, np.ndarray]:
     """Encodes texts and packs several into each row, so that little padding is computed.
 
@@ -51,6 +55,7 @@ def packed_text_arrays(
         examples: as `text_arrays` takes them.
         length: columns of a row.
         end_weight: weight of the stop token in the loss.
+        add_bos: put BOS before each text, with weight 0; as `prompt_batches` does for the policy's prompts.
 
     Returns:
         Arrays [R, length] of R rows: `tokens` int32; `segments` int32, the number of a column's text within its row, from
@@ -59,7 +64,7 @@ def packed_text_arrays(
     Raises:
         UserError: an example is longer than `length`.
     """
-    sequences, values = _encoded(tokenizer, examples, length, end_weight)
+    sequences, values = _encoded(tokenizer, examples, length, end_weight, add_bos)
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the number of their free columns
     for i, sequence in enumerate(sequences):
@@ -86,7 +91,7 @@ def packed_text_arrays(
 
 
 def _encoded(
-    tokenizer: Tokenizer, examples: Iterable[Segments], length: int, end_weight: float
+    tokenizer: Tokenizer, examples: Iterable[Segments], length: int, end_weight: float, add_bos: bool
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Returns the tokens of each text, with the stop token where the tokenizer has one, and their weights.
 
@@ -95,18 +100,23 @@ def _encoded(
         examples: the texts in parts.
         length: the greatest number of tokens.
         end_weight: weight of the stop token.
+        add_bos: whether BOS, with weight 0, is before each text.
 
     Raises:
         UserError: an example is longer than `length`.
     """
     encode = functools.cache(tokenizer.encode)  # parts are often single words, which come again
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    bos = tokenizer.encode("", add_bos=True) if add_bos else []
     sequences: list[list[int]] = []
     weights: list[list[float]] = []
     for i, segments in enumerate(examples):
         parts = [encode(text) for text, _ in segments]
-        sequences.append([token for part in parts for token in part] + end)
-        weights.append([w for part, (_, w) in zip(parts, segments) for _ in part] + [end_weight] * len(end))
+        own = [token for part in parts for token in part]
+        start = [] if own[:1] == bos else bos
+        sequences.append([*start, *own, *end])
+        values = [w for part, (_, w) in zip(parts, segments) for _ in part]
+        weights.append([0.0] * len(start) + values + [end_weight] * len(end))
         require(
             len(sequences[-1]) <= length,
             f"example {i} has {len(sequences[-1])} tokens, more than {length}: {segments[0][0][:60]!r}",
@@ -117,26 +127,31 @@ def _encoded(
 def pair_arrays(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    first: Sequence[str],
-    second: Sequence[str],
+    first: Sequence[str | Sequence[int]],
+    second: Sequence[str | Sequence[int]],
     probability: np.ndarray,
     valid: np.ndarray,
     *,
     length: int,
     finished: tuple[np.ndarray, np.ndarray] | None = None,
+    add_bos: bool = False,
 ) -> dict[str, np.ndarray]:
     """Encodes comparisons for a reward model.
+
+    A reward model learns from the tokens that it will score. Answers that a policy has drawn are therefore given as their
+    tokens (`answer_ids`): their text, decoded and encoded again, often has others.
 
     Args:
         tokenizer: encodes prompts and answers.
         prompts: B prompts.
-        first: B answers.
+        first: B answers: texts, or the tokens of drawn answers, with the stop token where they came to it.
         second: B other answers.
         probability: [B], that the first answer is better.
         valid: [B] bool; where false the pair has weight 0.
         length: columns of the arrays.
-        finished: whether the first and the second answers ([B] bool each) came to their stop token; None means all did.
-            A cut answer gets no stop token, as in a rollout.
+        finished: whether the first and the second texts ([B] bool each) came to their stop token; None means all did.
+            A cut answer gets no stop token, as in a rollout. Answers that are given as tokens have theirs.
+        add_bos: put BOS before each prompt, as `prompt_batches` does for the policy.
 
     Returns:
         `tokens1`, `mask1`, `tokens2`, `mask2` [B, length], left padded; `probability` and `weight` [B] float32.
@@ -147,15 +162,22 @@ def pair_arrays(
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     arrays: dict[str, np.ndarray] = {}
     ended = finished or (np.ones(len(prompts), bool),) * 2
+    heads = [tokenizer.encode(prompt, add_bos=add_bos) for prompt in prompts]
     for name, answers, stops in (("1", first, ended[0]), ("2", second, ended[1])):
         rows = [
-            tokenizer.encode(prompt) + tokenizer.encode(answer) + (end if stop else [])
-            for prompt, answer, stop in zip(prompts, answers, stops)
+            head + ([*tokenizer.encode(answer), *(end if stop else [])] if isinstance(answer, str) else list(answer))
+            for head, answer, stop in zip(heads, answers, stops)
         ]
         for i, row in enumerate(rows):
             require(len(row) <= length, f"pair {i}: prompt and answer have {len(row)} tokens, more than {length}")
         arrays["tokens" + name], arrays["mask" + name] = padded(rows, length, tokenizer.pad_id, "left")
     return arrays | {"probability": np.asarray(probability, np.float32), "weight": np.asarray(valid, np.float32)}
+
+
+def answer_ids(rollout: Rollout) -> list[list[int]]:
+    """Returns the tokens of the B answers of a rollout, with the stop token of those that came to it."""
+    tokens, mask = np.asarray(rollout.responses), np.asarray(rollout.response_mask)
+    return [row[real].tolist() for row, real in zip(tokens, mask)]
 
 
 def token_spans(
@@ -184,7 +206,7 @@ def token_spans(
     length = len(whole if text is None else text)
     # The end of each token's text is where the decoded tokens up to it and the whole text differ: a token of some of a
     # character's bytes decodes to a replacement character, and some tokenizers mend blanks at the end.
-    ends = [_shared(whole, tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    ends = _shared_ends(tokenizer, ids, whole)
     ends = [*np.maximum.accumulate(ends)[:-1].tolist(), len(whole)] if ends else []
     starts = [0, *ends[:-1]]
     for i in range(len(ids)):
@@ -207,6 +229,33 @@ def token_spans(
     return found
 
 
-def _shared(first: str, second: str) -> int:
-    """Returns the number of characters that both begin with."""
+def _shared_ends(tokenizer: Tokenizer, ids: Sequence[int], whole: str) -> list[int]:
+    """Returns, for each token, how many characters the text up to it shares with the whole text.
+
+    A token is decoded with few tokens before it, from an anchor on up to which all text is settled.
+
+    Args:
+        tokenizer: decodes the tokens.
+        ids: the tokens.
+        whole: their text.
+    """
+    ends: list[int] = []
+    first = anchor = base = 0  # decoding begins at `first`; ids[:anchor] are the text whole[:base]
+    before = ""
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[first : i + 1])
+        if not text.startswith(before):  # the tokenizer writes earlier text in another way now
+            first = anchor = base = 0
+            before, text = "", tokenizer.decode(ids[: i + 1])
+        rest = text[len(before) :]
+        ends.append(base + shared_prefix(whole[base : base + len(rest)], rest))
+        if i - anchor >= 2 * CONTEXT and ends[-1] == base + len(rest) and not rest.endswith("\ufffd"):
+            near = tokenizer.decode(ids[i + 1 - CONTEXT : i + 1])
+            if near.strip() and whole[: ends[-1]].endswith(near):
+                first, anchor, base, before = i + 1 - CONTEXT, i + 1, ends[-1], near
+    return ends
+
+
+def shared_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Returns the number of characters, or of tokens, that both begin with."""
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

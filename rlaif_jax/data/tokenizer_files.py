@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rlaif_jax.config import UserError
-from rlaif_jax.files import read_bytes
+from rlaif_jax.data.hub import folder_is
+from rlaif_jax.files import atomic_write, it_is, read_bytes
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-# In the order in which `load_tokenizer` looks for them in a folder.
+# In the order in which `load_tokenizer` looks for them in a folder; then comes the only file of a pattern.
 FILE_NAMES = (
     "tokenizer.json",
     "vocab.json",
@@ -25,6 +26,7 @@ FILE_NAMES = (
     "tokenizer.bin",
     "tok512.bin",
 )
+PATTERNS = ("*.model", "tok*.bin")  # "tok4096.bin", "tok105.model": llama2.c names them by the size of the vocabulary
 
 
 def merges_of(vocab: Path) -> Path:
@@ -37,9 +39,51 @@ def holds(folder: Path, name: str) -> bool:
     return (folder / name).is_file() and (name != "vocab.json" or merges_of(folder / name).is_file())
 
 
+def find(folder: Path) -> Path:
+    """Returns the tokenizer's file in a folder.
+
+    Raises:
+        UserError: nothing there is a tokenizer, or several files are and no name decides between them.
+    """
+    for name in FILE_NAMES:
+        if holds(folder, name):
+            return folder / name
+    for pattern in PATTERNS:
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise UserError(
+                f"{folder} holds several tokenizers, {names}: give the file of the one that the model reads"
+            )
+        if found:
+            return found[0]
+    looked_for = ", ".join(name if name != "vocab.json" else "vocab.json with merges.txt" for name in FILE_NAMES)
+    raise UserError(
+        f"no tokenizer in the folder {folder}: looked for {looked_for}, {', '.join(PATTERNS)}{folder_is(folder)}"
+    )
+
+
 def choose_pad_id(ids: Mapping[str, int]) -> int:
     """Returns the id to pad with, given the ids of the roles that the vocabulary has."""
     return next((ids[role] for role in ("pad", "unk", "eos") if role in ids), 0)
+
+
+def without_padding(ids: Iterable[int], pad_id: int, bos_id: int | None, stop_ids: Sequence[int]) -> list[int]:
+    """Returns a row of tokens without the padding before its BOS and after its end.
+
+    Where <unk> serves as padding, it is a word of the text everywhere else.
+
+    Args:
+        ids: the tokens.
+        pad_id: the padding.
+        bos_id: the token that begins a text, or None.
+        stop_ids: the tokens that end a text.
+    """
+    row = list(ids)
+    real = [at for at, i in enumerate(row) if i != pad_id]
+    if real and row[real[-1]] in stop_ids:
+        row = row[: real[-1] + 1]
+    return row[real[0] :] if real and row[real[0]] == bos_id else row
 
 
 def bos_prefix(bos_id: int | None, wanted: bool) -> list[int]:
@@ -82,7 +126,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+        raise UserError(f"{path} is not UTF-8 text: {error}{it_is(path)}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -92,7 +136,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{it_is(path)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
     return value
@@ -115,3 +159,17 @@ def own_place(folder: PathLike, name: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     return folder / name
+
+
+def write_stop_ids(folder: Path, ids: Sequence[int]) -> None:
+    """Writes the tokens that end an answer into the generation_config.json of a folder.
+
+    Args:
+        folder: the tokenizer's folder.
+        ids: the tokens' ids; without any the tokenizer's own file says it all, and nothing is written.
+    """
+    if ids:
+        path = folder / "generation_config.json"
+        values = read_json_object(path) | {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
+        with atomic_write(path) as file:
+            file.write(json.dumps(values, indent=1) + "\n")

@@ -14,8 +14,9 @@ All are immutable. `load_tokenizer(folder_or_file)` finds out which kind it is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +24,13 @@ from typing import Any, Protocol
 import tokenizers as hf
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data import tokenizer_files
+from rlaif_jax.data import chat_template, hub, special_tokens, tokenizer_files
 from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from rlaif_jax.files import atomic_write
+from rlaif_jax.files import atomic_write, it_is
+
+# Characters for private use, which no text has: the first is before a special token that is meant as text.
+QUOTED, ALIAS = "\U0010fffd", "\U0010fffc"
 
 
 class Tokenizer(Protocol):
@@ -49,7 +53,11 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int | None:
-        """Returns the id of the token that ends a text; None where the vocabulary has none."""
+        """Returns the id of the token that is written at the end of texts; None without such a token."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Returns the ids that end an answer: `eos_id` first, then each other that the model's files declare."""
 
     @property
     def fingerprint(self) -> str:
@@ -58,15 +66,23 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Returns the ids of `text`, without any special token except the BOS that `add_bos` puts first.
 
+        A text that begins with its BOS already, as chat templates write it, gets no second one.
+
         Raises:
             UserError: `add_bos` and the vocabulary has no BOS token.
+        """
+
+    def quote(self, text: str) -> str:
+        """Returns `text` so that `encode` takes special tokens that it spells for text.
+
+        It is for data within a question, such as the answer that a judge reads.
         """
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of token ids.
 
-        Models whose embedding is padded beyond the tokenizer's vocabulary can sample ids outside it: they have no
-        text.
+        The token for what the vocabulary lacks (<unk>) is no special token: it is in the place of a word.
+        Models whose embedding is padded beyond the tokenizer's vocabulary can sample ids outside it: they have no text.
 
         Args:
             ids: a list or one-dimensional array.
@@ -83,6 +99,13 @@ class Tokenizer(Protocol):
             UserError: `token` is not one token of the vocabulary.
         """
 
+    def stopping_at_bos(self) -> Tokenizer:
+        """Returns the same tokenizer for a model whose texts end where the next begins.
+
+        Raises:
+            UserError: the vocabulary has no BOS token.
+        """
+
     def save(self, folder: tokenizer_files.PathLike) -> None:
         """Writes into `folder` (made if missing) what `load_tokenizer` needs to give the same tokenizer back.
 
@@ -92,26 +115,22 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder_or_file: tokenizer_files.PathLike) -> Tokenizer:
-    """Reads the tokenizer in a folder (a Hugging Face model folder, or what `save` wrote), or in one file.
+    """Reads the tokenizer of a folder (a model's, or what `save` wrote), of one file, or from the hub.
 
     Args:
-        folder_or_file: a folder, searched for `tokenizer_files.FILE_NAMES` in that order; or a `tokenizer.json`, `*vocab.json`
-            (with `*merges.txt` in its folder), `*.model` or `*.bin`.
+        folder_or_file: a folder, searched for `tokenizer_files.FILE_NAMES` in that order; a `tokenizer.json`,
+            `*vocab.json` (with `*merges.txt` in its folder), `*.model` or `*.bin`; or, where there is no such path, a hub
+            id, as `load_model` takes it.
 
     Raises:
-        UserError: nothing there, no tokenizer in it (lists what was looked for), or an unreadable file.
+        UserError: nothing there, no tokenizer in it (lists what was looked for), an unreadable file, or an end token that
+            is in no vocabulary.
     """
     path = Path(folder_or_file)
-    if path.is_dir():
-        for name in tokenizer_files.FILE_NAMES:
-            if tokenizer_files.holds(path, name):
-                return load_tokenizer(path / name)
-        looked_for = ", ".join(
-            n if n != "vocab.json" else "vocab.json with merges.txt" for n in tokenizer_files.FILE_NAMES
-        )
-        raise UserError(f"no tokenizer in the folder {path}: looked for {looked_for}")
     if not path.exists():
-        raise UserError(f"no tokenizer at {path}: there is no such file or folder")
+        path = hub.download(str(folder_or_file), hub.TOKENIZER_FILES, "tokenizer")
+    if path.is_dir():
+        path = tokenizer_files.find(path)
     if path.name.endswith("vocab.json"):
         return HuggingFaceTokenizer.read_pair(path, tokenizer_files.merges_of(path))
     if path.suffix == ".json":
@@ -120,7 +139,9 @@ def load_tokenizer(folder_or_file: tokenizer_files.PathLike) -> Tokenizer:
         return SentencePieceTokenizer.read(path)
     if path.suffix == ".bin":
         return Llama2cTokenizer.read(path)
-    raise UserError(f"{path} is not a tokenizer file: expected tokenizer.json, vocab.json, *.model or *.bin")
+    raise UserError(
+        f"{path} is not a tokenizer file: expected tokenizer.json, vocab.json, *.model or *.bin{it_is(path)}"
+    )
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
@@ -148,13 +169,15 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json`, run by the `tokenizers` library.
 
     Special tokens that a text spells out (`<|endoftext|>`) become their ids, as in `transformers`, because chat
-    templates rely on it. The post-processor is not applied: `encode` adds nothing unasked.
+    templates rely on it; those in a text from `quote` do not. The post-processor is not applied: `encode` adds nothing
+    unasked.
 
     Attributes:
         backend: the library's tokenizer.
         pad_id: see `Tokenizer`, as for the next two.
         bos_id: the token that begins a text.
-        eos_id: the token that ends a text.
+        eos_id: the token that is written at the end of a text.
+        other_stop_ids: further tokens that end an answer.
         settings: the folder's `tokenizer_config.json`, completed by the names of the special tokens that the other
             files of the folder gave; `save` writes it back, chat template included.
     """
@@ -164,6 +187,7 @@ class HuggingFaceTokenizer:
     bos_id: int | None
     eos_id: int | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    other_stop_ids: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, path: tokenizer_files.PathLike) -> HuggingFaceTokenizer:
@@ -177,7 +201,7 @@ class HuggingFaceTokenizer:
         try:
             backend = hf.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a readable tokenizer.json: {error}") from error
+            raise UserError(f"{path} is not a readable tokenizer.json: {error}{it_is(path)}") from error
         return cls._with_special_tokens(backend, path.parent)
 
     @classmethod
@@ -200,7 +224,9 @@ class HuggingFaceTokenizer:
         try:
             model = hf.models.BPE.from_file(str(vocab), str(merges))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{vocab} and {merges} are not a readable vocabulary and merges: {error}") from error
+            raise UserError(
+                f"{vocab} and {merges} are not a readable vocabulary and merges: {error}{it_is(vocab)}"
+            ) from error
         backend = hf.Tokenizer(model)
         backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(
             add_prefix_space=bool(settings.get("add_prefix_space", False))
@@ -218,24 +244,21 @@ class HuggingFaceTokenizer:
         settings = tokenizer_files.read_json_object(folder / "tokenizer_config.json")
         template = folder / "chat_template.jinja"
         if template.is_file():
-            settings.setdefault("chat_template", tokenizer_files.read_text(template))
-        names = tokenizer_files.read_json_object(folder / "special_tokens_map.json")
-        models = [tokenizer_files.read_json_object(folder / f) for f in ("generation_config.json", "config.json")]
-
+            settings["chat_template"] = tokenizer_files.read_text(template)
+        special_tokens.add_missing(backend, folder)
+        named = {role: special_tokens.named_token(folder, role) for role in ("bos", "eos", "pad", "unk")}
+        declared = {role: special_tokens.declared_ids(folder, role) for role in named}
         found: dict[str, int] = {}
-        for role in ("bos", "eos", "pad", "unk"):
-            ids = [backend.token_to_id(n) for n in (_name(d.get(f"{role}_token")) for d in (settings, names)) if n]
-            for model in models:
-                value = model.get(f"{role}_token_id")
-                # Llama 3 lists several EOS ids; the first is the one that ends a text.
-                value = value[0] if isinstance(value, list) and value else value
-                if isinstance(value, int) and backend.id_to_token(value) is not None:
-                    ids.append(value)
-            known = [i for i in ids if i is not None]
+        for role, of_role in named.items():
+            index = backend.token_to_id(of_role[0]) if of_role else None
+            if role == "eos" and of_role and index is None:
+                raise special_tokens.not_in_vocabulary(folder, *of_role)
+            known = [i for i in (index, *declared[role]) if i is not None and backend.id_to_token(i) is not None]
             if known:
                 found[role] = known[0]
-                settings.setdefault(f"{role}_token", backend.id_to_token(known[0]))
-        if not {"bos", "eos"} & set(found):
+                if not special_tokens.token_name(settings.get(f"{role}_token")):
+                    settings[f"{role}_token"] = backend.id_to_token(known[0])
+        if not (named["bos"] or named["eos"] or {"bos", "eos"} & set(found)):
             # No other file names them; GPT-2's one special token is both.
             end = backend.token_to_id("<|endoftext|>")
             if end is not None:
@@ -243,7 +266,14 @@ class HuggingFaceTokenizer:
                 settings.update(bos_token="<|endoftext|>", eos_token="<|endoftext|>")
         special = [backend.id_to_token(found[r]) for r in ("bos", "eos", "pad") if r in found]
         backend.add_special_tokens([hf.AddedToken(t, normalized=False, special=True) for t in special])
-        return cls(backend, tokenizer_files.choose_pad_id(found), found.get("bos"), found.get("eos"), settings)
+        eos = found.get("eos")
+        others = tuple(i for i in declared["eos"] if i != eos)
+        return cls(backend, tokenizer_files.choose_pad_id(found), found.get("bos"), eos, settings, others)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Returns the ids that end an answer, `eos_id` first."""
+        return ((self.eos_id,) if self.eos_id is not None else ()) + self.other_stop_ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -266,16 +296,93 @@ class HuggingFaceTokenizer:
         parts = (self.backend.pre_tokenizer, self.backend.decoder)
         return any(b"ByteLevel" in part.__getstate__() for part in parts if part is not None)
 
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """The special tokens of the vocabulary and their ids, the longest first."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {t.content: i for i, t in sorted(added, key=lambda x: -len(x[1].content)) if t.special}
+
+    @cached_property
+    def _plain(self) -> tuple[hf.Tokenizer, dict[int, int]]:
+        """The tokenizer for quoted texts, which takes special tokens for text, and {its id: the id}.
+
+        A special token that the question itself has is written by another name there (`_alias`).
+        """
+        plain = hf.Tokenizer.from_str(self.backend.to_str())
+        plain.encode_special_tokens = True
+        meant: dict[int, int] = {}
+        for index, token in self.backend.get_added_tokens_decoder().items():
+            if token.special:
+                flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+                plain.add_tokens([hf.AddedToken(_alias(index), normalized=False, special=False, **flags)])
+                alias = plain.token_to_id(_alias(index))
+                assert alias is not None
+                meant[alias] = index
+        return plain, meant
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        """The special tokens that are words of the vocabulary too: text that spells them has their id."""
+        plain = self._plain[0]
+        return frozenset(name for name, i in self._special.items() if i in plain.encode(name).ids)
+
+    def _pattern(self, before: str = "") -> re.Pattern[str]:
+        return re.compile(before + "(?:" + "|".join(map(re.escape, self._special)) + ")")
+
+    def quote(self, text: str) -> str:
+        """Returns `text` with a mark before each special token that it spells; see `Tokenizer.quote`.
+
+        Where the vocabulary looks up whole words, a mark does not help: there `<eos>` becomes `< eos>`.
+        """
+        if not self._special:
+            return text
+        broken = lambda name: f"{name[0]} {name[1:]}" if name in self._words else QUOTED + name
+        return self._pattern().sub(lambda found: broken(found[0]), text)
+
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
-        return (
-            tokenizer_files.bos_prefix(self.bos_id, add_bos) + self.backend.encode(text, add_special_tokens=False).ids
-        )
+        if QUOTED in text and self._special:
+            plain, meant = self._plain
+            name = lambda found: _alias(self._special[found[0]])
+            text = self._pattern(f"(?<!{QUOTED})").sub(name, text.replace(ALIAS, "")).replace(QUOTED, "")
+            ids = [meant.get(i, i) for i in plain.encode(text, add_special_tokens=False).ids]
+        else:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        bos = tokenizer_files.bos_prefix(self.bos_id, add_bos)
+        return ids if ids[:1] == bos else bos + ids
+
+    def stopping_at_bos(self) -> HuggingFaceTokenizer:
+        """Returns the same tokenizer for a model whose texts end where the next begins; see `Tokenizer`."""
+        bos = tokenizer_files.bos_prefix(self.bos_id, True)[0]
+        settings = {**self.settings, "eos_token": self.backend.id_to_token(bos)}
+        return replace(self, eos_id=bos, other_stop_ids=(), settings=settings)
+
+    def chat_text(self, messages: Sequence[chat_template.Message]) -> str:
+        """Returns a conversation as the text that a chat model reads, up to where its next message begins.
+
+        The text has the BOS of the chat template. Data in a message is passed through `quote` first.
+
+        Args:
+            messages: each with `role` (system, user, assistant) and `content`.
+
+        Raises:
+            UserError: the folder has no chat template, or it does not take these messages.
+        """
+        return chat_template.render(self.settings, messages)
+
+    @cached_property
+    def _skipped(self) -> frozenset[int]:
+        """The special tokens that are in the place of no word."""
+        unknown = self._ids.get(special_tokens.token_name(self.settings.get("unk_token")) or "")
+        return frozenset(i for i in self._special.values() if i != unknown or i in (self.bos_id, *self.stop_ids))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of `ids`, without special tokens if `skip_special`; see `Tokenizer.decode`."""
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self.backend.decode(known, skip_special_tokens=skip_special)
+        if skip_special:
+            row = tokenizer_files.without_padding(known, self.pad_id, self.bos_id, self.stop_ids)
+            known = [i for i in row if i not in self._skipped]
+        return self.backend.decode(known, skip_special_tokens=False)
 
     def token_id(self, token: str) -> int:
         """Returns the id of a text that is one token; raises UserError for other texts."""
@@ -291,7 +398,7 @@ class HuggingFaceTokenizer:
             if name in self._ids:
                 return self._ids[name]
         ids = self.encode(token)
-        unknown = self._ids.get(_name(self.settings.get("unk_token")) or "")
+        unknown = self._ids.get(special_tokens.token_name(self.settings.get("unk_token")) or "")
         if len(ids) != 1 or ids[0] == unknown:
             raise tokenizer_files.not_one_token(token, [self.backend.id_to_token(i) for i in ids])
         return ids[0]
@@ -304,13 +411,12 @@ class HuggingFaceTokenizer:
             file.write(self.backend.to_str(pretty=True))
         with atomic_write(path.with_name("tokenizer_config.json")) as file:
             json.dump(settings, file, indent=2, ensure_ascii=False)
+        tokenizer_files.write_stop_ids(path.parent, self.stop_ids if self.other_stop_ids else ())
 
 
-def _name(token: Any) -> str | None:
-    """Returns a special token's name: the files hold a plain string or `{"content": "..."}`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _alias(index: int) -> str:
+    """Returns the name of a special token that a question writes next to quoted text."""
+    return f"{ALIAS}{index}{ALIAS}"
 
 
 WORD_SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")  # the first ids of `word_level_tokenizer`

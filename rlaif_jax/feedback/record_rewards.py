@@ -277,7 +277,7 @@ class CorrectionRewards:
             return written
         text = self.tokenizer.decode(written)
         blank = text[: len(text) - len(text.lstrip())]  # records hold the answer without the blanks around it
-        ends = [] if self.tokenizer.eos_id is None or not ended else [self.tokenizer.eos_id]
+        ends = written[-1:] if ended else []  # the stop token that was drawn: it is no edit
         return [*self.tokenizer.encode(blank + correction.edited), *ends]
 
     def _marked(self, correction: Correction, answer: str, written: list[int]) -> list[tuple[int, int, float]]:

@@ -11,8 +11,8 @@ A prompt is read once for its K answers. Decoding has two ways, which give the s
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-from typing import Any, NamedTuple
+from functools import partial, reduce
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,12 @@ from rlaif_jax.models.sampling import SamplingConfig, sample
 from rlaif_jax.types import Params, Prompts
 
 FIRST_BUCKET = 128
+StopIds: TypeAlias = int | tuple[int, ...] | None
+
+
+def stop_ids(eos_id: StopIds) -> tuple[int, ...]:
+    """Returns the tokens that end an answer, given as one, several or none."""
+    return eos_id if isinstance(eos_id, tuple) else () if eos_id is None else (eos_id,)
 
 
 class Drawn(NamedTuple):
@@ -40,20 +46,21 @@ class Decoding:
     Attributes:
         sampling: temperature, truncation and length.
         answers: K, answers to each prompt.
-        eos_id: the stop token; None: answers end at the length limit only.
+        eos_id: the stop token or tokens; none: answers end at the length limit only.
         pad_id: what columns after the stop hold.
         first_answer: index of the first of the K answers, from which their random numbers are derived.
     """
 
     sampling: SamplingConfig
     answers: int
-    eos_id: int | None
+    eos_id: StopIds
     pad_id: int
     first_answer: int = 0
 
     def is_stop(self, tokens: jax.Array) -> jax.Array:
-        """Returns whether each token is the stop token."""
-        return jnp.zeros(tokens.shape, bool) if self.eos_id is None else tokens == self.eos_id
+        """Returns whether each token is a stop token."""
+        stops = [tokens == stop for stop in stop_ids(self.eos_id)]
+        return reduce(jnp.logical_or, stops, jnp.zeros(tokens.shape, bool))
 
 
 def answer_uniforms(key: jax.Array, uid: jax.Array, answers: int, length: int, first: int = 0) -> jax.Array:

@@ -17,7 +17,7 @@ from rlaif_jax.models.decoder import in_dtype
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner, on_own_rows
 from rlaif_jax.policies.base import Draw, Scores
-from rlaif_jax.policies.decoding import Decoding, decode_all, decode_in_slots
+from rlaif_jax.policies.decoding import Decoding, StopIds, decode_all, decode_in_slots, stop_ids
 from rlaif_jax.types import Frozen, Params, Prompts, Rollout
 
 
@@ -28,13 +28,13 @@ class TextPolicy:
     Attributes:
         model: decoder or encoder-decoder.
         sampling: how answers are drawn.
-        eos_id: the tokenizer's stop token; None: answers end at the length limit only.
+        eos_id: the tokenizer's stop token or tokens (`stop_ids`); none: answers end at the length limit only.
         pad_id: the tokenizer's pad token.
     """
 
     model: LanguageModel
     sampling: SamplingConfig
-    eos_id: int | None
+    eos_id: StopIds
     pad_id: int
 
     @property
@@ -56,9 +56,9 @@ class TextPolicy:
         """
         check_tokenizer(tokenizer, self.model.vocab_size, "the policy")
         require(
-            (self.eos_id, self.pad_id) == (tokenizer.eos_id, tokenizer.pad_id),
-            f"the policy stops at token {self.eos_id} and pads with {self.pad_id}, the tokenizer's are "
-            f"{tokenizer.eos_id} and {tokenizer.pad_id}: build both from the same tokenizer",
+            (set(stop_ids(self.eos_id)), self.pad_id) == (set(tokenizer.stop_ids), tokenizer.pad_id),
+            f"the policy stops at token {_listed(self.eos_id)} and pads with {self.pad_id}, the tokenizer's are "
+            f"{_listed(tokenizer.stop_ids)} and {tokenizer.pad_id}: build both from the same tokenizer (stop_ids, pad_id)",
         )
         self.model.check_lengths(prompt_length, self.sampling.max_new_tokens)
         require(self.sampling.temperature > 0, "sampling.temperature is 0 (greedy): a policy learns only from samples")
@@ -139,10 +139,10 @@ class TextPolicy:
         return answer_texts(rollout, tokenizer)
 
     def checks(self, rollout: Rollout) -> dict[str, bool]:
-        """Returns whether the last token in the mask of every finished answer is the stop token."""
+        """Returns whether the last token in the mask of every finished answer is a stop token."""
         tokens, mask, finished = jax.device_get((rollout.responses, rollout.response_mask, rollout.finished))
         last = tokens[np.arange(len(tokens)), mask.sum(-1) - 1]
-        return {"eos_is_kept_in_the_mask": bool(np.all(last[finished] == self.eos_id))}
+        return {"eos_is_kept_in_the_mask": bool(np.isin(last[finished], stop_ids(self.eos_id)).all())}
 
 
 def generate(
@@ -153,13 +153,13 @@ def generate(
     *,
     sampling: SamplingConfig,
     answers: int = 1,
-    eos_id: int | None,
+    eos_id: StopIds,
     pad_id: int,
     first_answer: int = 0,
 ) -> Rollout:
     """Draws `answers` answers to every prompt; the B K rows are ordered prompt by prompt.
 
-    An answer ends with `eos_id` or at sampling.max_new_tokens; columns after the end hold `pad_id`.
+    An answer ends with a stop token or at sampling.max_new_tokens; columns after the end hold `pad_id`.
 
     Args:
         model: the model.
@@ -168,7 +168,7 @@ def generate(
         key: the same for the whole batch: every answer derives its own from it, the prompt's uid and the answer index.
         sampling: temperature, truncation, length and slots.
         answers: K.
-        eos_id: the stop token; None: no answer stops before the length limit.
+        eos_id: the stop token or tokens; none: no answer stops before the length limit.
         pad_id: the pad token.
         first_answer: index of the first answer, from which random numbers are derived.
     """
@@ -190,6 +190,10 @@ def generate(
 
     # No step casts the matrices then, and a mesh gathers half the bytes.
     return on_own_rows(on_device, (in_dtype(params, model.compute_dtype), key), prompts)
+
+
+def _listed(eos_id: StopIds) -> str:
+    return " or ".join(map(str, stop_ids(eos_id))) or "None"
 
 
 def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
@@ -218,7 +222,7 @@ def make_generator(
     Args:
         runner: the devices.
         model: the model.
-        tokenizer: gives the stop and pad tokens.
+        tokenizer: gives the stop tokens and the pad token.
         sampling: temperature, truncation and length.
         answers: K.
     """
@@ -232,7 +236,7 @@ def make_generator(
             key,
             sampling=sampling,
             answers=answers,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
         )
 

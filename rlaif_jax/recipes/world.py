@@ -169,7 +169,7 @@ class WorldModels:
 
     def policy(self, sampling: SamplingConfig) -> TextPolicy:
         """Returns the policy that draws answers by `sampling`; its parameters are kept apart."""
-        return TextPolicy(self.model, sampling, self.tokenizer.eos_id, self.tokenizer.pad_id)
+        return TextPolicy(self.model, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id)
 
     # ---- Data
 

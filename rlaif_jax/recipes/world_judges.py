@@ -249,9 +249,10 @@ def by_labeler(form: Form, pool: Pool, judge: LanguageModelJudge) -> list[Judgem
                 rater=rater,
                 value=float(np.clip(value, 1, 10)),
                 probabilities=tuple(float(x) for x in np.clip(probabilities, 0, 1)),
+                label_mass=float(np.clip(mass, 0, 1)),
                 status="ok" if valid else "abstained",
             )
-            for p, a, value, probabilities, valid in zip(prompts, answers, *scores)
+            for p, a, value, probabilities, valid, mass in zip(prompts, answers, *scores)
         ]
     starts = np.cumsum([0] + [len(group) for group in pool.answers])
     made: list[Judgement] = []
@@ -284,10 +285,11 @@ def revise_answers(
     marker = f" {labeler_prompts.MARKERS[6]} "  # <revise>
 
     def write(params: Params, prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
-        key, eos = jax.random.key(0), tokenizer.eos_id
+        key, eos = jax.random.key(0), tokenizer.stop_ids
         return generate(model, params, prompts, key, sampling=sampling, eos_id=eos, pad_id=tokenizer.pad_id)
 
-    questions = [tokenizer.encode(labeler_prompts.critique_prompt("<overall>", p, a)) for p, a in zip(prompts, answers)]
+    data = zip(map(tokenizer.quote, prompts), map(tokenizer.quote, answers))
+    questions = [tokenizer.encode(labeler_prompts.critique_prompt("<overall>", p, a)) for p, a in data]
     tokens, mask = padded(questions, length, tokenizer.pad_id, "left")
     rows = Prompts(tokens, mask, np.zeros(len(questions), np.uint32))  # type: ignore[arg-type]
     rollout = in_batches(partial(judge.runner.map(write), judge.params), rows, batch_size)

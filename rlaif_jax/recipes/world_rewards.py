@@ -12,7 +12,7 @@ from rlaif_jax.algorithms.fit import Arrays, FitConfig
 from rlaif_jax.algorithms.reward_modeling import reward_step
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.readers import TfdsRecords
-from rlaif_jax.data.text import pair_arrays
+from rlaif_jax.data.text import answer_ids, pair_arrays
 from rlaif_jax.data.world import labeler_prompts
 from rlaif_jax.feedback.judges.language_model import AnswerScores, LanguageModelJudge, preference_from_scores
 from rlaif_jax.feedback.judges.reward_model import score_sequences
@@ -137,14 +137,14 @@ def label_pairs(
     stream = world.prompts(training, size)
     records: list[Record] = []
     texts: list[str] = []
-    finished: list[np.ndarray] = []
+    tokens: list[list[int]] = []
     steps = pair_prompts // size
     with world.run.display.wait("answers to judge", "batch") as count:
         for step in range(steps):
             batch = next(stream)
             rollout = generator((policy, step_key(world.run.seed, step, FEEDBACK)), to_prompts(batch))
             texts += answer_texts(rollout, world.tokenizer)
-            finished.append(np.asarray(rollout.finished))
+            tokens += answer_ids(rollout)
             records += [record for record in batch.records for _ in range(2)]
             count(step + 1, steps)
     first, second, prompts = texts[0::2], texts[1::2], [str(record["prompt"]) for record in records]
@@ -154,17 +154,7 @@ def label_pairs(
     one, two = (AnswerScores(*(part[rows] for part in scores)) for rows in (slice(half), slice(half, None)))
     probability, valid = preference_from_scores(one, two)
     same = np.array([a == b for a, b in zip(first, second)])
-    ended = np.concatenate(finished)
-    pairs = pair_arrays(
-        world.tokenizer,
-        prompts,
-        first,
-        second,
-        probability,
-        valid & ~same,
-        length=LENGTH,
-        finished=(ended[0::2], ended[1::2]),
-    )
+    pairs = pair_arrays(world.tokenizer, prompts, tokens[0::2], tokens[1::2], probability, valid & ~same, length=LENGTH)
     return pairs | {
         "valid": valid,
         "better": world.gold(records, first) - world.gold(records, second),

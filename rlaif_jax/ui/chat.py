@@ -102,8 +102,9 @@ def local_model(
         from rlaif_jax.data.prompts import padded
 
         text = chat_prompt(prompt, turns)
-        ids = tokenizer.encode(text, add_bos=True)
-        ids = ids if len(ids) <= length else [*ids[:1], *ids[-(length - 1) :]]
+        begin = tokenizer.bos_id is not None
+        ids = tokenizer.encode(tokenizer.quote(text), add_bos=begin)
+        ids = ids if len(ids) <= length else [*ids[:begin], *ids[begin - length :]]
         tokens, mask = padded([ids], length, tokenizer.pad_id, "left")
         uid = np.array([int(sha256([seed, text])[:8], 16)], np.uint32)
         with lock:

@@ -82,17 +82,20 @@ def test_llama2c_decode_strips_one_space_after_bos_and_at_the_start_only():
     assert tokenizer.decode([0, 0, 1, 259, 262]) == " a"
     assert tokenizer.decode([262, 1, 262]) == "aa"
     assert tokenizer.decode([1, 262, 2, 0], skip_special=False) == "\n<s>\na\n</s>\n<unk>"
+    assert tokenizer.decode([1, 262, 0, 262]) == "a<unk> a", "a sampled <unk> is no padding"
     # Half a character, and ids that a padded embedding could sample.
     assert tokenizer.decode([0xC3 + 3, 260, 263, 5000, -1]) == "\ufffda"
 
 
-def test_llama2c_can_stop_where_the_next_text_begins():
+def test_llama2c_can_stop_where_the_next_text_begins(tmp_path: Path):
     tokenizer = llama2c(b" ", b"a", b" a")
     stopping = tokenizer.stopping_at_bos()
     assert (tokenizer.eos_id, stopping.eos_id, stopping.bos_id) == (2, 1, 1)
     assert stopping.encode("a a", add_bos=True) == tokenizer.encode("a a", add_bos=True) == [1, 261, 261]
     assert stopping.decode([1, 261, 261, 1]) == "a a"
     assert stopping.fingerprint == tokenizer.fingerprint
+    stopping.save(tmp_path)
+    assert load_tokenizer(tmp_path).stop_ids == stopping.stop_ids == (1,)
 
 
 def test_llama2c_real_file_round_trip_and_run_c(shared_data):

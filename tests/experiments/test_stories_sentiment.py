@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
@@ -18,11 +19,12 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.command_line import command_line
 from rlaif_jax.config import UserError
-from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.models.hf.llama2c import layout
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.recipes.stories import load_storyteller, story_beginnings
@@ -139,6 +141,27 @@ def test_stories260k_stops_where_the_next_story_begins(shared_data):
     storyteller = load_storyteller(str(shared_data("lm_stories260k/stories260K.bin")), None, 28, 64)
     # tok512.bin is found in the same folder
     assert (storyteller.tokenizer.vocab_size, storyteller.tokenizer.bos_id, storyteller.tokenizer.eos_id) == (512, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "Hugging Face"])
+def test_a_llama2c_model_stops_at_bos_whatever_its_tokenizer_is_in(shared_data, tmp_path, kind):
+    """The models of llama2.c saw no end token, so a vocabulary with one does not say where their stories end."""
+    if kind == "SentencePiece":
+        tokenizer, size = shared_data("tok_sentencepiece/test_model.model"), 1000
+    else:
+        word_level_tokenizer(PLAIN).save(tmp_path / "words")
+        tokenizer, size = tmp_path / "words", len(PLAIN) + 4
+    values = np.array([16, 32, 1, 2, 2, size, 32], "<i4").tobytes()
+    config = small_decoder(size, num_layers=1, width=16, num_heads=2, mlp_width=32, context_length=32)
+    count = sum(math.prod(shape) for _, shape in layout(config))
+    path = tmp_path / "stories.bin"
+    path.write_bytes(values + np.random.default_rng(0).normal(size=count).astype("<f4").tobytes())
+    storyteller = load_storyteller(str(path), tokenizer, 8, 8)
+    bos = storyteller.tokenizer.bos_id
+    assert load_tokenizer(tokenizer).eos_id != bos
+    assert storyteller.tokenizer.stop_ids == (bos,)
+    save_model(tmp_path / "saved", storyteller.model, storyteller.params, storyteller.tokenizer)
+    assert load_tokenizer(tmp_path / "saved").eos_id == bos, "the model that training leaves ends its stories as well"
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ class LanguageModelWriter:
     def __call__(self, texts: Sequence[str]) -> list[str | None]:
         """Continues each text up to the stop token or the length limit; None for a text that is too long."""
         bos = self.tokenizer.bos_id is not None
-        ids = [self.tokenizer.encode(text, add_bos=bos) for text in texts]
+        ids = [self.tokenizer.encode(self.tokenizer.quote(text), add_bos=bos) for text in texts]
         able = [i for i, tokens in enumerate(ids) if 0 < len(tokens) <= self.prompt_length]
         written: list[str | None] = [None] * len(texts)
         if not able:

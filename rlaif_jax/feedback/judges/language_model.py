@@ -1,11 +1,12 @@
 """A language model as judge, on the same devices as the policy: one batched prefill for each question.
 
 A judge reads *text*: the policy's tokens are decoded and tokenized again with the judge's own tokenizer, so
-any pair of vocabularies works. A comparison is asked in both orders and averaged (Lee 2023, section 2.2): a
-position bias that is additive in the probability cancels; a bias in the log-odds keeps the sign of the
-verdict. A direct score is the expectation over the score tokens (d-RLAIF), after the judge's own reasons
-where the judge writes some. A question that the judge cannot answer (too long for its context, or nearly no
-probability on the choice tokens) is *missing*: it is masked and counted, and it never becomes a score.
+any pair of vocabularies works. Special tokens that the data spells are text in the question. A comparison is
+asked in both orders and averaged (Lee 2023, section 2.2): a position bias that is additive in the probability
+cancels; a bias in the log-odds keeps the sign of the verdict. A direct score is the expectation over the score
+tokens (d-RLAIF), after the judge's own reasons where the judge writes some. A question that the judge cannot answer
+(too long for its context, or little probability on the labels) is *missing*: it is masked and counted, and it never
+becomes a score.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record, padded
-from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
+from rlaif_jax.data.text import shared_prefix
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models.causal_lm import CausalLM
@@ -44,12 +46,14 @@ class Comparison(NamedTuple):
         swapped: P(the answer shown first is better) with the second answer shown first, [B]; 0.5 where not
             valid.
         valid: whether both orders were answered, [B] bool.
+        mass: probability of both verdicts together in the order where it is lower, [B]; 0 for a question that does not fit.
     """
 
     probability: np.ndarray
     forward: np.ndarray
     swapped: np.ndarray
     valid: np.ndarray
+    mass: np.ndarray
 
 
 class AnswerScores(NamedTuple):
@@ -59,11 +63,13 @@ class AnswerScores(NamedTuple):
         expected: the expected score in the units of the scale, [B]; 0 where not valid.
         probabilities: the distribution over the C scores of the scale, [B, C].
         valid: whether the judge gave a score, [B] bool.
+        mass: probability of all scores of the scale together, [B]; 0 for a question that does not fit.
     """
 
     expected: np.ndarray
     probabilities: np.ndarray
     valid: np.ndarray
+    mass: np.ndarray
 
 
 def preference_from_scores(first: AnswerScores, second: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +100,7 @@ def weights_hash(params: Params) -> str:
 
 def choice_probabilities(
     model: CausalLM,
-    ids: tuple[int, ...],
+    ids: tuple[tuple[int, ...], ...],
     params: Params,
     batch: dict[str, jax.Array],
     *,
@@ -104,7 +110,7 @@ def choice_probabilities(
 
     Args:
         model: the judge.
-        ids: the C token ids of the choices.
+        ids: the tokens of each of the C choices: a choice may be written in several ways ("A" and " A").
         params: the judge's parameters.
         batch: `tokens` [B, S] int32 and `mask` [B, S] bool, left padded.
         axis_name: the device axis under pmap; unused, because rows are independent.
@@ -115,8 +121,21 @@ def choice_probabilities(
     """
     del axis_name
     hidden = model.sequence_hidden(params, batch["tokens"], batch["mask"])[:, -1]
-    logprobs = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[:, jnp.array(ids)]
-    return {"choices": jax.nn.softmax(logprobs, axis=-1), "mass": jnp.exp(jax.nn.logsumexp(logprobs, axis=-1))}
+    logprobs = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)
+    choices = jnp.stack([jax.nn.logsumexp(logprobs[:, jnp.array(ways)], axis=-1) for ways in ids], axis=-1)
+    return {"choices": jax.nn.softmax(choices, axis=-1), "mass": jnp.exp(jax.nn.logsumexp(choices, axis=-1))}
+
+
+def as_chat(tokenizer: HuggingFaceTokenizer, wording: Callable[..., str], system: str = "") -> Callable[..., str]:
+    """Returns a wording as the message of a user to a chat model, up to where the model's answer begins.
+
+    Args:
+        tokenizer: has the model's chat template.
+        wording: from data to the text of the message, such as a judge's `pairwise_prompt`.
+        system: the system's message before it; "" = none.
+    """
+    first = [{"role": "system", "content": system}] if system else []
+    return lambda *data: tokenizer.chat_text([*first, {"role": "user", "content": wording(*data)}])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,16 +160,20 @@ class LanguageModelJudge:
     Attributes:
         model, params, tokenizer: the judge's own.
         runner: runs the compiled functions on all devices.
-        pairwise_prompt: from (prompt, first, second) to the text that ends right before the verdict.
+        pairwise_prompt: from (prompt, first, second) to the text that ends right before the verdict; `as_chat` makes a
+            question to a chat model of it.
         score_prompt: from (prompt, answer) to the text that ends right before the score.
-        verdicts: the tokens for "the first is better" and "the second is better".
-        scale: the score tokens with their numbers.
+        verdicts: the labels for "the first is better" and "the second is better", each one token; all its ways of
+            writing count ("1" and " 1").
+        scale: the scores' labels with their numbers.
         reasoning: how the judge writes reasons, greedily, before its score (chain of thought, Lee 2023,
             section 2.1.3); None = it scores at once.
         batch_size: questions of one compiled call.
         max_length: tokens of a question at most; None = the model's context.
         debias: how the two orders of a comparison become one probability (`rewards.rankings.both_orders`).
-        min_mass: with less probability on all choice tokens together than this, an answer is missing.
+        min_mass: with less probability on all labels together than this, an answer is missing; as for a judge behind an
+            API.
+        add_bos: put BOS before each question, where the model has learned with one (a chat template has its own).
     """
 
     model: CausalLM
@@ -165,7 +188,8 @@ class LanguageModelJudge:
     batch_size: int = 128
     max_length: int | None = None
     debias: Literal["mean", "logit"] = "mean"
-    min_mass: float = 0.01
+    min_mass: float = 0.5
+    add_bos: bool = False
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.config.vocab_size, "the judge")
@@ -198,12 +222,24 @@ class LanguageModelJudge:
     def _score(self) -> Any:
         return self._compiled(tuple(token for token, _ in self.scale))
 
-    def _compiled(self, tokens: tuple[str, ...]) -> Any:
-        ids = tuple(self.tokenizer.token_id(token) for token in tokens)
-        if len(set(ids)) < len(ids):
-            raise UserError(f"the judge's tokenizer does not tell the choices {', '.join(tokens)} apart")
+    def _compiled(self, labels: tuple[str, ...]) -> Any:
+        """Returns the compiled reading of some labels: (parameters, questions) -> (choices, mass)."""
+        ids = tuple(self._ways.get(label.strip()) or (self.tokenizer.token_id(label),) for label in labels)
+        every = [i for ways in ids for i in ways]
+        if len(set(every)) < len(every):
+            raise UserError(f"the judge's tokenizer does not tell the choices {', '.join(labels)} apart")
 
         return self.runner.map(partial(choice_probabilities, self.model, ids))
+
+    @cached_property
+    def _ways(self) -> dict[str, tuple[int, ...]]:
+        """The tokens that are a text, up to blanks around it."""
+        found: dict[str, tuple[int, ...]] = {}
+        for i in range(self.tokenizer.vocab_size):
+            text = self.tokenizer.decode([i], skip_special=False).strip()
+            if text and "\ufffd" not in text:
+                found[text] = (*found.get(text, ()), i)
+        return found
 
     @cached_property
     def _reason(self) -> Any:
@@ -239,28 +275,55 @@ class LanguageModelJudge:
             stop token).
         """
         assert self.reasoning is not None
-        texts = [self.reasoning.prompt(p, a) for p, a in zip(prompts, answers)]
+        quote = self.tokenizer.quote
+        texts = [self.reasoning.prompt(quote(p), quote(a)) for p, a in zip(prompts, answers)]
         rows, fits = self._rows(texts, self._length - self.reasoning.max_tokens - 1)
         rollout = in_batches(partial(self._reason, self._placed), rows, self.batch_size, progress)
         return answer_texts(rollout, self.tokenizer), fits & np.asarray(rollout.finished)
 
-    def _rows(self, texts: Sequence[str], length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns the texts left padded to `length`, and whether each text fits [B].
+    def _rows(
+        self, texts: Sequence[str], length: int, labels: Sequence[str] = ()
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns the texts left padded to one length, and whether each text fits [B].
 
         A text that does not fit becomes one padding token.
+
+        Args:
+            texts: the questions.
+            length: the most tokens of a question. The rows are as long as the next power of two that holds the longest one.
+            labels: what may follow a question.
         """
-        ids = [self.tokenizer.encode(text) for text in texts]
+        ids = [self._question(text, labels) for text in texts]
         fits = np.array([0 < len(sequence) <= length for sequence in ids], bool)
         shown = [sequence if ok else [self.tokenizer.pad_id] for sequence, ok in zip(ids, fits)]
+        longest = max(map(len, shown), default=1)
+        length = min(length, 1 << (longest - 1).bit_length())
         tokens, mask = padded(shown, length, self.tokenizer.pad_id, "left")
         return {"tokens": tokens, "mask": mask}, fits
 
-    def _choices(self, compiled: Any, texts: Sequence[str], progress: Count) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the distributions over the choices [B, C] after each text, and which of them [B] are valid."""
-        rows, fits = self._rows(texts, self._length)
+    def _question(self, text: str, labels: Sequence[str]) -> list[int]:
+        """Returns the tokens of a question, without blanks at its end that are one token with a label.
+
+        After "Verdict: " a label is written " A": the question ends with the colon, as where the model has learned it.
+        """
+        ids = self.tokenizer.encode(text, add_bos=self.add_bos)
+        if text[-1:].isspace():
+            end = text[-32:]  # how a label is joined depends on what is near it
+            alone = self.tokenizer.encode(end)
+            joined = (self.tokenizer.encode(end + label) for label in labels)
+            shared = min((shared_prefix(alone, other) for other in joined), default=len(alone))
+            if not self.tokenizer.decode(alone[shared:], skip_special=False).strip():
+                return ids[: len(ids) - len(alone) + shared]
+        return ids
+
+    def _choices(
+        self, compiled: Any, texts: Sequence[str], labels: Sequence[str], progress: Count
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (distributions over the labels [B, C] after each text, valid [B], mass [B])."""
+        rows, fits = self._rows(texts, self._length, labels)
         found = in_batches(partial(compiled, self._placed), rows, self.batch_size, progress)
-        choices = found["choices"]
-        return choices, fits & np.isfinite(choices).all(-1) & (found["mass"] >= self.min_mass)
+        choices, mass = found["choices"], np.where(fits, found["mass"], 0.0)
+        return choices, fits & np.isfinite(choices).all(-1) & (mass >= self.min_mass), mass
 
     def compare(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], *, progress: Count = count_nothing
@@ -281,14 +344,16 @@ class LanguageModelJudge:
             probability on the verdicts (`min_mass`).
         """
         count = len(prompts)
+        prompts, first, second = (list(map(self.tokenizer.quote, data)) for data in (prompts, first, second))
         texts = [self.pairwise_prompt(p, a, b) for p, a, b in zip(prompts, first, second)]
         texts += [self.pairwise_prompt(p, b, a) for p, a, b in zip(prompts, first, second)]
-        choices, valid = self._choices(self._compare, texts, progress)
+        choices, valid, mass = self._choices(self._compare, texts, self.verdicts, progress)
         forward, swapped = choices[:count, 0], choices[count:, 0]
         both = valid[:count] & valid[count:]
         better, _ = both_orders(jnp.asarray(forward), jnp.asarray(swapped), how=self.debias)
         fill = lambda x: np.where(both, x, 0.5)
-        return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both)
+        mass = np.minimum(mass[:count], mass[count:])
+        return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both, mass)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str], *, progress: Count = count_nothing) -> AnswerScores:
         """Scores each of B answers by its expected score, sum_i i P(i).
@@ -303,18 +368,22 @@ class LanguageModelJudge:
                 where it writes its reasons first.
         """
         count, before = len(prompts), 0 if self.reasoning is None else len(prompts)
+        quote = self.tokenizer.quote
+        data = list(zip(map(quote, prompts), map(quote, answers)))
         if self.reasoning is None:
-            texts, ended = [self.score_prompt(p, a) for p, a in zip(prompts, answers)], np.ones(len(prompts), bool)
+            texts, ended = [self.score_prompt(p, a) for p, a in data], np.ones(len(prompts), bool)
         else:
             written, ended = self.reasons(prompts, answers, progress=lambda done, _: progress(done, 2 * count))
             texts = [
-                f"{self.reasoning.prompt(p, a)} {reasons} {self.reasoning.marker}"
-                for p, a, reasons in zip(prompts, answers, written)
+                f"{self.reasoning.prompt(p, a)} {quote(reasons)} {self.reasoning.marker}"
+                for (p, a), reasons in zip(data, written)
             ]
-        choices, valid = self._choices(self._score, texts, lambda done, _: progress(before + done, before + count))
+        labels = [label for label, _ in self.scale]
+        counted = lambda done, _: progress(before + done, before + count)
+        choices, valid, mass = self._choices(self._score, texts, labels, counted)
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
-        return AnswerScores(np.where(valid, choices @ numbers, 0.0), choices, valid)
+        return AnswerScores(np.where(valid, choices @ numbers, 0.0), choices, valid, mass)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.hub import folder_is
+from rlaif_jax.files import it_is
 from rlaif_jax.models.decoder_config import DecoderConfig
 from rlaif_jax.models.hf import gpt2, llama, qwen
 from rlaif_jax.models.hf.base import Family, Fields
@@ -30,14 +32,20 @@ def read_config(path: Path) -> DecoderConfig:
         UserError: no such file, not JSON, a field missing or of a wrong type, or a model that is not supported.
     """
     require(
-        path.is_file(), f"{path.parent}: no config.json there; a model's folder holds config.json and model.safetensors"
+        path.is_file(),
+        f"{path.parent}: no config.json there; a model's folder holds config.json and model.safetensors"
+        f"{folder_is(path.parent)}",
     )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON's and Unicode's errors say line or byte
-        raise UserError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({error}){it_is(path)}") from error
     require(isinstance(values, dict), f"{path}: expected a JSON object")
     fields = Fields(values, str(path))
+    require(
+        values.get("model_type") is not None,
+        f"{path}: the field model_type is missing, so this is no config.json of transformers{folder_is(path.parent)}",
+    )
     model_type = fields.get("model_type", str)
     families = {name: family for family in FAMILIES for name in family.model_types}
     require(
@@ -45,8 +53,8 @@ def read_config(path: Path) -> DecoderConfig:
         f"{path}: model_type={model_type!r} is not supported; supported: " + ", ".join(sorted(families)),
     )
     require(
-        values.get("quantization_config") is None,
-        f"{path}: quantization_config is set, but quantised weights are not read; take the unquantised model",
+        not (quantised := [key for key in ("quantization_config", "quantization") if values.get(key) is not None]),
+        f"{path}: {quantised[0] if quantised else ''} is set, but quantised weights are not read; take the unquantised model",
     )
     try:
         return families[model_type].read_config(fields)

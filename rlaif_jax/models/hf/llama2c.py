@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlaif_jax.config import require
+from rlaif_jax.files import it_is
 from rlaif_jax.models.decoder_config import DecoderConfig
 
 SIZES = ("width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "context_length")
@@ -29,7 +30,7 @@ def read_header(path: Path) -> DecoderConfig:
     """
     size = path.stat().st_size
     expected = "expected a llama2.c checkpoint of version 0, such as stories260K.bin"
-    require(size > HEADER.itemsize, f"{path}: {size} bytes are too few for a model; {expected}")
+    require(size > HEADER.itemsize, f"{path}: {size} bytes are too few for a model; {expected}{it_is(path)}")
     header = np.fromfile(path, HEADER, count=1)[0]
     require(
         int(header["width"]) != LATER_VERSION,
@@ -42,7 +43,7 @@ def read_header(path: Path) -> DecoderConfig:
         all(0 < value < 2**24 for value in fields.values())
         and fields["width"] % (2 * fields["num_heads"]) == 0
         and fields["num_heads"] % fields["num_kv_heads"] == 0,
-        f"{path}: the first 28 bytes are no shape of a model ({fields}); {expected}",
+        f"{path}: the first 28 bytes are no shape of a model ({fields}); {expected}{it_is(path)}",
     )
     config = DecoderConfig(
         **fields,

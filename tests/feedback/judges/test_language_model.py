@@ -274,7 +274,7 @@ def test_the_judge_reads_text_with_its_own_tokenizer(make_judge, monkeypatch):
     make_judge(batch_size=2).compare(["a b"], ["c"], ["d e"])
     jax.effects_barrier()
     ((tokens, mask),) = seen
-    assert tokens.shape == (2, LENGTH)
+    assert tokens.shape == (2, 8)  # the questions have seven tokens: the next power of two, not the judge's context
     for row, text in enumerate(("a b which c or d e", "a b which d e or c")):
         assert tokens[row][mask[row]].tolist() == TOKENIZER.encode(text)
         assert mask[row].tolist() == sorted(mask[row].tolist())
@@ -287,7 +287,7 @@ def test_direct_scores_are_the_judges_expectations_and_its_gaps():
 
     def score(prompts, answers):
         asked.append((list(prompts), list(answers)))
-        return AnswerScores(np.array([7.5, 0.0, 2.0]), np.zeros((3, 10)), np.array([True, False, True]))
+        return AnswerScores(np.array([7.5, 0.0, 2.0]), np.zeros((3, 10)), np.array([True, False, True]), np.ones(3))
 
     feedback = DirectScoreSource(SimpleNamespace(score=score))(records, answers, None)
     assert asked == [(["prompt 0", "prompt 1", "prompt 2"], answers)]
