@@ -78,7 +78,11 @@ class Call:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            require(value is None or 0 <= value < math.inf, f"call.{name} is {value}; it is a number from 0 up")
+            is_unknown = value is None and name == "latency_s"
+            require(
+                is_unknown or (value is not None and 0 <= value < math.inf),
+                f"call.{name} is {value}; it is a number from 0 up",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -108,9 +108,24 @@ class Database:
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: cannot be read ({error})") from error
 
+    def each(self, query: str, values: Sequence[Any] = ()) -> Iterator[Any]:
+        """Yields the rows of a query one by one; raises UserError where SQLite fails, also on the way.
+
+        `values` fill the placeholders of the query.
+        """
+        try:
+            yield from self._db.execute(query, values)
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: cannot be read ({error})") from error
+
     def row(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
         """Returns the first row of a query, or None; raises UserError where SQLite fails.
 
         `values` fill the placeholders of the query.
         """
         return next(iter(self.rows(query, values)), None)
+
+
+def searchable(text: str) -> str:
+    """Replaces lone surrogates, which SQLite cannot hold, by "?"."""
+    return text.encode(errors="replace").decode()

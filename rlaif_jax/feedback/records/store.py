@@ -2,8 +2,8 @@
 
 The key of a record is its id (`Judgement.id`), so the same record added twice is stored once. `add` returns after the
 transaction is on disk; what it acknowledged survives kill -9. Nothing is changed or removed: a correction of a record is a
-new record that `supersedes` it, and readers see the newest. A superseded record stays superseded; to restore it, add it
-again as a new record (with another time).
+new record of the same rater that `supersedes` it, and readers see the newest; a record never hides one of another rater. A
+superseded record stays superseded; to restore it, add it again as a new record (with another time).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rlaif_jax.config import require
+from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.forms import Judgement, Source, canonical, to_json
 from rlaif_jax.feedback.records.parsing import from_json, read_judgements
-from rlaif_jax.feedback.records.sqlite import Database
+from rlaif_jax.feedback.records.sqlite import Database, searchable
 from rlaif_jax.files import atomic_write
 
 SCHEMA = 1
@@ -38,6 +38,11 @@ CREATE TABLE IF NOT EXISTS judgement (
 CREATE INDEX IF NOT EXISTS judgement_item ON judgement (item);
 CREATE INDEX IF NOT EXISTS judgement_supersedes ON judgement (supersedes) WHERE supersedes <> '';
 """
+_NEWER = (
+    "SELECT 1 FROM judgement newer WHERE newer.supersedes = j.id AND newer.supersedes <> '' "
+    "AND newer.rater = j.rater AND newer.source = j.source"
+)
+"""The records that supersede the record `j`: of the same rater only, so an import cannot hide other raters' records."""
 
 
 class StoredJudgement(NamedTuple):
@@ -76,29 +81,15 @@ class Store(Database):
         Raises:
             UserError: disk full, file read-only, or another writer that does not finish; none is stored then.
         """
-        rows = [
-            (
-                j.id,
-                j.form,
-                j.item,
-                _searchable(j.rater.name),
-                j.rater.source,
-                _searchable(j.principle),
-                j.status,
-                j.time,
-                j.call.cost,
-                j.supersedes,
-                canonical(to_json(j)),
-            )
-            for j in judgements
-        ]
+        rows = [_row(judgement) for judgement in judgements]
         if not rows:
             return 0
         with self.write(f"{len(rows)} judgements") as db:
             before = db.total_changes
+            # Not OR IGNORE, which also passes over records that break another rule of the table.
             db.executemany(
-                "INSERT OR IGNORE INTO judgement (id, form, item, rater, source, principle, status, time, cost, "
-                "supersedes, record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO judgement (id, form, item, rater, source, principle, status, time, cost, supersedes, "
+                "record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
                 rows,
             )
             return db.total_changes - before
@@ -128,10 +119,10 @@ class Store(Database):
                 values.append(wanted)
         if not superseded:
             conditions.append("status <> 'retracted'")
-            conditions.append("id NOT IN (SELECT supersedes FROM judgement WHERE supersedes <> '')")
-        query = f"SELECT sequence, record FROM judgement WHERE {' AND '.join(conditions)} ORDER BY sequence"
-        for sequence, record in self._db.execute(query, values):
-            yield StoredJudgement(sequence, from_json(json.loads(record), f"{self.path}: record {sequence}"))
+            conditions.append(f"NOT EXISTS ({_NEWER})")
+        query = f"SELECT sequence, record FROM judgement j WHERE {' AND '.join(conditions)} ORDER BY sequence"
+        for sequence, record in self.each(query, values):
+            yield StoredJudgement(sequence, _parse(record, f"{self.path}: record {sequence}"))
 
     def judgements(self, **selection: object) -> list[Judgement]:
         """Returns the judgements that `read` yields, without their sequence numbers.
@@ -142,7 +133,7 @@ class Store(Database):
         return [stored.judgement for stored in self.read(**selection)]  # type: ignore[arg-type]
 
     def __contains__(self, identifier: str) -> bool:
-        return self.row("SELECT 1 FROM judgement WHERE id = ?", (identifier,)) is not None
+        return self.row("SELECT 1 FROM judgement WHERE id = ?", (searchable(identifier),)) is not None
 
     def __len__(self) -> int:
         return self.row("SELECT count(*) FROM judgement")[0]
@@ -193,6 +184,28 @@ class Store(Database):
         return self.add(good), bad
 
 
-def _searchable(text: str) -> str:
-    """Replaces lone surrogates, which SQLite cannot hold, by "?"; the column `record` keeps them."""
-    return text.encode(errors="replace").decode()
+def _row(judgement: Judgement) -> tuple[Any, ...]:
+    """Returns the columns of a record."""
+    plain = to_json(judgement)  # NumPy's numbers are Python's in it
+    return (
+        judgement.id,
+        judgement.form,
+        judgement.item,
+        searchable(judgement.rater.name),
+        judgement.rater.source,
+        searchable(judgement.principle),
+        judgement.status,
+        plain["time"],
+        plain["call"]["cost"],
+        searchable(judgement.supersedes),
+        canonical(plain),
+    )
+
+
+def _parse(record: str, where: str) -> Judgement:
+    """Returns the judgement of a row; raises UserError, which begins with `where`, for a damaged one."""
+    try:
+        values = json.loads(record)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged ({error}): restore the file from a copy") from error
+    return from_json(values, where)

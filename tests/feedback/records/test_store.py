@@ -10,15 +10,20 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.records import dataset
 from rlaif_jax.feedback.records.forms import Call, Comment, Judgement, Ranking, Rater, Rating, canonical, to_json
 from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.quality.votes import current
 from tests.feedback.writers import ROLES, made
 
 ANNA = Rater("anna", "person")
@@ -101,6 +106,73 @@ def test_text_that_sqlite_cannot_hold_is_kept(store):
     assert store.judgements() == [odd]
 
 
+def test_only_the_same_rater_supersedes_a_record(store):
+    """An import of another's records hides nothing, in whatever order the records come."""
+    first = rating(0)
+    mallory = [Rater("mallory", "ai"), Rater("anna", "ai"), Rater("anna", "simulated")]
+    foreign = [rating(1, rater=rater, supersedes=first.id) for rater in mallory]
+    taken = dataclasses.replace(first, rater=mallory[0], status="retracted", supersedes=first.id)
+    store.add([*foreign[:2], taken, first, foreign[2]])
+    assert store.judgements() == [*foreign[:2], first, foreign[2]]
+    assert [store.judgements(superseded=True)[i] for i in current(store.judgements(superseded=True))] == (
+        store.judgements()
+    )
+    own = rating(0, value=6.0, supersedes=first.id)
+    store.add([own])
+    assert store.judgements() == [*foreign, own]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12), st.booleans()), max_size=12))
+def test_readers_agree_on_what_is_superseded(links):
+    """The store, the report and a plain search agree, whoever names whose record and in whatever order."""
+    records: list[Rating] = []
+    for number, (rater, target, back) in enumerate(links):
+        older = records[target].id if target < len(records) else ""
+        status = "retracted" if back and older else "ok"
+        who = Rater(f"r{rater}", "person")
+        records.append(rating(number, rater=who, supersedes=older, status=status))
+    records.reverse()
+    kept = [
+        record
+        for record in records
+        if record.status != "retracted"
+        and not any(later.supersedes == record.id and later.rater == record.rater for later in records)
+    ]
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "f.sqlite") as store:
+        store.add(records)
+        assert store.judgements() == kept
+    assert [records[i] for i in current(records)] == kept
+
+
+def test_what_breaks_a_rule_of_the_table_is_an_error_and_never_passed_over(store):
+    with pytest.raises(UserError, match=r"call.cost is None; it is a number from 0 up"):
+        Call(cost=None)
+    broken = rating(1, call=Call(latency_s=1.0))
+    object.__setattr__(broken.call, "cost", None)  # past the check of the form
+    with pytest.raises(UserError, match=r"2 judgements could not be stored \(NOT NULL.*cost\); nothing was"):
+        store.add([rating(0), broken])
+    assert len(store) == 0
+
+
+def test_numbers_of_numpy_are_stored(store):
+    for kind in (np.float32, np.float64, np.int64):
+        made = Rating(prompt=kind.__name__, answers=("a",), rater=ANNA, value=kind(3), time=kind(2))
+        assert store.add([made]) == 1
+        assert store.judgements()[-1] == made and store.judgements()[-1].id == made.id
+
+
+@given(st.text(st.characters(categories=["Cs", "Ll", "Cc"]), min_size=1, max_size=3))
+def test_half_characters_in_any_text_are_kept_and_cost_no_other_record(text):
+    odd = rating(0, rater=Rater("a" + text, "ai"), principle=text, raw=text, prompt=text, answers=(text,))
+    linked = rating(1, supersedes=text)
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "f.sqlite") as store:
+        path = Path(folder) / "in.jsonl"
+        path.write_text("".join(canonical(to_json(record)) + "\n" for record in (rating(2), odd, linked)))
+        assert store.import_jsonl(path) == (3, [])
+        assert store.judgements() == [rating(2), odd, linked]
+        assert odd.id in store and text not in store and store.judgements(item=odd.item) == [odd]
+
+
 # ---- Files
 
 
@@ -172,6 +244,22 @@ def test_files_that_are_no_store(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="no feedback store can be opened"):
         Store(tmp_path / "folder")
+
+
+def test_a_damaged_file_is_named_and_no_traceback(tmp_path: Path):
+    path = tmp_path / "f.sqlite"
+    with Store(path) as store:
+        store.add([rating(number, raw="x" * 2000) for number in range(200)])
+        store._db.execute("UPDATE judgement SET record = substr(record, 1, 40) WHERE sequence = 3")
+        with pytest.raises(UserError, match=r"f\.sqlite: record 3 is damaged \(.*restore the file from a copy"):
+            store.judgements()
+        store._db.execute("DELETE FROM judgement WHERE sequence = 3")
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)  # a disk that lost its second half
+    path.write_bytes(content)
+    with Store(path) as store, pytest.raises(UserError, match=r"f\.sqlite: cannot be read \(.*malformed"):
+        store.judgements()
 
 
 def test_a_failed_write_is_an_error_and_the_store_goes_on(store):
