@@ -23,7 +23,8 @@ def annotator_agreement(posts: Sequence[Post], kinds: Mapping[str, Kind]) -> lis
     Returns:
         Rows with `kind`, its name; `units`, the number of things judged twice or more (pairs of answers in rankings, else
         answers); `same`, the share of pairs of raters with the same verdict; and Krippendorff's `alpha` (1 = agreement, 0 =
-        chance; nominal over better, worse and tie for rankings, interval for ratings), None where it is undefined.
+        chance; nominal over better, worse and tie for rankings, interval for ratings, whose scales all count as 0 .. 1),
+        None where it is undefined.
     """
     by_kind: dict[Kind, dict[Hashable, dict[str, float]]] = {}  # kind -> unit -> rater -> value
     for post in posts:
@@ -53,7 +54,7 @@ def annotator_agreement(posts: Sequence[Post], kinds: Mapping[str, Kind]) -> lis
 def _values(record: Judgement) -> list[tuple[Hashable, float]]:
     """Returns (part of the task, value) of each number that a record holds."""
     if isinstance(record, Rating) and record.answered:
-        return [(0, record.value)]
+        return [(0, record.unit)]  # tasks may differ in their scales
     if isinstance(record, Ranking) and record.answered:
         return [((i, j), chance) for i, j, chance in record.pairs()]
     return []
