@@ -34,6 +34,9 @@ def connect(path: Path | None) -> sqlite3.Connection:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+    db.execute(
+        "PRAGMA cache_size = -65536"
+    )  # 64 MiB; the default of 2 MiB reads a large file's indexes again and again
     db.execute("PRAGMA synchronous = FULL")  # an acknowledged record survives a power cut, too
     return db
 
@@ -50,6 +53,10 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
             db.execute("ROLLBACK")
 
 
+class Busy(UserError):
+    """Another program is writing into the file for too long; the same call may succeed later."""
+
+
 class Database:
     """A SQLite file whose errors are UserErrors that name it.
 
@@ -59,19 +66,21 @@ class Database:
         path: the file; created with its folder where absent.
         tables: SQL statements, separated by ";", that create what is missing.
         failure: what cannot be done if the file cannot be opened, for the message.
+        patience_s: seconds for which a change waits for another writer, once the file is open.
     """
 
-    def __init__(self, path: Path, tables: str, failure: str) -> None:
+    def __init__(self, path: Path, tables: str, failure: str, patience_s: float = PATIENCE) -> None:
         self.path = Path(path)
         try:
             self._db = connect(self.path)
             self._create(tables)
+            self._db.execute(f"PRAGMA busy_timeout = {round(1000 * patience_s)}")
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{path}: {failure} ({error})") from error
 
     def _create(self, tables: str) -> None:
         with transaction(self._db):
-            for statement in tables.split(";"):
+            for statement in statements(tables):
                 self._db.execute(statement)
 
     def __enter__(self) -> Self:
@@ -87,16 +96,26 @@ class Database:
         self._db.close()
 
     @contextmanager
-    def write(self, what: str = "the change") -> Iterator[sqlite3.Connection]:
+    def write(self, what: str = "the change", *, is_durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Yields the connection inside a transaction.
 
-        Raises UserError, which says that `what` could not be stored, where SQLite fails; nothing is stored then.
+        A change that is not durable survives a crash of the program; a power cut may undo it.
+
+        Raises UserError, which says that `what` could not be stored, where SQLite fails; nothing is stored then. It is
+        `Busy` where another writer does not finish in time.
         """
         try:
-            with transaction(self._db):
-                yield self._db
-        except sqlite3.Error as error:
-            raise UserError(f"{self.path}: {what} could not be stored ({error}); nothing was") from error
+            if not is_durable:
+                self._db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with transaction(self._db):
+                    yield self._db
+            finally:
+                if not is_durable:
+                    self._db.execute("PRAGMA synchronous = FULL")
+        except (sqlite3.Error, UnicodeEncodeError) as error:  # the latter of half a character in a column
+            kind = Busy if "locked" in str(error) else UserError
+            raise kind(f"{self.path}: {what} could not be stored ({error}); nothing was") from error
 
     def rows(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """Returns all rows of a query; raises UserError where SQLite fails.
@@ -105,10 +124,11 @@ class Database:
         """
         try:
             return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            raise UserError(f"{self.path}: cannot be read ({error})") from error
+        except (sqlite3.Error, UnicodeEncodeError) as error:
+            kind = Busy if "locked" in str(error) else UserError
+            raise kind(f"{self.path}: cannot be read ({error})") from error
 
-    def each(self, query: str, values: Sequence[Any] = ()) -> Iterator[Any]:
+    def each(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> Iterator[Any]:
         """Yields the rows of a query one by one; raises UserError where SQLite fails, also on the way.
 
         `values` fill the placeholders of the query.
@@ -129,3 +149,13 @@ class Database:
 def searchable(text: str) -> str:
     """Replaces lone surrogates, which SQLite cannot hold, by "?"."""
     return text.encode(errors="replace").decode()
+
+
+def statements(text: str) -> Iterator[str]:
+    """Yields the SQL statements of a text; the ";" inside a trigger ends none."""
+    statement = ""
+    for part in text.split(";"):
+        statement += part + ";"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""

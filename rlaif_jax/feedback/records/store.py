@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.feedback.records.forms import Judgement, Source, canonical, to_json
+from rlaif_jax.feedback.records.forms import Judgement, Source, canonical, record_id, to_json
 from rlaif_jax.feedback.records.parsing import from_json, read_judgements
-from rlaif_jax.feedback.records.sqlite import Database, searchable
+from rlaif_jax.feedback.records.sqlite import PATIENCE, Database, searchable
 from rlaif_jax.files import atomic_write
 
 SCHEMA = 1
@@ -60,12 +60,17 @@ class Store(Database):
 
     One object per thread; any number of processes.
 
+    Args:
+        path: the file.
+        patience_s: seconds for which a change waits for another writer.
+
     Raises:
         UserError: the file cannot be opened, or is a store of another version.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, f"{_TABLES}PRAGMA user_version = {SCHEMA}", "no feedback store can be opened here")
+    def __init__(self, path: Path, *, patience_s: float = PATIENCE) -> None:
+        tables = f"{_TABLES}PRAGMA user_version = {SCHEMA}"
+        super().__init__(path, tables, "no feedback store can be opened here", patience_s)
 
     def _create(self, tables: str) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -138,6 +143,10 @@ class Store(Database):
     def __len__(self) -> int:
         return self.row("SELECT count(*) FROM judgement")[0]
 
+    def items(self, after: int) -> frozenset[str]:
+        """Returns the `Judgement.item` of each record whose `sequence` is larger than `after`."""
+        return frozenset(row[0] for row in self.rows("SELECT item FROM judgement WHERE sequence > ?", (after,)))
+
     @property
     def cursor(self) -> int:
         """Returns the sequence number of the newest record; 0 in an empty store."""
@@ -188,7 +197,7 @@ def _row(judgement: Judgement) -> tuple[Any, ...]:
     """Returns the columns of a record."""
     plain = to_json(judgement)  # NumPy's numbers are Python's in it
     return (
-        judgement.id,
+        record_id(plain),
         judgement.form,
         judgement.item,
         searchable(judgement.rater.name),
