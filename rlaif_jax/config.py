@@ -28,6 +28,10 @@ class Diverged(RuntimeError):
     """The policy is ruined; the message says which checkpoint is of before."""
 
 
+class StopRequested(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) in the middle of something; it ends as `stopped`, nothing half-done."""
+
+
 class UserError(Exception):
     """Input that a person can mend: the message says what is wrong, where, and what would be right."""
 
