@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.forms import FIELD_TYPES, FORMS, VERSION, Call, Judgement, Rater, Span
-from rlaif_jax.files import read_json_lines
+from rlaif_jax.files import each_json_line
 
 _NESTED: dict[str, type] = {"rater": Rater, "call": Call}
 _SINGULAR = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -151,6 +151,23 @@ def read_judgements(
     Raises:
         UserError: the file cannot be read.
     """
+    bad: list[str] = []
+    return list(each_judgement(path, bad, known)), bad
+
+
+def each_judgement(
+    path: Path, bad: list[str], known: Mapping[str, Collection[str]] | None = None
+) -> Iterator[Judgement]:
+    """Yields the judgements of a JSONL file one by one.
+
+    Args:
+        path: the file.
+        bad: gets a message "FILE:LINE: fault" for each bad line.
+        known: as in `read_judgements`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
 
     def parse(values: Any, place: str) -> Judgement:
         judgement = from_json(values)
@@ -158,4 +175,4 @@ def read_judgements(
             require_known(judgement, known)
         return judgement
 
-    return read_json_lines(path, parse)
+    return each_json_line(path, parse, bad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,18 +28,45 @@ def connect(path: Path | None) -> sqlite3.Connection:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            db.execute("PRAGMA journal_mode = WAL")
+            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             break
         except sqlite3.OperationalError as error:
             # SQLite does not wait here by itself when several processes open a new file.
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-    db.execute(
-        "PRAGMA cache_size = -65536"
-    )  # 64 MiB; the default of 2 MiB reads a large file's indexes again and again
+    if path is not None and (reason := _unsafe(path, mode)):
+        message = f"{path}: {reason}; keep it on a local disk, or let one program at a time use it"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    # 64 MiB: with the default of 2 MiB the indexes of a large file are read again and again.
+    db.execute("PRAGMA cache_size = -65536")
     db.execute("PRAGMA synchronous = FULL")  # an acknowledged record survives a power cut, too
     return db
+
+
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "lustre", "beegfs")
+"""Kinds of file systems that several machines share: SQLite's locks do not hold between them."""
+
+
+def _unsafe(path: Path, mode: str, mounts: Path = Path("/proc/self/mounts")) -> str:
+    """Returns why several programs may not use the file at once; "" where they may.
+
+    Args:
+        path: the database.
+        mode: the journal mode that SQLite has set.
+        mounts: the table of file systems; on a system without one no network is recognised.
+    """
+    if mode != "wal":
+        return f"SQLite keeps the journal {mode!r} here instead of a write-ahead log"
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return ""
+    kinds: dict[Path, str] = {}
+    for _, folder, kind, *_ in map(str.split, lines):
+        kinds[Path(folder.replace("\\040", " "))] = kind  # a later line of one folder covers an earlier one
+    kind = next((kinds[folder] for folder in path.resolve().parents if folder in kinds), "")
+    return f"it lies on a network file system ({kind}), where several machines may damage it" if kind in NETWORK else ""
 
 
 @contextmanager

@@ -8,6 +8,7 @@ superseded record stays superseded; to restore it, add it again as a new record 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.forms import Judgement, Source, canonical, record_id, to_json
-from rlaif_jax.feedback.records.parsing import from_json, read_judgements
+from rlaif_jax.feedback.records.parsing import each_judgement, from_json
 from rlaif_jax.feedback.records.sqlite import PATIENCE, Database, searchable
 from rlaif_jax.files import atomic_write
 
 SCHEMA = 1
+IMPORT_STEP = 2_000
+"""The number of records of one transaction of an import."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS judgement (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -167,12 +170,22 @@ class Store(Database):
     def import_jsonl(self, path: Path, known: Mapping[str, Collection[str]] | None = None) -> tuple[int, Sequence[str]]:
         """Adds the good lines of a JSONL file; returns (number of new records, messages on bad lines).
 
+        Every `IMPORT_STEP` records are one transaction, between which other writers take their turn. An import that
+        breaks off keeps what it added; the same import again adds the rest.
+
         Args:
             path: the file.
             known: the prompts and answers that may be judged, as in `parsing.read_judgements`.
+
+        Raises:
+            UserError: the file cannot be read, or the store not written.
         """
-        good, bad = read_judgements(path, known)
-        return self.add(good), bad
+        bad: list[str] = []
+        judgements = each_judgement(path, bad, known)
+        added = 0
+        while step := list(itertools.islice(judgements, IMPORT_STEP)):
+            added += self.add(step)
+        return added, bad
 
     def export_tfds(self, folder: Path) -> Path:
         """Writes all records, also superseded ones, as a TFDS data set; returns its folder."""
