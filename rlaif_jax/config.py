@@ -29,7 +29,7 @@ class Diverged(RuntimeError):
 
 
 class StopRequested(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C) in the middle of something; it ends as `stopped`, nothing half-done."""
+    """The run was asked to stop (SIGTERM, Ctrl-C) in the middle of something; it ends as `stopped`."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Agreement among the raters of the annotation page, for each kind of task; it takes up answers as they come."""
+"""Agreement among the raters of the annotation page, for each kind of task."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class _Sums:
 
 
 class AgreementTally:
-    """The agreement of raters, kept up to date answer by answer at a cost that does not grow with their number."""
+    """The agreement of raters, kept up to date: an answer costs the same after any number of answers."""
 
     def __init__(self) -> None:
         self._votes: dict[tuple[str, Hashable], dict[str, float]] = {}  # (task, part of it) -> rater -> value

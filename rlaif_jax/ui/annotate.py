@@ -16,7 +16,8 @@ from rlaif_jax.feedback.people.kinds import CHAT
 from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask, read_tasks
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.ui.service import AnnotationService, CheckQuestion
+from rlaif_jax.ui.check import CheckQuestion
+from rlaif_jax.ui.service import AnnotationService
 from rlaif_jax.ui.tokens import rater_tokens
 from rlaif_jax.ui.worker import BLINK_S, Worker
 
@@ -185,7 +186,15 @@ def _open_service(
     chat: ChatModel | None,
     worker: Worker,
 ) -> AnnotationService:
-    """Opens the files, in the worker's thread, and adds the tasks of `items`: file -> the result of `read_tasks`."""
+    """Opens the files, in the worker's thread, and adds the tasks.
+
+    Args:
+        config: the settings of the page.
+        items: file -> the result of `read_tasks`.
+        questions: the check.
+        chat: the model of the chats.
+        worker: the thread.
+    """
     store = Store(config.store, patience_s=BLINK_S)
     queue = TaskQueue(config.store, lease_s=60 * config.lease_minutes, patience_s=BLINK_S)
     with TaskQueue(config.store) as patient, Store(config.store) as place:  # a start may wait for another writer

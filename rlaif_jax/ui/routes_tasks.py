@@ -52,7 +52,7 @@ class TooLarge(UserError):
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """Returns the body of a post, which must be a JSON object. Raises UserError where it is not, or is too large."""
+    """Returns the body of a post. Raises UserError where it is no JSON object, or is too large."""
 
     def refuse_constant(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")

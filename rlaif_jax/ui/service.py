@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection
 from functools import cached_property
 from time import time as now
 from typing import Any, Literal, TypeVar
@@ -15,46 +15,23 @@ from rlaif_jax.feedback.people.kinds import CHAT
 from rlaif_jax.feedback.people.queue import ADJUDICATED, TaskQueue
 from rlaif_jax.feedback.people.queue_rows import Post
 from rlaif_jax.feedback.people.tasks import PersonTask
-from rlaif_jax.feedback.records.forms import Judgement, Rater, canonical, sha256, to_json
+from rlaif_jax.feedback.records.forms import Rater, sha256, to_json
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.ui.chat import ChatModel
+from rlaif_jax.ui.check import CheckQuestion
+from rlaif_jax.ui.posts import MAX_MESSAGE, records_of, text_field, text_of
 from rlaif_jax.ui.records import AnswerContext, in_words, retraction, shown_order
 from rlaif_jax.ui.review import Review
 from rlaif_jax.ui.worker import Worker
 
 Json = dict[str, Any]
 T = TypeVar("T")
-MAX_MESSAGE = 4_000
-"""The largest number of characters of one message to the model."""
 EXPORT_STEP = 500
 """The number of records that an export reads at once; other requests take their turn in between."""
 LOOK_S = 0.02
 """Seconds that the page spends at once on posts that were not counted yet."""
 MOST_DISPUTES = 20
 """The largest number of disputes in one response."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckQuestion:
-    """A question of the check that raters pass before they work.
-
-    Attributes:
-        question: the question.
-        options: the answers to choose from.
-        answer: the index of the right option.
-        why: why that option is right; shown after a wrong choice.
-    """
-
-    question: str
-    options: tuple[str, ...]
-    answer: int
-    why: str = ""
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.answer < len(self.options),
-            f"the check's question {self.question[:60]!r}: answer is {self.answer}; options has {len(self.options)} entries",
-        )
 
 
 class Forbidden(UserError):
@@ -208,7 +185,7 @@ class AnnotationService:
             Forbidden: the rater has not passed the check.
         """
         self._require_passed(rater)
-        task = self.queue.task(_string(body, "task"))
+        task = self.queue.task(text_field(body, "task"))
         posted = self._repeated(rater, request, body)
         if posted is None:
             payload, reason = body.get("payload"), body.get("skip")
@@ -222,11 +199,11 @@ class AnnotationService:
                 tuple(self.queue.chats.turns(task.id, rater)),
                 informed=task.suggestion is not None and self.queue.has_answered(rater, task.id),
             )
-            records = tuple(_records(context, payload, reason))
+            records = tuple(records_of(context, payload, reason))
             act: Literal["answer", "skip"] = "answer" if reason is None else "skip"
             kept = {"skip": reason} if reason is not None else dict(payload or {})
             posted = Post(rater, act, task.id, kept, records, seconds, context.informed)
-            self.queue.post(posted, request, _text_of(body), self.store)
+            self.queue.post(posted, request, text_of(body), self.store)
         suggestion = None
         if task.suggestion is not None and posted.act == "answer":
             judge = task.suggestion.rater.model or task.suggestion.rater.name
@@ -240,13 +217,13 @@ class AnnotationService:
 
     def _repeated(self, rater: str, request: str, body: Json) -> Post | None:
         """Returns the earlier post of a repeated request, whose records are in the store then, or None."""
-        posted = self.queue.posted(rater, request, _text_of(body))
+        posted = self.queue.posted(rater, request, text_of(body))
         if posted is not None:
             self.queue.deliver(self.store)  # a crash may have come between the queue and the store
         return posted
 
     def _seconds(self, rater: str, task: PersonTask, measured: Any) -> float:
-        """Returns the measured time, limited to the time since the rater took the task, where the clock knows it."""
+        """Returns the measured time, at most the time since the rater took the task where that is known."""
         held, time = self.queue.held_since(task.id, rater), now()
         most = time - held if held is not None and held <= time else float("inf")  # the clock may have been set back
         number = measured if isinstance(measured, (int, float)) and not isinstance(measured, bool) else 0.0
@@ -274,7 +251,7 @@ class AnnotationService:
             sequence, last = found
             records = tuple(retraction(record, now()) for record in last.records)
             posted = Post(rater, "undo", last.task, {}, records, 0.0, False)
-            self.queue.post(posted, request, _text_of(body), self.store, undoes=sequence)
+            self.queue.post(posted, request, text_of(body), self.store, undoes=sequence)
         return {"task": self.view(rater, self.queue.task(posted.task)), "progress": self.progress(rater)}
 
     async def say(self, rater: str, request: str, body: Json) -> Json:
@@ -307,7 +284,7 @@ class AnnotationService:
     def _hear(self, rater: str, request: str, body: Json) -> tuple[PersonTask, list[Turn]]:
         """Stores a message; returns its task and the conversation up to the message."""
         self._require_passed(rater)
-        task, message = self.queue.task(_string(body, "task")), _string(body, "message").strip()
+        task, message = self.queue.task(text_field(body, "task")), text_field(body, "message").strip()
         require(task.kind is CHAT, "this task is no chat")
         require(0 < len(message) <= MAX_MESSAGE, f"a message has 1 to {MAX_MESSAGE} characters, not {len(message)}")
         place = self.queue.chats.say(task.id, rater, request, message)
@@ -320,7 +297,9 @@ class AnnotationService:
             raise Forbidden(f"only the coordinator ({self.coordinator}) may do this")
 
     def team(self) -> Json:
-        """Returns {"raters", "groups", "stuck", "stopped", "agreement", "uncounted"}: who has done how much of what.
+        """Returns the progress of the team: who has done how much of what, and how far the raters agree.
+
+        The keys are "raters", "groups", "stuck", "stopped", "agreement" and "uncounted".
 
         "raters" has a row for each rater, "groups" one for each kind and origin of tasks; "stuck" is the number of
         tasks that nobody is left to answer; "stopped" says whether runs were asked to stop. "agreement" has the rows of
@@ -340,7 +319,7 @@ class AnnotationService:
         }
 
     async def count_posts(self) -> None:
-        """Takes up all posts that the agreement and the disputes do not know yet; other requests take their turns."""
+        """Takes up all posts that the agreement does not know yet; other requests take their turns."""
         while await self.run(self._review.advance, LOOK_S):
             pass
 
@@ -398,19 +377,19 @@ class AnnotationService:
             Forbidden: the rater is not the coordinator.
         """
         self._only_coordinator(rater)
-        task = self.queue.task(_string(body, "task"))
+        task = self.queue.task(text_field(body, "task"))
         posted = self._repeated(rater, request, body)
         if posted is None:
             who = Rater(f"{ADJUDICATED}{rater}", self._source(rater))
             context = AnswerContext(task, who, shown_order(task, rater, self.seed), 0.0, now())
             payload = body.get("payload")
-            records = _records(context, payload, None)
+            records = records_of(context, payload, None)
             overruled = [
                 r for post in self.queue.posts(("adjudicate",), task=task.id) for r in post.records if r.answered
             ]
             records += [retraction(record, now()) for record in overruled]
             posted = Post(rater, "adjudicate", task.id, dict(payload or {}), tuple(records), 0.0, False)
-            self.queue.post(posted, request, _text_of(body), self.store)
+            self.queue.post(posted, request, text_of(body), self.store)
         return {"recorded": [record.id for record in posted.records if record.answered]}
 
     def stop(self, rater: str, stop: Any) -> Json:
@@ -451,7 +430,7 @@ class AnnotationService:
         return frozenset(found)
 
     def export(self, final: bool, overruled: Collection[str], after: int) -> tuple[list[Json], int]:
-        """Returns the next records of the store as JSON, at most `EXPORT_STEP` of them, and where to go on.
+        """Returns the next records of the store, at most `EXPORT_STEP` of them, and where to go on.
 
         Args:
             final: only the records that hold in the end: none that was retracted or replaced, and of an adjudicated task
@@ -465,29 +444,3 @@ class AnnotationService:
         found = list(itertools.islice(self.store.read(superseded=not final, after=after), EXPORT_STEP))
         records = [to_json(stored.judgement) for stored in found if stored.judgement.id not in overruled]
         return records, found[-1].sequence if len(found) == EXPORT_STEP else 0
-
-
-def _records(context: AnswerContext, payload: Any, reason: Any) -> list[Judgement]:
-    if reason is not None:
-        require(isinstance(reason, str) and bool(reason.strip()), "a skip needs its reason in words")
-        return context.skipped(reason.strip()[:MAX_MESSAGE])
-    require(isinstance(payload, Mapping), "payload must be an object")
-    return context.records(payload)
-
-
-def _text_of(body: Json) -> str:
-    """Returns a post as text, by which a repeated one is recognised."""
-    try:
-        return canonical(body)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the post holds a number that is not finite, or too many lists in lists ({error})") from error
-
-
-def _string(body: Mapping[str, Any], name: str) -> str:
-    value = body.get(name)
-    require(isinstance(value, str), f"{name} must be text, not {str(value)[:40]!r}")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} holds half a character (a lone surrogate)") from error
-    return str(value)

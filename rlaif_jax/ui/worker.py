@@ -17,7 +17,7 @@ BLINK_S = 0.05
 
 
 class Worker:
-    """Runs functions one after the other in one thread, so that the page's event loop never waits for the disk.
+    """Runs functions one after the other in one thread: the page's event loop never waits for the disk.
 
     While another program writes for long, a change is tried again until `patience_s` is over; others take their turn in
     between, and what only reads goes on.

@@ -14,7 +14,8 @@ from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.ui import service as module
-from rlaif_jax.ui.service import AnnotationService, CheckQuestion, Forbidden
+from rlaif_jax.ui.check import CheckQuestion
+from rlaif_jax.ui.service import AnnotationService, Forbidden
 
 RATED = PersonTask(kind=RATE, prompt="p", answers=("x",))
 PAIR = PersonTask(kind=COMPARE, prompt="p", answers=("x", "y"))

@@ -369,7 +369,7 @@ class TaskQueue(Database):
         return [row[0] for row in self.rows("SELECT DISTINCT task FROM page_post WHERE act = 'adjudicate'")]
 
     def last_number(self) -> int:
-        """Returns the number of the newest post; 0 where there is none."""
+        """Returns the number of the newest post; 0 before the first."""
         return self.row("SELECT coalesce(max(sequence), 0) FROM page_post")[0]
 
     def touched(self, after: int) -> frozenset[str]:
