@@ -15,6 +15,7 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.people.kinds import CHAT
 from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask, read_tasks
+from rlaif_jax.feedback.records.sqlite import searchable
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.ui.check import CheckQuestion
 from rlaif_jax.ui.service import AnnotationService
@@ -75,6 +76,7 @@ class AnnotateConfig:
         model: the model that chats talk to: the URL of an OpenAI-compatible server, or a folder with a language model.
         model_name: the model's name on that server.
         model_tokenizer: the tokenizer of the model in the folder, if it is in another place.
+        model_key_env: name of the environment variable that holds the key of the model's server; none is sent if empty.
         title: the title of the page.
         host: address or name to listen on; the page is reached under this name and the loopback names only. Any but a
           loopback address sends the raters' tokens over the network in the clear.
@@ -94,6 +96,7 @@ class AnnotateConfig:
     model: str = ""
     model_name: str = ""
     model_tokenizer: Path | None = None
+    model_key_env: str = ""
     title: str = "Annotation"
     host: str = "127.0.0.1"
     port: int = 0
@@ -103,6 +106,8 @@ class AnnotateConfig:
     def __post_init__(self) -> None:
         require(len(self.raters) >= 1, "raters is empty: name at least one")
         require(all(name.strip() for name in self.raters), "one of the raters has an empty name")
+        half = [name for name in self.raters if searchable(name) != name]
+        require(not half, f"the name {half[:1]} of a rater is no UTF-8 text")
         require(len(set(self.raters)) == len(self.raters), f"two raters have one name: {', '.join(self.raters)}")
         unknown = [name for name in (*self.simulated, *filter(None, [self.coordinator])) if name not in self.raters]
         require(not unknown, f"{', '.join(unknown)}: not among the raters ({', '.join(self.raters)})")
@@ -168,7 +173,7 @@ def main(config: AnnotateConfig) -> None:
     if config.model:
         from rlaif_jax.ui.chat import open_chat_model
 
-        chat = open_chat_model(config.model, config.model_name, config.model_tokenizer)
+        chat = open_chat_model(config.model, config.model_name, config.model_tokenizer, config.model_key_env)
     with Worker() as worker:
         service = worker.call(_open_service, config, items, questions, chat, worker)
         try:

@@ -67,6 +67,7 @@ def test_a_killed_page_comes_back_with_its_records_and_the_same_addresses(tmp_pa
 def test_settings_that_cannot_be(tmp_path):
     for wrong, words in [
         ({"raters": ("a", "a")}, "two raters"),
+        ({"raters": ("a", "\udcff")}, "no UTF-8 text"),
         ({"overlap": 2}, "overlap is 2"),
         ({"coordinator": "x"}, "not among the raters"),
         ({"port": 70_000}, "port must lie"),
