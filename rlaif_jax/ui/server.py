@@ -5,7 +5,9 @@ Nothing is served without a rater's token, and nothing is changed by a request f
 
 from __future__ import annotations
 
+import html
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from rlaif_jax.ui.routes_tasks import TooLarge, add_task_routes
 from rlaif_jax.ui.routes_team import add_team_routes
 from rlaif_jax.ui.security import HEADERS, LOOPBACK, AsciiJson, Guard, allowed_hosts, error_response
 from rlaif_jax.ui.service import AnnotationService, Forbidden
+from rlaif_jax.ui.tokens import session_cookie
 
 HERE = Path(__file__).parent
 _STATUS = {Forbidden: 403, Conflict: 409, TooLarge: 413}
@@ -29,6 +32,13 @@ _OPENING = (
     "<!doctype html><meta charset=utf-8><link rel=icon href=/static/icon.svg>"
     "<meta http-equiv=refresh content='0; url=/'><title>Opening</title>"
 )
+_SWITCHING = (
+    "<!doctype html><meta charset=utf-8><link rel=icon href=/static/icon.svg><title>Another rater</title>"
+    "<p>This browser works here as {0}. The address that you followed is that of {1}.</p>"
+    "<p><a href='/?token={2}'>Go on as {1}</a> &middot; <a href='/'>Stay {0}</a></p>"
+)
+SESSION_S = 14 * 86_400
+"""Seconds after which a browser needs the rater's address again."""
 
 
 def create_app(
@@ -96,9 +106,13 @@ def _add_pages(app: FastAPI, service: AnnotationService, guard: Guard, title: st
     async def work(request: Request) -> Response:
         if "token" not in request.query_params:
             return await page(request, "work.html.jinja")
+        rater, other = request.state.rater, guard.session_rater(request)
+        if other not in (None, rater) and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            # A link on another site must not make somebody work under another name without noticing.
+            return HTMLResponse(_SWITCHING.format(*map(html.escape, (other, rater, request.query_params["token"]))))
         response = HTMLResponse(_OPENING)  # moves on to "/", so that the token leaves the address bar
-        secret = guard.tokens[request.state.rater]
-        response.set_cookie(guard.cookie, secret, max_age=30 * 86_400, httponly=True, samesite="strict")
+        cookie = session_cookie(guard.tokens[rater], int(time.time()) + SESSION_S)
+        response.set_cookie(guard.cookie, cookie, max_age=SESSION_S, httponly=True, samesite="strict")
         return response
 
     @app.get("/progress")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip inst
 
 from rlaif_jax.recipes.crowd import running_page
 from rlaif_jax.ui.security import MAX_BODY
-from rlaif_jax.ui.tokens import csrf_token
+from rlaif_jax.ui.tokens import csrf_token, is_session, session_cookie
 from tests.ui.page_requests import post_headers, raw, token_of
 
 
@@ -108,6 +109,51 @@ def test_the_door_takes_the_token_out_of_the_address(page):
     assert "frame-ancestors 'none'" in policy and "form-action 'none'" in policy
     assert headers["referrer-policy"] == "same-origin" and headers["cache-control"] == "no-store"
     assert "<script>" not in text and 'style="' not in text and "http://" not in text and "https://" not in text
+
+
+def test_the_cookie_is_not_the_token_and_ends(page):
+    _, urls = page
+    token = token_of(urls["anna"])
+    _, headers, _ = raw(urls["anna"], "/?token=" + token)
+    name, _, value = headers["set-cookie"].split(";")[0].partition("=")
+    assert token not in headers["set-cookie"] and f"Max-Age={14 * 86_400}" in headers["set-cookie"]
+    assert raw(urls["anna"], "/api/me", Cookie=f"{name}={value}")[0] == 200
+    later = int(value.split(".")[0])
+    assert is_session(value, token, later - 1) and not is_session(value, token, later)
+    assert session_cookie(token, later) == value
+    over = session_cookie(token, int(time.time()) - 1)
+    longer = f"{later + 9}.{value.split('.')[1]}"
+    for wrong in (
+        token,
+        over,
+        longer,
+        session_cookie("other", later),
+        "",
+        ".",
+        "1e9.x",
+        "9" * 5000 + ".x",
+        "\u0663.x",
+        '"\udc80"',
+    ):
+        assert not is_session(wrong.encode(errors="replace").decode(), token, 0 if wrong != over else time.time())
+    for wrong in (token, over, longer):
+        assert raw(urls["anna"], "/api/me", Cookie=f"{name}={wrong}")[0] == 401
+    assert raw(urls["anna"], "/api/me", Authorization=f"Bearer {value}")[0] == 401  # and opens nothing elsewhere
+
+
+def test_a_link_of_another_site_changes_no_rater_unasked(page):
+    _, urls = page
+    cookie = raw(urls["anna"], "/?token=" + token_of(urls["anna"]))[1]["set-cookie"].split(";")[0]
+    door = "/?token=" + token_of(urls["ben"])
+    status, headers, text = raw(urls["ben"], door, Cookie=cookie, **{"Sec-Fetch-Site": "cross-site"})
+    assert status == 200 and "set-cookie" not in headers and "works here as anna" in text and "Go on as ben" in text
+    for more in (
+        {"Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+        {},
+    ):  # that page's link; an address typed in
+        assert "set-cookie" in raw(urls["ben"], door, Cookie=cookie, **more)[1]
+    assert "set-cookie" in raw(urls["ben"], door, **{"Sec-Fetch-Site": "cross-site"})[1]  # nobody works here yet
 
 
 @pytest.mark.parametrize(
