@@ -26,7 +26,7 @@ from typing import Any
 
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.command_line import command_line
-from rlaif_jax.config import require
+from rlaif_jax.config import StopRequested, require
 from rlaif_jax.data.world import corpus
 from rlaif_jax.data.world.scenes import scene_from_json
 from rlaif_jax.data.world.tasks import summarisation
@@ -43,7 +43,7 @@ from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
 from rlaif_jax.recipes.world import PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
 from rlaif_jax.recipes.world_judges import FORMS, Form, make_crowd
 from rlaif_jax.recipes.world_sources import Origin, Sample, WorldSources, rewards_of_form
-from rlaif_jax.run import Run, StopRequested
+from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import FEEDBACK, INIT, Params, step_key
 

@@ -28,6 +28,10 @@ class Diverged(RuntimeError):
     """The policy is ruined; the message says which checkpoint is of before."""
 
 
+class StopRequested(BaseException):
+    """SIGTERM or Ctrl-C ends the run as `stopped`; no Exception, which a source might catch."""
+
+
 class UserError(Exception):
     """Input that a person can mend: the message says what is wrong, where, and what would be right."""
 

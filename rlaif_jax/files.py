@@ -83,20 +83,43 @@ def read_json_lines(
     Raises:
         UserError: the file cannot be read.
     """
-    good: list[T] = []
     bad: list[str] = []
-    lines = read_bytes(path).split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            good.append(parse(json.loads(line.decode()), place))
-        except (UserError, ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-            message = str(error) if isinstance(error, UserError) else f"no valid JSON ({error})"
-            if not (skip_cut and number == len(lines)):
-                bad.append(printable(message if message.startswith(place) else f"{place}: {message}"))
-    return good, bad
+    return list(each_json_line(path, parse, bad, skip_cut=skip_cut)), bad
+
+
+def each_json_line(
+    path: str | os.PathLike[str], parse: Callable[[Any, str], T], bad: list[str], *, skip_cut: bool = False
+) -> Iterator[T]:
+    """Yields the parsed lines one by one, so that a file of any size needs the memory of a line.
+
+    Args:
+        path: the file, or a .gz of it.
+        parse: as in `read_json_lines`.
+        bad: gets a message for each bad line.
+        skip_cut: as in `read_json_lines`.
+
+    Raises:
+        UserError: the file cannot be read; lines before a damaged part of a .gz have been yielded by then.
+    """
+    path = Path(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    value = parse(json.loads(line.decode()), place)
+                except (UserError, ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+                    message = str(error) if isinstance(error, UserError) else f"no valid JSON ({error})"
+                    if not skip_cut or line.endswith(b"\n"):
+                        bad.append(printable(message if message.startswith(place) else f"{place}: {message}"))
+                else:
+                    yield value
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"cannot read {path}: {reason or error}") from error
 
 
 @contextmanager

@@ -20,17 +20,13 @@ from typing import Any, NamedTuple
 import jax
 
 from rlaif_jax.checkpoint import load_params, save_params
-from rlaif_jax.config import Diverged, UserError, differing, require, save_config, to_json
+from rlaif_jax.config import Diverged, StopRequested, UserError, differing, require, save_config, to_json
 from rlaif_jax.files import atomic_write
 from rlaif_jax.progress.display import ProgressDisplay
 from rlaif_jax.progress.startup import command_text
 from rlaif_jax.report.environment import save_environment, versions
 from rlaif_jax.report.report import write_report
 from rlaif_jax.types import Params
-
-
-class StopRequested(BaseException):
-    """SIGTERM or Ctrl-C ends the run as `stopped`; no Exception, which a source might catch."""
 
 
 class FinishedStage(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.checkpoint import Checkpointer
-from rlaif_jax.config import CheckFailed, Diverged, require, to_json
+from rlaif_jax.config import CheckFailed, Diverged, StopRequested, require, to_json
 from rlaif_jax.data.prompts import PromptIterator
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource, collect_feedback
@@ -23,7 +23,7 @@ from rlaif_jax.parallel import ParallelConfig, make_runner
 from rlaif_jax.policies.base import Policy, draw_count, to_prompts
 from rlaif_jax.programs import CompilationClock, programs
 from rlaif_jax.rewards.shaping import Normaliser
-from rlaif_jax.run import Run, StopRequested
+from rlaif_jax.run import Run
 from rlaif_jax.steps import PendingRollout, collect, reward_metrics, step_data, write_samples
 from rlaif_jax.types import Frozen, Params, Rollout, TrainState
 from rlaif_jax.watch.rules import WatchConfig

@@ -17,8 +17,8 @@ import pytest
 
 from rlaif_jax import run as run_module
 from rlaif_jax.command_line import command_line
-from rlaif_jax.config import UserError
-from rlaif_jax.run import Run, StopRequested
+from rlaif_jax.config import StopRequested, UserError
+from rlaif_jax.run import Run
 
 ROOT = Path(__file__).parents[1]
 LIKE = {"w": jax.ShapeDtypeStruct((3,), np.float32), "b": {"x": jax.ShapeDtypeStruct((), np.int32)}}

@@ -99,12 +99,13 @@ class Votes:
 def current(judgements: Sequence[Judgement]) -> list[int]:
     """Returns the indices of the records that are neither superseded nor a retraction.
 
-    Of equal records only the first counts.
+    Of equal records only the first counts. As in the store, a record supersedes none of another rater.
     """
-    gone = {judgement.supersedes for judgement in judgements if judgement.supersedes}
+    gone = {(j.supersedes, j.rater.name, j.rater.source) for j in judgements if j.supersedes}
     kept: dict[Judgement, int] = {}
     for index, judgement in enumerate(judgements):
-        if judgement.status != "retracted" and not (gone and judgement.id in gone):
+        rater = judgement.rater
+        if judgement.status != "retracted" and not (gone and (judgement.id, rater.name, rater.source) in gone):
             kept.setdefault(judgement, index)
     return list(kept.values())
 

@@ -132,6 +132,8 @@ class PageClient:
                         return json.load(response)
                 except urllib.error.HTTPError as error:
                     with error:
+                        if error.code == 503 and attempt < self.retries:  # another program is writing; it may soon end
+                            raise OSError("busy") from error
                         reason = error.read().decode(errors="replace").strip()
                     raise UserError(f"{path}: {error.code} {reason}") from error
             except (OSError, http.client.HTTPException) as error:  # the latter when an answer breaks off

@@ -11,6 +11,7 @@ import numpy as np
 
 from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.config import StopRequested
 from rlaif_jax.data.prompts import PromptIterator
 from rlaif_jax.evaluate import Answers, Evaluation
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
@@ -19,7 +20,7 @@ from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.quality.bootstrap import bootstrap_ci
 from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, win_rate_ci
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
-from rlaif_jax.run import Run, StopRequested
+from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig, train
 from rlaif_jax.types import Params
 

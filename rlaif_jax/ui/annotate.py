@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.people.kinds import CHAT
 from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask, read_tasks
+from rlaif_jax.feedback.records.sqlite import searchable
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.ui.service import AnnotationService, CheckQuestion
+from rlaif_jax.ui.check import CheckQuestion
+from rlaif_jax.ui.service import AnnotationService
 from rlaif_jax.ui.tokens import rater_tokens
+from rlaif_jax.ui.worker import BLINK_S, Worker
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from rlaif_jax.ui.chat import ChatModel
 
 INSTRUCTIONS = """\
 You will see a prompt and one or more answers that language models wrote to it. Judge the answers, not the topic.
@@ -66,6 +76,7 @@ class AnnotateConfig:
         model: the model that chats talk to: the URL of an OpenAI-compatible server, or a folder with a language model.
         model_name: the model's name on that server.
         model_tokenizer: the tokenizer of the model in the folder, if it is in another place.
+        model_key_env: name of the environment variable that holds the key of the model's server; none is sent if empty.
         title: the title of the page.
         host: address or name to listen on; the page is reached under this name and the loopback names only. Any but a
           loopback address sends the raters' tokens over the network in the clear.
@@ -85,6 +96,7 @@ class AnnotateConfig:
     model: str = ""
     model_name: str = ""
     model_tokenizer: Path | None = None
+    model_key_env: str = ""
     title: str = "Annotation"
     host: str = "127.0.0.1"
     port: int = 0
@@ -94,6 +106,8 @@ class AnnotateConfig:
     def __post_init__(self) -> None:
         require(len(self.raters) >= 1, "raters is empty: name at least one")
         require(all(name.strip() for name in self.raters), "one of the raters has an empty name")
+        half = [name for name in self.raters if searchable(name) != name]
+        require(not half, f"the name {half[:1]} of a rater is no UTF-8 text")
         require(len(set(self.raters)) == len(self.raters), f"two raters have one name: {', '.join(self.raters)}")
         unknown = [name for name in (*self.simulated, *filter(None, [self.coordinator])) if name not in self.raters]
         require(not unknown, f"{', '.join(unknown)}: not among the raters ({', '.join(self.raters)})")
@@ -144,13 +158,13 @@ def main(config: AnnotateConfig) -> None:
     Raises UserError where the extra is missing, a file cannot be read or the port is taken.
     """
     try:
-        import uvicorn
-        from starlette.concurrency import run_in_threadpool
+        import uvicorn  # noqa: F401  # only looked for here: `_serve` uses it
 
-        from rlaif_jax.ui.security import LOOPBACK, allowed_hosts
         from rlaif_jax.ui.server import create_app
     except ImportError as error:
-        raise UserError(f"the annotation page needs an extra ({error}): pip install 'rlaif-jax[ui]'") from error
+        raise UserError(
+            f"the annotation page needs an extra ({error}): pip install -e '.[ui]' in the project's folder"
+        ) from error
 
     instructions = INSTRUCTIONS if config.instructions is None else _read_text(config.instructions)
     questions = read_check(config.check) if config.check else CHECK if config.instructions is None else ()
@@ -159,39 +173,76 @@ def main(config: AnnotateConfig) -> None:
     if config.model:
         from rlaif_jax.ui.chat import open_chat_model
 
-        chat = open_chat_model(config.model, config.model_name, config.model_tokenizer)
-    with Store(config.store) as store, TaskQueue(config.store, lease_s=60 * config.lease_minutes) as queue:
-        queue.team.register(config.raters)
-        if delivered := queue.deliver(store):
+        chat = open_chat_model(config.model, config.model_name, config.model_tokenizer, config.model_key_env)
+    with Worker() as worker:
+        service = worker.call(_open_service, config, items, questions, chat, worker)
+        try:
+            tokens = rater_tokens(config.store, config.raters)
+            app = create_app(service, tokens, instructions=instructions, title=config.title, host=config.host)
+            _serve(config, app, tokens)
+        finally:
+            worker.call(service.close)
+
+
+def _open_service(
+    config: AnnotateConfig,
+    items: Mapping[Path, tuple[Sequence[PersonTask], Sequence[str]]],
+    questions: tuple[CheckQuestion, ...],
+    chat: ChatModel | None,
+    worker: Worker,
+) -> AnnotationService:
+    """Opens the files, in the worker's thread, and adds the tasks.
+
+    Args:
+        config: the settings of the page.
+        items: file -> the result of `read_tasks`.
+        questions: the check.
+        chat: the model of the chats.
+        worker: the thread.
+    """
+    store = Store(config.store, patience_s=BLINK_S)
+    queue = TaskQueue(config.store, lease_s=60 * config.lease_minutes, patience_s=BLINK_S)
+    with TaskQueue(config.store) as patient, Store(config.store) as place:  # a start may wait for another writer
+        patient.team.register(config.raters)
+        if delivered := patient.deliver(place):
             print(f"finished {delivered} posts that a crash had cut short")
-        _add_items(items, config, queue)
-        service = AnnotationService(
-            store,
-            queue,
-            config.raters,
-            config.coordinator or config.raters[0],
-            frozenset(config.simulated),
-            questions,
-            config.seed,
-            chat,
-            run_in_threadpool,
-        )
-        tokens = rater_tokens(config.store, config.raters)
-        app = create_app(service, tokens, instructions=instructions, title=config.title, host=config.host)
-        with _listen(config.host, config.port) as listening:
-            if config.host not in LOOPBACK:
-                print(
-                    f"warning: {config.host} is not loopback: tokens cross the network in the clear. Safer: keep the "
-                    "default host and reach the page through `ssh -L`.\nthe page is reached under these names only: "
-                    f"{', '.join(allowed_hosts(config.host))}; under another with --host NAME",
-                    file=sys.stderr,
-                )
-            name = f"[{config.host}]" if ":" in config.host else config.host
-            for rater in config.raters:
-                print(f"{rater}: http://{name}:{listening.getsockname()[1]}/?token={tokens[rater]}", flush=True)
-            # No access log: an address may hold a token.
-            settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
-            uvicorn.Server(settings).run(sockets=[listening])
+        _add_items(items, config, patient)
+    coordinator = config.coordinator or config.raters[0]
+    simulated = frozenset(config.simulated)
+    return AnnotationService(
+        store,
+        queue,
+        config.raters,
+        coordinator,
+        simulated,
+        questions,
+        config.seed,
+        chat,
+        in_thread=asyncio.to_thread,
+        worker=worker,
+    )
+
+
+def _serve(config: AnnotateConfig, app: FastAPI, tokens: Mapping[str, str]) -> None:
+    """Serves the page until interrupted and prints the raters' addresses."""
+    import uvicorn
+
+    from rlaif_jax.ui.security import LOOPBACK, allowed_hosts
+
+    with _listen(config.host, config.port) as listening:
+        if config.host not in LOOPBACK:
+            print(
+                f"warning: {config.host} is not loopback: tokens cross the network in the clear. Safer: keep the "
+                "default host and reach the page through `ssh -L`.\nthe page is reached under these names only: "
+                f"{', '.join(allowed_hosts(config.host))}; under another with --host NAME",
+                file=sys.stderr,
+            )
+        name = f"[{config.host}]" if ":" in config.host else config.host
+        for rater in config.raters:
+            print(f"{rater}: http://{name}:{listening.getsockname()[1]}/?token={tokens[rater]}", flush=True)
+        # No access log: an address may hold a token.
+        settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+        uvicorn.Server(settings).run(sockets=[listening])
 
 
 def _add_items(
@@ -208,6 +259,6 @@ def _add_items(
             print(f"  left out: {message}", file=sys.stderr)
         if bad:
             print(f"  {len(bad)} bad lines were left out", file=sys.stderr)
-    chats = sum(queued.task.kind is CHAT for queued in queue.tasks())
+    chats = sum(group.tasks for group in queue.groups() if group.kind == CHAT.name)
     if chats and not config.model:
         print(f"warning: {chats} tasks are chats, but there is no --model to talk to", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TypeAlias
 
-from rlaif_jax.config import UserError
+from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.people.chats import Turn
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.ui.records import chat_prompt
@@ -19,28 +19,32 @@ ChatModel: TypeAlias = Callable[[str, Sequence[Turn]], str]
 It may be slow, runs in a separate thread, and may raise UserError."""
 
 
-def open_chat_model(model: str, name: str = "", tokenizer: Path | None = None) -> ChatModel:
+def open_chat_model(model: str, name: str = "", tokenizer: Path | None = None, key_env: str = "") -> ChatModel:
     """Returns the chat model at a URL or in a folder.
 
     Args:
-        model: a URL such as `http://localhost:8000/v1`, whose key is in OPENAI_API_KEY, or a Hugging Face folder.
+        model: a URL such as `http://localhost:8000/v1`, or a Hugging Face folder.
         name: the model's name on the server.
         tokenizer: the tokenizer of the folder's model, if it is in another place.
+        key_env: name of the environment variable that holds the server's key; "" = the server needs no key. No other
+            key is sent: a URL may be anybody's.
 
     Raises:
         UserError: the model cannot be used.
     """
     if model.startswith(("http://", "https://")):
-        return _served_model(model, name)
+        return _served_model(model, name, key_env)
     return local_model(Path(model), tokenizer)
 
 
-def _served_model(url: str, name: str) -> ChatModel:
+def _served_model(url: str, name: str, key_env: str) -> ChatModel:
     try:
         import openai
     except ImportError as error:
         raise UserError(f"talking to {url} needs the package `openai`: pip install openai") from error
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=120, max_retries=2)
+    key = os.environ.get(key_env, "") if key_env else "none"
+    require(bool(key), f"model_key_env: the environment variable {key_env} is not set; it must hold the server's key")
+    client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=2)
 
     def reply(prompt: str, turns: Sequence[Turn]) -> str:
         messages = [{"role": "system", "content": prompt}] if prompt else []

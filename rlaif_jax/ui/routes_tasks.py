@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 
 from rlaif_jax.config import UserError
+from rlaif_jax.ui.security import MAX_BODY
 from rlaif_jax.ui.service import AnnotationService
 
 
@@ -17,26 +19,27 @@ def add_task_routes(app: FastAPI, service: AnnotationService) -> None:
 
     @app.get("/api/me")
     async def me(request: Request) -> Any:
-        return service.me(request.state.rater) | {"csrf": request.state.csrf}
+        return await service.run(service.me, request.state.rater) | {"csrf": request.state.csrf}
 
     @app.post("/api/check")
     async def check(request: Request) -> Any:
-        return service.check(request.state.rater, (await json_body(request)).get("answers"))
+        answers = (await json_body(request)).get("answers")
+        return await service.run(service.check, request.state.rater, answers)
 
     @app.post("/api/next")
     async def next_task(request: Request) -> Any:
         await json_body(request)
-        return service.next(request.state.rater)
+        return await service.run(service.next, request.state.rater)
 
     @app.post("/api/answer")
     async def answer(request: Request) -> Any:
         body = await json_body(request)
-        return service.answer(request.state.rater, request_id(body), body)
+        return await service.run(service.answer, request.state.rater, request_id(body), body)
 
     @app.post("/api/undo")
     async def undo(request: Request) -> Any:
         body = await json_body(request)
-        return service.undo(request.state.rater, request_id(body), body)
+        return await service.run(service.undo, request.state.rater, request_id(body), body)
 
     @app.post("/api/say")
     async def say(request: Request) -> Any:
@@ -44,14 +47,28 @@ def add_task_routes(app: FastAPI, service: AnnotationService) -> None:
         return await service.say(request.state.rater, request_id(body), body)
 
 
+class TooLarge(UserError):
+    """A post with more bytes than the page takes."""
+
+
 async def json_body(request: Request) -> dict[str, Any]:
-    """Returns the body of a post, which must be a JSON object. Raises UserError where it is not."""
+    """Returns the body of a post. Raises UserError where it is no JSON object, or is too large."""
 
     def refuse_constant(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
+    def finite(number: str) -> float:
+        if math.isinf(float(number)):
+            raise ValueError(f"{number[:40]} is too large a number")
+        return float(number)
+
+    data = b""
+    async for part in request.stream():  # counted: what a post says of its length need not be true
+        data += part
+        if len(data) > MAX_BODY:
+            raise TooLarge(f"a post has at most {MAX_BODY} bytes")
     try:
-        body = json.loads(await request.body(), parse_constant=refuse_constant)
+        body = json.loads(data, parse_constant=refuse_constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the post is no valid JSON ({error})") from error
     if not isinstance(body, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
+import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -12,7 +13,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rlaif_jax.feedback.records.forms import canonical
-from rlaif_jax.ui.tokens import csrf_token
+from rlaif_jax.ui.tokens import csrf_token, is_session
 
 MAX_BODY = 2_000_000
 """The largest number of bytes of one post."""
@@ -70,7 +71,7 @@ class Guard:
 
     Attributes:
         tokens: rater -> secret.
-        cookie: the name of the cookie that holds the rater's secret.
+        cookie: the name of the cookie of a rater's session.
         hosts: the names under which the page is reached.
     """
 
@@ -87,18 +88,25 @@ class Guard:
         if own.hostname not in self.hosts:  # another name that points here: DNS rebinding
             return error_response(403, "this page is not reached under that name: start it with --host NAME")
         header = request.headers.get("authorization", "")
-        token = header.removeprefix("Bearer ") if header.startswith("Bearer ") else request.cookies.get(self.cookie)
         if request.url.path == "/" and "token" in request.query_params:
-            token = request.query_params["token"]
-        rater = self._rater(token)
+            rater = self._rater(request.query_params["token"])
+        elif header.startswith("Bearer "):
+            rater = self._rater(header.removeprefix("Bearer "))
+        else:
+            rater = self.session_rater(request)
         if rater is None:
             return error_response(401, "This page opens with the address that holds your token; ask for it.", text=True)
         request.state.rater, request.state.csrf = rater, csrf_token(self.tokens[rater])
         return None if request.method in ("GET", "HEAD") else self._post_refusal(request, own)
 
-    def _rater(self, token: str | None) -> str | None:
+    def session_rater(self, request: Request) -> str | None:
+        """Returns the rater whose session's cookie the request has; None without one that holds."""
+        cookie = request.cookies.get(self.cookie, "").encode(errors="replace").decode()
+        return next((r for r, secret in self.tokens.items() if is_session(cookie, secret, time.time())), None)
+
+    def _rater(self, token: str) -> str | None:
         """Returns the rater with this secret; takes the same time for every wrong one."""
-        given = (token or "").encode()
+        given = token.encode(errors="replace")
         found = None
         for rater, secret in self.tokens.items():
             if hmac.compare_digest(given, secret.encode()):

@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import itertools
+from collections.abc import Awaitable, Callable, Collection
 from functools import cached_property
 from time import time as now
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.feedback.people.chats import Conflict, Turn
 from rlaif_jax.feedback.people.kinds import CHAT
-from rlaif_jax.feedback.people.queue import ADJUDICATED, Conflict, Post, QueuedTask, TaskQueue
+from rlaif_jax.feedback.people.queue import ADJUDICATED, TaskQueue
+from rlaif_jax.feedback.people.queue_rows import Post
 from rlaif_jax.feedback.people.tasks import PersonTask
-from rlaif_jax.feedback.records.forms import Judgement, Rater, canonical, sha256, to_json
+from rlaif_jax.feedback.records.forms import Rater, sha256, to_json
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.ui.chat import ChatModel
+from rlaif_jax.ui.check import CheckQuestion
+from rlaif_jax.ui.posts import MAX_MESSAGE, records_of, text_field, text_of
 from rlaif_jax.ui.records import AnswerContext, in_words, retraction, shown_order
+from rlaif_jax.ui.review import Review
+from rlaif_jax.ui.worker import Worker
 
 Json = dict[str, Any]
-MAX_MESSAGE = 4_000
-"""The largest number of characters of one message to the model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckQuestion:
-    """A question of the check that raters pass before they work.
-
-    Attributes:
-        question: the question.
-        options: the answers to choose from.
-        answer: the index of the right option.
-        why: why that option is right; shown after a wrong choice.
-    """
-
-    question: str
-    options: tuple[str, ...]
-    answer: int
-    why: str = ""
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.answer < len(self.options),
-            f"the check's question {self.question[:60]!r}: answer is {self.answer}; options has {len(self.options)} entries",
-        )
+T = TypeVar("T")
+EXPORT_STEP = 500
+"""The number of records that an export reads at once; other requests take their turn in between."""
+LOOK_S = 0.02
+"""Seconds that the page spends at once on posts that were not counted yet."""
+MOST_DISPUTES = 20
+"""The largest number of disputes in one response."""
 
 
 class Forbidden(UserError):
@@ -63,6 +52,7 @@ class AnnotationService:
         seed: seed of the order of answers on the screen.
         chat: the model to talk to.
         in_thread: runs a slow function without blocking the other raters.
+        worker: the thread in which `store` and `queue` were opened; None where the caller's thread did.
     """
 
     store: Store
@@ -74,10 +64,24 @@ class AnnotationService:
     seed: int = 0
     chat: ChatModel | None = None
     in_thread: Callable[..., Awaitable[Any]] | None = None
+    worker: Worker | None = None
 
     @cached_property
     def _questions_hash(self) -> str:
         return sha256([dataclasses.asdict(question) for question in self.questions])
+
+    @cached_property
+    def _review(self) -> Review:
+        return Review(self.queue)
+
+    async def run(self, method: Callable[..., T], *arguments: Any) -> T:
+        """Runs a method of the service where its files are open, and returns what it returns."""
+        return method(*arguments) if self.worker is None else await self.worker.run(method, *arguments)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.queue.close()
+        self.store.close()
 
     def _source(self, rater: str) -> Literal["person", "simulated"]:
         return "simulated" if rater in self.simulated else "person"
@@ -181,7 +185,7 @@ class AnnotationService:
             Forbidden: the rater has not passed the check.
         """
         self._require_passed(rater)
-        task = self.queue.task(_string(body, "task"))
+        task = self.queue.task(text_field(body, "task"))
         posted = self._repeated(rater, request, body)
         if posted is None:
             payload, reason = body.get("payload"), body.get("skip")
@@ -195,11 +199,11 @@ class AnnotationService:
                 tuple(self.queue.chats.turns(task.id, rater)),
                 informed=task.suggestion is not None and self.queue.has_answered(rater, task.id),
             )
-            records = tuple(_records(context, payload, reason))
+            records = tuple(records_of(context, payload, reason))
             act: Literal["answer", "skip"] = "answer" if reason is None else "skip"
             kept = {"skip": reason} if reason is not None else dict(payload or {})
             posted = Post(rater, act, task.id, kept, records, seconds, context.informed)
-            self.queue.post(posted, request, canonical(body), self.store)
+            self.queue.post(posted, request, text_of(body), self.store)
         suggestion = None
         if task.suggestion is not None and posted.act == "answer":
             judge = task.suggestion.rater.model or task.suggestion.rater.name
@@ -213,15 +217,15 @@ class AnnotationService:
 
     def _repeated(self, rater: str, request: str, body: Json) -> Post | None:
         """Returns the earlier post of a repeated request, whose records are in the store then, or None."""
-        posted = self.queue.posted(rater, request, canonical(body))
+        posted = self.queue.posted(rater, request, text_of(body))
         if posted is not None:
             self.queue.deliver(self.store)  # a crash may have come between the queue and the store
         return posted
 
     def _seconds(self, rater: str, task: PersonTask, measured: Any) -> float:
-        """Returns the measured time, limited to the time since the rater took the task."""
-        held = self.queue.held_since(task.id, rater)
-        most = now() - held if held is not None else float("inf")
+        """Returns the measured time, at most the time since the rater took the task where that is known."""
+        held, time = self.queue.held_since(task.id, rater), now()
+        most = time - held if held is not None and held <= time else float("inf")  # the clock may have been set back
         number = measured if isinstance(measured, (int, float)) and not isinstance(measured, bool) else 0.0
         return float(min(max(number, 0.0), most, 86_400.0)) if number == number else 0.0
 
@@ -247,13 +251,14 @@ class AnnotationService:
             sequence, last = found
             records = tuple(retraction(record, now()) for record in last.records)
             posted = Post(rater, "undo", last.task, {}, records, 0.0, False)
-            self.queue.post(posted, request, canonical(body), self.store, undoes=sequence)
+            self.queue.post(posted, request, text_of(body), self.store, undoes=sequence)
         return {"task": self.view(rater, self.queue.task(posted.task)), "progress": self.progress(rater)}
 
     async def say(self, rater: str, request: str, body: Json) -> Json:
         """Sends a message to the chat model and returns the conversation.
 
-        The message is stored before the model is asked, so a repeated request continues from there.
+        The message is stored before the model is asked, so a repeated request continues from there. A reply belongs to
+        its message, whatever was written since.
 
         Args:
             rater: who writes.
@@ -265,18 +270,25 @@ class AnnotationService:
 
         Raises:
             UserError: the task is no chat, the message is empty or too long, or the page has no model.
+            Conflict: the request id was used for another message.
+            Forbidden: the rater has not passed the check.
         """
-        task, message = self.queue.task(_string(body, "task")), _string(body, "message").strip()
-        require(task.kind is CHAT, "this task is no chat")
-        require(0 < len(message) <= MAX_MESSAGE, f"a message has 1 to {MAX_MESSAGE} characters, not {len(message)}")
         if self.chat is None or self.in_thread is None:
             raise UserError("there is no model to talk to: start the page with --model")
-        self.queue.chats.say(task.id, rater, request, message)
-        turns = self.queue.chats.turns(task.id, rater)
+        task, turns = await self.run(self._hear, rater, request, body)
         if turns[-1].reply is None:
             reply = await self.in_thread(self.chat, task.prompt, turns)
-            self.queue.chats.reply(rater, request, reply)
-        return {"turns": [turn._asdict() for turn in self.queue.chats.turns(task.id, rater)]}
+            await self.run(self.queue.chats.reply, rater, request, reply)
+        return {"turns": [turn._asdict() for turn in await self.run(self.queue.chats.turns, task.id, rater)]}
+
+    def _hear(self, rater: str, request: str, body: Json) -> tuple[PersonTask, list[Turn]]:
+        """Stores a message; returns its task and the conversation up to the message."""
+        self._require_passed(rater)
+        task, message = self.queue.task(text_field(body, "task")), text_field(body, "message").strip()
+        require(task.kind is CHAT, "this task is no chat")
+        require(0 < len(message) <= MAX_MESSAGE, f"a message has 1 to {MAX_MESSAGE} characters, not {len(message)}")
+        place = self.queue.chats.say(task.id, rater, request, message)
+        return task, self.queue.chats.turns(task.id, rater)[: place + 1]
 
     # ---- Coordinating
 
@@ -285,62 +297,71 @@ class AnnotationService:
             raise Forbidden(f"only the coordinator ({self.coordinator}) may do this")
 
     def team(self) -> Json:
-        """Returns {"raters", "groups", "stuck", "stopped"}: who has done how much of which kind of task.
+        """Returns the progress of the team: who has done how much of what, and how far the raters agree.
+
+        The keys are "raters", "groups", "stuck", "stopped", "agreement" and "uncounted".
 
         "raters" has a row for each rater, "groups" one for each kind and origin of tasks; "stuck" is the number of
-        tasks that nobody is left to answer; "stopped" says whether runs were asked to stop.
+        tasks that nobody is left to answer; "stopped" says whether runs were asked to stop. "agreement" has the rows of
+        `AgreementTally`; "uncounted" is the number of posts that are not in it yet: a page that starts with very many
+        counts them little by little (`count_posts`).
         """
-        rows = [row._asdict() | {"simulated": row.rater in self.simulated} for row in self.queue.progress(self.raters)]
-        tasks = self.queue.tasks()
-        groups: dict[tuple[str, str], list[QueuedTask]] = {}
-        for queued in tasks:
-            groups.setdefault((queued.task.kind.name, queued.origin), []).append(queued)
-        counts = [
-            {
-                "kind": kind,
-                "origin": origin,
-                "tasks": len(group),
-                "answers": sum(min(len(queued.answered), queued.overlap) for queued in group),
-                "wanted": sum(queued.overlap for queued in group),
-            }
-            for (kind, origin), group in groups.items()
-        ]
-        stuck = sum(
-            len(q.answered) < q.overlap and not set(self.raters) - set(q.answered) - set(q.skipped) for q in tasks
-        )
-        return {"raters": rows, "groups": counts, "stuck": stuck, "stopped": self.queue.team.stop_requested()}
+        uncounted = self._review.advance(LOOK_S)
+        return {
+            "raters": [
+                r._asdict() | {"simulated": r.rater in self.simulated} for r in self.queue.progress(self.raters)
+            ],
+            "groups": [group._asdict() for group in self.queue.groups()],
+            "stuck": self.queue.stuck(self.raters),
+            "stopped": self.queue.team.stop_requested(),
+            "agreement": self._review.agreement.rows(),
+            "uncounted": uncounted,
+        }
 
-    def disputes(self, rater: str) -> Json:
-        """Returns the tasks whose raters disagree and that nobody has adjudicated yet.
+    async def count_posts(self) -> None:
+        """Takes up all posts that the agreement does not know yet; other requests take their turns."""
+        while await self.run(self._review.advance, LOOK_S):
+            pass
+
+    def disputes(self, rater: str, skip: int = 0) -> Json:
+        """Returns tasks whose raters disagree and that nobody has adjudicated yet.
+
+        A task that the coordinator may still answer as a rater is not among them: the answer is to be the coordinator's
+        own, not one that knows the others'.
 
         Args:
             rater: who asks; must be the coordinator.
+            skip: the number of disputes to pass over; past the last one they begin again.
 
         Returns:
-            {"disputes": [{"task": the task, "opinions": the raters' answers in words}]}.
+            {"count": the number of disputes, "disputes": [{"task": the task, "opinions": the raters' answers in words}],
+            at most `MOST_DISPUTES` of them, "uncounted": the number of posts that were not looked at yet}.
 
         Raises:
             Forbidden: the rater is not the coordinator.
         """
         self._only_coordinator(rater)
-        found = []
-        for identifier, posts in group_by_task(self.queue.posts()).items():
-            answers = [post for post in posts if post.act == "answer"]
-            if any(post.act == "adjudicate" for post in posts) or len({_verdict(post) for post in answers}) < 2:
-                continue
-            task = self.queue.task(identifier)
-            if task.kind is CHAT:
-                continue  # no two conversations are alike
-            shown = shown_order(task, rater, self.seed)
-            opinions = [
-                {"rater": post.rater, "says": "; ".join(in_words(r, shown) for r in post.records), "payload": None}
-                for post in answers
-            ]
-            found.append({"task": self.view(rater, task) | {"before": None}, "opinions": opinions})
-        return {"disputes": found}
+        uncounted = self._review.advance(LOOK_S)
+        disputed = list(self._review.disputed)
+        own = self.queue.offered(disputed, rater) if rater in self.raters else frozenset()
+        disputed = [task for task in disputed if task not in own]
+        first = skip % len(disputed) if disputed else 0
+        found = [self._dispute(rater, task) for task in disputed[first : first + MOST_DISPUTES]]
+        return {"count": len(disputed), "disputes": found, "uncounted": uncounted}
+
+    def _dispute(self, rater: str, identifier: str) -> Json:
+        task = self.queue.task(identifier)
+        shown = shown_order(task, rater, self.seed)
+        opinions = [
+            {"rater": post.rater, "says": "; ".join(in_words(r, shown) for r in post.records), "payload": None}
+            for post in self.queue.posts(("answer",), task=identifier)
+        ]
+        return {"task": self.view(rater, task) | {"before": None}, "opinions": opinions}
 
     def adjudicate(self, rater: str, request: str, body: Json) -> Json:
         """Records the final verdict on a disputed task, under the name `adjudicated by RATER`.
+
+        It takes back earlier adjudications of the task.
 
         Args:
             rater: who decides; must be the coordinator.
@@ -356,16 +377,20 @@ class AnnotationService:
             Forbidden: the rater is not the coordinator.
         """
         self._only_coordinator(rater)
-        task = self.queue.task(_string(body, "task"))
+        task = self.queue.task(text_field(body, "task"))
         posted = self._repeated(rater, request, body)
         if posted is None:
             who = Rater(f"{ADJUDICATED}{rater}", self._source(rater))
             context = AnswerContext(task, who, shown_order(task, rater, self.seed), 0.0, now())
             payload = body.get("payload")
-            records = tuple(_records(context, payload, None))
-            posted = Post(rater, "adjudicate", task.id, dict(payload or {}), records, 0.0, False)
-            self.queue.post(posted, request, canonical(body), self.store)
-        return {"recorded": [record.id for record in posted.records]}
+            records = records_of(context, payload, None)
+            overruled = [
+                r for post in self.queue.posts(("adjudicate",), task=task.id) for r in post.records if r.answered
+            ]
+            records += [retraction(record, now()) for record in overruled]
+            posted = Post(rater, "adjudicate", task.id, dict(payload or {}), tuple(records), 0.0, False)
+            self.queue.post(posted, request, text_of(body), self.store)
+        return {"recorded": [record.id for record in posted.records if record.answered]}
 
     def stop(self, rater: str, stop: Any) -> Json:
         """Asks waiting runs to stop asking people ("good enough, stop"), or withdraws the request.
@@ -387,58 +412,35 @@ class AnnotationService:
             self.queue.team.request_stop(rater, stop)
         return {"stopped": stop}
 
-    def export(self, rater: str, final: bool) -> list[Json]:
-        """Returns the records of the store as JSON.
+    def overruled(self, rater: str) -> frozenset[str]:
+        """Returns the ids of the records that an adjudication overrules.
 
         Args:
             rater: who asks; must be the coordinator.
-            final: only the records that hold in the end: none that was retracted or replaced, and of an adjudicated task
-                only the adjudication.
 
         Raises:
             Forbidden: the rater is not the coordinator.
         """
         self._only_coordinator(rater)
-        overruled: set[str] = set()
-        if final:
-            for posts in group_by_task(self.queue.posts()).values():
-                verdicts = [post for post in posts if post.act == "adjudicate"]
-                if verdicts:
-                    overruled |= {r.id for post in posts for r in post.records} - {r.id for r in verdicts[-1].records}
-        judgements = self.store.judgements(superseded=not final)
-        return [to_json(judgement) for judgement in judgements if judgement.id not in overruled]
+        found: set[str] = set()
+        for task in self.queue.decided():
+            posts = self.queue.posts(task=task)
+            last = [post for post in posts if post.act == "adjudicate"][-1]
+            found |= {r.id for post in posts for r in post.records} - {r.id for r in last.records}
+        return frozenset(found)
 
+    def export(self, final: bool, overruled: Collection[str], after: int) -> tuple[list[Json], int]:
+        """Returns the next records of the store, at most `EXPORT_STEP` of them, and where to go on.
 
-def group_by_task(posts: Sequence[Post]) -> dict[str, list[Post]]:
-    """Returns the posts of each task, in their order."""
-    found: dict[str, list[Post]] = {}
-    for post in posts:
-        found.setdefault(post.task, []).append(post)
-    return found
+        Args:
+            final: only the records that hold in the end: none that was retracted or replaced, and of an adjudicated task
+                only the adjudication.
+            overruled: the ids of the records to leave out.
+            after: the place after which to begin; 0 = the beginning.
 
-
-def _records(context: AnswerContext, payload: Any, reason: Any) -> list[Judgement]:
-    if reason is not None:
-        require(isinstance(reason, str) and bool(reason.strip()), "a skip needs its reason in words")
-        return context.skipped(reason.strip()[:MAX_MESSAGE])
-    require(isinstance(payload, Mapping), "payload must be an object")
-    return context.records(payload)
-
-
-def _verdict(post: Post) -> str:
-    """Returns the parts of a post that are equal where two raters agree.
-
-    Margins, notes and the order on the screen are no part of it.
-    """
-    names = ("answers", "ranks", "beats", "both_bad", "value", "edited", "spans", "text")
-    return canonical([to_json(record).get(name) for record in post.records for name in names])
-
-
-def _string(body: Mapping[str, Any], name: str) -> str:
-    value = body.get(name)
-    require(isinstance(value, str), f"{name} must be text, not {str(value)[:40]!r}")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} holds half a character (a lone surrogate)") from error
-    return str(value)
+        Returns:
+            (the records, the place of the last one; 0 at the end of the store).
+        """
+        found = list(itertools.islice(self.store.read(superseded=not final, after=after), EXPORT_STEP))
+        records = [to_json(stored.judgement) for stored in found if stored.judgement.id not in overruled]
+        return records, found[-1].sequence if len(found) == EXPORT_STEP else 0

@@ -17,6 +17,22 @@ def csrf_token(token: str) -> str:
     return hmac.new(token.encode(), b"rlaif-jax page", hashlib.sha256).hexdigest()
 
 
+def session_cookie(token: str, expires: int) -> str:
+    """Returns the value of a rater's cookie, which holds until `expires` (Unix seconds).
+
+    Browsers send cookies to every port of a machine: another server there must not learn the rater's token from it.
+    """
+    return f"{expires}.{hmac.new(token.encode(), f'session until {expires}'.encode(), hashlib.sha256).hexdigest()}"
+
+
+def is_session(cookie: str, token: str, now: float) -> bool:
+    """Returns whether a cookie is of the rater with this token and still holds."""
+    expires = cookie.partition(".")[0]
+    if not (expires.isascii() and expires.isdecimal() and len(expires) < 16):
+        return False
+    return hmac.compare_digest(cookie.encode(), session_cookie(token, int(expires)).encode()) and now < int(expires)
+
+
 def token_file(store: Path) -> Path:
     """Returns the file of the raters' tokens: next to the store and readable only by its owner."""
     return store.with_name(store.name + ".tokens.json")

@@ -1,5 +1,8 @@
 """Agreement among the raters of the annotation page: by hand."""
 
+import random
+
+import numpy as np
 import pytest
 
 from rlaif_jax.feedback.people.kinds import COMMENT, COMPARE, RATE
@@ -30,3 +33,26 @@ def test_each_kind_that_two_raters_share_has_a_row():
     assert (row["kind"], row["units"], row["same"]) == ("compare", 2, 0.5)
     # Three "first" and one "second": observed disagreement 1/2, expected 2 * 3 * 1 / (4 * 3) = 1/2.
     assert row["alpha"] == pytest.approx(0.0)
+
+
+def test_ratings_on_different_scales_are_pooled_on_one():
+    """Half the tasks on 1 .. 5, half on 1 .. 100, raters at random: there is no agreement, whatever the scales."""
+    generator, posts, kinds = random.Random(0), [], {}
+    units: list[list[float]] = [[], []]
+    for number in range(60):
+        low, high = ((1, 5), (1, 100))[number % 2]
+        kinds[f"t{number}"] = RATE
+        for rater, row in zip("ab", units):
+            value = generator.randint(low, high)
+            posts.append(post(rater, f"t{number}", Rating, value=float(value), low=float(low), high=float(high)))
+            row.append((value - low) / (high - low))
+    (row,) = annotator_agreement(posts, kinds)
+    assert row["alpha"] == pytest.approx(interval_alpha_of_pairs(*map(np.array, units)))
+    assert row["alpha"] < 0.3  # the raw values, pooled, give .70
+
+
+def interval_alpha_of_pairs(first, second):
+    """Krippendorff's alpha of two raters with squared distances, by its definition over all pairs of values."""
+    values = np.concatenate([first, second])
+    expected = np.mean([(a - b) ** 2 for i, a in enumerate(values) for j, b in enumerate(values) if i != j])
+    return 1 - np.mean((first - second) ** 2) / expected

@@ -67,6 +67,7 @@ def test_a_killed_page_comes_back_with_its_records_and_the_same_addresses(tmp_pa
 def test_settings_that_cannot_be(tmp_path):
     for wrong, words in [
         ({"raters": ("a", "a")}, "two raters"),
+        ({"raters": ("a", "\udcff")}, "no UTF-8 text"),
         ({"overlap": 2}, "overlap is 2"),
         ({"coordinator": "x"}, "not among the raters"),
         ({"port": 70_000}, "port must lie"),
@@ -96,4 +97,4 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path):
         "except UserError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert "pip install 'rlaif-jax[ui]'" in done.stdout, done.stderr
+    assert "pip install -e '.[ui]'" in done.stdout, done.stderr

@@ -1,11 +1,15 @@
 """The models that a rater talks to."""
 
+import threading
+from http.server import ThreadingHTTPServer
+
 import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.people.chats import Turn
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.ui.chat import local_model, open_chat_model
+from tests.ui.page_browser import Model
 
 
 @pytest.mark.slow
@@ -24,6 +28,28 @@ def test_a_server_that_does_not_answer_is_a_message():
     pytest.importorskip("openai", reason="served models are reached with the package openai")
     with pytest.raises(UserError, match="your message is kept"):
         open_chat_model("http://127.0.0.1:9/v1")("", [Turn("hello", None)])
+
+
+def test_a_key_goes_only_where_it_is_named_for(monkeypatch):
+    pytest.importorskip("openai", reason="served models are reached with the package openai")
+    seen = []
+
+    class Keys(Model):
+        def do_POST(self):
+            seen.append(self.headers["Authorization"])
+            super().do_POST()
+
+    monkeypatch.setenv("OPENAI_API_KEY", "of-another-server")
+    monkeypatch.setenv("MY_KEY", "secret")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Keys) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        for key_env in ("", "MY_KEY"):
+            open_chat_model(url, key_env=key_env)("", [Turn("hello", None)])
+        server.shutdown()
+    assert seen == ["Bearer none", "Bearer secret"]
+    with pytest.raises(UserError, match="model_key_env: the environment variable NO_KEY is not set"):
+        open_chat_model(url, key_env="NO_KEY")
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -1,8 +1,11 @@
 """The page over HTTP, in another process: what raters see and send, and what is on disk when a post is acknowledged."""
 
+import contextlib
 import dataclasses
 import json
+import sqlite3
 import threading
+import time
 
 import pytest
 
@@ -16,7 +19,7 @@ from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.feedback.records.parsing import from_json
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.recipes.crowd import PageClient, answer_through_page
-from tests.ui.page_requests import put, raw, token_of
+from tests.ui.page_requests import post_headers, put, raw, token_of
 
 PAIRS = [PersonTask(kind=COMPARE, prompt=f"p{i}", answers=(f"good {i}", f"bad {i}")) for i in range(4)]
 SUGGESTED = PersonTask(
@@ -183,3 +186,42 @@ def test_disagreement_is_counted_adjudicated_and_exported(fresh):
             anna.call(path)
     with pytest.raises(UserError, match=r"403.*only the coordinator"):
         anna.call("/api/stop", {"stop": True})
+
+
+def test_another_writer_delays_posts_and_nothing_else(fresh):
+    """Another program writes for seconds: pages and looks go on, posts wait for it and are stored once."""
+    store, urls = fresh
+    put(store, RATED[:2])
+    anna = PageClient(urls["anna"])
+    token = {"Authorization": "Bearer " + token_of(urls["ben"])}
+    task = anna.next()
+    answers, threads = [], []
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        body = {"request": "w" * 16, "task": task["id"], "seconds": 1, "payload": {"value": 7}}
+        for _ in range(3):  # one post, sent three times
+            threads.append(threading.Thread(target=lambda: answers.append(anna.call("/api/answer", body))))
+            threads[-1].start()
+        time.sleep(0.5)
+        for path in ("/static/page.css", "/", "/progress", "/api/me", "/api/team"):
+            started = time.monotonic()
+            assert raw(urls["ben"], path, **token)[0] == 200
+            assert time.monotonic() - started < 5, path
+        assert answers == []
+        other.execute("ROLLBACK")
+    for thread in threads:
+        thread.join(30)
+    assert len(answers) == 3 and all(answer == answers[0] for answer in answers)
+    with Store(store) as kept:
+        assert [j.value for j in kept.judgements() if j.prompt == task["prompt"] and j.rater.name == "anna"] == [7.0]
+
+
+def test_a_writer_that_does_not_finish_is_a_503_that_says_so(fresh):
+    store, urls = fresh
+    put(store, RATED)
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        status, headers, text = raw(urls["anna"], "/api/next", method="POST", body=b"{}", **post_headers(urls["anna"]))
+        other.execute("ROLLBACK")
+    assert (status, headers["retry-after"]) == (503, "1") and "another program is writing" in text
+    assert PageClient(urls["anna"]).next() is not None

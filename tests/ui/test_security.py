@@ -1,7 +1,10 @@
 """Who is let in, and what a post needs."""
 
 import asyncio
+import contextlib
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -10,17 +13,18 @@ pytest.importorskip("fastapi", reason="the annotation page is an extra: pip inst
 pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
 
 from rlaif_jax.recipes.crowd import running_page
-from rlaif_jax.ui.tokens import csrf_token
+from rlaif_jax.ui.security import MAX_BODY
+from rlaif_jax.ui.tokens import csrf_token, is_session, session_cookie
 from tests.ui.page_requests import post_headers, raw, token_of
 
 
-def empty_app(**more):
+def empty_app(tokens=(), **more):
     from rlaif_jax.ui.server import create_app
 
     class Nothing:
         store = type("S", (), {"path": Path("x")})
 
-    return create_app(Nothing(), {}, instructions="", **more)
+    return create_app(Nothing(), dict(tokens), instructions="", **more)
 
 
 def routes():
@@ -107,6 +111,51 @@ def test_the_door_takes_the_token_out_of_the_address(page):
     assert "<script>" not in text and 'style="' not in text and "http://" not in text and "https://" not in text
 
 
+def test_the_cookie_is_not_the_token_and_ends(page):
+    _, urls = page
+    token = token_of(urls["anna"])
+    _, headers, _ = raw(urls["anna"], "/?token=" + token)
+    name, _, value = headers["set-cookie"].split(";")[0].partition("=")
+    assert token not in headers["set-cookie"] and f"Max-Age={14 * 86_400}" in headers["set-cookie"]
+    assert raw(urls["anna"], "/api/me", Cookie=f"{name}={value}")[0] == 200
+    later = int(value.split(".")[0])
+    assert is_session(value, token, later - 1) and not is_session(value, token, later)
+    assert session_cookie(token, later) == value
+    over = session_cookie(token, int(time.time()) - 1)
+    longer = f"{later + 9}.{value.split('.')[1]}"
+    for wrong in (
+        token,
+        over,
+        longer,
+        session_cookie("other", later),
+        "",
+        ".",
+        "1e9.x",
+        "9" * 5000 + ".x",
+        "\u0663.x",
+        '"\udc80"',
+    ):
+        assert not is_session(wrong.encode(errors="replace").decode(), token, 0 if wrong != over else time.time())
+    for wrong in (token, over, longer):
+        assert raw(urls["anna"], "/api/me", Cookie=f"{name}={wrong}")[0] == 401
+    assert raw(urls["anna"], "/api/me", Authorization=f"Bearer {value}")[0] == 401  # and opens nothing elsewhere
+
+
+def test_a_link_of_another_site_changes_no_rater_unasked(page):
+    _, urls = page
+    cookie = raw(urls["anna"], "/?token=" + token_of(urls["anna"]))[1]["set-cookie"].split(";")[0]
+    door = "/?token=" + token_of(urls["ben"])
+    status, headers, text = raw(urls["ben"], door, Cookie=cookie, **{"Sec-Fetch-Site": "cross-site"})
+    assert status == 200 and "set-cookie" not in headers and "works here as anna" in text and "Go on as ben" in text
+    for more in (
+        {"Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+        {},
+    ):  # that page's link; an address typed in
+        assert "set-cookie" in raw(urls["ben"], door, Cookie=cookie, **more)[1]
+    assert "set-cookie" in raw(urls["ben"], door, **{"Sec-Fetch-Site": "cross-site"})[1]  # nobody works here yet
+
+
 @pytest.mark.parametrize(
     "change, status",
     [
@@ -138,6 +187,50 @@ def test_the_csrf_token_of_another_rater_is_of_no_use(fresh):
     _, urls = fresh
     headers = post_headers(urls["anna"], **{"X-CSRF-Token": csrf_token(token_of(urls["ben"]))})
     assert raw(urls["anna"], "/api/next", method="POST", body=b"{}", **headers)[0] == 403
+
+
+def socket_reply(url, head, body):
+    """The status line of the reply to a post written byte by byte: `head` are further header lines."""
+    host, port = url.split("/?")[0].removeprefix("http://").split(":")
+    lines = [f"{name}: {value}" for name, value in post_headers(url).items()] + [f"Host: {host}:{port}", *head]
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall("\r\n".join(["POST /api/next HTTP/1.1", *lines, "Connection: close", "", ""]).encode())
+        with contextlib.suppress(OSError):  # refused before all of it was sent
+            connection.sendall(body)
+        return connection.recv(100).decode().splitlines()[0]
+
+
+def test_the_bytes_of_a_post_are_counted_whatever_it_says_of_its_length(fresh):
+    _, urls = fresh
+    chunk = b"fffff\r\n" + b" " * 0xFFFFF + b"\r\n"
+    small, large = b"2\r\n{}\r\n0\r\n\r\n", chunk * 3 + b"2\r\n{}\r\n0\r\n\r\n"
+    for head, codes in (
+        (["Transfer-Encoding: chunked", "Content-Length: 2"], ["200", "413"]),
+        (["Transfer-Encoding: chunked"], ["411", "411"]),
+    ):
+        assert [socket_reply(urls["anna"], head, body).split()[1] for body in (small, large)] == codes
+    assert socket_reply(urls["anna"], ["Content-Length: 2"], b"{}").split()[1] == "200"
+    assert socket_reply(urls["anna"], [f"Content-Length: {MAX_BODY + 1}"], b"{}").split()[1] == "413"
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + 400 * "0" + ".0", "NaN", "Infinity"])
+def test_a_number_that_is_none_is_a_bad_post(fresh, number):
+    _, urls = fresh
+    for path in [path for method, path in ROUTES if method == "POST"]:
+        body = f'{{"request": "12345678", "task": "x", "seconds": {number}, "payload": {{"value": {number}}}}}'.encode()
+        found = raw(urls["ben"], path, method="POST", body=body, **post_headers(urls["ben"]))
+        assert found[0] == 400 and "no valid JSON" in json.loads(found[2])["error"], (path, found)
+
+
+def test_a_fault_of_the_page_has_the_headers_of_all_responses(monkeypatch, caplog):
+    """Whatever goes wrong: JSON, the content-security policy, and the reason in the terminal, not in the browser."""
+    from starlette.testclient import TestClient
+
+    app = empty_app(tokens={"anna": "secret"})  # without a service, every request for one fails
+    client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=True)
+    found = client.get("/api/me", headers={"Authorization": "Bearer secret"})
+    assert found.status_code == 500 and found.json() == {"error": "the page made a mistake; its terminal says which"}
+    assert "default-src 'none'" in found.headers["content-security-policy"] and "AttributeError" in caplog.text
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"task": NaN}', b'{"request": "short", "task": "x"}', b"[" * 100_000])

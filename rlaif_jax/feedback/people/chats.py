@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from rlaif_jax.feedback.records.sqlite import Database
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.records.sqlite import Database, searchable
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS page_turn (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT, task TEXT NOT NULL, rater TEXT NOT NULL, request TEXT NOT NULL,
     message TEXT NOT NULL, reply TEXT, UNIQUE (rater, request));
+CREATE INDEX IF NOT EXISTS page_turn_task ON page_turn (task, rater);
 """
+
+
+class Conflict(UserError):
+    """A post that contradicts an earlier one."""
 
 
 class Turn(NamedTuple):
@@ -34,20 +40,32 @@ class Chats:
         )
         return [Turn(*row) for row in rows]
 
-    def say(self, task: str, rater: str, request: str, message: str) -> None:
-        """Stores a message of the rater to the model; the same request twice is stored once.
+    def say(self, task: str, rater: str, request: str, message: str) -> int:
+        """Stores a message of the rater to the model and returns its place in the conversation, 0 = first.
+
+        The same request twice is stored once and has the place of the first.
 
         Args:
             task: the id of the chat task.
             rater: the rater's name.
             request: the id that the sender made for this message.
             message: the text.
+
+        Raises:
+            Conflict: the request's id was used before for another message or another task.
         """
-        with self.database.write() as db:
+        with self.database.write("the message") as db:
             db.execute(
-                "INSERT OR IGNORE INTO page_turn (task, rater, request, message) VALUES (?, ?, ?, ?)",
+                "INSERT INTO page_turn (task, rater, request, message) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (rater, request) DO NOTHING",
                 (task, rater, request, message),
             )
+            known = "SELECT sequence, task, message FROM page_turn WHERE rater = ? AND request = ?"
+            sequence, *stored = db.execute(known, (rater, request)).fetchone()
+            if stored != [task, message]:
+                raise Conflict(f"request {request[:40]!r} was used before for another message; make a new id")
+            before = "SELECT count(*) FROM page_turn WHERE task = ? AND rater = ? AND sequence < ?"
+            return int(db.execute(before, (task, rater, sequence)).fetchone()[0])
 
     def reply(self, rater: str, request: str, reply: str) -> None:
         """Stores the model's reply to a message; the first reply stays.
@@ -59,8 +77,8 @@ class Chats:
             request: the id of the post that held the message.
             reply: the model's text.
         """
-        reply = reply.encode(errors="replace").decode()
-        with self.database.write() as db:
+        reply = searchable(reply)
+        with self.database.write("the reply") as db:
             db.execute(
                 "UPDATE page_turn SET reply = ? WHERE rater = ? AND request = ? AND reply IS NULL",
                 (reply, rater, request),

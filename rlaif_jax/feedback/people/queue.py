@@ -8,111 +8,32 @@ store, and only then is the post acknowledged; `deliver` completes a post that a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import time as now
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from rlaif_jax.config import UserError, require
-from rlaif_jax.feedback.people import chats, team
+from rlaif_jax.config import require
+from rlaif_jax.feedback.people import chats, queue_tables, team
+from rlaif_jax.feedback.people.chats import Conflict
+from rlaif_jax.feedback.people.queue_rows import Act, Post, Progress, QueuedTask, TaskGroup
+from rlaif_jax.feedback.people.queue_tables import LIVE, WANTED
 from rlaif_jax.feedback.people.tasks import PersonTask, task_from_json, task_to_json
-from rlaif_jax.feedback.records.forms import Judgement, canonical, to_json
+from rlaif_jax.feedback.records.forms import canonical, to_json
 from rlaif_jax.feedback.records.parsing import from_json
-from rlaif_jax.feedback.records.sqlite import Database
+from rlaif_jax.feedback.records.sqlite import PATIENCE, Database, searchable, statements, transaction
 from rlaif_jax.feedback.records.store import Store
 
-Act = Literal["answer", "skip", "undo", "adjudicate"]
 ADJUDICATED = "adjudicated by "
 """Prefix of the rater's name in records that decide where other raters disagreed."""
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS page_task (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, task TEXT NOT NULL, overlap INTEGER NOT NULL,
-    priority REAL NOT NULL, origin TEXT NOT NULL, is_open INTEGER NOT NULL DEFAULT 1);
-CREATE TABLE IF NOT EXISTS page_lease (
-    task TEXT NOT NULL, rater TEXT NOT NULL, granted REAL NOT NULL, expires REAL NOT NULL, PRIMARY KEY (task, rater));
-CREATE TABLE IF NOT EXISTS page_post (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT, rater TEXT NOT NULL, request TEXT NOT NULL, body TEXT NOT NULL,
-    act TEXT NOT NULL, task TEXT NOT NULL, payload TEXT NOT NULL, records TEXT NOT NULL, seconds REAL NOT NULL,
-    time REAL NOT NULL, informed INTEGER NOT NULL, is_undone INTEGER NOT NULL DEFAULT 0,
-    is_delivered INTEGER NOT NULL DEFAULT 0, UNIQUE (rater, request));
-CREATE INDEX IF NOT EXISTS page_post_task ON page_post (task, rater);
-CREATE INDEX IF NOT EXISTS page_post_waiting ON page_post (sequence) WHERE is_delivered = 0;
-"""
-
-# Subqueries about one task `t`: how many raters have answered it; whether :rater has handled it; how many others hold it.
-_ANSWERS = "SELECT count(DISTINCT rater) FROM page_post p WHERE p.task = t.id AND p.act = 'answer' AND p.is_undone = 0"
-_HANDLED = (
-    "SELECT 1 FROM page_post p "
-    "WHERE p.task = t.id AND p.rater = :rater AND p.act IN ('answer', 'skip') AND p.is_undone = 0"
-)
-_LEASES = "SELECT count(*) FROM page_lease l WHERE l.task = t.id AND l.rater <> :rater AND l.expires > :now"
+_HANDLED = f"EXISTS (SELECT 1 FROM page_post WHERE task = t.id AND rater = :rater AND {LIVE})"
+# A lease that ends much later than any could is of before the clock was set back.
+_VALID = "expires > :now AND expires <= :now + 2 * :lease_s"
+_FREE = f"t.answers + (SELECT count(*) FROM page_lease WHERE task = t.id AND rater <> :rater AND {_VALID}) < t.overlap"
 _POST = "rater, act, task, payload, records, seconds, informed"  # the columns that `_parse_post` reads
-
-
-class Post(NamedTuple):
-    """An action of a rater.
-
-    Attributes:
-        rater: the rater's name.
-        act: what the rater did.
-        task: the id of the task.
-        payload: the answer as the rater sent it.
-        records: the judgements made from the payload.
-        seconds: the time that the rater spent.
-        informed: whether the rater had seen the AI's suggestion before.
-    """
-
-    rater: str
-    act: Act
-    task: str
-    payload: dict[str, Any]
-    records: tuple[Judgement, ...]
-    seconds: float
-    informed: bool
-
-
-class Progress(NamedTuple):
-    """The state of a rater's work.
-
-    Attributes:
-        rater: the rater's name.
-        answered: number of tasks answered.
-        skipped: number of tasks skipped.
-        left: number of open tasks that this rater could still answer.
-        in_hand: number of tasks leased to this rater.
-        seconds: the time spent on all tasks.
-    """
-
-    rater: str
-    answered: int
-    skipped: int
-    left: int
-    in_hand: int
-    seconds: float
-
-
-class QueuedTask(NamedTuple):
-    """A task in the queue.
-
-    Attributes:
-        task: the question.
-        overlap: the number of raters who are to answer it.
-        answered: the raters who answered it.
-        skipped: the raters who skipped it.
-        origin: who asks, as given to `put`.
-    """
-
-    task: PersonTask
-    overlap: int
-    answered: tuple[str, ...]
-    skipped: tuple[str, ...]
-    origin: str
-
-
-class Conflict(UserError):
-    """A post that contradicts an earlier one."""
 
 
 class TaskQueue(Database):
@@ -123,20 +44,37 @@ class TaskQueue(Database):
     Args:
         path: the file; created where absent.
         lease_s: seconds after which a task that a rater took and did not answer is offered to others.
+        patience_s: seconds for which a change waits for another writer.
 
     Attributes:
         chats: the conversations about chat tasks.
         team: the raters and their requests to stop a run.
     """
 
-    def __init__(self, path: Path, *, lease_s: float = 900.0) -> None:
-        tables = (_TABLES + chats.TABLES + team.TABLES).strip().removesuffix(";")
-        super().__init__(path, tables, "no tasks can be stored here")
+    def __init__(self, path: Path, *, lease_s: float = 900.0, patience_s: float = PATIENCE) -> None:
+        tables = queue_tables.TABLES + chats.TABLES + team.TABLES
+        super().__init__(path, tables, "no tasks can be stored here", patience_s)
         self.lease_s, self.chats, self.team = lease_s, chats.Chats(self), team.Team(self)
+
+    def _create(self, tables: str) -> None:
+        with transaction(self._db):
+            for statement in statements(tables):
+                self._db.execute(statement)
+            queue_tables.upgrade(self._db)
+            for statement in statements(queue_tables.INDEXES):
+                self._db.execute(statement)
 
     # ---- Asking
 
-    def put(self, tasks: Iterable[PersonTask], *, overlap: int = 1, priority: float = 0.0, origin: str = "") -> int:
+    def put(
+        self,
+        tasks: Iterable[PersonTask],
+        *,
+        overlap: int = 1,
+        priority: float = 0.0,
+        origin: str = "",
+        until: float | None = None,
+    ) -> int:
         """Adds tasks; returns the number of new ones.
 
         A known task is opened again and its overlap raised to `overlap`.
@@ -146,20 +84,39 @@ class TaskQueue(Database):
             overlap: the number of raters who are to answer each task.
             priority: tasks of higher priority are offered first.
             origin: who asks, for the page.
+            until: when the tasks close by themselves (Unix seconds) unless `keep` sets a later time: those of a run that
+                was killed. None: never. A task that is open for good stays so.
 
         Raises:
             UserError: `overlap` is below 1.
         """
         require(overlap >= 1, f"overlap must be at least 1, not {overlap}")
-        rows = [(task.id, canonical(task_to_json(task)), overlap, priority, origin) for task in tasks]
-        with self.write() as db:
+        rows = [
+            (task.id, canonical(task_to_json(task)), overlap, priority, searchable(origin), task.kind.name, until)
+            for task in tasks
+        ]
+        with self.write(f"{len(rows)} tasks") as db:
             before = db.execute("SELECT count(*) FROM page_task").fetchone()[0]
             db.executemany(
-                "INSERT INTO page_task (id, task, overlap, priority, origin) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) "
-                "DO UPDATE SET overlap = max(overlap, excluded.overlap), priority = excluded.priority, is_open = 1",
+                "INSERT INTO page_task (id, task, overlap, priority, origin, kind, until) VALUES (?, ?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET overlap = max(overlap, excluded.overlap), priority = excluded.priority, "
+                "is_open = 1, until = CASE WHEN is_open AND until IS NULL THEN NULL ELSE excluded.until END",
                 rows,
             )
             return db.execute("SELECT count(*) FROM page_task").fetchone()[0] - before
+
+    def keep(self, ids: Iterable[str], until: float) -> None:
+        """Keeps tasks that were put with a time `until` open for longer.
+
+        Args:
+            ids: the ids of the tasks.
+            until: the new time, Unix seconds.
+        """
+        with self.write() as db:
+            db.executemany(
+                "UPDATE page_task SET until = ?, is_open = 1 WHERE id = ? AND until IS NOT NULL",
+                [(until, identifier) for identifier in ids],
+            )
 
     def withdraw(self, ids: Iterable[str], *, origin: str | None = None) -> None:
         """Closes tasks, so that they are no longer offered; their answers stay.
@@ -176,7 +133,7 @@ class TaskQueue(Database):
 
     def handled(self, task: str) -> frozenset[str]:
         """Returns the raters who have answered or skipped the task with this id."""
-        query = "SELECT rater FROM page_post WHERE task = ? AND act IN ('answer', 'skip') AND is_undone = 0"
+        query = f"SELECT rater FROM page_post WHERE task = ? AND {LIVE}"
         return frozenset(row[0] for row in self.rows(query, (task,)))
 
     def task(self, identifier: str) -> PersonTask:
@@ -198,22 +155,54 @@ class TaskQueue(Database):
             at: the time in Unix seconds; None: the clock's.
         """
         at = now() if at is None else at
-        with self.write() as db:
-            row = self.row(
-                "SELECT t.id, t.task FROM page_task t "
-                "LEFT JOIN page_lease mine ON mine.task = t.id AND mine.rater = :rater AND mine.expires > :now "
-                f"WHERE t.is_open AND NOT EXISTS ({_HANDLED}) AND ({_ANSWERS}) + ({_LEASES}) < t.overlap "
-                "ORDER BY mine.rater IS NULL, t.priority DESC, t.sequence LIMIT 1",
-                {"rater": rater, "now": at},
-            )
-            if row is None:
+        values = {"rater": rater, "now": at, "lease_s": self.lease_s}
+        with self.write("the lease", is_durable=False) as db:
+            db.execute(f"UPDATE page_task SET is_open = 0 WHERE until IS NOT NULL AND is_open AND until < {at!r}")
+            found = self.row(
+                f"SELECT t.id FROM page_lease l CROSS JOIN page_task t ON t.id = l.task WHERE l.rater = :rater AND {_VALID} "
+                f"AND t.is_open AND t.answers < t.overlap AND NOT {_HANDLED} AND {_FREE} "
+                "ORDER BY t.urgency, t.sequence LIMIT 1",
+                values,
+            ) or self._next(values)
+            if found is None:
                 return None
             db.execute(
-                "INSERT INTO page_lease VALUES (:task, :rater, :now, :until) ON CONFLICT (task, rater) DO UPDATE SET "
-                "granted = CASE WHEN expires > :now THEN granted ELSE :now END, expires = :until",
-                {"task": row[0], "rater": rater, "now": at, "until": at + self.lease_s},
+                "INSERT INTO page_lease VALUES (:task, :rater, :now, :now + :lease_s) ON CONFLICT (task, rater) "
+                f"DO UPDATE SET granted = CASE WHEN {_VALID} THEN granted ELSE :now END, expires = :now + :lease_s",
+                values | {"task": found[0]},
             )
-        return self._parse_task(*row)
+        return self.task(found[0])
+
+    def _next(self, values: dict[str, Any]) -> tuple[str] | None:
+        """Returns the id of the first task that is free for a rater.
+
+        `page_place` keeps, for each rater, the place before which the rater has handled all tasks that are still wanted:
+        without it a rater who is ahead of the others would go through all of them again for each task.
+        """
+        place = self.row("SELECT urgency, sequence FROM page_place WHERE rater = :rater", values)
+        first, found = None, None
+        start = place or (float("-inf"), 0)
+        # The task itself is not read here: most of the rows may be passed over. Two queries, as SQLite uses the index of
+        # (urgency, sequence) for the first part only of a comparison of both.
+        query = (
+            f"SELECT t.urgency, t.sequence, t.id, {_FREE} FROM page_task t WHERE t.is_open AND t.answers < t.overlap "
+        )
+        rest = f"AND NOT {_HANDLED} ORDER BY t.urgency, t.sequence"
+        rows = itertools.chain.from_iterable(
+            self.each(f"{query} AND {part} {rest}", values | {"urgency": start[0], "start": start[1]})
+            for part in ("t.urgency = :urgency AND t.sequence >= :start", "t.urgency > :urgency")
+        )
+        for *here, identifier, is_free in rows:
+            first = first or tuple(here)
+            if is_free:
+                found = (identifier,)
+                break
+        first = first or (float("inf"), 0)
+        if first != place:
+            query = "INSERT INTO page_place VALUES (?, ?, ?) ON CONFLICT (rater) DO UPDATE SET "
+            query += "urgency = excluded.urgency, sequence = excluded.sequence"
+            self._db.execute(query, (values["rater"], *first))
+        return found
 
     def held_since(self, task: str, rater: str) -> float | None:
         """Returns when the rater took the task (Unix seconds); None where the rater does not hold it."""
@@ -275,15 +264,14 @@ class TaskQueue(Database):
         rows = self.rows("SELECT sequence, records FROM page_post WHERE is_delivered = 0 ORDER BY sequence")
         for sequence, records in rows:
             store.add(from_json(record, f"{self.path}: post {sequence}") for record in json.loads(records))
-            with self.write() as db:
+            with self.write(is_durable=False) as db:  # if it is lost, the records are added once more: no change
                 db.execute("UPDATE page_post SET is_delivered = 1 WHERE sequence = ?", (sequence,))
         return len(rows)
 
     def last(self, rater: str) -> tuple[int, Post] | None:
         """Returns (number, post) of the rater's newest answer or skip that was not undone, or None."""
         row = self.row(
-            f"SELECT sequence, {_POST} FROM page_post "
-            "WHERE rater = ? AND is_undone = 0 AND act IN ('answer', 'skip') ORDER BY sequence DESC LIMIT 1",
+            f"SELECT sequence, {_POST} FROM page_post WHERE rater = ? AND {LIVE} ORDER BY sequence DESC LIMIT 1",
             (rater,),
         )
         return None if row is None else (row[0], self._parse_post(row[1:]))
@@ -310,23 +298,41 @@ class TaskQueue(Database):
 
     def progress(self, raters: Sequence[str]) -> list[Progress]:
         """Returns the progress of each rater."""
+        wanted = self.row(f"SELECT count(*) FROM page_task WHERE {WANTED}")[0]
         found = []
         for rater in raters:
-            values = {"rater": rater, "now": now()}
-            acts = dict(
-                self.rows(
-                    "SELECT act, count(*) FROM page_post WHERE rater = :rater AND is_undone = 0 GROUP BY act", values
-                )
-            )
-            left, in_hand, seconds = self.row(
-                "SELECT (SELECT count(*) FROM page_task t "
-                f"WHERE t.is_open AND NOT EXISTS ({_HANDLED}) AND ({_ANSWERS}) < t.overlap), "
-                "(SELECT count(*) FROM page_lease WHERE rater = :rater AND expires > :now), "
-                "(SELECT coalesce(sum(seconds), 0) FROM page_post WHERE rater = :rater)",
-                values,
-            )
-            found.append(Progress(rater, acts.get("answer", 0), acts.get("skip", 0), left, in_hand, seconds))
+            values = {"rater": rater, "now": now(), "lease_s": self.lease_s}
+            answered, skipped, seconds, handled = self.row(
+                "SELECT answered, skipped, seconds, handled_wanted FROM page_count WHERE rater = :rater", values
+            ) or (0, 0, 0.0, 0)
+            in_hand = self.row(f"SELECT count(*) FROM page_lease WHERE rater = :rater AND {_VALID}", values)[0]
+            found.append(Progress(rater, answered, skipped, wanted - handled, in_hand, seconds))
         return found
+
+    def groups(self) -> list[TaskGroup]:
+        """Returns the counts of open tasks of each kind and origin, in the order of their first task."""
+        query = (
+            "SELECT kind, origin, count(*), sum(min(answers, overlap)), sum(overlap) FROM page_task WHERE is_open = 1 "
+            "GROUP BY kind, origin ORDER BY min(sequence)"
+        )
+        return [TaskGroup(*row) for row in self.rows(query)]
+
+    def stuck(self, raters: Sequence[str]) -> int:
+        """Returns the number of wanted tasks that each of these raters has answered or skipped already."""
+        marks = ", ".join("?" * len(raters))
+        query = (
+            f"SELECT count(*) FROM page_task t WHERE is_open = 1 AND answers < overlap AND handled >= ? AND "
+            f"(SELECT count(DISTINCT rater) FROM page_post WHERE task = t.id AND {LIVE} AND rater IN ({marks})) = ?"
+        )
+        return self.row(query, (len(raters), *raters, len(raters)))[0]
+
+    def offered(self, tasks: Sequence[str], rater: str) -> frozenset[str]:
+        """Returns those of the tasks (ids) that the rater may still answer."""
+        query = (
+            "SELECT t.id FROM json_each(:tasks) CROSS JOIN page_task t ON t.id = value "
+            f"WHERE t.is_open AND t.answers < t.overlap AND NOT {_HANDLED}"
+        )
+        return frozenset(row[0] for row in self.rows(query, {"tasks": canonical(list(tasks)), "rater": rater}))
 
     def tasks(self, *, only_open: bool = True) -> list[QueuedTask]:
         """Returns the open tasks in their order, each with the raters who answered or skipped it.
@@ -349,13 +355,40 @@ class TaskQueue(Database):
             found.append(QueuedTask(self._parse_task(identifier, task), overlap, answered, skipped, origin))
         return found
 
-    def posts(self, acts: Sequence[Act] = ("answer", "adjudicate")) -> list[Post]:
-        """Returns the posts of these acts that were not undone, oldest first."""
+    def posts(self, acts: Sequence[Act] = ("answer", "adjudicate"), *, task: str | None = None) -> list[Post]:
+        """Returns the posts of these acts that were not undone, oldest first; with `task`, those on this task."""
         marks = ", ".join("?" * len(acts))
+        about, values = ("", acts) if task is None else ("AND task = ?", (*acts, task))
         rows = self.rows(
-            f"SELECT {_POST} FROM page_post WHERE is_undone = 0 AND act IN ({marks}) ORDER BY sequence", acts
+            f"SELECT {_POST} FROM page_post WHERE is_undone = 0 AND act IN ({marks}) {about} ORDER BY sequence", values
         )
         return [self._parse_post(row) for row in rows]
+
+    def decided(self) -> list[str]:
+        """Returns the ids of the adjudicated tasks."""
+        return [row[0] for row in self.rows("SELECT DISTINCT task FROM page_post WHERE act = 'adjudicate'")]
+
+    def last_number(self) -> int:
+        """Returns the number of the newest post; 0 before the first."""
+        return self.row("SELECT coalesce(max(sequence), 0) FROM page_post")[0]
+
+    def touched(self, after: int) -> frozenset[str]:
+        """Returns the ids of the tasks of the posts after the one with this number."""
+        return frozenset(row[0] for row in self.rows("SELECT task FROM page_post WHERE sequence > ?", (after,)))
+
+    def news(self, after: int, limit: int) -> list[tuple[int, str, bool, Post]]:
+        """Returns (number, kind of the task, whether it was undone since, post) of the posts after a number.
+
+        Args:
+            after: the number of the last post that is known.
+            limit: the largest number of posts to return.
+        """
+        query = (
+            f"SELECT p.sequence, coalesce(t.kind, ''), p.is_undone, {', '.join(f'p.{c}' for c in _POST.split(', '))} "
+            "FROM page_post p LEFT JOIN page_task t ON t.id = p.task WHERE p.sequence > ? ORDER BY p.sequence LIMIT ?"
+        )
+        rows = self.rows(query, (after, limit))
+        return [(row[0], row[1], bool(row[2]), self._parse_post(row[3:])) for row in rows]
 
 
 def _digest(body: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
-from rlaif_jax.config import require
+from rlaif_jax.config import StopRequested, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.people.kinds import CHAT, COMPARE, RANK, RATE, Kind
 from rlaif_jax.feedback.people.queue import ADJUDICATED, TaskQueue
@@ -23,6 +23,9 @@ from rlaif_jax.feedback.records.forms import Judgement, sha256
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.types import Feedback, Rollout
+
+KEPT_S = 60.0
+"""Seconds for which a run's tasks stay open without a sign of life: nobody works for a run that was killed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +51,9 @@ class PeopleSource(FeedbackSource):
         limit: the largest number of tasks of a step; the other answers are missing, for another source to fill
             (`MixedSource`). None asks about all.
         poll_s: seconds between two looks at the store.
-        interrupted: a function that ends the wait at once when it returns True, as after a signal.
+        interrupted: a function that ends the wait at once when it returns True, as after a signal. The call then raises
+            StopRequested and returns nothing: what is missing only because the run stops must not be learned from. What
+            came is in the store, where the resumed run finds it.
 
     Raises:
         UserError: a setting is not allowed, or the store cannot be opened.
@@ -136,10 +141,9 @@ class PeopleSource(FeedbackSource):
 
     def _judgements(self, store: Store, task: PersonTask) -> list[Judgement]:
         """Returns people's judgements for the task, or only the adjudication where one was made."""
-        item = sha256([task.prompt, sorted(task.answers)])
         found = [
             judgement
-            for judgement in store.judgements(item=item, form=task.kind.form)
+            for judgement in store.judgements(item=_item(task), form=task.kind.form)
             if judgement.answered
             and judgement.principle == task.principle
             and judgement.rater.source in ("person", "simulated")
@@ -147,9 +151,13 @@ class PeopleSource(FeedbackSource):
         return [j for j in found if j.rater.name.startswith(ADJUDICATED)][-1:] or found
 
     def _wait(self, store: Store, queue: TaskQueue, tasks: Sequence[PersonTask]) -> None:
-        """Asks what the store does not know yet and waits: for enough, the timeout or a stop."""
-        deadline = time.monotonic() + self.timeout_s
+        """Asks what the store does not know yet and waits for enough, the timeout or a stop on the page.
+
+        Raises StopRequested where the wait was interrupted.
+        """
+        deadline, kept_for = time.monotonic() + self.timeout_s, max(KEPT_S, 4 * self.poll_s)
         raters: frozenset[str] = frozenset()  # while no page has named them, anyone may still answer
+        store_seen, queue_seen = store.cursor, queue.last_number()
 
         def count(task: PersonTask) -> int:
             names = {j.rater.name for j in self._judgements(store, task)}
@@ -157,19 +165,42 @@ class PeopleSource(FeedbackSource):
             nobody_left = bool(raters) and raters <= names | queue.handled(task.id)
             return self.overlap if adjudicated or nobody_left else min(len(names), self.overlap)
 
-        open_tasks = {task.id: task for task in tasks if count(task) < self.overlap}
-        known = self.overlap * (len(tasks) - len(open_tasks))
+        counts = {task.id: count(task) for task in tasks}
+        open_tasks = {task.id: task for task in tasks if counts[task.id] < self.overlap}
+        by_item: dict[str, list[str]] = {}
+        for task in open_tasks.values():
+            by_item.setdefault(_item(task), []).append(task.id)
         wanted = math.ceil(self.enough * self.overlap * len(tasks) - 1e-9)
-        queue.put(open_tasks.values(), overlap=self.overlap, priority=1.0, origin="training")
-        seen: tuple[int, frozenset[str]] | None = None
+        put_at = time.monotonic()
+        queue.put(
+            open_tasks.values(), overlap=self.overlap, priority=1.0, origin="training", until=time.time() + kept_for
+        )
         try:
             while open_tasks:
-                raters = queue.team.raters
-                if seen != (seen := (store.cursor, raters)) and known + sum(map(count, open_tasks.values())) >= wanted:
+                before, raters = raters, queue.team.raters
+                cursor, number = (
+                    store.cursor,
+                    queue.last_number(),
+                )  # first: what comes meanwhile is seen by the next look
+                new = queue.touched(queue_seen) | {i for item in store.items(store_seen) for i in by_item.get(item, ())}
+                store_seen, queue_seen = cursor, number
+                # Only what something happened to is looked at anew: a look costs the same with any number of tasks.
+                for identifier in open_tasks if raters != before else new & set(open_tasks):
+                    counts[identifier] = count(open_tasks[identifier])
+                if sum(counts.values()) >= wanted:
                     break
-                interrupted = self.interrupted is not None and self.interrupted()
-                if interrupted or time.monotonic() >= deadline or queue.team.stop_requested(self._since):
+                if self.interrupted is not None and self.interrupted():
+                    raise StopRequested
+                if time.monotonic() >= deadline or queue.team.stop_requested(self._since):
                     break
+                if time.monotonic() >= put_at + kept_for / 3:
+                    put_at = time.monotonic()
+                    queue.keep(open_tasks, time.time() + kept_for)
                 time.sleep(min(self.poll_s, max(deadline - time.monotonic(), 0.0)))
         finally:
             queue.withdraw(open_tasks, origin="training")
+
+
+def _item(task: PersonTask) -> str:
+    """Returns the `Judgement.item` of the records about a task."""
+    return sha256([task.prompt, sorted(task.answers)])

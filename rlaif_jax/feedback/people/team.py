@@ -26,7 +26,7 @@ class Team:
         """Replaces the names of the raters who answer."""
         with self.database.write() as db:
             db.execute("DELETE FROM page_rater")
-            db.executemany("INSERT OR IGNORE INTO page_rater VALUES (?)", [(name,) for name in raters])
+            db.executemany("INSERT INTO page_rater VALUES (?) ON CONFLICT DO NOTHING", [(name,) for name in raters])
 
     @property
     def raters(self) -> frozenset[str]:
@@ -41,7 +41,7 @@ class Team:
     def record_pass(self, rater: str, questions: str) -> None:
         """Stores that the rater has passed the check whose hash is `questions`."""
         with self.database.write() as db:
-            db.execute("INSERT OR IGNORE INTO page_passed VALUES (?, ?)", (rater, questions))
+            db.execute("INSERT INTO page_passed VALUES (?, ?) ON CONFLICT DO NOTHING", (rater, questions))
 
     def request_stop(self, rater: str, stop: bool = True) -> None:
         """Stores the request of `rater` to stop asking people, or (`stop` false) to go on."""

@@ -8,10 +8,11 @@ is a record as well (`status` gives the reason): missing is neither wrong nor ze
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
@@ -78,7 +79,11 @@ class Call:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            require(value is None or 0 <= value < math.inf, f"call.{name} is {value}; it is a number from 0 up")
+            is_unknown = value is None and name == "latency_s"
+            require(
+                is_unknown or (value is not None and 0 <= value < math.inf),
+                f"call.{name} is {value}; it is a number from 0 up",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,14 +182,7 @@ class Judgement:
 
         A later field with a default therefore keeps the ids of old records.
         """
-        defaults = {
-            field.name: _plain(field.name, field.default)
-            for field in dataclasses.fields(self)
-            if field.default is not dataclasses.MISSING
-        }
-        return sha256(
-            {k: v for k, v in to_json(self).items() if k != "call" and (k not in defaults or v != defaults[k])}
-        )
+        return record_id(to_json(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -389,6 +387,22 @@ def to_json(judgement: Judgement) -> dict[str, Any]:
     Python numbers.
     """
     return {"form": judgement.form, "version": VERSION} | _plain("", judgement)
+
+
+def record_id(values: Mapping[str, Any]) -> str:
+    """Returns the `id` of the record that `to_json` wrote as `values`."""
+    defaults = _defaults(values["form"])
+    return sha256({k: v for k, v in values.items() if k != "call" and (k not in defaults or v != defaults[k])})
+
+
+@functools.cache
+def _defaults(form: str) -> dict[str, Any]:
+    """Returns the defaults of the fields of a form, in plain JSON types."""
+    return {
+        field.name: _plain(field.name, field.default)
+        for field in dataclasses.fields(FORMS[form])
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.forms import FIELD_TYPES, FORMS, VERSION, Call, Judgement, Rater, Span
-from rlaif_jax.files import read_json_lines
+from rlaif_jax.files import each_json_line
 
 _NESTED: dict[str, type] = {"rater": Rater, "call": Call}
 _SINGULAR = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -24,8 +24,9 @@ def from_json(values: Any, where: str = "") -> Judgement:
             allowed; the message begins with `where`.
     """
     try:
-        require(isinstance(values, Mapping), f"a judgement is a JSON object, not {_shortened(values)}")
-        form = values.get("form")
+        if not isinstance(values, Mapping):
+            raise UserError(f"a judgement is a JSON object, not {_shortened(values)}")
+        form: Any = values.get("form")
         require(
             isinstance(form, str) and form in FORMS,
             f"unknown form {_shortened(form)}; the forms are {', '.join(FORMS)}",
@@ -63,7 +64,8 @@ def _parse_form(form: str, values: Mapping[str, Any]) -> Judgement:
 
 def _parse_object(cls: type, values: Any, name: str) -> Any:
     """Returns a Rater, Call or Span from its JSON object. Raises UserError where it is malformed."""
-    require(isinstance(values, Mapping), f"{name} must be an object, not {_shortened(values)}")
+    if not isinstance(values, Mapping):
+        raise UserError(f"{name} must be an object, not {_shortened(values)}")
     fields = dataclasses.fields(cls)
     unknown = sorted(set(values) - {field.name for field in fields})
     require(
@@ -80,11 +82,12 @@ def _parse_field(name: str, value: Any) -> Any:
     types = FIELD_TYPES[name]
     if types[0] is list:
         is_right = isinstance(value, (list, tuple)) and all(_is(entry, types[1:]) for entry in value)
-        require(
-            is_right, f"{name} must be a list of {' or '.join(_PLURAL[t] for t in types[1:])}, not {_shortened(value)}"
-        )
+        if not is_right:
+            kinds = " or ".join(_PLURAL[t] for t in types[1:])
+            raise UserError(f"{name} must be a list of {kinds}, not {_shortened(value)}")
         return tuple(_to_float(name, entry) if float in types else entry for entry in value)
-    require(_is(value, types), f"{name} must be {_SINGULAR[types[0]]}, not {_shortened(value)}")
+    if not _is(value, types):  # the message is long to make, and there are 25 fields in a record
+        raise UserError(f"{name} must be {_SINGULAR[types[0]]}, not {_shortened(value)}")
     return _to_float(name, value) if float in types else value
 
 
@@ -148,6 +151,23 @@ def read_judgements(
     Raises:
         UserError: the file cannot be read.
     """
+    bad: list[str] = []
+    return list(each_judgement(path, bad, known)), bad
+
+
+def each_judgement(
+    path: Path, bad: list[str], known: Mapping[str, Collection[str]] | None = None
+) -> Iterator[Judgement]:
+    """Yields the judgements of a JSONL file one by one.
+
+    Args:
+        path: the file.
+        bad: gets a message "FILE:LINE: fault" for each bad line.
+        known: as in `read_judgements`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
 
     def parse(values: Any, place: str) -> Judgement:
         judgement = from_json(values)
@@ -155,4 +175,4 @@ def read_judgements(
             require_known(judgement, known)
         return judgement
 
-    return read_json_lines(path, parse)
+    return each_json_line(path, parse, bad)

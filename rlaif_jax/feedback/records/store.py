@@ -2,24 +2,27 @@
 
 The key of a record is its id (`Judgement.id`), so the same record added twice is stored once. `add` returns after the
 transaction is on disk; what it acknowledged survives kill -9. Nothing is changed or removed: a correction of a record is a
-new record that `supersedes` it, and readers see the newest. A superseded record stays superseded; to restore it, add it
-again as a new record (with another time).
+new record of the same rater that `supersedes` it, and readers see the newest; a record never hides one of another rater. A
+superseded record stays superseded; to restore it, add it again as a new record (with another time).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rlaif_jax.config import require
-from rlaif_jax.feedback.records.forms import Judgement, Source, canonical, to_json
-from rlaif_jax.feedback.records.parsing import from_json, read_judgements
-from rlaif_jax.feedback.records.sqlite import Database
+from rlaif_jax.config import UserError, require
+from rlaif_jax.feedback.records.forms import Judgement, Source, canonical, record_id, to_json
+from rlaif_jax.feedback.records.parsing import each_judgement, from_json
+from rlaif_jax.feedback.records.sqlite import PATIENCE, Database, searchable
 from rlaif_jax.files import atomic_write
 
 SCHEMA = 1
+IMPORT_STEP = 2_000
+"""The number of records of one transaction of an import."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS judgement (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -38,6 +41,11 @@ CREATE TABLE IF NOT EXISTS judgement (
 CREATE INDEX IF NOT EXISTS judgement_item ON judgement (item);
 CREATE INDEX IF NOT EXISTS judgement_supersedes ON judgement (supersedes) WHERE supersedes <> '';
 """
+_NEWER = (
+    "SELECT 1 FROM judgement newer WHERE newer.supersedes = j.id AND newer.supersedes <> '' "
+    "AND newer.rater = j.rater AND newer.source = j.source"
+)
+"""The records that supersede the record `j`: of the same rater only, so an import cannot hide other raters' records."""
 
 
 class StoredJudgement(NamedTuple):
@@ -55,12 +63,17 @@ class Store(Database):
 
     One object per thread; any number of processes.
 
+    Args:
+        path: the file.
+        patience_s: seconds for which a change waits for another writer.
+
     Raises:
         UserError: the file cannot be opened, or is a store of another version.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, f"{_TABLES}PRAGMA user_version = {SCHEMA}", "no feedback store can be opened here")
+    def __init__(self, path: Path, *, patience_s: float = PATIENCE) -> None:
+        tables = f"{_TABLES}PRAGMA user_version = {SCHEMA}"
+        super().__init__(path, tables, "no feedback store can be opened here", patience_s)
 
     def _create(self, tables: str) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -76,29 +89,15 @@ class Store(Database):
         Raises:
             UserError: disk full, file read-only, or another writer that does not finish; none is stored then.
         """
-        rows = [
-            (
-                j.id,
-                j.form,
-                j.item,
-                _searchable(j.rater.name),
-                j.rater.source,
-                _searchable(j.principle),
-                j.status,
-                j.time,
-                j.call.cost,
-                j.supersedes,
-                canonical(to_json(j)),
-            )
-            for j in judgements
-        ]
+        rows = [_row(judgement) for judgement in judgements]
         if not rows:
             return 0
         with self.write(f"{len(rows)} judgements") as db:
             before = db.total_changes
+            # Not OR IGNORE, which also passes over records that break another rule of the table.
             db.executemany(
-                "INSERT OR IGNORE INTO judgement (id, form, item, rater, source, principle, status, time, cost, "
-                "supersedes, record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO judgement (id, form, item, rater, source, principle, status, time, cost, supersedes, "
+                "record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
                 rows,
             )
             return db.total_changes - before
@@ -128,10 +127,10 @@ class Store(Database):
                 values.append(wanted)
         if not superseded:
             conditions.append("status <> 'retracted'")
-            conditions.append("id NOT IN (SELECT supersedes FROM judgement WHERE supersedes <> '')")
-        query = f"SELECT sequence, record FROM judgement WHERE {' AND '.join(conditions)} ORDER BY sequence"
-        for sequence, record in self._db.execute(query, values):
-            yield StoredJudgement(sequence, from_json(json.loads(record), f"{self.path}: record {sequence}"))
+            conditions.append(f"NOT EXISTS ({_NEWER})")
+        query = f"SELECT sequence, record FROM judgement j WHERE {' AND '.join(conditions)} ORDER BY sequence"
+        for sequence, record in self.each(query, values):
+            yield StoredJudgement(sequence, _parse(record, f"{self.path}: record {sequence}"))
 
     def judgements(self, **selection: object) -> list[Judgement]:
         """Returns the judgements that `read` yields, without their sequence numbers.
@@ -142,10 +141,14 @@ class Store(Database):
         return [stored.judgement for stored in self.read(**selection)]  # type: ignore[arg-type]
 
     def __contains__(self, identifier: str) -> bool:
-        return self.row("SELECT 1 FROM judgement WHERE id = ?", (identifier,)) is not None
+        return self.row("SELECT 1 FROM judgement WHERE id = ?", (searchable(identifier),)) is not None
 
     def __len__(self) -> int:
         return self.row("SELECT count(*) FROM judgement")[0]
+
+    def items(self, after: int) -> frozenset[str]:
+        """Returns the `Judgement.item` of each record whose `sequence` is larger than `after`."""
+        return frozenset(row[0] for row in self.rows("SELECT item FROM judgement WHERE sequence > ?", (after,)))
 
     @property
     def cursor(self) -> int:
@@ -167,12 +170,22 @@ class Store(Database):
     def import_jsonl(self, path: Path, known: Mapping[str, Collection[str]] | None = None) -> tuple[int, Sequence[str]]:
         """Adds the good lines of a JSONL file; returns (number of new records, messages on bad lines).
 
+        Every `IMPORT_STEP` records are one transaction, between which other writers take their turn. An import that
+        breaks off keeps what it added; the same import again adds the rest.
+
         Args:
             path: the file.
             known: the prompts and answers that may be judged, as in `parsing.read_judgements`.
+
+        Raises:
+            UserError: the file cannot be read, or the store not written.
         """
-        good, bad = read_judgements(path, known)
-        return self.add(good), bad
+        bad: list[str] = []
+        judgements = each_judgement(path, bad, known)
+        added = 0
+        while step := list(itertools.islice(judgements, IMPORT_STEP)):
+            added += self.add(step)
+        return added, bad
 
     def export_tfds(self, folder: Path) -> Path:
         """Writes all records, also superseded ones, as a TFDS data set; returns its folder."""
@@ -193,6 +206,28 @@ class Store(Database):
         return self.add(good), bad
 
 
-def _searchable(text: str) -> str:
-    """Replaces lone surrogates, which SQLite cannot hold, by "?"; the column `record` keeps them."""
-    return text.encode(errors="replace").decode()
+def _row(judgement: Judgement) -> tuple[Any, ...]:
+    """Returns the columns of a record."""
+    plain = to_json(judgement)  # NumPy's numbers are Python's in it
+    return (
+        record_id(plain),
+        judgement.form,
+        judgement.item,
+        searchable(judgement.rater.name),
+        judgement.rater.source,
+        searchable(judgement.principle),
+        judgement.status,
+        plain["time"],
+        plain["call"]["cost"],
+        searchable(judgement.supersedes),
+        canonical(plain),
+    )
+
+
+def _parse(record: str, where: str) -> Judgement:
+    """Returns the judgement of a row; raises UserError, which begins with `where`, for a damaged one."""
+    try:
+        values = json.loads(record)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged ({error}): restore the file from a copy") from error
+    return from_json(values, where)

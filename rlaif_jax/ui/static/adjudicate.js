@@ -13,14 +13,14 @@ function notice(text) {
 }
 
 async function show() {
-  const { disputes } = await call("/api/disputes");
+  const { disputes, count } = await call(`/api/disputes?skip=${later}`);
   root.replaceChildren();
   if (!disputes.length) {
     add(root, el("p", { id: "none" }, "No open disagreement."));
     return;
   }
-  const { task, opinions } = disputes[later % disputes.length];
-  add(root, el("p", { class: "soft" }, `${disputes.length} to decide`));
+  const { task, opinions } = disputes[0];
+  add(root, el("p", { class: "soft" }, `${count} to decide`));
   const opinion = el("section", { class: "panel", "aria-label": "What the raters said" }, el("h2", {}, "What the raters said"),
     el("ul", { class: "opinions" }, opinions.map((o) => el("li", {}, el("b", {}, o.rater), ": ", o.says))));
   const place = el("div", { class: "form" });
@@ -39,7 +39,7 @@ async function show() {
     }
   };
   add(root, opinion, place, el("div", { class: "actions" },
-    disputes.length > 1 ? el("button", { type: "button", id: "later", onclick: () => { later++; show().catch((error) => notice(error.message)); } }, "Later") : null,
+    count > 1 ? el("button", { type: "button", id: "later", onclick: () => { later++; show().catch((error) => notice(error.message)); } }, "Later") : null,
     el("button", { type: "button", class: "main", id: "decide", onclick: decide }, "This holds")));
 }
 

@@ -41,10 +41,11 @@ export async function call(path, body, onRetry = () => {}) {
     body: JSON.stringify(body),
   };
   for (let attempt = 0; ; attempt++) {
-    let response;
+    let response = null;
     try {
       response = await fetch(path, { ...options, credentials: "same-origin" });
-    } catch (error) {
+    } catch { /* no server: as good as busy */ }
+    if (response === null || response.status === 503) {
       if (attempt >= 8) throw new Refused("The page's server does not answer. What you sent last is not saved yet.");
       onRetry(attempt);
       await new Promise((resolve) => setTimeout(resolve, Math.min(400 * 2 ** attempt, 8000)));

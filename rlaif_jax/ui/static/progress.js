@@ -35,7 +35,8 @@ async function show() {
       a.kind, String(a.units), percent(a.same), a.alpha === null ? "–" : a.alpha.toFixed(2)]))
     : el("p", { class: "soft" }, "Agreement shows here once two raters have answered the same task.");
   const stuck = team.stuck ? el("p", { class: "notice warn" }, `${team.stuck} task${team.stuck === 1 ? "" : "s"} cannot be finished: every rater has answered or skipped ${team.stuck === 1 ? "it" : "them"}. Add a rater.`) : null;
-  $("team").replaceChildren(...[stuck, kinds, raters, agreement].filter(Boolean));
+  const uncounted = team.uncounted ? el("p", { class: "soft" }, `${team.uncounted} answers are not counted in it yet; they follow by themselves.`) : null;
+  $("team").replaceChildren(...[stuck, kinds, raters, agreement, uncounted].filter(Boolean));
   if (coordinator) {
     $("stopped").hidden = !team.stopped;
     $("stop").textContent = team.stopped ? "Take it back, go on" : "Good enough, stop";

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rlaif_jax.config import UserError
+from rlaif_jax.config import StopRequested, UserError
 from rlaif_jax.feedback.people.kinds import CHAT, COMPARE, EDIT, RANK
 from rlaif_jax.feedback.people.queue import ADJUDICATED, Post, TaskQueue
 from rlaif_jax.feedback.people.source import PeopleSource, mean_rating, win_share
@@ -181,8 +181,74 @@ def test_stop_ends_the_wait_and_an_old_stop_does_not(tmp_path):
         timer.join()
     assert people.stop_requested() and not judged.valid.any()
     assert not source(tmp_path).stop_requested()
-    waiting = source(tmp_path, interrupted=lambda: True)
-    assert not waiting(RECORDS, ANSWERS, ROLLOUT).valid.any()
+
+
+def test_an_interrupted_wait_returns_nothing_and_the_resumed_one_finds_what_came(tmp_path):
+    stopped = threading.Event()
+    people = source(tmp_path, interrupted=stopped.is_set)
+
+    def two_answers(task, who):
+        if len(crowd.seen) == 3:
+            stopped.set()
+            time.sleep(0.3)
+        return rating(task, 4, who)
+
+    with Crowd(people.store, two_answers) as crowd:
+        for asked in (people, MixedSource((people, FunctionSource(lambda record, answer: 0.0)))):
+            with pytest.raises(StopRequested):  # not feedback that lacks the rest: a step would learn from it
+                asked(RECORDS, ANSWERS, ROLLOUT)
+    with TaskQueue(people.store) as queue, Store(people.store) as store:
+        assert queue.groups() == [] and len(store) == 3
+    resumed = source(tmp_path, timeout_s=0.1)(RECORDS, ANSWERS, ROLLOUT)
+    assert resumed.valid.all() and resumed.values[:, 0].tolist() == [0.75] * 4
+
+
+def test_what_is_all_known_is_returned_even_to_a_run_that_stops(tmp_path):
+    people = source(tmp_path, interrupted=lambda: True)
+    with Store(people.store) as store:
+        store.add(rating(task, 5) for task in people.tasks(RECORDS, ANSWERS))
+    assert people(RECORDS, ANSWERS, ROLLOUT).valid.all()
+
+
+def test_the_tasks_of_a_killed_run_close_and_those_of_a_living_one_stay(tmp_path):
+    people = source(tmp_path)
+    tasks = people.tasks(RECORDS, ANSWERS)
+
+    def offered(at):
+        queue.lease("anna", at=at)
+        return [queued.task for queued in queue.tasks()]
+
+    with TaskQueue(people.store) as queue:
+        queue.put(tasks[:1], origin="items.jsonl")
+        queue.put(tasks, origin="training", until=1000.0)
+        assert offered(at=999.0) == tasks
+        queue.keep([task.id for task in tasks], 2000.0)
+        assert offered(at=1999.0) == tasks
+        assert offered(at=2001.0) == tasks[:1]  # the file's are open for good
+        queue.put(tasks, origin="training", until=3000.0)  # the run is started again
+        queue.put(tasks[1:2], origin="items.jsonl")
+        assert offered(at=2999.0) == tasks and offered(at=3001.0) == tasks[:2]
+
+
+def test_a_run_says_in_time_that_it_lives(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr("rlaif_jax.feedback.people.source.KEPT_S", 0.06)
+    monkeypatch.setattr(TaskQueue, "keep", lambda queue, ids, until: kept.append((set(ids), until - time.time())))
+    people = source(tmp_path, timeout_s=0.3)
+    people(RECORDS, ANSWERS, ROLLOUT)
+    assert len(kept) >= 3 and {len(ids) for ids, _ in kept} == {3} and min(left for _, left in kept) > 0.03
+
+
+def test_a_look_asks_only_about_what_something_happened_to(tmp_path, monkeypatch):
+    """200 tasks, answered one by one: the number of look-ups is not tasks x answers."""
+    looked = []
+    judgements = PeopleSource._judgements
+    monkeypatch.setattr(PeopleSource, "_judgements", lambda *given: looked.append(given) or judgements(*given))
+    people = source(tmp_path, poll_s=0.001)
+    records, answers = [{"prompt": f"p{i}"} for i in range(200)], [f"a{i}" for i in range(200)]
+    with Crowd(people.store, lambda task, who: rating(task, 3, who)):
+        assert people(records, answers, ROLLOUT).valid.all()
+    assert len(looked) <= 4 * 200  # before, for each task, once more than needed at most, at the end
 
 
 def press(store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import random
@@ -10,18 +11,26 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.records import dataset
-from rlaif_jax.feedback.records.forms import Call, Comment, Judgement, Ranking, Rater, Rating, canonical, to_json
+from rlaif_jax.feedback.records import dataset, sqlite
+from rlaif_jax.feedback.records import store as store_module
+from rlaif_jax.feedback.records.forms import FORMS, Call, Comment, Judgement, Ranking, Rater, Rating, canonical, to_json
 from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.quality.votes import current
 from tests.feedback.writers import ROLES, made
 
 ANNA = Rater("anna", "person")
+FORM_NAMES = ", ".join(FORMS)
 WRITERS = Path(__file__).parents[1] / "writers.py"
 
 
@@ -101,6 +110,75 @@ def test_text_that_sqlite_cannot_hold_is_kept(store):
     assert store.judgements() == [odd]
 
 
+def test_only_the_same_rater_supersedes_a_record(store):
+    """An import of another's records hides nothing, in whatever order the records come."""
+    first = rating(0)
+    mallory = [Rater("mallory", "ai"), Rater("anna", "ai"), Rater("anna", "simulated")]
+    foreign = [rating(1, rater=rater, supersedes=first.id) for rater in mallory]
+    taken = dataclasses.replace(first, rater=mallory[0], status="retracted", supersedes=first.id)
+    store.add([*foreign[:2], taken, first, foreign[2]])
+    assert store.judgements() == [*foreign[:2], first, foreign[2]]
+    assert [store.judgements(superseded=True)[i] for i in current(store.judgements(superseded=True))] == (
+        store.judgements()
+    )
+    own = rating(0, value=6.0, supersedes=first.id)
+    store.add([own])
+    assert store.judgements() == [*foreign, own]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12), st.booleans()), max_size=12))
+def test_readers_agree_on_what_is_superseded(links):
+    """The store, the report and a plain search agree, whoever names whose record and in whatever order."""
+    records: list[Rating] = []
+    for number, (rater, target, back) in enumerate(links):
+        older = records[target].id if target < len(records) else ""
+        status = "retracted" if back and older else "ok"
+        who = Rater(f"r{rater}", "person")
+        records.append(rating(number, rater=who, supersedes=older, status=status))
+    records.reverse()
+    kept = [
+        record
+        for record in records
+        if record.status != "retracted"
+        and not any(later.supersedes == record.id and later.rater == record.rater for later in records)
+    ]
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "f.sqlite") as store:
+        store.add(records)
+        assert store.judgements() == kept
+    assert [records[i] for i in current(records)] == kept
+
+
+def test_what_breaks_a_rule_of_the_table_is_an_error_and_never_passed_over(store):
+    with pytest.raises(UserError, match=r"call.cost is None; it is a number from 0 up"):
+        Call(cost=None)
+    broken = rating(1, call=Call(latency_s=1.0))
+    object.__setattr__(broken.call, "cost", None)  # past the check of the form
+    with pytest.raises(UserError, match=r"2 judgements could not be stored \(NOT NULL.*cost\); nothing was"):
+        store.add([rating(0), broken])
+    assert len(store) == 0
+
+
+def test_numbers_of_numpy_are_stored(store):
+    for kind in (np.float32, np.float64, np.int64):
+        made = Rating(prompt=kind.__name__, answers=("a",), rater=ANNA, value=kind(3), time=kind(2))
+        assert store.add([made]) == 1
+        assert store.judgements()[-1] == made and store.judgements()[-1].id == made.id
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(st.characters(categories=["Cs", "Ll", "Cc"]), min_size=1, max_size=3))
+def test_half_characters_in_any_text_are_kept_and_cost_no_other_record(text):
+    odd = rating(0, rater=Rater("a" + text, "ai"), principle=text, raw=text, prompt=text, answers=(text,))
+    linked = rating(1, supersedes=text)
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "f.sqlite") as store:
+        path = Path(folder) / "in.jsonl"
+        path.write_text("".join(canonical(to_json(record)) + "\n" for record in (rating(2), odd, linked)))
+        assert store.import_jsonl(path) == (3, [])
+        assert store.judgements() == [rating(2), odd, linked]
+        assert odd.id in store and text not in store and store.judgements(item=odd.item) == [odd]
+
+
 # ---- Files
 
 
@@ -174,6 +252,22 @@ def test_files_that_are_no_store(tmp_path: Path):
         Store(tmp_path / "folder")
 
 
+def test_a_damaged_file_is_named_and_no_traceback(tmp_path: Path):
+    path = tmp_path / "f.sqlite"
+    with Store(path) as store:
+        store.add([rating(number, raw="x" * 2000) for number in range(200)])
+        store._db.execute("UPDATE judgement SET record = substr(record, 1, 40) WHERE sequence = 3")
+        with pytest.raises(UserError, match=r"f\.sqlite: record 3 is damaged \(.*restore the file from a copy"):
+            store.judgements()
+        store._db.execute("DELETE FROM judgement WHERE sequence = 3")
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)  # a disk that lost its second half
+    path.write_bytes(content)
+    with Store(path) as store, pytest.raises(UserError, match=r"f\.sqlite: cannot be read \(.*malformed"):
+        store.judgements()
+
+
 def test_a_failed_write_is_an_error_and_the_store_goes_on(store):
     store.add([rating(0)])
     store._db.execute("PRAGMA max_page_count = 10")
@@ -183,6 +277,60 @@ def test_a_failed_write_is_an_error_and_the_store_goes_on(store):
     store._db.execute("PRAGMA max_page_count = 100000")
     assert store.add([rating(2)]) == 1
     assert [j.prompt for j in store.judgements()] == ["p0", "p2"]
+
+
+def test_a_file_of_any_size_is_imported_in_the_memory_of_a_step(store, tmp_path: Path, monkeypatch):
+    path = tmp_path / "in.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for number in range(2500):
+            file.write(canonical(to_json(rating(number, raw="x" * 4000))) + "\n" + "{}\n" * (number == 1200))
+    steps = []
+    monkeypatch.setattr(store_module, "IMPORT_STEP", 500)
+    monkeypatch.setattr(Store, "add", lambda store, step, add=Store.add: steps.append(len(step)) or add(store, step))
+    tracemalloc.start()
+    added, bad = store.import_jsonl(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (added, steps) == (2500, [500] * 5) and bad == [
+        f"{path}:1202: unknown form None; the forms are {FORM_NAMES}"
+    ]
+    assert peak < 8e6  # 500 records of 4 kB and what SQLite is given of them; the file has 11 MB
+
+
+def test_an_import_that_breaks_off_keeps_what_it_has_and_goes_on(store, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(store_module, "IMPORT_STEP", 20)
+    path = tmp_path / "in.jsonl.gz"
+    generator = random.Random(0)  # noise, so that the archive is longer than what a reader takes at once
+    lines = [canonical(to_json(rating(n, raw=generator.randbytes(2000).hex()))) + "\n" for n in range(100)]
+    whole = gzip.compress("".join(lines).encode())
+    for damaged in (whole[: len(whole) // 2], whole[: len(whole) // 2] + bytes(len(whole) // 2)):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot read .*in\.jsonl\.gz"):
+            store.import_jsonl(path)
+        assert 20 <= len(store) < 100 and len(store) % 20 == 0
+    path.write_bytes(whole)
+    before = len(store)
+    assert store.import_jsonl(path) == (100 - before, []) and len(store) == 100
+
+
+@pytest.mark.parametrize(
+    "kind, folder, warned",
+    [("nfs4", "/data", True), ("cifs", "/data", True), ("ext4", "/data", False), ("nfs", "/other", False)],
+)
+def test_a_network_file_system_is_warned_of(tmp_path: Path, kind, folder, warned):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        f"/dev/vda / ext4 rw 0 0\nserver:/x {folder} {kind} rw 0 0\n/dev/vdb /data/local\\040disk ext4 rw 0 0\n"
+    )
+    assert bool(sqlite._unsafe(Path("/data/runs/f.sqlite"), "wal", mounts)) == warned
+    assert not sqlite._unsafe(Path("/data/local disk/f.sqlite"), "wal", mounts)
+    assert not sqlite._unsafe(Path("/data/f.sqlite"), "wal", tmp_path / "none")
+
+
+def test_a_file_without_a_write_ahead_log_is_warned_of(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sqlite, "_unsafe", lambda path, mode, real=sqlite._unsafe: real(path, "delete"))
+    with pytest.warns(RuntimeWarning, match=r"f\.sqlite: SQLite keeps the journal 'delete' .*keep it on a local disk"):
+        Store(tmp_path / "f.sqlite").close()
 
 
 # ---- Several writers
