@@ -102,10 +102,10 @@ def measure_page(folder: Path, count: int, raters: list[str], overlap: int) -> N
             client.answer(task, {"value": 3})
 
         milliseconds("progress page, the first looks", lambda: clients[0].call("/api/team"), 3)
-        milliseconds("next and answer", work, 10 * len(raters))
-        while left := clients[0].call("/api/team")["uncounted"]:
-            print(f"{left} posts left to count", flush=True)
+        milliseconds("next and answer, while the page counts the posts that it found", work, 5 * len(raters))
+        while clients[0].call("/api/team")["uncounted"]:
             time.sleep(2.0)
+        milliseconds("next and answer", work, 10 * len(raters))
         milliseconds("progress page", lambda: clients[0].call("/api/team"), 20)
         milliseconds("disputes", lambda: clients[0].call("/api/disputes"), 5)
         milliseconds("undo", clients[0].undo, 3)

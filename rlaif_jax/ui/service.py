@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 from collections.abc import Awaitable, Callable, Collection
@@ -29,7 +30,7 @@ T = TypeVar("T")
 EXPORT_STEP = 500
 """The number of records that an export reads at once; other requests take their turn in between."""
 LOOK_S = 0.02
-"""Seconds that the page spends at once on posts that were not counted yet."""
+"""Seconds that a look at the progress spends on posts that were not counted yet."""
 MOST_DISPUTES = 20
 """The largest number of disputes in one response."""
 
@@ -320,8 +321,8 @@ class AnnotationService:
 
     async def count_posts(self) -> None:
         """Takes up all posts that the agreement does not know yet; other requests take their turns."""
-        while await self.run(self._review.advance, LOOK_S):
-            pass
+        while await self.run(self._review.advance, LOOK_S / 4):
+            await asyncio.sleep(LOOK_S / 4)
 
     def disputes(self, rater: str, skip: int = 0) -> Json:
         """Returns tasks whose raters disagree and that nobody has adjudicated yet.
