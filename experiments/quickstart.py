@@ -1,4 +1,4 @@
-"""From nothing to a better language model in five minutes on two CPU cores.
+"""From nothing to a better language model in two to four minutes on two CPU cores.
 
     python experiments/quickstart.py --out runs/quickstart --seed 0
 

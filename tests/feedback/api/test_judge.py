@@ -250,7 +250,9 @@ def test_closing_leaves_no_thread_and_keeps_what_was_answered(tmp_path: Path):
         running = threading.active_count()
         judge = ApiJudge(config(server.url), store=tmp_path / "f.sqlite")
         futures = judge.submit([Question(f"{i}", ("quality 7",)) for i in range(30)], RATING)
-        time.sleep(0.5)
+        deadline = time.monotonic() + 30
+        while sum(future.done() for future in futures) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
         judge.close()
         judge.close()
         assert sum(future.cancelled() for future in futures) == 26
