@@ -138,6 +138,7 @@ def main(config: FormsConfig) -> dict[str, Any]:
         runner = make_runner(config.train.parallel)
         config.train.check(config.ppo, runner.devices)
         world = WorldModels(summarisation.TASK, False, config.models, run, writer, runner)
+        world.policy(config.sampling).check(config.train.prompt_length, world.tokenizer)  # before any stage takes time
         training, held_out = world.records("train"), world.records("test_entities")
 
         # ---- A supervised policy, and those who judge it

@@ -148,6 +148,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
         kind = config.reward or ("reward_model" if config.shortcuts else "judge")
         run.display.plan([*STAGES[:-1], *(LEARNED if kind == "reward_model" else ()), STAGES[-1]])
         world = WorldModels(TASKS[config.task], config.shortcuts, config.models, run, writer, runner)
+        world.policy(config.sampling).check(config.train.prompt_length, world.tokenizer)  # before any stage takes time
         training, held_out = world.records("train"), world.records("test_entities")
 
         # ---- A language model, an AI labeler that is frozen before any policy exists, a supervised policy

@@ -59,7 +59,7 @@ def test_a_stop_ends_the_wait_for_a_judge_and_nothing_is_learned_from_what_is_mi
 
 
 def test_judgements_are_kept_when_the_first_step_fails(prompts, tmp_path, monkeypatch):
-    """A value that is no number is bad input, but the judgements beside it may have cost money: the folder stays."""
+    """NaN is bad input, but the other judgements of the step may have cost money: the folder is kept."""
     config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run", nan_reward=True)
 
     class Paid(FunctionSource):

@@ -108,7 +108,8 @@ class ModelsConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.num_heads >= 2, f"models.num_heads must be >= 2 (recall heads are of two kinds), not {self.num_heads}"
+            self.num_heads >= 2 or not self.recall_heads,
+            f"models.num_heads must be >= 2 (recall heads are of two kinds), not {self.num_heads}",
         )
 
 

@@ -88,7 +88,7 @@ def test_the_loss_is_the_weighted_cross_entropy(params, step):
     [([(0,), (1,), (2,), (3,)], C), ([(3, 0), (1, 2)], 11), ([(1, 2, 3, 0)], 17), ([(2, 0), (3, 1), ()], C)],
 )
 def test_the_layout_of_the_rows_changes_nothing(params, step, rows, columns):
-    """Texts alone, in another order, in full rows whose last and first text have one number, beside an empty row."""
+    """One text a row, another order, a full row, an empty row: loss and new parameters stay the same."""
     state = (params, OPTIMIZER.init(params))
     (new, _), metrics = step(state, rows_of(*rows, columns=columns))
     (expected, _), expected_metrics = step(state, make_batch())

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.quickstart import QuickstartConfig, labeler_mix, random_score, tell
+from experiments.quickstart import QuickstartConfig, labeler_mix, main, random_score, tell
 from rlaif_jax.command_line import ended_worse
 from rlaif_jax.config import UserError
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.recipes.world import ANSWER_LENGTH
 from tests.helpers import unexplained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,3 +177,10 @@ def test_the_labeler_learns_reasons_only_from_people_who_slip_at_times():
 def test_too_few_prompts_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         QuickstartConfig(**wrong)
+
+
+def test_a_policy_that_cannot_learn_is_refused_before_any_stage(tmp_path):
+    config = QuickstartConfig(out=tmp_path / "run", sampling=SamplingConfig(ANSWER_LENGTH, top_k=5))
+    with pytest.raises(UserError, match=r"sampling\.top_k is 5"):
+        main(config)
+    assert not config.out.exists()

@@ -71,7 +71,7 @@ def test_argilla_flat_records(write):
 
 
 def test_questions_name_the_answer_that_they_are_about(write):
-    """The longest name behind a separator, and no guess where there is none."""
+    """The longest answer's name after a separator counts; where no name fits, nothing is guessed."""
     fields = {"prompt": "p", "answer": "SHORT", "best_answer": "LONG"}
 
     def read(*questions, **more):
@@ -306,7 +306,7 @@ def test_get_another_label(write):
 
 
 def test_quotation_marks_and_trailing_tabs_of_labels(write):
-    """A field that begins with a quotation mark is a field like others; a blank column behind the last is none."""
+    """A field may begin with a quotation mark, and an empty last column is ignored."""
     labels = write("labels.txt", 'anna\t"quoted item\tYES', "ben\titem two\tNO\t", "anna\titem two\tYES\r", "")
     gold = write("gold.txt", "item two\tno\t", '"quoted item\tYes')
     good, bad = tools.read_get_another_label(labels, gold=gold)
