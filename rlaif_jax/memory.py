@@ -1,4 +1,4 @@
-"""How the process gets its memory. This module imports nothing but the standard library."""
+"""How processes and programs get their memory. This module imports nothing but the standard library."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((TRIM_THRESHOLD, NEVER), (MMAP_MAX, 0), (ARENA_MAX, 1)):
         mallopt(option, value)
+
+
+def compiler_options(backend: str) -> dict[str, str] | None:
+    """Returns XLA's options for programs of a backend; None where it needs none.
+
+    On CPUs a pass removes the barriers before what `remat` recomputes in the backward pass; XLA then keeps it in memory.
+
+    Args:
+        backend: "cpu", "gpu" or "tpu".
+    """
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if backend == "cpu" else None

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlaif_jax.config import check_choices, require
+from rlaif_jax.memory import compiler_options
 from rlaif_jax.models.base import COLUMN_AND_ROW, Rules
 from rlaif_jax.types import Metrics
 
@@ -178,12 +179,7 @@ class Runner(Protocol):
         """
 
     def template(self, fn: Callable[..., S], *args: Any) -> S:
-        """Returns what `init` would, as arrays without memory: how a checkpoint of it is to be read.
-
-        Args:
-            fn: as `init` takes it.
-            *args: as `init` takes them.
-        """
+        """Returns what `init(fn, *args)` would, as arrays without memory: how a checkpoint is to be read."""
 
     def place(self, state: S) -> S:
         """Puts a state where `step` expects it."""
@@ -292,6 +288,10 @@ def _name(key: Any) -> str:
     return key.name if isinstance(key, jax.tree_util.GetAttrKey) else ""
 
 
+def _jit(fn: Callable[..., Any], donate_argnums: Any = ()) -> Any:
+    return jax.jit(fn, donate_argnums=donate_argnums, compiler_options=compiler_options(jax.default_backend()))
+
+
 class shard_step:
     """A pure function under `jax.jit` on a mesh: state by `state_shardings`, batch split over data x fsdp.
 
@@ -322,7 +322,7 @@ class shard_step:
             new_state, metrics = result
             return jax.lax.with_sharding_constraint(new_state, state_shardings(new_state, mesh, rules)), metrics
 
-        self._jitted = jax.jit(run, donate_argnums=(0,) if donate else ())
+        self._jitted = _jit(run, donate_argnums=(0,) if donate else ())
 
     def __call__(self, *arguments: Any) -> Any:
         *replicated, batch = arguments
@@ -343,11 +343,11 @@ class JitRunner:
 
     def step(self, fn: Callable[..., tuple[S, Metrics]]) -> Callable[..., tuple[S, Metrics]]:
         """Compiles a step; see `Runner`."""
-        return jax.jit(partial(fn, axis_name=None), donate_argnums=0)
+        return _jit(partial(fn, axis_name=None), donate_argnums=0)
 
     def map(self, fn: Callable[..., T]) -> Callable[[R, B], T]:
         """Compiles `fn(replicated, batch, *, axis_name)` for one device, with axis_name=None."""
-        return jax.jit(partial(fn, axis_name=None))
+        return _jit(partial(fn, axis_name=None))
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
         """Runs `fn(*args)`, compiled."""

@@ -19,7 +19,7 @@ from rlaif_jax.data.recorded import WithRecorded
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource, FunctionSource, RecordedPreferences
 from rlaif_jax.models import CausalLM, ScalarModel
-from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.decoder_config import DecoderConfig, small_decoder
 from rlaif_jax.models.encoder_decoder import EncoderDecoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import TextPolicy
@@ -28,6 +28,7 @@ WORDS = tuple("abcdefgh")
 TOKENIZER = word_level_tokenizer(WORDS)
 PROMPT, LENGTH = 4, 5
 DECODER = small_decoder(TOKENIZER.vocab_size, num_layers=2, width=16, num_heads=2, context_length=16)
+SAMPLING = SamplingConfig(max_new_tokens=LENGTH)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, schedule="constant")
 RECORDS = FileRecords(
     tuple(
@@ -65,11 +66,11 @@ def _count_a(record: Any, answer: str) -> float | None:
     return None if answer.startswith("h") else float(answer.split().count("a"))
 
 
-def text_policy(model: Any) -> TextPolicy:
-    return TextPolicy(model, SamplingConfig(max_new_tokens=LENGTH), TOKENIZER.eos_id, TOKENIZER.pad_id)
+def text_policy(model: Any, sampling: SamplingConfig = SAMPLING) -> TextPolicy:
+    return TextPolicy(model, sampling, TOKENIZER.eos_id, TOKENIZER.pad_id)
 
 
-def ppo(**settings: Any) -> Setup:
+def ppo(decoder: DecoderConfig = DECODER, *, sampling: SamplingConfig = SAMPLING, **settings: Any) -> Setup:
     """PPO with its own critic, GRPO or RLOO, by the settings."""
     base: dict[str, Any] = {
         "num_epochs": 2,
@@ -79,17 +80,17 @@ def ppo(**settings: Any) -> Setup:
         "value_optimizer": OPTIMIZER,
     }
     config = PPOConfig(**base | settings)
-    policy = text_policy(CausalLM(DECODER))
-    critic = ScalarModel(DECODER, "normal") if config.advantage.needs_critic else None
+    policy = text_policy(CausalLM(decoder), sampling)
+    critic = ScalarModel(decoder, "normal") if config.advantage.needs_critic else None
     params = {"policy": policy.model.init(jax.random.key(0))}
     if critic is not None:
         params["value"] = critic.init(jax.random.key(1))
     return Setup(config.build(policy, critic, steps=4), policy, params, FunctionSource(_count_a))
 
 
-def dpo(**settings: Any) -> Setup:
+def dpo(decoder: DecoderConfig = DECODER, *, sampling: SamplingConfig = SAMPLING, **settings: Any) -> Setup:
     """DPO on recorded pairs, or on the policy's answers ordered by score."""
-    policy = text_policy(CausalLM(DECODER))
+    policy = text_policy(CausalLM(decoder), sampling)
     config = DPOConfig(**{"num_minibatches": 2, "beta": 0.5, "policy_optimizer": OPTIMIZER} | settings)
     params = {"policy": policy.model.init(jax.random.key(0))}
     if config.answers == "policy":
@@ -98,10 +99,10 @@ def dpo(**settings: Any) -> Setup:
     return Setup(config.build(policy, steps=4), policy, params, RecordedPreferences(), bring)
 
 
-def encoder_decoder(**settings: Any) -> Setup:
+def encoder_decoder(decoder: DecoderConfig = DECODER, *, sampling: SamplingConfig = SAMPLING, **settings: Any) -> Setup:
     """RLOO on an encoder-decoder."""
-    config = dataclasses.replace(DECODER, num_layers=1)
-    policy = text_policy(EncoderDecoder(config, start_id=TOKENIZER.pad_id))
+    config = dataclasses.replace(decoder, num_layers=1)
+    policy = text_policy(EncoderDecoder(config, start_id=TOKENIZER.pad_id), sampling)
     ppo = PPOConfig(
         **{
             "advantage": LeaveOneOut(),
@@ -116,10 +117,12 @@ def encoder_decoder(**settings: Any) -> Setup:
     return Setup(ppo.build(policy, None, steps=4), policy, params, FunctionSource(_count_a))
 
 
-def adversarial(**settings: Any) -> Setup:
+def adversarial(decoder: DecoderConfig = DECODER, *, sampling: SamplingConfig = SAMPLING, **settings: Any) -> Setup:
     """RLOO against a discriminator of demonstrations."""
-    inner = ppo(**{"advantage": LeaveOneOut(), "answers_per_prompt": 2, "kl_in": "loss"} | settings)
-    discriminator = ScalarModel(dataclasses.replace(DECODER, num_layers=1), "normal")
+    inner = ppo(
+        decoder, sampling=sampling, **{"advantage": LeaveOneOut(), "answers_per_prompt": 2, "kl_in": "loss"} | settings
+    )
+    discriminator = ScalarModel(dataclasses.replace(decoder, num_layers=1), "normal")
     algorithm = DiscriminatorConfig(optimizer=OPTIMIZER).build(inner.algorithm, discriminator, steps=4)
     params = inner.params | {"discriminator": discriminator.init(jax.random.key(2))}
     return Setup(algorithm, inner.policy, params, None, {"demonstration": "demonstration"})

@@ -110,8 +110,8 @@ IN_LOSS = {"kl_in": "loss"}
 ALGORITHMS: dict[str, tuple[Callable[[], Setup], tuple[str, ...]]] = {
     "gae": (lambda: policy_gradient(GAE()), EVERY),
     "group": (lambda: policy_gradient(GroupNormalised(), **IN_LOSS), SOME),
-    # a device packs its own rows, in turns of one
-    "group_packed": (lambda: policy_gradient(GroupNormalised(), packed_rows=1, **IN_LOSS), SOME),
+    # a device packs its own rows, in turns of one: a row for a prompt with both of its answers, or a row for each
+    "group_packed": (lambda: policy_gradient(GroupNormalised(), packed_rows=2, **IN_LOSS), SOME),
     "rloo": (lambda: policy_gradient(LeaveOneOut(), **IN_LOSS), EVERY),
     "rloo_packed": (lambda: policy_gradient(LeaveOneOut(), packed_rows=1, **IN_LOSS), SOME),
 }

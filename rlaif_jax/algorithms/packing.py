@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+READ = (
+    4096  # columns that a column reads at the cost of its matrix products, 6 D by Kaplan (2020), at a width of some 700
+)
+
 
 class Packed(NamedTuple):
-    """The places of M sequences [M, P + T] in M rows of C = P - 1 + T columns, all [M, C] int32.
+    """The places of M sequences [M, P + T] in M rows of C columns, all [M, C] int32.
 
     An answer's columns are the last token of its prompt and all its tokens except the last.
 
@@ -33,17 +37,35 @@ class Packed(NamedTuple):
     answers: jax.Array
 
 
-def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array) -> tuple[Packed, jax.Array]:
+def row_answers(packed_rows: int, prompt: int, length: int, answers: int) -> int:
+    """Returns m: packed rows of P - 1 + m T columns cost least where groups of K answers are packed.
+
+    A longer row computes a prompt for more of its answers, and each of its columns reads more others. The `packed_rows`
+    rows of P - 1 + T columns that a turn may hold bound its length.
+
+    Args:
+        packed_rows: rows of a turn.
+        prompt: P.
+        length: T.
+        answers: K.
+    """
+    columns = lambda m: prompt - 1 + m * length
+    fit = [m for m in range(1, answers + 1) if columns(m) <= packed_rows * columns(1)]
+    return min(fit, key=lambda m: columns(m) / m * (1 + columns(m) / READ))
+
+
+def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array, answers: int = 1) -> tuple[Packed, jax.Array]:
     """Returns (the place of every token, [] int32 number of rows used; used rows come first).
 
     Args:
         prompt_mask: [M, P] bool, left padded.
         mask: [M, T] bool, right padded; an answer without a true entry is left out.
         group: [M] int32, equal for answers to the same prompt.
+        answers: m; a row has P - 1 + m T columns, room for a prompt and m answers of any length.
     """
     count, width = prompt_mask.shape
     length = mask.shape[1]
-    columns = width - 1 + length
+    columns = width - 1 + answers * length
     prompts = prompt_mask[:, :-1].astype(jnp.int32).sum(-1)  # without the last token, which each answer feeds itself
     lengths = mask.astype(jnp.int32).sum(-1)
     same = group[:, None] == group[None, :]

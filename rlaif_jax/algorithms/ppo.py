@@ -28,7 +28,7 @@ from rlaif_jax.algorithms.objectives import (
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.scoring import score_rollout
 from rlaif_jax.algorithms.step_metrics import batch_metrics, summarise
-from rlaif_jax.algorithms.update import Batch, Scored, Totals, Update, check_minibatches
+from rlaif_jax.algorithms.update import Batch, Scored, Totals, Update, check_minibatches, check_packed
 from rlaif_jax.config import check_choices, require
 from rlaif_jax.models.base import Critic, View
 from rlaif_jax.parallel import masked_whiten, psum
@@ -63,8 +63,8 @@ class PPOConfig:
             with `sampler` the ratio itself corrects.
         importance_cap: see `behaviour`.
         packed_rows: 0: the sequences of a minibatch are padded to one length. Else every device packs its answers into rows
-            of prompt_length + max_new_tokens - 1 columns and adds up the gradient over `packed_rows` rows at a time: the
-            same gradient with less work where lengths are uneven, in the memory of these rows.
+            and adds up the gradient over turns of `packed_rows` x (prompt_length + max_new_tokens - 1) columns: the same
+            gradient with less work where lengths are uneven or prompts are shared, in the memory of these columns.
         shaping: how judgements become rewards.
         policy_optimizer: the policy's optimiser.
         value_optimizer: the critic's optimiser.
@@ -206,6 +206,7 @@ class PPO(Algorithm):
             staleness: steps between the policy that answers and the policy that learns, 0 or 1.
         """
         self.config.check(prompts_per_step, devices, staleness)
+        check_packed(self.config.packed_rows, self.policy)
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:
         """Returns the state at step 0 from `params` ("policy", and with a critic "value") and the run's seed."""

@@ -13,7 +13,7 @@ import optax
 from rlaif_jax.algorithms.base import Algorithm, initial_state, with_hyper
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.scoring import score_rollout
-from rlaif_jax.algorithms.update import Batch, Scored, Totals, Update, check_minibatches
+from rlaif_jax.algorithms.update import Batch, Scored, Totals, Update, check_minibatches, check_packed
 from rlaif_jax.config import check_choices, require
 from rlaif_jax.models.base import View
 from rlaif_jax.parallel import masked_mean
@@ -123,6 +123,7 @@ class DPO(Algorithm):
         """
         answers = self.config.answers_per_prompt
         check_minibatches(prompts_per_step * answers, self.config.num_minibatches, devices, answers)
+        check_packed(self.config.packed_rows, self.policy)
         require(not staleness, "train.staleness=1 is for policy gradients: set train.staleness=0 with DPO")
 
     def init(self, params: Params, seed: jax.Array) -> TrainState:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 
-from rlaif_jax.algorithms.packing import Packed, pack
+from rlaif_jax.algorithms.packing import Packed, pack, row_answers
 from rlaif_jax.models.base import PackedView, PaddedView, View
 from rlaif_jax.parallel import mesh_shares, over_mesh
 from rlaif_jax.policies.base import Policy
@@ -69,6 +69,27 @@ def gather_targets(x: jax.Array, rows: Packed) -> jax.Array:
     return x.reshape(-1).at[rows.targets].get(mode="fill", fill_value=0)
 
 
+def packed_turns(
+    packed_rows: int, prompt_mask: jax.Array, mask: jax.Array, group: jax.Array, answers: int
+) -> tuple[Packed, jax.Array, int]:
+    """Returns (the place of every token, [] int32 number of rows used, rows of a turn on each device).
+
+    A turn has at most the columns of `packed_rows` rows of P - 1 + T columns; rows are longer where the K answers to a
+    prompt then share it at less cost (`packing.row_answers`).
+
+    Args:
+        packed_rows: the setting of that name.
+        prompt_mask: [M, P] bool, left padded.
+        mask: [M, T] bool, right padded.
+        group: [M] int32, equal for answers to the same prompt.
+        answers: K, the most answers to a prompt.
+    """
+    prompt, length = prompt_mask.shape[1], mask.shape[1]
+    each = row_answers(packed_rows, prompt, length, answers)
+    size = packed_rows * (prompt - 1 + length) // (prompt - 1 + each * length)
+    return *pack(prompt_mask, mask, group, each), size
+
+
 def fold_rows(size: int, packed: Packed, used: jax.Array, fn: Callable[[Carry, Packed], Carry], carry: Carry) -> Carry:
     """Folds `fn(carry, rows)` over the packed rows in use, `size` rows a device at a time.
 
@@ -107,14 +128,16 @@ def score_rollout(
         out = fn(padded_view(rollout, answers))
         return {name: jnp.where(rollout.response_mask, x, 0.0) for name, x in out.items()}
     shape = rollout.response_mask.shape
-    packed, used = pack(rollout.prompt_mask, rollout.response_mask, jnp.arange(shape[0]) // answers)
+    packed, used, size = packed_turns(
+        packed_rows, rollout.prompt_mask, rollout.response_mask, jnp.arange(shape[0]) // answers, answers
+    )
 
     def one(carry: dict[str, jax.Array], rows: Packed) -> dict[str, jax.Array]:
         out = fn(packed_view(rollout, rows, answers))
         return {name: x.at[rows.targets].set(out[name], mode="drop") for name, x in carry.items()}
 
     names = jax.eval_shape(lambda: fn(packed_view(rollout, packed, answers)))
-    flat = fold_rows(packed_rows, packed, used, one, {name: jnp.zeros(shape[0] * shape[1]) for name in names})
+    flat = fold_rows(size, packed, used, one, {name: jnp.zeros(shape[0] * shape[1]) for name in names})
     return {name: x.reshape(shape) for name, x in flat.items()}
 
 

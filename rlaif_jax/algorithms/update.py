@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlaif_jax.algorithms.packing import Packed, pack
-from rlaif_jax.algorithms.scoring import fold_rows, gather_targets, packed_view, padded_view
+from rlaif_jax.algorithms.packing import Packed
+from rlaif_jax.algorithms.scoring import fold_rows, gather_targets, packed_turns, packed_view, padded_view
 from rlaif_jax.config import require
 from rlaif_jax.models.base import View
 from rlaif_jax.parallel import global_rows, pmax, psum
+from rlaif_jax.policies.base import Policy
 from rlaif_jax.types import PERMUTATION, Metrics, Params, TrainState, step_key
 
 # Sums of this device's answers [M] -> (slopes of the sequence loss [M], (the loss, its metrics)).
@@ -282,7 +283,7 @@ class Update:
         pull: Pull,
     ) -> tuple[tuple[jax.Array, tuple[tuple[jax.Array, Metrics], Metrics]], Params]:
         """Returns what `_part` does, over packed rows that come in several turns."""
-        packed, used = pack(batch.prompt_mask, batch.mask, group)
+        packed, used, size = packed_turns(self.packed_rows, batch.prompt_mask, batch.mask, group, self.answers)
         of_sequences: tuple[jax.Array, Metrics] = (jnp.float32(0), {})
         slopes: jax.Array | None = None
         if self.sequence_loss is not None:
@@ -291,7 +292,7 @@ class Update:
                 logprobs = self.score(params, packed_view(batch, rows, self.answers)).logprobs
                 return sums.at[rows.targets // batch.mask.shape[1]].add(logprobs, mode="drop")
 
-            sums = fold_rows(self.packed_rows, packed, used, add_sums, jnp.zeros(batch.mask.shape[0]))
+            sums = fold_rows(size, packed, used, add_sums, jnp.zeros(batch.mask.shape[0]))
             of_answers, of_sequences = pull(sums)
             slopes = jnp.broadcast_to(of_answers[:, None], batch.mask.shape)
 
@@ -303,9 +304,7 @@ class Update:
             return (loss, metrics), grads
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(turn, packed))
-        (loss, metrics), grads = fold_rows(
-            self.packed_rows, packed, used, lambda sums, rows: _added(sums, turn(rows)), zero
-        )
+        (loss, metrics), grads = fold_rows(size, packed, used, lambda sums, rows: _added(sums, turn(rows)), zero)
         return (loss, (of_sequences, metrics)), grads
 
 
@@ -330,6 +329,14 @@ def count_totals(batch: Batch, answers: int, axis_name: str | None) -> Totals:
         tokens=at_least_1(jnp.sum(batch.mask.astype(jnp.float32))),
         sequences=at_least_1(jnp.sum(batch.mask.any(-1).astype(jnp.float32))),
         groups=at_least_1(jnp.float32(batch.mask.shape[0] / answers)),
+    )
+
+
+def check_packed(packed_rows: int, policy: Policy) -> None:
+    """Raises UserError where packed rows are asked of a policy that reads padded rows only."""
+    require(
+        not packed_rows or policy.reads_packed,
+        f"packed_rows is {packed_rows}, but this policy's model reads padded rows only: set packed_rows=0 of the algorithm",
     )
 
 

@@ -94,6 +94,10 @@ class LanguageModel(Protocol):
     def compute_dtype(self) -> str:
         """Returns the name of the dtype of matrix products, "float32" or "bfloat16"."""
 
+    @property
+    def reads_packed(self) -> bool:
+        """Returns whether `hidden` reads rows of several sequences."""
+
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:
         """Raises UserError where the model cannot take prompts and answers of these lengths, in tokens.
 

@@ -54,6 +54,11 @@ class CausalLM:
         """Returns the name of the dtype of matrix products."""
         return self.config.compute_dtype
 
+    @property
+    def reads_packed(self) -> bool:
+        """Returns True: segments separate the sequences of a row."""
+        return True
+
     def check_lengths(self, prompt_length: int, max_new_tokens: int) -> None:
         """Raises UserError where prompt and answer together are longer than the context.
 

@@ -1,8 +1,8 @@
 """One causal decoder that is GPT-2, Llama, Qwen2 and Qwen3 by flags (`DecoderConfig`).
 
 Every block has separate parameter arrays (`layers_0`, `layers_1`, ...): taken out of a stack they would be copied, and
-their gradients put back into it, in every pass. Training and prefill run a few blocks one by one and loop over many
-(`FLAT`); decoding runs them one by one, each with its own key-value cache (`causal_lm.py`).
+their gradients put back into it, in every pass: a second model in memory. All passes run the blocks one by one, except those
+of deep models (`FLAT`) whose matrices are split over "fsdp"; decoding has a key-value cache a block (`causal_lm.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
 
 KeyValue = tuple[jax.Array, jax.Array]
 
-FLAT = 12  # up to this number of blocks they run one by one, which is faster; more run in a loop, which compiles faster
+FLAT = 12  # more blocks than these run in a loop where their matrices are split
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
@@ -143,7 +143,8 @@ def split_by_rows(x: jax.Array) -> jax.Array:
     devices in every block, where weights would be fewer bytes. Without a mesh, or where B is no multiple of the
     two axes' devices, x is returned unmarked.
     """
-    axes, shares = _row_axes()
+    axes = _row_axes()
+    shares = _shares(*axes)
     return x if shares == 1 or x.shape[0] % shares else jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
@@ -159,7 +160,8 @@ def in_own_rows(fn: Callable[..., Any], params: Any, *rows: jax.Array) -> Any:
         params: what all devices read.
         *rows: arrays [B, ...].
     """
-    axes, shares = _row_axes()
+    axes = _row_axes()
+    shares = _shares(*axes)
     if shares == 1 or rows[0].shape[0] % shares:
         return fn(params, *rows)
     own = PartitionSpec(axes)
@@ -169,11 +171,16 @@ def in_own_rows(fn: Callable[..., Any], params: Any, *rows: jax.Array) -> Any:
     return split(params, *rows)
 
 
-def _row_axes() -> tuple[tuple[str, ...], int]:
-    """Returns the axes of the present mesh that share rows, and the number of their devices."""
+def _row_axes() -> tuple[str, ...]:
+    """Returns the axes of the present mesh that share rows."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names and axis not in mesh.manual_axes)
-    return axes, math.prod(mesh.shape[axis] for axis in axes)
+    return tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names and axis not in mesh.manual_axes)
+
+
+def _shares(*axes: str) -> int:
+    """Returns the number of devices along axes of the present mesh; absent or manual axes count 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[a] for a in axes if a in mesh.axis_names and a not in mesh.manual_axes)
 
 
 class Block(nn.Module):
@@ -326,20 +333,22 @@ class Trunk(nn.Module):
         seen = build_mask(c, visible)
         if self.is_initializing():
             return self.norm(self.layers(x, rope, seen)[0]), []
-        blocks, run = block_params(c, self.variables["params"]), partial(apply, Block(c, parent=None))
+        blocks = block_params(c, self.variables["params"])
+        run: Callable[..., Any] = partial(apply, Block(c, parent=None))
         caches: list[KeyValue] = []
-        # Outside a loop XLA finds that what remat recomputes was computed before, and keeps it.
-        if c.num_layers > FLAT or c.remat:
+        # The stack has a share of each matrix on each device, and the loop gathers one block's matrices at a time.
+        if c.num_layers > FLAT and _shares("fsdp") > 1:
             body = lambda x, block: run(block, x, rope, seen)
             stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *in_dtype(blocks, c.compute_dtype))
             x, stacks = jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if c.remat else body, x, stacked)
-            x = x[:, -last:]  # -0: all of them
             caches = [jax.tree.map(lambda stack, i=i: stack[i], stacks) for i in range(c.num_layers)]
-        else:
-            for layer, block in enumerate(blocks):
-                # Columns of the last block that nobody reads give keys and values only.
-                x, cache = run(block, x, rope, seen, last if layer == c.num_layers - 1 else 0)
-                caches.append(cache)
+            return split_by_rows(self.norm(x[:, -last:])), caches  # -0: all of them
+        if c.remat:
+            run = jax.checkpoint(run, static_argnums=4)
+        for layer, block in enumerate(blocks):
+            # Columns of the last block that nobody reads give keys and values only.
+            x, cache = run(block, x, rope, seen, last if layer == c.num_layers - 1 else 0)
+            caches.append(cache)
         return split_by_rows(self.norm(x)), caches
 
     def groups(self, prompts: jax.Array, prompt_mask: jax.Array, answers: jax.Array, mask: jax.Array) -> jax.Array:

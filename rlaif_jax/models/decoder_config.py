@@ -46,7 +46,7 @@ class DecoderConfig:
         qk_norm: RMS norm of each head's queries and keys (Qwen3).
         tie_embeddings: whether the output matrix is the embedding.
         compute_dtype: dtype of matrix products; parameters are float32.
-        remat: recompute each block in the backward pass.
+        remat: recompute each block in the backward pass; without effect under pmap on several CPU devices.
         attention: who computes attention over whole sequences (`models/attention.py`); `auto` is the backend's fused kernel
             where it fits the shape.
     """

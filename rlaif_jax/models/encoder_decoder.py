@@ -76,8 +76,6 @@ def attend_masked(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Ar
 class EncoderDecoder:
     """An encoder-decoder with tied embeddings in the decoder. All methods are pure and may be jitted.
 
-    Packed rows are not supported: in them prompts and answers share a row, while here prompts have their own stack.
-
     Attributes:
         config: shape and flags of both stacks; the attention is plain `jnp`.
         start_id: the token that a decoder is fed first.
@@ -107,6 +105,11 @@ class EncoderDecoder:
     def compute_dtype(self) -> str:
         """Returns the name of the dtype of matrix products."""
         return self.config.compute_dtype
+
+    @property
+    def reads_packed(self) -> bool:
+        """Returns False: in packed rows prompts and answers share a row, here prompts have their own stack."""
+        return False
 
     @property
     def _plain(self) -> DecoderConfig:
@@ -161,14 +164,7 @@ class EncoderDecoder:
         Args:
             params: the parameters of encoder and decoder.
             view: the rollout, padded.
-
-        Raises:
-            UserError: the view is packed.
         """
-        require(
-            isinstance(view, PaddedView),
-            "an encoder-decoder reads padded rows only: set packed_rows=0 of the algorithm",
-        )
         assert isinstance(view, PaddedView)
         config, trunk, each = self._plain, params["decoder"], view.answers
         shared = self.encode(params, view.tokens[::each, : view.prompt_mask.shape[1]], view.prompt_mask[::each])

@@ -59,6 +59,10 @@ class Policy(Protocol):
     def tolerance(self) -> float:
         """Returns the largest gap in nats between two computations of one log-prob that rounding explains."""
 
+    @property
+    def reads_packed(self) -> bool:
+        """Returns whether `score` reads rows of several sequences (`LanguageModel.reads_packed`)."""
+
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
         """Raises UserError where the model does not fit the prompts or the tokenizer.
 

@@ -47,6 +47,11 @@ class TextPolicy:
         """Returns the largest gap in nats that rounding explains."""
         return 1e-3 if self.model.compute_dtype == "float32" else 5e-2
 
+    @property
+    def reads_packed(self) -> bool:
+        """Returns whether the model reads rows of several sequences."""
+        return self.model.reads_packed
+
     def check(self, prompt_length: int, tokenizer: Tokenizer) -> None:
         """Raises UserError where lengths, tokenizer or sampling do not fit a policy that learns.
 

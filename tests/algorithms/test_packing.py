@@ -4,11 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax.algorithms.packing import pack
+from rlaif_jax.algorithms.packing import pack, row_answers
 
 P, T = 4, 6
-COLUMNS = P - 1 + T
-PACK = jax.jit(pack)
+PACK = jax.jit(pack, static_argnums=3)
 
 
 def masks(prompts, lengths):
@@ -36,15 +35,40 @@ def test_by_hand():
     assert not np.asarray(packed.segments)[1:].any()
 
 
+@pytest.mark.parametrize(
+    ("packed_rows", "prompt", "length", "answers", "best"),
+    [
+        (4, 96, 48, 8, 8),  # 479 columns for 8 answers, 59.9 a column and answer; four rows of 143 have 572
+        (2, 96, 48, 8, 3),  # two rows of 143 columns leave room for a prompt and 3 answers
+        (1, 96, 48, 8, 1),  # the memory of one row
+        (8, 2, 2048, 8, 1),  # almost nothing to share, and columns that read ever more others
+        (8, 512, 512, 1, 1),  # one answer to each prompt
+    ],
+)
+def test_a_row_has_room_for_as_many_answers_as_cost_least(packed_rows, prompt, length, answers, best):
+    assert row_answers(packed_rows, prompt, length, answers) == best
+
+
+def test_long_rows_compute_a_prompt_once():
+    """Two prompts with four full answers each: two rows of 3 + 24 columns, where rows of 3 + 6 would be eight."""
+    prompt_mask, mask = masks([P] * 8, [T] * 8)
+    group = np.arange(8, dtype=np.int32) // 4
+    packed, used = PACK(prompt_mask, mask, group, 4)
+    assert (packed.tokens.shape, int(used)) == ((8, P - 1 + 4 * T), 2)
+    assert PACK(prompt_mask, mask, group, 1)[1] == 8
+
+
+@pytest.mark.parametrize("row", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_everything_is_somewhere_once(seed):
+def test_everything_is_somewhere_once(seed, row):
     rng = np.random.default_rng(seed)
     count = 24
     group = rng.permutation(count) // [1, 2, 4, 24][seed]
     prompts = rng.integers(1, P + 1, count)[group]
     lengths = rng.integers(0, T + 1, count)
     prompt_mask, mask = masks(prompts, lengths)
-    packed, used = PACK(prompt_mask, mask, group.astype(np.int32))
+    packed, used = PACK(prompt_mask, mask, group.astype(np.int32), row)
+    assert packed.tokens.shape == (count, P - 1 + row * T)
     tokens, targets, positions, segments, answers = (np.asarray(x) for x in packed)
     there = segments > 0
     assert sorted(targets[targets < count * T]) == list(np.flatnonzero(mask)), "every response token is predicted once"

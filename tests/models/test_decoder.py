@@ -12,6 +12,10 @@ from rlaif_jax.models import CausalLM, ScalarModel, ValueHead, causal_lm, decode
 from rlaif_jax.models.decoder import Trunk, apply, response_hidden
 from rlaif_jax.models.decoder_config import DecoderConfig, small_decoder
 from rlaif_jax.models.heads import ScalarHead
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.parallel import JitRunner, make_mesh
+from rlaif_jax.policies.text import generate
+from rlaif_jax.types import Prompts
 from tests.helpers import random_params, sequences_view
 
 V, S = 50, 13
@@ -177,7 +181,7 @@ def test_answers_that_share_their_prompts_columns(config: DecoderConfig, prompt:
 
 @pytest.mark.parametrize("answers", [1, 3])
 def test_blocks_in_a_loop_and_one_by_one(answers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same hidden states and gradients; one by one, the last block is computed for the columns that are read."""
+    """The same numbers in a loop, which a mesh takes; one by one, the last block is computed for the columns that are read."""
     config, prompt = dataclasses.replace(LLAMA, qk_norm=True), 6
     params = random_model(config)[1]
     tokens, mask = random_tokens((6, S)), np.ones((6, S), bool)
@@ -188,14 +192,15 @@ def test_blocks_in_a_loop_and_one_by_one(answers: int, monkeypatch: pytest.Monke
         hidden = response_hidden(config, params["trunk"], view)
         return jnp.sum(jnp.cos(3 * hidden)), hidden
 
-    def run() -> tuple[tuple[jax.Array, dict], str]:
-        traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
-        ((_, hidden), gradient) = traced.lower().compile()(params)
-        return (hidden, gradient), str(traced.jaxpr)
+    def run(*shape: int) -> tuple[tuple[jax.Array, dict], str]:
+        with jax.set_mesh(make_mesh(*shape)):
+            traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
+            ((_, hidden), gradient) = traced.lower().compile()(params)
+        return jax.device_get((hidden, gradient)), str(traced.jaxpr)
 
-    (got, gradient), one_by_one = run()
+    (got, gradient), one_by_one = run(2, 1, 2)
     monkeypatch.setattr(decoder, "FLAT", 0)
-    (want, in_loop), loop = run()
+    (want, in_loop), loop = run(1, 2, 2)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert_same_gradients(gradient, in_loop, 1e-5)
     assert ("scan[" in loop, "scan[" in one_by_one) == (True, False)
@@ -219,24 +224,42 @@ def test_the_splash_kernel_for_the_columns_that_are_read() -> None:
 
 def test_remat_gives_the_same_gradients_in_less_memory() -> None:
     tokens, mask = random_tokens((64, S)), np.ones((64, S), bool)
-    plain, params = random_model(LLAMA)
-    remat = CausalLM(dataclasses.replace(LLAMA, remat=True))
+    plain, params = random_model(dataclasses.replace(LLAMA, num_layers=5))
+    remat = CausalLM(dataclasses.replace(plain.config, remat=True))
 
     def gradients(model: CausalLM) -> tuple[dict, int]:
-        compiled = (
-            jax.jit(jax.grad(lambda p: jnp.mean(model.sequence_hidden(p, tokens, mask) ** 2))).lower(params).compile()
-        )
-        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+        loss = lambda p: jnp.mean(model.sequence_hidden(p, tokens, mask) ** 2)
+        compiled = JitRunner().map(lambda p, _, axis_name: jax.grad(loss)(p)).lower(params, None).compile()
+        return compiled(params, None), compiled.memory_analysis().temp_size_in_bytes
 
     (want, plain_bytes), (got, remat_bytes) = gradients(plain), gradients(remat)
     assert_same_gradients(got, want, 1e-5)
-    assert remat_bytes < 0.8 * plain_bytes
+    assert remat_bytes < 0.5 * plain_bytes
     caches = [
         jax.jit(lambda p, c=model.config: apply(Trunk(c), p["trunk"], tokens, mask)[1])(params)
         for model in (plain, remat)
     ]
-    assert len(caches[0]) == LLAMA.num_layers
+    assert len(caches[0]) == 5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *caches)
+
+
+def test_no_pass_of_a_deep_model_holds_a_second_copy_of_its_weights() -> None:
+    """Neither a forward pass, nor a rollout, nor a gradient beyond the gradient itself: a stack of the blocks would be one."""
+    model = CausalLM(dataclasses.replace(LLAMA, num_layers=14, width=128))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    weights = sum(4 * x.size for x in jax.tree.leaves(params))
+    tokens, mask = random_tokens((1, 8)), np.ones((1, 8), bool)
+
+    def answers(params: dict, _: None, axis_name: None) -> jax.Array:
+        sampling = SamplingConfig(max_new_tokens=4)
+        prompts = Prompts(tokens, mask, np.arange(1, dtype=np.uint32))
+        return generate(model, params, prompts, jax.random.key(0), sampling=sampling, eos_id=1, pad_id=0).tokens
+
+    loss = lambda params: jnp.mean(model.sequence_hidden(params, tokens, mask) ** 2)
+    passes = (lambda params, _, axis_name: loss(params), answers, lambda params, _, axis_name: jax.grad(loss)(params))
+    for fn in passes:
+        compiled = JitRunner().map(fn).lower(params, None).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * weights
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["rope", "learned"])
