@@ -10,9 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import cases, ceilings, compare, costs, rollouts, step, uneven
+from experiments.benchmarks import cases, ceilings, compare, costs, instruct, rollouts, step, uneven
+from rlaif_jax.data.tokenizers import load_tokenizer
 from rlaif_jax.models import CausalLM
-from rlaif_jax.models.hf.files import load_model
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import load_model, save_model
+from tests.data.token_folders import byte_tokenizer_folder
 
 KEYS = [
     "system",
@@ -388,3 +391,34 @@ def test_other_systems_get_the_weights_and_what_to_expect_of_them(tmp_path):
         expected["logprobs"],
         atol=1e-4,
     )
+
+
+def test_an_instruct_model_takes_real_steps(tmp_path, capsys):
+    template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": template}
+    words = byte_tokenizer_folder(tmp_path / "words", "</s>", "<|user|>", "<|assistant|>", tokenizer_config=settings)
+    tokenizer = load_tokenizer(words)
+    model = CausalLM(
+        small_decoder(tokenizer.vocab_size, num_layers=13, width=16, num_heads=2, context_length=160, mlp_width=32)
+    )
+    save_model(tmp_path / "model", model, model.init(jax.random.key(0)), tokenizer)
+    tasks = [{"instruction": f"Say {letter}.", "instances": [{"input": ""}]} for letter in "abcdefghi"]
+    tasks += [{"instruction": "Say it." * 20, "instances": [{"input": "long"}]}]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    asked = instruct.questions(tmp_path / "tasks.jsonl", tokenizer)
+    assert [x["prompt"] for x in asked[:1]] == ["<|user|>Say a. Answer in one short sentence.<|assistant|>"]
+    assert len(asked) == 9
+    options = ["--dtype", "bfloat16", "--steps", "1", "--json"]
+    assert instruct.main([str(tmp_path / "model"), str(tmp_path / "tasks.jsonl"), *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    phases = result["gen_s_median"] + result["score_s_median"] + result["update_s_median"]
+    assert phases == pytest.approx(result["step_s_median"], abs=0.03)
+    assert len(result["rewards"]) == 2
+    assert 1 <= result["mean_length"] <= 48
+    assert 0 < result["sampler_gap"] < 5e-2
+    assert [instruct.one_sentence({}, text) for text in ("A cat.", "A cat", "A. Cat.", "a " * 20 + "b.")] == [
+        1,
+        0,
+        0,
+        0,
+    ]
