@@ -411,10 +411,12 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
     Raises:
         UserError: the file cannot be written.
     """
-    lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
+    count = 0
     with atomic_write(path) as file:
-        file.writelines(lines)
-    return len(lines)
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=True) + "\n")
+            count += 1
+    return count
 
 
 def write_table(rows: Iterable[Sequence[str]], columns: Sequence[str], path: Path) -> int:
