@@ -24,7 +24,7 @@ NAMED_BAD = 20  # bad rows that are named on the terminal
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The project's own records, one a line; `import_feedback` reads them one by one, whatever the size of the file."""
+    """The project's own records, one a line, of which `import_feedback` reads any number."""
 
     def write(self, judgements: Iterable[Judgement], path: Path) -> int:
         """Writes the judgements as JSON lines; returns the number of lines."""

@@ -183,7 +183,7 @@ class Store(Database):
         return count
 
     def import_jsonl(self, path: Path, known: Mapping[str, Collection[str]] | None = None) -> tuple[int, Sequence[str]]:
-        """Adds the good lines of a JSONL file by `add_all`; returns (number of new records, messages on bad lines).
+        """Adds the good lines of a JSONL file by `add_all`; returns (number of new records, messages).
 
         Args:
             path: the file.

@@ -411,12 +411,8 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
     Raises:
         UserError: the file cannot be written.
     """
-    count = 0
     with atomic_write(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=True) + "\n")
-            count += 1
-    return count
+        return sum(bool(file.write(json.dumps(row, ensure_ascii=True) + "\n")) for row in rows)
 
 
 def write_table(rows: Iterable[Sequence[str]], columns: Sequence[str], path: Path) -> int:
