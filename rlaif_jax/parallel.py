@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlaif_jax.config import check_choices, require
@@ -77,9 +78,7 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis_name: str | None = None) -> 
     return total / jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
 
 
-def masked_whiten(
-    x: jax.Array, mask: jax.Array, axis_name: str | None = None, *, shift_mean: bool = True, eps: float = 1e-8
-) -> jax.Array:
+def masked_whiten(x: jax.Array, mask: jax.Array, axis_name: str | None = None, *, eps: float = 1e-8) -> jax.Array:
     """Returns (x - mean) / sqrt(var + eps) over the valid entries of all devices; masked entries become 0.
 
     One valid entry gives 0 (its variance is 0), not NaN.
@@ -88,13 +87,11 @@ def masked_whiten(
         x: any shape.
         mask: of the same shape, true where x is valid.
         axis_name: the mapped axis of the devices, or None.
-        shift_mean: False adds the mean back.
         eps: added to the variance.
     """
     mean = masked_mean(x, mask, axis_name)
     variance = masked_mean((x - mean) ** 2, mask, axis_name)
-    white = (x - mean) * jax.lax.rsqrt(variance + eps)
-    return jnp.where(mask, white if shift_mean else white + mean, 0.0)
+    return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + eps), 0.0)
 
 
 def global_rows(batch: Any, rows: jax.Array, axis_name: str | None) -> Any:
@@ -259,7 +256,12 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: list[jax.D
         data * fsdp * tensor <= len(devices),
         f"parallel: a mesh {data}x{fsdp}x{tensor} needs {data * fsdp * tensor} devices, there are {len(devices)}",
     )
-    grid = np.array(devices[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
+    shape, used = (data, fsdp, tensor), devices[: data * fsdp * tensor]
+    if used[0].platform == "tpu" and len(used) == len(devices):
+        # By the torus: the last axis, whose devices exchange most, gets neighbours.
+        grid = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+    else:
+        grid = np.array(used).reshape(shape)
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 

@@ -68,9 +68,7 @@ def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array, answers: int
     columns = width - 1 + answers * length
     prompts = prompt_mask[:, :-1].astype(jnp.int32).sum(-1)  # without the last token, which each answer feeds itself
     lengths = mask.astype(jnp.int32).sum(-1)
-    same = group[:, None] == group[None, :]
-    leader = jnp.argmax(same, axis=1)
-    total = jnp.where(same, lengths[None, :], 0).sum(-1)
+    leader, total = _of_groups(group, lengths)
     # The groups with most to place first, within a group the longest answers.
     order = jnp.lexsort((-lengths, leader, -total))
 
@@ -118,3 +116,18 @@ def pack(prompt_mask: jax.Array, mask: jax.Array, group: jax.Array, answers: int
         segments=put(segment[:, None], segment[:, None], 0),
         answers=put(item + 1, jnp.int32(0), 0),
     ), jnp.sum(fill > 0)
+
+
+def _of_groups(group: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (the first answer of each answer's group, the tokens of its group), each [M] int32.
+
+    By sorting: the table of which answers share a group would have M^2 entries.
+    """
+    count = group.shape[0]
+    order = jnp.argsort(group, stable=True)  # within a group in the order of the answers
+    begins = jnp.concatenate([jnp.ones(1, bool), group[order][1:] != group[order][:-1]])
+    number = jnp.cumsum(begins) - 1
+    leaders = order[jax.lax.cummax(jnp.where(begins, jnp.arange(count), 0))]
+    totals = jax.ops.segment_sum(lengths[order], number, num_segments=count)[number]
+    place = jnp.zeros(count, jnp.int32).at[order]
+    return place.set(leaders.astype(jnp.int32)), place.set(totals)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -111,7 +112,9 @@ class AnswerContext:
     def _compare(self, payload: Mapping[str, Any]) -> list[Judgement]:
         choice = _one_of(payload, "choice", (FIRST, SECOND, "tie", "both_bad"))
         margin = payload.get("margin")
-        require(margin is None or (_is_whole(margin) and 1 <= margin <= 5), f"margin is {margin!r}; it is 1 to 5")
+        require(
+            margin is None or (_is_whole(margin) and 1 <= margin <= 5), f"margin is {str(margin)[:40]}; it is 1 to 5"
+        )
         shared = self._shared(_text(payload, "note"))
         if choice in ("tie", "both_bad"):
             return [Ranking(status="tie", ranks=(1, 1), both_bad=choice == "both_bad", **shared)]
@@ -165,7 +168,9 @@ class AnswerContext:
     def _span(self, span: Any) -> Span:
         start, end, value = span.get("start"), span.get("end"), span.get("value", -1)
         require(_is_whole(start) and _is_whole(end), "a span has start and end, whole numbers")
-        require(_is_whole(value) and -3 <= value <= 3 and value != 0, f"a span's value is {value!r}; -3 .. 3, not 0")
+        require(
+            _is_whole(value) and -3 <= value <= 3 and value != 0, f"a span's value is {str(value)[:40]}; -3 .. 3, not 0"
+        )
         category = _text(span, "category")
         require(
             not category or category in self.task.labels,
@@ -186,19 +191,22 @@ class AnswerContext:
         require(
             isinstance(given, list) and all(isinstance(g, Mapping) for g in given), "turns must be a list of objects"
         )
-        judged = [entry.get("turn") for entry in given or []]
-        repeated = next((turn for i, turn in enumerate(judged) if turn in judged[:i]), None)
-        require(repeated is None, f"turn {repeated} is judged twice")
         note = _text(payload, "note")
+        judged = Counter(self._number(entry.get("turn")) for entry in given or [])
+        repeated = next((turn for turn, times in judged.items() if times > 1), None)
+        require(repeated is None, f"turn {repeated} is judged twice")
         records = [record for entry in given or [] for record in self._turn(entry, note)]
         require(bool(records), "rate at least one reply, or skip with a reason")
         return records
 
+    def _number(self, turn: Any) -> int:
+        if not (_is_whole(turn) and 0 <= turn < len(self.turns)):
+            raise UserError(f"there is no turn {str(turn)[:40]} in this conversation")
+        return turn
+
     def _turn(self, entry: Mapping[str, Any], note: str) -> list[Judgement]:
         """Returns the judgements of one turn of a chat."""
-        turn, value, comment = entry.get("turn"), entry.get("value"), _text(entry, "comment").strip()
-        if not (_is_whole(turn) and 0 <= turn < len(self.turns)):
-            raise UserError(f"there is no turn {turn!r} in this conversation")
+        turn, value, comment = self._number(entry.get("turn")), entry.get("value"), _text(entry, "comment").strip()
         reply = self.turns[turn].reply
         require(reply is not None, f"turn {turn} has no reply yet")
         shared = self._shared(note) | {
@@ -211,7 +219,8 @@ class AnswerContext:
         records: list[Judgement] = []
         if value is not None:
             require(
-                _is_whole(value) and low <= value <= high, f"value of turn {turn} is {value!r}, off {low} .. {high}"
+                _is_whole(value) and low <= value <= high,
+                f"value of turn {turn} is {str(value)[:40]}, off {low} .. {high}",
             )
             records.append(Rating(value=float(value), low=float(low), high=float(high), **shared))
         return [*records, Comment(text=comment, **shared)] if comment else records

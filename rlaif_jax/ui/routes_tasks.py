@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from rlaif_jax.config import UserError
-from rlaif_jax.ui.security import MAX_BODY
+from rlaif_jax.ui.security import MAX_BODY, MAX_BRACKETS
 from rlaif_jax.ui.service import AnnotationService
 
 
@@ -62,11 +62,13 @@ async def json_body(request: Request) -> dict[str, Any]:
             raise ValueError(f"{number[:40]} is too large a number")
         return float(number)
 
-    data = b""
+    data = bytearray()
     async for part in request.stream():  # counted: what a post says of its length need not be true
         data += part
         if len(data) > MAX_BODY:
             raise TooLarge(f"a post has at most {MAX_BODY} bytes")
+    if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        raise TooLarge(f"a post has at most {MAX_BRACKETS} brackets")
     try:
         body = json.loads(data, parse_constant=refuse_constant, parse_float=finite)
     except (ValueError, RecursionError) as error:

@@ -17,6 +17,8 @@ from rlaif_jax.ui.tokens import csrf_token, is_session
 
 MAX_BODY = 2_000_000
 """The largest number of bytes of one post."""
+MAX_BRACKETS = 100_000
+"""The largest number of brackets in one post: making a million lists would hold up all other requests."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "

@@ -21,6 +21,7 @@ ENOUGH_ANSWERS = 100  # below this number, that all answers of some steps share 
 CHANCE = 3.0  # standard errors that a difference must exceed
 KL_LIMIT = 20.0  # nats an answer
 LEAP = 5.0  # times the median
+FIRST_LEAP = 0.1  # nats a token, of one step
 ALIKE = 0.9  # share of the commonest answer
 DWARFED = 20.0  # times the span of the second largest reward
 NO_ENTROPY = 0.05  # nats a token
@@ -139,17 +140,28 @@ def second_opinion_falls(past: Past) -> str | None:
 
 
 def kl_leaps(past: Past) -> str | None:
-    """Warns when the KL is over a quarter of its limit and five times its median of the ten steps before."""
+    """Warns when the KL is over a quarter of its limit and five times its median of the ten steps before.
+
+    In the first five steps: when one step adds more than 20 nats an answer and .1 nats a token.
+    """
     before = [seen.kl for seen in past.steps[:-1][-10:] if seen.kl is not None]
     now = past.steps[-1]
-    if now.kl is None or len(before) < 5:
+    if now.kl is None or not before:
         return None
+    advice = "Try: a smaller ppo.policy_optimizer.learning_rate or ppo.num_epochs, or a ppo.kl_target."
+    if len(before) < 5:
+        if now.kl - before[-1] <= max(KL_LIMIT, FIRST_LEAP * (now.length or 0.0)):
+            return None
+        return (
+            f"step {now.step}: the KL to the reference leapt from {before[-1]:.3g} to {now.kl:.3g} nats an answer in one "
+            f"step: the updates are too large for this model. {advice}"
+        )
     median = statistics.median(before)
     if now.kl <= max(LEAP * median, kl_limit(past) / 4):
         return None
     return (
         f"step {now.step}: the KL to the reference leapt to {now.kl:.3g} nats an answer, from a median of {median:.3g} in the "
-        f"{len(before)} steps before. Try: a smaller ppo.policy_optimizer.learning_rate or ppo.num_epochs, or a ppo.kl_target."
+        f"{len(before)} steps before. {advice}"
     )
 
 

@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rlaif_jax.algorithms.packing import pack, row_answers
+from rlaif_jax.algorithms.packing import _of_groups, pack, row_answers
 
 P, T = 4, 6
-PACK = jax.jit(pack, static_argnums=3)
+PACK, GROUPS = jax.jit(pack, static_argnums=3), jax.jit(_of_groups)
 
 
 def masks(prompts, lengths):
@@ -104,3 +106,19 @@ def test_first_fit_decreasing_fills_the_rows():
 def test_nothing_to_pack():
     prompt_mask, mask = masks([2, 3], [0, 0])
     assert PACK(prompt_mask, mask, np.int32([0, 1]))[1] == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(-2, 5), st.integers(0, T)), min_size=12, max_size=12))
+def test_groups_by_sorting_are_those_of_the_table(answers):
+    group, lengths = (np.array(column, np.int32) for column in zip(*answers))
+    same = group[:, None] == group[None, :]
+    leader, total = GROUPS(group, lengths)
+    assert leader.tolist() == np.argmax(same, axis=1).tolist()
+    assert total.tolist() == (same * lengths[None, :]).sum(-1).tolist()
+
+
+def test_the_memory_of_packing_grows_with_the_minibatch_and_not_with_its_square():
+    shapes = lambda count: (np.ones((count, P), bool), np.ones((count, T), bool), np.zeros(count, np.int32))
+    used = [PACK.lower(*shapes(count)).compile().memory_analysis().temp_size_in_bytes for count in (1024, 8192)]
+    assert used[1] <= 10 * used[0] and used[1] < 8 * 2**20, used  # the table of groups alone has 64 MiB

@@ -1,5 +1,7 @@
 """From what the page sends to records: the order on the screen is undone, bad input is named."""
 
+import time
+
 import pytest
 
 from rlaif_jax.config import UserError
@@ -108,6 +110,7 @@ def test_an_answer_after_the_suggestion_says_so():
         (COMMENT, {"text": "  "}, "the comment is empty"),
         (COMMENT, {"text": "x", "aspects": ["y"]}, "aspects must be among tone"),
         (CHAT, {"turns": [{"turn": 0, "value": 3}]}, "there is no turn 0"),
+        (CHAT, {"turns": [{"turn": "0" * 100}]}, "there is no turn 0{40} in"),
         (CHAT, {"turns": []}, "rate at least one reply"),
     ],
 )
@@ -126,3 +129,12 @@ def test_each_rater_has_an_own_order_and_keeps_it():
     for i in range(20):  # the order in which answers were put does not influence their places
         first, second = shown_order(RANK, f"rater {i}", 0), shown_order(turned, f"rater {i}", 0)
         assert [RANK.answers[k] for k in first] == [turned.answers[k] for k in second]
+
+
+def test_a_post_of_many_turns_holds_nobody_up():
+    """Looked for among all others, 20,000 turns take seconds of the one thread that serves all raters."""
+    payload = {"turns": [{"turn": turn} for turn in range(20_000)]}
+    started = time.thread_time()
+    with pytest.raises(UserError, match="there is no turn 1 in this conversation"):
+        records(CHAT, payload, turns=(Turn("hi", "hello"),))
+    assert time.thread_time() - started < 0.5

@@ -13,7 +13,7 @@ pytest.importorskip("fastapi", reason="the annotation page is an extra: pip inst
 pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
 
 from rlaif_jax.recipes.crowd import running_page
-from rlaif_jax.ui.security import MAX_BODY
+from rlaif_jax.ui.security import MAX_BODY, MAX_BRACKETS
 from rlaif_jax.ui.tokens import csrf_token, is_session, session_cookie
 from tests.ui.page_requests import post_headers, raw, token_of
 
@@ -211,6 +211,16 @@ def test_the_bytes_of_a_post_are_counted_whatever_it_says_of_its_length(fresh):
         assert [socket_reply(urls["anna"], head, body).split()[1] for body in (small, large)] == codes
     assert socket_reply(urls["anna"], ["Content-Length: 2"], b"{}").split()[1] == "200"
     assert socket_reply(urls["anna"], [f"Content-Length: {MAX_BODY + 1}"], b"{}").split()[1] == "413"
+
+
+def test_a_post_of_very_many_lists_is_refused_unread(fresh):
+    """While `json` makes a million lists, the page's only thread answers nobody."""
+    _, urls = fresh
+    body = b'{"x": [' + b"[]," * MAX_BRACKETS + b"1]}"
+    found = raw(urls["anna"], "/api/next", method="POST", body=body, **post_headers(urls["anna"]))
+    assert found[0] == 413 and f"at most {MAX_BRACKETS} brackets" in json.loads(found[2])["error"]
+    body = json.dumps({"x": "[{" * (MAX_BRACKETS // 2 - 2)}).encode()
+    assert raw(urls["anna"], "/api/next", method="POST", body=body, **post_headers(urls["anna"]))[0] == 200
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "1" + 400 * "0" + ".0", "NaN", "Infinity"])

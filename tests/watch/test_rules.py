@@ -51,6 +51,29 @@ def test_a_leap_of_the_kl(values, leaps):
         assert text.startswith("step 7: the KL to the reference leapt to 5.1 nats an answer, from a median of 1 ")
 
 
+@pytest.mark.parametrize(
+    ("values", "leaps"),
+    [
+        ([0, 115.0], True),  # a character-level model at the learning rate of another; answers of 224 tokens
+        ([0, 2.4], False),  # stories260K at the same rate
+        ([0, 22.3], False),  # .1 nats a token
+        ([0, 22.5], True),
+        ([0, 5, 10, 40], True),
+        ([0, 10, 20, 30], False),
+        ([115.0], False),  # the first step has none before it
+        ([None, 115.0], False),
+    ],
+)
+def test_a_leap_of_the_kl_in_the_first_steps(values, leaps):
+    entropic = {"entropy": 1.1, "length": 224.0}  # under the limit of the KL, which is 493 nats here
+    steps = of("kl", values, first=entropic)
+    steps = steps._replace(steps=[seen._replace(length=224.0) for seen in steps.steps])
+    text = rules.kl_leaps(steps)
+    assert (text is not None) == leaps and rules.kl_over_limit(steps) is None
+    if values == [0, 115.0]:
+        assert text.startswith("step 2: the KL to the reference leapt from 0 to 115 nats an answer in one step")
+
+
 def test_the_limit_of_the_kl():
     assert rules.kl_over_limit(of("kl", [0.0, 20.0])) is None
     assert "is 20.1 nats an answer, more than the limit of 20:" in rules.kl_over_limit(of("kl", [0.0, 20.1]))

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.api.config import ApiConfig
-from rlaif_jax.feedback.api.failures import CallFailed, error_in, failure_of, read_error
+from rlaif_jax.feedback.api.failures import CallFailed, ServerError, error_in, failure_of, read_error
 from rlaif_jax.feedback.api.replies import BadReply, Reply, read_reply, read_usage
 
 T = TypeVar("T")
 _LONG = 50_000  # characters that take a millisecond to read
+MOST_BRACKETS = 100_000
+"""Brackets in a response, besides one in 20 characters: while `json` makes very many lists, no other thread runs."""
 
 
 async def off_loop(length: int, work: Callable[..., T], *arguments: Any) -> T:
@@ -30,6 +32,27 @@ async def off_loop(length: int, work: Callable[..., T], *arguments: Any) -> T:
         *arguments: its arguments.
     """
     return work(*arguments) if length < _LONG else await asyncio.to_thread(work, *arguments)
+
+
+class TooManyLists(Exception):
+    """A response that takes long to parse and is no completion.
+
+    Args:
+        response: the response.
+        brackets: how many it has.
+    """
+
+    def __init__(self, response: Any, brackets: int) -> None:
+        super().__init__(f"{brackets} lists or objects in {len(response.content)} bytes: {response.text[:100]!r}")
+        self.response = response
+
+
+async def refuse_lists(response: Any) -> None:
+    """Raises TooManyLists for a response with very many brackets, before the client of the API parses it."""
+    body = await response.aread()
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets > MOST_BRACKETS + len(body) // 20:
+        raise TooManyLists(response, brackets)
 
 
 class Connection:
@@ -56,7 +79,11 @@ class Connection:
         )
         self._openai, self._key = openai, key
         self._client = openai.AsyncOpenAI(
-            base_url=config.server, api_key=key or "none", max_retries=0, timeout=config.timeout_s
+            base_url=config.server,
+            api_key=key or "none",
+            max_retries=0,
+            timeout=config.timeout_s,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [refuse_lists]}),
         )
         self._calls = self._client.chat.completions if config.api == "chat" else self._client.completions
 
@@ -82,10 +109,11 @@ class Connection:
         """Reads the body of a good response, which may hold an error all the same."""
         try:
             content = json.loads(text)
+            error_found = error_in(content)
         except (ValueError, RecursionError) as error:  # cut or wrong
             message = f"the response is no valid JSON ({error}): {text[:100]!r}"
             raise CallFailed(message, retry=True) from None
-        if (error_found := error_in(content)) is not None:
+        if error_found is not None:
             failed = failure_of(error_found, error_found.status, headers)
             failed.usage = read_usage(content)
             raise failed
@@ -111,7 +139,17 @@ class Connection:
             raise TimeoutError from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
+            if isinstance(cause, TooManyLists):  # openai 2; openai 3 lets it pass
+                raise self._failure(cause) from None
             message = self.scrub(f"no connection: {type(cause).__name__} {cause}")[:300]
             raise CallFailed(message, retry=True, free=type(cause).__name__ == "ConnectError") from None
+        except TooManyLists as error:
+            raise self._failure(error) from None
         except (openai.OpenAIError, UnicodeDecodeError) as error:
             raise CallFailed(self.scrub(f"{type(error).__name__}: {error}")[:300], retry=True) from None
+
+    def _failure(self, error: TooManyLists) -> CallFailed:
+        message, response = self.scrub(f"the response is no completion: {error}"), error.response
+        if response.is_success:  # it is charged for
+            return CallFailed(message)
+        return failure_of(ServerError(message, None, False), response.status_code, response.headers)

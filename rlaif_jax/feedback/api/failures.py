@@ -188,7 +188,7 @@ def error_in(body: Any) -> ServerError | None:
     names = [str(fields.get(name) or "") for name in ("code", "type", "status")] + [str(body.get("error_type") or "")]
     statuses = [int(name) for name in names if re.fullmatch("[45][0-9][0-9]", name)]
     statuses += [_CODES[name.lower()] for name in names if name.lower() in _CODES]
-    text = " ".join(f"{message}: {raw}".split() if raw else str(message).split())[:300]
+    text = _beginning(f"{message}: {raw}" if raw else str(message))
     return ServerError(text, statuses[0] if statuses else None, any(name in _SPENT_ACCOUNT for name in names))
 
 
@@ -196,9 +196,14 @@ def read_error(response: Any) -> ServerError:
     """Reads the body of an error response, which may be anything."""
     try:
         found = error_in(response.json())
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
-    return found or ServerError(" ".join(response.text.split())[:300], None, False)
+    return found or ServerError(_beginning(response.text), None, False)
+
+
+def _beginning(text: str) -> str:
+    """Returns at most 300 characters of a text, in one line."""
+    return " ".join(text[:2000].split())[:300]
 
 
 def failure_of(error: ServerError, status: int | None, headers: Any) -> CallFailed:

@@ -114,7 +114,7 @@ def read_reply(body: Any) -> Reply:
             usage=read_usage(body),
             thoughts=thoughts,
         )
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise BadReply(f"the response is no completion ({type(error).__name__}: {error})") from error
 
 

@@ -162,10 +162,11 @@ def _first_token(reply: Reply) -> Token | None:
 def _token_at(reply: Reply, position: int) -> Token | None:
     """Returns the token that holds the character `position`; None if the tokens do not spell the reply."""
     joined = "".join(token.text for token in reply.tokens)
-    end = joined.rfind(reply.text)
-    if not reply.text or end < 0:
+    # Turned round, as `rfind` takes the product of both lengths where the text repeats itself.
+    behind = joined[::-1].find(reply.text[::-1])
+    if not reply.text or behind < 0:
         return None
-    position += end
+    position += len(joined) - len(reply.text) - behind
     for token in reply.tokens:
         position -= len(token.text)
         if position < 0:

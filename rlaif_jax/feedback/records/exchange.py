@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.formats import judges, pairs, tools
 from rlaif_jax.feedback.records.formats.rows import ReadResult, write_jsonl
 from rlaif_jax.feedback.records.forms import Judgement, Rater, to_json
-from rlaif_jax.feedback.records.parsing import read_judgements
+from rlaif_jax.feedback.records.parsing import each_judgement
 from rlaif_jax.feedback.records.store import Store
 
 NAMED_BAD = 20  # bad rows that are named on the terminal
@@ -24,11 +24,7 @@ NAMED_BAD = 20  # bad rows that are named on the terminal
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The project's own records, one a line."""
-
-    def read(self, path: Path) -> ReadResult:
-        """Reads a file; see `parsing.read_judgements`."""
-        return ReadResult(*read_judgements(path), Counter())
+    """The project's own records, one a line, of which `import_feedback` reads any number."""
 
     def write(self, judgements: Iterable[Judgement], path: Path) -> int:
         """Writes the judgements as JSON lines; returns the number of lines."""
@@ -228,10 +224,16 @@ def import_feedback(config: ImportConfig) -> int:
     bad = 0
     with Store(config.store) as store:
         for path in config.files:
-            found = config.format.read(path)
-            good, messages = found
-            print(f"{path}: {len(good)} judgements, {store.add(good)} of them new in {config.store}")
-            for reason, count in found.unused.most_common():
+            messages: list[str] = []
+            unused: Counter[str] = Counter()
+            if isinstance(config.format, Records):
+                judgements: Iterable[Judgement] = each_judgement(path, messages)
+            else:
+                found = config.format.read(path)
+                (judgements, messages), unused = found, found.unused
+            given, new = store.add_all(judgements)
+            print(f"{path}: {given} judgements, {new} of them new in {config.store}")
+            for reason, count in unused.most_common():
                 print(f"  not used: {count} x {reason}")
             for message in messages[:NAMED_BAD]:
                 print(message, file=sys.stderr)
@@ -268,12 +270,16 @@ def export_feedback(config: ExportConfig) -> None:
     if config.file is None:
         raise UserError("file is missing: --file FILE")
     require(config.store.exists(), f"there is no feedback store {config.store}")
+    forms: Counter[str] = Counter()
+    answered: Counter[bool] = Counter()
+
+    def counted(store: Store) -> Iterator[Judgement]:
+        for _, judgement in store.read(superseded=config.superseded):
+            forms[judgement.form] += 1
+            answered[judgement.answered] += 1
+            yield judgement
+
     with Store(config.store) as store:
-        judgements = store.judgements(superseded=config.superseded)
-    held = [judgement for judgement in judgements if judgement.answered]
-    rows = config.format.write(judgements, config.file)
-    forms = Counter(judgement.form for judgement in judgements)
+        rows = config.format.write(counted(store), config.file)
     listed = ", ".join(f"{count} x {form}" for form, count in forms.most_common()) or "none"
-    print(
-        f"{config.file}: {rows} rows of {len(judgements)} judgements ({listed}; {len(judgements) - len(held)} without a value)"
-    )
+    print(f"{config.file}: {rows} rows of {forms.total()} judgements ({listed}; {answered[False]} without a value)")

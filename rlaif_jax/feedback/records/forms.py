@@ -24,12 +24,15 @@ Status = Literal["ok", "tie", "unparsed", "refused", "error", "abstained", "retr
 ANSWERED: tuple[Status, ...] = ("ok", "tie")
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
 def canonical(value: Any) -> str:
     """Returns `value` as ASCII JSON with sorted keys and no blanks: equal values give equal text.
 
     Raises ValueError for NaN and infinities.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _encode(value)
 
 
 def sha256(value: Any) -> str:
@@ -378,6 +381,13 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "both_bad": (bool,),
 }
 """Field name -> (its JSON type,), or (list, the types of its elements)."""
+_FLOATS = frozenset(name for name, types in FIELD_TYPES.items() if float in types)
+
+
+@functools.cache
+def field_names(cls: type) -> tuple[str, ...]:
+    """Returns the names of the fields of a record type, Rater, Call or Span."""
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 def to_json(judgement: Judgement) -> dict[str, Any]:
@@ -386,7 +396,7 @@ def to_json(judgement: Judgement) -> dict[str, Any]:
     Equal records give equal JSON: where a field is a number, 7 and 7.0 are the same value, and NumPy numbers become
     Python numbers.
     """
-    return {"form": judgement.form, "version": VERSION} | _plain("", judgement)
+    return {"form": judgement.form, "version": VERSION, **_plain("", judgement)}
 
 
 def record_id(values: Mapping[str, Any]) -> str:
@@ -407,10 +417,17 @@ def _defaults(form: str) -> dict[str, Any]:
 
 def _plain(name: str, value: Any) -> Any:
     """Returns the value of the field `name` in plain JSON types."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(field.name, vars(value)[field.name]) for field in dataclasses.fields(value)}
+    if value is None or isinstance(
+        value, str
+    ):  # the commonest first: a record has 25 fields, a store a million records
+        return value
     if isinstance(value, (list, tuple)):
         return [_plain(name, entry) for entry in value]
-    if value is not None and float in FIELD_TYPES.get(name, ()):
+    if name in _FLOATS:
         return float(value) + 0.0 if math.isfinite(value) else None  # + 0.0 makes -0.0 the same as 0.0
-    return value if value is None or isinstance(value, (str, bool, int)) else value.item()
+    if isinstance(value, (bool, int)):
+        return value
+    if dataclasses.is_dataclass(value):
+        held = vars(value)
+        return {field: _plain(field, held[field]) for field in field_names(type(value))}  # type: ignore[arg-type]
+    return value.item()

@@ -40,6 +40,9 @@ def connect(path: Path | None) -> sqlite3.Connection:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     # 64 MiB: with the default of 2 MiB the indexes of a large file are read again and again.
     db.execute("PRAGMA cache_size = -65536")
+    db.execute(
+        "PRAGMA wal_autocheckpoint = 16384"
+    )  # 64 MiB as well: pages that several transactions write are moved once
     db.execute("PRAGMA synchronous = FULL")  # an acknowledged record survives a power cut, too
     return db
 

@@ -22,7 +22,7 @@ from rlaif_jax.files import atomic_write
 
 SCHEMA = 1
 IMPORT_STEP = 2_000
-"""The number of records of one transaction of an import."""
+"""The number of records of one transaction of `Store.add_all`."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS judgement (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -102,6 +102,21 @@ class Store(Database):
             )
             return db.total_changes - before
 
+    def add_all(self, judgements: Iterable[Judgement]) -> tuple[int, int]:
+        """Appends any number of judgements as they come; returns (their number, the number of new ones).
+
+        Every `IMPORT_STEP` records are one transaction, between which other writers take their turn. What breaks off keeps
+        what it added; the same judgements again add the rest.
+
+        Raises UserError where the store cannot be written.
+        """
+        given = new = 0
+        rest = iter(judgements)
+        while step := list(itertools.islice(rest, IMPORT_STEP)):
+            new += self.add(step)
+            given += len(step)
+        return given, new
+
     def read(
         self,
         *,
@@ -168,10 +183,7 @@ class Store(Database):
         return count
 
     def import_jsonl(self, path: Path, known: Mapping[str, Collection[str]] | None = None) -> tuple[int, Sequence[str]]:
-        """Adds the good lines of a JSONL file; returns (number of new records, messages on bad lines).
-
-        Every `IMPORT_STEP` records are one transaction, between which other writers take their turn. An import that
-        breaks off keeps what it added; the same import again adds the rest.
+        """Adds the good lines of a JSONL file by `add_all`; returns (number of new records, messages).
 
         Args:
             path: the file.
@@ -181,11 +193,7 @@ class Store(Database):
             UserError: the file cannot be read, or the store not written.
         """
         bad: list[str] = []
-        judgements = each_judgement(path, bad, known)
-        added = 0
-        while step := list(itertools.islice(judgements, IMPORT_STEP)):
-            added += self.add(step)
-        return added, bad
+        return self.add_all(each_judgement(path, bad, known))[1], bad
 
     def export_tfds(self, folder: Path) -> Path:
         """Writes all records, also superseded ones, as a TFDS data set; returns its folder."""
@@ -203,7 +211,7 @@ class Store(Database):
         from rlaif_jax.feedback.records import dataset
 
         good, bad = dataset.read(folder, split)
-        return self.add(good), bad
+        return self.add_all(good)[1], bad
 
 
 def _row(judgement: Judgement) -> tuple[Any, ...]:

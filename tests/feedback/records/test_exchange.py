@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import pytest
 from rlaif_jax.__main__ import tool
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.records import exchange
+from rlaif_jax.feedback.records import store as store_module
 from rlaif_jax.feedback.records.formats import rows
-from rlaif_jax.feedback.records.forms import Comment, Rater, Rating
+from rlaif_jax.feedback.records.forms import Comment, Rater, Rating, canonical, to_json
 from rlaif_jax.feedback.records.store import Store
 
 ANNA = Rater("anna", "person")
@@ -91,3 +94,36 @@ def test_the_tools_and_their_errors(tmp_path: Path, capsys, monkeypatch):
     assert not Path("none").exists()
     with pytest.raises(UserError, match="there is no feedback store"):
         exchange.export_feedback(exchange.ExportConfig(Path("x"), store=Path("none")))
+
+
+@pytest.mark.parametrize("shape", [shape for shape, _ in SHAPES], ids=lambda shape: type(shape).__name__)
+def test_the_memory_of_an_export_is_not_that_of_the_store(tmp_path: Path, shape):
+    peaks = []
+    for count in (200, 1_000):
+        with Store(tmp_path / f"{count}.sqlite") as store:
+            store.add(rows.pair(f"{START}{i}\n\nHuman: x\n\nAssistant:", (" a", " b"), 0, ANNA) for i in range(count))
+        config = exchange.ExportConfig(tmp_path / "out", shape, tmp_path / f"{count}.sqlite")
+        peaks.append(peak_bytes(lambda config=config: exchange.export_feedback(config)))
+    assert peaks[1] < 2 * peaks[0], peaks
+
+
+def test_the_memory_of_an_import_is_that_of_a_transaction(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(store_module, "IMPORT_STEP", 200)
+    peaks = []
+    for count in (200, 1_000):
+        file = tmp_path / f"{count}.jsonl"
+        file.write_text(
+            "".join(canonical(to_json(rows.pair(f"p{i}", ("a", "b"), 0, ANNA))) + "\n" for i in range(count))
+        )
+        config = exchange.ImportConfig((file,), exchange.Records(), tmp_path / f"{count}.sqlite")
+        peaks.append(peak_bytes(lambda config=config: exchange.import_feedback(config)))
+    assert peaks[1] < 1.5 * peaks[0], peaks
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

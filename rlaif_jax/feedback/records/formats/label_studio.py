@@ -187,10 +187,14 @@ def write_label_studio(judgements: Iterable[Judgement], path: Path) -> int:
     Raises:
         UserError: the file cannot be written.
     """
-    tasks = [task for number, judgement in enumerate(judgements, 1) if (task := _task(number, judgement)) is not None]
+    count = 0
     with atomic_write(path) as file:
-        json.dump(tasks, file, indent=1)
-    return len(tasks)
+        for number, judgement in enumerate(judgements, 1):
+            if (task := _task(number, judgement)) is not None:
+                file.write(f"{',' if count else '['}\n{json.dumps(task)}")
+                count += 1
+        file.write("\n]\n" if count else "[]\n")
+    return count
 
 
 def _task(number: int, judgement: Judgement) -> dict[str, Any] | None:

@@ -411,10 +411,8 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
     Raises:
         UserError: the file cannot be written.
     """
-    lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
     with atomic_write(path) as file:
-        file.writelines(lines)
-    return len(lines)
+        return sum(bool(file.write(json.dumps(row, ensure_ascii=True) + "\n")) for row in rows)
 
 
 def write_table(rows: Iterable[Sequence[str]], columns: Sequence[str], path: Path) -> int:

@@ -256,7 +256,7 @@ def write_crowd_labels(judgements: Iterable[Judgement], path: Path) -> int:
     Raises:
         UserError: the file cannot be written.
     """
-    rows = [(j.prompt, j.rater.name, j.answers[best]) for j in judgements if (best := chosen(j)) is not None]
+    rows = ((j.prompt, j.rater.name, j.answers[best]) for j in judgements if (best := chosen(j)) is not None)
     return write_table(rows, ("task", "worker", "label"), path)
 
 
@@ -272,12 +272,12 @@ def write_crowd_pairs(judgements: Iterable[Judgement], path: Path) -> int:
     Raises:
         UserError: the file cannot be written.
     """
-    rows = []
-    for j in judgements:
-        if isinstance(j, Ranking) and j.answered:
-            for first, second, p in j.pairs():
-                label = "tie" if p == 0.5 else j.answers[first if p > 0.5 else second]
-                rows.append((j.rater.name, j.answers[first], j.answers[second], label))
+    rows = (
+        (j.rater.name, j.answers[i], j.answers[k], "tie" if p == 0.5 else j.answers[i if p > 0.5 else k])
+        for j in judgements
+        if isinstance(j, Ranking) and j.answered
+        for i, k, p in j.pairs()
+    )
     return write_table(rows, ("worker", "left", "right", "label"), path)
 
 
