@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 import rlaif_jax.quality.statistics as stats
-from rlaif_jax.quality.bootstrap import Bootstrap
 from rlaif_jax.quality.clusters import (
     MAX_ROWS,
     SOURCES,
@@ -21,6 +20,7 @@ from rlaif_jax.quality.clusters import (
     ratio,
     sort_by_source,
 )
+from rlaif_jax.quality.intervals import Jackknife
 from rlaif_jax.quality.values import Floats, divide
 from rlaif_jax.quality.votes import FIRST, SECOND, Votes
 
@@ -28,7 +28,7 @@ MAX_LEVELS = 40
 """With more different values ratings are compared as numbers, not as categories."""
 
 
-def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap) -> dict[str, Any]:
+def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife) -> dict[str, Any]:
     """Computes how far raters agree on pairs of answers.
 
     Args:
@@ -65,7 +65,12 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap)
         return _pair_names(votes, key) | {
             "count": groups.size(key),
             "agreement": bootstrap.estimate(confusion, stats.observed_agreement, share=True),
-            "kappa": bootstrap.estimate(confusion, stats.cohen_kappa, reason="both used one and the same category"),
+            "kappa": bootstrap.estimate(
+                confusion,
+                stats.cohen_kappa,
+                lowest=stats.lowest_kappa,
+                reason="both used one and the same category",
+            ),
             "longer": bootstrap.estimate(sums[:, [9, 11]], ratio(0, 1), share=True),
             "first": bootstrap.estimate(sums[:, [10, 12]], ratio(0, 1), share=True, reason="the order is not recorded"),
         }
@@ -110,12 +115,13 @@ def _agreement_rows(groups: GroupedRows, described: Callable[[Any], dict[str, An
     }
 
 
-def _alphas(groups: GroupedRows, bootstrap: Bootstrap, values: Floats) -> list[dict[str, Any]]:
+def _alphas(groups: GroupedRows, bootstrap: Jackknife, values: Floats) -> list[dict[str, Any]]:
     """Returns Krippendorff's alpha of each source at every level; values [C]: numbers of the categories."""
 
     def alpha(source: str, kind: stats.Level) -> EstimateFields:
         statistic = lambda sums: stats.krippendorff_alpha(sums, kind, values)
-        return bootstrap.estimate(groups.sums(source), statistic, reason="all values are the same")
+        lowest = lambda sums: stats.lowest_alpha(sums, kind, values)
+        return bootstrap.estimate(groups.sums(source), statistic, lowest=lowest, reason="all values are the same")
 
     levels: tuple[stats.Level, ...] = ("nominal", "ordinal", "interval")
     return [
@@ -144,7 +150,7 @@ def _mean_marks(votes: Votes) -> dict[int, dict[int, float]]:
     return {answer: {rater: float(np.mean(v)) for rater, v in by_rater.items()} for answer, by_rater in given.items()}
 
 
-def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
+def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
     """Computes how far raters agree on ratings of the same answer: agreement, kappa, correlation, alpha.
 
     Args:
@@ -170,9 +176,16 @@ def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
                 chosen = np.eye(len(levels))[[place[round(value, 9)] for value in given]]
                 tables.add(source, cluster, stats.coincidences(chosen))
 
+    def chance(s: Floats) -> Floats:
+        n, a, b, aa, bb = (s[..., i] for i in range(1, 6))
+        return _positive(n * (aa + bb) - 2 * a * b, n * (aa + bb))
+
     def kappa(s: Floats) -> Floats:
-        n, a, b, aa, bb, ab = (s[..., i] for i in range(1, 7))
-        return 1 - divide(n * (aa + bb - 2 * ab), _positive(n * (aa + bb) - 2 * a * b, n * (aa + bb)))
+        n, aa, bb, ab = s[..., 1], s[..., 4], s[..., 5], s[..., 6]
+        return 1 - divide(n * (aa + bb - 2 * ab), chance(s))
+
+    def lowest_kappa(s: Floats) -> Floats:  # a difference is at most the whole scale, 1
+        return 1 - divide(s[..., 1] ** 2, chance(s))
 
     def correlation(s: Floats) -> Floats:
         n, a, b, aa, bb, ab = (s[..., i] for i in range(1, 7))
@@ -184,8 +197,10 @@ def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
         return _pair_names(votes, key) | {
             "count": groups.size(key),
             "agreement": bootstrap.estimate(sums, ratio(0, 1), share=True),
-            "kappa": bootstrap.estimate(sums, kappa, reason="all values are the same"),
-            "correlation": bootstrap.estimate(sums, correlation, reason="one side gave always the same value"),
+            "kappa": bootstrap.estimate(sums, kappa, lowest=lowest_kappa, reason="all values are the same"),
+            "correlation": bootstrap.estimate(
+                sums, correlation, lowest=-1.0, reason="one side gave always the same value"
+            ),
         }
 
     many = f"more than {MAX_LEVELS} different values: read the interval alpha"
@@ -196,7 +211,14 @@ def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
             kind: alphas[source][kind] if source in alphas else missing_estimate(many)
             for kind in ("nominal", "ordinal")
         }
-        | {"interval": bootstrap.estimate(moments.sums(source), stats.interval_alpha, reason="all values are the same")}
+        | {
+            "interval": bootstrap.estimate(
+                moments.sums(source),
+                stats.interval_alpha,
+                lowest=stats.lowest_interval_alpha,
+                reason="all values are the same",
+            )
+        }
         for source in moments.largest_first()
     ]
     return _agreement_rows(groups, described) | {"alpha": rows}
