@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 import rlaif_jax.quality.statistics as stats
 from rlaif_jax.quality.clusters import (
@@ -75,7 +77,7 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife)
             "first": bootstrap.estimate(sums[:, [10, 12]], ratio(0, 1), share=True, reason="the order is not recorded"),
         }
 
-    return _agreement_rows(groups, described) | {"alpha": _alphas(alpha, bootstrap, np.arange(3.0))}
+    return _agreement_rows(groups, described) | {"alpha": _alphas(alpha, bootstrap)}
 
 
 def _add_rater_pair(
@@ -115,19 +117,46 @@ def _agreement_rows(groups: GroupedRows, described: Callable[[Any], dict[str, An
     }
 
 
-def _alphas(groups: GroupedRows, bootstrap: Jackknife, values: Floats) -> list[dict[str, Any]]:
-    """Returns Krippendorff's alpha of each source at every level; values [C]: numbers of the categories."""
-
-    def alpha(source: str, kind: stats.Level) -> EstimateFields:
-        statistic = lambda sums: stats.krippendorff_alpha(sums, kind, values)
-        lowest = lambda sums: stats.lowest_alpha(sums, kind, values)
-        return bootstrap.estimate(groups.sums(source), statistic, lowest=lowest, reason="all values are the same")
-
+def _alphas(groups: GroupedRows, bootstrap: Jackknife) -> list[dict[str, Any]]:
+    """Returns Krippendorff's alpha of verdicts of each source at every level."""
     levels: tuple[stats.Level, ...] = ("nominal", "ordinal", "interval")
     return [
-        {"source": source, "count": groups.size(source)} | {kind: alpha(source, kind) for kind in levels}
+        {"source": source, "count": groups.size(source)}
+        | {kind: _alpha(groups.sums(source).reshape(-1, 9), bootstrap, kind) for kind in levels}
         for source in groups.largest_first()
     ]
+
+
+def _alpha(rows: Any, bootstrap: Jackknife, kind: stats.Level) -> EstimateFields:
+    """Returns Krippendorff's alpha of coincidences [clusters, C * C], dense or sparse, of 0, 1, ..."""
+    size = math.isqrt(rows.shape[1])
+    square = lambda sums: sums.reshape(*sums.shape[:-1], size, size)
+    return bootstrap.estimate(
+        rows,
+        lambda sums: stats.krippendorff_alpha(square(sums), kind),
+        lowest=lambda sums: stats.lowest_alpha(square(sums), kind),
+        reason="all values are the same",
+    )
+
+
+def _coincidence_rows(units: Sequence[tuple[int, Sequence[int]]], clusters: int, categories: int) -> Any:
+    """Returns the sums of `statistics.coincidences` by cluster, a sparse matrix [clusters, categories^2].
+
+    With many categories nearly all coincidences of a unit are 0.
+
+    Args:
+        units: (cluster, the category that each of two or more raters gave) of each unit.
+        clusters: number of clusters.
+        categories: number of categories.
+    """
+    places, numbers = [], []
+    for cluster, given in units:
+        found, counts = np.unique(given, return_counts=True)
+        pairs = np.outer(counts, counts) - np.diag(counts)
+        places.append(cluster * categories**2 + (found[:, None] * categories + found).ravel())
+        numbers.append(pairs.ravel() / (len(given) - 1))
+    row, column = np.divmod(np.concatenate(places), categories**2)
+    return sparse.csr_matrix((np.concatenate(numbers), (row, column)), (clusters, categories**2))
 
 
 def _first_shown_shares(votes: Votes) -> dict[tuple[int, int], float]:
@@ -161,7 +190,8 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
         Tables in the shape of `comparison_agreement`.
     """
     marks = _mean_marks(votes)
-    groups, moments, tables = GroupedRows(votes.count), GroupedRows(votes.count), GroupedRows(votes.count)
+    groups, moments = GroupedRows(votes.count), GroupedRows(votes.count)
+    units: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
     levels = sorted({round(value, 9) for by_rater in marks.values() for value in by_rater.values()})
     place = {value: i for i, value in enumerate(levels)}
     for answer, by_rater in marks.items():
@@ -173,8 +203,7 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
         for source, given in _shared_values(votes, by_rater):
             moments.add(source, cluster, stats.interval_moments(given))
             if len(levels) <= MAX_LEVELS:
-                chosen = np.eye(len(levels))[[place[round(value, 9)] for value in given]]
-                tables.add(source, cluster, stats.coincidences(chosen))
+                units[source].append((cluster, [place[round(value, 9)] for value in given]))
 
     def chance(s: Floats) -> Floats:
         n, a, b, aa, bb = (s[..., i] for i in range(1, 6))
@@ -204,7 +233,11 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
         }
 
     many = f"more than {MAX_LEVELS} different values: read the interval alpha"
-    alphas = {a["source"]: a for a in _alphas(tables, bootstrap, np.array(levels))}
+    kinds: tuple[stats.Level, ...] = ("nominal", "ordinal")
+    alphas = {
+        source: {kind: _alpha(_coincidence_rows(given, votes.count, len(levels)), bootstrap, kind) for kind in kinds}
+        for source, given in units.items()
+    }
     rows = [
         {"source": source, "count": moments.size(source)}
         | {
