@@ -2,9 +2,9 @@
 
 The mean distance of confidence and share right over bins is a sum of absolute values: the noise of each bin makes it
 larger, so that a perfectly calibrated judge has an error far from 0, and a bootstrap adds the noise once more. Here the
-distances of the bins are kept in their observed proportions, and the plug-in error that noise makes of a true error is
-compared with the observed one: the estimate is the true error whose mean plug-in error is the observed one, and the ends
-of the interval are the true errors for which the observed one is just improbable.
+distances of the bins are kept in the proportions of what was observed and its noise, and the plug-in error that noise
+makes of a true error is compared with the observed one: the estimate is the true error whose mean plug-in error is the
+observed one, and the ends of the interval are the true errors for which the observed one is just improbable.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def debiased_calibration_error(columns: ArrayLike, level: float = 0.95) -> dict[
     deviation = np.sqrt(np.diag(covariance))
     score = student(level, groups)
 
-    shape = gap if plain > 1e-9 else deviation  # distances of 0 have no proportions
+    # The observed proportions are more uneven than the true ones, by the noise: without it, too small an error would do.
+    shape = np.where(gap < 0, -1, 1) * np.sqrt(gap**2 + deviation**2)
     if not shape.any():  # each prediction was right as often as it said
         return {"value": 0.0, "low": 0.0, "high": 0.0, "plain": plain}
     shape = shape / np.abs(shape).sum()
