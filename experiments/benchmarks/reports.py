@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -31,14 +32,14 @@ def pairs(count: int) -> Iterator[Judgement]:
     for i in range(count // 4):
         answers = ("x " * int(rng.integers(5, 50)) + str(i), "y " * int(rng.integers(5, 50)) + str(i))
         better = rng.normal()
-        shared = {"prompt": f"prompt {i}", "answers": answers, "generators": ("new", "old")}
+        verdict = partial(Ranking, prompt=f"prompt {i}", answers=answers, generators=("new", "old"))
         for shown, bias in (((0, 1), 0.3), ((1, 0), -0.3)):
             chance = float(1 / (1 + np.exp(-better - bias)))
             ranks = (1, 2) if chance > 0.5 else (2, 1)
-            yield Ranking(**shared, rater=JUDGE, ranks=ranks, probability=chance, shown=shown)
+            yield verdict(rater=JUDGE, ranks=ranks, probability=chance, shown=shown)
         for who in rng.permutation(20)[:2]:
             ranks = (1, 2) if better + rng.normal() > 0 else (2, 1)
-            yield Ranking(**shared, rater=PEOPLE[who], ranks=ranks, shown=(0, 1))
+            yield verdict(rater=PEOPLE[who], ranks=ranks, shown=(0, 1))
 
 
 def ratings(count: int) -> Iterator[Judgement]:
@@ -63,6 +64,7 @@ def crowd(count: int) -> Iterator[Judgement]:
 def fit_utilities(items: int) -> None:
     """Fits utilities of `items` to ten planted comparisons each."""
     import jax
+    import jax.numpy as jnp
 
     from rlaif_jax.rewards.rankings import fit_bradley_terry
 
@@ -71,7 +73,7 @@ def fit_utilities(items: int) -> None:
     second = (first + rng.integers(1, items, 10 * items)) % items
     truth = rng.normal(size=items)
     won = (rng.random(10 * items) < 1 / (1 + np.exp(truth[second] - truth[first]))).astype(np.float32)
-    jax.block_until_ready(fit_bradley_terry(first, second, won, num_items=items))
+    jax.block_until_ready(fit_bradley_terry(*map(jnp.asarray, (first, second, won)), num_items=items))
 
 
 REPORTS = {"pairs": pairs, "ratings": ratings, "crowd": crowd}

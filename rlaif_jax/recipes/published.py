@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,12 @@ def readable(found: tuple[list[Judgement], list[str]]) -> list[Judgement]:
     if bad:
         Console(stderr=True).print(f"{len(bad)} rows could not be read, such as {bad[0]}")
     return good
+
+
+def finding_of(name: str, estimate: Mapping[str, Any], note: str) -> Finding:
+    """Returns an estimate of `Jackknife` as a finding; what it warns of is part of the note."""
+    said = [note, *(estimate[key] for key in ("note", "reason") if key in estimate)]
+    return Finding(name, estimate["value"], estimate["low"], estimate["high"], note="; ".join(said))
 
 
 def index(names: Iterable[Any]) -> tuple[np.ndarray, list[Any]]:
@@ -357,15 +363,14 @@ def people_and_judges(pairs: Path, *judges: Path) -> Findings:
 
     for a, b in itertools.combinations(people, 2):
         estimate, note = kappa(votes[a], votes[b])
-        yield Finding(f"kappa of {a} and {b}", **estimate, note=note)
+        yield finding_of(f"kappa of {a} and {b}", estimate, note)
     counted = {item: Counter(votes[name][item] for name in people) for item in votes[people[0]]}
     majority = {item: count.most_common(1)[0][0] for item, count in counted.items() if max(count.values()) >= 2}
     for name in sorted(set(votes) - set(people)):
         estimate, note = kappa(votes[name], majority)
         unread = sum(j.status == "unparsed" for j in records if j.rater.name == name)
-        yield Finding(
-            f"kappa of {name} and the majority", **estimate, note=f"{note}; {unread} replies without a verdict"
-        )
+        note = f"{note}; {unread} replies without a verdict"
+        yield finding_of(f"kappa of {name} and the majority", estimate, note)
 
 
 # ---- Comments
@@ -427,7 +432,7 @@ def summaries(responses: Path) -> Findings:
         sums = sum_by_group(moments, [question[item] for item in given], len(questions))
         estimate = Jackknife().estimate(sums, interval_alpha, lowest=lowest_interval_alpha)
         note = f"{name}: {sum(map(len, given.values()))} ratings of {len(given)} answers"
-        yield Finding("Krippendorff's alpha (interval)", **estimate, note=note)
+        yield finding_of("Krippendorff's alpha (interval)", estimate, note)
     for name in ("correctness", "selection", "overall"):
         agree, asked, pairs = [], [], Counter[tuple[str, int, int, bool]]()
         for j in records:
