@@ -81,7 +81,7 @@ def sections(config: RealConfig) -> tuple[Section, ...]:
     barzan = tuple(f"get_another_label/BarzanMozafari_{name}.txt" for name in ("labels", "evaluation"))
     read_remarks = partial(remarks, seed=seed, sentiment=config.sentiment, reviews=config.data / "sentiment")
     return (
-        Section("BarzanMozafari: 5,000 labels of 83 workers", barzan, partial(crowd_labels, seed=seed)),
+        Section("BarzanMozafari: 5,000 labels of 83 workers", barzan, crowd_labels),
         Section("MLQE-PE: post-edits", ("mlqe_pe/pe.en-de-dev.tar.gz",), partial(post_edits, seed=seed)),
         Section(
             "MLQE-PE: ratings by many",
@@ -91,11 +91,11 @@ def sections(config: RealConfig) -> tuple[Section, ...]:
         Section(
             "LLMBar: AI judges in both orders",
             ("llmbar/LLMBar_Natural.json", "llmbar_judges"),
-            partial(judge_in_both_orders, seed=seed),
+            judge_in_both_orders,
         ),
-        Section("PandaLM: people and AI judges", panda, partial(people_and_judges, seed=seed)),
+        Section("PandaLM: people and AI judges", panda, people_and_judges),
         Section("prometheus: GPT-4's remarks and scores", ("prometheus/vicuna_eval.json",), read_remarks),
-        Section("SQuALITY: workers on summaries", ("squality/all-responses.jsonl",), partial(summaries, seed=seed)),
+        Section("SQuALITY: workers on summaries", ("squality/all-responses.jsonl",), summaries),
     )
 
 

@@ -37,8 +37,8 @@ from rlaif_jax.config import require
 from rlaif_jax.data.world.tasks import summarisation
 from rlaif_jax.files import atomic_write
 from rlaif_jax.progress.plan import PlannedStage
-from rlaif_jax.quality.label_curves import labels_to_reach, saved_share, smoothed, t_interval
 from rlaif_jax.recipes.asking import AskingConfig, Order, accuracy_curve, pool_and_test
+from rlaif_jax.recipes.label_curves import labels_to_reach, saved_share, smoothed, t_interval
 from rlaif_jax.run import Run
 
 ORDERS: tuple[Order, ...] = get_args(Order)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 import rlaif_jax.quality.statistics as stats
-from rlaif_jax.quality.bootstrap import Bootstrap
 from rlaif_jax.quality.clusters import (
     MAX_ROWS,
     SOURCES,
@@ -21,6 +22,7 @@ from rlaif_jax.quality.clusters import (
     ratio,
     sort_by_source,
 )
+from rlaif_jax.quality.intervals import Jackknife
 from rlaif_jax.quality.values import Floats, divide
 from rlaif_jax.quality.votes import FIRST, SECOND, Votes
 
@@ -28,7 +30,7 @@ MAX_LEVELS = 40
 """With more different values ratings are compared as numbers, not as categories."""
 
 
-def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap) -> dict[str, Any]:
+def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife) -> dict[str, Any]:
     """Computes how far raters agree on pairs of answers.
 
     Args:
@@ -65,12 +67,17 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Bootstrap)
         return _pair_names(votes, key) | {
             "count": groups.size(key),
             "agreement": bootstrap.estimate(confusion, stats.observed_agreement, share=True),
-            "kappa": bootstrap.estimate(confusion, stats.cohen_kappa, reason="both used one and the same category"),
+            "kappa": bootstrap.estimate(
+                confusion,
+                stats.cohen_kappa,
+                lowest=stats.lowest_kappa,
+                reason="both used one and the same category",
+            ),
             "longer": bootstrap.estimate(sums[:, [9, 11]], ratio(0, 1), share=True),
             "first": bootstrap.estimate(sums[:, [10, 12]], ratio(0, 1), share=True, reason="the order is not recorded"),
         }
 
-    return _agreement_rows(groups, described) | {"alpha": _alphas(alpha, bootstrap, np.arange(3.0))}
+    return _agreement_rows(groups, described) | {"alpha": _alphas(alpha, bootstrap)}
 
 
 def _add_rater_pair(
@@ -110,18 +117,46 @@ def _agreement_rows(groups: GroupedRows, described: Callable[[Any], dict[str, An
     }
 
 
-def _alphas(groups: GroupedRows, bootstrap: Bootstrap, values: Floats) -> list[dict[str, Any]]:
-    """Returns Krippendorff's alpha of each source at every level; values [C]: numbers of the categories."""
-
-    def alpha(source: str, kind: stats.Level) -> EstimateFields:
-        statistic = lambda sums: stats.krippendorff_alpha(sums, kind, values)
-        return bootstrap.estimate(groups.sums(source), statistic, reason="all values are the same")
-
+def _alphas(groups: GroupedRows, bootstrap: Jackknife) -> list[dict[str, Any]]:
+    """Returns Krippendorff's alpha of verdicts of each source at every level."""
     levels: tuple[stats.Level, ...] = ("nominal", "ordinal", "interval")
     return [
-        {"source": source, "count": groups.size(source)} | {kind: alpha(source, kind) for kind in levels}
+        {"source": source, "count": groups.size(source)}
+        | {kind: _alpha(groups.sums(source).reshape(-1, 9), bootstrap, kind) for kind in levels}
         for source in groups.largest_first()
     ]
+
+
+def _alpha(rows: Any, bootstrap: Jackknife, kind: stats.Level) -> EstimateFields:
+    """Returns Krippendorff's alpha of coincidences [clusters, C * C], dense or sparse, of 0, 1, ..."""
+    size = math.isqrt(rows.shape[1])
+    square = lambda sums: sums.reshape(*sums.shape[:-1], size, size)
+    return bootstrap.estimate(
+        rows,
+        lambda sums: stats.krippendorff_alpha(square(sums), kind),
+        lowest=lambda sums: stats.lowest_alpha(square(sums), kind),
+        reason="all values are the same",
+    )
+
+
+def _coincidence_rows(units: Sequence[tuple[int, Sequence[int]]], clusters: int, categories: int) -> Any:
+    """Returns the sums of `statistics.coincidences` by cluster, a sparse matrix [clusters, categories^2].
+
+    With many categories nearly all coincidences of a unit are 0.
+
+    Args:
+        units: (cluster, the category that each of two or more raters gave) of each unit.
+        clusters: number of clusters.
+        categories: number of categories.
+    """
+    places, numbers = [], []
+    for cluster, given in units:
+        found, counts = np.unique(given, return_counts=True)
+        pairs = np.outer(counts, counts) - np.diag(counts)
+        places.append(cluster * categories**2 + (found[:, None] * categories + found).ravel())
+        numbers.append(pairs.ravel() / (len(given) - 1))
+    row, column = np.divmod(np.concatenate(places), categories**2)
+    return sparse.csr_matrix((np.concatenate(numbers), (row, column)), (clusters, categories**2))
 
 
 def _first_shown_shares(votes: Votes) -> dict[tuple[int, int], float]:
@@ -144,7 +179,7 @@ def _mean_marks(votes: Votes) -> dict[int, dict[int, float]]:
     return {answer: {rater: float(np.mean(v)) for rater, v in by_rater.items()} for answer, by_rater in given.items()}
 
 
-def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
+def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
     """Computes how far raters agree on ratings of the same answer: agreement, kappa, correlation, alpha.
 
     Args:
@@ -155,7 +190,8 @@ def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
         Tables in the shape of `comparison_agreement`.
     """
     marks = _mean_marks(votes)
-    groups, moments, tables = GroupedRows(votes.count), GroupedRows(votes.count), GroupedRows(votes.count)
+    groups, moments = GroupedRows(votes.count), GroupedRows(votes.count)
+    units: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
     levels = sorted({round(value, 9) for by_rater in marks.values() for value in by_rater.values()})
     place = {value: i for i, value in enumerate(levels)}
     for answer, by_rater in marks.items():
@@ -167,12 +203,18 @@ def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
         for source, given in _shared_values(votes, by_rater):
             moments.add(source, cluster, stats.interval_moments(given))
             if len(levels) <= MAX_LEVELS:
-                chosen = np.eye(len(levels))[[place[round(value, 9)] for value in given]]
-                tables.add(source, cluster, stats.coincidences(chosen))
+                units[source].append((cluster, [place[round(value, 9)] for value in given]))
+
+    def chance(s: Floats) -> Floats:
+        n, a, b, aa, bb = (s[..., i] for i in range(1, 6))
+        return _positive(n * (aa + bb) - 2 * a * b, n * (aa + bb))
 
     def kappa(s: Floats) -> Floats:
-        n, a, b, aa, bb, ab = (s[..., i] for i in range(1, 7))
-        return 1 - divide(n * (aa + bb - 2 * ab), _positive(n * (aa + bb) - 2 * a * b, n * (aa + bb)))
+        n, aa, bb, ab = s[..., 1], s[..., 4], s[..., 5], s[..., 6]
+        return 1 - divide(n * (aa + bb - 2 * ab), chance(s))
+
+    def lowest_kappa(s: Floats) -> Floats:  # a difference is at most the whole scale, 1
+        return 1 - divide(s[..., 1] ** 2, chance(s))
 
     def correlation(s: Floats) -> Floats:
         n, a, b, aa, bb, ab = (s[..., i] for i in range(1, 7))
@@ -184,19 +226,32 @@ def rating_agreement(votes: Votes, bootstrap: Bootstrap) -> dict[str, Any]:
         return _pair_names(votes, key) | {
             "count": groups.size(key),
             "agreement": bootstrap.estimate(sums, ratio(0, 1), share=True),
-            "kappa": bootstrap.estimate(sums, kappa, reason="all values are the same"),
-            "correlation": bootstrap.estimate(sums, correlation, reason="one side gave always the same value"),
+            "kappa": bootstrap.estimate(sums, kappa, lowest=lowest_kappa, reason="all values are the same"),
+            "correlation": bootstrap.estimate(
+                sums, correlation, lowest=-1.0, reason="one side gave always the same value"
+            ),
         }
 
     many = f"more than {MAX_LEVELS} different values: read the interval alpha"
-    alphas = {a["source"]: a for a in _alphas(tables, bootstrap, np.array(levels))}
+    kinds: tuple[stats.Level, ...] = ("nominal", "ordinal")
+    alphas = {
+        source: {kind: _alpha(_coincidence_rows(given, votes.count, len(levels)), bootstrap, kind) for kind in kinds}
+        for source, given in units.items()
+    }
     rows = [
         {"source": source, "count": moments.size(source)}
         | {
             kind: alphas[source][kind] if source in alphas else missing_estimate(many)
             for kind in ("nominal", "ordinal")
         }
-        | {"interval": bootstrap.estimate(moments.sums(source), stats.interval_alpha, reason="all values are the same")}
+        | {
+            "interval": bootstrap.estimate(
+                moments.sums(source),
+                stats.interval_alpha,
+                lowest=stats.lowest_interval_alpha,
+                reason="all values are the same",
+            )
+        }
         for source in moments.largest_first()
     ]
     return _agreement_rows(groups, described) | {"alpha": rows}

@@ -42,7 +42,7 @@ def sort_by_source(votes: Votes, raters: Iterable[int]) -> list[int]:
 
 
 class GroupedRows:
-    """Rows of numbers under keys, each row of one cluster (prompt); a `Bootstrap` resamples their `sums`."""
+    """Rows of numbers under keys, each row of one cluster (prompt); a `Jackknife` reads their `sums`."""
 
     def __init__(self, clusters: int) -> None:
         self._clusters = clusters
@@ -74,7 +74,7 @@ class GroupedRows:
 
 
 def ratio(top: int, bottom: int) -> Callable[[Floats], Floats]:
-    """Returns a statistic for `Bootstrap`: column `top` of the sums divided by column `bottom`; NaN for 0."""
+    """Returns a statistic for `Jackknife`: column `top` of the sums divided by column `bottom`; NaN for 0."""
     return lambda sums: divide(sums[..., top], sums[..., bottom])
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlaif_jax.quality.bootstrap import Bootstrap, Estimate
+from rlaif_jax.quality.intervals import Estimate, Jackknife, as_estimate
 from rlaif_jax.quality.values import Floats, divide, sum_by_group
 
 
@@ -161,9 +161,7 @@ def prediction_powered(
     judge: ArrayLike,
     person: ArrayLike,
     *,
-    seed: int = 0,
     groups: ArrayLike | None = None,
-    resamples: int = 1000,
     level: float = 0.95,
 ) -> PoweredMean:
     """Estimates people's mean over n pairs from a judge's values on all and people's on some of them.
@@ -171,9 +169,7 @@ def prediction_powered(
     Args:
         judge: [n], finite.
         person: [n], NaN where no person was asked. The labelled pairs must be a *random* part of all.
-        seed: of the bootstrap.
-        groups: [n], the prompt of each pair; intervals draw whole prompts. None: each pair is a group.
-        resamples: number of resamples.
+        groups: [n], the prompt of each pair; whole prompts are left out for the intervals. None: each pair is a group.
         level: coverage.
 
     Raises:
@@ -186,10 +182,9 @@ def prediction_powered(
         raise ValueError("the judge's values should all be finite, and at least one pair should have a person's label")
     member = np.unique(np.arange(len(f)) if groups is None else np.asarray(groups), return_inverse=True)[1]
     sums = sum_by_group(powered_columns(f, y), member, int(member.max()) + 1)
-    bootstrap = Bootstrap(len(sums), seed=seed, resamples=resamples, level=level)
     alone = lambda s: divide(s[..., 3], s[..., 2])
-    found = [
-        Estimate(*(math.nan if e[k] is None else e[k] for k in ("value", "low", "high")))
-        for e in (bootstrap.estimate(sums, powered_mean), bootstrap.estimate(sums, alone))
-    ]
+    given = np.concatenate([f, y[~np.isnan(y)]])
+    share, labelled = bool(given.min() >= 0 and given.max() <= 1), sums[:, 2] > 0
+    estimate = lambda statistic: Jackknife(level).estimate(sums, statistic, share=share, informative=labelled)
+    found = [as_estimate(estimate(statistic)) for statistic in (powered_mean, alone)]
     return PoweredMean(found[0], found[1], float(power_lambda(sums.sum(0))), int((~np.isnan(y)).sum()), len(f))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.special import logit
 
-from rlaif_jax.quality.bootstrap import Bootstrap
+from rlaif_jax.quality.calibration import debiased_calibration_error
 from rlaif_jax.quality.clusters import (
     PREFERENCE,
     GroupedRows,
@@ -18,10 +18,10 @@ from rlaif_jax.quality.clusters import (
     rater_fields,
     ratio,
 )
+from rlaif_jax.quality.intervals import Jackknife
 from rlaif_jax.quality.statistics import (
     brier,
     calibration_columns,
-    calibration_error,
     fold_predictions,
     reliability_bins,
 )
@@ -30,7 +30,7 @@ from rlaif_jax.quality.votes import FIRST, SECOND, TIE, Votes
 # ---- Habits of raters
 
 
-def verdict_habits(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+def verdict_habits(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     """Computes each rater's share of ties, and how often it prefers the longer and the first shown answer.
 
     Args:
@@ -68,7 +68,7 @@ def _logit(p: float) -> float:
     return float(logit(min(max(p, 1e-4), 1 - 1e-4)))  # one certain verdict should not be the whole mean
 
 
-def order_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+def order_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     """Computes the consistency and position bias of each rater that judged pairs in both orders.
 
     With p12, p21 = P(the answer shown first wins) in each order, the bias is b = (logit p12 + logit p21) / 2, in
@@ -109,7 +109,7 @@ def order_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]
     ]
 
 
-def repeat_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+def repeat_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     """Computes how often raters gave the same answer to a question that was repeated in the same order.
 
     Args:
@@ -135,7 +135,11 @@ def repeat_consistency(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any
         rater_fields(votes, rater)
         | {"form": form, "count": groups.size((rater, form))}
         | {"same": bootstrap.estimate(groups.sums((rater, form)), ratio(0, 2), share=True)}
-        | ({"distance": bootstrap.estimate(groups.sums((rater, form)), ratio(1, 2))} if form == "rating" else {})
+        | (
+            {"distance": bootstrap.estimate(groups.sums((rater, form)), ratio(1, 2), share=True)}
+            if form == "rating"
+            else {}
+        )
         for rater, form in groups.largest_first()
     ]
 
@@ -152,7 +156,7 @@ def _mean_probabilities(votes: Votes) -> dict[tuple[int, int], float]:
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap: Jackknife) -> list[dict[str, Any]]:
     """Computes how much each judge favours longer answers more than people do.
 
     The number is the slope of (judge's preference - people's) on the length difference, through the origin, on
@@ -190,7 +194,7 @@ def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap
 
 
 def judge_calibration(
-    votes: Votes, shares: VoteShares, people: str | None, bootstrap: Bootstrap
+    votes: Votes, shares: VoteShares, people: str | None, bootstrap: Jackknife
 ) -> list[dict[str, Any]]:
     """Computes Brier score, ECE and reliability bins of every judge that gives probabilities.
 
@@ -215,8 +219,8 @@ def judge_calibration(
         rater_fields(votes, rater)
         | {
             "count": groups.size(rater),
-            "brier": bootstrap.estimate(sums, brier),
-            "ece": bootstrap.estimate(sums, calibration_error),
+            "brier": bootstrap.estimate(sums, brier, share=True),
+            "ece": debiased_calibration_error(sums, bootstrap.level),
             "bins": reliability_bins(sums.sum(0)),
         }
         for rater in groups.largest_first()

@@ -1,6 +1,6 @@
 """The quality report on feedback: statistics with intervals, on any set of judgements.
 
-Intervals come from a bootstrap that draws whole prompts.
+Intervals come from a jackknife that leaves out whole prompts (`intervals.Jackknife`).
 
 `quality(judgements)` returns plain JSON: agreement of raters with trivial baselines for comparison, order consistency and
 position bias, repeat stability, length slope, calibration, missing answers, win rates (plain, length-controlled, debiased
@@ -27,8 +27,8 @@ from rlaif_jax.config import require
 from rlaif_jax.feedback.records.forms import FORMS, Judgement
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.quality.agreement_tables import comparison_agreement, rating_agreement
-from rlaif_jax.quality.bootstrap import Bootstrap
 from rlaif_jax.quality.clusters import MAX_ROWS, SOURCES, VoteShares, ratio, vote_shares_by_pair
+from rlaif_jax.quality.intervals import Jackknife
 from rlaif_jax.quality.judge_bias import (
     judge_calibration,
     length_slope,
@@ -44,22 +44,18 @@ from rlaif_jax.quality.win_rate_tables import win_rate_table
 def quality(
     judgements: Sequence[Judgement],
     *,
-    seed: int = 0,
     reference: str | None = None,
     items: Sequence[str] | None = None,
     level: float = 0.95,
-    resamples: int = 1000,
     reliability: bool = True,
 ) -> dict[str, Any]:
     """Computes the quality report on `judgements`, as plain JSON (no NaN).
 
     Args:
         judgements: records of any forms, sources and raters; superseded ones count as spent money only.
-        seed: of the bootstrap; the report is a function of the records and the seed.
         reference: a generator; win rates are then of the others against it. None: of every two.
-        items: a name for each judgement; those of one name are resampled together. None: those of one prompt are.
+        items: a name for each judgement; those of one name are one group of the intervals. None: those of one prompt are.
         level: coverage of the intervals.
-        resamples: of each bootstrap; fewer are made where there are very many prompts.
         reliability: also fit the rater model, the only part that runs on JAX (on the host's CPU).
 
     Raises:
@@ -68,16 +64,14 @@ def quality(
     require(items is None or len(items) == len(judgements), "items should name each judgement")
     require(0 < level < 1, f"level should be between 0 and 1, got {level}")
     votes = read_votes(judgements, items)
-    bootstrap = Bootstrap(votes.count, seed=seed, resamples=resamples, level=level)
+    bootstrap = Jackknife(level)
     people = next((s for s in ("person", "simulated") if any(votes.raters[v.rater][1] == s for v in votes.votes)), None)
     shares = vote_shares_by_pair(votes)
     return {
         "records": len(judgements),
         "used": len(votes.used),
         "prompts": votes.count,
-        "seed": seed,
         "level": level,
-        "resamples": bootstrap.resamples,
         "people": people,
         "counts": _counts(votes),
         "agreement": {
@@ -90,7 +84,7 @@ def quality(
         "length_slope": length_slope(votes, shares, people, bootstrap),
         "calibration": judge_calibration(votes, shares, people, bootstrap),
         "missing": _missing(votes, bootstrap),
-        "win_rates": win_rate_table(votes, shares, people, reference, bootstrap, seed),
+        "win_rates": win_rate_table(votes, shares, people, reference, bootstrap),
         "raters": _raters(votes, shares, level) if reliability else {"rows": [], "reason": "not asked for"},
         "cost": _cost(judgements),
     }
@@ -118,7 +112,7 @@ def quality_of_store(path: Path, **options: Any) -> dict[str, Any]:
 # ---- Missing answers, counts and cost
 
 
-def _missing(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+def _missing(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     """Returns the share of unanswered records of each source.
 
     The shares are of all records, by length of the answers, and by generator.
@@ -149,7 +143,7 @@ def _missing(votes: Votes, bootstrap: Bootstrap) -> list[dict[str, Any]]:
     return rows
 
 
-def _unanswered(votes: Votes, bootstrap: Bootstrap, records: Sequence[int]) -> dict[str, Any]:
+def _unanswered(votes: Votes, bootstrap: Jackknife, records: Sequence[int]) -> dict[str, Any]:
     """Returns how many of the records (indices into `votes.used`) have no answer, and why."""
     status = Counter(votes.used[i].status for i in records)
     columns = np.array([[not votes.used[i].answered, 1.0] for i in records])

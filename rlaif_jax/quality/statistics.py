@@ -1,7 +1,7 @@
 """Statistics of agreement, calibration, ranks and diversity.
 
 The statistics of confusion matrices, coincidences, moments and calibration are functions of *sums* over prompts, with
-any number of leading axes, so that `bootstrap.Bootstrap` can resample them. What cannot be computed is NaN. NumPy in float64
+any number of leading axes, so that `intervals.Jackknife` can leave groups out. What cannot be computed is NaN. NumPy in float64
 on the host; coincidences and alpha also take JAX arrays, which stay on the device.
 """
 
@@ -39,14 +39,30 @@ def cohen_kappa(confusion: ArrayLike, values: ArrayLike | None = None) -> Floats
         [...]; NaN where nothing was judged by both, or where both used one and the same category.
     """
     counts = np.asarray(confusion, np.float64)
+    weights, expected = _chance_disagreement(counts, values)
+    return 1 - divide((counts * weights).sum((-2, -1)) * counts.sum((-2, -1)), expected)
+
+
+def lowest_kappa(confusion: ArrayLike, values: ArrayLike | None = None) -> Floats:
+    """Returns what `cohen_kappa` of the same margins would be if all disagreed as far as they can.
+
+    Args:
+        confusion: [..., C, C].
+        values: [C], as in `cohen_kappa`.
+    """
+    counts = np.asarray(confusion, np.float64)
+    weights, expected = _chance_disagreement(counts, values)
+    return 1 - divide(weights.max() * counts.sum((-2, -1)) ** 2, expected)
+
+
+def _chance_disagreement(counts: Floats, values: ArrayLike | None) -> tuple[Floats, Floats]:
+    """Returns the weights [C, C] of disagreement, and its sum [...] by chance times the number of pairs."""
     if values is None:
         weights = 1 - np.eye(counts.shape[-1])
     else:
         numbers = np.asarray(values, np.float64)
         weights = (numbers[:, None] - numbers[None, :]) ** 2
-    total = counts.sum((-2, -1))
-    expected = np.einsum("...i,...j,ij->...", counts.sum(-1), counts.sum(-2), weights)
-    return 1 - divide((counts * weights).sum((-2, -1)) * total, expected)
+    return weights, np.einsum("...i,...j,ij->...", counts.sum(-1), counts.sum(-2), weights)
 
 
 def coincidences(votes: Any) -> Any:
@@ -81,19 +97,38 @@ def krippendorff_alpha(coincidence: Any, level: Level, values: ArrayLike | None 
     """
     xp, counts = array_module(coincidence)
     marginal = counts.sum(-1)
-    categories = counts.shape[-1]
-    if level == "nominal":
-        distance = xp.broadcast_to(1 - xp.eye(categories), counts.shape)
-    else:
-        if level == "ordinal":
-            place = xp.cumsum(marginal, -1) - marginal / 2
-        else:
-            place = xp.asarray(np.arange(categories) if values is None else values, counts.dtype)
-        distance = (place[..., :, None] - place[..., None, :]) ** 2
-    total = marginal.sum(-1)
+    distance = _distances(xp, counts, level, values)
     observed = (counts * distance).sum((-2, -1))
     expected = xp.einsum("...i,...j,...ij->...", marginal, marginal, distance)
-    return 1 - divide(observed * (total - 1), expected)
+    return 1 - divide(observed * (marginal.sum(-1) - 1), expected)
+
+
+def lowest_alpha(coincidence: ArrayLike, level: Level, values: ArrayLike | None = None) -> Floats:
+    """Returns what `krippendorff_alpha` would be if all disagreed as far as they can.
+
+    Args:
+        coincidence: [..., C, C].
+        level: as in `krippendorff_alpha`.
+        values: [C], as in `krippendorff_alpha`.
+    """
+    counts = np.asarray(coincidence, np.float64)
+    marginal = counts.sum(-1)
+    total, distance = marginal.sum(-1), _distances(np, counts, level, values)
+    expected = np.einsum("...i,...j,...ij->...", marginal, marginal, distance)
+    return 1 - divide(distance.max((-2, -1)) * total * (total - 1), expected)
+
+
+def _distances(xp: Any, counts: Any, level: Level, values: ArrayLike | None) -> Any:
+    """Returns how far categories are apart, [..., C, C]."""
+    categories = counts.shape[-1]
+    if level == "nominal":
+        return xp.broadcast_to(1 - xp.eye(categories), counts.shape)
+    if level == "ordinal":
+        marginal = counts.sum(-1)
+        place = xp.cumsum(marginal, -1) - marginal / 2
+    else:
+        place = xp.asarray(np.arange(categories) if values is None else values, counts.dtype)
+    return (place[..., :, None] - place[..., None, :]) ** 2
 
 
 def interval_moments(values: ArrayLike) -> Floats:
@@ -117,6 +152,17 @@ def interval_alpha(moments: ArrayLike) -> Floats:
     count, total, squares, within = np.moveaxis(np.asarray(moments, np.float64), -1, 0)
     spread = count * squares - total**2
     return 1 - divide(within * (count - 1), np.where(spread <= 1e-12 * count * squares, 0.0, spread))
+
+
+def lowest_interval_alpha(moments: ArrayLike, span: float = 1.0) -> Floats:
+    """Returns what `interval_alpha` [...] would be if all disagreed by the whole scale.
+
+    Args:
+        moments: [..., 4], summed `interval_moments`.
+        span: highest minus lowest value of the scale.
+    """
+    count, total, squares, _ = np.moveaxis(np.asarray(moments, np.float64), -1, 0)
+    return 1 - divide(span**2 * count * (count - 1) / 2, count * squares - total**2)
 
 
 # ---- A judge against gold labels, and in both orders
@@ -199,7 +245,7 @@ def calibration_columns(confidence: ArrayLike, right: ArrayLike, bins: int = 10)
     return np.concatenate([((c - y) ** 2)[:, None], here, here * c[:, None], here * y[:, None]], axis=1)
 
 
-def _split_bins(sums: ArrayLike) -> tuple[Floats, Floats, Floats]:
+def split_bins(sums: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """Returns (count, sum of confidences, sum right), each [..., bins], of sums [..., 1 + 3 bins]."""
     count, confidence, right = np.split(np.asarray(sums, np.float64)[..., 1:], 3, axis=-1)
     return count, confidence, right
@@ -211,15 +257,16 @@ def brier(sums: ArrayLike) -> Floats:
     0 is perfect; a judge that always gives one half has .25. `sums` [..., 1 + 3 bins] are those of
     `calibration_columns`.
     """
-    return divide(np.asarray(sums, np.float64)[..., 0], _split_bins(sums)[0].sum(-1))
+    return divide(np.asarray(sums, np.float64)[..., 0], split_bins(sums)[0].sum(-1))
 
 
 def calibration_error(sums: ArrayLike) -> Floats:
     """Computes the expected calibration error [...] over the bins (Guo et al. 2017, eq. 3).
 
-    Noise makes it larger. `sums` [..., 1 + 3 bins] are those of `calibration_columns`; NaN without predictions.
+    Noise makes it larger: `calibration.debiased_calibration_error` takes that out. `sums` [..., 1 + 3 bins] are those of
+    `calibration_columns`; NaN without predictions.
     """
-    count, confidence, right = _split_bins(sums)
+    count, confidence, right = split_bins(sums)
     return divide(np.abs(confidence - right).sum(-1), count.sum(-1))
 
 
@@ -228,7 +275,7 @@ def reliability_bins(sums: ArrayLike) -> list[dict[str, float | None]]:
 
     `sums` [1 + 3 bins] are those of `calibration_columns`.
     """
-    count, confidence, right = _split_bins(sums)
+    count, confidence, right = split_bins(sums)
     width = 0.5 / len(count)
     return [
         {

@@ -40,7 +40,7 @@ def quality_text(report: Mapping[str, Any]) -> str:
     share = f"{100 * report['level']:g} %"
     lines = [
         f"Feedback: {report['used']:,} of {report['records']:,} records count (the others are superseded or retracted); "
-        f"{report['prompts']:,} prompts. Brackets: {share} interval, whole prompts resampled.",
+        f"{report['prompts']:,} prompts. Brackets: {share} interval over whole prompts.",
         *_people(report),
     ]
     for table in tables(report):
@@ -91,7 +91,8 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         ),
         _table(
             "Probabilities against people's verdicts",
-            "Brier: 0 is perfect, .25 is always saying one half. ECE: mean distance of confidence and share right.",
+            "Brier: 0 is perfect, .25 is always saying one half. ECE: mean distance of confidence and share right, "
+            "without what chance adds to it.",
             report["calibration"],
             rater="rater", count="pairs", brier="Brier", ece="ECE",
         ),
@@ -218,11 +219,16 @@ def _failures(failures: Mapping[str, int]) -> str:
 
 
 def _table(title: str, note: str, rows: Sequence[Mapping[str, Any]], **columns: str) -> Table:
-    """Returns a table with the columns key = head; a column that no row fills is left out."""
+    """Returns a table with the columns key = head; a column that no row fills is left out.
+
+    What an estimate's "note" says is part of the table's note, and its cell has a "*".
+    """
     kept = {key: head for key, head in columns.items() if any(row.get(key) not in (None, "") for row in rows)}
+    cells = [row[key] for row in rows for key in kept if isinstance(row.get(key), Mapping)]
+    marked = dict.fromkeys(estimate["note"] for estimate in cells if "note" in estimate)
     return Table(
         title,
-        note,
+        " ".join([*([note] if note else []), *(f"* {sentence}." for sentence in marked)]),
         tuple(kept.values()),
         tuple(tuple(cell(row.get(key), key in _SHARES) for key in kept) for row in rows),
     )
@@ -246,7 +252,7 @@ def cell(value: Any, is_share: bool = False) -> str:
     if isinstance(value, Mapping):
         if value["value"] is None:
             return "-"
-        whole = show(value["value"])
+        whole = show(value["value"]) + ("*" if "note" in value else "")
         return whole if value["low"] is None else f"{whole} [{show(value['low'])}, {show(value['high'])}]"
     if isinstance(value, float) and is_share:
         return share(value)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlaif_jax.quality.bootstrap import Bootstrap
 from rlaif_jax.quality.clusters import (
     MAX_ROWS,
     SOURCES,
@@ -22,6 +21,7 @@ from rlaif_jax.quality.clusters import (
     ratio,
 )
 from rlaif_jax.quality.debiasing import label_budget, power_lambda, powered_columns, powered_mean
+from rlaif_jax.quality.intervals import Jackknife
 from rlaif_jax.quality.values import Floats, sum_by_group
 from rlaif_jax.quality.votes import TIE, Votes
 from rlaif_jax.quality.win_rates import length_controlled_win_rate
@@ -50,8 +50,7 @@ def win_rate_table(
     shares: VoteShares,
     people: str | None,
     reference: str | None,
-    bootstrap: Bootstrap,
-    seed: int,
+    bootstrap: Jackknife,
 ) -> dict[str, Any]:
     """Returns the win rates (wins + ties / 2) / n of every two generators by every source.
 
@@ -62,8 +61,7 @@ def win_rate_table(
         shares: pair -> rater -> its vote.
         people: the source whose verdicts count as people's labels; None: no source does.
         reference: the generator that all others are matched against; None: every two generators are matched.
-        bootstrap: makes the intervals.
-        seed: of the length-controlled win rates.
+        bootstrap: computes the intervals.
 
     Returns:
         {"rows": a row for each match and source, "left_out": number of matches that are not listed}.
@@ -83,7 +81,7 @@ def win_rate_table(
     rows = []
     for match in matches[:MAX_ROWS]:
         for source in sources:
-            rows += _plain_row(votes, match, preference[source], ties[source], source, bootstrap, seed)
+            rows += _plain_row(votes, match, preference[source], ties[source], source, bootstrap)
         judge = next((s for s in ("ai", "rule") if s in preference), None)
         if judge is not None and people in preference:
             rows += _debiased_row(votes, match, preference[judge], preference[people], judge, bootstrap)
@@ -112,8 +110,7 @@ def _plain_row(
     preference: Mapping[int, float],
     ties: Mapping[int, float],
     source: str,
-    bootstrap: Bootstrap,
-    seed: int,
+    bootstrap: Jackknife,
 ) -> list[dict[str, Any]]:
     """Returns the row of a match by a source, or no row if the source judged none of its pairs.
 
@@ -123,8 +120,7 @@ def _plain_row(
         preference: pair -> the source's preference for the first answer.
         ties: pair -> share of ties among the source's verdicts; 1 where the answers are equal.
         source: whose verdicts they are.
-        bootstrap: makes the intervals.
-        seed: of the length-controlled win rate.
+        bootstrap: computes the intervals.
     """
     judged = [(i, straight) for i, straight in match.pairs if i in preference]
     if not judged:
@@ -139,22 +135,19 @@ def _plain_row(
         | {"wins": float((value - tied / 2).sum()), "ties": float(tied.sum())}
         | {"losses": float((1 - value - tied / 2).sum())}
         | {"rate": bootstrap.estimate(sums, ratio(0, 1), share=True)}
-        | {"length_controlled": _length_controlled(value, longer, member, bootstrap, seed)}
+        | {"length_controlled": _length_controlled(value, longer, member, bootstrap)}
     ]
 
 
-def _length_controlled(
-    value: Floats, longer: Floats, member: Sequence[int], bootstrap: Bootstrap, seed: int
-) -> EstimateFields:
+def _length_controlled(value: Floats, longer: Floats, member: Sequence[int], bootstrap: Jackknife) -> EstimateFields:
     """Returns the fields of `length_controlled_win_rate`."""
-    found = length_controlled_win_rate(
-        value, longer, seed=seed, resamples=min(400, bootstrap.resamples), level=bootstrap.level, groups=member
-    )
+    found = length_controlled_win_rate(value, longer, level=bootstrap.level, groups=member)
     if not np.isfinite(found.value):
         return missing_estimate("all pairs differ in length by the same: length and quality cannot be separated")
     if len(set(member)) < 2:
         return {"value": found.value, "low": None, "high": None, "reason": "one prompt has no interval"}
-    return found._asdict()
+    fields = {"value": found.value, "low": found.low, "high": found.high}
+    return fields | {"note": found.note} if found.note else fields
 
 
 def _debiased_row(
@@ -163,7 +156,7 @@ def _debiased_row(
     judge: Mapping[int, float],
     person: Mapping[int, float],
     source: str,
-    bootstrap: Bootstrap,
+    bootstrap: Jackknife,
 ) -> list[dict[str, Any]]:
     """Returns the row of a match by a judge debiased with people's labels.
 
@@ -184,8 +177,8 @@ def _debiased_row(
     return [
         row
         | {
-            "rate": bootstrap.estimate(sums, powered_mean),
-            "alone": bootstrap.estimate(sums, ratio(3, 2)),
+            "rate": bootstrap.estimate(sums, powered_mean, share=True, informative=sums[:, 2] > 0),
+            "alone": bootstrap.estimate(sums, ratio(3, 2), share=True, informative=sums[:, 2] > 0),
             "weight": float(power_lambda(sums.sum(0))),
             "budget": label_budget(sums, _BUDGETS, level=bootstrap.level),
         }

@@ -1,17 +1,19 @@
-"""Win rates of paired scores, plain and at equal lengths, with intervals that resample whole prompts.
+"""Win rates of paired scores, plain and at equal lengths, with intervals over whole prompts.
 
 NumPy on host arrays of one number for each pair (n of them). NaN means "not judged": such a pair is left out.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
 from scipy.special import expit
 
-from rlaif_jax.quality.bootstrap import Estimate, bootstrap_ci, check_resampling, draw_counts, percentile_interval
+from rlaif_jax.quality.intervals import Estimate, check_level, share_interval, student
 from rlaif_jax.quality.values import Floats, group_index, judged_values, vector_pair
 
 Verdict = Literal["better", "no different", "worse"]
@@ -43,121 +45,180 @@ def win_rate(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.mean(judged_values(pair_outcomes(a, b))))
 
 
-def win_rate_ci(
-    a: ArrayLike,
-    b: ArrayLike,
-    *,
-    seed: int,
-    resamples: int = 2000,
-    level: float = 0.95,
-    groups: ArrayLike | None = None,
-) -> Estimate:
-    """Computes `win_rate` with its bootstrap interval.
-
-    Pairs are resampled, so that both answers to a prompt stay together.
+def win_rate_ci(a: ArrayLike, b: ArrayLike, *, level: float = 0.95, groups: ArrayLike | None = None) -> Estimate:
+    """Computes `win_rate` with its interval, that of `share_interval`.
 
     Args:
         a: [n], scores of one answer to each prompt.
         b: [n], scores of the other answer to the same prompts, in the same order.
-        seed: of the bootstrap.
-        resamples: number of resamples.
         level: coverage, between 0 and 1.
-        groups: [n], the prompt of each pair, as in `bootstrap_ci`.
+        groups: [n], the prompt of each pair. None: each pair is a group.
 
     Raises:
         ValueError: a shape is wrong, no pair is left, or level is outside (0, 1).
     """
-    outcome = pair_outcomes(a, b)
-    low, high = bootstrap_ci(outcome, seed=seed, resamples=resamples, level=level, groups=groups)
-    return Estimate(float(np.mean(judged_values(outcome))), low, high)
+    return share_interval(pair_outcomes(a, b), level=level, groups=groups)
+
+
+class LengthControlled(NamedTuple):
+    """A win rate at equal lengths with its interval.
+
+    Attributes:
+        value: the win rate.
+        low: the lower end.
+        high: the upper end.
+        note: what the number cannot show, or "".
+    """
+
+    value: float
+    low: float
+    high: float
+    note: str = ""
+
+
+SEPARATED = "length alone separates wins from losses: the value rests on the prior of Firth's method"
 
 
 def length_controlled_win_rate(
-    wins: ArrayLike,
-    length_difference: ArrayLike,
-    *,
-    seed: int,
-    resamples: int = 2000,
-    level: float = 0.95,
-    ridge: float = 1.0,
-    groups: ArrayLike | None = None,
-) -> Estimate:
+    wins: ArrayLike, length_difference: ArrayLike, *, level: float = 0.95, groups: ArrayLike | None = None
+) -> LengthControlled:
     """Estimates the win rate that is left when both answers have the same length.
 
     Fits `P(win) = sigmoid(quality + length * tanh(d / std(d)))` and returns `sigmoid(quality)`, the probability at no
     difference: the idea of length-controlled AlpacaEval (Dubois et al. 2024, "Length-Controlled AlpacaEval: A Simple
     Way to Debias Automatic Evaluators"), without its term for the prompt's difficulty.
 
+    The fit has the penalty of Firth 1993, "Bias reduction of maximum likelihood estimates": without bias to first order,
+    and finite where length separates wins from losses. The interval is that of the profile of the penalised likelihood
+    (Heinze & Schemper 2002, "A solution to the problem of separation in logistic regression"), widened by the design
+    effect of pairs that share a prompt and narrowed where outcomes are no plain wins and losses.
+
     Args:
         wins: [n], in [0, 1] (1 win, .5 tie, or a judge's probability); NaN is left out.
         length_difference: [n], length of this answer minus length of the other, in tokens.
-        seed: of the bootstrap.
-        resamples: number of resamples.
         level: coverage, between 0 and 1.
-        ridge: penalty `ridge / 2 * length**2` on the summed cross-entropy (a normal prior of variance 1 / ridge). It
-            keeps the fit finite when length alone separates wins from losses; the result then leans towards the plain
-            win rate.
-        groups: [n], the prompt of each pair, as in `bootstrap_ci`.
+        groups: [n], the prompt of each pair. None: each pair is a group.
 
     Returns:
         Estimate of a probability; three NaN when all pairs have one and the same non-zero difference, where length and
-        quality cannot be separated.
+        quality cannot be separated. The bounds are NaN for a single group.
 
     Raises:
-        ValueError: a shape is wrong, wins are outside [0, 1], no pair is left, or ridge is not positive.
+        ValueError: a shape is wrong, wins are outside [0, 1], no pair is left, or level is outside (0, 1).
     """
     outcome, difference = vector_pair(wins, length_difference, "wins", "length_difference")
-    check_resampling(level, resamples)
-    if not ridge > 0:
-        raise ValueError(f"ridge should be positive, got {ridge}")
-    member, count = group_index(groups, outcome)
+    check_level(level)
+    member, _ = group_index(groups, outcome)
     kept = ~(np.isnan(outcome) | np.isnan(difference))
     judged_values(np.where(kept, outcome, np.nan))
-    outcome, difference, member = outcome[kept], difference[kept], member[kept]
-    if outcome.min() < 0 or outcome.max() > 1:
-        raise ValueError(f"wins should be in [0, 1], got {outcome.min():g} to {outcome.max():g}")
+    y, difference, member = outcome[kept], difference[kept], np.unique(member[kept], return_inverse=True)[1]
+    if y.min() < 0 or y.max() > 1:
+        raise ValueError(f"wins should be in [0, 1], got {y.min():g} to {y.max():g}")
     spread = float(np.std(difference))
     if spread == 0 and difference[0] != 0:
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    squashed = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
+        return LengthControlled(math.nan, math.nan, math.nan)
+    if spread == 0:
+        return LengthControlled(*share_interval(y, level=level, groups=member))
+    x = np.tanh(difference / spread)
+    fit = _firth(x, y)
+    note = SEPARATED if _is_separated(x, y) else ""
+    count = int(member.max()) + 1
+    if count < 2:
+        return LengthControlled(float(expit(fit.quality)), math.nan, math.nan, note)
+    variance, effect = _design_effect(x, y, fit, member, count)
+    drop = student(level, count) ** 2 * effect / 2
 
-    def rates(weights: Floats) -> Floats:
-        return expit(_logistic_regressions(squashed, outcome, weights, ridge)[:, 0])
+    def end(step: float) -> float:
+        """Returns where the profile has fallen by `drop`, in the direction of `step`."""
+        fallen = lambda quality: fit.likelihood - drop - _firth(x, y, quality, fit.length).likelihood
+        near, far = fit.quality, fit.quality + step
+        while fallen(far) < 0 and abs(far) < 40:
+            near, far = far, far + step
+        return float(expit(far if fallen(far) < 0 else brentq(fallen, near, far, xtol=1e-6)))
 
-    value = rates(np.ones((1, len(outcome))))[0]
-    draws = draw_counts(seed, resamples, count, row=max(count, len(outcome)))
-    resampled = np.concatenate([rates(draw[:, member]) for draw in draws])
-    return Estimate(float(value), *percentile_interval(resampled, level))
+    step = math.sqrt(2 * drop * variance)
+    return LengthControlled(float(expit(fit.quality)), end(-step), end(step), note)
 
 
-def _logistic_regressions(x: Floats, y: Floats, weights: Floats, ridge: float) -> Floats:
-    """Fits weighted logistic regressions of y [n] on x [n], one for each row of weights [r, n].
+class _Fit(NamedTuple):
+    """A logistic fit: P(win) = sigmoid(quality + length x).
 
-    Newton's method with the length of a step capped, from zero: the objective is strictly convex, and without the cap
-    nearly separated data would throw the first steps out of the region where its quadratic model holds. The intercept
-    has a tiny penalty too: with wins only it would go to infinity. All rows at once in float64 NumPy, because a report
-    on a run must not start JAX (`rewards.optimise` has the JAX optimisers).
-
-    Returns:
-        [r, 2]: intercept and slope.
+    Attributes:
+        quality: the log odds at x = 0.
+        length: the slope.
+        likelihood: the penalised log likelihood.
+        win: [n], P(win).
+        moments: the sums of w, w x and w x^2 with w = P(win) P(loss), and the determinant of the information.
     """
-    penalty = np.array([1e-3, ridge])
-    theta = np.zeros((len(weights), 2))
-    for _ in range(100):
-        p = expit(theta[:, :1] + theta[:, 1:] * x)
-        residual = weights * (p - y)
-        gradient = np.stack([residual.sum(1), residual @ x], 1) + penalty * theta
-        curvature = weights * p * (1 - p)
-        h00 = curvature.sum(1) + penalty[0]
-        h01 = curvature @ x
-        h11 = curvature @ (x * x) + penalty[1]
-        hessian = np.stack([np.stack([h00, h01], 1), np.stack([h01, h11], 1)], 1)
-        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
-        size = np.abs(step).max(1, keepdims=True)
-        theta -= step / np.maximum(1.0, size)
-        if size.max() < 1e-9:
+
+    quality: float
+    length: float
+    likelihood: float
+    win: Floats
+    moments: tuple[float, float, float, float]
+
+
+def _firth(x: Floats, y: Floats, quality: float | None = None, length: float = 0.0) -> _Fit:
+    """Fits y [n] on x [n] by Newton's method with the length of a step capped, from zero.
+
+    In float64 NumPy, because a report on a run must not start JAX (`rewards.optimise` has the JAX optimisers).
+
+    Args:
+        x: [n].
+        y: [n], in [0, 1].
+        quality: the value at which it is held. None: it is fitted.
+        length: where the search for the slope starts.
+    """
+    theta = np.array([quality or 0.0, length if quality is not None else 0.0])
+    squares = x * x
+    for _ in range(200):
+        win = expit(theta[0] + theta[1] * x)
+        weight = win * (1 - win)
+        a, b, c = float(weight.sum()), float(weight @ x), float(weight @ squares)
+        determinant = max(a * c - b * b, 1e-300)
+        leverage = weight * (c - 2 * b * x + a * squares) / determinant
+        residual = y - win + leverage * (0.5 - win)
+        first, second = float(residual.sum()), float(residual @ x)
+        if quality is None:
+            step = np.array([c * first - b * second, a * second - b * first]) / determinant
+        else:
+            step = np.array([0.0, second / max(c, 1e-300)])
+        size = float(np.abs(step).max())
+        if size < 1e-8:
             break
-    return theta
+        theta += step / max(1.0, size)
+    margin = theta[0] + theta[1] * x
+    likelihood = float(y @ margin - np.logaddexp(0, margin).sum()) + math.log(determinant) / 2
+    return _Fit(float(theta[0]), float(theta[1]), likelihood, win, (a, b, c, determinant))
+
+
+def _is_separated(x: Floats, y: Floats) -> bool:
+    """Returns whether a threshold of x parts wins from losses; a tie is both."""
+    wins, losses = x[y > 0], x[y < 1]
+    return not len(wins) or not len(losses) or wins.min() >= losses.max() or losses.min() >= wins.max()
+
+
+def _design_effect(x: Floats, y: Floats, fit: _Fit, member: NDArray[np.int64], groups: int) -> tuple[float, float]:
+    """Returns the model's variance of `fit.quality`, and by what factor the true one exceeds it.
+
+    The true one is a sandwich over groups with the leverages taken out. Of wins and losses the factor is at least 1,
+    because near 0 and 1 a sandwich sees too few of the rarer outcomes; soft outcomes may spread less.
+
+    Args:
+        x: [n].
+        y: [n].
+        fit: of y on x.
+        member: [n], the group of each pair.
+        groups: number of groups.
+    """
+    a, b, c, determinant = fit.moments
+    weight = fit.win * (1 - fit.win)
+    leverage = weight * (c - 2 * b * x + a * x * x) / determinant
+    influence = (c - b * x) / determinant * (y - fit.win) / np.sqrt(np.maximum(1 - leverage, 1e-6))
+    sums = np.bincount(member, weights=influence, minlength=groups)
+    variance, sandwich = c / determinant, float(sums @ sums) * groups / (groups - 1)
+    hardness = 1 - float((y * (1 - y)).sum()) / a  # 1 of wins and losses
+    return variance, max(sandwich / variance, hardness, 1e-6)
 
 
 def verdict_of(low: float, high: float, even: float = 0.5) -> Verdict:

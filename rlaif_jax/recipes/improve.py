@@ -17,7 +17,7 @@ from rlaif_jax.evaluate import Answers, Evaluation
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
 from rlaif_jax.metrics import RL_STAGE, MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
-from rlaif_jax.quality.bootstrap import bootstrap_ci
+from rlaif_jax.quality.intervals import bootstrap_ci
 from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, win_rate_ci
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
 from rlaif_jax.run import Run
@@ -130,19 +130,17 @@ def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[st
     """Compares two sets of answers to the same prompts and returns metrics.
 
     `win_rate_NAME` is how often an answer after training scores higher, ties counting half, once more with the effect
-    of length taken out; `gain` the mean difference of the scores. Pairs without both scores are left out. Intervals are
-    95 % bootstrap intervals over prompts.
+    of length taken out; `gain` the mean difference of the scores. Pairs without both scores are left out. Intervals are of
+    95 %, over prompts.
 
     Args:
         name: of the score.
         before: the answers before.
         after: the answers after.
-        seed: of the bootstrap.
+        seed: of the bootstrap of the gain.
     """
-    won = win_rate_ci(after.scores, before.scores, seed=seed)
-    controlled = length_controlled_win_rate(
-        pair_outcomes(after.scores, before.scores), after.lengths - before.lengths, seed=seed
-    )
+    won = win_rate_ci(after.scores, before.scores)
+    controlled = length_controlled_win_rate(pair_outcomes(after.scores, before.scores), after.lengths - before.lengths)
     gained = after.scores - before.scores
     return {
         f"win_rate_{name}": won.value,

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,15 @@ from rlaif_jax.feedback.records.formats.texts import read_mlqe_post_edits, read_
 from rlaif_jax.feedback.records.formats.tools import read_get_another_label
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
 from rlaif_jax.parallel import ParallelConfig, make_runner
-from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci, percentile_interval, resampled_rows
-from rlaif_jax.quality.statistics import cohen_kappa, interval_alpha, interval_moments, spearman
+from rlaif_jax.quality.intervals import Jackknife, percentile_interval, resampled_rows, share_interval
+from rlaif_jax.quality.statistics import (
+    cohen_kappa,
+    interval_alpha,
+    interval_moments,
+    lowest_interval_alpha,
+    lowest_kappa,
+    spearman,
+)
 from rlaif_jax.quality.values import sum_by_group
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import edit_reward, levenshtein
@@ -71,6 +78,12 @@ def readable(found: tuple[list[Judgement], list[str]]) -> list[Judgement]:
     return good
 
 
+def finding_of(name: str, estimate: Mapping[str, Any], note: str) -> Finding:
+    """Returns an estimate of `Jackknife` as a finding; what it warns of is part of the note."""
+    said = [note, *(estimate[key] for key in ("note", "reason") if key in estimate)]
+    return Finding(name, estimate["value"], estimate["low"], estimate["high"], note="; ".join(said))
+
+
 def index(names: Iterable[Any]) -> tuple[np.ndarray, list[Any]]:
     """Returns (the number of each name, [n] int32; the distinct names in order of appearance)."""
     numbers: dict[Any, int] = {}
@@ -94,13 +107,12 @@ def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarra
 # ---- Who is right: labels of a crowd
 
 
-def crowd_labels(labels: Path, gold: Path, *, seed: int) -> Findings:
+def crowd_labels(labels: Path, gold: Path) -> Findings:
     """Measures how often 83 workers together are right about 1,000 items of two classes.
 
     Args:
         labels: the workers' labels, a file of Get-Another-Label.
         gold: the true labels.
-        seed: of the bootstrap.
     """
     records = readable(read_get_another_label(labels, gold=gold))
     answer = {j.prompt: chosen(j) for j in records if j.rater.name == "gold"}
@@ -123,7 +135,7 @@ def crowd_labels(labels: Path, gold: Path, *, seed: int) -> Findings:
     )
     for name, posterior, reference in models:
         right = (np.asarray(posterior).argmax(-1) == truth).astype(float)
-        yield Finding(name, float(right.mean()), *bootstrap_ci(right, seed=seed), reference, "accuracy")
+        yield Finding(name, *share_interval(right), reference, "accuracy")
 
 
 # ---- What was wrong: post-edits
@@ -272,13 +284,12 @@ def compare_models(utilities: dict[str, np.ndarray], truth: np.ndarray, seed: in
 WAYS = {"Vanilla": "Output ({label})", "CoT": "Output ({label}) is better"}
 
 
-def judge_in_both_orders(gold: Path, folder: Path, *, seed: int) -> Findings:
+def judge_in_both_orders(gold: Path, folder: Path) -> Findings:
     """Measures how often a judge prefers the same answer of a pair in both orders, on 100 pairs.
 
     Args:
         gold: LLMBar's pairs with the better answer.
         folder: the judges' published replies.
-        seed: of the bootstrap.
     """
     truth = {j.item: j.answers[chosen(j) or 0] for j in readable(read_llmbar(gold))}
     for file in sorted(folder.glob("Natural.*.*.json")):
@@ -294,7 +305,7 @@ def judge_in_both_orders(gold: Path, folder: Path, *, seed: int) -> Findings:
         reference = {"GPT-4.Vanilla": "0.95", "Falcon.CoT": "0.14"}.get(f"{model}.{way}", "")
         note = f"right {right:.2f}, first shown {first:.2f}, re-read alike {reread:.3f}, agree re-read "
         yield Finding(
-            f"{model} {way}: both orders agree", float(same.mean()), *bootstrap_ci(same, seed=seed), reference,
+            f"{model} {way}: both orders agree", *share_interval(same), reference,
             note + f"{np.mean(_agreements(read)):.2f}",
         )  # fmt: skip
 
@@ -324,13 +335,12 @@ def _agreements(records: Sequence[Judgement]) -> list[bool]:
 # ---- People and judges on the same pairs
 
 
-def people_and_judges(pairs: Path, *judges: Path, seed: int) -> Findings:
+def people_and_judges(pairs: Path, *judges: Path) -> Findings:
     """Computes Cohen's kappa among three people, and of AI judges with the people's majority.
 
     Args:
         pairs: PandaLM's test set.
         *judges: files of AI judges on the same pairs.
-        seed: of the bootstrap.
     """
     records = readable(read_pandalm(pairs, judges))
     votes: dict[str, dict[int, int]] = defaultdict(dict)
@@ -341,7 +351,6 @@ def people_and_judges(pairs: Path, *judges: Path, seed: int) -> Findings:
             best = chosen(j)
             votes[j.rater.name][number] = 2 if best is None else best
     people = sorted(name for name in votes if name.startswith("annotator"))
-    bootstrap = Bootstrap(len(prompts), seed=seed)
 
     def kappa(a: dict[int, int], b: dict[int, int]) -> tuple[dict[str, Any], str]:
         shared = [item for item in a if item in b]
@@ -349,19 +358,19 @@ def people_and_judges(pairs: Path, *judges: Path, seed: int) -> Findings:
         cells[np.arange(len(shared)), [a[i] for i in shared], [b[i] for i in shared]] = 1
         agree = np.mean([a[i] == b[i] for i in shared])
         sums = sum_by_group(cells, home[shared], len(prompts))
-        return bootstrap.estimate(sums, cohen_kappa), f"agree on {agree:.3f} of {len(shared)} pairs"
+        estimate = Jackknife().estimate(sums, cohen_kappa, lowest=lowest_kappa)
+        return estimate, f"agree on {agree:.3f} of {len(shared)} pairs"
 
     for a, b in itertools.combinations(people, 2):
         estimate, note = kappa(votes[a], votes[b])
-        yield Finding(f"kappa of {a} and {b}", **estimate, note=note)
+        yield finding_of(f"kappa of {a} and {b}", estimate, note)
     counted = {item: Counter(votes[name][item] for name in people) for item in votes[people[0]]}
     majority = {item: count.most_common(1)[0][0] for item, count in counted.items() if max(count.values()) >= 2}
     for name in sorted(set(votes) - set(people)):
         estimate, note = kappa(votes[name], majority)
         unread = sum(j.status == "unparsed" for j in records if j.rater.name == name)
-        yield Finding(
-            f"kappa of {name} and the majority", **estimate, note=f"{note}; {unread} replies without a verdict"
-        )
+        note = f"{note}; {unread} replies without a verdict"
+        yield finding_of(f"kappa of {name} and the majority", estimate, note)
 
 
 # ---- Comments
@@ -405,12 +414,11 @@ def remarks(graded: Path, *, seed: int, sentiment: SentimentConfig, reviews: Pat
 # ---- Summaries of stories
 
 
-def summaries(responses: Path, *, seed: int) -> Findings:
+def summaries(responses: Path) -> Findings:
     """Measures how far SQuALITY's workers agree; the intervals resample whole questions.
 
     Args:
         responses: SQuALITY's file of ratings and rankings.
-        seed: of the bootstrap.
     """
     records = readable(read_squality(responses))
     number, questions = index(j.prompt for j in records)
@@ -419,12 +427,12 @@ def summaries(responses: Path, *, seed: int) -> Findings:
         given: dict[str, dict[str, float]] = defaultdict(dict)
         for j in records:
             if isinstance(j, Rating) and j.principle == name:
-                given[j.item][j.rater.name] = j.value
+                given[j.item][j.rater.name] = j.unit
         moments = np.array([interval_moments(list(by_rater.values())) for by_rater in given.values()])
         sums = sum_by_group(moments, [question[item] for item in given], len(questions))
-        estimate = Bootstrap(len(questions), seed=seed).estimate(sums, interval_alpha)
+        estimate = Jackknife().estimate(sums, interval_alpha, lowest=lowest_interval_alpha)
         note = f"{name}: {sum(map(len, given.values()))} ratings of {len(given)} answers"
-        yield Finding("Krippendorff's alpha (interval)", **estimate, note=note)
+        yield finding_of("Krippendorff's alpha (interval)", estimate, note)
     for name in ("correctness", "selection", "overall"):
         agree, asked, pairs = [], [], Counter[tuple[str, int, int, bool]]()
         for j in records:
@@ -436,5 +444,4 @@ def summaries(responses: Path, *, seed: int) -> Findings:
                 asked.append(question[item])
                 agree.append((math.comb(yes, 2) + math.comb(no, 2)) / math.comb(yes + no, 2))
         note = f"{name}: {len(agree)} pairs of answers"
-        interval = bootstrap_ci(agree, seed=seed, groups=asked)
-        yield Finding("two workers rank a pair alike", float(np.mean(agree)), *interval, "", note)
+        yield Finding("two workers rank a pair alike", *share_interval(agree, groups=asked), "", note)

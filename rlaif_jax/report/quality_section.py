@@ -61,7 +61,7 @@ def page_of(report: Mapping[str, Any]) -> FeedbackPage:
     )
     note = (
         f"{report['used']:,} judgements about {report['prompts']:,} prompts. Brackets: {100 * report['level']:g} % intervals, "
-        f"whole prompts resampled.{simulated}"
+        f"over whole prompts.{simulated}"
     )
     return FeedbackPage(report["records"], note, _plots(report["calibration"]), tuple(sorted(found, key=rank)))
 

@@ -16,9 +16,7 @@ from jax.flatten_util import ravel_pytree
 ValueAndGrad = Callable[[Any], tuple[jax.Array, Any]]
 Damping = Callable[[jax.Array, jax.Array], jax.Array]
 """(x, full step) -> the step to take."""
-_Search = tuple[
-    jax.Array, jax.Array, jax.Array, jax.Array
-]  # x [D], steps [], size of the last one [], curvature [D, D]
+_Search = tuple[jax.Array, jax.Array, jax.Array, Any]  # x [D], steps [], size of the last one [], curvature
 
 
 def newton_step(curvature: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -33,41 +31,45 @@ def newton_step(curvature: jax.Array, gradient: jax.Array) -> jax.Array:
 
 def newton(
     gradient: Callable[[jax.Array], jax.Array],
-    curvature: Callable[[jax.Array], jax.Array],
+    curvature: Callable[[jax.Array], Any],
     start: jax.Array,
     *,
     damping: Damping,
+    solve: Callable[[Any, jax.Array], jax.Array] = newton_step,
     max_steps: int = 100,
     tolerance: float = 1e-5,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any]:
     """Minimises a convex function of [D] numbers by Newton's method.
 
-    The search is not meant to be differentiated. `newton_step` from its end, with the curvature held, has the derivative
-    of the optimum (implicit function theorem).
+    The search is not meant to be differentiated. One more `solve` from its end, with the curvature held, has the
+    derivative of the optimum (implicit function theorem).
 
     Args:
         gradient: x [D] -> gradient [D]. It may hold collectives.
-        curvature: x [D] -> positive definite matrix [D, D], the second derivative or an approximation. Likewise.
+        curvature: x [D] -> what `solve` reads: a positive definite matrix [D, D], the second derivative or an
+            approximation. Likewise.
         start: [D], float.
         damping: shortens the full step; `halved` or `capped`.
+        solve: (curvature, gradient) -> the full step [D].
         max_steps: most steps to take.
         tolerance: stops when no entry of the full step is larger than this times (1 + the largest entry of x).
 
     Returns:
-        (x [D], curvature [D, D] at the last step).
+        (x [D], the curvature at the last step).
     """
 
     def iterate(state: _Search) -> _Search:
         x, count, _, _ = state
         matrix = curvature(x)
-        full = newton_step(matrix, gradient(x))
+        full = solve(matrix, gradient(x))
         return x + damping(x, full), count + 1, jnp.max(jnp.abs(full)), matrix
 
     def unfinished(state: _Search) -> jax.Array:
         x, count, size, _ = state
         return (size > tolerance * (1 + jnp.max(jnp.abs(x)))) & (count < max_steps)
 
-    first: _Search = (start, jnp.int32(0), jnp.asarray(jnp.inf, start.dtype), jnp.eye(len(start), dtype=start.dtype))
+    unknown = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(curvature, start))
+    first: _Search = (start, jnp.int32(0), jnp.asarray(jnp.inf, start.dtype), unknown)
     x, _, _, matrix = jax.lax.while_loop(unfinished, iterate, first)
     return x, matrix
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from rlaif_jax.parallel import psum
 from rlaif_jax.rewards.optimise import halved, newton, newton_step
 
+MAX_DENSE = 500
+"""With more items the fits solve by conjugate gradients, in memory that is linear in comparisons and items."""
 NEGATIVE = -1e30  # instead of log 0: finite, so that its gradient is 0 and not NaN
 
 
@@ -209,6 +211,9 @@ def fit_bradley_terry(
 ) -> jax.Array:
     """Finds utilities of items from N comparisons by Newton's method.
 
+    A step is solved directly for up to `MAX_DENSE` items, else by conjugate gradients: 20,000 items and 200,000
+    comparisons take seconds on two cores. The fit gives no standard errors.
+
     Minimises sum_n weight_n `bradley_terry`_n + ridge / 2 sum_i u_i^2. May be differentiated in probability, weight and
     ridge (implicitly, at the optimum).
 
@@ -354,23 +359,47 @@ def _fit_utilities(
         each = jax.vmap(jax.grad(loss))(x[items], *data, weight > 0) * weight[:, None]
         return psum(jnp.zeros(size).at[items].add(each), axis_name) + ridge * x
 
-    def curvature(x: jax.Array, given: _Given) -> jax.Array:
-        weight, data, ridge = given
-        each = jax.vmap(jax.hessian(loss))(x[items], *data, weight > 0) * weight[:, None, None]
+    def curvatures(x: jax.Array, given: _Given) -> jax.Array:
+        weight, data, _ = given
+        return jax.vmap(jax.hessian(loss))(x[items], *data, weight > 0) * weight[:, None, None]
+
+    def dense(x: jax.Array, given: _Given) -> jax.Array:
+        each = curvatures(x, given)
         matrix = psum(jnp.zeros((size, size)).at[items[:, :, None], items[:, None, :]].add(each), axis_name)
         scale = jnp.maximum(jnp.max(jnp.diagonal(matrix)), 1e-6)
         # Constant shifts cost nothing in the loss: any positive curvature along them makes the system regular.
-        return matrix + (ridge + 1e-6 * scale) * jnp.eye(size) + scale / free * jnp.outer(constant, constant)
+        return matrix + (given[2] + 1e-6 * scale) * jnp.eye(size) + scale / free * jnp.outer(constant, constant)
+
+    def sparse(x: jax.Array, given: _Given) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the curvature of each comparison, the diagonal of all of them, and the ridge."""
+        each = curvatures(x, given)
+        own = jnp.diagonal(each, axis1=1, axis2=2)
+        return each, psum(jnp.zeros(size).at[items].add(own), axis_name), given[2]
+
+    def conjugate_gradients(curvature: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array) -> jax.Array:
+        each, diagonal, ridge = curvature
+        scale = jnp.maximum(jnp.max(diagonal), 1e-6)
+        ridge = ridge + 1e-6 * scale
+
+        def times(v: jax.Array) -> jax.Array:
+            parts = jnp.einsum("nij,nj->ni", each, v[items])
+            shift = scale / free * constant * jnp.sum(constant * v)
+            return psum(jnp.zeros(size).at[items].add(parts), axis_name) + ridge * v + shift
+
+        preconditioner = lambda v: v / (diagonal + ridge + scale / free * constant)
+        return -jax.scipy.sparse.linalg.cg(times, gradient, tol=1e-5, maxiter=1000, M=preconditioner)[0]
 
     given: _Given = (weight, data, jnp.float32(ridge))
     frozen = jax.lax.stop_gradient(given)
+    curvature, solve = (dense, newton_step) if size <= MAX_DENSE else (sparse, conjugate_gradients)
     optimum, matrix = newton(
         lambda x: gradient(x, frozen),
         lambda x: curvature(x, frozen),
         jnp.zeros(size),
         damping=halved(lambda x: objective(x, frozen)),
+        solve=solve,
     )
     # One more step from the end of the search is differentiated, with the curvature held: its derivative is that of the
     # optimum (implicit function theorem).
-    x = optimum + newton_step(matrix, gradient(optimum, given))
+    x = optimum + solve(matrix, gradient(optimum, given))
     return x - constant * jnp.sum(x * constant) / free

@@ -11,8 +11,8 @@ import pytest
 
 from experiments.what_to_ask import AskConfig
 from rlaif_jax.config import UserError
-from rlaif_jax.quality.label_curves import labels_to_reach, saved_share, smoothed
 from rlaif_jax.recipes.asking import AskingConfig
+from rlaif_jax.recipes.label_curves import labels_to_reach, saved_share, smoothed
 
 ROOT = Path(__file__).resolve().parents[2]
 

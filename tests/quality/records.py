@@ -5,7 +5,7 @@ import numpy as np
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 
 ANN, BOB, JUDGE = Rater("ann", "person"), Rater("bob", "person"), Rater("judge", "ai")
-FAST = {"resamples": 200, "reliability": False}
+FAST = {"reliability": False}
 """Options of `quality` for a quick report."""
 
 

@@ -137,19 +137,18 @@ def test_what_is_missing_is_counted_by_length_and_generator_and_is_never_a_loss(
     )
 
 
-def test_a_report_is_a_function_of_records_and_seed_with_intervals_around_its_values():
-    one, same, other = (quality(everything(), seed=s, **FAST) for s in (1, 1, 2))
-    assert one == same != other
+def test_a_report_is_a_function_of_its_records_with_intervals_around_its_values():
+    one, same = (quality(everything(), **FAST) for _ in range(2))
+    assert one == same
     assert all(math.isfinite(n) for n in numbers(one))
     estimates = []
 
     def walk(value):
         if isinstance(value, dict):
-            if set(value) == {"value", "low", "high"}:
+            if {"value", "low", "high"} <= set(value) and "reason" not in value:
                 estimates.append(value)
-            for key, v in value.items():
-                if key != "ece":  # noise makes it larger, more so in resamples
-                    walk(v)
+            for v in value.values():
+                walk(v)
         elif isinstance(value, list):
             for v in value:
                 walk(v)

@@ -3,27 +3,25 @@
 import numpy as np
 import pytest
 
-from rlaif_jax.quality.bootstrap import Bootstrap, bootstrap_ci
-from rlaif_jax.quality.statistics import interval_alpha, interval_moments
+from rlaif_jax.quality.intervals import Jackknife, share_interval
+from rlaif_jax.quality.statistics import interval_alpha, interval_moments, lowest_interval_alpha
 from rlaif_jax.recipes.published import compare_models, ranked, summaries
 from tests.recipes.squality_file import turning, upwards, write_squality
 
 
-def test_workers_agreement_is_resampled_by_question(tmp_path):
+def test_the_interval_of_workers_agreement_is_over_questions(tmp_path):
     """In even questions the second worker agrees in everything, in odd ones in nothing."""
-    rows = list(summaries(write_squality(tmp_path, upwards, turning), seed=0))
+    rows = list(summaries(write_squality(tmp_path, upwards, turning)))
     alphas, alike = rows[:3], rows[3:]
     moments = [
-        sum(interval_moments([90.0 - 30 * k, 90.0 - 30 * (2 - k if q % 2 else k)]) for k in range(3)) for q in range(12)
+        sum(interval_moments([0.9 - 0.3 * k, 0.9 - 0.3 * (2 - k if q % 2 else k)]) for k in range(3)) for q in range(12)
     ]
-    expected = Bootstrap(12).estimate(np.array(moments), interval_alpha)
+    expected = Jackknife().estimate(np.array(moments), interval_alpha, lowest=lowest_interval_alpha)
     for row in alphas:
         assert (row.value, row.low, row.high) == pytest.approx(tuple(expected[k] for k in ("value", "low", "high")))
     by_question = [float(q % 2 == 0) for q in range(12)]
     for row in alike:
-        assert row.value == 0.5
-        low, high = bootstrap_ci(by_question, seed=0)
-        assert row.high - row.low == pytest.approx(high - low, abs=0.1)
+        assert (row.value, row.low, row.high) == pytest.approx(share_interval(by_question))
 
 
 def test_an_item_that_no_rating_is_left_of_is_not_compared():

@@ -273,28 +273,30 @@ def read_mlqe_ratings(path: Path) -> ReadResult:
 def _raters_of_lines(points: np.ndarray) -> list[int]:
     """Returns the number of the rater of each (score, z-score), 1 = the rater with most scores.
 
-    The number is 0 for a point that lies on no line with two others.
+    The number is 0 for a point that lies on no line with two others. Each point that is on no known line looks for the
+    line through it with most points, in memory that is linear in the number of points, and in time that is linear where
+    most points are on lines.
     """
     if not len(points):
         return []
     distinct, index, counts = np.unique(points, axis=0, return_inverse=True, return_counts=True)
     score, z = distinct.T
-    first, second = np.triu_indices(len(distinct), 1)
-    step, rise = score[second] - score[first], z[second] - z[first]
-    usable = (step != 0) & (rise * step > 0)
-    first, second, step, rise = first[usable], second[usable], step[usable], rise[usable]
-    deviation = step / rise
-    mean = score[first] - z[first] * deviation
-    line = np.rint(deviation * 1e5) + 1j * np.rint(mean * 1e5)  # a pair in one number: unique is fast on those
-    lines, on_line, votes = np.unique(line, return_inverse=True, return_counts=True)
-    best = np.full((len(distinct), 2), 0)  # votes, and line + 1, of the best line through each point
-    for end in (first, second):
-        np.maximum.at(best[:, 0], end, votes[on_line])
-    for end in (first, second):
-        on_best = votes[on_line] == best[end, 0]
-        best[end[on_best], 1] = on_line[on_best] + 1
-    line_of = np.where(best[:, 0] >= 3, best[:, 1], 0)  # at five decimals, three points on a line are no coincidence
-    weight = np.bincount(line_of, weights=counts, minlength=len(lines) + 1)
+    line_of, size = np.zeros(len(distinct), int), np.zeros(len(distinct), int)
+    for pivot in range(len(distinct)):
+        if line_of[pivot]:
+            continue
+        step, rise = score - score[pivot], z - z[pivot]
+        usable = np.flatnonzero(step * rise > 0)
+        deviation = step[usable] / rise[usable]
+        mean = score[pivot] - z[pivot] * deviation
+        line = np.rint(deviation * 1e5) + 1j * np.rint(mean * 1e5)  # a pair in one number: unique is fast on those
+        _, on_line, others = np.unique(line, return_inverse=True, return_counts=True)
+        if not len(others) or others.max() < 2:  # at five decimals, three points on a line are no coincidence
+            continue
+        members = np.append(usable[on_line == others.argmax()], pivot)
+        members = members[size[members] < len(members)]  # a point of two lines is on the longer one
+        line_of[members], size[members] = line_of.max() + 1, others.max() + 1
+    weight = np.bincount(line_of, weights=counts)
     weight[0] = 0
     order = np.argsort(-weight, kind="stable")
     rank = np.empty(len(order), int)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlaif_jax.quality.label_curves import labels_to_reach, saved_share, smoothed, t_interval
+from rlaif_jax.recipes.label_curves import labels_to_reach, saved_share, smoothed, t_interval
 
 
 @pytest.mark.parametrize(
