@@ -58,7 +58,10 @@ def _served_model(url: str, name: str, key_env: str) -> ChatModel:
             raise UserError(
                 f"the model does not answer ({type(error).__name__}); your message is kept, try again"
             ) from error
-        return (found.choices[0].message.content or "").strip()
+        message = found.choices[0].message if found.choices else None
+        if message is None:  # as a proxy may write it whose own server failed
+            raise UserError("the model's server sent no reply; your message is kept, try again")
+        return (message.content or "").strip()
 
     return reply
 

@@ -52,6 +52,28 @@ def test_a_key_goes_only_where_it_is_named_for(monkeypatch):
         open_chat_model(url, key_env="NO_KEY")
 
 
+@pytest.mark.parametrize("body", ['{"choices": []}', '{"choices": null}', '{"choices": [{"message": null}]}', "{}"])
+def test_a_response_without_a_reply_is_a_message(body):
+    """As proxies send them with status 200 when the server behind them has failed."""
+    pytest.importorskip("openai", reason="served models are reached with the package openai")
+
+    class Empty(Model):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reply = open_chat_model(f"http://127.0.0.1:{server.server_port}/v1")
+        with pytest.raises(UserError, match="sent no reply; your message is kept"):
+            reply("", [Turn("hello", None)])
+        server.shutdown()
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         open_chat_model(str(tmp_path))
