@@ -59,7 +59,7 @@ def both_orders(
         in nats, is positive for a judge that favours the answer shown first.
     """
     forward, swapped = _float(forward), _float(swapped)
-    first, second = (jax.scipy.special.logit(jnp.clip(p, CLIP, 1 - CLIP)) for p in (forward, swapped))
+    first, second = (jnp.log(jnp.maximum(p, CLIP)) - jnp.log(jnp.maximum(1 - p, CLIP)) for p in (forward, swapped))
     better = jax.nn.sigmoid((first - second) / 2) if how == "logit" else (forward + 1 - swapped) / 2
     return better, (first + second) / 2
 
