@@ -7,7 +7,7 @@ FOLDER holds the published files as their authors keep them, each data set in it
 
     get_another_label/BarzanMozafari_labels.txt, _evaluation.txt      github.com/ipeirotis/Get-Another-Label
     mlqe_pe/pe.en-de-dev.tar.gz, da.en-de-dev.tar.gz, da.en-de-train.tar.gz  github.com/sheffieldnlp/mlqe-pe
-    llmbar/LLMBar_Natural.json, llmbar_judges/Natural.MODEL.WAY.json   github.com/princeton-nlp/LLMBar
+    llmbar/LLMBar_SUBSET.json, llmbar_judges/SUBSET.MODEL.WAY.json     github.com/princeton-nlp/LLMBar
     pandalm/testset-v1.jsonl, *-testset-v1.jsonl                       github.com/WeOpenML/PandaLM
     prometheus/vicuna_eval.json                                        github.com/prometheus-eval/prometheus-eval
     squality/all-responses.jsonl                                       github.com/nyu-mll/SQuALITY
@@ -79,6 +79,7 @@ def sections(config: RealConfig) -> tuple[Section, ...]:
     seed = config.seed
     panda = tuple(f"pandalm/{name}testset-v1.jsonl" for name in ("", "gpt-3.5-turbo-", "pandalm-7b-"))
     barzan = tuple(f"get_another_label/BarzanMozafari_{name}.txt" for name in ("labels", "evaluation"))
+    subsets = sorted(path.name for path in (config.data / "llmbar").glob("LLMBar_*.json")) or ["LLMBar_Natural.json"]
     read_remarks = partial(remarks, seed=seed, sentiment=config.sentiment, reviews=config.data / "sentiment")
     return (
         Section("BarzanMozafari: 5,000 labels of 83 workers", barzan, crowd_labels),
@@ -88,10 +89,13 @@ def sections(config: RealConfig) -> tuple[Section, ...]:
             ("mlqe_pe/da.en-de-dev.tar.gz", "mlqe_pe/da.en-de-train.tar.gz"),
             partial(ratings, seed=seed),
         ),
-        Section(
-            "LLMBar: AI judges in both orders",
-            ("llmbar/LLMBar_Natural.json", "llmbar_judges"),
-            judge_in_both_orders,
+        *(
+            Section(
+                f"{subset.removesuffix('.json').replace('_', ' ')}: AI judges in both orders",
+                (f"llmbar/{subset}", "llmbar_judges"),
+                judge_in_both_orders,
+            )
+            for subset in subsets
         ),
         Section("PandaLM: people and AI judges", panda, people_and_judges),
         Section("prometheus: GPT-4's remarks and scores", ("prometheus/vicuna_eval.json",), read_remarks),

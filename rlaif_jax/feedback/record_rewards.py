@@ -102,12 +102,13 @@ def standard_rating(
         judgements: the judgements of each answer; only ratings count.
     """
     ratings = [(row, j) for row, given in enumerate(judgements) for j in given if isinstance(j, Rating) and j.answered]
-    names = {name: i for i, name in enumerate(sorted({j.rater.name for _, j in ratings}))}
+    key = lambda rater: (rater.name, rater.source, rater.model, rater.wording)  # two wordings are two raters
+    names = {name: i for i, name in enumerate(sorted({key(j.rater) for _, j in ratings}))}
     # A power of two of ratings and raters, so that few programs are compiled.
     size, num_raters = next_power_of_two(max(len(ratings), len(answers))), next_power_of_two(len(names))
     item, rater, value, weight = (np.zeros(size, t) for t in (np.int32, np.int32, np.float32, np.float32))
     for i, (row, j) in enumerate(ratings):
-        item[i], rater[i], value[i], weight[i] = row, names[j.rater.name], j.unit, 1.0
+        item[i], rater[i], value[i], weight[i] = row, names[key(j.rater)], j.unit, 1.0
     fitted = _z_score_mean(item, rater, value, weight, num_items=len(answers), num_raters=num_raters)
     return Feedback.single(np.asarray(fitted.value, np.float32), np.asarray(fitted.valid))
 

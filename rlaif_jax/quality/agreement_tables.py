@@ -1,11 +1,18 @@
-"""Agreement tables of the quality report, of raters and of sources, with trivial baselines."""
+"""Agreement tables of the quality report, with trivial baselines.
+
+Raters are compared with raters, sources with sources, and judges with people.
+
+Adjudications are no opinions: they take no part in the agreement of raters and of sources. Where judges are compared
+with people as the truth ("judges"), an adjudication alone is the truth of its task.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +25,12 @@ from rlaif_jax.quality.clusters import (
     EstimateFields,
     GroupedRows,
     VoteShares,
+    is_judge,
     missing_estimate,
+    rater_fields,
     ratio,
     sort_by_source,
+    source_shares,
 )
 from rlaif_jax.quality.intervals import Jackknife
 from rlaif_jax.quality.values import Floats, divide
@@ -28,6 +38,7 @@ from rlaif_jax.quality.votes import FIRST, SECOND, Votes
 
 MAX_LEVELS = 40
 """With more different values ratings are compared as numbers, not as categories."""
+_SAME = "both used one and the same category"
 
 
 def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife) -> dict[str, Any]:
@@ -40,14 +51,15 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife)
 
     Returns:
         Tables of JSON values. "sources" and "raters" have a row for each two sources and each two raters, with
-        agreement and kappa; "raters_left_out" is the number of rows of raters left out; "alpha" is Krippendorff's
-        alpha by source.
+        agreement and kappa; "raters_left_out" is the number of rows of raters left out; "judges" has a row for each
+        judge, with its agreement with the people's vote as the truth; "alpha" is Krippendorff's alpha by source.
     """
     # Row of two raters: 9 cells of the confusion matrix; the longer answer's and the first shown's share of the second
     # rater's verdict; 1; 1 if it is recorded which answer was shown first.
     shown = _first_shown_shares(votes)
     first_shown = lambda pair, rater: (shown.get((pair, rater), 0.0), 1.0, float((pair, rater) in shown))
-    groups, alpha = GroupedRows(votes.count), GroupedRows(votes.count)
+    groups, judges, alpha = GroupedRows(votes.count), GroupedRows(votes.count), GroupedRows(votes.count)
+    truth = source_shares(votes, shares, votes.people("comparisons"))
     for index, by_rater in shares.items():
         pair = votes.pairs[index]
         longer = np.array([1.0, 0, 0]) if pair.longer > 0 else np.array([0, 0, 1.0])
@@ -60,24 +72,37 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife)
             _add_rater_pair(groups, votes, (one, two), pair.cluster, row, swapped)
         for source, given in _shared_values(votes, by_rater):
             alpha.add(source, pair.cluster, stats.coincidences(np.stack(given)))
+        for rater in filter(partial(is_judge, votes), by_rater if index in truth else ()):
+            judges.add(rater, pair.cluster, np.outer(by_rater[rater], truth[index]))
+
+    def agree(confusion: Floats) -> dict[str, Any]:
+        return {
+            "agreement": bootstrap.estimate(confusion, stats.observed_agreement, share=True),
+            "kappa": bootstrap.estimate(confusion, stats.cohen_kappa, lowest=stats.lowest_kappa, reason=_SAME),
+        }
 
     def described(key: Any) -> dict[str, Any]:
         sums = groups.sums(key)
         confusion = sums[:, :9].reshape(-1, 3, 3)
         return _pair_names(votes, key) | {
             "count": groups.size(key),
-            "agreement": bootstrap.estimate(confusion, stats.observed_agreement, share=True),
-            "kappa": bootstrap.estimate(
-                confusion,
-                stats.cohen_kappa,
-                lowest=stats.lowest_kappa,
-                reason="both used one and the same category",
-            ),
+            **agree(confusion),
             "longer": bootstrap.estimate(sums[:, [9, 11]], ratio(0, 1), share=True),
             "first": bootstrap.estimate(sums[:, [10, 12]], ratio(0, 1), share=True, reason="the order is not recorded"),
         }
 
-    return _agreement_rows(groups, described) | {"alpha": _alphas(alpha, bootstrap)}
+    return _agreement_rows(groups, described) | {
+        "judges": _judge_rows(votes, judges, agree),
+        "alpha": _alphas(alpha, bootstrap),
+    }
+
+
+def _judge_rows(votes: Votes, groups: GroupedRows, agree: Callable[[Floats], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row for each judge: who it is, how much it judged, and `agree` of its sums."""
+    return [
+        rater_fields(votes, rater) | {"count": groups.size(rater)} | agree(groups.sums(rater))
+        for rater in groups.largest_first()
+    ]
 
 
 def _add_rater_pair(
@@ -88,7 +113,7 @@ def _add_rater_pair(
     `swapped` is the row with the two raters exchanged.
     """
     groups.add(("raters", *raters), cluster, row)
-    first, second = (votes.raters[rater][1] for rater in raters)
+    first, second = (votes.raters[rater].source for rater in raters)
     # Within one source neither rater is the rows': count both ways.
     groups.add(("sources", first, second), cluster, (row + swapped) / 2 if first == second else row)
 
@@ -96,14 +121,14 @@ def _add_rater_pair(
 def _shared_values(votes: Votes, by_rater: Mapping[int, Any]) -> Iterator[tuple[str, list[Any]]]:
     """Yields each source, and "all", with the values of its raters, where two or more gave one."""
     for source in (*SOURCES, "all"):
-        given = [value for rater, value in by_rater.items() if source in ("all", votes.raters[rater][1])]
+        given = [value for rater, value in by_rater.items() if source in ("all", votes.raters[rater].source)]
         if len(given) >= 2:
             yield source, given
 
 
 def _pair_names(votes: Votes, key: Any) -> dict[str, Any]:
     kind, one, two = key
-    return {"a": one, "b": two} if kind == "sources" else {"a": votes.raters[one][0], "b": votes.raters[two][0]}
+    return {"a": one, "b": two} if kind == "sources" else {"a": votes.raters[one].label, "b": votes.raters[two].label}
 
 
 def _agreement_rows(groups: GroupedRows, described: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -190,20 +215,22 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
         Tables in the shape of `comparison_agreement`.
     """
     marks = _mean_marks(votes)
-    groups, moments = GroupedRows(votes.count), GroupedRows(votes.count)
+    truth = _true_marks(votes, marks)
+    groups, judges, moments = GroupedRows(votes.count), GroupedRows(votes.count), GroupedRows(votes.count)
     units: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
     levels = sorted({round(value, 9) for by_rater in marks.values() for value in by_rater.values()})
     place = {value: i for i, value in enumerate(levels)}
     for answer, by_rater in marks.items():
         cluster = votes.answers[answer]
         for one, two in itertools.combinations(sort_by_source(votes, by_rater), 2):
-            a, b = by_rater[one], by_rater[two]
-            row = np.array([abs(a - b) < 1e-9, 1, a, b, a * a, b * b, a * b])
+            row = _rating_row(by_rater[one], by_rater[two])
             _add_rater_pair(groups, votes, (one, two), cluster, row, row[[0, 1, 3, 2, 5, 4, 6]])
         for source, given in _shared_values(votes, by_rater):
             moments.add(source, cluster, stats.interval_moments(given))
             if len(levels) <= MAX_LEVELS:
                 units[source].append((cluster, [place[round(value, 9)] for value in given]))
+        for rater in filter(partial(is_judge, votes), by_rater if answer in truth else ()):
+            judges.add(rater, cluster, _rating_row(by_rater[rater], truth[answer]))
 
     def chance(s: Floats) -> Floats:
         n, a, b, aa, bb = (s[..., i] for i in range(1, 6))
@@ -221,16 +248,17 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
         spread = _positive(n * aa - a * a, n * aa) * _positive(n * bb - b * b, n * bb)
         return divide(n * ab - a * b, np.sqrt(spread))
 
-    def described(key: Any) -> dict[str, Any]:
-        sums = groups.sums(key)
-        return _pair_names(votes, key) | {
-            "count": groups.size(key),
+    def agree(sums: Floats) -> dict[str, Any]:
+        return {
             "agreement": bootstrap.estimate(sums, ratio(0, 1), share=True),
             "kappa": bootstrap.estimate(sums, kappa, lowest=lowest_kappa, reason="all values are the same"),
             "correlation": bootstrap.estimate(
                 sums, correlation, lowest=-1.0, reason="one side gave always the same value"
             ),
         }
+
+    def described(key: Any) -> dict[str, Any]:
+        return _pair_names(votes, key) | {"count": groups.size(key)} | agree(groups.sums(key))
 
     many = f"more than {MAX_LEVELS} different values: read the interval alpha"
     kinds: tuple[stats.Level, ...] = ("nominal", "ordinal")
@@ -254,9 +282,169 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
         }
         for source in moments.largest_first()
     ]
-    return _agreement_rows(groups, described) | {"alpha": rows}
+    return _agreement_rows(groups, described) | {"judges": _judge_rows(votes, judges, agree), "alpha": rows}
+
+
+def _rating_row(a: float, b: float) -> Floats:
+    """Returns the row [7] of two ratings of an answer, whose sums the statistics of ratings read."""
+    return np.array([abs(a - b) < 1e-9, 1, a, b, a * a, b * b, a * b])
+
+
+def _true_marks(votes: Votes, marks: Mapping[int, Mapping[int, float]]) -> dict[int, float]:
+    """Returns answer -> the people's rating: the adjudication, or the mean of their ratings."""
+    people = votes.people("ratings")
+    found = {}
+    for answer, by_rater in marks.items():
+        given = [value for rater, value in by_rater.items() if votes.raters[rater].source == people]
+        if given:
+            found[answer] = float(np.mean(given))
+    return found | {answer: value for (source, answer), value in votes.settled.items() if source == people}
 
 
 def _positive(value: Floats, scale: Floats) -> Floats:
     """Returns `value`, 0 where it is only the rounding of a difference of sums of size `scale`."""
     return np.where(value <= 1e-12 * scale, 0.0, value)
+
+
+# ---- Labels
+
+
+def label_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
+    """Computes how far raters agree on labels: choices among three or more options.
+
+    Labels are compared by what was chosen; that two options were both not chosen is no agreement about them. Time and
+    memory are linear in the number of options.
+
+    Args:
+        votes: all votes; its labels are compared.
+        bootstrap: computes the intervals.
+
+    Returns:
+        Tables in the shape of `comparison_agreement`. For comparison "most_common" is how often the other rater (or
+        people) chose what it chose most often. The alpha is nominal.
+    """
+    given: dict[int, dict[int, Counter[int]]] = defaultdict(lambda: defaultdict(Counter))
+    for label in votes.labels:
+        given[label.item][label.rater][label.option] += 1
+    shares = {item: {rater: _shares(counts) for rater, counts in by_rater.items()} for item, by_rater in given.items()}
+    people = votes.people("labels")
+    truth = {item: {option: 1.0} for (source, item), option in votes.chosen.items() if source == people}
+    groups: dict[Any, list[_Both]] = defaultdict(list)
+    units: dict[str, list[tuple[int, list[Choice]]]] = defaultdict(list)
+    for item, by_rater in shares.items():
+        cluster = votes.labelled[item]
+        for one, two in itertools.combinations(sort_by_source(votes, by_rater), 2):
+            both = (cluster, by_rater[one], by_rater[two])
+            groups["raters", one, two].append(both)
+            groups["sources", votes.raters[one].source, votes.raters[two].source].append(both)
+        for source, choices in _shared_values(votes, by_rater):
+            units[source].append((cluster, choices))
+        by_people = [choice for rater, choice in by_rater.items() if votes.raters[rater].source == people]
+        if by_people and item not in truth:
+            truth[item] = _mean_choice(by_people)
+        for rater in filter(partial(is_judge, votes), by_rater if item in truth else ()):
+            groups["judges", rater].append((cluster, by_rater[rater], truth[item]))
+
+    def agree(key: Any) -> dict[str, Any]:
+        sums = _label_sums(groups[key], votes.count, both_ways=key[0] == "sources" and key[1] == key[2])
+        size = (sums.shape[1] - 2) // 2
+        expected = lambda s: divide((s[..., 2 : 2 + size] * s[..., 2 + size :]).sum(-1), s[..., 1] ** 2)
+        chance = lambda s: _positive(1 - expected(s), np.ones(()))
+        kappa = lambda s: 1 - divide(1 - divide(s[..., 0], s[..., 1]), chance(s))
+        lowest = lambda s: 1 - divide(np.ones(()), chance(s))  # they never chose the same
+        most_common = lambda s: divide(s[..., 2 + size :].max(-1), s[..., 1])
+        return {
+            "agreement": bootstrap.estimate(sums, ratio(0, 1), share=True),
+            "kappa": bootstrap.estimate(sums, kappa, lowest=lowest, reason=_SAME),
+            "most_common": bootstrap.estimate(sums, most_common, share=True),
+        }
+
+    def alpha(source: str) -> EstimateFields:
+        sums = _unit_sums(units[source], votes.count)
+        never = lambda s: _label_alpha(np.concatenate([np.zeros_like(s[..., :1]), s[..., 1:]], axis=-1))
+        return bootstrap.estimate(sums, _label_alpha, lowest=never, reason="all labels are the same")
+
+    largest = lambda keys: sorted(keys, key=lambda key: -len(groups[key]))
+    described = lambda key: _pair_names(votes, key) | {"count": len(groups[key])} | agree(key)
+    raters = largest(key for key in groups if key[0] == "raters")
+    return {
+        "sources": [described(key) for key in largest(key for key in groups if key[0] == "sources")],
+        "raters": [described(key) for key in raters[:MAX_ROWS]],
+        "raters_left_out": max(0, len(raters) - MAX_ROWS),
+        "judges": [
+            rater_fields(votes, key[1]) | {"count": len(groups[key])} | agree(key)
+            for key in largest(key for key in groups if key[0] == "judges")
+        ],
+        "alpha": [
+            {"source": source, "count": len(units[source]), "nominal": alpha(source)}
+            for source in sorted(units, key=lambda source: -len(units[source]))
+        ],
+    }
+
+
+Choice = Mapping[int, float]  # option -> share of a rater's labels of a thing
+_Both = tuple[int, Choice, Choice]  # prompt, one rater's choice, the other's
+
+
+def _shares(counts: Counter[int]) -> dict[int, float]:
+    return {option: count / counts.total() for option, count in counts.items()}
+
+
+def _mean_choice(choices: Sequence[Choice]) -> dict[int, float]:
+    options = dict.fromkeys(option for choice in choices for option in choice)
+    return {option: sum(choice.get(option, 0.0) for choice in choices) / len(choices) for option in options}
+
+
+def _same_choice(one: Choice, two: Choice) -> float:
+    """Returns the probability that a label of each choice is the same."""
+    return sum(share * two.get(option, 0.0) for option, share in one.items())
+
+
+def _numbered(choices: Iterable[Choice]) -> dict[int, int]:
+    """Returns option -> its column, for the options that occur."""
+    return {option: column for column, option in enumerate(sorted({option for choice in choices for option in choice}))}
+
+
+def _label_sums(rows: Sequence[_Both], count: int, *, both_ways: bool) -> Floats:
+    """Returns sums [count, 2 + 2 C] by prompt of rows of two raters.
+
+    The columns are: same choice, 1, the C options of the one, those of the other.
+    With `both_ways` neither rater is the first, and each row is counted with the raters exchanged, too, at half weight.
+    """
+    column = _numbered(choice for _, *both in rows for choice in both)
+    sums = np.zeros((count, 2 + 2 * len(column)))
+    for cluster, one, two in rows:
+        sums[cluster, :2] += _same_choice(one, two), 1
+        for side, choice in enumerate((one, two)):
+            for option, share in choice.items():
+                for place, weight in ((side, 0.5), (1 - side, 0.5)) if both_ways else ((side, 1.0),):
+                    sums[cluster, 2 + place * len(column) + column[option]] += weight * share
+    return sums
+
+
+def _unit_sums(units: Sequence[tuple[int, Sequence[Choice]]], count: int) -> Floats:
+    """Returns the sums [count, 1 + C] by prompt that `_label_alpha` reads.
+
+    `units` are the things that two or more raters labelled.
+    """
+    column = _numbered(choice for _, choices in units for choice in choices)
+    sums = np.zeros((count, 1 + len(column)))
+    for cluster, choices in units:
+        total = _mean_choice(choices)
+        pairs = len(choices) ** 2 * _same_choice(total, total) - sum(_same_choice(c, c) for c in choices)
+        sums[cluster, 0] += pairs / (len(choices) - 1)
+        for choice in choices:
+            for option, share in choice.items():
+                sums[cluster, 1 + column[option]] += share
+    return sums
+
+
+def _label_alpha(sums: Floats) -> Floats:
+    """Computes Krippendorff's nominal alpha from the coincidence matrix's trace and margins [..., 1 + C].
+
+    It is `statistics.krippendorff_alpha` without the matrix, whose size is the square of the number of options.
+    """
+    same, margins = sums[..., 0], sums[..., 1:]
+    total = margins.sum(-1)
+    spread = _positive(total**2 - (margins**2).sum(-1), total**2)
+    return 1 - divide((total - same) * (total - 1), spread)

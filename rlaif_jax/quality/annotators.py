@@ -117,7 +117,7 @@ class AgreementTally:
 def _values(record: Judgement) -> list[tuple[Hashable, float]]:
     """Returns (part of the task, value) of each number that a record holds."""
     if isinstance(record, Rating) and record.answered:
-        return [(0, record.unit)]  # tasks may differ in their scales
+        return [(0, round(record.unit, 9))]  # tasks may differ in their scales, and 2 of 0 .. 10 is 1.2 of 1 .. 2
     if isinstance(record, Ranking) and record.answered:
         return [((i, j), chance) for i, j, chance in record.pairs()]
     return []

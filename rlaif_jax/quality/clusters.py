@@ -35,10 +35,10 @@ def sort_by_source(votes: Votes, raters: Iterable[int]) -> list[int]:
     """Returns rater numbers in the order of `SOURCES`, then of their numbers.
 
     Args:
-        votes: holds the name and source of each rater.
+        votes: holds the label and source of each rater.
         raters: the rater numbers.
     """
-    return sorted(raters, key=lambda rater: (SOURCES.index(votes.raters[rater][1]), rater))
+    return sorted(raters, key=lambda rater: (SOURCES.index(votes.raters[rater].source), rater))
 
 
 class GroupedRows:
@@ -84,19 +84,30 @@ def missing_estimate(reason: str) -> EstimateFields:
 
 
 def rater_fields(votes: Votes, rater: int) -> dict[str, Any]:
-    """Returns the name and source of a rater, the first fields of its row in a table.
+    """Returns the label and source of a rater, the first fields of its row in a table.
 
     Args:
-        votes: holds the name and source of each rater.
+        votes: holds the label and source of each rater.
         rater: the number of the rater.
     """
-    return {"rater": votes.raters[rater][0], "source": votes.raters[rater][1]}
+    return {"rater": votes.raters[rater].label, "source": votes.raters[rater].source}
 
 
-def mean_preference(votes: Votes, shares: VoteShares, source: str | None) -> dict[int, float]:
-    """Returns pair -> mean preference for the first answer by the raters of one source.
+def is_judge(votes: Votes, rater: int) -> bool:
+    """Returns whether a rater is one that is compared with people: an AI or a rule.
 
-    The preference is wins plus half the ties. Pairs that the source did not judge are left out.
+    Args:
+        votes: holds the label and source of each rater.
+        rater: the number of the rater.
+    """
+    return votes.raters[rater].source in ("ai", "rule")
+
+
+def source_shares(votes: Votes, shares: VoteShares, source: str | None) -> dict[int, Floats]:
+    """Returns pair -> the vote of a source [3], a distribution over (first, tie, second).
+
+    It is the mean vote of the source's raters; where the source adjudicated the pair, it is the adjudication alone.
+    Pairs that the source did not judge are left out.
 
     Args:
         votes: all votes.
@@ -105,7 +116,20 @@ def mean_preference(votes: Votes, shares: VoteShares, source: str | None) -> dic
     """
     found = {}
     for pair, by_rater in shares.items():
-        given = [float(vote @ PREFERENCE) for rater, vote in by_rater.items() if votes.raters[rater][1] == source]
+        given = [vote for rater, vote in by_rater.items() if votes.raters[rater].source == source]
         if given:
-            found[pair] = float(np.mean(given))
-    return found
+            found[pair] = np.mean(given, axis=0)
+    return found | {pair: np.eye(3)[category] for (of, pair), category in votes.decided.items() if of == source}
+
+
+def mean_preference(votes: Votes, shares: VoteShares, source: str | None) -> dict[int, float]:
+    """Returns pair -> preference of one source for the first answer.
+
+    The preference is wins plus half the ties, from `source_shares`.
+
+    Args:
+        votes: all votes.
+        shares: pair -> rater -> shares of first, tie and second, from `votes`.
+        source: one of `SOURCES`; None gives no pairs.
+    """
+    return {pair: float(vote @ PREFERENCE) for pair, vote in source_shares(votes, shares, source).items()}

@@ -7,13 +7,13 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from scipy.special import logit
 
 from rlaif_jax.quality.calibration import debiased_calibration_error
 from rlaif_jax.quality.clusters import (
     PREFERENCE,
     GroupedRows,
     VoteShares,
+    is_judge,
     mean_preference,
     rater_fields,
     ratio,
@@ -25,7 +25,9 @@ from rlaif_jax.quality.statistics import (
     fold_predictions,
     reliability_bins,
 )
+from rlaif_jax.quality.values import divide
 from rlaif_jax.quality.votes import FIRST, SECOND, TIE, Votes
+from rlaif_jax.rewards.log_odds import log_odds
 
 # ---- Habits of raters
 
@@ -64,10 +66,6 @@ def verdict_habits(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     ]
 
 
-def _logit(p: float) -> float:
-    return float(logit(min(max(p, 1e-4), 1 - 1e-4)))  # one certain verdict should not be the whole mean
-
-
 def order_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     """Computes the consistency and position bias of each rater that judged pairs in both orders.
 
@@ -92,7 +90,7 @@ def order_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]
         for one, two in itertools.product(front, back):
             same = {(FIRST, SECOND), (SECOND, FIRST)}
             known = bool(np.isfinite(one.chance) and np.isfinite(two.chance))
-            bias = (_logit(one.chance) + _logit(1 - two.chance)) / 2 if known else 0.0
+            bias = (log_odds(one.chance) + log_odds(1 - two.chance)) / 2 if known else 0.0
             rows.append([one.category == two.category, (one.category, two.category) in same, bias, known, 1])
         if rows:
             groups.add(rater, votes.pairs[pair].cluster, np.mean(np.array(rows, float), axis=0))
@@ -121,16 +119,18 @@ def repeat_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any
         two answers, as a share of the scale.
     """
     asked: dict[tuple[str, int, int, bool | None], list[float]] = defaultdict(list)
+    homes = {"comparison": [pair.cluster for pair in votes.pairs], "rating": votes.answers, "label": votes.labelled}
     for vote in votes.votes:
         asked["comparison", vote.pair, vote.rater, vote.front].append(vote.category)
     for mark in votes.marks:
         asked["rating", mark.answer, mark.rater, False].append(mark.value)
+    for label in votes.labels:
+        asked["label", label.item, label.rater, False].append(label.option)
     groups = GroupedRows(votes.count)
     for (form, index, rater, _), values in asked.items():
         if len(values) >= 2:
             gaps = [abs(a - b) for a, b in itertools.combinations(values, 2)]
-            cluster = votes.pairs[index].cluster if form == "comparison" else votes.answers[index]
-            groups.add((rater, form), cluster, [np.mean([gap < 1e-9 for gap in gaps]), np.mean(gaps), 1])
+            groups.add((rater, form), homes[form][index], [np.mean([gap < 1e-9 for gap in gaps]), np.mean(gaps), 1])
     return [
         rater_fields(votes, rater)
         | {"form": form, "count": groups.size((rater, form))}
@@ -179,7 +179,7 @@ def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap
         if index in truth:
             x = votes.pairs[index].longer / (scale or 1.0)
             for rater, vote in by_rater.items():
-                if votes.raters[rater][1] in ("ai", "rule"):
+                if is_judge(votes, rater):
                     gap = float(vote @ PREFERENCE) - truth[index]
                     groups.add(rater, votes.pairs[index].cluster, [x * gap, x * x])
     return [
@@ -198,7 +198,7 @@ def judge_calibration(
 ) -> list[dict[str, Any]]:
     """Computes Brier score, ECE and reliability bins of every judge that gives probabilities.
 
-    People's mean preferences on the same pairs are the truth.
+    People's preferences on the same pairs are the truth.
 
     Args:
         votes: all votes.
@@ -212,7 +212,7 @@ def judge_calibration(
     truth = mean_preference(votes, shares, people)
     groups = GroupedRows(votes.count)
     for (rater, pair), probability in _mean_probabilities(votes).items():
-        if pair in truth and votes.raters[rater][1] in ("ai", "rule"):
+        if pair in truth and is_judge(votes, rater):
             confidence, right = fold_predictions([probability], [truth[pair]])
             groups.add(rater, votes.pairs[pair].cluster, calibration_columns(confidence, right)[0])
     return [
@@ -226,3 +226,45 @@ def judge_calibration(
         for rater in groups.largest_first()
         for sums in (groups.sums(rater),)
     ]
+
+
+def score_accuracy(votes: Votes, shares: VoteShares, people: str | None, bootstrap: Jackknife) -> list[dict[str, Any]]:
+    """Computes how often a judge's ratings of two answers are ordered as people's preference is.
+
+    The ratings of an answer are averaged, on the unit interval; both answers were rated under the principle of the
+    comparison. Pairs on which people are undecided are no test of the judge; they are counted.
+
+    Args:
+        votes: all votes.
+        shares: pair -> rater -> shares of first, tie and second, from `votes`.
+        people: the source that counts as people, "person" or "simulated", or None without people.
+        bootstrap: computes the intervals.
+
+    Returns:
+        A row for each AI judge and rule with `count`, the numbers `right`, `wrong` and `ties` (two equal ratings),
+        `undecided` (pairs beyond `count` on which people are), and `accuracy` = (right + ties / 2) / count.
+    """
+    given: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))  # answer -> rater -> ratings
+    for mark in votes.marks:
+        if is_judge(votes, mark.rater):
+            given[mark.answer][mark.rater].append(mark.value)
+    groups = GroupedRows(votes.count)
+    for index, preference in mean_preference(votes, shares, people).items():
+        pair = votes.pairs[index]
+        one, two = (given.get(answer, {}) for answer in pair.answers)
+        for rater in sorted(one.keys() & two.keys()):
+            lead, gap = preference - 0.5, float(np.mean(one[rater]) - np.mean(two[rater]))
+            is_test, is_tie = abs(lead) > 1e-9, abs(gap) < 1e-9
+            is_right = is_test and not is_tie and (gap > 0) == (lead > 0)
+            groups.add(rater, pair.cluster, [is_right, is_test and is_tie, is_test, not is_test])
+    rows = []
+    for rater in groups.largest_first():
+        sums = groups.sums(rater)
+        right, ties, count, undecided = (int(number) for number in sums.sum(0))
+        accuracy = lambda s: divide(s[..., 0] + s[..., 1] / 2, s[..., 2])
+        rows.append(
+            rater_fields(votes, rater)
+            | {"count": count, "right": right, "wrong": count - right - ties, "ties": ties, "undecided": undecided}
+            | {"accuracy": bootstrap.estimate(sums, accuracy, share=True, reason="people are undecided on all pairs")}
+        )
+    return rows

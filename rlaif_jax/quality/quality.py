@@ -8,7 +8,9 @@ by a few human labels), the reliability of every rater, and cost. Every number i
 cannot be computed has the value None and a "reason". `quality_of_store` reads a feedback store; `text.quality_text`
 prints a report.
 
-Comparisons are those of rankings, two answers at a time; ratings are compared with ratings of the same answer. Several
+Comparisons are those of rankings, two answers at a time; ratings are compared with ratings of the same answer, on the
+unit interval; a choice among three or more options that are the same for several prompts is a label and compared by what
+was chosen. What a person adjudicated is the truth of its task and counts in no agreement between people. Several
 verdicts of one rater on one pair (both orders, repeats) share its one vote: an order conflict is half a vote for each
 side, not a tie.
 """
@@ -26,7 +28,7 @@ import numpy as np
 from rlaif_jax.config import require
 from rlaif_jax.feedback.records.forms import FORMS, Judgement
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.quality.agreement_tables import comparison_agreement, rating_agreement
+from rlaif_jax.quality.agreement_tables import comparison_agreement, label_agreement, rating_agreement
 from rlaif_jax.quality.clusters import MAX_ROWS, SOURCES, VoteShares, ratio, vote_shares_by_pair
 from rlaif_jax.quality.intervals import Jackknife
 from rlaif_jax.quality.judge_bias import (
@@ -34,10 +36,11 @@ from rlaif_jax.quality.judge_bias import (
     length_slope,
     order_consistency,
     repeat_consistency,
+    score_accuracy,
     verdict_habits,
 )
 from rlaif_jax.quality.values import sum_by_group
-from rlaif_jax.quality.votes import Votes, read_votes
+from rlaif_jax.quality.votes import Votes, adjudicates, rater_key, rater_labels, read_votes
 from rlaif_jax.quality.win_rate_tables import win_rate_table
 
 
@@ -65,7 +68,7 @@ def quality(
     require(0 < level < 1, f"level should be between 0 and 1, got {level}")
     votes = read_votes(judgements, items)
     bootstrap = Jackknife(level)
-    people = next((s for s in ("person", "simulated") if any(votes.raters[v.rater][1] == s for v in votes.votes)), None)
+    people = votes.people("comparisons")
     shares = vote_shares_by_pair(votes)
     return {
         "records": len(judgements),
@@ -77,23 +80,25 @@ def quality(
         "agreement": {
             "comparisons": comparison_agreement(votes, shares, bootstrap),
             "ratings": rating_agreement(votes, bootstrap),
+            "labels": label_agreement(votes, bootstrap),
         },
         "habits": verdict_habits(votes, bootstrap),
         "order": order_consistency(votes, bootstrap),
         "repeats": repeat_consistency(votes, bootstrap),
         "length_slope": length_slope(votes, shares, people, bootstrap),
         "calibration": judge_calibration(votes, shares, people, bootstrap),
+        "scores": score_accuracy(votes, shares, people, bootstrap),
         "missing": _missing(votes, bootstrap),
         "win_rates": win_rate_table(votes, shares, people, reference, bootstrap),
-        "raters": _raters(votes, shares, level) if reliability else {"rows": [], "reason": "not asked for"},
+        "raters": _raters(votes, shares, people, level) if reliability else {"rows": [], "reason": "not asked for"},
         "cost": _cost(judgements),
     }
 
 
-def _raters(votes: Votes, shares: VoteShares, level: float) -> dict[str, Any]:
+def _raters(votes: Votes, shares: VoteShares, people: str | None, level: float) -> dict[str, Any]:
     from rlaif_jax.quality.reliability import rater_model  # here, so that a report without it does not import JAX
 
-    return rater_model(votes, shares, level)
+    return rater_model(votes, shares, people, level)
 
 
 def quality_of_store(path: Path, **options: Any) -> dict[str, Any]:
@@ -115,11 +120,12 @@ def quality_of_store(path: Path, **options: Any) -> dict[str, Any]:
 def _missing(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     """Returns the share of unanswered records of each source.
 
-    The shares are of all records, by length of the answers, and by generator.
+    The shares are of all records, by length of the answers, and by generator. Adjudications answer no question that
+    was put to a rater.
     """
     rows = []
     for source in SOURCES:
-        records = [i for i, record in enumerate(votes.used) if record.rater.source == source]
+        records = [i for i, record in enumerate(votes.used) if _is_asked(record, source)]
         if not records:
             continue
         lengths = np.array([sum(map(len, votes.used[i].answers)) for i in records])
@@ -143,6 +149,10 @@ def _missing(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_asked(record: Judgement, source: str) -> bool:
+    return record.rater.source == source and not adjudicates(record.rater)
+
+
 def _unanswered(votes: Votes, bootstrap: Jackknife, records: Sequence[int]) -> dict[str, Any]:
     """Returns how many of the records (indices into `votes.used`) have no answer, and why."""
     status = Counter(votes.used[i].status for i in records)
@@ -155,7 +165,7 @@ def _unanswered(votes: Votes, bootstrap: Jackknife, records: Sequence[int]) -> d
 
 
 def _counts(votes: Votes) -> list[dict[str, Any]]:
-    """Returns the number of records, answers and raters of each source and form."""
+    """Returns the number of records, answers, raters and adjudications of each source and form."""
     found: dict[tuple[str, str], list[Judgement]] = defaultdict(list)
     for record in votes.used:
         found[record.rater.source, record.form].append(record)
@@ -165,7 +175,8 @@ def _counts(votes: Votes) -> list[dict[str, Any]]:
             "form": form,
             "records": len(records),
             "answered": sum(record.answered for record in records),
-            "raters": len({record.rater.name for record in records}),
+            "raters": len({rater_key(record.rater) for record in records if not adjudicates(record.rater)}),
+            "adjudicated": sum(adjudicates(record.rater) for record in records),
         }
         for source in SOURCES
         for form in FORMS
@@ -175,9 +186,10 @@ def _counts(votes: Votes) -> list[dict[str, Any]]:
 
 def _cost(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
     """Returns cost, tokens, latency and failures of each rater over all records, the superseded too."""
+    labels = rater_labels(record.rater for record in judgements)
     found: dict[tuple[str, str], list[Judgement]] = defaultdict(list)
     for record in judgements:
-        found[record.rater.source, record.rater.name].append(record)
+        found[record.rater.source, labels[rater_key(record.rater)]].append(record)
     rows = []
     for (source, name), records in sorted(
         found.items(), key=lambda entry: (SOURCES.index(entry[0][0]), -len(entry[1]))

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 MAX_NAME = 40
-"""Names of raters and generators are cut to this number of characters."""
+"""Names of raters and generators are cut to this number of characters, in the middle."""
 
+_KEPT_END = 17  # as long as "(prompt 12345678)"
 _SHARES = frozenset(
     (
         "agreement", "longer", "first", "ties", "consistent", "same_position", "same", "distance", "rate",
-        "length_controlled", "accuracy", "eta", "ece", "unanswered", "unparsed", "refused", "error", "abstained",
+        "length_controlled", "accuracy", "eta", "ece", "unanswered", "unparsed", "refused", "error", "abstained", "most_common",
     )
 )  # columns of shares, written as percentages  # fmt: skip
 
@@ -41,7 +42,7 @@ def quality_text(report: Mapping[str, Any]) -> str:
     lines = [
         f"Feedback: {report['used']:,} of {report['records']:,} records count (the others are superseded or retracted); "
         f"{report['prompts']:,} prompts. Brackets: {share} interval over whole prompts.",
-        *_people(report),
+        *sentences(report),
     ]
     for table in tables(report):
         widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
@@ -51,18 +52,32 @@ def quality_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _people(report: Mapping[str, Any]) -> list[str]:
+def sentences(report: Mapping[str, Any]) -> list[str]:
+    """Returns what a reader should know before the tables.
+
+    It is that people are simulated, and which judges are worse than chance against people: the interval of kappa is below 0.
+    """
+    found = []
     if report["people"] == "simulated":
-        return ['No person has compared answers: "people" below are SIMULATED people.']
-    return []
+        found.append('No person has compared answers: "people" below are SIMULATED people.')
+    for form, part in report["agreement"].items():
+        for row in part["judges"]:
+            high = row["kappa"]["high"]
+            if high is not None and high < 0:
+                name, kappa = clean(row["rater"]), cell(row["kappa"])
+                found.append(
+                    f"{name} is WORSE THAN CHANCE against people: kappa {kappa} on {row['count']:,} {form}. Its verdicts "
+                    "lean to the opposite."
+                )
+    return found
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """Returns the tables of a report of `quality` that have rows."""
     found = [
         _table(
-            "Records", "", report["counts"],
-            source="source", form="form", raters="raters", records="records", answered="answered",
+            "Records", "", [row | {"adjudicated": row["adjudicated"] or ""} for row in report["counts"]],
+            source="source", form="form", raters="raters", records="records", answered="answered", adjudicated="adjudicated",
         ),
         *_agreement(report["agreement"]),
         _table(
@@ -96,6 +111,14 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             report["calibration"],
             rater="rater", count="pairs", brier="Brier", ece="ECE",
         ),
+        _table(
+            "Ratings against people's comparisons",
+            "How often the better rated answer is the one that people prefer: (right + ties / 2) / pairs; a tie is two equal "
+            "ratings. Pairs on which people are undecided are left out.",
+            report["scores"],
+            rater="rater", source="source", count="pairs", right="right", wrong="wrong", ties="ties", undecided="undecided",
+            accuracy="accuracy",
+        ),
         *_wins(report["win_rates"]),
         _reliability(report["raters"]),
         *_missing(report["missing"]),
@@ -120,6 +143,9 @@ def _agreement(parts: Mapping[str, Any]) -> list[Table]:
                 "Kappa: 0 is chance. For comparison: how often always taking the longer answer, or the one shown first, "
                 "agrees with the other."
             )
+        elif form == "labels":
+            columns |= {"most_common": "always the most common"}
+            note = "Choices among three or more options, compared by what was chosen. Kappa: 0 is chance."
         else:
             columns |= {"correlation": "correlation"}
             note = "Agree: the same value. Kappa with quadratic weights."
@@ -128,6 +154,12 @@ def _agreement(parts: Mapping[str, Any]) -> list[Table]:
         found += [
             _table(f"Agreement of sources on {form}", note, part["sources"], **columns),
             _table(f"Agreement of raters on {form}", more.strip(), part["raters"], **columns),
+            _table(
+                f"Judges against people on {form}",
+                "People's votes together, or the adjudication alone where there is one, are the truth.",
+                part["judges"],
+                rater="rater", source="source", count=form, agreement="agree", kappa="kappa",
+            ),
             _table(
                 f"Krippendorff's alpha on {form}",
                 "1 is agreement, 0 chance; among the raters of a source, and of all.",
@@ -138,7 +170,7 @@ def _agreement(parts: Mapping[str, Any]) -> list[Table]:
                 ordinal="ordinal",
                 interval="interval",
             ),
-        ]
+        ]  # fmt: skip
     return found
 
 
@@ -262,6 +294,9 @@ def cell(value: Any, is_share: bool = False) -> str:
 
 
 def clean(name: str) -> str:
-    """Returns a name from outside with unprintable characters replaced by "?" and cut to `MAX_NAME`."""
+    """Returns a name from outside as one that can be printed, cut to `MAX_NAME` in the middle.
+
+    Unprintable characters become "?". Begin and end are kept: names differ in their end, such as two revisions of a judge.
+    """
     text = "".join(c if c.isprintable() else "?" for c in name)
-    return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…"
+    return text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1 - _KEPT_END]}…{text[-_KEPT_END:]}"

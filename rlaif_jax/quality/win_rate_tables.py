@@ -13,12 +13,13 @@ import numpy as np
 
 from rlaif_jax.quality.clusters import (
     MAX_ROWS,
+    PREFERENCE,
     SOURCES,
     EstimateFields,
     VoteShares,
-    mean_preference,
     missing_estimate,
     ratio,
+    source_shares,
 )
 from rlaif_jax.quality.debiasing import label_budget, power_lambda, powered_columns, powered_mean
 from rlaif_jax.quality.intervals import Jackknife
@@ -54,7 +55,8 @@ def win_rate_table(
 ) -> dict[str, Any]:
     """Returns the win rates (wins + ties / 2) / n of every two generators by every source.
 
-    Equal answers of two generators are a tie. The AI judges' rates are also debiased with the people's labels.
+    Equal answers of two generators are a tie. An adjudication alone is its source's verdict. The AI judges' rates are
+    also debiased with the people's labels.
 
     Args:
         votes: the judgements as votes.
@@ -66,17 +68,13 @@ def win_rate_table(
     Returns:
         {"rows": a row for each match and source, "left_out": number of matches that are not listed}.
     """
-    equal: dict[str, dict[int, float]] = defaultdict(dict)
-    for index, rater in votes.equal:
-        equal[votes.raters[rater][1]][index] = 0.5
-    sources = [s for s in SOURCES if s in equal or any(votes.raters[v.rater][1] == s for v in votes.votes)]
-    preference = {source: mean_preference(votes, shares, source) | equal[source] for source in sources}
-    ties = {
-        source: {
-            i: _tied_share(votes, shares[i], source) if i not in equal[source] else 1.0 for i in preference[source]
-        }
-        for source in sources
-    }
+    equal: dict[str, dict[int, Floats]] = defaultdict(dict)
+    for index, source in votes.equal:
+        equal[source][index] = np.eye(3)[TIE]
+    given = {source: source_shares(votes, shares, source) | equal[source] for source in SOURCES}
+    sources = [source for source in SOURCES if given[source]]
+    preference = {source: {i: float(vote @ PREFERENCE) for i, vote in given[source].items()} for source in sources}
+    ties = {source: {i: float(vote[TIE]) for i, vote in given[source].items()} for source in sources}
     matches = _matches(votes, reference)
     rows = []
     for match in matches[:MAX_ROWS]:
@@ -97,11 +95,6 @@ def _matches(votes: Votes, reference: str | None) -> list[_Match]:
             straight = second == reference if reference is not None else first < second
             found[(first, second) if straight else (second, first)].append((index, straight))
     return [_Match(*names, found[names]) for names in sorted(found, key=lambda names: -len(found[names]))]
-
-
-def _tied_share(votes: Votes, by_rater: Mapping[int, Floats], source: str) -> float:
-    """Returns the share of ties in the verdicts of a source on a pair."""
-    return float(np.mean([vote[TIE] for rater, vote in by_rater.items() if votes.raters[rater][1] == source]))
 
 
 def _plain_row(

@@ -100,8 +100,8 @@ def length_controlled_win_rate(
         groups: [n], the prompt of each pair. None: each pair is a group.
 
     Returns:
-        Estimate of a probability; three NaN when all pairs have one and the same non-zero difference, where length and
-        quality cannot be separated. The bounds are NaN for a single group.
+        Estimate of a probability; three NaN when all pairs have much the same difference, far from 0, where length and quality
+        cannot be separated. The bounds are NaN for a single group.
 
     Raises:
         ValueError: a shape is wrong, wins are outside [0, 1], no pair is left, or level is outside (0, 1).
@@ -115,11 +115,11 @@ def length_controlled_win_rate(
     if y.min() < 0 or y.max() > 1:
         raise ValueError(f"wins should be in [0, 1], got {y.min():g} to {y.max():g}")
     spread = float(np.std(difference))
-    if spread == 0 and difference[0] != 0:
-        return LengthControlled(math.nan, math.nan, math.nan)
-    if spread == 0:
+    if not difference.any():
         return LengthControlled(*share_interval(y, level=level, groups=member))
-    x = np.tanh(difference / spread)
+    x = np.tanh(difference / spread) if spread else np.ones_like(y)
+    if float(np.ptp(x)) < 1e-6:
+        return LengthControlled(math.nan, math.nan, math.nan)
     fit = _firth(x, y)
     note = SEPARATED if _is_separated(x, y) else ""
     count = int(member.max()) + 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import glob
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 from rlaif_jax.feedback.api.replies import Reply
 from rlaif_jax.feedback.api.templates import RenderedQuestion, Template
@@ -37,72 +36,12 @@ from rlaif_jax.quality.statistics import (
     spearman,
 )
 from rlaif_jax.quality.values import sum_by_group
+from rlaif_jax.recipes.findings import Finding, Findings, finding_of, index, readable, spearman_interval
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import edit_reward, levenshtein
 from rlaif_jax.rewards.raters import dawid_skene, hierarchical_dawid_skene, majority_vote
 from rlaif_jax.rewards.rating_models import fit_gaussian
 from rlaif_jax.rewards.ratings import raw_mean, z_score_mean
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One figure.
-
-    Attributes:
-        name: what was measured.
-        value: the figure.
-        low, high: its 95 % interval; None: not computed.
-        reference: the same figure as others published it.
-        note: how it was measured.
-    """
-
-    name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    reference: str = ""
-    note: str = ""
-
-
-Findings = Iterator[Finding]
-
-
-def readable(found: tuple[list[Judgement], list[str]]) -> list[Judgement]:
-    """Returns the judgements of a reader's result, and prints how many rows could not be read.
-
-    `found` is (judgements, messages about unreadable rows); the first message is printed too.
-    """
-    good, bad = found
-    if bad:
-        Console(stderr=True).print(f"{len(bad)} rows could not be read, such as {bad[0]}")
-    return good
-
-
-def finding_of(name: str, estimate: Mapping[str, Any], note: str) -> Finding:
-    """Returns an estimate of `Jackknife` as a finding; what it warns of is part of the note."""
-    said = [note, *(estimate[key] for key in ("note", "reason") if key in estimate)]
-    return Finding(name, estimate["value"], estimate["low"], estimate["high"], note="; ".join(said))
-
-
-def index(names: Iterable[Any]) -> tuple[np.ndarray, list[Any]]:
-    """Returns (the number of each name, [n] int32; the distinct names in order of appearance)."""
-    numbers: dict[Any, int] = {}
-    places = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int32)
-    return places, list(numbers)
-
-
-def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int, groups: np.ndarray | None = None) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval (low, high) of Spearman's correlation.
-
-    Args:
-        a: [n].
-        b: [n].
-        seed: of the bootstrap.
-        groups: [n] int, resampled as wholes; None: each item is a group.
-    """
-    rows_of = resampled_rows(np.arange(len(a)) if groups is None else groups, seed=seed, resamples=400)
-    return percentile_interval([spearman(a[rows], b[rows]) for rows in rows_of], 0.95)
-
 
 # ---- Who is right: labels of a crowd
 
@@ -281,33 +220,43 @@ def compare_models(utilities: dict[str, np.ndarray], truth: np.ndarray, seed: in
 
 # ---- Judges in both orders
 
+_PUBLISHED_ORDERS = {"Natural.GPT-4.Vanilla": "0.95", "Natural.Falcon.CoT": "0.14"}
 WAYS = {"Vanilla": "Output ({label})", "CoT": "Output ({label}) is better"}
 
 
 def judge_in_both_orders(gold: Path, folder: Path) -> Findings:
-    """Measures how often a judge prefers the same answer of a pair in both orders, on 100 pairs.
+    """Measures how often a judge prefers the same answer of a pair in both orders.
+
+    A reply without a verdict is missing: it agrees with nothing, and not with another one either. Pairs with such a reply
+    are left out and counted.
 
     Args:
-        gold: LLMBar's pairs with the better answer.
-        folder: the judges' published replies.
+        gold: LLMBar's pairs with the better answer, a file LLMBar_SUBSET.json.
+        folder: the judges' published replies, SUBSET.MODEL.WAY.json; those of the subset are read.
     """
-    truth = {j.item: j.answers[chosen(j) or 0] for j in readable(read_llmbar(gold))}
-    for file in sorted(folder.glob("Natural.*.*.json")):
-        _, model, way = file.stem.split(".")
+    subset = gold.name.removesuffix(".gz").removesuffix(".json").removeprefix("LLMBar_")
+    truth = {j.item: best for j in readable(read_llmbar(gold)) if (best := _best_answer(j)) is not None}
+    for file in sorted(folder.glob(f"{glob.escape(subset)}.*.json")):
+        model, _, way = file.stem.removeprefix(f"{subset}.").rpartition(".")
         if way not in WAYS:
             continue
         plain = readable(read_llmbar_judge(file, model))
         read = readable(read_llmbar_judge(file, model, partial(preferred_output, way)))
-        same = np.array(_agreements(plain), float)
-        reread = np.mean([chosen(a) == chosen(b) for a, b in zip(plain, read)])
-        right = np.mean([j.answered and j.answers[chosen(j) or 0] == truth[j.item] for j in plain])
-        first = np.mean([chosen(j) == j.shown[0] for j in plain if j.answered])
-        reference = {"GPT-4.Vanilla": "0.95", "Falcon.CoT": "0.14"}.get(f"{model}.{way}", "")
-        note = f"right {right:.2f}, first shown {first:.2f}, re-read alike {reread:.3f}, agree re-read "
-        yield Finding(
-            f"{model} {way}: both orders agree", *share_interval(same), reference,
-            note + f"{np.mean(_agreements(read)):.2f}",
-        )  # fmt: skip
+        same, unread = order_agreement(plain)
+        again, _ = order_agreement(read)
+        either = [(a, b) for a, b in zip(plain, read) if a.answered or b.answered]
+        decided = [(j, best) for j in plain if (best := _best_answer(j)) is not None]
+        shares = {
+            "right": [best == truth[j.item] for j, best in decided if j.item in truth],
+            "first shown": [best == j.answers[j.shown[0]] for j, best in decided],
+            "re-read alike": [a.answered == b.answered and chosen(a) == chosen(b) for a, b in either],
+            "agree re-read": again,
+        }
+        notes = [f"{name} {np.mean(values):.3f}" for name, values in shares.items() if values]
+        notes += [f"{unread} of {len(same) + unread} pairs with an unread reply are left out"] if unread else []
+        name, reference = f"{model} {way}: both orders agree", _PUBLISHED_ORDERS.get(file.stem, "")
+        if same:
+            yield Finding(name, *share_interval(np.array(same, float)), reference, ", ".join(notes))
 
 
 def preferred_output(way: str, raw: str) -> int | None:
@@ -323,13 +272,30 @@ def preferred_output(way: str, raw: str) -> int | None:
     return None if reading.status != "ok" else int(reading.value == 0)
 
 
-def _agreements(records: Sequence[Judgement]) -> list[bool]:
-    """Returns for each pair whether both orders prefer the same answer."""
-    found: dict[str, list[str | None]] = defaultdict(list)
+def order_agreement(records: Sequence[Judgement]) -> tuple[list[bool], int]:
+    """Returns whether both orders of each pair have the same verdict, and the number of pairs left out.
+
+    Left out are pairs with a reply that has no verdict, or with one order alone; two ties are the same verdict.
+
+    Args:
+        records: comparisons with the order in which the answers were shown.
+    """
+    found: dict[str, list[Judgement]] = defaultdict(list)
     for record in records:
-        best = chosen(record)
-        found[record.item].append(None if best is None else record.answers[best])
-    return [len(set(answers)) == 1 for answers in found.values()]
+        found[record.item].append(record)
+    whole = [
+        pair
+        for pair in found.values()
+        if all(record.answered for record in pair)
+        and len({tuple(record.answers[i] for i in record.shown) for record in pair}) > 1
+    ]
+    return [len({_best_answer(record) for record in pair}) == 1 for pair in whole], len(found) - len(whole)
+
+
+def _best_answer(record: Judgement) -> str | None:
+    """Returns the single best answer of a comparison; None for a tie or no verdict."""
+    best = chosen(record)
+    return None if best is None else record.answers[best]
 
 
 # ---- People and judges on the same pairs

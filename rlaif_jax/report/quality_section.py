@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_jax.quality.quality import quality_of_store
-from rlaif_jax.quality.text import Table, clean, tables
+from rlaif_jax.quality.text import Table, clean, sentences, tables
 from rlaif_jax.report.curves import Plot, draw_reliability
 from rlaif_jax.report.glossary import Label
 from rlaif_jax.report.numbers import share_text
 
 MAX_PLOTS = 6
 """Judges that have a reliability plot, those with most verdicts first."""
-_ORDER = ("Win rates", "Win rates of the judge", "Agreement of sources", "Krippendorff")  # what a reader wants first
+_ORDER = (
+    "Win rates", "Win rates of the judge", "Judges against people", "Ratings against people", "Agreement of sources",
+    "Krippendorff",
+)  # what a reader wants first  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class FeedbackPage:
 
     Attributes:
         records: number of records in the store.
-        note: a sentence about them.
+        note: sentences about them; what a reader should know before the tables.
         plots: reliability plots.
         tables: the tables of the quality report, the most wanted first.
     """
@@ -56,13 +59,11 @@ def page_of(report: Mapping[str, Any]) -> FeedbackPage:
     rank = lambda table: max(
         (i for i, title in enumerate(_ORDER) if table.title.startswith(title)), default=len(_ORDER)
     )
-    simulated = (
-        ' No person has compared answers: "people" are SIMULATED people.' if report["people"] == "simulated" else ""
-    )
     note = (
         f"{report['used']:,} judgements about {report['prompts']:,} prompts. Brackets: {100 * report['level']:g} % intervals, "
-        f"over whole prompts.{simulated}"
+        "over whole prompts."
     )
+    note = " ".join([note, *sentences(report)])
     return FeedbackPage(report["records"], note, _plots(report["calibration"]), tuple(sorted(found, key=rank)))
 
 

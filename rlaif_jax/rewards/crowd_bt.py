@@ -146,6 +146,46 @@ def crowd_bt(
     )
 
 
+def reliability_given(
+    utility: jax.Array,
+    first: Any,
+    second: Any,
+    worker: Any,
+    first_wins: Any,
+    weight: Any,
+    *,
+    num_workers: int,
+    prior: Any = (4.0, 1.0),
+    steps: int = 200,
+) -> jax.Array:
+    """Computes the reliabilities [W] of workers by EM, from comparisons of items of known utility.
+
+    Args:
+        utility: [I], of the items, in nats.
+        first: [N] int, item.
+        second: [N] int, item.
+        worker: [N] int.
+        first_wins: [N] in [0, 1].
+        weight: [N], number of equal comparisons; 0 = missing.
+        num_workers: W.
+        prior: as in `crowd_bt`.
+        steps: of EM.
+    """
+    wins, weight = as_float(first_wins), as_float(weight)
+    chance = pair_probability(utility, first, second)
+    right, wrong = (jnp.broadcast_to(jnp.asarray(p, wins.dtype), (num_workers,)) for p in prior)
+    seen = group_sum(weight, worker, num_workers, None)
+
+    def step(_: Any, eta: jax.Array) -> jax.Array:
+        reports = eta[worker]
+        faithful_first = reports * chance / (reports * chance + (1 - reports) * (1 - chance))
+        faithful_second = reports * (1 - chance) / (reports * (1 - chance) + (1 - reports) * chance)
+        faithful = weight * (wins * faithful_first + (1 - wins) * faithful_second)
+        return (group_sum(faithful, worker, num_workers, None) + right) / (seen + right + wrong)
+
+    return jax.lax.fori_loop(0, steps, step, right / (right + wrong))
+
+
 def _per_comparison(
     likelihood: Callable[[Any], jax.Array], penalty: Callable[[Any], jax.Array], total: jax.Array, axis_name: str | None
 ) -> ValueAndGrad:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rlaif_jax.parallel import psum
+from rlaif_jax.rewards.log_odds import CLIP
 from rlaif_jax.rewards.optimise import halved, newton, newton_step
 
 MAX_DENSE = 500
@@ -49,7 +50,7 @@ def both_orders(
 
     Args:
         forward: [...], P(the answer shown first is better) when the first answer is shown first. Probabilities closer
-            than 1e-6 to 0 or 1 count as that close.
+            than `log_odds.CLIP` to 0 or 1 count as that close.
         swapped: [...], the same when the second answer is shown first.
         how: "logit": sigmoid((logit forward - logit swapped) / 2), where a bias that is additive in the log-odds cancels
             exactly. "mean": (forward + 1 - swapped) / 2 (Lee 2023, section 2.2), where a bias that is additive in the
@@ -60,7 +61,7 @@ def both_orders(
         in nats, is positive for a judge that favours the answer shown first.
     """
     forward, swapped = _float(forward), _float(swapped)
-    first, second = (jax.scipy.special.logit(jnp.clip(p, 1e-6, 1 - 1e-6)) for p in (forward, swapped))
+    first, second = (jnp.log(jnp.maximum(p, CLIP)) - jnp.log(jnp.maximum(1 - p, CLIP)) for p in (forward, swapped))
     better = jax.nn.sigmoid((first - second) / 2) if how == "logit" else (forward + 1 - swapped) / 2
     return better, (first + second) / 2
 

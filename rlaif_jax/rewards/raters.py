@@ -123,8 +123,13 @@ def majority_vote(
         (majority [I, C], 1 for the class with most votes, 1/n each for n classes that tie; valid [I] bool).
     """
     shares, valid = vote_shares(item, label, weight, num_items=num_items, num_classes=num_classes, axis_name=axis_name)
+    return _largest(shares), valid
+
+
+def _largest(shares: jax.Array) -> jax.Array:
+    """Returns 1 for the class with the largest share, 1/n each for n classes that tie; shares are [I, C]."""
     top = shares >= shares.max(-1, keepdims=True) * (1 - 1e-6)
-    return top / top.sum(-1, keepdims=True), valid
+    return top / top.sum(-1, keepdims=True)
 
 
 def dawid_skene(
@@ -172,6 +177,7 @@ def hierarchical_dawid_skene(
     num_classes: int,
     group: Any = None,
     num_groups: int = 1,
+    evidence: Any = None,
     max_iterations: int = 200,
     tol: float = 1e-4,
     axis_name: str | None = None,
@@ -193,6 +199,9 @@ def hierarchical_dawid_skene(
         num_classes: C.
         group: [W] int, kind of each worker (people 0, AI judges 1). None: all of one kind.
         num_groups: G.
+        evidence: [N], by how much each label counts in what is believed of its item, times its weight. A worker whose
+            labels have 0 is judged by the labels of the others and believed in nothing; an item without evidence is not
+            valid. EM then begins at the majority of the evidence. None: 1 each, from the vote shares.
         max_iterations: most steps of EM; 0 gives the vote shares.
         tol: EM stops when no posterior moves by this or more.
         axis_name: the labels are split over the devices of this pmap axis; all get the same result.
@@ -200,7 +209,10 @@ def hierarchical_dawid_skene(
     labels = _labels(item, worker, label, weight, num_classes)
     group = jnp.zeros(num_workers, jnp.int32) if group is None else jnp.asarray(group, jnp.int32)
     chex.assert_shape(group, (num_workers,))
-    return _em(labels, group, num_groups, num_items, max_iterations, tol, axis_name, pooled=True)
+    if evidence is not None:
+        evidence = jnp.asarray(evidence).astype(labels.weight.dtype)
+        chex.assert_equal_shape((labels.weight, evidence))
+    return _em(labels, group, num_groups, num_items, max_iterations, tol, axis_name, pooled=True, evidence=evidence)
 
 
 def _em(
@@ -213,11 +225,17 @@ def _em(
     axis_name: str | None,
     *,
     pooled: bool,
+    evidence: jax.Array | None = None,
 ) -> Consensus:
-    """Runs EM from the vote shares; with `pooled`, workers of one `group` [W] share a Dirichlet prior."""
+    """Runs EM from the vote shares, or from the majority of the evidence.
+
+    With `pooled`, workers of one `group` [W] share a Dirichlet prior.
+    """
     item, worker, label, weight = labels
     num_classes, dtype = label.shape[1], label.dtype
-    shares, valid = _shares(labels, num_items, axis_name)
+    believed = labels if evidence is None else labels._replace(weight=weight * evidence)
+    shares, valid = _shares(believed, num_items, axis_name)
+    begin = shares if evidence is None else _largest(shares)
     # Modes of the hyper-prior: 4 labels for the right class, 1 for each wrong one.
     mode = 1 + 3 * jnp.broadcast_to(jnp.eye(num_classes, dtype=dtype), (num_groups, num_classes, num_classes))
 
@@ -243,12 +261,12 @@ def _em(
 
     def update(carry: Any) -> Any:
         posterior, (prior, confusion, pseudo), _, _, step = carry
-        new, evidence = _expect(labels, prior, confusion, num_items, axis_name)
+        new, evidence = _expect(believed, prior, confusion, num_items, axis_name)
         likelihood = jnp.sum(jnp.where(valid, evidence, 0.0))
         change = jnp.max(jnp.where(valid[:, None], jnp.abs(new - posterior), 0.0))
         return new, maximise(new, pseudo), likelihood, change, step + 1
 
-    start = (shares, maximise(shares, mode), jnp.full((), -jnp.inf, dtype), jnp.full((), jnp.inf, dtype), jnp.int32(0))
+    start = (begin, maximise(begin, mode), jnp.full((), -jnp.inf, dtype), jnp.full((), jnp.inf, dtype), jnp.int32(0))
     posterior, (prior, confusion, pseudo), likelihood, _, step = jax.lax.while_loop(unfinished, update, start)
     return Consensus(
         posterior=jnp.where(valid[:, None], posterior, prior),

@@ -48,6 +48,13 @@ def test_standard_ratings_are_free_of_a_raters_generosity_and_stretch():
     assert rewards_of(mean_rating, given).values[:, 0].tolist() == pytest.approx([1 / 9, 3 / 9, 8 / 9, 1])
 
 
+def test_two_wordings_under_one_name_are_standardised_apart():
+    kind, strict = (Rater("gpt", "ai", model="gpt", prompt_hash=wording) for wording in ("t1:item", "t2"))
+    given = [rating("p", "one", 2, strict), rating("p", "two", 4, strict), rating("q", "one", 9, kind)]
+    given += [rating("q", "three", 10, Rater("gpt", "ai", model="gpt", prompt_hash="t1:other"))]
+    np.testing.assert_allclose(rewards_of(standard_rating, given).values[:, 0], [-1, 1, -1, 1], atol=1e-6)
+
+
 def test_what_has_no_rating_or_no_value_is_missing():
     refused = Rating(prompt="p", answers=("two",), rater=ANNA, status="refused")
     for reward_fn in (standard_rating, mean_rating, win_share, RankingUtility(most=2)):

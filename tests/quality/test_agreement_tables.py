@@ -1,13 +1,21 @@
 """Agreement in the report: confusion by hand, alpha and kappa against their independent implementations."""
 
+import dataclasses
 import itertools
+import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.quality.quality import quality
+from rlaif_jax.quality.text import quality_text
+from rlaif_jax.report.quality_section import page_of
 from tests.quality.records import ANN, BOB, FAST, JUDGE, only, verdict
+
+BOB_JUDGE = Rater("other", "ai")
 
 
 def test_agreement_and_kappa_by_hand():
@@ -122,3 +130,122 @@ def test_a_long_ranking_is_its_pairs():
     ]
     (row,) = quality(records, **FAST)["agreement"]["comparisons"]["raters"]
     assert (row["count"], row["agreement"]["value"]) == (3, pytest.approx(1 / 3))  # they agree on a > b alone
+
+
+# ---- Labels
+
+
+def labels(given, classes):
+    """Records of choices: {rater: {item: index of the class}}."""
+    options = tuple(f"l{i}" for i in range(classes))
+    return [
+        Ranking(prompt=f"t{item}", answers=options, rater=rater, ranks=tuple(1 + (i != c) for i in range(classes)))
+        for rater, of_items in given.items()
+        for item, c in of_items.items()
+    ]
+
+
+def test_labels_at_random_agree_as_often_as_chance():
+    """10 classes, two raters at random: they agree on a tenth, whatever options both did not choose."""
+    rng = np.random.default_rng(0)
+    given = {rater: dict(enumerate(rng.integers(10, size=300).tolist())) for rater in (ANN, BOB)}
+    report = quality(labels(given, 10), **FAST)["agreement"]
+    (row,) = report["labels"]["raters"]
+    assert row["agreement"]["value"] == pytest.approx(np.mean([given[ANN][k] == given[BOB][k] for k in range(300)]))
+    assert row["agreement"]["value"] < 0.15 and abs(row["kappa"]["value"]) < 0.06
+    assert row["kappa"]["low"] < 0 < row["kappa"]["high"]
+    assert report["comparisons"]["raters"] == []
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 6), st.integers(0, 10**6))
+def test_agreement_on_labels_is_that_of_other_programs(classes, seed):
+    import krippendorff
+    from sklearn.metrics import cohen_kappa_score
+
+    rng = np.random.default_rng(seed)
+    raters = [ANN, BOB, Rater("cat", "person"), JUDGE]
+    truth = rng.integers(classes, size=25)
+    table = np.where(rng.random((4, 25)) < 0.5, truth, rng.integers(classes, size=(4, 25))).astype(float)
+    table[rng.random((4, 25)) < 0.3] = np.nan
+    given = {r: {i: int(c) for i, c in enumerate(row) if not np.isnan(c)} for r, row in zip(raters, table)}
+    report = quality(labels(given, classes), **FAST)["agreement"]["labels"]
+    for row in report["raters"]:
+        a, b = (next(g for r, g in given.items() if r.name == row[side]) for side in "ab")
+        both = sorted(a.keys() & b.keys())
+        one, two = [a[i] for i in both], [b[i] for i in both]
+        assert row["count"] == len(both)
+        assert row["agreement"]["value"] == pytest.approx(np.mean(np.array(one) == two))
+        assert row["most_common"]["value"] == pytest.approx(max(map(two.count, two)) / len(two))
+        if len({*one, *two}) > 1:
+            assert row["kappa"]["value"] == pytest.approx(cohen_kappa_score(one, two), abs=1e-12)
+    everyone = only(report["alpha"], source="all")["nominal"]["value"]
+    assert everyone == pytest.approx(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal"))
+
+
+def test_labels_that_a_rater_changed_are_shared_and_repeats_are_counted():
+    given = {ANN: {0: 0, 1: 1}, BOB: {0: 0, 1: 2}}
+    again = [dataclasses.replace(record, time=1.0) for record in labels({ANN: {0: 1, 1: 1}}, 3)]
+    report = quality([*labels(given, 3), *again], **FAST)
+    (row,) = report["agreement"]["labels"]["raters"]
+    assert row["agreement"]["value"] == pytest.approx(1 / 4)  # half of item 0, nothing of item 1
+    assert only(report["repeats"], form="label")["same"]["value"] == 0.5
+
+
+def test_the_cost_of_labels_is_linear_in_the_classes():
+    """1,500 labels: 200 classes take about as long as 3; as pairs they would be 30 million."""
+    rng = np.random.default_rng(0)
+
+    def seconds(classes):
+        made = labels(
+            {r: dict(enumerate(rng.integers(classes, size=500).tolist())) for r in (ANN, BOB, JUDGE)}, classes
+        )
+        start = time.process_time()
+        quality(made, **FAST)
+        return time.process_time() - start
+
+    assert seconds(200) < 20 * seconds(3) + 2
+
+
+# ---- Judges against people
+
+
+@pytest.mark.parametrize("form", ["comparisons", "ratings", "labels"])
+def test_a_judge_that_says_the_opposite_is_said_to_be_worse_than_chance(form):
+    rng = np.random.default_rng(1)
+    records = []
+    for i in range(60):
+        person, opposed = (c := int(rng.integers(3))), (c + int(rng.integers(1, 3))) % 3
+        for rater, value in ((ANN, person), (JUDGE, opposed), (BOB_JUDGE, person if rng.random() < 0.7 else opposed)):
+            if form == "comparisons":
+                records.append(verdict(f"p{i}", ("a", "b"), rater, (0, 1, None)[value]))
+            elif form == "labels":
+                records += labels({rater: {i: value}}, 3)
+            else:
+                value = value if rater is not JUDGE else 2 - person
+                records.append(Rating(prompt=f"p{i}", answers=("x",), rater=rater, value=value, low=0, high=2))
+    report = quality(records, **FAST)
+    low, fine = (only(report["agreement"][form]["judges"], rater=name)["kappa"] for name in ("judge", "other"))
+    assert low["high"] < 0 < fine["low"]
+    for shown in (quality_text(report), page_of(report).note):
+        assert f"judge is WORSE THAN CHANCE against people: kappa {low['value']:.3f}" in shown
+        assert shown.count("WORSE THAN CHANCE") == 1
+    assert any(table.title == f"Judges against people on {form}" for table in page_of(report).tables)
+
+
+def test_chance_itself_is_not_worse_than_chance():
+    rng = np.random.default_rng(2)
+    records = [verdict(f"p{i}", ("a", "b"), rater, int(rng.integers(2))) for i in range(60) for rater in (ANN, JUDGE)]
+    assert "WORSE THAN CHANCE" not in quality_text(quality(records, **FAST))
+
+
+def test_judges_are_compared_with_people_together():
+    """Two people of three say "a": the judge's "a" agrees with 2/3 of a vote."""
+    cat = Rater("cat", "person")
+    records = [
+        verdict(f"p{i}", ("a", "b"), rater, winner)
+        for i in range(6)
+        for rater, winner in ((ANN, 0), (BOB, 0), (cat, 1), (JUDGE, 0))
+    ]
+    row = only(quality(records, **FAST)["agreement"]["comparisons"]["judges"], rater="judge")
+    assert (row["count"], row["agreement"]["value"]) == (6, pytest.approx(2 / 3))

@@ -4,6 +4,8 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlaif_jax.feedback.people.kinds import COMMENT, COMPARE, RATE
 from rlaif_jax.feedback.people.queue import Post
@@ -56,3 +58,15 @@ def interval_alpha_of_pairs(first, second):
     values = np.concatenate([first, second])
     expected = np.mean([(a - b) ** 2 for i, a in enumerate(values) for j, b in enumerate(values) if i != j])
     return 1 - np.mean((first - second) ** 2) / expected
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10), st.sampled_from([(0, 10), (1, 2), (1, 5), (-3, 3), (0.1, 0.7)]))
+def test_one_place_on_two_scales_is_the_same_rating(tenths, scale):
+    low, high = scale
+    value = min(max(low + (high - low) * tenths / 10, low), high)
+    posts = [
+        post("anna", "r", Rating, value=float(tenths), low=0.0, high=10.0),
+        post("ben", "r", Rating, value=value, low=float(low), high=float(high)),
+    ]
+    assert annotator_agreement(posts, {"r": RATE})[0]["same"] == 1

@@ -2,12 +2,21 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rlaif_jax.feedback.records.forms import Rating
+from rlaif_jax.feedback.api.verdicts import preference
+from rlaif_jax.feedback.records.forms import Rater, Rating
 from rlaif_jax.quality.quality import quality
+from rlaif_jax.quality.text import quality_text
+from rlaif_jax.report.quality_section import page_of
+from rlaif_jax.rewards.log_odds import CLIP
+from rlaif_jax.rewards.rankings import both_orders
 from tests.quality.records import ANN, BOB, FAST, JUDGE, only, probable, verdict
 
 
@@ -95,3 +104,98 @@ def test_the_length_slope_is_the_judges_alone():
         rater="judge",
     )
     assert same["slope"]["low"] < 0 < same["slope"]["high"]
+
+
+# ---- One clip of the log-odds
+
+
+@pytest.mark.parametrize("chances", [(1.0, 1.0), (1 - 1e-12, 0.3), (1e-7, 0.9), (0.99995, 0.5), (0.7, 0.2)])
+def test_the_tool_the_rewards_and_the_report_have_one_position_bias(chances):
+    """P(the first answer is better) when it, and when the other one, is shown first."""
+    front, back = chances
+    records = [probable("p", ("a", "b"), (0, 1), front), probable("p", ("a", "b"), (1, 0), back)]
+    reported = only(quality(records, **FAST)["order"], rater="judge")["bias"]["value"]
+    by_tool = preference(records)
+    better, bias = both_orders(jnp.array([front]), jnp.array([1 - back]))
+    assert reported == pytest.approx(by_tool.bias) == pytest.approx(float(bias[0]), abs=1e-2)  # float32
+    assert float(better[0]) == pytest.approx(by_tool.probability, abs=1e-5)
+    assert abs(reported) <= math.log((1 - CLIP) / CLIP) + 1e-9
+    inside = [min(max(p, CLIP), 1 - CLIP) for p in chances]
+    expected = (math.log(inside[0] / (1 - inside[0])) - math.log(inside[1] / (1 - inside[1]))) / 2
+    assert reported == pytest.approx(expected)
+
+
+# ---- Ratings against people's comparisons
+
+
+def scored(prompt, answer, value, rater=JUDGE, **more):
+    return Rating(prompt=prompt, answers=(answer,), rater=rater, value=value, **{"low": 0, "high": 10, **more})
+
+
+def test_ratings_against_comparisons_by_hand():
+    """Right on p0, p1; wrong on p2; tied on p3; people are undecided on p4; the judge did not rate p5's second answer."""
+    values = [(9, 2), (7, 6), (1, 8), (5, 5), (9, 1), (9, None)]
+    records = [verdict(f"p{i}", ("b", "a"), ANN, None if i == 4 else 0) for i in range(6)]
+    for i, pair in enumerate(values):
+        records += [scored(f"p{i}", text, v) for text, v in zip("ba", pair) if v is not None]
+    records.append(Rating(prompt="p5", answers=("a",), rater=JUDGE, status="unparsed"))
+    (row,) = quality(records, **FAST)["scores"]
+    assert (row["right"], row["wrong"], row["ties"], row["count"], row["undecided"]) == (2, 1, 1, 4, 1)
+    assert row["accuracy"]["value"] == pytest.approx(2.5 / 4)
+    assert row["accuracy"]["low"] < 2.5 / 4 < row["accuracy"]["high"]
+    report = quality(records, **FAST)
+    assert "Ratings against people's comparisons" in quality_text(report)
+    assert any(table.title.startswith("Ratings against") for table in page_of(report).tables)
+
+
+def test_ratings_of_other_scales_principles_and_people_are_kept_apart():
+    records = [
+        verdict("p", ("a", "b"), ANN, 0),
+        scored("p", "a", 3, low=1, high=5),  # .5 of its scale
+        scored("p", "b", 4, low=0, high=10),  # .4 of its scale
+        scored("p", "a", 1, BOB),  # people's ratings are not the judge's
+        scored("p", "b", 2, BOB),
+        scored("p", "a", 0, principle="kind"),
+        scored("p", "b", 9, principle="kind"),
+    ]
+    (row,) = quality(records, **FAST)["scores"]
+    assert (row["rater"], row["right"], row["count"]) == ("judge", 1, 1)
+    assert quality(records[1:], **FAST)["scores"] == []  # nobody compared
+
+
+def test_an_adjudication_alone_says_which_answer_should_have_the_better_rating():
+    records = [verdict("p", ("a", "b"), ANN, 0), scored("p", "a", 3), scored("p", "b", 4)]
+    final = verdict("p", ("a", "b"), Rater("adjudicated by ann", "person"), 1)
+    assert quality(records, **FAST)["scores"][0]["wrong"] == 1
+    assert quality([*records, final], **FAST)["scores"][0]["right"] == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from([0, 1, None]), *[st.lists(st.integers(0, 4), max_size=3)] * 2),
+        max_size=12,
+    )
+)
+def test_ratings_against_comparisons_are_counted_as_by_hand(pairs):
+    records, right, wrong, ties, undecided = [], 0, 0, 0, 0
+    for number, (prompt, winner, *ratings) in enumerate(pairs):
+        texts = (f"{number}a", f"{number}b")
+        records.append(verdict(f"p{prompt}", texts, ANN, winner))
+        for text, values in zip(texts, ratings):
+            records += [scored(f"p{prompt}", text, v, high=4, seed=s) for s, v in enumerate(values)]
+        if all(ratings):
+            one, two = (Fraction(sum(values), len(values)) for values in ratings)
+            undecided += winner is None
+            if winner is not None:
+                ties += one == two
+                right += one != two and (one > two) == (winner == 0)
+                wrong += one != two and (one > two) != (winner == 0)
+    rows = quality(records, **FAST)["scores"]
+    if right + wrong + ties + undecided == 0:
+        assert rows == []
+        return
+    (row,) = rows
+    assert (row["right"], row["wrong"], row["ties"], row["undecided"]) == (right, wrong, ties, undecided)
+    value = row["accuracy"]["value"]
+    assert value == (pytest.approx((right + ties / 2) / row["count"]) if row["count"] else None)

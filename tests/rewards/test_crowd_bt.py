@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import rlaif_jax.rewards.crowd_bt as crowd_bt_module
-from rlaif_jax.rewards.crowd_bt import CrowdBT, crowd_bt, crowd_bt_log_prob, judgement_probability, pair_probability
+from rlaif_jax.rewards.crowd_bt import (
+    CrowdBT,
+    crowd_bt,
+    crowd_bt_log_prob,
+    judgement_probability,
+    pair_probability,
+    reliability_given,
+)
 from rlaif_jax.rewards.ratings import Utilities
 from tests.rewards.everywhere import fit_agrees_everywhere
 
@@ -129,3 +136,18 @@ def test_one_device_vmap_pmap_and_eight_shards_agree():
     problems = [comparisons(seed, items=6, count=64)[:4] for seed in (0, 1)]
     fit = partial(crowd_bt, num_items=6, num_workers=20, max_steps=10)
     fit_agrees_everywhere(fit, problems, rtol=2e-3, atol=2e-3)
+
+
+def test_reliability_given_the_fits_utilities_is_the_fits_reliability():
+    """Both are the optimum of one posterior: its maximum over the workers at the utilities of its joint maximum."""
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(10, size=(2, 400))
+    worker = rng.integers(4, size=400)
+    wins = rng.random(400) < np.where(
+        rng.random(400) < np.array([0.95, 0.8, 0.5, 0.2])[worker], first < second, first > second
+    )
+    given = (first, second, worker, wins.astype(np.float32))
+    fit = crowd_bt(*given, num_items=10, num_workers=4)
+    weight = (first != second).astype(np.float32)
+    eta = reliability_given(fit.items.value, *given, weight, num_workers=4, steps=2000)
+    np.testing.assert_allclose(eta, fit.reliability, atol=5e-3)

@@ -214,3 +214,22 @@ METHODS = {
 def test_one_device_vmap_pmap_and_eight_shards_agree(method):
     problems = [labels(seed, items=20, workers=5, count=64)[:3] for seed in (0, 1)]
     fit_agrees_everywhere(METHODS[method], problems, rtol=2e-3, atol=2e-3)
+
+
+def test_a_label_without_evidence_is_judged_by_the_others_and_moves_nothing():
+    """The last worker says the opposite of all; with no voice nobody's confusion changes, and its own is the opposite."""
+    item, worker, label, *_ = labels(workers=8, count=800)
+    fit = partial(hierarchical_dawid_skene, num_items=120, num_workers=9, num_classes=3)
+    alone = fit(item, worker, label, evidence=np.ones(len(item), np.float32))
+    truth = np.asarray(alone.posterior).argmax(-1)
+    more = np.flatnonzero(np.asarray(alone.valid))
+    joined = fit(
+        np.r_[item, more],
+        np.r_[worker, np.full(len(more), 8)].astype(np.int32),
+        np.r_[label, (truth[more] + 1) % 3].astype(np.int32),
+        evidence=np.r_[np.ones(len(item)), np.zeros(len(more))].astype(np.float32),
+        group=np.r_[np.zeros(8), 1].astype(np.int32),
+        num_groups=2,
+    )
+    np.testing.assert_allclose(joined.posterior[more], alone.posterior[more], atol=2e-3)
+    assert joined.accuracy[8] < 0.1 < 0.5 < joined.accuracy[:8].min()

@@ -221,7 +221,7 @@ class ApiJudge:
     def rater(self, question: Question, template: Template) -> Rater:
         """Returns the rater of the records.
 
-        Its prompt hash covers the template's wording and what the question adds to it.
+        Its prompt hash is that of the template's wording, and of what the question adds to it.
         """
         config = self.config
         added = [question.rubric, question.reference, question.critique]
@@ -229,7 +229,7 @@ class ApiJudge:
             name=config.rater or config.model,
             source="ai",
             model=f"{config.model}@{config.revision}" if config.revision else config.model,
-            prompt_hash=sha256([template.hash, *added]) if any(added) else template.hash,
+            prompt_hash=f"{template.hash}:{sha256(added)}" if any(added) else template.hash,
         )
 
     async def _record_verdict(

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from rlaif_jax.config import require
 from rlaif_jax.feedback.api.replies import Reply, Token
 from rlaif_jax.feedback.api.templates import Question, RenderedQuestion, Template, loose
 from rlaif_jax.feedback.records.forms import Call, Comment, Correction, Judgement, Ranking, Rater, Rating, Status
+from rlaif_jax.rewards.log_odds import log_odds
 
 Debias = Literal["logit", "mean"]
 Distribution = tuple[float, ...]
@@ -332,11 +333,6 @@ def preference(judgements: Iterable[Judgement], *, debias: Debias = "logit") -> 
     consistent = (forward > 0.5) - (forward < 0.5) == (swapped > 0.5) - (swapped < 0.5)
     if not all(soft for side in sides.values() for _, soft in side):
         return Preference((forward + swapped) / 2, None, consistent)
-    first, second = _logit(forward), _logit(1 - swapped)  # both of the answer shown first
+    first, second = log_odds(forward), log_odds(1 - swapped)  # both of the answer shown first
     probability = float(expit((first - second) / 2)) if debias == "logit" else (forward + swapped) / 2
     return Preference(probability, (first + second) / 2, consistent)
-
-
-def _logit(p: float) -> float:
-    """Computes the log-odds of p, clipped to 1e-9 from 0 and 1."""
-    return float(logit(min(max(p, 1e-9), 1 - 1e-9)))

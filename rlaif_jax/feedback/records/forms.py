@@ -48,7 +48,8 @@ class Rater:
         name: unique within a run ("anna", "gpt-4o", "rule/length").
         source: the kind of judge.
         model: name and revision of an AI judge's weights.
-        prompt_hash: SHA-256 of the wording of an AI judge's question.
+        prompt_hash: SHA-256 of the wording of an AI judge's template; where its question had texts of its item alone (a
+            reference, a rubric), ":" and their SHA-256 follow.
     """
 
     name: str
@@ -62,6 +63,11 @@ class Rater:
             self.source in get_args(Source),
             f"rater.source is {self.source!r}; it is one of {', '.join(get_args(Source))}",
         )
+
+    @property
+    def wording(self) -> str:
+        """Returns the part of `prompt_hash` that is the same for all items."""
+        return self.prompt_hash.partition(":")[0]
 
 
 @dataclasses.dataclass(frozen=True)

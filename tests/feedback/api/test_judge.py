@@ -283,3 +283,10 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch):
             judge.submit([Question("p", ("a",), where="items:3")], PAIRWISE)
         with pytest.raises(UserError, match=r"asks for \{rubric\}"):
             judge.submit([ONE], RUBRIC)
+
+
+def test_the_wording_of_a_rater_is_the_templates_and_what_an_item_adds_is_kept_apart(tmp_path: Path):
+    with serve() as server, ApiJudge(config(server.url), store=tmp_path / "f.sqlite") as judge:
+        bare, one, two = (judge.rater(Question("q", ("a",), reference=text), PAIRWISE) for text in ("", "x", "y"))
+    assert bare.prompt_hash == bare.wording == one.wording == two.wording == PAIRWISE.hash
+    assert len({rater.prompt_hash for rater in (bare, one, two)}) == 3
