@@ -41,13 +41,13 @@ MAX_LEVELS = 40
 _SAME = "both used one and the same category"
 
 
-def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife) -> dict[str, Any]:
+def comparison_agreement(votes: Votes, shares: VoteShares, jackknife: Jackknife) -> dict[str, Any]:
     """Computes how far raters agree on pairs of answers.
 
     Args:
         votes: all votes.
         shares: pair -> rater -> shares of first, tie and second, from `votes`.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         Tables of JSON values. "sources" and "raters" have a row for each two sources and each two raters, with
@@ -77,8 +77,8 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife)
 
     def agree(confusion: Floats) -> dict[str, Any]:
         return {
-            "agreement": bootstrap.estimate(confusion, stats.observed_agreement, share=True),
-            "kappa": bootstrap.estimate(confusion, stats.cohen_kappa, lowest=stats.lowest_kappa, reason=_SAME),
+            "agreement": jackknife.estimate(confusion, stats.observed_agreement, share=True),
+            "kappa": jackknife.estimate(confusion, stats.cohen_kappa, lowest=stats.lowest_kappa, reason=_SAME),
         }
 
     def described(key: Any) -> dict[str, Any]:
@@ -87,13 +87,13 @@ def comparison_agreement(votes: Votes, shares: VoteShares, bootstrap: Jackknife)
         return _pair_names(votes, key) | {
             "count": groups.size(key),
             **agree(confusion),
-            "longer": bootstrap.estimate(sums[:, [9, 11]], ratio(0, 1), share=True),
-            "first": bootstrap.estimate(sums[:, [10, 12]], ratio(0, 1), share=True, reason="the order is not recorded"),
+            "longer": jackknife.estimate(sums[:, [9, 11]], ratio(0, 1), share=True),
+            "first": jackknife.estimate(sums[:, [10, 12]], ratio(0, 1), share=True, reason="the order is not recorded"),
         }
 
     return _agreement_rows(groups, described) | {
         "judges": _judge_rows(votes, judges, agree),
-        "alpha": _alphas(alpha, bootstrap),
+        "alpha": _alphas(alpha, jackknife),
     }
 
 
@@ -142,21 +142,21 @@ def _agreement_rows(groups: GroupedRows, described: Callable[[Any], dict[str, An
     }
 
 
-def _alphas(groups: GroupedRows, bootstrap: Jackknife) -> list[dict[str, Any]]:
+def _alphas(groups: GroupedRows, jackknife: Jackknife) -> list[dict[str, Any]]:
     """Returns Krippendorff's alpha of verdicts of each source at every level."""
     levels: tuple[stats.Level, ...] = ("nominal", "ordinal", "interval")
     return [
         {"source": source, "count": groups.size(source)}
-        | {kind: _alpha(groups.sums(source).reshape(-1, 9), bootstrap, kind) for kind in levels}
+        | {kind: _alpha(groups.sums(source).reshape(-1, 9), jackknife, kind) for kind in levels}
         for source in groups.largest_first()
     ]
 
 
-def _alpha(rows: Any, bootstrap: Jackknife, kind: stats.Level) -> EstimateFields:
+def _alpha(rows: Any, jackknife: Jackknife, kind: stats.Level) -> EstimateFields:
     """Returns Krippendorff's alpha of coincidences [clusters, C * C], dense or sparse, of 0, 1, ..."""
     size = math.isqrt(rows.shape[1])
     square = lambda sums: sums.reshape(*sums.shape[:-1], size, size)
-    return bootstrap.estimate(
+    return jackknife.estimate(
         rows,
         lambda sums: stats.krippendorff_alpha(square(sums), kind),
         lowest=lambda sums: stats.lowest_alpha(square(sums), kind),
@@ -204,12 +204,12 @@ def _mean_marks(votes: Votes) -> dict[int, dict[int, float]]:
     return {answer: {rater: float(np.mean(v)) for rater, v in by_rater.items()} for answer, by_rater in given.items()}
 
 
-def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
+def rating_agreement(votes: Votes, jackknife: Jackknife) -> dict[str, Any]:
     """Computes how far raters agree on ratings of the same answer: agreement, kappa, correlation, alpha.
 
     Args:
         votes: all votes; its marks are the ratings.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         Tables in the shape of `comparison_agreement`.
@@ -250,9 +250,9 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
 
     def agree(sums: Floats) -> dict[str, Any]:
         return {
-            "agreement": bootstrap.estimate(sums, ratio(0, 1), share=True),
-            "kappa": bootstrap.estimate(sums, kappa, lowest=lowest_kappa, reason="all values are the same"),
-            "correlation": bootstrap.estimate(
+            "agreement": jackknife.estimate(sums, ratio(0, 1), share=True),
+            "kappa": jackknife.estimate(sums, kappa, lowest=lowest_kappa, reason="all values are the same"),
+            "correlation": jackknife.estimate(
                 sums, correlation, lowest=-1.0, reason="one side gave always the same value"
             ),
         }
@@ -263,7 +263,7 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
     many = f"more than {MAX_LEVELS} different values: read the interval alpha"
     kinds: tuple[stats.Level, ...] = ("nominal", "ordinal")
     alphas = {
-        source: {kind: _alpha(_coincidence_rows(given, votes.count, len(levels)), bootstrap, kind) for kind in kinds}
+        source: {kind: _alpha(_coincidence_rows(given, votes.count, len(levels)), jackknife, kind) for kind in kinds}
         for source, given in units.items()
     }
     rows = [
@@ -273,7 +273,7 @@ def rating_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
             for kind in ("nominal", "ordinal")
         }
         | {
-            "interval": bootstrap.estimate(
+            "interval": jackknife.estimate(
                 moments.sums(source),
                 stats.interval_alpha,
                 lowest=stats.lowest_interval_alpha,
@@ -309,7 +309,7 @@ def _positive(value: Floats, scale: Floats) -> Floats:
 # ---- Labels
 
 
-def label_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
+def label_agreement(votes: Votes, jackknife: Jackknife) -> dict[str, Any]:
     """Computes how far raters agree on labels: choices among three or more options.
 
     Labels are compared by what was chosen; that two options were both not chosen is no agreement about them. Time and
@@ -317,7 +317,7 @@ def label_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
 
     Args:
         votes: all votes; its labels are compared.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         Tables in the shape of `comparison_agreement`. For comparison "most_common" is how often the other rater (or
@@ -354,15 +354,15 @@ def label_agreement(votes: Votes, bootstrap: Jackknife) -> dict[str, Any]:
         lowest = lambda s: 1 - divide(np.ones(()), chance(s))  # they never chose the same
         most_common = lambda s: divide(s[..., 2 + size :].max(-1), s[..., 1])
         return {
-            "agreement": bootstrap.estimate(sums, ratio(0, 1), share=True),
-            "kappa": bootstrap.estimate(sums, kappa, lowest=lowest, reason=_SAME),
-            "most_common": bootstrap.estimate(sums, most_common, share=True),
+            "agreement": jackknife.estimate(sums, ratio(0, 1), share=True),
+            "kappa": jackknife.estimate(sums, kappa, lowest=lowest, reason=_SAME),
+            "most_common": jackknife.estimate(sums, most_common, share=True),
         }
 
     def alpha(source: str) -> EstimateFields:
         sums = _unit_sums(units[source], votes.count)
         never = lambda s: _label_alpha(np.concatenate([np.zeros_like(s[..., :1]), s[..., 1:]], axis=-1))
-        return bootstrap.estimate(sums, _label_alpha, lowest=never, reason="all labels are the same")
+        return jackknife.estimate(sums, _label_alpha, lowest=never, reason="all labels are the same")
 
     largest = lambda keys: sorted(keys, key=lambda key: -len(groups[key]))
     described = lambda key: _pair_names(votes, key) | {"count": len(groups[key])} | agree(key)

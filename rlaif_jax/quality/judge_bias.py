@@ -32,12 +32,12 @@ from rlaif_jax.rewards.log_odds import log_odds
 # ---- Habits of raters
 
 
-def verdict_habits(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
+def verdict_habits(votes: Votes, jackknife: Jackknife) -> list[dict[str, Any]]:
     """Computes each rater's share of ties, and how often it prefers the longer and the first shown answer.
 
     Args:
         votes: all votes.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         A row for each rater with `count` and the shares `ties` (of all verdicts), `longer` (of verdicts between
@@ -55,9 +55,9 @@ def verdict_habits(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
         rater_fields(votes, rater)
         | {
             "count": groups.size(rater),
-            "ties": bootstrap.estimate(sums, ratio(0, 1), share=True),
-            "longer": bootstrap.estimate(sums, ratio(3, 2), share=True, reason="no verdict between unequal lengths"),
-            "first": bootstrap.estimate(
+            "ties": jackknife.estimate(sums, ratio(0, 1), share=True),
+            "longer": jackknife.estimate(sums, ratio(3, 2), share=True, reason="no verdict between unequal lengths"),
+            "first": jackknife.estimate(
                 sums, ratio(5, 4), share=True, reason="nothing but ties, or the order is not recorded"
             ),
         }
@@ -66,7 +66,7 @@ def verdict_habits(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
     ]
 
 
-def order_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
+def order_consistency(votes: Votes, jackknife: Jackknife) -> list[dict[str, Any]]:
     """Computes the consistency and position bias of each rater that judged pairs in both orders.
 
     With p12, p21 = P(the answer shown first wins) in each order, the bias is b = (logit p12 + logit p21) / 2, in
@@ -74,7 +74,7 @@ def order_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]
 
     Args:
         votes: all votes.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         A row for each rater with `count`, the shares `consistent` (same answer in both orders) and
@@ -98,21 +98,21 @@ def order_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]
         rater_fields(votes, rater)
         | {
             "count": groups.size(rater),
-            "consistent": bootstrap.estimate(sums, ratio(0, 4), share=True),
-            "same_position": bootstrap.estimate(sums, ratio(1, 4), share=True),
-            "bias": bootstrap.estimate(sums, ratio(2, 3), reason="the judge gives no probabilities"),
+            "consistent": jackknife.estimate(sums, ratio(0, 4), share=True),
+            "same_position": jackknife.estimate(sums, ratio(1, 4), share=True),
+            "bias": jackknife.estimate(sums, ratio(2, 3), reason="the judge gives no probabilities"),
         }
         for rater in groups.largest_first()
         for sums in (groups.sums(rater),)
     ]
 
 
-def repeat_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
+def repeat_consistency(votes: Votes, jackknife: Jackknife) -> list[dict[str, Any]]:
     """Computes how often raters gave the same answer to a question that was repeated in the same order.
 
     Args:
         votes: all votes.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         A row for each rater and form with `count` and the share `same`; ratings also have the mean `distance` of
@@ -134,9 +134,9 @@ def repeat_consistency(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any
     return [
         rater_fields(votes, rater)
         | {"form": form, "count": groups.size((rater, form))}
-        | {"same": bootstrap.estimate(groups.sums((rater, form)), ratio(0, 2), share=True)}
+        | {"same": jackknife.estimate(groups.sums((rater, form)), ratio(0, 2), share=True)}
         | (
-            {"distance": bootstrap.estimate(groups.sums((rater, form)), ratio(1, 2), share=True)}
+            {"distance": jackknife.estimate(groups.sums((rater, form)), ratio(1, 2), share=True)}
             if form == "rating"
             else {}
         )
@@ -156,7 +156,7 @@ def _mean_probabilities(votes: Votes) -> dict[tuple[int, int], float]:
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap: Jackknife) -> list[dict[str, Any]]:
+def length_slope(votes: Votes, shares: VoteShares, people: str | None, jackknife: Jackknife) -> list[dict[str, Any]]:
     """Computes how much each judge favours longer answers more than people do.
 
     The number is the slope of (judge's preference - people's) on the length difference, through the origin, on
@@ -166,7 +166,7 @@ def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap
         votes: all votes.
         shares: pair -> rater -> shares of first, tie and second, from `votes`.
         people: the source that counts as people, "person" or "simulated", or None without people.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         A row for each AI judge and rule with `count`, `characters` (one standard deviation of length) and
@@ -187,14 +187,14 @@ def length_slope(votes: Votes, shares: VoteShares, people: str | None, bootstrap
         | {
             "count": groups.size(rater),
             "characters": scale,
-            "slope": bootstrap.estimate(groups.sums(rater), ratio(0, 1), reason="all answers are of one length"),
+            "slope": jackknife.estimate(groups.sums(rater), ratio(0, 1), reason="all answers are of one length"),
         }
         for rater in groups.largest_first()
     ]
 
 
 def judge_calibration(
-    votes: Votes, shares: VoteShares, people: str | None, bootstrap: Jackknife
+    votes: Votes, shares: VoteShares, people: str | None, jackknife: Jackknife
 ) -> list[dict[str, Any]]:
     """Computes Brier score, ECE and reliability bins of every judge that gives probabilities.
 
@@ -204,7 +204,7 @@ def judge_calibration(
         votes: all votes.
         shares: pair -> rater -> shares of first, tie and second, from `votes`.
         people: the source that counts as people, "person" or "simulated", or None without people.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         A row for each AI judge and rule with `count`, `brier`, `ece` and `bins`.
@@ -219,8 +219,8 @@ def judge_calibration(
         rater_fields(votes, rater)
         | {
             "count": groups.size(rater),
-            "brier": bootstrap.estimate(sums, brier, share=True),
-            "ece": debiased_calibration_error(sums, bootstrap.level),
+            "brier": jackknife.estimate(sums, brier, share=True),
+            "ece": debiased_calibration_error(sums, jackknife.level),
             "bins": reliability_bins(sums.sum(0)),
         }
         for rater in groups.largest_first()
@@ -228,7 +228,7 @@ def judge_calibration(
     ]
 
 
-def score_accuracy(votes: Votes, shares: VoteShares, people: str | None, bootstrap: Jackknife) -> list[dict[str, Any]]:
+def score_accuracy(votes: Votes, shares: VoteShares, people: str | None, jackknife: Jackknife) -> list[dict[str, Any]]:
     """Computes how often a judge's ratings of two answers are ordered as people's preference is.
 
     The ratings of an answer are averaged, on the unit interval; both answers were rated under the principle of the
@@ -238,7 +238,7 @@ def score_accuracy(votes: Votes, shares: VoteShares, people: str | None, bootstr
         votes: all votes.
         shares: pair -> rater -> shares of first, tie and second, from `votes`.
         people: the source that counts as people, "person" or "simulated", or None without people.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         A row for each AI judge and rule with `count`, the numbers `right`, `wrong` and `ties` (two equal ratings),
@@ -265,6 +265,6 @@ def score_accuracy(votes: Votes, shares: VoteShares, people: str | None, bootstr
         rows.append(
             rater_fields(votes, rater)
             | {"count": count, "right": right, "wrong": count - right - ties, "ties": ties, "undecided": undecided}
-            | {"accuracy": bootstrap.estimate(sums, accuracy, share=True, reason="people are undecided on all pairs")}
+            | {"accuracy": jackknife.estimate(sums, accuracy, share=True, reason="people are undecided on all pairs")}
         )
     return rows

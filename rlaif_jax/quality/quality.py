@@ -67,7 +67,7 @@ def quality(
     require(items is None or len(items) == len(judgements), "items should name each judgement")
     require(0 < level < 1, f"level should be between 0 and 1, got {level}")
     votes = read_votes(judgements, items)
-    bootstrap = Jackknife(level)
+    jackknife = Jackknife(level)
     people = votes.people("comparisons")
     shares = vote_shares_by_pair(votes)
     return {
@@ -78,18 +78,18 @@ def quality(
         "people": people,
         "counts": _counts(votes),
         "agreement": {
-            "comparisons": comparison_agreement(votes, shares, bootstrap),
-            "ratings": rating_agreement(votes, bootstrap),
-            "labels": label_agreement(votes, bootstrap),
+            "comparisons": comparison_agreement(votes, shares, jackknife),
+            "ratings": rating_agreement(votes, jackknife),
+            "labels": label_agreement(votes, jackknife),
         },
-        "habits": verdict_habits(votes, bootstrap),
-        "order": order_consistency(votes, bootstrap),
-        "repeats": repeat_consistency(votes, bootstrap),
-        "length_slope": length_slope(votes, shares, people, bootstrap),
-        "calibration": judge_calibration(votes, shares, people, bootstrap),
-        "scores": score_accuracy(votes, shares, people, bootstrap),
-        "missing": _missing(votes, bootstrap),
-        "win_rates": win_rate_table(votes, shares, people, reference, bootstrap),
+        "habits": verdict_habits(votes, jackknife),
+        "order": order_consistency(votes, jackknife),
+        "repeats": repeat_consistency(votes, jackknife),
+        "length_slope": length_slope(votes, shares, people, jackknife),
+        "calibration": judge_calibration(votes, shares, people, jackknife),
+        "scores": score_accuracy(votes, shares, people, jackknife),
+        "missing": _missing(votes, jackknife),
+        "win_rates": win_rate_table(votes, shares, people, reference, jackknife),
         "raters": _raters(votes, shares, people, level) if reliability else {"rows": [], "reason": "not asked for"},
         "cost": _cost(judgements),
     }
@@ -117,7 +117,7 @@ def quality_of_store(path: Path, **options: Any) -> dict[str, Any]:
 # ---- Missing answers, counts and cost
 
 
-def _missing(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
+def _missing(votes: Votes, jackknife: Jackknife) -> list[dict[str, Any]]:
     """Returns the share of unanswered records of each source.
 
     The shares are of all records, by length of the answers, and by generator. Adjudications answer no question that
@@ -133,7 +133,7 @@ def _missing(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
         place = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(len(edges) - 2, 0))
         by_length = [
             {"low": int(lengths[place == k].min()), "high": int(lengths[place == k].max())}
-            | _unanswered(votes, bootstrap, [records[j] for j in np.flatnonzero(place == k)])
+            | _unanswered(votes, jackknife, [records[j] for j in np.flatnonzero(place == k)])
             for k in sorted(set(place.tolist()))
         ]
         written: dict[str, list[int]] = defaultdict(list)
@@ -141,10 +141,10 @@ def _missing(votes: Votes, bootstrap: Jackknife) -> list[dict[str, Any]]:
             for name in sorted(set(votes.used[i].generators)):
                 written[name].append(i)
         by_generator = [
-            {"generator": name} | _unanswered(votes, bootstrap, written[name])
+            {"generator": name} | _unanswered(votes, jackknife, written[name])
             for name in sorted(written, key=lambda name: -len(written[name]))[:MAX_ROWS]
         ]
-        every = _unanswered(votes, bootstrap, records)
+        every = _unanswered(votes, jackknife, records)
         rows.append({"source": source} | every | {"by_length": by_length, "by_generator": by_generator})
     return rows
 
@@ -153,14 +153,14 @@ def _is_asked(record: Judgement, source: str) -> bool:
     return record.rater.source == source and not adjudicates(record.rater)
 
 
-def _unanswered(votes: Votes, bootstrap: Jackknife, records: Sequence[int]) -> dict[str, Any]:
+def _unanswered(votes: Votes, jackknife: Jackknife, records: Sequence[int]) -> dict[str, Any]:
     """Returns how many of the records (indices into `votes.used`) have no answer, and why."""
     status = Counter(votes.used[i].status for i in records)
     columns = np.array([[not votes.used[i].answered, 1.0] for i in records])
     sums = sum_by_group(columns, [votes.clusters[i] for i in records], votes.count)
     return {
         "count": len(records),
-        "unanswered": bootstrap.estimate(sums, ratio(0, 1), share=True),
+        "unanswered": jackknife.estimate(sums, ratio(0, 1), share=True),
     } | {name: status[name] for name in ("unparsed", "refused", "error", "abstained")}
 
 

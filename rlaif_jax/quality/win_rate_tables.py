@@ -51,7 +51,7 @@ def win_rate_table(
     shares: VoteShares,
     people: str | None,
     reference: str | None,
-    bootstrap: Jackknife,
+    jackknife: Jackknife,
 ) -> dict[str, Any]:
     """Returns the win rates (wins + ties / 2) / n of every two generators by every source.
 
@@ -63,7 +63,7 @@ def win_rate_table(
         shares: pair -> rater -> its vote.
         people: the source whose verdicts count as people's labels; None: no source does.
         reference: the generator that all others are matched against; None: every two generators are matched.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
 
     Returns:
         {"rows": a row for each match and source, "left_out": number of matches that are not listed}.
@@ -79,10 +79,10 @@ def win_rate_table(
     rows = []
     for match in matches[:MAX_ROWS]:
         for source in sources:
-            rows += _plain_row(votes, match, preference[source], ties[source], source, bootstrap)
+            rows += _plain_row(votes, match, preference[source], ties[source], source, jackknife)
         judge = next((s for s in ("ai", "rule") if s in preference), None)
         if judge is not None and people in preference:
-            rows += _debiased_row(votes, match, preference[judge], preference[people], judge, bootstrap)
+            rows += _debiased_row(votes, match, preference[judge], preference[people], judge, jackknife)
     return {"rows": rows, "left_out": max(0, len(matches) - MAX_ROWS)}
 
 
@@ -103,7 +103,7 @@ def _plain_row(
     preference: Mapping[int, float],
     ties: Mapping[int, float],
     source: str,
-    bootstrap: Jackknife,
+    jackknife: Jackknife,
 ) -> list[dict[str, Any]]:
     """Returns the row of a match by a source, or no row if the source judged none of its pairs.
 
@@ -113,7 +113,7 @@ def _plain_row(
         preference: pair -> the source's preference for the first answer.
         ties: pair -> share of ties among the source's verdicts; 1 where the answers are equal.
         source: whose verdicts they are.
-        bootstrap: computes the intervals.
+        jackknife: computes the intervals.
     """
     judged = [(i, straight) for i, straight in match.pairs if i in preference]
     if not judged:
@@ -127,14 +127,14 @@ def _plain_row(
         {"a": match.a, "b": match.b, "source": source, "count": len(judged)}
         | {"wins": float((value - tied / 2).sum()), "ties": float(tied.sum())}
         | {"losses": float((1 - value - tied / 2).sum())}
-        | {"rate": bootstrap.estimate(sums, ratio(0, 1), share=True)}
-        | {"length_controlled": _length_controlled(value, longer, member, bootstrap)}
+        | {"rate": jackknife.estimate(sums, ratio(0, 1), share=True)}
+        | {"length_controlled": _length_controlled(value, longer, member, jackknife)}
     ]
 
 
-def _length_controlled(value: Floats, longer: Floats, member: Sequence[int], bootstrap: Jackknife) -> EstimateFields:
+def _length_controlled(value: Floats, longer: Floats, member: Sequence[int], jackknife: Jackknife) -> EstimateFields:
     """Returns the fields of `length_controlled_win_rate`."""
-    found = length_controlled_win_rate(value, longer, level=bootstrap.level, groups=member)
+    found = length_controlled_win_rate(value, longer, level=jackknife.level, groups=member)
     if not np.isfinite(found.value):
         return missing_estimate("all pairs differ in length by the same: length and quality cannot be separated")
     if len(set(member)) < 2:
@@ -149,7 +149,7 @@ def _debiased_row(
     judge: Mapping[int, float],
     person: Mapping[int, float],
     source: str,
-    bootstrap: Jackknife,
+    jackknife: Jackknife,
 ) -> list[dict[str, Any]]:
     """Returns the row of a match by a judge debiased with people's labels.
 
@@ -170,9 +170,9 @@ def _debiased_row(
     return [
         row
         | {
-            "rate": bootstrap.estimate(sums, powered_mean, share=True, informative=sums[:, 2] > 0),
-            "alone": bootstrap.estimate(sums, ratio(3, 2), share=True, informative=sums[:, 2] > 0),
+            "rate": jackknife.estimate(sums, powered_mean, share=True, informative=sums[:, 2] > 0),
+            "alone": jackknife.estimate(sums, ratio(3, 2), share=True, informative=sums[:, 2] > 0),
             "weight": float(power_lambda(sums.sum(0))),
-            "budget": label_budget(sums, _BUDGETS, level=bootstrap.level),
+            "budget": label_budget(sums, _BUDGETS, level=jackknife.level),
         }
     ]
