@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlaif_jax.checkpoint import load_params, save_params
+from rlaif_jax.checkpoint import StagePart, load_params, save_params
 from rlaif_jax.config import (
     CheckFailed,
     Diverged,
@@ -75,12 +75,12 @@ class Run:
     Attributes:
         display: shows on the terminal how far the run is.
         metrics, checks, warnings, missing, claims: go to summary.json; `missing` counts missing judgements by reason.
-        story: sentences in plain words for the end of the terminal and the top of the page: what happened, what the
-            measure is, what to do next.
+        story: sentences in plain words for the terminal's end and the page's top: what happened, and what to do next.
         verdict: better, no different or worse (`verdict_of`); None where nobody compares.
         steps_done: steps of the loop.
         stop_requested: whether a person or the system asked the run to stop.
         resuming: whether the run was begun by an earlier process.
+        part: keeps how far the stage is that is being made.
     """
 
     def __init__(
@@ -112,26 +112,26 @@ class Run:
         self._stages = stages or self.folder / "checkpoints" / "stages"
         self._used_stages: dict[str, str] = {}  # key -> "made" or "reused"
         self._started = time.time()
+        self.part = StagePart(self.folder / "checkpoints" / "part" / "stage")
+        self._making: str | None = None  # the stage that is being made
         self._interruptible = False  # a stop need not wait for what is done at the moment
         self._settled = False  # something worth keeping has been computed
         self._aside: Path | None = None  # the new place of an earlier run of this folder
         self._lock: FolderLock | None = None
 
     def __enter__(self) -> Run:
-        folder = self.folder
         try:
             self._take_folder()
-        except OSError as error:
+        except BaseException as error:
             self._undo()
-            raise UserError(
-                f"{folder}: the run folder cannot be written ({error.strerror or error}); "
-                "choose another --out or free some space"
-            ) from error
-        except BaseException:
-            self._undo()
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"{self.folder}: the run folder cannot be written ({error.strerror or error}); "
+                    "choose another --out or free some space"
+                ) from error
             raise
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        self.display.print(f"{self.experiment}: seed {self.seed}, run folder {folder}")
+        self.display.print(f"{self.experiment}: seed {self.seed}, run folder {self.folder}")
         if not self._is_part:
             self.display.open(self.experiment)
         return self
@@ -212,12 +212,11 @@ class Run:
     ) -> FinishedStage:
         """Returns the parameters of a stage before the loop, made now or read back.
 
-        A stage is read back if it was made before, by this run or by one that shares the folder.
-
-        A stage is made again when anything differs that it depends on: `settings`, the run's seed, the stages of
-        `after`, the arrays' shapes, the code of this package and of the script, the libraries, the backend. Only a
-        resumed run keeps to the stages that it began with, and warns if the code has changed since.
-        A stage that was stopped before its end is not kept.
+        A stage is read back if it was made before, by this run or by one that shares the folder. It is made again when
+        anything differs that it depends on: `settings`, the run's seed, the stages of `after`, the arrays' shapes, the code
+        of this package and of the script, the libraries, the backend. Only a resumed run keeps to the stages that it began
+        with, and warns if the code has changed since.
+        A stage that was stopped is made again, from where its function has kept it (`part`).
 
         Args:
             name: for people; the first part of the folder's name.
@@ -249,10 +248,13 @@ class Run:
         kept = self._stage_exists(key)
         self.display.begin(name, skipped=kept)
         if not kept:
+            self._making, self.part = name, StagePart(self.folder / "checkpoints" / "part" / key)
             params = make(*(stage.params for stage in after))
             if self.stop_requested:
                 raise StopRequested
+            self._making = None
             kept = not save_params(self._stages / key, params, {**described, "made_by": by})
+            self.part.remove()
             self.settled()
         if kept:
             params, saved = load_params(self._stages / key, like)
@@ -270,7 +272,9 @@ class Run:
         if self.stop_requested:  # at a second Ctrl-C the person does not want to wait
             raise KeyboardInterrupt
         self.stop_requested = True
-        print("\nstopping: what is computed is saved (once more to leave at once)", file=sys.stderr)
+        part = f"the stage {self._making} is not done; when resumed it goes on from its last check, if it has checks"
+        part = part if self._making else "what is computed is saved"
+        print(f"\nstopping: {part} (once more to leave at once)", file=sys.stderr)
         if self._interruptible:
             raise StopRequested
 

@@ -185,7 +185,7 @@ def test_a_damaged_stage_is_a_message(damage, tmp_path):
     assert made.count == 2
 
 
-def test_a_stage_that_is_stopped_is_not_kept(tmp_path):
+def test_a_stage_that_is_stopped_is_not_kept_and_the_message_says_so(tmp_path, capsys):
     made, shared = Made(), tmp_path / "shared"
 
     def stopped():
@@ -198,6 +198,7 @@ def test_a_stage_that_is_stopped_is_not_kept(tmp_path):
             run.stage("base", LIKE, stopped, settings={})
         raise StopRequested
     assert not shared.exists()
+    assert "stopping: the stage base is not done" in capsys.readouterr().err
     assert summary(tmp_path / "one")["status"] == "stopped"
 
 
