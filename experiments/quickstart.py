@@ -175,7 +175,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
             reasons=(lambda prompts, answers: judge.reasons(prompts, answers)[0]) if config.models.reasons else None,
             second=reward.second,
         )
-        with run.display.wait("held-out answers before training"):
+        with run.interruptible(), run.display.wait("held-out answers before training"):
             before = evaluation.answers(sft.params)
         assert before.rewards is not None
         key = step_key(config.seed, 2, INIT)

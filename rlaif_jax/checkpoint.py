@@ -8,23 +8,42 @@ a temporary folder that is then renamed, so a process that is killed while it sa
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from rlaif_jax.config import UserError, differing, require
+from rlaif_jax.config import StopRequested, UserError, differing, require
 from rlaif_jax.types import Params
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it opens; its errors are raised, too
+_report_lost_error = sys.unraisablehook
+
+
+def _report_all_but_closed_loops(lost: Any) -> None:
+    """Reports an error that nobody can catch, unless it follows from one that is raised.
+
+    At the first array that cannot be written, Orbax raises and ends its event loop. The threads that write the other
+    arrays then find the loop closed, each with a traceback: hundreds of lines on a full disk.
+    """
+    if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
+        _report_lost_error(lost)
+
+
+sys.unraisablehook = _report_all_but_closed_loops
 
 
 class Restored(NamedTuple):
@@ -47,15 +66,19 @@ class Checkpointer:
     Args:
         folder: holds one folder per checkpoint; made if missing.
         settings: the run's settings as JSON values; a checkpoint of other settings is refused.
+        weights: name -> `fingerprint` of arrays that a checkpoint does not hold and that the run depends on; a
+            checkpoint of a run with others is refused.
         keep: number of checkpoints to keep.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, keep: int = 2) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], *, weights: Mapping[str, str] | None = None, keep: int = 2
+    ) -> None:
         self.folder = folder.absolute()
-        self.settings = settings
+        self.settings, self.weights = settings, dict(weights or {})
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("arrays", "host"))
@@ -81,7 +104,8 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave({"settings": self.settings, **host})
+                    arrays=ocp.args.StandardSave(arrays),
+                    host=ocp.args.JsonSave({"settings": self.settings, "weights": self.weights, **host}),
                 ),
             )
 
@@ -96,7 +120,8 @@ class Checkpointer:
             like: a pytree of arrays with the shapes, dtypes and placement that the result shall have.
 
         Raises:
-            UserError: the checkpoint was made with other settings (they are named), does not fit or is damaged.
+            UserError: the checkpoint was made with other settings or weights (they are named), does not fit or is
+                damaged.
         """
         step = self.latest()
         if step is None:
@@ -110,6 +135,14 @@ class Checkpointer:
             ) from error
         changed = differing(host.pop("settings", None), self.settings)
         require(not changed, f"{self.folder / str(step)}: the checkpoint is of another config: " + "; ".join(changed))
+        weights = host.pop("weights", {})
+        moved = [name for name, now in self.weights.items() if weights.get(name, now) != now]
+        require(
+            not moved,
+            f"{self.folder / str(step)}: this run began with other weights ({', '.join(moved)}): the model's files, or what "
+            "its name leads to on the Hugging Face hub, have changed since. Resume with the model that it began with, or "
+            "start a new run without --resume",
+        )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))[
@@ -149,6 +182,18 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._manager.close()
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except UserError:
+            if error is None or isinstance(error, StopRequested):  # else the first error counts
+                raise
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -162,9 +207,32 @@ class Checkpointer:
 def _reason(error: OSError | ValueError) -> str:
     """Returns why something cannot be written.
 
-    Orbax raises ValueError for a full disk; the reason is at the end of its message.
+    Orbax raises ValueError for a full disk, with the number of the system's error at the end of a long message.
     """
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)[-200:]
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else str(error)[-200:]
+
+
+def fingerprint(tree: Any) -> str:
+    """Returns a text that differs where pytrees of arrays do, however they are split over devices."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, x), checksum in zip(leaves, jax.device_get([_checksum(x) for _, x in leaves]), strict=True):
+        digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape} {checksum}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Computes the sum of all bits of an array modulo 2^32, each number times an odd factor of its place."""
+    width = 8 * x.dtype.itemsize
+    bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
 # ---- Stages: parameters with the settings that they were made with
@@ -225,3 +293,57 @@ def load_params(folder: Path, like: Params) -> tuple[Params, dict[str, Any]]:
             f"{folder}: these parameters do not fit or cannot be read ({str(error)[:300]}); "
             "remove this folder to make them again"
         ) from error
+
+
+class StagePart:
+    """How far a stage is that is being made, kept in a folder of its run until the stage is done.
+
+    Args:
+        folder: holds the newest state; made when there is one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _states(self) -> list[Path]:
+        """Returns the folders of states, the oldest first: two at most."""
+        return sorted(self._folder.glob("[0-9]*"), key=lambda path: int(path.name))
+
+    @property
+    def done(self) -> int:
+        """Returns the number of updates after which the newest state was kept; 0 without one."""
+        states = self._states()
+        return int(states[-1].name) if states else 0
+
+    def load(self, like: Params) -> tuple[Params, dict[str, Any]] | None:
+        """Reads the newest state; returns (arrays, JSON values), or None if no state can be read.
+
+        Args:
+            like: a pytree of arrays of the state's shapes and dtypes.
+        """
+        try:
+            return load_params(self._states()[-1], like) if self.done else None
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            self.remove()
+            return None
+
+    def save(self, done: int, arrays: Params, values: dict[str, Any]) -> None:
+        """Keeps a state in the place of the one before.
+
+        Args:
+            done: updates so far.
+            arrays: a pytree of arrays.
+            values: JSON values.
+
+        Raises:
+            UserError: it cannot be written; the state before is whole.
+        """
+        before = self._states()
+        save_params(self._folder / str(done), arrays, values)
+        for path in before:
+            shutil.rmtree(path)
+
+    def remove(self) -> None:
+        """Removes what is kept."""
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import tyro
 
-from rlaif_jax.config import CheckFailed, Diverged, UserError
+from rlaif_jax.config import CheckFailed, Diverged, UserError, from_json
 from rlaif_jax.progress.startup import Loading
 
 Config = TypeVar("Config")
@@ -44,6 +47,8 @@ def command_line(
     A choice between dataclasses is written as a word, `ppo.advantage:leave-one-out`; the options of the chosen
     class may be anywhere after the word.
 
+    With `--resume`, the settings of the run in the folder `--out` take the place of the defaults: no other option is needed.
+
     Args:
         main: a function of the config.
         default: a frozen dataclass: its fields are the options, its values the defaults.
@@ -75,6 +80,7 @@ def command_line(
 
 
 def _parse_arguments(default: Config, description: str | None) -> Config:
+    default = _resumed(default, sys.argv[1:])
     try:
         return tyro.cli(
             type(default), default=default, description=description, config=(tyro.conf.CascadeSubcommandArgs,)
@@ -82,3 +88,29 @@ def _parse_arguments(default: Config, description: str | None) -> Config:
     except BrokenPipeError:  # the reader of --help has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _resumed(default: Config, arguments: Sequence[str]) -> Config:
+    """Returns the settings of the run that the arguments resume; `default` where they resume none.
+
+    Raises:
+        UserError: the run's config.json is damaged or of another script or version.
+    """
+    values = {field.name: vars(default)[field.name] for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    if not {"out", "resume"} <= values.keys():
+        return default
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--out", type=Path, default=values["out"])
+    options.add_argument("--resume", action=argparse.BooleanOptionalAction, default=values["resume"])
+    try:
+        given, _ = options.parse_known_args(arguments)
+    except argparse.ArgumentError:  # tyro says it better
+        return default
+    path = given.out / "config.json"
+    if not given.resume or not path.exists():
+        return default
+    try:
+        saved = json.loads(path.read_text()) | {"out": str(given.out), "resume": True}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: this is no run's settings ({error})") from error
+    return from_json(type(default), saved, f"{path}, of another script or version")

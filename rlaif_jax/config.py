@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -88,8 +88,13 @@ def _to_json(value: Any, hint: Any) -> Any:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Writes `config` as indented JSON to the file `path`."""
-    path.write_text(json.dumps(to_json(config), indent=1) + "\n")
+    """Writes `config` as indented JSON to the file `path`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(to_json(config), indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def differing(saved: Any, now: Any, prefix: str = "") -> list[str]:
@@ -106,6 +111,52 @@ def differing(saved: Any, now: Any, prefix: str = "") -> list[str]:
         names = sorted(set(saved) | set(now))
         return [line for name in names for line in differing(saved.get(name), now.get(name), f"{prefix}{name}.")]
     return [] if saved == now else [f"{prefix[:-1]} was {saved!r} and is now {now!r}"]
+
+
+def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns how the settings of a resumed run differ from those that it has been going by.
+
+    Where the run's files are (`out`, `stages`) and `resume` do not count.
+
+    Args:
+        saved: the earlier settings, as JSON values.
+        now: the present settings, as JSON values.
+
+    Raises:
+        UserError: a setting differs that has to stay: all but when the run warns (`watch`) and the number of steps,
+            which may be raised. All settings that differ are named.
+    """
+    wrong, allowed = [], []
+    for line in differing(saved, now):
+        names = line.split()[0].split(".")
+        before, after = _at(saved, names), _at(now, names)
+        if names[-1] == "steps" and type(before) is type(after) is int and after > before:
+            rates = ", ".join(_schedules(now))
+            allowed.append(
+                f"{line} (from here on the rates follow the schedule over all of them: {rates})" if rates else line
+            )
+        elif "watch" in names:
+            allowed.append(line)
+        elif names[0] not in ("out", "resume", "stages"):
+            wrong.append(line)
+    require(not wrong, f"the run was started with another config: {'; '.join(wrong)}")
+    return allowed
+
+
+def _at(settings: Any, names: Sequence[str]) -> Any:
+    """Returns the setting of a dotted name; None where there is no such setting."""
+    for name in names:
+        settings = settings.get(name) if isinstance(settings, Mapping) else None
+    return settings
+
+
+def _schedules(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields "NAME is SHAPE" of each learning rate that does not stay constant."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _schedules(value, f"{prefix}{name}.")
+        elif name == "schedule" and value != "constant":
+            yield f"{prefix}{name} is {value}"
 
 
 # ---- From JSON, and from the texts of a command line

@@ -1,10 +1,13 @@
-"""Files: reads JSON lines with the place of every fault, and writes files whole or not at all."""
+"""Files: reads JSON lines with the place of every fault, writes files whole, locks folders."""
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
+import platform
+import sys
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -151,3 +154,65 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", *, private: bool
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+LOCK = "run.lock"
+
+
+class FolderLock:
+    """The sole right to write a folder, held until `release` or the end of the process.
+
+    The lock is one of the system on the file run.lock, which names the process for people; a process that is killed loses
+    it, too.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        UserError: another run has the folder.
+        OSError: the file of the lock cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._handle = -1
+        while not self._holds(folder):  # the run before may remove its file while this one opens it
+            self._close()
+            self._handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(self._handle, 200).decode(errors="replace").strip()
+                self._close()
+                raise UserError(
+                    f"{folder}: another run is writing this folder ({owner or 'it is just beginning'}). Nothing was "
+                    "changed: choose another --out, or wait until that run has ended"
+                ) from None
+            except OSError as error:
+                print(
+                    f"warning: {folder}: this file system has no locks ({error.strerror}): a second run in the folder "
+                    "would not be noticed",
+                    file=sys.stderr,
+                )
+        os.truncate(self._handle, 0)
+        try:
+            os.pwrite(self._handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        except OSError:  # a full disk: the lock holds without the name of its process
+            return
+
+    def _holds(self, folder: Path) -> bool:
+        """Returns whether the open file is still that in `folder`."""
+        try:
+            return self._handle >= 0 and os.path.samestat(os.fstat(self._handle), os.stat(folder / LOCK))
+        except FileNotFoundError:
+            return False
+
+    def release(self, folder: Path) -> None:
+        """Ends the lock and removes its file from where the folder is by now; a second call does nothing."""
+        if self._holds(folder):
+            (folder / LOCK).unlink()
+        self._close()
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1

@@ -26,7 +26,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -144,9 +144,13 @@ class MetricsWriter:
             sink.start(name, total, resume_from)
         try:
             yield StageLog(self, name)
-        finally:
+        except BaseException:
             for sink in self._sinks:
-                sink.end(name)
+                with suppress(UserError):  # the first error counts
+                    sink.end(name)
+            raise
+        for sink in self._sinks:
+            sink.end(name)
 
     def close(self) -> None:
         """Ends the sinks and closes the file; a second call does nothing."""

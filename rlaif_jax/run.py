@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -19,12 +17,23 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlaif_jax.checkpoint import load_params, save_params
-from rlaif_jax.config import Diverged, StopRequested, UserError, differing, require, save_config, to_json
-from rlaif_jax.files import atomic_write
+from rlaif_jax.checkpoint import StagePart, load_params, save_params
+from rlaif_jax.config import (
+    CheckFailed,
+    Diverged,
+    StopRequested,
+    UserError,
+    changed_settings,
+    differing,
+    require,
+    save_config,
+    to_json,
+)
+from rlaif_jax.files import LOCK, FolderLock, atomic_write
+from rlaif_jax.metrics import read_appended
 from rlaif_jax.progress.display import ProgressDisplay
 from rlaif_jax.progress.startup import command_text
-from rlaif_jax.report.environment import save_environment, versions
+from rlaif_jax.report.environment import made_by, save_environment
 from rlaif_jax.report.report import write_report
 from rlaif_jax.types import Params
 
@@ -50,8 +59,9 @@ class Run:
     anything was computed removes the folder again: bad input leaves no half-written run.
 
     If the folder holds a run already, that run is resumed with `resume`, else it is moved to NAME.1, NAME.2 ...: nothing
-    that was collected is lost. A resumed run must have the settings that it was started with, except for where its
-    files are (`out`, `stages`), `resume` and when it warns (`watch`). One that has diverged needs another `watch`.
+    that was collected is lost. While a run is going on in the folder, another one is refused. A resumed run must have the
+    settings that it was started with, except for where its files are (`out`, `stages`), `resume`, when it warns (`watch`)
+    and more `steps`, which go on from its end. One that has diverged needs another `watch`.
 
     Args:
         folder: the run's folder.
@@ -65,12 +75,12 @@ class Run:
     Attributes:
         display: shows on the terminal how far the run is.
         metrics, checks, warnings, missing, claims: go to summary.json; `missing` counts missing judgements by reason.
-        story: sentences in plain words for the end of the terminal and the top of the page: what happened, what the
-            measure is, what to do next.
+        story: sentences in plain words for the terminal's end and the page's top: what happened, and what to do next.
         verdict: better, no different or worse (`verdict_of`); None where nobody compares.
         steps_done: steps of the loop.
         stop_requested: whether a person or the system asked the run to stop.
         resuming: whether the run was begun by an earlier process.
+        part: keeps how far the stage is that is being made.
     """
 
     def __init__(
@@ -102,68 +112,89 @@ class Run:
         self._stages = stages or self.folder / "checkpoints" / "stages"
         self._used_stages: dict[str, str] = {}  # key -> "made" or "reused"
         self._started = time.time()
+        self.part = StagePart(self.folder / "checkpoints" / "part" / "stage")
+        self._making: str | None = None  # the stage that is being made
         self._interruptible = False  # a stop need not wait for what is done at the moment
         self._settled = False  # something worth keeping has been computed
         self._aside: Path | None = None  # the new place of an earlier run of this folder
+        self._lock: FolderLock | None = None
 
     def __enter__(self) -> Run:
-        folder = self.folder
         try:
-            if self.resuming and not (folder / "config.json").exists():
-                raise UserError(f"{folder}: there is no run to resume here (no config.json); start it without --resume")
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"{folder} is a file; a run needs a folder")
-            if self._stages.exists() and not self._stages.is_dir():
-                raise UserError(f"{self._stages} is a file; stages need a folder")
-            if not self.resuming and folder.exists() and any(folder.iterdir()):
-                names = (folder.with_name(f"{folder.name}.{i}") for i in range(1, 10_000))
-                self._aside = next(path for path in names if not path.exists())
-                folder.rename(self._aside)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise UserError(f"{folder}: this folder cannot be written; choose another --out")
-            if self.resuming:
-                self._settled = True
-                self._continue()
-            else:
-                save_config(self.config, folder / "config.json")
-                save_environment(folder)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: the run folder cannot be written ({error.strerror or error}); "
-                "choose another --out or free some space"
-            ) from error
+            self._take_folder()
+        except BaseException as error:
+            self._undo()
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"{self.folder}: the run folder cannot be written ({error.strerror or error}); "
+                    "choose another --out or free some space"
+                ) from error
+            raise
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        self.display.print(f"{self.experiment}: seed {self.seed}, run folder {folder}")
+        self.display.print(f"{self.experiment}: seed {self.seed}, run folder {self.folder}")
         if not self._is_part:
             self.display.open(self.experiment)
         return self
 
+    def _take_folder(self) -> None:
+        """Makes the folder, or takes up that of the resumed run, for this run alone."""
+        folder = self.folder
+        if self.resuming and not (folder / "config.json").exists():
+            raise UserError(f"{folder}: there is no run to resume here (no config.json); start it without --resume")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; a run needs a folder")
+        if self._stages.exists() and not self._stages.is_dir():
+            raise UserError(f"{self._stages} is a file; stages need a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder}: this folder cannot be written; choose another --out")
+        lock = FolderLock(folder)
+        if self.resuming:
+            self._lock, self._settled = lock, True
+            self._continue()
+            return
+        if any(path.name != LOCK for path in folder.iterdir()):
+            names = (folder.with_name(f"{folder.name}.{i}") for i in range(1, 10_000))
+            self._aside = folder.rename(next(path for path in names if not path.exists()))
+            lock.release(self._aside)
+            folder.mkdir()
+            lock = FolderLock(folder)
+        self._lock = lock
+        save_config(self.config, folder / "config.json")
+        save_environment(folder)
+
+    def _undo(self) -> None:
+        """Leaves the folder as it was before this run, unless the run is settled or has never had the folder."""
+        if self._lock is None:
+            return
+        if not self._settled:
+            shutil.rmtree(self.folder)
+            if self._aside is not None:
+                self._aside.rename(self.folder)
+        self._lock.release(self.folder)
+
     def _continue(self) -> None:
         """Takes over the summary of the run that is resumed; raises UserError if its settings were others."""
+        folder = self.folder
         try:
-            saved = json.loads((self.folder / "config.json").read_text())
-            summary = self.folder / "summary.json"
-            before = json.loads(summary.read_text()) if summary.exists() else {}
+            saved = json.loads((folder / "config.json").read_text())
+            summary = folder / "summary.json"
+            before: dict[str, Any] = json.loads(summary.read_text()) if summary.exists() else {}
         except ValueError as error:
-            raise UserError(f"{self.folder}: config.json or summary.json is damaged ({error})") from error
-        changed, watch = [], []
-        for line in differing(saved, to_json(self.config)):
-            name = line.split()[0]
-            if "watch" in name.split("."):
-                watch.append(line)
-            elif name not in ("out", "resume", "stages"):
-                changed.append(line)
-        require(not changed, f"{self.folder}: the run was started with another config: {'; '.join(changed)}")
+            raise UserError(f"{folder}: config.json or summary.json is damaged ({error})") from error
+        try:
+            changed = changed_settings(saved, to_json(self.config))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
         require(
-            before.get("status") != "diverged" or bool(watch),
-            f"{self.folder}: this run has diverged, and with the same settings it would again. Resume it with another bound, "
+            before.get("status") != "diverged" or any("watch" in line.split()[0].split(".") for line in changed),
+            f"{folder}: this run has diverged, and with the same settings it would again. Resume it with another bound, "
             "such as --train.watch.kl-limit, or with --train.watch.no-stop to go on from its last healthy checkpoint "
             "whatever happens; or start a new run with other settings, without --resume",
         )
-        if watch:
-            save_config(self.config, self.folder / "config.json")
-            print(f"{self.folder}: resumed although {'; '.join(watch)}", file=sys.stderr)
+        if changed:
+            save_config(self.config, folder / "config.json")
+            print(f"{folder}: resumed with other settings: {'; '.join(changed)}", file=sys.stderr)
         self._started -= before.get("wall_s", 0.0)
         self.metrics, self.checks = before.get("metrics", {}), before.get("checks", {})
         self.warnings, self.missing = before.get("warnings", []), before.get("missing", {})
@@ -181,12 +212,11 @@ class Run:
     ) -> FinishedStage:
         """Returns the parameters of a stage before the loop, made now or read back.
 
-        A stage is read back if it was made before, by this run or by one that shares the folder.
-
-        A stage is made again when anything differs that it depends on: `settings`, the run's seed, the stages of
-        `after`, the arrays' shapes, the code of this package and of the script, the libraries, the backend. Only a
-        resumed run keeps to the stages that it began with, and warns if the code has changed since.
-        A stage that was stopped before its end is not kept.
+        A stage is read back if it was made before, by this run or by one that shares the folder. It is made again when
+        anything differs that it depends on: `settings`, the run's seed, the stages of `after`, the arrays' shapes, the code
+        of this package and of the script, the libraries, the backend. Only a resumed run keeps to the stages that it began
+        with, and warns if the code has changed since.
+        A stage that was stopped is made again, from where its function has kept it (`part`).
 
         Args:
             name: for people; the first part of the folder's name.
@@ -207,9 +237,9 @@ class Run:
             "after": [stage.key for stage in after],
             "arrays": {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in _leaves(like)},
         }
-        made_by = _made_by(make)
+        by = made_by(make)
         stem = f"{name}-{_digest(described)}"
-        key = f"{stem}-{_digest(made_by)[:8]}"
+        key = f"{stem}-{_digest(by)[:8]}"
         if self.resuming:
             known = [used for used in self._used_stages if used.startswith(f"{stem}-") and self._stage_exists(used)]
             if known and key not in known:
@@ -218,10 +248,13 @@ class Run:
         kept = self._stage_exists(key)
         self.display.begin(name, skipped=kept)
         if not kept:
+            self._making, self.part = name, StagePart(self.folder / "checkpoints" / "part" / key)
             params = make(*(stage.params for stage in after))
             if self.stop_requested:
                 raise StopRequested
-            kept = not save_params(self._stages / key, params, {**described, "made_by": made_by})
+            self._making = None
+            kept = not save_params(self._stages / key, params, {**described, "made_by": by})
+            self.part.remove()
             self.settled()
         if kept:
             params, saved = load_params(self._stages / key, like)
@@ -239,7 +272,9 @@ class Run:
         if self.stop_requested:  # at a second Ctrl-C the person does not want to wait
             raise KeyboardInterrupt
         self.stop_requested = True
-        print("\nstopping: what is computed is saved (once more to leave at once)", file=sys.stderr)
+        part = f"the stage {self._making} is not done; when resumed it goes on from its last check, if it has checks"
+        part = part if self._making else "what is computed is saved"
+        print(f"\nstopping: {part} (once more to leave at once)", file=sys.stderr)
         if self._interruptible:
             raise StopRequested
 
@@ -303,14 +338,37 @@ class Run:
             title = f"step {fields['step']}, an answer to a held-out prompt:"
             self.display.sample(title, str(fields["prompt"]), str(fields["response"]))
 
-    def report(self, status: str = "running") -> None:
+    def drop_samples(self, stage: str, after: int = -1) -> None:
+        """Removes from samples.jsonl what an earlier process has written and this one writes again.
+
+        Args:
+            stage: their stage.
+            after: the last step whose samples stay.
+
+        Raises:
+            UserError: the file is damaged or cannot be written.
+        """
+        path = self.folder / "samples.jsonl"
+        if path.exists():
+            lines = read_appended(path).values()
+            kept = [line for line in lines if line.get("stage") != stage or line.get("step", 0) <= after]
+            with atomic_write(path) as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+
+    def report(self, status: str = "running", error: BaseException | None = None) -> None:
         """Writes summary.json and report.html from what is known by now.
 
-        Raises UserError if a file cannot be written.
+        Args:
+            status: running, done, stopped, failed or diverged.
+            error: why the run has failed or diverged.
+
+        Raises:
+            UserError: a file cannot be written.
         """
         summary = {
             "experiment": self.experiment,
             "status": status,
+            **({} if error is None else {"error": _error_text(error)}),
             "command": self._command,
             "seed": self.seed,
             "steps": self.steps_done,
@@ -342,15 +400,15 @@ class Run:
         try:
             return self._end(error)
         finally:
+            if self._lock is not None:
+                self._lock.release(self.folder)
             if not self._is_part:
                 self.display.close()
 
     def _end(self, error: BaseException | None) -> bool:
         """Writes the last report and prints how the run ended; returns whether `error` is dealt with."""
         if isinstance(error, UserError) and not self._settled:
-            shutil.rmtree(self.folder)
-            if self._aside is not None:
-                self._aside.rename(self.folder)
+            self._undo()
             return False
         if self._aside is not None:
             print(f"{self.folder} held a run already: it is now {self._aside}", file=sys.stderr)
@@ -358,8 +416,8 @@ class Run:
         ended = "done" if error is None else "diverged" if isinstance(error, Diverged) else "failed"
         status = "stopped" if stopped else ended
         try:
-            self.report(status)
-        except UserError:
+            self.report(status, None if stopped else error)
+        except Exception:
             if error is None:  # else the first error counts
                 raise
         if self.warnings:  # they may have scrolled away
@@ -369,10 +427,16 @@ class Run:
         self.display.print(f"{status}: the run's page is {self.folder / 'report.html'}")
         if status == "stopped":
             print(
-                f"stopped after step {self.steps_done}: the same command with --resume goes on in {self.folder}",
+                f"stopped after step {self.steps_done}: the same script with --resume --out {self.folder} goes on",
                 file=sys.stderr,
             )
         return isinstance(error, StopRequested)
+
+
+def _error_text(error: BaseException) -> str:
+    """Returns the message of an error, with its kind where it was not written for a person."""
+    written = isinstance(error, (UserError, CheckFailed, Diverged, FloatingPointError))
+    return str(error) if written else f"{type(error).__name__}: {error}"
 
 
 # ---- The key of a stage
@@ -384,23 +448,3 @@ def _leaves(like: Params) -> Sequence[tuple[Any, Any]]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def package_sources() -> str:
-    """Returns a hash of all Python files of this package: what a stage computes may depend on any of them."""
-    root = Path(__file__).parent
-    files = {str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*.py"))}
-    return _digest(files)
-
-
-def _made_by(make: Callable[..., Params]) -> dict[str, str]:
-    while isinstance(make, functools.partial):
-        make = make.func
-    script = Path(inspect.getsourcefile(make) or "")
-    return {
-        **versions(),
-        "backend": jax.default_backend(),
-        "sources": package_sources(),
-        "script": _digest(script.read_text()) if script.is_file() else "",
-    }

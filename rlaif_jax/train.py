@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from typing import Any, Protocol
 
 import jax
@@ -13,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.algorithms.base import Algorithm
-from rlaif_jax.checkpoint import Checkpointer
+from rlaif_jax.checkpoint import Checkpointer, fingerprint
 from rlaif_jax.config import CheckFailed, Diverged, StopRequested, require, to_json
 from rlaif_jax.data.prompts import PromptIterator
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource, collect_feedback
-from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.metrics import RL_STAGE, MetricsWriter
 from rlaif_jax.parallel import ParallelConfig, make_runner
 from rlaif_jax.policies.base import Policy, draw_count, to_prompts
 from rlaif_jax.programs import CompilationClock, programs
@@ -48,7 +47,7 @@ class TrainConfig:
     """The loop: how many steps of which size, and how often the policy is evaluated and saved.
 
     Attributes:
-        steps: policy steps.
+        steps: policy steps; a resumed run may be given more.
         prompts_per_step: prompts of a step, over all devices; the algorithm says how many answers each gets.
         prompt_length: P, tokens that prompts are padded to.
         rollout_parts: parts in which a step's prompts are rolled out; a source that can `prefetch` (a judge behind an API)
@@ -167,9 +166,15 @@ def train(
     # Each program gets only what it reads of the frozen weights.
     adapter = dataclasses.replace(frozen, reference=None, rewards=())
     answering = frozen if any(draw.by == "reference" for draw in algorithm.draws) else adapter
-    settings = {name: value for name, value in to_json(config).items() if name != "watch"}
-    keep = max(config.keep_checkpoints, 2 + config.staleness)
-    checkpoints = Checkpointer(run.folder / "checkpoints", settings, keep=keep)
+    # What a resumed run may change is not in the settings of its checkpoints: `Run` has checked it.
+    settings = {name: value for name, value in to_json(config).items() if name not in ("watch", "steps")}
+    weights = {"the policy to start from": frozen.reference, "the rewards": frozen.rewards}
+    checkpoints = Checkpointer(
+        run.folder / "checkpoints",
+        settings,
+        weights={name: fingerprint(arrays) for name, arrays in weights.items()},
+        keep=max(config.keep_checkpoints, 2 + config.staleness),
+    )
     empty = runner.place(empty_rollouts(config, algorithm, policy))
     # Of a state that is read back, none is made before: a run that fits can be resumed.
     like = (runner.template(*start_of_run), *runner.fetch(empty)) if run.resuming else None
@@ -183,6 +188,7 @@ def train(
         drawn=bool(algorithm.draws),
         stops=bool(tokenizer.stop_ids),
     )
+    evaluated = found is not None and found.host.get("evaluated", True)
     pending: PendingRollout | None = None  # the next step's rollout, where it is drawn before this step's update
     if found is not None:
         (_, *rollouts), start = found.arrays, found.step
@@ -190,13 +196,14 @@ def train(
         prompts.set_state(found.host["prompts"])
         if feedback is not None:
             feedback.set_state(found.host["feedback"])
-        if config.staleness and start < config.steps:
+        if found.host.get("ahead", False):
             pending = PendingRollout(found.host["prompts"], next(prompts), list(rollouts))
         missing = int(found.host["missing"])
         for text in watch.set_state(found.host["watch"]):
             run.warn(text)
     if run.resuming:  # a check that failed after the checkpoint is tried again
         run.checks = {} if found is None else dict(found.host["checks"])
+        run.drop_samples(RL_STAGE, start if evaluated else start - 1)
     compilations = CompilationClock()
 
     def dispatch(step: int) -> PendingRollout:
@@ -216,6 +223,7 @@ def train(
         """Saves the state after `step`, with the next rollout where it is `ahead`, else its `position`."""
         log.flush()
         host = {
+            "ahead": ahead is not None,
             "prompts": ahead.position if ahead else position,
             "feedback": feedback_state,
             "missing": missing,
@@ -232,10 +240,10 @@ def train(
 
     # ---- Loop
     with (
-        writer.stage("rl", config.steps, resume_from=start if found is not None else None) as log,
-        closing(checkpoints),
+        writer.stage(RL_STAGE, config.steps, resume_from=start if found is not None else None) as log,
+        checkpoints,
     ):
-        if evaluate is not None and (found is None or not found.host["evaluated"]):
+        if evaluate is not None and not evaluated:
             values = evaluation(start)
             watch.evaluated(start, values)
             log.write(start, values)

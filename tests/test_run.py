@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax import run as run_module
 from rlaif_jax.command_line import command_line
 from rlaif_jax.config import StopRequested, UserError
+from rlaif_jax.report import environment
 from rlaif_jax.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def test_without_a_shared_folder_a_run_keeps_its_own_stages(tmp_path):
 
 
 def changed_code(monkeypatch):
-    monkeypatch.setattr(run_module, "package_sources", lambda: "other")
+    monkeypatch.setattr(environment, "package_sources", lambda: "other")
 
 
 @pytest.mark.parametrize("what", ["settings", "seed", "code", "script", "name", "shape"])
@@ -117,7 +117,7 @@ def test_whatever_a_stage_depends_on_makes_it_again_and_all_that_follow(what, tm
     if what == "code":
         changed_code(monkeypatch)
     elif what == "script":
-        monkeypatch.setattr(run_module.inspect, "getsourcefile", lambda make: run_module.__file__)
+        monkeypatch.setattr(environment.inspect, "getsourcefile", lambda make: environment.__file__)
     elif what == "shape":
         monkeypatch.setitem(LIKE, "w", jax.ShapeDtypeStruct((3,), np.float16))
     with open_run(tmp_path / "two", shared, seed=int(what == "seed")) as run:
@@ -185,7 +185,7 @@ def test_a_damaged_stage_is_a_message(damage, tmp_path):
     assert made.count == 2
 
 
-def test_a_stage_that_is_stopped_is_not_kept(tmp_path):
+def test_a_stage_that_is_stopped_is_not_kept_and_the_message_says_so(tmp_path, capsys):
     made, shared = Made(), tmp_path / "shared"
 
     def stopped():
@@ -198,6 +198,7 @@ def test_a_stage_that_is_stopped_is_not_kept(tmp_path):
             run.stage("base", LIKE, stopped, settings={})
         raise StopRequested
     assert not shared.exists()
+    assert "stopping: the stage base is not done" in capsys.readouterr().err
     assert summary(tmp_path / "one")["status"] == "stopped"
 
 
@@ -219,6 +220,7 @@ PROGRAM = """
 import dataclasses, os, sys, time
 from pathlib import Path
 import numpy as np
+from rlaif_jax.report import environment
 from rlaif_jax.run import Run
 
 @dataclasses.dataclass(frozen=True)

@@ -4,18 +4,29 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rlaif_jax.checkpoint import Checkpointer
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.checkpoint import Checkpointer, fingerprint
 from rlaif_jax.config import CheckFailed, UserError
 from rlaif_jax.feedback.sources import FunctionSource
+from rlaif_jax.models import CausalLM
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import save_model
+from rlaif_jax.parallel import JitRunner, make_mesh
 from rlaif_jax.policies.text import TextPolicy
+from rlaif_jax.train import train
+from rlaif_jax.types import Feedback
 from tests import tiny
 from tests.tiny import leaves, numbers
 
@@ -110,3 +121,123 @@ def test_a_state_that_is_read_back_is_made_only_once(prompts, tmp_path, monkeypa
     before = in_use()
     tiny.main(dataclasses.replace(config, resume=True))
     assert held[0] < 0.5 * whole[0], "the policy to start from, its reference and the critic, without their moments"
+
+
+def constant(config: tiny.TinyConfig, steps: int, **train) -> tiny.TinyConfig:
+    """The settings with constant learning rates, so that more steps change nothing of the first ones."""
+    rate = OptimizerConfig(learning_rate=1e-2, schedule="constant")
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=steps, save_every=2, **train),
+        ppo=dataclasses.replace(config.ppo, policy_optimizer=rate, value_optimizer=rate),
+    )
+
+
+def test_a_finished_run_goes_on_where_it_is_given_more_steps_and_repeats_no_sample(prompts, tmp_path):
+    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run")
+    samples = config.out / "samples.jsonl"
+    whole = dataclasses.replace(constant(config, 5), out=tmp_path / "whole")
+    tiny.main(whole)
+    tiny.main(constant(config, 3))
+    tiny.main(dataclasses.replace(constant(config, 5), resume=True))
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("done", 5)
+    assert numbers(config.out) == numbers(whole.out)
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(config.out), leaves(whole.out)))
+    drawn = [json.loads(line)["step"] for line in samples.read_text().splitlines()]
+    assert drawn == [1] * 4 + [3] * 4 + [5] * 4, "of the first step, every evaluation and the last step"
+
+    before = samples.read_text()
+    shutil.rmtree(config.out / "checkpoints" / "5")  # as if the run had been killed after the last samples
+    with samples.open("a") as file:
+        file.write('{"step": 5, "sta')
+    tiny.main(dataclasses.replace(constant(config, 5), resume=True))
+    assert samples.read_text() == before
+    tiny.main(dataclasses.replace(constant(config, 5), resume=True))
+    assert samples.read_text() == before
+    assert numbers(config.out) == numbers(whole.out)
+
+
+def test_a_finished_stale_run_goes_on_with_answers_of_the_policy(prompts, tmp_path):
+    """It has no rollout on its way: the zeros in its place in the checkpoint are not taken for answers."""
+    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run")
+    tiny.main(constant(config, 2, staleness=1))
+    tiny.main(dataclasses.replace(constant(config, 4, staleness=1), resume=True))
+    lines = numbers(config.out)
+    assert [line["staleness"] for line in lines] == [0, 1, 0, 1]
+    assert all(line["length"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("part", ["policy", "rewards"])
+def test_a_run_is_not_resumed_with_other_weights(part, prompts, tmp_path, monkeypatch):
+    """The folder or hub name of a model leads to other weights: the reference of the KL would be another one."""
+    folder, scale = tmp_path / "model", [jnp.float32(2)]
+    model = CausalLM(small_decoder(30, num_layers=1, width=16, num_heads=2, context_length=16))
+    params = model.init(jax.random.key(0))
+    save_model(folder, model, params)
+    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run", model=folder)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel, rules: JitRunner())
+    length = lambda scale, rollout, *, axis_name=None: Feedback.single(
+        scale * rollout.response_mask.sum(-1).astype(jnp.float32), rollout.response_mask.any(-1)
+    )
+    monkeypatch.setattr(
+        tiny,
+        "train",
+        lambda *a, **named: train(*a, **named | {"feedback": None, "device_rewards": [(length, scale[0])]}),
+    )
+    tiny.main(config)
+    tiny.main(dataclasses.replace(config, resume=True))
+    host = config.out / "checkpoints" / "2" / "host" / "metadata"
+    saved = json.loads(host.read_text())
+    if part == "policy":
+        save_model(folder, model, jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-3), params))
+    else:
+        scale[0] = jnp.float32(3)
+    named = {"policy": "the policy to start from", "rewards": "the rewards"}[part]
+    with pytest.raises(UserError, match=rf"checkpoints/2: this run began with other weights \({named}\)"):
+        tiny.main(dataclasses.replace(config, resume=True))
+    for name in ("weights", "evaluated"):  # a checkpoint of an earlier version has neither
+        del saved[name]
+    host.write_text(json.dumps(saved))
+    tiny.main(dataclasses.replace(config, resume=True))
+
+
+def test_a_write_that_fails_does_not_replace_the_first_error(prompts, tmp_path, monkeypatch):
+    """A check fails, and then the last checkpoint cannot be written: the check is what counts."""
+    train_config = dataclasses.replace(tiny.TinyConfig().train, steps=4, save_every=1)
+    config = tiny.TinyConfig(prompts=prompts, out=tmp_path / "run", train=train_config)
+
+    def full(self):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    def checked(self, rollout):
+        monkeypatch.setattr("orbax.checkpoint.CheckpointManager.wait_until_finished", full)
+        return {"eos_is_kept_in_the_mask": False}
+
+    monkeypatch.setattr(TextPolicy, "checks", checked)
+    with pytest.raises(CheckFailed, match="eos_is_kept"):
+        tiny.main(config)
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert "eos_is_kept" in summary["error"]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.sampled_from([(), (1,), (8,), (3, 4), (8, 2, 3)]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_a_fingerprint_changes_with_any_number_and_with_no_layout(shape, dtype, seed, data):
+    x = jnp.asarray(np.random.default_rng(seed).integers(0, 2, shape), dtype)
+    place = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
+    other = x.at[place].set(1 - x[place] if dtype != "bool" else ~x[place])
+    assert fingerprint({"a": x}) == fingerprint({"a": np.asarray(x)}) != fingerprint({"a": other})
+    assert fingerprint({"a": x}) != fingerprint({"b": x})
+    if shape and shape[0] == 8:
+        split = jax.sharding.NamedSharding(make_mesh(), jax.sharding.PartitionSpec("data"))
+        assert fingerprint({"a": jax.device_put(x, split)}) == fingerprint({"a": x})

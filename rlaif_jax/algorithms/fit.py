@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -83,6 +83,20 @@ class UntilConfig:
         )
         require(0 <= self.required <= 1, f"required of a stage must lie in 0 .. 1, not {self.required}")
         require(self.learning_rate > 0, f"a stage needs a learning_rate > 0, not {self.learning_rate}")
+
+
+class Part(Protocol):
+    """Keeps how far a fit is, so that a run that was stopped goes on there; see `checkpoint.StagePart`."""
+
+    @property
+    def done(self) -> int:
+        """Returns the number of updates of the state that is kept."""
+
+    def load(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Returns the state and what was saved with it; `like` has its shapes."""
+
+    def save(self, done: int, arrays: Any, values: dict[str, Any]) -> None:
+        """Keeps the state after `done` updates, with JSON values."""
 
 
 def minibatches(examples: Arrays, size: int, seed: int) -> Iterator[Arrays]:
@@ -220,6 +234,7 @@ def fit_until(
     runner: Runner,
     log: Callable[[int, dict[str, float]], None],
     stop: Callable[[], bool] = lambda: False,
+    part: Part | None = None,
 ) -> Params:
     """Fits a model until a check of it holds, cools down, and returns its parameters on the host.
 
@@ -234,6 +249,7 @@ def fit_until(
         runner: the devices.
         log: called with (update, mean metrics since the last call, or the check's values).
         stop: asked after each call of `log`; True ends the stage early.
+        part: keeps the state after each check; the fit goes on from a state that it has.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -248,16 +264,21 @@ def fit_until(
         batches = minibatches(examples(done // config.check_every, updates * config.batch_size), config.batch_size, 0)
         return _descend(compiled, state, batches, range(done + 1, done + updates + 1), log, LOG_EVERY, stop)
 
-    for done in range(0, config.updates, config.check_every):
+    done, holds = 0, False
+    if part is not None and (found := part.load(runner.fetch(state))) is not None:
+        state, done, holds = runner.place(found[0]), part.done, found[1]["holds"]
+    while done < config.updates and not holds:
         state = learn(compiled, state, done, config.check_every)
         if stop():
             break
+        done += config.check_every
         values = check(jax.device_get(runner.fetch(state[0])))
         smallest = min(values.values())
-        log(done + config.check_every, {"check": smallest} | {f"check/{name}": x for name, x in values.items()})
-        if smallest >= config.required:
-            break
+        log(done, {"check": smallest} | {f"check/{name}": x for name, x in values.items()})
+        holds = smallest >= config.required
+        if part is not None:
+            part.save(done, runner.fetch(state), {"holds": holds})
     if not stop():
         compiled = runner.step(partial(step, model, decaying))
-        state = learn(compiled, (state[0], restart_schedule(state[1])), done + config.check_every, config.cooldown)
+        state = learn(compiled, (state[0], restart_schedule(state[1])), done, config.cooldown)
     return jax.device_get(state[0])

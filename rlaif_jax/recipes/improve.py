@@ -11,7 +11,6 @@ import numpy as np
 
 from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.algorithms.ppo import PPOConfig
-from rlaif_jax.config import StopRequested
 from rlaif_jax.data.prompts import PromptIterator
 from rlaif_jax.evaluate import Answers, Evaluation
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
@@ -80,7 +79,9 @@ def improve(
         StopRequested: the run was asked to stop; a resume goes on.
     """
     if before is None:
-        with run.display.wait("held-out answers before training"):
+        if evaluation.source is not None:
+            run.settled()  # judgements may cost money or people's time
+        with run.interruptible(), run.display.wait("held-out answers before training"):
             before = evaluation.answers(params["policy"])
     run.display.begin(RL_STAGE)
     trained = train(
@@ -98,12 +99,12 @@ def improve(
         evaluate=evaluation.during(run),
         enough=enough,
     )
-    if run.stop_requested:
-        raise StopRequested
-    with run.display.wait("held-out answers after training"):
+    with run.interruptible(), run.display.wait("held-out answers after training"):
         after = evaluation.answers(trained)
         run.metrics |= comparison(evaluation.name, before, after, run.seed)
         run.metrics["kl"] = evaluation.kl(params["policy"], after)
+    for stage in ("before", "after"):
+        run.drop_samples(stage)
     for chosen, indices in (
         ("random", evaluation.random_prompts(SAMPLES)),
         ("worst", worst_prompts(before, after, WORST)),

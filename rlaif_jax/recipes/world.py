@@ -304,7 +304,8 @@ class WorldModels:
             rows = packed_text_arrays(self.tokenizer, lines, length=length, end_weight=end_weight)
             return {name: values[:size] for name, values in rows.items()}
 
-        with self.writer.stage(name, settings.updates + settings.cooldown) as log:
+        part = self.run.part
+        with self.writer.stage(name, settings.updates + settings.cooldown, resume_from=part.done or None) as log:
             self.run.settled()
             return fit_until(
                 supervised_step,
@@ -316,6 +317,7 @@ class WorldModels:
                 runner=self.runner,
                 log=log.write,
                 stop=self.run.stopped,
+                part=part,
             )
 
     def report_check(self, name: str, stage: FinishedStage, check: WordCheck, required: float) -> None:

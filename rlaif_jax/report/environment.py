@@ -1,16 +1,21 @@
-"""The machine and the versions of libraries that a run was made with."""
+"""The machine, the versions of libraries and the code that a run was made with."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rlaif_jax.files import atomic_write
 
@@ -48,6 +53,38 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def made_by(function: Callable[..., Any]) -> dict[str, str]:
+    """Returns what decides, apart from its arguments, which numbers a function computes.
+
+    These are the versions, JAX's backend, and hashes of this package and of the function's file.
+
+    Args:
+        function: a function, or a `functools.partial` of one.
+    """
+    import jax
+
+    while isinstance(function, functools.partial):
+        function = function.func
+    script = Path(inspect.getsourcefile(function) or "")
+    return {
+        **versions(),
+        "backend": jax.default_backend(),
+        "sources": package_sources(),
+        "script": _digest(script.read_text()) if script.is_file() else "",
+    }
+
+
+@functools.cache
+def package_sources() -> str:
+    """Returns a hash of all Python files of this package, any of which may matter to a number."""
+    root = Path(__file__).parents[1]
+    return _digest({str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*.py"))})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def commit(package: Path = Path(__file__).parents[1]) -> str | None:

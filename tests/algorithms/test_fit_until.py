@@ -17,6 +17,7 @@ import pytest
 
 from rlaif_jax.algorithms.fit import WARMUP, UntilConfig, fit_until
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, descend, make_optimizer, restart_schedule
+from rlaif_jax.checkpoint import StagePart
 from rlaif_jax.config import UserError
 from rlaif_jax.parallel import JitRunner, PmapRunner, ShardRunner, make_mesh, psum
 from tests.helpers import assert_same_leaves, relative_distance
@@ -62,7 +63,7 @@ class Stage:
         self.checked.append(float(w))
         return {"good": 1.0, "poor": self.check[len(self.checked) - 1]}
 
-    def run(self) -> float:
+    def run(self, part: StagePart | None = None) -> float:
         start = jnp.float32(0.0)
         w = fit_until(
             linear_step,
@@ -74,6 +75,7 @@ class Stage:
             runner=JitRunner(),
             log=lambda update, values: self.log.append((update, values)),
             stop=lambda: len(self.log) >= self.stop_after,
+            part=part,
         )
         assert float(start) == 0.0, "the caller's parameters are not donated away"
         return float(w)
@@ -221,3 +223,32 @@ def test_a_restarted_schedule_begins_again_with_the_same_moments():
 def test_bad_settings_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(CONFIG, **wrong)
+
+
+@pytest.mark.parametrize("check", [(0.0, 1.0), (0.0, 0.0, 0.0)])
+def test_stopped_anywhere_it_goes_on_from_the_last_check_to_the_same_numbers(check, tmp_path):
+    means = (1.0, -0.5, 2.0, 0.7)
+    whole = Stage(check=check, means=means)
+    expected = whole.run()
+    for stop_after in range(1, len(whole.log) + 1):
+        part = StagePart(tmp_path / str(stop_after))
+        stopped = Stage(check=check, means=means, stop_after=stop_after)
+        stopped.run(part)
+        done = part.done
+        rest = Stage(check=check[done // CONFIG.check_every :], means=means)
+        assert rest.run(part) == expected
+        assert done == max((update for update, values in stopped.log if "check" in values), default=0)
+        kept = [line for line in stopped.log if line[0] <= done]
+        names = lambda log: [(update, sorted(values)) for update, values in log]
+        assert names(kept + rest.log) == names(whole.log), "no update is done twice, and no check"
+
+
+def test_a_damaged_part_of_a_stage_is_made_again(tmp_path, capsys):
+    part = StagePart(tmp_path / "part")
+    Stage(stop_after=4).run(part)
+    assert part.done == 20
+    (tmp_path / "part" / "20" / "settings.json").write_text("{")
+    again = Stage()
+    assert again.run(part) == Stage().run()
+    assert again.asked[0][0] == 0
+    assert "part/20: these parameters do not fit or cannot be read" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from typing import Any
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.api import builtin_templates as builtin
 from rlaif_jax.feedback.api.config import ApiConfig
-from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
+from rlaif_jax.feedback.api.judge import CUT, ApiJudge, Outcome
 from rlaif_jax.feedback.api.limits import Spent
 from rlaif_jax.feedback.api.template_files import read_template
 from rlaif_jax.feedback.api.templates import Form, Question, split_question
@@ -124,6 +124,7 @@ def main(config: JudgeConfig) -> int:
                 bar.update(seen.total(), f"{seen[False]} missing, {used}")
             outcomes = [future.result() for future in futures]
         except KeyboardInterrupt:
+            judge.finish()
             message = f"stopped: {seen[True]} judgements are in {config.store}; the same command goes on"
             print(f"\n{message}", file=sys.stderr)
             raise
@@ -178,6 +179,9 @@ def summarise_outcomes(outcomes: Sequence[Outcome], spent: Spent) -> str:
         + f", {len(missing)} missing"
         + (f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})" if missing else "")
     ]
+    cut = sum(entry.answered and entry.raw.startswith(CUT) for _, entry in entries)
+    if cut:
+        lines.append(f"  {cut} of the answered texts break off at max_tokens: --max-tokens raises the limit")
     lines += [f"  missing: {_named(question, entry)}" for question, entry in missing[:NAMED_MISSING]]
     if len(missing) > NAMED_MISSING:
         lines.append(f"  ... and {len(missing) - NAMED_MISSING} more; the store names them all")

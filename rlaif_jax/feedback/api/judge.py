@@ -39,6 +39,8 @@ from rlaif_jax.feedback.records.forms import ANSWERED, Call, Judgement, Rater, R
 from rlaif_jax.feedback.records.recorder import Recorder
 
 DIALECTS = 8  # the ways in which a question is asked before the server is given up
+GRACE_S = 3.0  # for replies under way when a run is asked to stop
+CUT = "cut at max_tokens"  # how the record of a reply begins that breaks off
 DIRECT_TOKENS = 8  # the greatest length of a label without reasons
 THOUGHT_TOKENS = 4096  # more for a model that thinks before it answers
 
@@ -117,13 +119,35 @@ class ApiJudge:
     def __exit__(self, *unused: object) -> None:
         self.close()
 
+    def finish(self, seconds: float = GRACE_S) -> None:
+        """Sends no further request and waits for the replies to those under way, which are paid for.
+
+        The replies are kept. For the end of a run that was asked to stop; the judge can then only be closed. A second call
+        does nothing.
+
+        Args:
+            seconds: the longest wait; a reply that comes later is lost.
+        """
+        if not (self._closed or self._transport.ending):
+            self._on_loop(self._finish(seconds)).result()
+
+    async def _finish(self, seconds: float) -> None:
+        self._transport.ending = True
+        begun = [task for task in self._tasks.values() if task in self._transport.begun]
+        for task in set(self._tasks.values()).difference(begun):
+            task.cancel()
+        if begun:
+            await asyncio.wait(begun, timeout=seconds)
+
     def close(self) -> None:
         """Stops all calls and closes the files.
 
-        Futures that are not done are cancelled; all judgements so far are on disk.
+        Replies under way are waited for as `finish` does. Then futures that are not done are cancelled; all judgements so
+        far are on disk.
         """
         if self._closed:
             return
+        self.finish()
         self._closed = True
         self._on_loop(self._stop()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -171,7 +195,7 @@ class ApiJudge:
                 log-probabilities decide between [direct] and [reasons], a question that only the chosen
                 section cannot ask is an `error`.
         """
-        require(not self._closed, "this judge is closed")
+        require(not (self._closed or self._transport.ending), "this judge is closed")
         orders = ((0, 1), (1, 0)) if template.form == "ranking" else ((0,),)
         for question in questions:
             self._require_askable(question, template, orders[0])
@@ -264,9 +288,10 @@ class ApiJudge:
                 expense.add(refused.charge)
                 continue
             raw = reply.reply.refusal or reply.reply.text
-            if reply.verdict.status == "unparsed" and reply.reply.cut:
+            ended = bool(template.choices) or (template.verdict and template.verdict_frame("")[1])
+            if reply.reply.cut and (reply.verdict.status == "unparsed" or (reply.verdict.status == "ok" and not ended)):
                 option = "--max-tokens raises the limit" if limit > DIRECT_TOKENS else "--reading reasons gives it more"
-                raw = f"cut at max_tokens = {limit} ({option}): {raw}"
+                raw = f"{CUT} = {limit} ({option}): {raw}"
             return reply.verdict, raw, reply.time
         raise CallFailed("the server refuses each way to ask this", free=True)
 

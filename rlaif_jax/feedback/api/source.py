@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rlaif_jax.config import require
+from rlaif_jax.config import StopRequested, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
 from rlaif_jax.feedback.api.templates import Question, Template
@@ -32,7 +32,8 @@ class ApiJudgeSource(FeedbackSource):
     A call waits for its judgements; `prefetch` does not: with `train.rollout_parts` > 1 the loop hands over
     each part's answers while the devices generate the next part, and the judge works meanwhile. The same
     question is never asked twice, so a call finds the judgements that were prefetched. A judgement that
-    failed is missing (`valid` is false) and recorded as such in the judge's store.
+    failed is missing (`valid` is false) and recorded as such in the judge's store. A stop ends the wait for judgements:
+    replies that are on their way are waited for, for seconds, and kept for the run that resumes.
 
     Attributes:
         judge: the judge.
@@ -63,7 +64,11 @@ class ApiJudgeSource(FeedbackSource):
         self.judge.submit(self._questions(records, answers), self.template)
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
-        outcomes = self.judge.judge(self._questions(records, answers), self.template)
+        try:
+            outcomes = self.judge.judge(self._questions(records, answers), self.template)
+        except StopRequested:
+            self.judge.finish()
+            raise
         values = [self._value(outcome) for outcome in outcomes]
         return Feedback.single(
             np.array([0.0 if value is None else value for value in values], np.float32),

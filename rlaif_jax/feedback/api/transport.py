@@ -12,6 +12,7 @@ import math
 import random
 import sqlite3
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, suppress
@@ -110,6 +111,8 @@ class Transport:
         self._hopeful = asyncio.Event()  # cleared while attempts fail in a row: calls that have not begun wait
         self._hopeful.set()
         self._cache_failed = ""
+        self.ending = False  # no further request is sent
+        self.begun: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()  # the tasks that have sent one
         self._random = random.Random()
         self._counts = Spent()
 
@@ -372,6 +375,11 @@ class Transport:
             except BaseException:
                 self._rate.release(rated)
                 raise
+            if self.ending:
+                charged.settle(0, 0.0)
+                raise asyncio.CancelledError
+            if (task := asyncio.current_task()) is not None:
+                self.begun.add(task)
             self._counts.requests += 1
             generation = self._concurrency.generation
             try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlaif_jax.feedback.api.builtin_templates import CORRECTION, PAIRWISE, RATING
+from rlaif_jax.feedback.api.builtin_templates import CORRECTION, CRITIQUE, PAIRWISE, RATING
 from rlaif_jax.feedback.api.cache import CallCache
 from rlaif_jax.feedback.api.command import summarise_outcomes
 from rlaif_jax.feedback.api.judge import ApiJudge
@@ -338,3 +338,17 @@ def test_a_megabyte_of_anything_lets_the_others_go_on():
             judge.judge([Question(f"short {unit}", ("quality 7",))], RATING)
             assert time.monotonic() - started < 2  # a quadratic reader takes minutes
             assert [bool(future.result(timeout=20).missing) for future in long] == [True, False]
+
+
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_a_critique_that_was_cut_is_kept_and_counted(reason):
+    """Its words are worth having, but nobody may take them for the whole critique."""
+    reply = completion("The first answer names a moor, and the second")
+    reply["choices"][0]["finish_reason"] = reason
+    with serve(lambda body, number: reply) as server, ApiJudge(config(server.url, max_tokens=9)) as judge:
+        outcomes = judge.judge([Question("p", ("quality 3",))], CRITIQUE)
+        summary = summarise_outcomes(outcomes, judge.spent)
+    (entry,) = outcomes[0].judgements
+    assert entry.answered
+    assert ("1 of the answered texts break off at max_tokens" in summary) == (reason == "length")
+    assert entry.raw.startswith("cut at max_tokens = 9 (--max-tokens") == (reason == "length")

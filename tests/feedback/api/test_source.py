@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlaif_jax.config import UserError
+from rlaif_jax.config import StopRequested, UserError
 from rlaif_jax.feedback.api.builtin_templates import CRITIQUE, PAIRWISE, RATING
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import ApiJudge
-from rlaif_jax.feedback.api.source import ApiJudgeSource, against_field
+from rlaif_jax.feedback.api.source import ApiJudgeSource, against_field, prompt_and_answer
+from rlaif_jax.feedback.records.store import Store
 from tests.feedback.api_server import Wrong, right, serve
 
 pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
@@ -59,3 +63,52 @@ def test_words_are_no_reward():
         pytest.raises(UserError, match="a comment is no reward"),
     ):
         ApiJudgeSource(judge, CRITIQUE)
+
+
+def test_a_stop_keeps_the_replies_under_way_and_sends_no_further_request(tmp_path):
+    """Two calls at a time, a stop during the first two: they are paid for, and are there when the run resumes."""
+    answering = threading.Event()
+
+    def slow(body: dict[str, Any], number: int) -> Any:
+        if number == 2:  # the second after the question what the server can do
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+        if number > 0:
+            answering.wait()
+        return right(body)
+
+    def stopped(number: int, frame: Any) -> None:
+        threading.Timer(0.5, answering.set).start()
+        raise StopRequested
+
+    config = lambda: ApiConfig(server=server.url, model="j", concurrency=2)
+    before = signal.signal(signal.SIGUSR1, stopped)
+    try:
+        with serve(slow) as server:
+            with ApiJudge(config(), store=tmp_path / "s.sqlite") as judge:
+                source = ApiJudgeSource(judge, RATING)
+                with pytest.raises(StopRequested):
+                    source(RECORDS, ANSWERS)
+                assert server.count == 3
+                with pytest.raises(UserError, match="this judge is closed"):
+                    source.prefetch(RECORDS, ANSWERS)
+            with Store(tmp_path / "s.sqlite") as store:
+                assert [judgement.status for judgement in store.judgements()] == ["ok"] * 2
+            assert server.count == 3
+            with ApiJudge(config(), store=tmp_path / "s.sqlite") as judge:
+                feedback = ApiJudgeSource(judge, RATING)(RECORDS, ANSWERS)
+            assert feedback.valid.all() and server.count == 5
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_stop_waits_for_a_reply_only_for_a_short_time():
+    with serve(lambda body, number: right(body) if number == 0 else Wrong(event="hang")) as server:
+        judge = ApiJudge(ApiConfig(server=server.url, model="j"))
+        judge.submit([prompt_and_answer(RECORDS[0], ANSWERS[0])], RATING)
+        while server.count < 2:
+            time.sleep(0.01)
+        started = time.monotonic()
+        judge.finish(0.3)
+        assert 0.25 < time.monotonic() - started < 2
+        judge.close()
+        assert time.monotonic() - started < 2
