@@ -109,11 +109,14 @@ def test_ten_stops_lose_nothing_buy_nothing_twice_and_change_no_number(staleness
 
     def run(out: Path, *, resume: bool) -> str:
         """One process's part of a run; returns how it ended."""
-        api = ApiConfig(server=server.url, model="j", concurrency=16)
-        with ApiJudge(api, store=tmp_path / f"{out.name}.sqlite") as judge:
-            source = ApiJudgeSource(judge, RATING)
-            monkeypatch.setattr(tiny, "FunctionSource", lambda function: source)
-            tiny.main(dataclasses.replace(config, out=out, resume=resume))
+
+        def judged(*arguments: Any, **named: Any) -> Any:
+            api = ApiConfig(server=server.url, model="j", concurrency=16)
+            with ApiJudge(api, store=tmp_path / f"{out.name}.sqlite") as judge:
+                return loop.train(*arguments, **named | {"feedback": ApiJudgeSource(judge, RATING)})
+
+        monkeypatch.setattr(tiny, "train", judged)
+        tiny.main(dataclasses.replace(config, out=out, resume=resume))
         return json.loads((out / "summary.json").read_text())["status"]
 
     out, whole, left = tmp_path / "stopped", tmp_path / "whole", []

@@ -199,7 +199,28 @@ class ApiJudge:
         orders = ((0, 1), (1, 0)) if template.form == "ranking" else ((0,),)
         for question in questions:
             self._require_askable(question, template, orders[0])
-        return [self._on_loop(self._judge(question, template, orders)) for question in questions]
+        futures: list[Future[Outcome]] = [Future() for _ in questions]
+        for future, question in zip(futures, questions):
+            # The coroutine is made in the loop: a stop that interrupts this leaves none that nobody awaits.
+            self._loop.call_soon_threadsafe(self._begin, question, template, orders, future)
+        return futures
+
+    def _begin(
+        self, question: Question, template: Template, orders: tuple[tuple[int, ...], ...], future: Future[Outcome]
+    ) -> None:
+        """Starts to ask, in the loop, and lets `future` end as the asking does."""
+
+        def ended(task: asyncio.Task[Outcome]) -> None:
+            if task.cancelled():
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                return
+            if (error := task.exception()) is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(task.result())
+
+        self._loop.create_task(self._judge(question, template, orders)).add_done_callback(ended)
 
     def _ending(self, template: Template, logprobs: bool) -> Literal["direct", "reasons", ""]:
         """Chooses the section that ends a question, on a server with or without log-probabilities."""

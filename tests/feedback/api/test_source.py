@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -112,3 +113,18 @@ def test_a_stop_waits_for_a_reply_only_for_a_short_time():
         assert 0.25 < time.monotonic() - started < 2
         judge.close()
         assert time.monotonic() - started < 2
+
+
+def test_a_stop_while_questions_are_handed_over_leaves_nothing_behind(monkeypatch):
+    """A signal may come in the middle of `prefetch`; a coroutine that nobody awaits would be a warning, an error here."""
+    with serve() as server, ApiJudge(ApiConfig(server=server.url, model="j")) as judge:
+
+        def stopped(*arguments: Any) -> None:
+            raise StopRequested
+
+        with monkeypatch.context() as patch:
+            patch.setattr(judge._loop, "call_soon_threadsafe", stopped)
+            with pytest.raises(StopRequested):
+                ApiJudgeSource(judge, RATING).prefetch(RECORDS, ANSWERS)
+        gc.collect()
+        assert ApiJudgeSource(judge, RATING)(RECORDS, ANSWERS).valid.all()
