@@ -222,21 +222,19 @@ def test_a_write_that_fails_does_not_replace_the_first_error(prompts, tmp_path, 
     assert "eos_is_kept" in summary["error"]
 
 
-DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
-
-
 @settings(deadline=None, max_examples=30)
 @given(
-    shape=st.sampled_from([(), (1,), (8,), (3, 4), (8, 2, 3)]),
-    dtype=st.sampled_from(DTYPES),
+    shape=st.sampled_from([(), (3, 4), (8, 2, 3)]),  # a program each, with each dtype
+    dtype=st.sampled_from([np.float32, jnp.bfloat16, np.uint8, np.bool_]),
     seed=st.integers(0, 99),
     data=st.data(),
 )
 def test_a_fingerprint_changes_with_any_number_and_with_no_layout(shape, dtype, seed, data):
-    x = jnp.asarray(np.random.default_rng(seed).integers(0, 2, shape), dtype)
+    x = np.asarray(np.random.default_rng(seed).integers(0, 2, shape), dtype)
     place = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
-    other = x.at[place].set(1 - x[place] if dtype != "bool" else ~x[place])
-    assert fingerprint({"a": x}) == fingerprint({"a": np.asarray(x)}) != fingerprint({"a": other})
+    other = x.copy()
+    other[place] = 1 - int(x[place])
+    assert fingerprint({"a": x}) == fingerprint({"a": jax.device_put(x)}) != fingerprint({"a": other})
     assert fingerprint({"a": x}) != fingerprint({"b": x})
     if shape and shape[0] == 8:
         split = jax.sharding.NamedSharding(make_mesh(), jax.sharding.PartitionSpec("data"))

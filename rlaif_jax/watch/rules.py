@@ -142,7 +142,7 @@ def second_opinion_falls(past: Past) -> str | None:
 def kl_leaps(past: Past) -> str | None:
     """Warns when the KL is over a quarter of its limit and five times its median of the ten steps before.
 
-    In the first five steps: when one step adds more than 20 nats an answer and .1 nats a token.
+    In the first five steps: when one step adds more than 20 nats an answer and .1 nats a token, within the limit.
     """
     before = [seen.kl for seen in past.steps[:-1][-10:] if seen.kl is not None]
     now = past.steps[-1]
@@ -150,7 +150,8 @@ def kl_leaps(past: Past) -> str | None:
         return None
     advice = "Try: a smaller ppo.policy_optimizer.learning_rate or ppo.num_epochs, or a ppo.kl_target."
     if len(before) < 5:
-        if now.kl - before[-1] <= max(KL_LIMIT, FIRST_LEAP * (now.length or 0.0)):
+        # A KL over its limit has another warning.
+        if now.kl - before[-1] <= max(KL_LIMIT, FIRST_LEAP * (now.length or 0.0)) or now.kl > kl_limit(past):
             return None
         return (
             f"step {now.step}: the KL to the reference leapt from {before[-1]:.3g} to {now.kl:.3g} nats an answer in one "
