@@ -232,4 +232,5 @@ def test_a_label_without_evidence_is_judged_by_the_others_and_moves_nothing():
         num_groups=2,
     )
     np.testing.assert_allclose(joined.posterior[more], alone.posterior[more], atol=2e-3)
-    assert joined.accuracy[8] < 0.1 < 0.5 < joined.accuracy[:8].min()
+    np.testing.assert_allclose(joined.accuracy[:8], alone.accuracy[:8], atol=2e-3)
+    assert joined.accuracy[8] < 0.1
