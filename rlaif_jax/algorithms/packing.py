@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-READ = (
-    4096  # columns that a column reads at the cost of its matrix products, 6 D by Kaplan (2020), at a width of some 700
-)
+# Columns that a column reads at the cost of its matrix products: 6 D (Kaplan 2020), at a width of some 700.
+READ = 4096
 
 
 class Packed(NamedTuple):
