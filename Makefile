@@ -34,7 +34,8 @@ docs: .venv/.dev
 	@echo "open .cache/site/index.html"
 
 # The order of tests/conftest.py is kept: files with slow tests first, not those with the most tests.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# A worker that dies is not replaced: with files kept together, xdist then waits for ever.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: .venv/.dev
 	$(PYTEST) -m "not slow"

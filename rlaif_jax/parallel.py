@@ -67,12 +67,8 @@ def psum(x: Any, axis_name: str | None) -> Any:
 def masked_mean(x: jax.Array, mask: jax.Array, axis_name: str | None = None) -> jax.Array:
     """Computes the mean [] of x over the entries where `mask` is true, on all devices.
 
-    It is the sum of the devices' sums divided by the sum of their counts, and 0 where no entry counts.
-
-    Args:
-        x: any shape.
-        mask: of the same shape.
-        axis_name: the mapped axis of the devices, or None.
+    It is the sum of the devices' sums divided by the sum of their counts, and 0 where no entry counts. `x` has any shape,
+    `mask` the same; `axis_name` is the mapped axis of the devices, or None.
     """
     total = psum(jnp.sum(jnp.where(mask, x, 0.0)), axis_name)
     return total / jnp.maximum(psum(jnp.sum(mask.astype(jnp.float32)), axis_name), 1.0)
@@ -168,12 +164,7 @@ class Runner(Protocol):
         """Compiles `fn(replicated, batch, *, axis_name)`, whose result is split like the batch."""
 
     def init(self, fn: Callable[..., S], *args: Any) -> S:
-        """Runs `fn(*args)`, compiled, and returns its state; a split state is never whole on one device.
-
-        Args:
-            fn: a function that jax can trace; it returns a pytree of arrays.
-            *args: its arguments.
-        """
+        """Runs `fn(*args)`, compiled, and returns its arrays; a split state is never whole on one device."""
 
     def template(self, fn: Callable[..., S], *args: Any) -> S:
         """Returns what `init(fn, *args)` would, as arrays without memory: how a checkpoint is to be read."""
@@ -192,6 +183,15 @@ def _check_divisible(batch: Any, devices: int) -> None:
         f"a batch of {rows} rows cannot be split over {devices} devices: "
         f"make the batch size (prompts_per_step, minibatch) a multiple of {devices}",
     )
+
+
+def _settled(result: T, device: jax.Device) -> T:
+    """Returns the result of a program of several devices; on CPUs it waits for it.
+
+    XLA's CPU client holds 32 programs a device. With more under way some devices may wait for a place and the others, in a
+    collective, for these devices: the process stops, and XLA aborts it after 40 s.
+    """
+    return jax.block_until_ready(result) if device.platform == "cpu" else result
 
 
 class pmap_step:
@@ -234,7 +234,7 @@ class pmap_step:
                 devices=self.devices,
                 donate_argnums=self._donate,
             )
-        out = self._mapped[len(arguments)](*replicated, batch)
+        out = _settled(self._mapped[len(arguments)](*replicated, batch), self.devices[0])
         return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), out) if self._split else out
 
 
@@ -330,7 +330,8 @@ class shard_step:
         *replicated, batch = arguments
         _check_divisible(batch, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         with jax.set_mesh(self.mesh):
-            return self._jitted(*replicated, jax.device_put(batch, self._rows))
+            result = self._jitted(*replicated, jax.device_put(batch, self._rows))
+        return _settled(result, self.mesh.devices.flat[0])
 
 
 def _host_template(fn: Callable[..., S], *args: Any) -> S:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -326,3 +328,37 @@ def test_a_mesh_goes_by_the_torus_of_a_tpu():
 
 def test_eight_fake_devices():
     assert len(jax.devices()) == 8 and os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+MANY = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from rlaif_jax.checkpoint import fingerprint
+from rlaif_jax.parallel import ShardRunner, make_mesh
+
+mesh, batch = make_mesh(2, 2, 2), np.ones((64, 64))
+
+def score(weights, batch, *, axis_name):
+    kernel = weights["q"]["kernel"]  # split over fsdp and tensor: two sums over devices, in different groups
+    return batch * jnp.sum(jnp.sum(kernel, 0)) + jnp.sum(batch @ kernel)
+
+for _ in range(10):
+    if sys.argv[1] == "weights":
+        split = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+        fingerprint([jax.device_put(jnp.ones((16, 16)), split) for _ in range(200)])
+    else:
+        runner = ShardRunner(mesh)
+        program, weights = runner.map(score), runner.place({"q": {"kernel": jnp.zeros((64, 64))}})
+        jax.block_until_ready([program(weights, batch) for _ in range(200)])
+"""
+
+
+@pytest.mark.parametrize("what", ["map", "weights"])
+def test_more_programs_in_a_row_than_xla_holds_end(what):
+    """XLA aborts a process whose devices wait for each other: each case is a process, and waits 5 instead of 40 s."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=5"
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, what], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
