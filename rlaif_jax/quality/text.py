@@ -13,6 +13,7 @@ _SHARES = frozenset(
     (
         "agreement", "longer", "first", "ties", "consistent", "same_position", "same", "distance", "rate",
         "length_controlled", "accuracy", "eta", "ece", "unanswered", "unparsed", "refused", "error", "abstained", "most_common",
+        "alone",
     )
 )  # columns of shares, written as percentages  # fmt: skip
 

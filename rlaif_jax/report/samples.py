@@ -61,24 +61,28 @@ def _pairs(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _pair(prompt: str, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     scores = {stage: _scores(side) for stage, side in sides.items()}
+    shown: dict[str, dict[str, str]] = {stage: {} for stage in sides}
     changes = []
-    if len(sides) == 2:
-        for key, before in scores["before"].items():
-            if key in scores["after"]:
-                after = scores["after"][key]
-                *_, change = texts([before, after, after - before])
-                changes.append((label(key), f"+{change}" if after > before else change))
+    for key in dict.fromkeys(key for values in scores.values() for key in values):
+        values = {stage: found[key] for stage, found in scores.items() if key in found}
+        change = [values["after"] - values["before"]] if len(values) == 2 else []
+        together = texts([*values.values(), *change])  # read together: as many decimals
+        for stage, text in zip(values, together):
+            shown[stage][key] = text
+        if change:
+            changes.append((label(key), f"+{together[-1]}" if change[0] > 0 else together[-1]))
     return {
         "prompt": _cut(prompt),
         "changes": changes,
-        **{stage: _sample(sides[stage]) if stage in sides else None for stage in ("before", "after")},
+        **{stage: _sample(sides[stage], shown[stage]) if stage in sides else None for stage in ("before", "after")},
     }
 
 
 def _drawn(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     drawn = [sample for sample in samples if sample.get("stage") == RL_STAGE][-MAX_DRAWN:]
     return [
-        _sample(sample) | {"prompt": _cut(str(sample.get("prompt", ""))), "step": str(sample.get("step"))}
+        _sample(sample, {key: number_text(value) for key, value in _scores(sample).items()})
+        | {"prompt": _cut(str(sample.get("prompt", ""))), "step": str(sample.get("step"))}
         for sample in drawn
     ]
 
@@ -87,11 +91,11 @@ def _scores(sample: Mapping[str, Any]) -> dict[str, float]:
     return {str(key): value for key, value in sample.items() if key not in _NO_SCORE and is_number(value)}
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(sample: Mapping[str, Any], scores: Mapping[str, str]) -> dict[str, Any]:
     reasons = sample.get("reasons")
     return {
         "response": _cut(str(sample.get("response", ""))),
-        "scores": [(label(key), number_text(value)) for key, value in _scores(sample).items()],
+        "scores": [(label(key), text) for key, text in scores.items()],
         "reasons": _cut(reasons) if isinstance(reasons, str) else "",
     }
 

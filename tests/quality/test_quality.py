@@ -184,3 +184,5 @@ def test_the_text_shows_every_part_and_no_control_characters():
     assert "\x1b" not in text
     assert "evil?[31m?name" in text
     assert max(map(len, text.splitlines())) < 220
+    rows = text.split("debiased by people's labels")[1].split("\n\n")[0]
+    assert rows.count("%") == 3 * rows.count("debiased") * 2, "the win rate and that of the labels alone are shares"

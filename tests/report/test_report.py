@@ -38,7 +38,7 @@ def test_the_page_tells_the_whole_run(run):
         "ppo.policy.lr 3e-06",
         "Reward model · Held-out accuracy",
         "Prompt change: Reward +1.75 Gold score +0.25 prompt 0",
-        "Before Reward -0.25 Gold score 0.5 a cup cup After Reward 1.5 Gold score 0.75 The cook gives a cup.",
+        "Before Reward -0.25 Gold score 0.50 a cup cup After Reward 1.50 Gold score 0.75 The cook gives a cup.",
         "while it learns",
     ):
         assert words in page.text, words
