@@ -8,7 +8,6 @@ with people as the truth ("judges"), an adjudication alone is the truth of its t
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,16 +19,18 @@ from scipy import sparse
 
 import rlaif_jax.quality.statistics as stats
 from rlaif_jax.quality.clusters import (
-    MAX_ROWS,
     SOURCES,
     EstimateFields,
+    Group,
     GroupedRows,
+    Ints,
+    RaterPairs,
+    Rows,
     VoteShares,
     is_judge,
     missing_estimate,
     rater_fields,
     ratio,
-    sort_by_source,
     source_shares,
 )
 from rlaif_jax.quality.intervals import Jackknife
@@ -54,22 +55,11 @@ def comparison_agreement(votes: Votes, shares: VoteShares, jackknife: Jackknife)
         agreement and kappa; "raters_left_out" is the number of rows of raters left out; "judges" has a row for each
         judge, with its agreement with the people's vote as the truth; "alpha" is Krippendorff's alpha by source.
     """
-    # Row of two raters: 9 cells of the confusion matrix; the longer answer's and the first shown's share of the second
-    # rater's verdict; 1; 1 if it is recorded which answer was shown first.
-    shown = _first_shown_shares(votes)
-    first_shown = lambda pair, rater: (shown.get((pair, rater), 0.0), 1.0, float((pair, rater) in shown))
-    groups, judges, alpha = GroupedRows(votes.count), GroupedRows(votes.count), GroupedRows(votes.count)
+    judges, alpha = GroupedRows(votes.count), GroupedRows(votes.count)
     truth = source_shares(votes, shares, votes.people("comparisons"))
+    pairs, rows = _verdict_pairs(votes, shares)
     for index, by_rater in shares.items():
         pair = votes.pairs[index]
-        longer = np.array([1.0, 0, 0]) if pair.longer > 0 else np.array([0, 0, 1.0])
-        longer = longer if pair.longer else np.array([0.5, 0, 0.5])
-        for one, two in itertools.combinations(sort_by_source(votes, by_rater), 2):
-            row, swapped = (
-                np.array([*np.outer(by_rater[a], by_rater[b]).ravel(), longer @ by_rater[b], *first_shown(index, b)])
-                for a, b in ((one, two), (two, one))
-            )
-            _add_rater_pair(groups, votes, (one, two), pair.cluster, row, swapped)
         for source, given in _shared_values(votes, by_rater):
             alpha.add(source, pair.cluster, stats.coincidences(np.stack(given)))
         for rater in filter(partial(is_judge, votes), by_rater if index in truth else ()):
@@ -81,17 +71,14 @@ def comparison_agreement(votes: Votes, shares: VoteShares, jackknife: Jackknife)
             "kappa": jackknife.estimate(confusion, stats.cohen_kappa, lowest=stats.lowest_kappa, reason=_SAME),
         }
 
-    def described(key: Any) -> dict[str, Any]:
-        sums = groups.sums(key)
-        confusion = sums[:, :9].reshape(-1, 3, 3)
-        return _pair_names(votes, key) | {
-            "count": groups.size(key),
-            **agree(confusion),
+    def described(group: Group) -> dict[str, Any]:
+        sums = pairs.sums(group, rows)
+        return agree(sums[:, :9].reshape(-1, 3, 3)) | {
             "longer": jackknife.estimate(sums[:, [9, 11]], ratio(0, 1), share=True),
             "first": jackknife.estimate(sums[:, [10, 12]], ratio(0, 1), share=True, reason="the order is not recorded"),
         }
 
-    return _agreement_rows(groups, described) | {
+    return _agreement_rows(pairs, described) | {
         "judges": _judge_rows(votes, judges, agree),
         "alpha": _alphas(alpha, jackknife),
     }
@@ -105,17 +92,24 @@ def _judge_rows(votes: Votes, groups: GroupedRows, agree: Callable[[Floats], dic
     ]
 
 
-def _add_rater_pair(
-    groups: GroupedRows, votes: Votes, raters: tuple[int, int], cluster: int, row: Floats, swapped: Floats
-) -> None:
-    """Adds the row of two raters under their names and under their sources.
+def _verdict_pairs(votes: Votes, shares: VoteShares) -> tuple[RaterPairs, Rows]:
+    """Returns the pairs of raters who judged the same answers, and what their rows are.
 
-    `swapped` is the row with the two raters exchanged.
+    A row [13] has the 9 cells of the confusion matrix; the longer answer's and the first shown's share of the second
+    rater's verdict; 1; 1 if it is recorded which answer was shown first to the second rater.
     """
-    groups.add(("raters", *raters), cluster, row)
-    first, second = (votes.raters[rater].source for rater in raters)
-    # Within one source neither rater is the rows': count both ways.
-    groups.add(("sources", first, second), cluster, (row + swapped) / 2 if first == second else row)
+    entries = [(index, rater, votes.pairs[index]) for index, by_rater in shares.items() for rater in by_rater]
+    verdicts = np.array([shares[index][rater] for index, rater, _ in entries]).reshape(-1, 3)
+    longer = np.array([[0, 0, 1], [0.5, 0, 0.5], [1, 0, 0]])[[int(np.sign(pair.longer)) + 1 for *_, pair in entries]]
+    known = _first_shown_shares(votes)
+    shown = np.array([(known.get(entry[:2], 0.0), 1, entry[:2] in known) for entry in entries]).reshape(-1, 3)
+    marks = np.column_stack([(longer * verdicts).sum(1), shown])
+
+    def rows(one: Ints, two: Ints) -> Floats:
+        confusion = verdicts[one, :, None] * verdicts[two, None, :]
+        return np.column_stack([confusion.reshape(-1, 9), marks[two]])
+
+    return RaterPairs(votes, [entry[:2] for entry in entries], [pair.cluster for *_, pair in entries]), rows
 
 
 def _shared_values(votes: Votes, by_rater: Mapping[int, Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -126,19 +120,14 @@ def _shared_values(votes: Votes, by_rater: Mapping[int, Any]) -> Iterator[tuple[
             yield source, given
 
 
-def _pair_names(votes: Votes, key: Any) -> dict[str, Any]:
-    kind, one, two = key
-    return {"a": one, "b": two} if kind == "sources" else {"a": votes.raters[one].label, "b": votes.raters[two].label}
-
-
-def _agreement_rows(groups: GroupedRows, described: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def _agreement_rows(pairs: RaterPairs, described: Callable[[Group], dict[str, Any]]) -> dict[str, Any]:
     """Returns the rows of the pairs of sources, and of the pairs of raters with most in common."""
-    keys = groups.largest_first()
-    raters = [key for key in keys if key[0] == "raters"]
+    raters, left_out = pairs.raters()
+    row = lambda group: {"a": group.a, "b": group.b, "count": len(group.one)} | described(group)
     return {
-        "sources": [described(key) for key in keys if key[0] == "sources"],
-        "raters": [described(key) for key in raters[:MAX_ROWS]],
-        "raters_left_out": max(0, len(raters) - MAX_ROWS),
+        "sources": [row(group) for group in pairs.sources()],
+        "raters": [row(group) for group in raters],
+        "raters_left_out": left_out,
     }
 
 
@@ -216,21 +205,18 @@ def rating_agreement(votes: Votes, jackknife: Jackknife) -> dict[str, Any]:
     """
     marks = _mean_marks(votes)
     truth = _true_marks(votes, marks)
-    groups, judges, moments = GroupedRows(votes.count), GroupedRows(votes.count), GroupedRows(votes.count)
+    judges, moments = GroupedRows(votes.count), GroupedRows(votes.count)
     units: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
     levels = sorted({round(value, 9) for by_rater in marks.values() for value in by_rater.values()})
     place = {value: i for i, value in enumerate(levels)}
     for answer, by_rater in marks.items():
         cluster = votes.answers[answer]
-        for one, two in itertools.combinations(sort_by_source(votes, by_rater), 2):
-            row = _rating_row(by_rater[one], by_rater[two])
-            _add_rater_pair(groups, votes, (one, two), cluster, row, row[[0, 1, 3, 2, 5, 4, 6]])
         for source, given in _shared_values(votes, by_rater):
             moments.add(source, cluster, stats.interval_moments(given))
             if len(levels) <= MAX_LEVELS:
                 units[source].append((cluster, [place[round(value, 9)] for value in given]))
         for rater in filter(partial(is_judge, votes), by_rater if answer in truth else ()):
-            judges.add(rater, cluster, _rating_row(by_rater[rater], truth[answer]))
+            judges.add(rater, cluster, _rating_rows(by_rater[rater], truth[answer]))
 
     def chance(s: Floats) -> Floats:
         n, a, b, aa, bb = (s[..., i] for i in range(1, 6))
@@ -257,9 +243,10 @@ def rating_agreement(votes: Votes, jackknife: Jackknife) -> dict[str, Any]:
             ),
         }
 
-    def described(key: Any) -> dict[str, Any]:
-        return _pair_names(votes, key) | {"count": groups.size(key)} | agree(groups.sums(key))
-
+    entries = [(answer, rater) for answer, by_rater in marks.items() for rater in by_rater]
+    pairs = RaterPairs(votes, entries, [votes.answers[answer] for answer, _ in entries])
+    given_marks = np.array([marks[answer][rater] for answer, rater in entries])
+    described = lambda group: agree(pairs.sums(group, lambda a, b: _rating_rows(given_marks[a], given_marks[b])))
     many = f"more than {MAX_LEVELS} different values: read the interval alpha"
     kinds: tuple[stats.Level, ...] = ("nominal", "ordinal")
     alphas = {
@@ -282,12 +269,13 @@ def rating_agreement(votes: Votes, jackknife: Jackknife) -> dict[str, Any]:
         }
         for source in moments.largest_first()
     ]
-    return _agreement_rows(groups, described) | {"judges": _judge_rows(votes, judges, agree), "alpha": rows}
+    return _agreement_rows(pairs, described) | {"judges": _judge_rows(votes, judges, agree), "alpha": rows}
 
 
-def _rating_row(a: float, b: float) -> Floats:
-    """Returns the row [7] of two ratings of an answer, whose sums the statistics of ratings read."""
-    return np.array([abs(a - b) < 1e-9, 1, a, b, a * a, b * b, a * b])
+def _rating_rows(a: Any, b: Any) -> Floats:
+    """Returns rows [..., 7] of two ratings [...] of an answer, whose sums the statistics read."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.stack([abs(a - b) < 1e-9, np.ones_like(a), a, b, a * a, b * b, a * b], axis=-1)
 
 
 def _true_marks(votes: Votes, marks: Mapping[int, Mapping[int, float]]) -> dict[int, float]:
@@ -329,24 +317,26 @@ def label_agreement(votes: Votes, jackknife: Jackknife) -> dict[str, Any]:
     shares = {item: {rater: _shares(counts) for rater, counts in by_rater.items()} for item, by_rater in given.items()}
     people = votes.people("labels")
     truth = {item: {option: 1.0} for (source, item), option in votes.chosen.items() if source == people}
-    groups: dict[Any, list[_Both]] = defaultdict(list)
     units: dict[str, list[tuple[int, list[Choice]]]] = defaultdict(list)
     for item, by_rater in shares.items():
-        cluster = votes.labelled[item]
-        for one, two in itertools.combinations(sort_by_source(votes, by_rater), 2):
-            both = (cluster, by_rater[one], by_rater[two])
-            groups["raters", one, two].append(both)
-            groups["sources", votes.raters[one].source, votes.raters[two].source].append(both)
         for source, choices in _shared_values(votes, by_rater):
-            units[source].append((cluster, choices))
+            units[source].append((votes.labelled[item], choices))
         by_people = [choice for rater, choice in by_rater.items() if votes.raters[rater].source == people]
         if by_people and item not in truth:
             truth[item] = _mean_choice(by_people)
-        for rater in filter(partial(is_judge, votes), by_rater if item in truth else ()):
-            groups["judges", rater].append((cluster, by_rater[rater], truth[item]))
+    entries = [(item, rater) for item, by_rater in shares.items() for rater in by_rater]
+    clusters = [votes.labelled[item] for item, _ in entries]
+    pairs = RaterPairs(votes, entries, clusters)
+    # What was chosen: a row for each entry, then one for the truth of each item.
+    chosen = _choice_rows([*(shares[item][rater] for item, rater in entries), *truth.values()])
+    place_of_truth = {item: len(entries) + i for i, item in enumerate(truth)}
+    judges: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for entry, (item, rater) in enumerate(entries):
+        if item in truth and is_judge(votes, rater):
+            judges[rater].append((entry, place_of_truth[item]))
 
-    def agree(key: Any) -> dict[str, Any]:
-        sums = _label_sums(groups[key], votes.count, both_ways=key[0] == "sources" and key[1] == key[2])
+    def agree(group: Group) -> dict[str, Any]:
+        sums = _label_sums(chosen, group, np.asarray(clusters)[group.one], votes.count)
         size = (sums.shape[1] - 2) // 2
         expected = lambda s: divide((s[..., 2 : 2 + size] * s[..., 2 + size :]).sum(-1), s[..., 1] ** 2)
         chance = lambda s: _positive(1 - expected(s), np.ones(()))
@@ -364,26 +354,21 @@ def label_agreement(votes: Votes, jackknife: Jackknife) -> dict[str, Any]:
         never = lambda s: _label_alpha(np.concatenate([np.zeros_like(s[..., :1]), s[..., 1:]], axis=-1))
         return jackknife.estimate(sums, _label_alpha, lowest=never, reason="all labels are the same")
 
-    largest = lambda keys: sorted(keys, key=lambda key: -len(groups[key]))
-    described = lambda key: _pair_names(votes, key) | {"count": len(groups[key])} | agree(key)
-    raters = largest(key for key in groups if key[0] == "raters")
-    return {
-        "sources": [described(key) for key in largest(key for key in groups if key[0] == "sources")],
-        "raters": [described(key) for key in raters[:MAX_ROWS]],
-        "raters_left_out": max(0, len(raters) - MAX_ROWS),
+    largest = lambda found: sorted(found, key=lambda key: -len(found[key]))
+    return _agreement_rows(pairs, agree) | {
         "judges": [
-            rater_fields(votes, key[1]) | {"count": len(groups[key])} | agree(key)
-            for key in largest(key for key in groups if key[0] == "judges")
+            rater_fields(votes, rater)
+            | {"count": len(judges[rater])}
+            | agree(Group("", "", *np.array(judges[rater], np.int64).T))
+            for rater in largest(judges)
         ],
         "alpha": [
-            {"source": source, "count": len(units[source]), "nominal": alpha(source)}
-            for source in sorted(units, key=lambda source: -len(units[source]))
+            {"source": source, "count": len(units[source]), "nominal": alpha(source)} for source in largest(units)
         ],
     }
 
 
 Choice = Mapping[int, float]  # option -> share of a rater's labels of a thing
-_Both = tuple[int, Choice, Choice]  # prompt, one rater's choice, the other's
 
 
 def _shares(counts: Counter[int]) -> dict[int, float]:
@@ -405,21 +390,35 @@ def _numbered(choices: Iterable[Choice]) -> dict[int, int]:
     return {option: column for column, option in enumerate(sorted({option for choice in choices for option in choice}))}
 
 
-def _label_sums(rows: Sequence[_Both], count: int, *, both_ways: bool) -> Floats:
-    """Returns sums [count, 2 + 2 C] by prompt of rows of two raters.
+def _choice_rows(choices: Sequence[Choice]) -> Any:
+    """Returns a sparse matrix [choices, options] of the shares of each choice."""
+    column = _numbered(choices)
+    found = [(row, column[option], share) for row, choice in enumerate(choices) for option, share in choice.items()]
+    rows, columns, numbers = zip(*found) if found else ((), (), ())
+    return sparse.csr_matrix((numbers, (rows, columns)), (len(choices), len(column)), dtype=np.float64)
 
-    The columns are: same choice, 1, the C options of the one, those of the other.
-    With `both_ways` neither rater is the first, and each row is counted with the raters exchanged, too, at half weight.
+
+def _label_sums(chosen: Any, group: Group, clusters: Ints, count: int) -> Floats:
+    """Returns sums [count, 2 + 2 C] by prompt of the pairs of a group.
+
+    The columns are: same choice, 1, the C options of the one, those of the other; C counts the options that they chose.
+
+    Args:
+        chosen: what was chosen in each entry, from `_choice_rows`.
+        group: the pairs of entries.
+        clusters: [pairs] the prompt of each pair.
+        count: number of prompts.
     """
-    column = _numbered(choice for _, *both in rows for choice in both)
-    sums = np.zeros((count, 2 + 2 * len(column)))
-    for cluster, one, two in rows:
-        sums[cluster, :2] += _same_choice(one, two), 1
-        for side, choice in enumerate((one, two)):
-            for option, share in choice.items():
-                for place, weight in ((side, 0.5), (1 - side, 0.5)) if both_ways else ((side, 1.0),):
-                    sums[cluster, 2 + place * len(column) + column[option]] += weight * share
-    return sums
+    one, two = chosen[group.one], chosen[group.two]
+    options = np.unique(np.concatenate([one.indices, two.indices]))
+    by_prompt = sparse.csr_matrix(
+        (np.ones(len(clusters)), (clusters, np.arange(len(clusters)))), (count, len(clusters))
+    )
+    same = np.asarray(one.multiply(two).sum(1)).ravel()
+    first, second = ((by_prompt @ side[:, options]).toarray() for side in (one, two))
+    if group.both_ways:
+        first = second = (first + second) / 2
+    return np.column_stack([by_prompt @ same, by_prompt @ np.ones(len(clusters)), first, second])
 
 
 def _unit_sums(units: Sequence[tuple[int, Sequence[Choice]]], count: int) -> Floats:
