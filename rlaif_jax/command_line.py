@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,14 @@ from rlaif_jax.progress.startup import Loading
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM ends a script as Ctrl-C does: what is paid for or half written is finished."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
 
 
 def use_compilation_cache() -> None:
@@ -58,10 +67,14 @@ def command_line(
 
     Raises:
         SystemExit: with status 2 and one line on stderr for bad input, with 1 when a check of the run failed, a loss is
-            not finite, the run has diverged or its result is a failure, with 130 on Ctrl-C.
+            not finite, the run has diverged or its result is a failure, with 130 on Ctrl-C and 143 on SIGTERM.
     """
     if loading is not None:
         loading.done()
+    try:
+        before = signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = None
     try:
         config = _parse_arguments(default, description)
         use_compilation_cache()
@@ -72,8 +85,11 @@ def command_line(
     except (CheckFailed, Diverged, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     if failed(result):
         sys.exit(1)
     return result

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +123,38 @@ def test_the_list_of_tools(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit_:
         tool(["jugde"])
     assert exit_.value.code == 2 and "no tool 'jugde'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_the_replies_that_are_under_way(number: signal.Signals, tmp_path: Path):
+    path = items(tmp_path / "items.jsonl", *(GOOD | {"prompt": f"Say it {i}."} for i in range(10)))
+    begun, sent = threading.Event(), threading.Event()
+
+    def slow(body: dict[str, Any], count: int) -> Any:
+        if count > 1:  # the first asks what the server can do
+            begun.set()
+            time.sleep(0 if sent.is_set() else 1)
+        return right(body)
+
+    with serve(slow) as server:
+        command = ["judge", "--server", server.url, "--model", "j", "--items", str(path), "--concurrency", "4"]
+        arguments = [sys.executable, "-m", "rlaif_jax", *command, "--store", str(tmp_path / "f.sqlite")]
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+        assert begun.wait(60)
+        time.sleep(0.3)
+        process.send_signal(number)
+        sent.set()
+        _, errors = process.communicate(timeout=60)
+        stopped = server.count
+        assert process.returncode == 128 + number, errors
+        assert "the same command goes on" in errors
+        with Store(tmp_path / "f.sqlite") as feedback:
+            assert 0 < len(feedback) < 60
+        subprocess.run(arguments, check=True, capture_output=True)
+        asked = [json.dumps(body) for body in server.requests]
+    about = [body for body in asked if "quality" in body]
+    assert stopped < len(asked)
+    assert len(set(about)) == len(about) == 60, "no reply is bought twice"
 
 
 @pytest.mark.slow
