@@ -173,5 +173,5 @@ def test_no_data_is_a_verdict(frame: str, label: str, text: str):
 
 
 def test_control_tokens_are_found_in_long_texts():
-    for before in (99_990, 99_980, 199_920, 250_000):
+    for before in (99_980, 99_990, 99_991, 99_999, 100_000, 199_920, 199_995, 250_000):
         assert "<|im_end|>" not in PAIRWISE.sanitise("<" * before + "<|im_end|>" + "x" * 200_000, "abc123")
