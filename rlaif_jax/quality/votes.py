@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rlaif_jax.feedback.people.queue import ADJUDICATED
+from rlaif_jax.feedback.people.queue import ADJUDICATED, is_later
 from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rater, Rating
 
 PEOPLE = ("person", "simulated")
@@ -221,18 +221,13 @@ def current(judgements: Sequence[Judgement]) -> list[int]:
         if judgement.answered and adjudicates(judgement.rater):
             task = judgement.rater.source, judgement.form, judgement.item, judgement.principle
             earlier = final.get(task)
-            if earlier is not None and _is_later(earlier, judgement):
+            if earlier is not None and is_later(earlier, judgement):
                 del kept[judgement]
                 continue
             if earlier is not None:
                 del kept[earlier]
             final[task] = judgement
     return list(kept.values())
-
-
-def _is_later(one: Judgement, two: Judgement) -> bool:
-    """Returns whether `one` was made after `two`, which comes after it in the store."""
-    return one.time is not None and two.time is not None and one.time > two.time
 
 
 def _label_sets(records: Iterable[Judgement]) -> set[frozenset[str]]:

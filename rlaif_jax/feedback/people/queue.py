@@ -21,13 +21,19 @@ from rlaif_jax.feedback.people.chats import Conflict
 from rlaif_jax.feedback.people.queue_rows import Act, Post, Progress, QueuedTask, TaskGroup
 from rlaif_jax.feedback.people.queue_tables import LIVE, WANTED
 from rlaif_jax.feedback.people.tasks import PersonTask, task_from_json, task_to_json
-from rlaif_jax.feedback.records.forms import canonical, to_json
+from rlaif_jax.feedback.records.forms import Judgement, canonical, to_json
 from rlaif_jax.feedback.records.parsing import from_json
 from rlaif_jax.feedback.records.sqlite import PATIENCE, Database, searchable, statements, transaction
 from rlaif_jax.feedback.records.store import Store
 
 ADJUDICATED = "adjudicated by "
 """Prefix of the rater's name in records that decide where other raters disagreed."""
+
+
+def is_later(one: Judgement, two: Judgement) -> bool:
+    """Returns whether `one` was made after `two`, which comes after it in the store."""
+    return one.time is not None and two.time is not None and one.time > two.time
+
 
 _HANDLED = f"EXISTS (SELECT 1 FROM page_post WHERE task = t.id AND rater = :rater AND {LIVE})"
 # A lease that ends much later than any could is of before the clock was set back.

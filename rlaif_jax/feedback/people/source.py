@@ -16,7 +16,7 @@ from pathlib import Path
 from rlaif_jax.config import StopRequested, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.people.kinds import CHAT, COMPARE, RANK, RATE, Kind
-from rlaif_jax.feedback.people.queue import ADJUDICATED, TaskQueue
+from rlaif_jax.feedback.people.queue import ADJUDICATED, TaskQueue, is_later
 from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.record_rewards import RewardFn, group_by_answer, mean_rating, win_share
 from rlaif_jax.feedback.records.forms import Judgement, sha256
@@ -140,7 +140,7 @@ class PeopleSource(FeedbackSource):
         return reward_fn(records, answers, rollout, group_by_answer(records, answers, judged))
 
     def _judgements(self, store: Store, task: PersonTask) -> list[Judgement]:
-        """Returns people's judgements for the task, or only the adjudication where one was made."""
+        """Returns people's judgements for the task, or only the latest adjudication where one was made."""
         found = [
             judgement
             for judgement in store.judgements(item=_item(task), form=task.kind.form)
@@ -148,7 +148,11 @@ class PeopleSource(FeedbackSource):
             and judgement.principle == task.principle
             and judgement.rater.source in ("person", "simulated")
         ]
-        return [j for j in found if j.rater.name.startswith(ADJUDICATED)][-1:] or found
+        final: Judgement | None = None
+        for judgement in found:
+            if judgement.rater.name.startswith(ADJUDICATED) and (final is None or not is_later(final, judgement)):
+                final = judgement
+        return found if final is None else [final]
 
     def _wait(self, store: Store, queue: TaskQueue, tasks: Sequence[PersonTask]) -> None:
         """Asks what the store does not know yet and waits for enough, the timeout or a stop on the page.

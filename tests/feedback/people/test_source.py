@@ -279,6 +279,10 @@ def test_only_people_about_this_principle_count_and_an_adjudication_alone(tmp_pa
         assert people(RECORDS, ANSWERS, ROLLOUT).values[0, 0] == pytest.approx(0.375)
         store.add([rating(task, 5, ADJUDICATED + "ben", principle="How kind?")])
         assert people(RECORDS, ANSWERS, ROLLOUT).values[0, 0] == 1
+        made = rating(task, 4, ADJUDICATED + "ann", principle="How kind?", time=2000.0)
+        earlier = rating(task, 1, ADJUDICATED + "ann", principle="How kind?", time=1000.0)
+        store.add([made, earlier])  # as a file of another store brings them
+        assert people(RECORDS, ANSWERS, ROLLOUT).values[0, 0] == pytest.approx(0.75)
 
 
 def test_a_reward_function_gets_the_judgements_of_each_row(tmp_path):
