@@ -46,6 +46,18 @@ def _report_all_but_closed_loops(lost: Any) -> None:
 sys.unraisablehook = _report_all_but_closed_loops
 
 
+def _is_no_later_write(record: logging.LogRecord) -> bool:
+    """Returns whether asyncio's message is not about the arrays after the first that cannot be written.
+
+    Orbax raises the first error and asks for none of the others, which asyncio then logs, each with a traceback.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, ValueError) and "os_error_code=" in str(error))
+
+
+logging.getLogger("asyncio").addFilter(_is_no_later_write)
+
+
 class Restored(NamedTuple):
     """A checkpoint that was read.
 

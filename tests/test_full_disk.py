@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import gc
 import os
 import re
 import shutil
@@ -46,6 +48,23 @@ def whole(tmp_path_factory):
         patch.setattr("rlaif_jax.train.make_runner", lambda parallel, rules: JitRunner())
         full_disk.judged(full_disk.settings(folder / "run", prompts), folder / "whole.sqlite")
     return folder / "run", prompts
+
+
+@pytest.mark.parametrize(("error", "logged"), [("Failed to write; os_error_code='28'", 0), ("something else", 1)])
+def test_only_the_first_array_that_cannot_be_written_is_an_error(error, logged, caplog):
+    async def write() -> None:
+        raise ValueError(error)
+
+    async def save() -> None:  # as Orbax does: it waits for one array after the other
+        tasks = [asyncio.create_task(write()) for _ in range(2)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            await task
+
+    with pytest.raises(ValueError, match=error[:5]):
+        asyncio.run(save())
+    gc.collect()
+    assert len([record for record in caplog.records if record.name == "asyncio"]) == logged
 
 
 @pytest.mark.slow
