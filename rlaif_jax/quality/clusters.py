@@ -145,12 +145,12 @@ class RaterPairs:
             group: of these pairs.
             rows: the numbers of pairs of entries.
         """
-        total: Floats | float = 0.0
+        total = np.zeros(())
         for start in range(0, len(group.one), CHUNK):
             one, two = group.one[start : start + CHUNK], group.two[start : start + CHUNK]
             found = (rows(one, two) + rows(two, one)) / 2 if group.both_ways else rows(one, two)
             total = total + sum_by_group(found, self._clusters[one], self._votes.count)
-        return np.asarray(total)
+        return total
 
 
 def ratio(top: int, bottom: int) -> Callable[[Floats], Floats]:

@@ -29,17 +29,16 @@ from rlaif_jax.feedback.records.store import Store
 ADJUDICATED = "adjudicated by "
 """Prefix of the rater's name in records that decide where other raters disagreed."""
 
-
-def is_later(one: Judgement, two: Judgement) -> bool:
-    """Returns whether `one` was made after `two`, which comes after it in the store."""
-    return one.time is not None and two.time is not None and one.time > two.time
-
-
 _HANDLED = f"EXISTS (SELECT 1 FROM page_post WHERE task = t.id AND rater = :rater AND {LIVE})"
 # A lease that ends much later than any could is of before the clock was set back.
 _VALID = "expires > :now AND expires <= :now + 2 * :lease_s"
 _FREE = f"t.answers + (SELECT count(*) FROM page_lease WHERE task = t.id AND rater <> :rater AND {_VALID}) < t.overlap"
 _POST = "rater, act, task, payload, records, seconds, informed"  # the columns that `_parse_post` reads
+
+
+def is_later(one: Judgement, two: Judgement) -> bool:
+    """Returns whether `one` was made after `two`, which comes after it in the store."""
+    return one.time is not None and two.time is not None and one.time > two.time
 
 
 class TaskQueue(Database):
