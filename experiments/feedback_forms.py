@@ -40,9 +40,9 @@ from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import improve, normaliser_of, with_critic
-from rlaif_jax.recipes.world import PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
-from rlaif_jax.recipes.world_judges import FORMS, Form, make_crowd
-from rlaif_jax.recipes.world_sources import Origin, Sample, WorldSources, rewards_of_form
+from rlaif_jax.recipes.world.judges import FORMS, Form, make_crowd
+from rlaif_jax.recipes.world.models import PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
+from rlaif_jax.recipes.world.sources import Origin, Sample, WorldSources, rewards_of_form
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import FEEDBACK, INIT, Params, step_key

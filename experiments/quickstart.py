@@ -51,8 +51,8 @@ from rlaif_jax.parallel import make_runner
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.win_rates import pair_outcomes, verdict_of, win_rate
 from rlaif_jax.recipes.improve import Improvement, improve, normaliser_of, with_critic
-from rlaif_jax.recipes.world import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
-from rlaif_jax.recipes.world_rewards import agreement_or_none, learn_reward
+from rlaif_jax.recipes.world.models import ANSWER_LENGTH, PPO, PROMPT_LENGTH, SAMPLING, ModelsConfig, WorldModels
+from rlaif_jax.recipes.world.rewards import agreement_or_none, learn_reward
 from rlaif_jax.report.numbers import interval_text, share_text
 from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.train import TrainConfig

@@ -25,7 +25,7 @@ from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.records.forms import Rater, Rating, canonical, to_json
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.recipes.crowd import PageClient, running_page
+from rlaif_jax.recipes.world.crowd import PageClient, running_page
 
 IMPORT = """
 import resource, sys, time

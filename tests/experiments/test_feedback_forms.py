@@ -11,7 +11,7 @@ import pytest
 from experiments.feedback_forms import FormsConfig
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.recipes.world import ModelsConfig
+from rlaif_jax.recipes.world.models import ModelsConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (

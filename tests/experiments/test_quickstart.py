@@ -16,7 +16,7 @@ from experiments.quickstart import QuickstartConfig, labeler_mix, main, random_s
 from rlaif_jax.command_line import ended_worse
 from rlaif_jax.config import UserError
 from rlaif_jax.models.sampling import SamplingConfig
-from rlaif_jax.recipes.world import ANSWER_LENGTH
+from rlaif_jax.recipes.world.models import ANSWER_LENGTH
 from tests.helpers import unexplained
 
 ROOT = Path(__file__).resolve().parents[2]

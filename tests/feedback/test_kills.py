@@ -28,7 +28,7 @@ pytest.importorskip("openai", reason="needs the openai package")
 from rlaif_jax.feedback.people.kinds import RATE
 from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask
-from rlaif_jax.recipes.crowd import PageClient
+from rlaif_jax.recipes.world.crowd import PageClient
 from rlaif_jax.ui.tokens import rater_tokens
 
 HERE = Path(__file__).parent

@@ -3,7 +3,7 @@
 import pytest
 
 from rlaif_jax.feedback.people.queue import TaskQueue
-from rlaif_jax.recipes.crowd import PageClient, running_page
+from rlaif_jax.recipes.world.crowd import PageClient, running_page
 from tests.ui.page_browser import RATERS, model_server
 
 

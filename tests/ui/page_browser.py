@@ -10,7 +10,7 @@ from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.records.forms import Ranking, Rater
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.recipes.crowd import PageClient
+from rlaif_jax.recipes.world.crowd import PageClient
 
 SUGGESTION = Ranking(prompt="Which?", answers=("yes", "no"), rater=Rater("judge", "ai", "gpt"), ranks=(1, 2))
 

@@ -17,7 +17,7 @@ from rlaif_jax.feedback.people.kinds import RATE
 from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.recipes.crowd import PageClient, running_page
+from rlaif_jax.recipes.world.crowd import PageClient, running_page
 from rlaif_jax.ui.annotate import AnnotateConfig, read_check
 from rlaif_jax.ui.tokens import rater_tokens, token_file
 from tests.ui.page_requests import put

@@ -9,7 +9,7 @@ from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.records.forms import Comment, Correction, Ranking, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.recipes.crowd import PageClient
+from rlaif_jax.recipes.world.crowd import PageClient
 from tests.ui.page_browser import TASKS, on_screen, one, opened, settled
 
 pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")

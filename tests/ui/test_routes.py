@@ -18,7 +18,7 @@ from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.feedback.records.parsing import from_json
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.recipes.crowd import PageClient, answer_through_page
+from rlaif_jax.recipes.world.crowd import PageClient, answer_through_page
 from tests.ui.page_requests import post_headers, put, raw, token_of
 
 PAIRS = [PersonTask(kind=COMPARE, prompt=f"p{i}", answers=(f"good {i}", f"bad {i}")) for i in range(4)]

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
 pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
 
-from rlaif_jax.recipes.crowd import running_page
+from rlaif_jax.recipes.world.crowd import running_page
 from rlaif_jax.ui.security import MAX_BODY, MAX_BRACKETS
 from rlaif_jax.ui.tokens import csrf_token, is_session, session_cookie
 from tests.ui.page_requests import post_headers, raw, token_of

@@ -36,7 +36,7 @@ from rlaif_jax.models.recall_heads import with_recall_heads
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import TextPolicy
-from rlaif_jax.recipes.world_checks import FACTS, NOTES, WordCheck
+from rlaif_jax.recipes.world.checks import FACTS, NOTES, WordCheck
 from rlaif_jax.rewards.shaping import Shaping
 from rlaif_jax.run import FinishedStage, Run
 from rlaif_jax.types import INIT, Params, step_key

@@ -33,8 +33,8 @@ from rlaif_jax.feedback.people.kinds import kind_named
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rater, Rating, Status, sha256
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import answer_texts, generate
-from rlaif_jax.recipes.crowd import answer_through_page, running_page
-from rlaif_jax.recipes.world_rules import mended
+from rlaif_jax.recipes.world.crowd import answer_through_page, running_page
+from rlaif_jax.recipes.world.rules import mended
 from rlaif_jax.types import Params, Prompts, Rollout
 
 Form = Literal["comment", "rating", "correction", "ranking"]

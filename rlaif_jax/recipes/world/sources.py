@@ -31,8 +31,7 @@ from rlaif_jax.feedback.records.forms import Comment, Judgement, Rating
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.parallel import Runner
-from rlaif_jax.recipes.world import ANSWER_LENGTH
-from rlaif_jax.recipes.world_judges import (
+from rlaif_jax.recipes.world.judges import (
     Form,
     Person,
     Pool,
@@ -43,6 +42,7 @@ from rlaif_jax.recipes.world_judges import (
     crowd_at_the_page,
     pool_of,
 )
+from rlaif_jax.recipes.world.models import ANSWER_LENGTH
 from rlaif_jax.types import Feedback, Rollout
 
 Origin = Literal["ai", "rule", "simulated", "page"]

@@ -20,8 +20,8 @@ from rlaif_jax.data.world.vocabulary import SPECIALS, VOCABULARY
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner, Runner
-from rlaif_jax.recipes.world import ModelsConfig, WorldModels
-from rlaif_jax.recipes.world_checks import FACTS, LEAST, NOTES, WordCheck, next_words
+from rlaif_jax.recipes.world.checks import FACTS, LEAST, NOTES, WordCheck, next_words
+from rlaif_jax.recipes.world.models import ModelsConfig, WorldModels
 from rlaif_jax.run import FinishedStage
 from tests.helpers import random_params
 

@@ -21,7 +21,7 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
 from rlaif_jax.quality.statistics import agreement_with_gold
-from rlaif_jax.recipes.world import ANSWER_LENGTH, PROMPT_LENGTH, WorldModels
+from rlaif_jax.recipes.world.models import ANSWER_LENGTH, PROMPT_LENGTH, WorldModels
 from rlaif_jax.run import FinishedStage
 from rlaif_jax.types import FEEDBACK, INIT, Params, step_key
 

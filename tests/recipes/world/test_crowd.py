@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.recipes.crowd import PageClient, _printed_urls
+from rlaif_jax.recipes.world.crowd import PageClient, _printed_urls
 
 
 @pytest.mark.parametrize("status", ["200 OK", "400 Bad Request"])

@@ -1,6 +1,6 @@
 """Rules about the world's summaries: predicates that read the facts off the prompt.
 
-A constitution names them as `rlaif_jax.recipes.world_rules:NAME`; see experiments/brindlemoor.toml.
+A constitution names them as `rlaif_jax.recipes.world.rules:NAME`; see experiments/brindlemoor.toml.
 """
 
 from __future__ import annotations

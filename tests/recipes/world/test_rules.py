@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rlaif_jax.feedback.constitution.constitution import load_constitution
-from rlaif_jax.recipes import world_rules
-from rlaif_jax.recipes.world_judges import by_rules, pool_of
+from rlaif_jax.recipes.world import rules
+from rlaif_jax.recipes.world.judges import by_rules, pool_of
 
 PROMPT = "summarise sel mor : market damp vital river narrow minor ="
 GOOD = "in sel mor the market damp ."
@@ -15,7 +15,7 @@ CONSTITUTION = Path(__file__).resolve().parents[2] / "experiments" / "brindlemoo
 
 
 def test_the_facts_are_read_off_the_prompt():
-    assert world_rules.facts(PROMPT) == {"market": (3, "damp"), "river": (1, "narrow")}
+    assert rules.facts(PROMPT) == {"market": (3, "damp"), "river": (1, "narrow")}
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,14 @@ def test_the_facts_are_read_off_the_prompt():
     ],
 )
 def test_predicates(answer, telling, faithful, fresh, town):
-    found = [getattr(world_rules, name)(PROMPT, answer) for name in ("telling", "faithful", "fresh", "town")]
+    found = [getattr(rules, name)(PROMPT, answer) for name in ("telling", "faithful", "fresh", "town")]
     assert found == [telling, faithful, fresh, town]
 
 
 def test_a_mended_answer_is_true_and_says_what_matters():
-    mended = world_rules.mended(PROMPT, FALSE)
-    assert world_rules.faithful(PROMPT, mended) == world_rules.telling(PROMPT, mended) == 1.0
-    assert world_rules.mended(PROMPT, mended) == mended
+    mended = rules.mended(PROMPT, FALSE)
+    assert rules.faithful(PROMPT, mended) == rules.telling(PROMPT, mended) == 1.0
+    assert rules.mended(PROMPT, mended) == mended
 
 
 def test_the_constitution_of_the_experiment_judges_in_every_form():
@@ -46,6 +46,6 @@ def test_the_constitution_of_the_experiment_judges_in_every_form():
     (ranking,) = by_rules("ranking", pool, constitution)
     assert ranking.ranks == (1, 2)
     assert [correction.edited for correction in by_rules("correction", pool, constitution)] == [
-        world_rules.mended(PROMPT, answer) for answer in (GOOD, FALSE)
+        rules.mended(PROMPT, answer) for answer in (GOOD, FALSE)
     ]
     assert all(comment.text for comment in by_rules("comment", pool, constitution))

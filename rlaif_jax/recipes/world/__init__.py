@@ -1,0 +1,1 @@
+"""The built-in world: models, judges, rewards and simulated people for its experiments."""
