@@ -11,7 +11,7 @@ from rlaif_jax.recipes.world.judges import by_rules, pool_of
 PROMPT = "summarise sel mor : market damp vital river narrow minor ="
 GOOD = "in sel mor the market damp ."
 FALSE = "in sel mor the market narrow ."
-CONSTITUTION = Path(__file__).resolve().parents[2] / "experiments" / "brindlemoor.toml"
+CONSTITUTION = Path(__file__).resolve().parents[3] / "experiments" / "brindlemoor.toml"
 
 
 def test_the_facts_are_read_off_the_prompt():
