@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -189,6 +190,46 @@ def override(config: T, values: Mapping[str, Any]) -> T:
         UserError: there is no such setting, or the value is not of its type; the message names it and what is right.
     """
     return _override(config, values, _Place(""))
+
+
+def from_words(choices: Mapping[str, type[T]], text: str, where: str) -> T:
+    """Returns a dataclass from a line of words, such as `judge models/smollm2 form=ranking "principle=Be brief."`.
+
+    The first word chooses the class, a word without `=` is its first setting, the others are NAME=VALUE. Quotes hold
+    words with blanks together, as in a shell.
+
+    Args:
+        choices: the first word -> its dataclass.
+        text: the line.
+        where: what messages call it, such as "--feedback".
+
+    Raises:
+        UserError: an unknown word or setting, or a value of another type; the message names it and what is right.
+    """
+    place = _Place(f"{where} {text!r}")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise place.error(f"cannot be split into words: {error}") from None
+    if not words:
+        raise place.error(f"names nothing; begin with one of {', '.join(choices)}")
+    kind, *words = words
+    if kind not in choices:
+        raise place.error(f"there is no {kind!r}; it is one of {', '.join(choices)}")
+    hints = _hints(choices[kind])
+    first, values = next(iter(hints), None), {}
+    for word in words:
+        name, found, value = word.partition("=")
+        if not found or name.replace("-", "_") not in hints:  # an address or a pattern may hold "="
+            require(
+                bool(first) and first not in values and (not found or not name.isidentifier()),
+                f"{place.file}: {word!r} is no setting of {kind}; it has {', '.join(hints)}",
+            )
+            name, value = str(first), word
+        name = name.replace("-", "_")
+        require(name not in values, f"{place.file}: {name} is given twice")
+        values[name] = value
+    return typing.cast(T, _build(choices[kind], values, place, text=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.algorithms.scoring import policy_logprobs
@@ -18,8 +20,9 @@ from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.base import Draw, Policy, to_prompts
 from rlaif_jax.quality.statistics import distinct_n
+from rlaif_jax.rewards.shaping import Normaliser, Shaping, combine, sequence_rewards
 from rlaif_jax.run import Run
-from rlaif_jax.types import EVALUATION, SAMPLES, Frozen, Params, Prompts, Rollout, step_key
+from rlaif_jax.types import EVALUATION, SAMPLES, Feedback, Frozen, Params, Prompts, Rollout, step_key
 
 
 class Measure(Protocol):
@@ -38,6 +41,7 @@ class Answers(NamedTuple):
         scores: [B] float, NaN where an answer has no score.
         rewards: [B] float, what the source of the evaluation gives them, NaN where missing; None: not asked.
         second: [B] float, the second opinion, NaN where missing; None: the evaluation has none.
+        parts: name -> [B] float, each of several rewards before they are combined, NaN where missing.
     """
 
     rollout: Rollout
@@ -45,6 +49,7 @@ class Answers(NamedTuple):
     scores: np.ndarray
     rewards: np.ndarray | None
     second: np.ndarray | None = None
+    parts: Mapping[str, np.ndarray] = MappingProxyType({})
 
     @property
     def lengths(self) -> np.ndarray:
@@ -56,6 +61,28 @@ class Answers(NamedTuple):
         """Returns the number of different token pairs over the number of all token pairs."""
         tokens, mask = np.asarray(self.rollout.responses), np.asarray(self.rollout.response_mask)
         return distinct_n([row[real].tolist() for row, real in zip(tokens, mask)], 2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Combination:
+    """How the rewards of a source become one, as training combines them.
+
+    Attributes:
+        names: of the source's R rewards.
+        shaping: its weights.
+        normaliser: of each reward.
+    """
+
+    names: tuple[str, ...]
+    shaping: Shaping
+    normaliser: Normaliser
+
+    def total(self, judged: Feedback) -> np.ndarray:
+        """Returns the combined reward [B] float64 of each answer, NaN where it is missing."""
+        normalised = sequence_rewards(jnp.asarray(judged.values), jnp.asarray(judged.valid), self.normaliser)
+        weights = jnp.asarray(self.shaping.weights or (1.0,) * len(self.names))
+        score, valid = jax.device_get(combine(normalised.values, normalised.valid, weights))
+        return np.where(valid, score.astype(np.float64), np.nan)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,6 +102,8 @@ class Evaluation:
         reasons: from (prompts, answers) to what a judge says about each answer, for the samples; None: it says nothing.
         second: another judge of the answers, such as the judge itself where a reward model is what is learned from. The
             run warns when its opinion falls while the reward rises.
+        combination: how several rewards of `source` become one; None: it gives one.
+        further: answers -> further metrics, such as how often they win against those before training.
     """
 
     policy: Policy
@@ -88,6 +117,8 @@ class Evaluation:
     frozen: Frozen = Frozen()
     reasons: Callable[[Sequence[str], Sequence[str]], Sequence[str]] | None = None
     second: FeedbackSource | None = None
+    combination: Combination | None = None
+    further: Callable[[Answers], dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
         require(self.measure is not None or self.source is not None, "an evaluation needs a measure or a source")
@@ -113,13 +144,19 @@ class Evaluation:
         """
         rollout = self._sample((params, step_key(self.seed, 0, EVALUATION)), to_prompts(self.prompts))
         texts = self.policy.texts(rollout, self.tokenizer)
-        records, rewards = list(self.prompts.records), None
+        records, rewards, parts = list(self.prompts.records), None, {}
         if self.source is not None and (judged or self.measure is None):
-            rewards = rewards_of(self.source, records, texts, rollout)
+            if self.combination is None:
+                rewards = rewards_of(self.source, records, texts, rollout)
+            else:
+                found = jax.device_get(self.source(records, texts, rollout))
+                rewards = self.combination.total(found)
+                columns = np.where(found.valid, found.values, np.nan).T
+                parts = dict(zip(self.combination.names, columns, strict=True))
         scores = rewards if self.measure is None else self.measure(records, texts)
         assert scores is not None
         second = None if self.second is None else rewards_of(self.second, records, texts, rollout)
-        return Answers(rollout, texts, scores, rewards, second)
+        return Answers(rollout, texts, scores, rewards, second, parts)
 
     def kl(self, reference: Params, answers: Answers) -> float:
         """Returns the mean KL of an answer to `reference` in nats, by the sampler's log-probs."""
@@ -141,7 +178,9 @@ class Evaluation:
             enough = len(second) > 1
             found["second_opinion"] = float(second.mean()) if enough else float("nan")
             found["second_opinion_se"] = float(second.std(ddof=1) / np.sqrt(len(second))) if enough else float("nan")
-        return found
+        for name, values in answers.parts.items():
+            found[f"eval/{name}"] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+        return found | (self.further(answers) if self.further is not None else {})
 
     def random_prompts(self, count: int) -> list[int]:
         """Returns the places of at most `count` held-out prompts drawn at random, the same at every call."""
@@ -176,6 +215,7 @@ class Evaluation:
                 **scores,
                 reward=None if answers.rewards is None else number_or_none(answers.rewards[i]),
                 **({} if answers.second is None else {"second_opinion": number_or_none(answers.second[i])}),
+                **{f"eval/{name}": number_or_none(values[i]) for name, values in answers.parts.items()},
                 **({} if said is None else {"reasons": said}),
             )
 

@@ -63,27 +63,48 @@ def collect(
     return whole, records, answers
 
 
-def reward_metrics(rewards: RewardBatch, judged: Feedback) -> dict[str, float]:
-    """Returns the mean `reward` that is learned from, and the mean raw `score` of each judgement.
+def reward_metrics(
+    rewards: RewardBatch, judged: Feedback, lengths: Array, names: Sequence[str] = ()
+) -> dict[str, float]:
+    """Returns the mean `reward` that is learned from, the mean raw `score` of each judgement, and what was missing.
 
     Where answers are only compared in pairs they have no reward, which is not a reward of 0: it is left out.
 
     Args:
         rewards: the rewards of B answers, on the host.
         judged: the feedback [B, R] behind them, on the host.
+        lengths: [B], the answers' tokens.
+        names: of the R judgements; without them they have numbers.
 
     Returns:
-        `reward`, and `score` (R = 1) or `score/0`, `score/1` ...; NaN where nothing is valid.
+        `reward`, and `score` (R = 1) or `score/NAME` for each; NaN where nothing is valid. Where judgements are missing:
+        the share of each, `missing/NAME`; of answers that have only a part of theirs, `missing/partly`, and how much
+        higher their reward is than that of complete ones, `missing/partly_gain`, in standard deviations; and how much
+        longer than others the answers are that miss some, `missing/longer`, in tokens.
     """
-
-    def mean(x: Array, valid: Array) -> float:
-        return float(np.mean(x[valid])) if valid.any() else float("nan")
-
     count = judged.values.shape[1]
-    names = ["score"] if count == 1 else [f"score/{i}" for i in range(count)]
-    scores = {name: mean(judged.values[:, i], judged.valid[:, i]) for i, name in enumerate(names)}
-    compared = rewards.pairs is not None and count == 0
-    return scores if compared else {"reward": mean(rewards.total, rewards.valid)} | scores
+    called = list(names) if len(names) == count else [str(i) for i in range(count)]
+    keys = ["score"] if count == 1 else [f"score/{name}" for name in called]
+    found = {key: _mean(judged.values[:, i], judged.valid[:, i]) for i, key in enumerate(keys)}
+    if rewards.pairs is None or count:
+        found = {"reward": _mean(rewards.total, rewards.valid)} | found
+    whole = judged.valid.all(1)
+    if count and not whole.all():
+        found |= {f"missing/{name}": float(1 - judged.valid[:, i].mean()) for i, name in enumerate(called)}
+        found["missing/longer"] = _mean(lengths, ~whole) - _mean(lengths, whole)
+        if count > 1:
+            total, partly = np.asarray(rewards.total, np.float64), rewards.valid & ~whole
+            spread = total[rewards.valid].std() if rewards.valid.any() else 0.0
+            found["missing/partly"] = float(partly.mean())
+            found["missing/partly_gain"] = (
+                (_mean(total, partly) - _mean(total, whole)) / spread if spread > 0 else float("nan")
+            )
+    return found
+
+
+def _mean(x: Array, valid: Array) -> float:
+    """Returns the mean of the valid entries; NaN where there are none."""
+    return float(np.mean(x[valid])) if valid.any() else float("nan")
 
 
 def write_samples(run: Run, step: int, records: Sequence[Record], answers: Sequence[str], rewards: RewardBatch) -> None:

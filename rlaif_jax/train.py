@@ -272,7 +272,8 @@ def train(
             state, metrics = update(state, adapter, batch)  # update
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
             rewards, judged = jax.device_get((rewards, judged))
-            values |= reward_metrics(rewards, judged)
+            lengths = np.asarray(jax.device_get(rollout.response_mask)).sum(-1)
+            values |= reward_metrics(rewards, judged, lengths, () if feedback is None else feedback.reward_names())
             missing += int((~judged.valid).sum())
             run.missing["judgements of a step"] = missing
             values |= {
@@ -294,7 +295,7 @@ def train(
                 "time/rollout_s": rollout_done - started,
                 "time/feedback_s": feedback_done - rollout_done,
                 "time/update_s": update_done - feedback_done,
-                "time/tokens_per_s": float(np.sum(jax.device_get(rollout.response_mask))) / (update_done - started),
+                "time/tokens_per_s": float(lengths.sum()) / (update_done - started),
                 "time/compilations": compilations.programs,
             }
             log.write(step, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from rlaif_jax.algorithms.objectives import Clipped
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.update import check_minibatches
-from rlaif_jax.config import UserError, differing, from_json, override, save_config, to_json
+from rlaif_jax.config import UserError, differing, from_json, from_words, override, save_config, to_json
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling, small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import ParallelConfig
@@ -369,3 +370,42 @@ def test_overrides_of_the_loop():
     assert config.train.target_reward is None
     with pytest.raises(UserError, match=r"ppo\.importance_cap must be >= 1, not 0\.5"):
         override(EXPERIMENT, {"ppo.importance_cap": "0.5"})
+
+
+WORDS = {"mean": Mean, "best": Best, "last": Last, "listed": Listed}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("mean", Mean()),
+        ("mean .5", Mean(0.5)),
+        ("mean weight=2", Mean(2.0)),
+        ("best 3 then=Last", Best(3, Last())),
+        ("listed words=x,y scale=1", Listed(("x", "y"), 1.0)),
+        ("listed 'x y'", Listed(("x", "y"))),
+    ],
+)
+def test_a_line_of_words_is_settings(line, expected):
+    assert from_words(WORDS, line, "--feedback") == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("median", "there is no 'median'; it is one of mean, best, last, listed"),
+        ("", "names nothing; begin with one of mean, best, last, listed"),
+        ("mean 'half", "No closing quotation"),
+        ("mean .5 .6", "'.6' is no setting of mean; it has weight"),
+        ("mean size=3", "'size=3' is no setting of mean; it has weight"),
+        ("mean weight=1 weight=2", "weight is given twice"),
+        ("mean .5 weight=2", "weight is given twice"),
+        ("mean weight=much", "weight: should be a number, not 'much'"),
+        ("best", "Best misses of"),
+        ("last 3", "'3' is no setting of last"),
+    ],
+)
+def test_a_wrong_line_of_words_is_named(line, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        from_words(WORDS, line, "--feedback")
+    assert str(error.value).startswith("--feedback") and "\n" not in str(error.value)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlaif_jax.config import require
+from rlaif_jax.rewards.shaping import group_normalised
 
 
 class AdvantageInputs(NamedTuple):
@@ -87,7 +88,24 @@ class LeaveOneOut:
         return over_tokens(leave_one_out(inputs.totals, inputs.valid, inputs.answers), inputs.mask)
 
 
-Advantage = GAE | GroupNormalised | LeaveOneOut
+@dataclasses.dataclass(frozen=True)
+class BatchNormalised:
+    """The total itself, whitened over the tokens of the whole step.
+
+    With `Shaping.per_group` it is GDPO (Liu 2026, "GDPO: group reward-decoupled normalization policy optimization", eq. 4 to
+    6): each reward is normalised among the answers to a prompt, their weighted sum over the step.
+    """
+
+    whiten: ClassVar[bool] = True
+    needs_critic: ClassVar[bool] = False
+    min_answers: ClassVar[int] = 1
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages before whitening, zeros), each [B, T]: every token of an answer has the same advantage."""
+        return over_tokens(jnp.where(inputs.valid, inputs.totals, 0.0), inputs.mask)
+
+
+Advantage = GAE | GroupNormalised | LeaveOneOut | BatchNormalised
 
 
 def over_tokens(of_answers: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,29 +186,6 @@ def gae(
     advantages = advantages.T
     returns = jnp.where(mask, advantages + values, 0.0)
     return jax.lax.stop_gradient(advantages), jax.lax.stop_gradient(returns)
-
-
-def group_normalised(score: jax.Array, valid: jax.Array, answers: int, *, eps: float = 1e-4) -> jax.Array:
-    """Computes (score - mean) / (std + eps) among the K answers of each prompt (Shao 2024, section 4.1.2).
-
-    Args:
-        score: [B], the K answers of a prompt in K consecutive rows.
-        valid: [B]; invalid answers are left out of mean and standard deviation (population) and get 0.
-        answers: K.
-        eps: added to the standard deviation.
-
-    Returns:
-        [B] float32; 0 for a group of equal scores.
-    """
-    grouped, real = score.reshape(-1, answers), valid.astype(bool).reshape(-1, answers)
-    count = jnp.maximum(real.sum(-1, keepdims=True), 1)
-    mean = jnp.where(real, grouped, 0.0).sum(-1, keepdims=True) / count
-    # The mean of equal scores may miss them by a rounding, which the division by eps would blow up.
-    lowest = jnp.where(real, grouped, jnp.inf).min(-1, keepdims=True)
-    highest = jnp.where(real, grouped, -jnp.inf).max(-1, keepdims=True)
-    centred = jnp.where(real & (lowest < highest), grouped - mean, 0.0)
-    std = jnp.sqrt((centred**2).sum(-1, keepdims=True) / count)
-    return (centred / (std + eps)).reshape(-1).astype(jnp.float32)
 
 
 def leave_one_out(score: jax.Array, valid: jax.Array, answers: int) -> jax.Array:

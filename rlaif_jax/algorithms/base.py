@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
-from rlaif_jax.policies.base import Draw
+from rlaif_jax.policies.base import Draw, draw_count
 from rlaif_jax.rewards.shaping import Shaping, identity_normaliser, shaped_rewards
 from rlaif_jax.types import (
     Feedback,
@@ -87,7 +87,8 @@ class Algorithm(Protocol):
             axis_name: the mapped axis of the devices, or None.
         """
         del frozen, data, axis_name
-        return shaped_rewards(self.shaping, state.extra["normaliser"], judged, rollout)
+        count = draw_count(self.draws)
+        return shaped_rewards(self.shaping, state.extra["normaliser"], judged, rollout, answers=count)
 
     def prepare(
         self,

@@ -41,6 +41,10 @@ class FeedbackSource(Protocol):
         """
         return
 
+    def reward_names(self) -> tuple[str, ...]:
+        """Returns the names of the R rewards for metrics and the page; empty: they have numbers."""
+        return ()
+
     def get_state(self) -> Any:
         """Returns what the checkpoint keeps of the source, as JSON; None: the source keeps nothing."""
         return None

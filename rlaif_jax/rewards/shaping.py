@@ -74,6 +74,29 @@ def fit_normaliser(scores: jax.Array, valid: jax.Array, axis_name: str | None = 
     return Normaliser(mean=mean, std=jnp.where(std > 1e-6 * size, std, 1.0))
 
 
+def group_normalised(score: jax.Array, valid: jax.Array, answers: int, *, eps: float = 1e-4) -> jax.Array:
+    """Computes (score - mean) / (std + eps) among the K answers of each prompt (Shao 2024, section 4.1.2).
+
+    Args:
+        score: [B], the K answers of a prompt in K consecutive rows.
+        valid: [B]; invalid answers are left out of mean and standard deviation (population) and get 0.
+        answers: K.
+        eps: added to the standard deviation.
+
+    Returns:
+        [B] float32; 0 for a group of equal scores.
+    """
+    grouped, real = score.reshape(-1, answers), valid.astype(bool).reshape(-1, answers)
+    count = jnp.maximum(real.sum(-1, keepdims=True), 1)
+    mean = jnp.where(real, grouped, 0.0).sum(-1, keepdims=True) / count
+    # The mean of equal scores may miss them by a rounding, which the division by eps would blow up.
+    lowest = jnp.where(real, grouped, jnp.inf).min(-1, keepdims=True)
+    highest = jnp.where(real, grouped, -jnp.inf).max(-1, keepdims=True)
+    centred = jnp.where(real & (lowest < highest), grouped - mean, 0.0)
+    std = jnp.sqrt((centred**2).sum(-1, keepdims=True) / count)
+    return (centred / (std + eps)).reshape(-1).astype(jnp.float32)
+
+
 def identity_normaliser() -> Normaliser:
     """Returns the normaliser that leaves scores as they are."""
     return Normaliser(mean=jnp.float32(0.0), std=jnp.float32(1.0))
@@ -85,12 +108,15 @@ class Shaping:
 
     Attributes:
         weights: one for each reward of the feedback, may be negative; empty: all 1.
+        per_group: normalise each reward among the answers to a prompt before the weighted sum, so that each counts by its
+            weight whatever its scale and spread (GDPO, Liu 2026).
         missing_eos: what an answer that was cut by the length limit gets: its `score`, its score minus
             `missing_eos_value` (`penalty`), or the constant `missing_eos_value` instead of its score (`constant`).
         missing_eos_value: see `missing_eos`.
     """
 
     weights: tuple[float, ...] = ()
+    per_group: bool = False
     missing_eos: Literal["score", "penalty", "constant"] = "score"
     missing_eos_value: float = 1.0
 
@@ -98,7 +124,9 @@ class Shaping:
         check_choices(self, "shaping")
 
 
-def shaped_rewards(shaping: Shaping, normaliser: Normaliser, judged: Feedback, rollout: Rollout) -> RewardBatch:
+def shaped_rewards(
+    shaping: Shaping, normaliser: Normaliser, judged: Feedback, rollout: Rollout, *, answers: int = 1
+) -> RewardBatch:
     """Computes the rewards of B answers: all that is done to a judgement before an algorithm uses it.
 
     Each reward is normalised, the present ones are combined by their weights (`combine`), and answers without a stop
@@ -109,6 +137,7 @@ def shaped_rewards(shaping: Shaping, normaliser: Normaliser, judged: Feedback, r
         normaliser: mean and std of each reward.
         judged: feedback with values [B, R].
         rollout: the answers.
+        answers: K, for `shaping.per_group`; the K answers to a prompt are consecutive rows.
 
     Raises:
         UserError: the number of weights is not R.
@@ -116,6 +145,10 @@ def shaped_rewards(shaping: Shaping, normaliser: Normaliser, judged: Feedback, r
     chex.assert_rank([judged.values, judged.valid], 2)
     count = judged.values.shape[1]
     normalised = sequence_rewards(judged.values, judged.valid, normaliser)
+    if shaping.per_group:
+        require(answers > 1, "shaping.per_group compares the answers to a prompt: draw at least 2 (answers_per_prompt)")
+        of_groups = jax.vmap(lambda x, valid: group_normalised(x, valid, answers), in_axes=1, out_axes=1)
+        normalised = normalised._replace(values=of_groups(*normalised))
     require(
         not shaping.weights or len(shaping.weights) == count,
         f"shaping.weights has {len(shaping.weights)} entries, but the feedback gives {count} rewards an answer",

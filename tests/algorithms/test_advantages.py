@@ -9,6 +9,7 @@ import pytest
 from rlaif_jax.algorithms.advantages import (
     GAE,
     AdvantageInputs,
+    BatchNormalised,
     GroupNormalised,
     LeaveOneOut,
     gae,
@@ -17,6 +18,7 @@ from rlaif_jax.algorithms.advantages import (
     token_rewards,
 )
 from rlaif_jax.config import UserError
+from rlaif_jax.parallel import masked_whiten
 
 NAN = float("nan")
 
@@ -193,6 +195,17 @@ def test_an_answers_advantage_is_that_of_all_its_tokens(estimator):
     np.testing.assert_allclose(advantages, unit * jnp.array([[-1, -1, -1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]), rtol=1e-6)
     np.testing.assert_array_equal(returns, 0)
     assert not estimator.needs_critic and not estimator.whiten and estimator.min_answers == 2
+
+
+def test_totals_that_are_normalised_already_are_whitened_over_the_step():
+    mask = jnp.array([[1, 1], [1, 0], [0, 0]], bool)
+    inputs = AdvantageInputs(jnp.full((3, 2), NAN), jnp.array([2.0, 5.0, NAN]), jnp.zeros((3, 2)), mask, mask[:, 0], 1)
+    advantages, returns = BatchNormalised()(inputs)
+    np.testing.assert_array_equal(advantages, [[2, 2], [5, 0], [0, 0]])
+    np.testing.assert_array_equal(returns, 0)
+    # The update whitens: tokens 2, 2, 5 have the mean 3 and the population variance 2.
+    np.testing.assert_allclose(masked_whiten(advantages, mask), [[-(0.5**0.5)] * 2, [2**0.5, 0], [0, 0]], rtol=1e-6)
+    assert BatchNormalised.whiten and not BatchNormalised.needs_critic
 
 
 def test_the_estimator_with_a_critic_is_gae(episode):

@@ -161,6 +161,23 @@ def test_several_rewards_are_combined_by_their_weights():
     np.testing.assert_allclose(plain.score, [0, 2, 4, 0], rtol=1e-6)
 
 
+def test_each_reward_is_normalised_among_the_answers_to_its_prompt():
+    """GDPO (Liu 2026): by hand, two prompts of two answers, two rewards of very different scale, one of them missing."""
+    values = np.array([[0, 1000], [1, 3000], [5, 7], [5, NAN]], np.float32)
+    valid = np.array([[1, 1], [1, 1], [1, 1], [1, 0]], bool)
+    judged, shaping = Feedback(values, valid), Shaping(weights=(1.0, -0.5), per_group=True)
+    rewards = shaped_rewards(shaping, identity_normaliser(), judged, ROLLOUT, answers=2)
+    # Equal rewards of a prompt are 0; a present one represents a missing one, and here it is 0.
+    np.testing.assert_allclose(rewards.score, [-0.5, 0.5, 0, 0], atol=2e-4)
+    assert rewards.valid.all()
+    other = shaped_rewards(
+        shaping, Normaliser(jnp.array([3.0, -9.0]), jnp.array([7.0, 0.1])), judged, ROLLOUT, answers=2
+    )
+    np.testing.assert_allclose(other.score, rewards.score, atol=2e-3)  # whatever their scale
+    with pytest.raises(UserError, match="per_group compares the answers to a prompt"):
+        shaped_rewards(shaping, identity_normaliser(), judged, ROLLOUT)
+
+
 def test_pairs_are_handed_on_and_nobody_else_needs_to_judge():
     nobody = np.zeros((4, 0), np.float32)
     pairs, seen = np.random.default_rng(0).random((2, 2, 2)).astype(np.float32), np.ones((2, 2, 2), bool)
