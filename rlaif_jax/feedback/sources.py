@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -52,6 +53,55 @@ class FeedbackSource(Protocol):
     def set_state(self, state: Any) -> None:
         """Takes up the state of a resumed run."""
         return
+
+    def missing(self) -> Mapping[str, int]:
+        """Returns the number of missing judgements by reason since the source was built, over resumes too."""
+        return {}
+
+
+class Missing(NamedTuple):
+    """A judgement that is missing; `reason` says why, in the words that the run counts."""
+
+    reason: str
+
+
+MAX_REASONS = 50  # a reason that quotes an answer must not let the checkpoint grow without end
+OTHER_REASONS = "other reasons"
+
+
+class CountingSource(FeedbackSource):
+    """A source that counts its missing judgements by reason; the counts are part of the checkpoint."""
+
+    @cached_property
+    def _missing(self) -> Counter[str]:
+        return Counter()
+
+    def missing(self) -> Mapping[str, int]:
+        """Returns the counts by reason; reasons after the first 50 count together as "other reasons"."""
+        return dict(self._missing)
+
+    def get_state(self) -> Any:
+        """Returns the counts."""
+        return {"missing": self.missing()}
+
+    def set_state(self, state: Any) -> None:
+        """Continues the counts of a resumed run; None is the state of a run that did not count."""
+        self._missing.clear()
+        self._missing.update({} if state is None else state["missing"])
+
+    def feedback(self, judged: Sequence[float | Missing]) -> Feedback:
+        """Returns one reward an answer as `Feedback`, and counts those that are missing.
+
+        Args:
+            judged: [B] the rewards; `Missing` where there is no judgement.
+        """
+        valid = [not isinstance(value, Missing) for value in judged]
+        for value in judged:
+            if isinstance(value, Missing):
+                full = len(self._missing) >= MAX_REASONS and value.reason not in self._missing
+                self._missing[OTHER_REASONS if full else value.reason] += 1
+        numbers = [0.0 if isinstance(value, Missing) else value for value in judged]
+        return Feedback.single(np.array(numbers, np.float32), np.array(valid, bool))
 
 
 class DeviceReward(Protocol):

@@ -1,10 +1,12 @@
 """Sources of judgements: what a function sees, and what a missing judgement is."""
 
+import json
+
 import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.feedback.sources import FunctionSource, MixedSource
+from rlaif_jax.feedback.sources import MAX_REASONS, CountingSource, FunctionSource, Missing, MixedSource
 from rlaif_jax.types import Feedback
 
 RECORDS = [{"prompt": f"prompt {i}"} for i in range(3)]
@@ -28,6 +30,32 @@ def test_a_function_sees_record_and_answer_and_a_zero_is_a_judgement():
     assert seen == [("prompt 0", "one"), ("prompt 1", "two"), ("prompt 2", "three")]
     assert feedback.valid.all()
     assert not feedback.values.any()
+
+
+def test_a_source_that_counts_nothing_says_so():
+    assert FunctionSource(lambda record, answer: None).missing() == {}
+
+
+def test_missing_judgements_are_counted_by_reason_and_never_a_reward():
+    source = CountingSource()
+    feedback = source.feedback([0.5, Missing("late"), 0.0, Missing("late"), Missing("lost")])
+    assert feedback.valid[:, 0].tolist() == [True, False, True, False, False]
+    assert feedback.values[:, 0].tolist() == [0.5, 0.0, 0.0, 0.0, 0.0] and feedback.values.dtype == np.float32
+    assert source.missing() == {"late": 2, "lost": 1}
+    resumed = CountingSource()
+    resumed.feedback([Missing("before the checkpoint was read")])
+    resumed.set_state(json.loads(json.dumps(source.get_state())))
+    resumed.feedback([Missing("late")])
+    assert resumed.missing() == {"late": 3, "lost": 1} and source.missing() == {"late": 2, "lost": 1}
+    resumed.set_state(None)
+    assert resumed.missing() == {}
+
+
+def test_reasons_do_not_grow_without_end():
+    source = CountingSource()
+    source.feedback([Missing(f"reason {i}") for i in range(MAX_REASONS + 10)] + [Missing("reason 0")])
+    counts = source.missing()
+    assert len(counts) == MAX_REASONS + 1 and counts["other reasons"] == 10 and counts["reason 0"] == 2
 
 
 def fixed(values, dense=None):

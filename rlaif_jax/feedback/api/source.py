@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from rlaif_jax.config import StopRequested, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
 from rlaif_jax.feedback.api.templates import Question, Template
-from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.sources import CountingSource, Missing
 from rlaif_jax.types import Feedback, Rollout
 
 
@@ -26,13 +24,14 @@ def against_field(field: str) -> Callable[[Record, str], Question]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ApiJudgeSource(FeedbackSource):
+class ApiJudgeSource(CountingSource):
     """A `FeedbackSource`: the expected score of each answer, or P(the answer beats another answer).
 
     A call waits for its judgements; `prefetch` does not: with `train.rollout_parts` > 1 the loop hands over
     each part's answers while the devices generate the next part, and the judge works meanwhile. The same
     question is never asked twice, so a call finds the judgements that were prefetched. A judgement that
-    failed is missing (`valid` is false) and recorded as such in the judge's store. A stop ends the wait for judgements:
+    failed is missing (`valid` is false), counted by its status and recorded as such in the judge's store. A stop ends
+    the wait for judgements:
     replies that are on their way are waited for, for seconds, and kept for the run that resumes.
 
     Attributes:
@@ -69,14 +68,15 @@ class ApiJudgeSource(FeedbackSource):
         except StopRequested:
             self.judge.finish()
             raise
-        values = [self._value(outcome) for outcome in outcomes]
-        return Feedback.single(
-            np.array([0.0 if value is None else value for value in values], np.float32),
-            np.array([value is not None for value in values], bool),
-        )
+        return self.feedback([self._value(outcome) for outcome in outcomes])
 
-    def _value(self, outcome: Outcome) -> float | None:
+    def _value(self, outcome: Outcome) -> float | Missing:
         if self.template.form == "rating":
-            return outcome.rating
-        preferred = outcome.preference
-        return None if preferred is None else preferred.probability
+            value = outcome.rating
+        else:
+            preferred = outcome.preference
+            value = None if preferred is None else preferred.probability
+        if value is not None:
+            return value
+        status = next((judgement.status for judgement in outcome.missing), "no verdict in one order")
+        return Missing(f"the judge's verdict: {status}")

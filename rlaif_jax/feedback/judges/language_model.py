@@ -26,7 +26,7 @@ from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.text import shared_prefix
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, check_tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
-from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.sources import CountingSource, Missing
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
@@ -64,12 +64,14 @@ class AnswerScores(NamedTuple):
         probabilities: the distribution over the C scores of the scale, [B, C].
         valid: whether the judge gave a score, [B] bool.
         mass: probability of all scores of the scale together, [B]; 0 for a question that does not fit.
+        missing: why there is no score, [B] texts, "" where there is one; () where not recorded.
     """
 
     expected: np.ndarray
     probabilities: np.ndarray
     valid: np.ndarray
     mass: np.ndarray
+    missing: Sequence[str] = ()
 
 
 def preference_from_scores(first: AnswerScores, second: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
@@ -381,17 +383,36 @@ class LanguageModelJudge:
         labels = [label for label, _ in self.scale]
         counted = lambda done, _: progress(before + done, before + count)
         choices, valid, mass = self._choices(self._score, texts, labels, counted)
+        missing = [self._why_missing(*facts) for facts in zip(valid, ended, mass)]
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
-        return AnswerScores(np.where(valid, choices @ numbers, 0.0), choices, valid, mass)
+        return AnswerScores(np.where(valid, choices @ numbers, 0.0), choices, valid, mass, missing)
+
+    def _why_missing(self, valid: bool, ended: bool, mass: float) -> str:
+        """Returns why an answer has no score, "" where it has one.
+
+        Args:
+            valid: whether the score tokens could be read.
+            ended: whether the reasons fitted and ended.
+            mass: probability of all scores of the scale; 0 where the question did not fit.
+        """
+        if not ended:
+            return "the judge's reasons did not fit or did not end"
+        if valid:
+            return ""
+        if mass == 0:
+            return "the question is too long for the judge"
+        return f"the judge gave the scores less probability together than {self.min_mass:g}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DirectScoreSource(FeedbackSource):
+class DirectScoreSource(CountingSource):
     """Direct RLAIF: the judge's expected score of each answer is its reward (Lee 2023, section 2.2.2)."""
 
     judge: LanguageModelJudge
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         scores = self.judge.score([str(record["prompt"]) for record in records], answers)
-        return Feedback.single(scores.expected, scores.valid)
+        missing = scores.missing or ["the judge gave no score"] * len(answers)
+        judged = zip(scores.expected.tolist(), scores.valid, missing)
+        return self.feedback([value if valid else Missing(reason) for value, valid, reason in judged])

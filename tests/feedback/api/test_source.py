@@ -28,7 +28,9 @@ ANSWERS = ["quality 3", "quality 7", "quality 1", "quality 10"]
 def test_scores_and_what_is_missing():
     behave = lambda body, number: Wrong(400) if "quality 1\n" in str(body["messages"][-1]["content"]) else right(body)
     with serve(behave) as server, ApiJudge(ApiConfig(server=server.url, model="j")) as judge:
-        feedback = ApiJudgeSource(judge, RATING)(RECORDS, ANSWERS)
+        source = ApiJudgeSource(judge, RATING)
+        feedback = source(RECORDS, ANSWERS)
+    assert source.missing() == {"the judge's verdict: error": 1}
     np.testing.assert_array_equal(feedback.valid[:, 0], [True, True, False, True])
     np.testing.assert_allclose(feedback.values[:, 0], [3, 7, 0, 10], atol=1e-5)
 

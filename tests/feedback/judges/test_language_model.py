@@ -293,3 +293,20 @@ def test_direct_scores_are_the_judges_expectations_and_its_gaps():
     assert asked == [(["prompt 0", "prompt 1", "prompt 2"], answers)]
     np.testing.assert_array_equal(feedback.values[:, 0], [7.5, 0, 2])
     np.testing.assert_array_equal(feedback.valid[:, 0], [True, False, True])
+
+
+def test_why_a_direct_score_is_missing_is_counted(make_judge, params):
+    records = [{"prompt": p} for p in PROMPTS]
+    masses = [next_word(params, rating(p, a), "123")[1] for p, a in zip(PROMPTS, FIRST)]
+    threshold = float(np.sort(masses)[1]) + 1e-4
+    low = sum(mass < threshold for mass in masses)
+    source = DirectScoreSource(make_judge(min_mass=threshold))
+    source([*records, records[0]], [*FIRST, "a " * 40], None)
+    little = f"the judge gave the scores less probability together than {threshold:g}"
+    assert source.missing() == {"the question is too long for the judge": 1, little: low} and 0 < low < len(PROMPTS)
+    unending = make_judge(reasoning=Reasoning(lambda prompt, answer: f"{answer} rate", "3", max_tokens=2))
+    _, ended = unending.reasons(PROMPTS, FIRST)
+    source = DirectScoreSource(unending)
+    judged = source(records, FIRST, None)
+    assert judged.valid[:, 0].tolist() == ended.tolist() and not ended.all()
+    assert source.missing() == {"the judge's reasons did not fit or did not end": int((~ended).sum())}
