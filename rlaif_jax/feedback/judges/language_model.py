@@ -64,14 +64,14 @@ class AnswerScores(NamedTuple):
         probabilities: the distribution over the C scores of the scale, [B, C].
         valid: whether the judge gave a score, [B] bool.
         mass: probability of all scores of the scale together, [B]; 0 for a question that does not fit.
-        missing: why there is no score, [B] texts, "" where there is one; () where not recorded.
+        missing: why there is no score, [B] texts, "" where there is one; [0] where not recorded.
     """
 
     expected: np.ndarray
     probabilities: np.ndarray
     valid: np.ndarray
     mass: np.ndarray
-    missing: Sequence[str] = ()
+    missing: np.ndarray = np.array((), object)
 
 
 def preference_from_scores(first: AnswerScores, second: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
@@ -386,7 +386,8 @@ class LanguageModelJudge:
         missing = [self._why_missing(*facts) for facts in zip(valid, ended, mass)]
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
-        return AnswerScores(np.where(valid, choices @ numbers, 0.0), choices, valid, mass, missing)
+        expected = np.where(valid, choices @ numbers, 0.0)
+        return AnswerScores(expected, choices, valid, mass, np.array(missing, object))
 
     def _why_missing(self, valid: bool, ended: bool, mass: float) -> str:
         """Returns why an answer has no score, "" where it has one.
@@ -413,6 +414,6 @@ class DirectScoreSource(CountingSource):
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         scores = self.judge.score([str(record["prompt"]) for record in records], answers)
-        missing = scores.missing or ["the judge gave no score"] * len(answers)
+        missing = scores.missing if len(scores.missing) else ["the judge gave no score"] * len(answers)
         judged = zip(scores.expected.tolist(), scores.valid, missing)
         return self.feedback([value if valid else Missing(reason) for value, valid, reason in judged])
