@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from rlaif_jax.config import UserError, require
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ANSWERED = "a prompt ends where the assistant is to answer; leave that message out"
 _MARKS = {"system": "\n\nSystem:", "user": HUMAN, "assistant": ASSISTANT}
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
@@ -56,27 +57,45 @@ def role_of(name: Any) -> Literal["system", "user", "assistant"]:
 def read_turns(value: Any, name: str) -> list[Turn]:
     """Returns the turns of a list of messages `{"role": ..., "content": ...}`.
 
+    A content may be a list of parts `{"type": "text", "text": ...}`, whose texts are joined.
+
     Args:
         value: the list.
         name: what messages call it.
 
     Raises:
-        UserError: the value is no list, is empty, or a message has an unknown role or no text.
+        UserError: the value is no list, is empty, or a message has an unknown role, calls a tool, or has no text or
+            something other than text.
     """
     require(isinstance(value, list) and bool(value), f"{name} must be a list of messages, not {str(value)[:40]!r}")
     turns = []
     for number, message in enumerate(value, 1):
         where = f"message {number} of {name}"
         require(isinstance(message, Mapping), f"{where} must be an object, not {str(message)[:40]!r}")
+        require(not message.get("tool_calls"), f"{where} has tool_calls; only messages of text are read")
+        content = _joined(message.get("content"), where)
         require(
-            "role" in message and isinstance(message.get("content"), str),
+            "role" in message and isinstance(content, str),
             f"{where} must have role and content, both texts; it has {', '.join(map(str, message))}",
         )
         try:
-            turns.append(Turn(role_of(message["role"]), message["content"]))
+            turns.append(Turn(role_of(message["role"]), content))
         except UserError as error:
             raise UserError(f"{where} has {error}") from error
     return turns
+
+
+def _joined(content: Any, where: str) -> Any:
+    """Returns the text of a list of parts, any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        require(
+            kind == "text" and isinstance(part.get("text"), str),
+            f"{where} has a part of type {str(kind)[:40]!r} in its content; only parts of type 'text' are read",
+        )
+    return "".join(part["text"] for part in content)
 
 
 def conversation_prompt(turns: Iterable[Turn]) -> str:

@@ -11,7 +11,8 @@ from rlaif_jax.config import UserError, require
 
 # All that says how a text becomes tokens, and which tokens end an answer.
 TOKENIZER_FILES = (
-    "*token*", "vocab.json", "merges.txt", "*.model", "chat_template.jinja", "config.json", "generation_config.json",
+    "*token*", "vocab.json", "merges.txt", "*.model", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "config.json", "generation_config.json",
 )  # fmt: skip
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:@([\w./-]+))?")
 

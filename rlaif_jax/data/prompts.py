@@ -161,13 +161,14 @@ def prompt_batches(
 
     Args:
         records: the source; each record has a string `prompt`, and may have an integer `uid` (else its index is used).
+            Where it has a string `model_text` (`data/chat/records.py`), the model reads that instead of the prompt.
         tokenizer: encodes the prompts.
         batch_size: B, prompts.
         seed: of the order, from 0 to 2**32 - 1.
         prompt_length: P, the most tokens of a prompt, BOS included.
         shuffle: False keeps the order of the records in every epoch.
         epochs: None never ends.
-        add_bos: put BOS before each prompt.
+        add_bos: put BOS before each prompt; a `model_text` has its own, or none.
         truncate: "left" drops the oldest tokens of a prompt that is too long (BOS stays); None refuses it.
         buckets: if given, a batch is only as long as the bucket of its longest prompt (at most `prompt_length`).
         drop_remainder: True leaves out the `len(records) % batch_size` prompts of an epoch that fill no batch (others
@@ -243,7 +244,9 @@ def _tokenized(
             )
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise UserError(f'{_place(records, index)}: field "prompt" holds half of a Unicode surrogate pair')
-        ids = tokenizer.encode(prompt, add_bos=add_bos)
+        text = record.get("model_text")
+        templated = isinstance(text, str)
+        ids = tokenizer.encode(text, add_bos=False) if templated else tokenizer.encode(prompt, add_bos=add_bos)
         if not ids:
             raise UserError(f"{_place(records, index)}: the prompt has no tokens; write one, or set add_bos")
         if len(ids) > prompt_length:
@@ -252,7 +255,7 @@ def _tokenized(
                     f"{_place(records, index)}: the prompt has {len(ids)} tokens, more than prompt_length = "
                     f'{prompt_length}; raise prompt_length, shorten the prompt, or set truncate="left"'
                 )
-            head = ids[:1] if add_bos else []
+            head = ids[:1] if (ids[0] == tokenizer.bos_id if templated else add_bos) else []
             ids = head + ids[len(ids) - prompt_length + len(head) :]
         uid = _uid(records, index, record)
         if uid in index_of:
@@ -274,7 +277,11 @@ def _uid(records: Records, index: int, record: Record) -> int:
     return int(uid)
 
 
+def place(records: Records, index: int) -> str:
+    """Returns the name of a record for messages: its place in a file or data set, or its number."""
+    return records.place(index) if isinstance(records, FileRecords | TfdsRecords) else f"record {index}"
+
+
 def _place(records: Records, index: int) -> str:
-    named = records.place(index) if isinstance(records, FileRecords | TfdsRecords) else f"record {index}"
     uid = records[index].get("uid")
-    return named if uid is None else f"{named} (uid {uid})"
+    return place(records, index) if uid is None else f"{place(records, index)} (uid {uid})"

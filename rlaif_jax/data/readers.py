@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from rlaif_jax.config import UserError
-from rlaif_jax.data.conversations import prompt_text, read_pair, read_ratings, read_turns
+from rlaif_jax.config import UserError, require
+from rlaif_jax.data.conversations import ANSWERED, prompt_text, read_pair, read_ratings, read_turns
 from rlaif_jax.files import printable, read_json_lines
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -44,7 +44,8 @@ class FileRecords:
 def jsonl_records(path: PathLike, *, required: Sequence[str] = ("prompt",)) -> FileRecords:
     """Reads and checks a whole file of one JSON object a line (`.jsonl` or `.jsonl.gz`).
 
-    A `prompt` that is a list of messages becomes text (`conversations.prompt_text`).
+    A `prompt` that is a list of messages, or the `messages` of a record without a prompt, become text
+    (`conversations.prompt_text`), and the record keeps the list in `messages`.
 
     Args:
         path: the file.
@@ -55,8 +56,12 @@ def jsonl_records(path: PathLike, *, required: Sequence[str] = ("prompt",)) -> F
     """
 
     def parse(value: Any, place: str) -> tuple[dict[str, Any], str]:
-        if isinstance(value, dict) and "prompt" in required and isinstance(value.get("prompt"), list):
-            value = value | {"prompt": prompt_text(read_turns(value["prompt"], "prompt"))}
+        if isinstance(value, dict) and "prompt" in required:
+            name = "messages" if "prompt" not in value else "prompt"
+            if isinstance(said := value.get(name), list):
+                turns = read_turns(said, name)
+                require(turns[-1].role != "assistant", f"the last message of {name} is by the assistant: {ANSWERED}")
+                value = value | {"prompt": prompt_text(turns), "messages": said}
         return _checked(value, place, required), place
 
     return _read(path, parse, required)

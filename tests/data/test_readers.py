@@ -92,7 +92,10 @@ TALK = "Be brief.\n\nHuman: p\n\nAssistant: a\n\nHuman: q\n\nAssistant:"
 def test_prompts_and_pairs_of_messages(tmp_path: Path):
     talk, answers = said("p", "a", "q", system="Be brief."), [said("", text)[1:] for text in ("good", "bad")]
     records = jsonl_records(write(tmp_path / "p.jsonl", {"prompt": talk, "id": 1}, {"prompt": said("q")})).records
-    assert records == ({"prompt": TALK, "id": 1}, {"prompt": "q"})
+    assert records == ({"prompt": TALK, "messages": talk, "id": 1}, {"prompt": "q", "messages": said("q")})
+    assert jsonl_records(write(tmp_path / "p.jsonl", {"messages": talk})).records == (
+        {"prompt": TALK, "messages": talk},
+    )
     rows = [
         {"prompt": talk, "chosen": answers[0], "rejected": answers[1]},
         {"prompt": "q", "chosen": talk + answers[0], "rejected": talk + answers[1]},

@@ -13,7 +13,7 @@ from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, as_chat
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner
-from tests.data.test_chat_template import CHATML
+from tests.data.chat.styles import CHATML
 from tests.data.token_folders import byte_tokenizer_folder
 from tests.helpers import random_params
 

@@ -183,7 +183,7 @@ def test_a_system_message_is_no_turn_of_the_person(write):
         ({"chosen": [], "rejected": said("p", "b")}, "chosen must be a list of messages, not '[]'"),
         ({"chosen": [{"role": "tool", "content": "x"}], "rejected": "b"}, "message 1 of chosen has the role 'tool'; a mes"),
         ({"chosen": [{"content": "x"}], "rejected": "b"}, "message 1 of chosen must have role and content, both texts"),
-        ({"chosen": [{"role": "user", "content": ["x"]}], "rejected": "b"}, "message 1 of chosen must have role and con"),
+        ({"chosen": [{"role": "user", "content": ["x"]}], "rejected": "b"}, "message 1 of chosen has a part of type 'str'"),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "prompt must be a list of messages"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt must be text, not '3'"),
         ({"prompt": "p", "chosen": {}, "rejected": "b"}, "chosen must be text or a list of messages, not '{}'"),

@@ -1,0 +1,1 @@
+"""Conversations for chat models: their templates, and records whose prompts are messages."""
