@@ -98,7 +98,7 @@ class Evaluation:
         measure: scores the answers; None: what `source` gives is the score.
         source: judges answers on the host as training does; None: answers have a score only.
         name: of the score in metrics.
-        frozen: weights under an adapter.
+        frozen: weights under an adapter; those that `Runner.place` returned are the ones that training reads, too.
         reasons: from (prompts, answers) to what a judge says about each answer, for the samples; None: it says nothing.
         second: another judge of the answers, such as the judge itself where a reward model is what is learned from. The
             run warns when its opinion falls while the reward rises.
@@ -125,15 +125,17 @@ class Evaluation:
 
     @cached_property
     def _sample(self) -> Any:
-        def sample(replicated: tuple[Params, jax.Array], prompts: Prompts, *, axis_name: str | None = None) -> Rollout:
-            params, key = replicated
-            return self.policy.sample(params, self.frozen, prompts, key, (Draw(),))
+        def sample(
+            replicated: tuple[Params, Frozen, jax.Array], prompts: Prompts, *, axis_name: str | None = None
+        ) -> Rollout:
+            params, frozen, key = replicated
+            return self.policy.sample(params, frozen, prompts, key, (Draw(),))
 
         return self.runner.map(sample)
 
     @cached_property
     def _logprobs(self) -> Any:
-        return jax.jit(partial(policy_logprobs, self.policy, frozen=self.frozen))
+        return jax.jit(partial(policy_logprobs, self.policy))
 
     def answers(self, params: Params, *, judged: bool = True) -> Answers:
         """Returns the answers of the policy with these parameters.
@@ -142,7 +144,7 @@ class Evaluation:
             params: the policy's parameters.
             judged: whether `source` judges the answers even if there is a measure.
         """
-        rollout = self._sample((params, step_key(self.seed, 0, EVALUATION)), to_prompts(self.prompts))
+        rollout = self._sample((params, self.frozen, step_key(self.seed, 0, EVALUATION)), to_prompts(self.prompts))
         texts = self.policy.texts(rollout, self.tokenizer)
         records, rewards, parts = list(self.prompts.records), None, {}
         if self.source is not None and (judged or self.measure is None):
@@ -160,7 +162,9 @@ class Evaluation:
 
     def kl(self, reference: Params, answers: Answers) -> float:
         """Returns the mean KL of an answer to `reference` in nats, by the sampler's log-probs."""
-        log_ratio = np.asarray(answers.rollout.logprobs) - np.asarray(self._logprobs(reference, answers.rollout))
+        log_ratio = np.asarray(answers.rollout.logprobs) - np.asarray(
+            self._logprobs(reference, answers.rollout, frozen=self.frozen)
+        )
         return float(log_ratio.sum(-1).mean())
 
     def metrics(self, answers: Answers) -> dict[str, float]:

@@ -277,7 +277,7 @@ def state_shardings(state: Any, mesh: Mesh, rules: Rules = COLUMN_AND_ROW) -> An
         spec: list[str | None] = [None] * np.ndim(x)
         if (above, name) in rules and np.ndim(x) >= 2:
             for dim, axis in zip((-2, -1), rules[above, name]):
-                spec[dim] = axis if x.shape[dim] % mesh.shape[axis] == 0 else None
+                spec[dim] = axis if axis and x.shape[dim] % mesh.shape[axis] == 0 else None
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(one, state)

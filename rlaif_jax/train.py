@@ -113,6 +113,7 @@ def train(
     prompts: PromptIterator,
     feedback: FeedbackSource | None,
     device_rewards: Sequence[tuple[DeviceReward, Params]] = (),
+    base: Params = None,
     normaliser: Normaliser | None = None,
     evaluate: Callable[[Params, int], dict[str, float]] | None = None,
     enough: Callable[[], bool] = lambda: False,
@@ -133,6 +134,7 @@ def train(
         prompts: yields the data of a step, resumable.
         feedback: judges on the host; None: rewards are computed on the devices, or the algorithm makes them.
         device_rewards: rewards inside the compiled program, each with its parameters.
+        base: weights under the adapters that learn, which are then also the reference; None: `params` are whole.
         normaliser: of the rewards; None leaves them as they are.
         evaluate: (policy parameters, step) -> metrics; called before the first step, every `config.eval_every` steps and
             at the last.
@@ -162,13 +164,16 @@ def train(
         return dataclasses.replace(state, extra=state.extra | kept)
 
     start_of_run = (initial, params, np.uint32(run.seed), normaliser)
-    frozen = runner.place(Frozen(jax.tree.map(jnp.array, params["policy"]), None, tuple(p for _, p in device_rewards)))
+    # An empty adapter is the base alone: there is no second copy of the base.
+    reference = jax.tree.map(jnp.array, params["policy"]) if base is None else {}
+    frozen = runner.place(Frozen(reference, base, tuple(p for _, p in device_rewards)))
     # Each program gets only what it reads of the frozen weights.
     adapter = dataclasses.replace(frozen, reference=None, rewards=())
     answering = frozen if any(draw.by == "reference" for draw in algorithm.draws) else adapter
     # What a resumed run may change is not in the settings of its checkpoints: `Run` has checked it.
     settings = {name: value for name, value in to_json(config).items() if name not in ("watch", "steps")}
-    weights = {"the policy to start from": frozen.reference, "the rewards": frozen.rewards}
+    start_weights = frozen.reference if base is None else frozen.base
+    weights = {"the policy to start from": start_weights, "the rewards": frozen.rewards}
     checkpoints = Checkpointer(
         run.folder / "checkpoints",
         settings,

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer, restart_schedule
 from rlaif_jax.config import require
+from rlaif_jax.models.lora import LoRAConfig, joined
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Params
 
@@ -131,18 +132,20 @@ def fit(
     *,
     runner: Runner,
     log: Callable[[int, dict[str, float]], None],
+    base: Params = None,
     log_every: int = LOG_EVERY,
     stop: Callable[[], bool] = lambda: False,
 ) -> Any:
     """Runs `updates` steps over `batches` and returns the state.
 
     Args:
-        step: `(state, batch, *, axis_name) -> (state, metrics)`, pure.
+        step: `(state, batch, *, axis_name) -> (state, metrics)`, pure; with a base `(state, base, batch, *, axis_name)`.
         state: the state to start from; it is copied, not donated.
         batches: yields a batch for each update.
         updates: number of updates.
         runner: the devices.
         log: called with (update, mean metrics since the last call) every `log_every` updates.
+        base: weights that `step` reads and that do not learn.
         log_every: updates between two calls of `log`.
         stop: asked after each call of `log`; True ends the stage early.
 
@@ -151,7 +154,9 @@ def fit(
     """
     # The first step donates its input: the caller keeps its own arrays.
     state = runner.place(jax.tree.map(jax.numpy.array, state))
-    return _descend(runner.step(step), state, batches, range(1, updates + 1), log, log_every, stop)
+    compiled, frozen = runner.step(step), () if base is None else (runner.place(base),)
+    one = lambda state, batch: compiled(state, *frozen, batch)
+    return _descend(one, state, batches, range(1, updates + 1), log, log_every, stop)
 
 
 def _descend(
@@ -192,8 +197,12 @@ def fit_model(
     runner: Runner,
     log: Callable[[int, dict[str, float]], None],
     stop: Callable[[], bool] = lambda: False,
+    lora: LoRAConfig | None = None,
+    base: Params = None,
 ) -> Params:
     """Fits a model to a fixed set of examples and returns its parameters on the host.
+
+    With `lora` and `base` an adapter learns, and what else `params` has, such as the head of a reward model.
 
     Args:
         step: `supervised_step` (maximum likelihood), `reward_step` (pairs) or `ranking_step` (lists).
@@ -205,19 +214,29 @@ def fit_model(
         runner: the devices.
         log: called with (update, mean metrics since the last call).
         stop: asked after each call of `log`; True ends the stage early.
+        lora: settings of the adapter; None: `params` are whole.
+        base: the weights under the adapter.
 
     Raises:
         FloatingPointError: the loss is not finite.
-        UserError: fewer examples than a batch has.
+        UserError: fewer examples than a batch has; an adapter that does not fit its base.
     """
+    require(
+        (lora is None) == (base is None), "an adapter needs both `lora`, its settings, and `base`, the weights under it"
+    )
     tx = make_optimizer(config.optimizer, config.updates)
+
+    def adapted(state: Any, base: Params, batch: Any, *, axis_name: str | None = None) -> Any:
+        return step(model, tx, state, batch, weights=partial(joined, lora, base), axis_name=axis_name)
+
     state = fit(
-        partial(step, model, tx),
+        partial(step, model, tx) if lora is None else adapted,
         (params, tx.init(params)),
         minibatches(examples, config.batch_size, seed),
         config.updates,
         runner=runner,
         log=log,
+        base=base,
         stop=stop,
     )
     return jax.device_get(state[0])

@@ -221,7 +221,7 @@ class PPO(Algorithm):
             view: padded or packed sequences; the results have the layout of its targets.
         """
         scores = self.policy.score(params["policy"], frozen, view, entropy=self.config.entropy_coef != 0)
-        values = None if self.critic is None else self.critic.values(params["value"], view, scores.hidden)
+        values = None if self.critic is None else self.critic.values(params["value"], frozen, view, scores.hidden)
         return Scored(scores.logprobs, scores.entropies, values)
 
     def prepare(

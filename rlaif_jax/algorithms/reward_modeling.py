@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -21,6 +22,7 @@ def reward_step(
     state: tuple[Params, Any],
     batch: dict[str, jax.Array],
     *,
+    weights: Callable[[Params], Params] = lambda params: params,
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
     """Takes one step of a reward model on pairs, by the Bradley-Terry loss.
@@ -33,6 +35,7 @@ def reward_step(
         state: (params, opt_state).
         batch: tokens1, mask1, tokens2, mask2 [B, S]; probability [B] that the first is better; weight [B], 0 where
             the label is missing.
+        weights: the parameters that learn -> those that the model reads (`LoRAConfig.join`).
         axis_name: the mapped axis of the devices, or None.
 
     Returns:
@@ -42,7 +45,7 @@ def reward_step(
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
         tokens = jnp.concatenate([batch["tokens1"], batch["tokens2"]])
         mask = jnp.concatenate([batch["mask1"], batch["mask2"]])
-        first, second = jnp.split(gather_last(model(params, tokens, mask), mask), 2)
+        first, second = jnp.split(gather_last(model(weights(params), tokens, mask), mask), 2)
         weight = batch["weight"]
         p, seen = batch["probability"], weight > 0  # a missing label may hold anything, and NaN x 0 is NaN
         loss = mean_loss(bradley_terry(first, second, p, seen), weight, axis_name)
@@ -62,6 +65,7 @@ def ranking_step(
     state: tuple[Params, Any],
     batch: dict[str, jax.Array],
     *,
+    weights: Callable[[Params], Params] = lambda params: params,
     unplaced: Literal["out", "below"] = "out",
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
@@ -76,6 +80,7 @@ def ranking_step(
         batch: tokens, mask [B, K, S]; ranks [B, K] int, 1 = best, equal = tied, 0 = not placed or no answer (then its
             mask is all false); weight [B], 0 where the ranking is missing.
         unplaced: what an answer without a place means; see `plackett_luce`, also for ties.
+        weights: the parameters that learn -> those that the model reads (`LoRAConfig.join`).
         axis_name: the mapped axis of the devices, or None.
 
     Returns:
@@ -87,7 +92,7 @@ def ranking_step(
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
         rows = mask.reshape(-1, mask.shape[-1])
         tokens = batch["tokens"].reshape(rows.shape)
-        scores = gather_last(model(params, tokens, rows), rows).reshape(ranks.shape)
+        scores = gather_last(model(weights(params), tokens, rows), rows).reshape(ranks.shape)
         loss = mean_loss(plackett_luce(scores, ranks, there, unplaced=unplaced), weight, axis_name)
         placed = there & (ranks > 0)
         better = (ranks[:, :, None] < ranks[:, None, :]) & placed[:, :, None] & placed[:, None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,6 +47,7 @@ def supervised_step(
     state: tuple[Params, Any],
     batch: dict[str, jax.Array],
     *,
+    weights: Callable[[Params], Params] = lambda params: params,
     axis_name: str | None = None,
 ) -> tuple[tuple[Params, Any], Metrics]:
     """Takes one step of maximum likelihood: ((params, opt_state), metrics `loss` and `grad_norm`).
@@ -57,11 +59,12 @@ def supervised_step(
         batch: rows of texts behind one another, as `packed_text_arrays` makes them, each [R, C]: `tokens`, `segments` (the
             number of a column's text within its row, 0 for an empty column) and `positions` int32; `weights` float32, of
             each token as a target, 0 where it is not to be learned.
+        weights: the parameters that learn -> those that the model reads (`LoRAConfig.join`).
         axis_name: the mapped axis of the devices, or None.
     """
 
     def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
-        loss, total = weighted_cross_entropy(model, params, batch, axis_name)
+        loss, total = weighted_cross_entropy(model, weights(params), batch, axis_name)
         return loss, {"loss": total}
 
     return descend(loss_fn, optimizer, state, axis_name)

@@ -8,16 +8,21 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from rlaif_jax.types import Params
+from rlaif_jax.types import Frozen, Params
 
-Rules = Mapping[tuple[str, str], tuple[str, str]]
+Rules = Mapping[tuple[str, str], tuple[str | None, str | None]]
 
-# Megatron's column and row split: the last two names of a parameter's path -> mesh axes of its last two dimensions.
+# Megatron's column and row split: the last two names of a parameter's path -> mesh axes of its last two dimensions, None
+# for one that stays whole. An adapter's matrices go with their kernel; the rank is not split.
 COLUMN_AND_ROW: Rules = {
     ("embed", "embedding"): ("tensor", "fsdp"),
     ("lm_head", "kernel"): ("fsdp", "tensor"),
     **{(name, "kernel"): ("fsdp", "tensor") for name in ("q", "k", "v", "gate", "up")},
+    **{(name, "lora_a"): ("fsdp", None) for name in ("q", "k", "v", "gate", "up")},
+    **{(name, "lora_b"): (None, "tensor") for name in ("q", "k", "v", "gate", "up")},
     **{(name, "kernel"): ("tensor", "fsdp") for name in ("o", "down")},
+    **{(name, "lora_a"): ("tensor", None) for name in ("o", "down")},
+    **{(name, "lora_b"): (None, "fsdp") for name in ("o", "down")},
 }
 
 
@@ -168,11 +173,12 @@ class LanguageModel(Protocol):
 class Critic(Protocol):
     """A scalar for every target of a view: a value function."""
 
-    def values(self, params: Params, view: View, hidden: jax.Array) -> jax.Array:
+    def values(self, params: Params, frozen: Frozen, view: View, hidden: jax.Array) -> jax.Array:
         """Returns values of the shape of `view.targets`, float32.
 
         Args:
             params: the critic's parameters.
+            frozen: weights that do not learn.
             view: the rollout, padded or packed.
             hidden: the policy's hidden states of the same view, [..., D].
         """

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from rlaif_jax.models.attention import AttentionMask, SharedPrefixMask, attend, attend_groups, build_mask, last_queries
 from rlaif_jax.models.base import PaddedView, View
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
+from rlaif_jax.models.dense import Dense, flat_dot
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -78,27 +79,6 @@ def rotate(x: jax.Array, rope: KeyValue | None) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def flat_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
-    """Computes x [..., I] times kernel [I, O] as one plain matrix product: the `dot_general` of a Dense.
-
-    The kernel's gradient then contracts one axis of rows. Over two axes, XLA on CPUs first writes the other
-    factor transposed and recomputes the activations that lead to it on the way, which takes as long as the
-    product itself.
-
-    Args:
-        x: [..., I].
-        kernel: [I, O].
-        dimension_numbers: not used: a Dense always contracts the last axis of x with the first of the kernel.
-        **options: those of `jax.lax.dot_general`, such as precision.
-
-    Returns:
-        [..., O].
-    """
-    del dimension_numbers  # a Dense has only these
-    rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
 def block_params(config: DecoderConfig, trunk: Any) -> list[Any]:
     """Returns the parameters of each block of a trunk that has the layers of `config`."""
     return [trunk[f"layers_{layer}"] for layer in range(config.num_layers)]
@@ -132,7 +112,7 @@ def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None)
 
 def in_dtype(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     """Returns parameters with matrices cast to `dtype`, as the layers would; norms and biases stay."""
-    matrix = lambda path: path[-1].key in ("kernel", "embedding")
+    matrix = lambda path: path[-1].key in ("kernel", "embedding", "lora_a", "lora_b")
     return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
 
 
@@ -195,9 +175,9 @@ class Block(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
 
-        def dense(features: int, bias: bool, scale: float = 1.0) -> nn.Dense:
+        def dense(features: int, bias: bool, scale: float = 1.0) -> Dense:
             init = nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
-            return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=flat_dot)
+            return Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=flat_dot)
 
         def norm() -> nn.Module:
             if c.norm == "layer":

@@ -28,6 +28,7 @@ from rlaif_jax.models.decoder import (
     unstack_layers,
 )
 from rlaif_jax.models.decoder_config import DecoderConfig
+from rlaif_jax.models.dense import Dense
 from rlaif_jax.types import Params
 
 
@@ -39,7 +40,7 @@ class CrossAttention(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        dense = lambda features: nn.Dense(features, use_bias=False, dtype=dtype)
+        dense = lambda features: Dense(features, use_bias=False, dtype=dtype)
         self.norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=dtype)
         self.q, self.o = dense(c.num_heads * c.head_dim), dense(c.width)
         self.k, self.v = dense(c.num_heads * c.head_dim), dense(c.num_heads * c.head_dim)

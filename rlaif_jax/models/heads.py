@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from rlaif_jax.models.base import View
 from rlaif_jax.models.decoder import Trunk, apply, unstack_layers, view_hidden
 from rlaif_jax.models.decoder_config import DecoderConfig
-from rlaif_jax.types import Params
+from rlaif_jax.models.lora import LoRAConfig, joined
+from rlaif_jax.types import Frozen, Params
 
 
 class ScalarHead(nn.Module):
@@ -39,38 +40,56 @@ class ScalarModel:
     Attributes:
         config: shape of the trunk.
         initial: weights of the head at the start.
+        lora: None: trunk and head learn. Else an adapter and the head do, over the trunk of `Frozen.base`, which a critic
+            shares with its policy.
     """
 
     config: DecoderConfig
     initial: Literal["zero", "normal"] = "zero"
+    lora: LoRAConfig | None = None
 
     def init(self, key: jax.Array, trunk: Params | None = None) -> Params:
         """Returns fresh parameters, drawn with `key`.
 
         Args:
             key: the random key.
-            trunk: another model's `params["trunk"]`, which is copied; None: the trunk is drawn too.
+            trunk: another model's `params["trunk"]`, which is copied; None: the trunk is drawn too. With `lora` it is a
+                trained adapter of the trunk, and None draws a fresh one.
+
+        Raises:
+            UserError: the trunk's blocks lack a target of `lora`.
         """
         trunk_key, head_key = jax.random.split(key)
         one = jnp.ones((1, 1), jnp.int32)
         if trunk is None:
-            trunk = unstack_layers(self.config, Trunk(self.config).init(trunk_key, one, one.astype(bool))["params"])
+            whole = lambda k: unstack_layers(self.config, Trunk(self.config).init(k, one, one.astype(bool))["params"])
+            trunk = (
+                whole(trunk_key) if self.lora is None else self.lora.init(trunk_key, jax.eval_shape(whole, trunk_key))
+            )
         head = ScalarHead(self.initial).init(head_key, jnp.zeros((1, self.config.width)))["params"]
         return {"trunk": jax.tree.map(jnp.array, trunk), "head": head}
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns a scalar for each of tokens, mask [B, S], float32; entry s has read tokens 0 .. s."""
+        """Returns a scalar for each of tokens, mask [B, S], float32; entry s has read tokens 0 .. s.
+
+        Args:
+            params: trunk and head; with `lora` joined or merged with the base.
+            tokens: [B, S] int32.
+            mask: [B, S] bool, true for real tokens.
+        """
         return self.head(params, apply(Trunk(self.config), params["trunk"], tokens, mask)[0])
 
-    def values(self, params: Params, view: View, hidden: jax.Array) -> jax.Array:
+    def values(self, params: Params, frozen: Frozen, view: View, hidden: jax.Array) -> jax.Array:
         """Computes a scalar for every target of a view, float32 in the layout of its targets.
 
         Args:
             params: parameters of this model, which has its own trunk.
+            frozen: its base has the trunk under the adapter; not used without `lora`.
             view: padded or packed sequences.
             hidden: the policy's hidden states; not used.
         """
         del hidden
+        params = joined(self.lora, frozen.base, params)
         return self.head(params, view_hidden(self.config, params["trunk"], view))
 
     def head(self, params: Params, hidden: jax.Array) -> jax.Array:
@@ -97,15 +116,16 @@ class ValueHead:
         """Returns zero weights."""
         return {"head": ScalarHead("zero").init(key, jnp.zeros((1, self.width)))["params"]}
 
-    def values(self, params: Params, view: View, hidden: jax.Array) -> jax.Array:
+    def values(self, params: Params, frozen: Frozen, view: View, hidden: jax.Array) -> jax.Array:
         """Computes the values [...] float32 of hidden states.
 
         Args:
             params: the head's parameters.
+            frozen: not used.
             view: not used: the head reads the policy's hidden states.
             hidden: [..., D], of the policy.
         """
-        del view
+        del frozen, view
         return apply(ScalarHead("zero"), params["head"], hidden)
 
 

@@ -14,6 +14,7 @@ from rlaif_jax.config import require
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer
 from rlaif_jax.models.base import LanguageModel, Rules, View
 from rlaif_jax.models.decoder import in_dtype
+from rlaif_jax.models.lora import LoRAConfig, joined
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner, on_own_rows
 from rlaif_jax.policies.base import Draw, Scores
@@ -30,12 +31,15 @@ class TextPolicy:
         sampling: how answers are drawn.
         eos_id: the tokenizer's stop token or tokens (`stop_ids`); none: answers end at the length limit only.
         pad_id: the tokenizer's pad token.
+        lora: None: the parameters are the model's. Else they are an adapter of `Frozen.base`, and a reference is one, too:
+            an empty dict where the reference is the base alone.
     """
 
     model: LanguageModel
     sampling: SamplingConfig
     eos_id: StopIds
     pad_id: int
+    lora: LoRAConfig | None = None
 
     @property
     def rules(self) -> Rules:
@@ -93,7 +97,7 @@ class TextPolicy:
 
         Args:
             params: the policy's parameters.
-            frozen: its reference answers the draws by "reference".
+            frozen: its reference answers the draws by "reference"; its base has the weights under an adapter.
             prompts: [B, P].
             key: one key for the whole step; every answer derives its own from it, the prompt's uid and its index.
             draws: who answers, how often.
@@ -103,7 +107,7 @@ class TextPolicy:
             parts.append(
                 generate(
                     self.model,
-                    params if draw.by == "policy" else frozen.reference,
+                    self.weights(params if draw.by == "policy" else frozen.reference, frozen),
                     prompts,
                     key,
                     sampling=dataclasses.replace(self.sampling, temperature=0.0) if draw.greedy else self.sampling,
@@ -124,20 +128,36 @@ class TextPolicy:
         """Computes log-probs, entropies and hidden states of every target of `view`.
 
         Args:
-            params: the model's parameters.
-            frozen: not used.
+            params: the policy's parameters.
+            frozen: its base has the weights under an adapter.
             view: padded or packed sequences.
             entropy: whether to compute entropies; they are 0 otherwise.
 
         Returns:
             Log-probs (nats, at the sampling temperature) and entropies in the layout of `view.targets`, float32.
         """
-        del frozen
+        params = self.weights(params, frozen)
         hidden = self.model.hidden(params, view)
         logprobs, entropies = self.model.token_logprobs(
             params, hidden, view.targets, self.sampling.temperature, entropy=entropy
         )
         return Scores(logprobs, entropies, hidden)
+
+    def weights(self, params: Params, frozen: Frozen) -> Params:
+        """Returns the parameters that the model reads, an adapter joined with its base.
+
+        Args:
+            params: the policy's parameters, or the reference's.
+            frozen: its base has the weights under an adapter.
+
+        Raises:
+            UserError: an adapter without a base, or the other way round.
+        """
+        require(
+            self.lora is not None or frozen.base is None,
+            "a base was given, but the policy has no adapter: set its `lora`, or leave `base` out",
+        )
+        return joined(self.lora, frozen.base, params)
 
     def texts(self, rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
         """Returns the B answers of a rollout as text, decoded by `tokenizer`; see `answer_texts`."""

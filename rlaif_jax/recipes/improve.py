@@ -67,7 +67,8 @@ def improve(
         writer: takes the metrics of every step.
         algorithm: how the policy learns.
         evaluation: the held-out prompts, the policy, and how its answers are scored.
-        params: parameters by part, as `train` takes them; `policy` is also the reference of the KL.
+        params: parameters by part, as `train` takes them; `policy` is also the reference of the KL. Of adapters,
+            `evaluation.frozen.base` has the weights under them.
         prompts: yields the data of a step.
         feedback: judges on the host, or None.
         device_rewards: rewards inside the compiled program, each with its parameters.
@@ -95,6 +96,7 @@ def improve(
         prompts=prompts,
         feedback=feedback,
         device_rewards=device_rewards,
+        base=evaluation.frozen.base,
         normaliser=normaliser,
         evaluate=evaluation.during(run),
         enough=enough,

@@ -15,7 +15,7 @@ from rlaif_jax.models.heads import ScalarHead
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, make_mesh
 from rlaif_jax.policies.text import generate
-from rlaif_jax.types import Prompts
+from rlaif_jax.types import Frozen, Prompts
 from tests.helpers import random_params, sequences_view
 
 V, S = 50, 13
@@ -293,7 +293,7 @@ def test_scalar_head_starts_at_zero_or_with_the_stated_spread() -> None:
     assert scores.dtype == jnp.float32
     assert not np.any(scores)
     shared, view = ValueHead(LLAMA.width), sequences_view(tokens, mask[:, :4], mask[:, 4:])
-    assert not np.any(shared.values(shared.init(jax.random.key(0)), view, jnp.ones((2, S - 4, LLAMA.width))))
+    assert not np.any(shared.values(shared.init(jax.random.key(0)), Frozen(), view, jnp.ones((2, S - 4, LLAMA.width))))
 
 
 def test_scalar_model_starts_from_a_copy_of_another_trunk() -> None:
