@@ -1,4 +1,4 @@
-"""`python -m rlaif_jax TOOL`: the tools for feedback on the command line."""
+"""`python -m rlaif_jax TOOL`: the tools on the command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 TOOLS = """\
 usage: python -m rlaif_jax TOOL [options]
 
+  train             improve your own model on your own prompts by feedback
   judge             ask a model behind an API about answers, or report how good the feedback in a store is
   annotate          serve the page on which people annotate
   import-feedback   add the feedback in files of other tools and data sets to a store
@@ -14,6 +15,17 @@ usage: python -m rlaif_jax TOOL [options]
 
 `python -m rlaif_jax TOOL --help` lists a tool's options.
 """
+
+
+def train() -> None:
+    """Trains a user's model by feedback; exits with 1 if it became worse."""
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+    from rlaif_jax.command_line import command_line, ended_worse
+    from rlaif_jax.recipes import rlaif
+
+    command_line(rlaif.main, rlaif.get_config(), rlaif.help_text(), loading=loading, failed=ended_worse)
 
 
 def judge() -> None:
@@ -65,7 +77,9 @@ def tool(arguments: list[str]) -> None:
     """
     name = arguments[0] if arguments else ""
     sys.argv = [f"python -m rlaif_jax {name}", *arguments[1:]]
-    if name == "judge":
+    if name == "train":
+        train()
+    elif name == "judge":
         judge()
     elif name == "annotate":
         annotate()

@@ -193,8 +193,9 @@ def override(config: T, values: Mapping[str, Any]) -> T:
 
 
 def from_words(choices: Mapping[str, type[T]], text: str, where: str) -> T:
-    """Returns a dataclass from a line of words, such as `judge models/smollm2 form=ranking "principle=Be brief."`.
+    """Returns a dataclass from a line of words.
 
+    Such a line is `judge models/smollm2 form=ranking "principle=Be brief."`.
     The first word chooses the class, a word without `=` is its first setting, the others are NAME=VALUE. Quotes hold
     words with blanks together, as in a shell.
 

@@ -66,7 +66,7 @@ def collect(
 def reward_metrics(
     rewards: RewardBatch, judged: Feedback, lengths: Array, names: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Returns the mean `reward` that is learned from, the mean raw `score` of each judgement, and what was missing.
+    """Returns the mean `reward` that is learned from, mean raw scores, and what was missing.
 
     Where answers are only compared in pairs they have no reward, which is not a reward of 0: it is left out.
 
@@ -88,12 +88,12 @@ def reward_metrics(
     found = {key: _mean(judged.values[:, i], judged.valid[:, i]) for i, key in enumerate(keys)}
     if rewards.pairs is None or count:
         found = {"reward": _mean(rewards.total, rewards.valid)} | found
-    whole = judged.valid.all(1)
+    whole: np.ndarray = np.all(np.asarray(judged.valid), axis=1, keepdims=False)
     if count and not whole.all():
         found |= {f"missing/{name}": float(1 - judged.valid[:, i].mean()) for i, name in enumerate(called)}
         found["missing/longer"] = _mean(lengths, ~whole) - _mean(lengths, whole)
         if count > 1:
-            total, partly = np.asarray(rewards.total, np.float64), rewards.valid & ~whole
+            total, partly = np.asarray(rewards.total, np.float64), np.asarray(rewards.valid) & ~whole
             spread = total[rewards.valid].std() if rewards.valid.any() else 0.0
             found["missing/partly"] = float(partly.mean())
             found["missing/partly_gain"] = (

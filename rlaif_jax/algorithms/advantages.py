@@ -101,7 +101,7 @@ class BatchNormalised:
     min_answers: ClassVar[int] = 1
 
     def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
-        """Returns (advantages before whitening, zeros), each [B, T]: every token of an answer has the same advantage."""
+        """Returns (advantages before whitening, zeros), each [B, T]: an answer's total on all its tokens."""
         return over_tokens(jnp.where(inputs.valid, inputs.totals, 0.0), inputs.mask)
 
 

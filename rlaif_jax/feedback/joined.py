@@ -49,6 +49,10 @@ class JoinedSource(FeedbackSource):
         for source in self.sources:
             source.prefetch(records, answers)
 
+    def reward_names(self) -> tuple[str, ...]:
+        """Returns the names of the R rewards."""
+        return self.names
+
     def get_state(self) -> Any:
         """Returns the state of each source, by the name of its reward."""
         return {name: source.get_state() for name, source in zip(self.names, self.sources)}

@@ -16,6 +16,7 @@ from rlaif_jax.evaluate import Answers, Evaluation
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
 from rlaif_jax.metrics import RL_STAGE, MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
+from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.quality.intervals import bootstrap_ci
 from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, win_rate_ci
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
@@ -162,7 +163,12 @@ def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[st
 
 
 def with_critic(
-    config: PPOConfig, model: CausalLM, policy_params: Params, trunk: Params, key: jax.Array
+    config: PPOConfig,
+    model: CausalLM,
+    policy_params: Params,
+    trunk: Params,
+    key: jax.Array,
+    lora: LoRAConfig | None = None,
 ) -> tuple[ScalarModel | None, dict[str, Params]]:
     """Returns (critic or None, parameters by part) for PPO and its relatives.
 
@@ -172,12 +178,13 @@ def with_critic(
         policy_params: parameters of the policy.
         trunk: parameters that the critic's trunk starts from.
         key: for the critic's head.
+        lora: of the policy; the critic then learns an adapter of the same base, and `trunk` is not read.
     """
     params = {"policy": policy_params}
     if not config.advantage.needs_critic:
         return None, params
-    critic = ScalarModel(model.config, "zero")
-    return critic, params | {"value": critic.init(key, trunk=trunk)}
+    critic = ScalarModel(model.config, "zero", lora)
+    return critic, params | {"value": critic.init(key, trunk=trunk if lora is None else None)}
 
 
 def normaliser_of(rewards: np.ndarray) -> Normaliser:

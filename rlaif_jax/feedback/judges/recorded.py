@@ -1,0 +1,114 @@
+"""A local judge as a source whose judgements are recorded, each as the judge read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlaif_jax.config import require
+from rlaif_jax.data.prompts import Record
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
+from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rater, Rating
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.feedback.sources import CountingSource, Missing
+from rlaif_jax.types import Feedback, Rollout
+
+TOO_LONG = "the question is longer than the judge reads"
+LITTLE_MASS = "little probability on the judge's labels"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedJudgeSource(CountingSource):
+    """Scores answers, or compares each with another one, by a judge on the same devices.
+
+    Every judgement goes to the store, also those without a value; without a time, so that a step that a resumed run repeats
+    adds nothing.
+
+    Attributes:
+        judge: the judge.
+        rater: the judge as the records name it.
+        store: the feedback store's file.
+        principle: prompt -> the criterion of the judgements on its answers, as the judge's wording has it.
+        against: the field of the record that holds the other answer; "" = answers are scored alone.
+    """
+
+    judge: LanguageModelJudge
+    rater: Rater
+    store: Path
+    principle: Callable[[str], str] = lambda prompt: ""
+    against: str = ""
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
+        prompts = [str(record["prompt"]) for record in records]
+        if self.against:
+            lacking = next((i for i, record in enumerate(records) if not record.get(self.against)), None)
+            require(
+                lacking is None,
+                f"the record of the prompt {prompts[lacking or 0][:60]!r} has no field {self.against!r} with an answer to "
+                "compare with",
+            )
+            others = [str(record[self.against]) for record in records]
+            values, valid, mass = self._compare(prompts, answers, others)
+        else:
+            values, valid, mass = self._score(prompts, answers)
+        reason = lambda seen: Missing(LITTLE_MASS if seen > 0 else TOO_LONG)
+        return self.feedback([value if ok else reason(m) for value, ok, m in zip(values.tolist(), valid, mass)])
+
+    def _score(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        scores = self.judge.score(prompts, answers)
+        numbers = [number for _, number in self.judge.scale]
+        found: list[Judgement] = []
+        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+            found.append(
+                Rating(
+                    **self._shared(prompt, (answer,), bool(scores.valid[i]), float(scores.mass[i])),
+                    value=float(np.clip(scores.expected[i], min(numbers), max(numbers)))
+                    if scores.valid[i]
+                    else math.nan,
+                    low=min(numbers),
+                    high=max(numbers),
+                    probabilities=tuple(scores.probabilities[i].tolist()) if scores.valid[i] else (),
+                )
+            )
+        self._keep(found)
+        return scores.expected, scores.valid, scores.mass
+
+    def _compare(
+        self, prompts: Sequence[str], answers: Sequence[str], others: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        compared = self.judge.compare(prompts, answers, others)
+        found: list[Judgement] = []
+        for i, pair in enumerate(zip(answers, others)):
+            for shown, first in (((0, 1), compared.forward[i]), ((1, 0), 1 - compared.swapped[i])):
+                valid, first = bool(compared.valid[i]), float(np.clip(first, 0.0, 1.0))
+                shared = self._shared(prompts[i], pair, valid, float(compared.mass[i]))
+                tie = valid and first == 0.5
+                found.append(
+                    Ranking(
+                        **shared | ({"status": "tie"} if tie else {}),
+                        shown=shown,
+                        ranks=() if not valid else (1, 1) if tie else (1, 2) if first > 0.5 else (2, 1),
+                        probability=first if valid else None,
+                    )
+                )
+        self._keep(found)
+        return compared.probability, compared.valid, compared.mass
+
+    def _shared(self, prompt: str, answers: tuple[str, ...], valid: bool, mass: float) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "answers": answers,
+            "rater": self.rater,
+            "principle": self.principle(prompt),
+            "status": "ok" if valid else "unparsed",
+            "label_mass": min(max(mass, 0.0), 1.0),
+        }
+
+    def _keep(self, found: Sequence[Judgement]) -> None:
+        with Store(self.store) as store:
+            store.add(found)

@@ -1,0 +1,256 @@
+"""Rewards by judges: a language model on the same devices, or one behind a server."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from rlaif_jax.feedback.api import builtin_templates as builtin
+from rlaif_jax.feedback.api.config import ApiConfig
+from rlaif_jax.feedback.api.judge import ApiJudge
+from rlaif_jax.feedback.api.source import ApiJudgeSource
+from rlaif_jax.feedback.api.template_files import read_template
+from rlaif_jax.feedback.api.templates import Question, Template
+from rlaif_jax.feedback.constitution.constitution import Constitution, load_constitution
+from rlaif_jax.feedback.constitution.revision import draw_principle
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
+from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource
+from rlaif_jax.feedback.records.forms import Rater
+from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.models import CausalLM
+from rlaif_jax.models.hf.files import load_model
+from rlaif_jax.parallel import Runner
+from rlaif_jax.types import Params
+
+BASELINE = "baseline"
+"""The field of a record that holds the answer of the policy before training."""
+
+Form = Literal["rating", "ranking"]
+Compare = Callable[[Sequence[str], Sequence[str], Sequence[str]], "Verdicts"]
+
+
+class Verdicts(NamedTuple):
+    """Verdicts on B pairs of answers.
+
+    Attributes:
+        probability: [B], P(the first answer is better), both orders together; .5 where missing.
+        consistent: [B] bool, whether both orders prefer the same answer.
+        first_shown: [B], the mean over both orders of P(the answer shown first is better); .5 without position bias.
+        valid: [B] bool, whether both orders were answered.
+    """
+
+    probability: np.ndarray
+    consistent: np.ndarray
+    first_shown: np.ndarray
+    valid: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What a reward may need of the run that it is built for.
+
+    Attributes:
+        folder: the run's folder.
+        seed: of everything random.
+        runner: the devices.
+        stopped: returns whether the run was asked to stop.
+        open: closes what a reward opens, such as a connection, when the run ends.
+        loaded: models that are loaded already, by folder and dtype.
+    """
+
+    folder: Path
+    seed: int
+    runner: Runner
+    stopped: Callable[[], bool]
+    open: ExitStack
+    loaded: dict[tuple[str, str], tuple[CausalLM, Params]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def store(self) -> Path:
+        """Returns the file of the run's judgements."""
+        return self.folder / "feedback.sqlite"
+
+    def load(self, name: str, dtype: Literal["float32", "bfloat16"]) -> tuple[CausalLM, Params]:
+        """Returns a model and its parameters, loaded once for all rewards."""
+        if (name, dtype) not in self.loaded:
+            self.loaded[name, dtype] = load_model(name, compute_dtype=dtype)
+        return self.loaded[name, dtype]
+
+
+class _Wording(NamedTuple):
+    """How a judge is asked: the template, and the principle by which the answers to a prompt are judged."""
+
+    template: Template
+    principle: Callable[[str], str]
+
+    def question(self, prompt: str, *answers: str) -> Question:
+        return Question(prompt, answers, principle=self.principle(prompt))
+
+
+def _wording(form: Form, template: Path | None, principle: str, constitution: Path | None, seed: int) -> _Wording:
+    """Returns the wording of a judge's questions. Raises UserError where settings do not fit together."""
+    require(not (principle and constitution), "a judge has a principle or a constitution, not both")
+    built = read_template(template) if template else builtin.PAIRWISE if form == "ranking" else builtin.RATING
+    require(built.form == form, f"{template}: this is a template for a {built.form}; form={form} was asked for")
+    if constitution is None:
+        return _Wording(built, lambda prompt: principle)
+    rules: Constitution = load_constitution(constitution)
+    require(bool(rules.principles), f"{rules.where(1)}: no [[principle]] that a judge could go by")
+    return _Wording(built, lambda prompt: draw_principle(rules.principles, prompt, "", seed, 0).text)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeReward:
+    """A language model on the same devices that scores answers or compares them.
+
+    The reward is the expected score of an answer, or P(it beats another answer). Labels are read by their probability; a
+    comparison is asked in both orders.
+
+    Attributes:
+        model: a Hugging Face folder or a hub id; a model with a chat template is asked by it.
+        form: rating: each answer alone; ranking: against another answer.
+        against: of a ranking, the field of the prompt's record with the other answer; `baseline` is what the policy
+            answered before training.
+        principle: the criterion, a sentence; "" = the template's.
+        constitution: a constitution file, of which a principle is drawn for each prompt.
+        template: a template file with a [direct] section; None = the built-in one.
+        dtype: of the judge's matrix products.
+        batch_size: questions of one compiled call.
+        min_mass: with less probability on all labels together, a judgement is missing.
+        max_length: tokens of a question at most; 0 = the model's context.
+    """
+
+    model: str
+    form: Form = "rating"
+    against: str = BASELINE
+    principle: str = ""
+    constitution: Path | None = None
+    template: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    min_mass: float = 0.5
+    max_length: int = 0
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Returns whether answers are compared with what the policy answered before training."""
+        return self.form == "ranking" and self.against == BASELINE
+
+    def _judge(self, around: Surroundings, form: Form) -> tuple[LanguageModelJudge, _Wording]:
+        wording = _wording(form, self.template, self.principle, self.constitution, around.seed)
+        template = wording.template
+        require(bool(template.direct), f"{self.template}: no [direct] section; a local judge is read by its labels")
+        model, params = around.load(self.model, self.dtype)
+        tokenizer = load_tokenizer(self.model)
+
+        def text(prompt: str, *answers: str) -> str:
+            return _as_text(tokenizer, template, wording.question(prompt, *answers))
+
+        labels = {value: label for label, value in template.labels}
+        judge = LanguageModelJudge(
+            model,
+            params,
+            tokenizer,
+            around.runner,
+            pairwise_prompt=text,
+            score_prompt=text,
+            verdicts=(labels[1.0], labels[0.0]) if form == "ranking" else ("1", "2"),
+            scale=template.labels,
+            batch_size=self.batch_size * around.runner.devices,
+            max_length=min(self.max_length or 2048, model.config.context_length),
+            min_mass=self.min_mass,
+        )
+        return judge, wording
+
+    def build(self, around: Surroundings) -> FeedbackSource:
+        """Returns the source: its judgements go to the run's store."""
+        judge, wording = self._judge(around, self.form)
+        rater = Rater(Path(self.model).name, "ai", judge.hash, wording.template.hash)
+        against = self.against if self.form == "ranking" else ""
+        return RecordedJudgeSource(judge, rater, around.store, wording.principle, against)
+
+    def comparer(self, around: Surroundings) -> Compare:
+        """Returns the judge as a function that compares answers in both orders."""
+        only = self if self.form == "ranking" else dataclasses.replace(self, template=None)
+        judge, _ = only._judge(around, "ranking")
+
+        def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Verdicts:
+            found = judge.compare(prompts, first, second)
+            agree = (found.forward > 0.5) == (found.swapped < 0.5)
+            return Verdicts(found.probability, agree, (found.forward + found.swapped) / 2, found.valid)
+
+        return compare
+
+
+def _as_text(tokenizer: Tokenizer, template: Template, question: Question) -> str:
+    """Returns a question as the text before its label, by the chat template where there is one."""
+    messages = template.render(question, tuple(range(len(question.answers))), ending="direct").messages
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.settings.get("chat_template"):
+        try:
+            return tokenizer.chat_text(messages)
+        except UserError:  # many templates know no system message
+            return tokenizer.chat_text([{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}])
+    return "\n\n".join(message["content"] for message in messages) + "\n\nAnswer: "
+
+
+@dataclasses.dataclass(frozen=True)
+class ApiReward(ApiConfig):
+    """A model behind an OpenAI-compatible server. Replies are kept: no judgement is paid for twice.
+
+    Attributes:
+        server: the API's address, such as http://127.0.0.1:8000/v1; the other settings of the server and its budgets are
+            those of `python -m rlaif_jax judge --help`.
+        form: rating: each answer alone; ranking: against another answer, in both orders.
+        against: of a ranking, the field of the prompt's record with the other answer; see `judge`.
+        principle: the criterion, a sentence; "" = the template's.
+        constitution: a constitution file, of which a principle is drawn for each prompt.
+        template: a template file; None = the built-in one.
+    """
+
+    form: Form = "rating"
+    against: str = BASELINE
+    principle: str = ""
+    constitution: Path | None = None
+    template: Path | None = None
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Returns whether answers are compared with what the policy answered before training."""
+        return self.form == "ranking" and self.against == BASELINE
+
+    def build(self, around: Surroundings) -> FeedbackSource:
+        """Returns the source: its judgements go to the run's store."""
+        wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
+        judge = around.open.enter_context(ApiJudge(self, store=around.store))
+
+        def question(record: Any, answer: str) -> Question:
+            other = (str(record[self.against]),) if self.form == "ranking" else ()
+            return wording.question(str(record["prompt"]), answer, *other)
+
+        return ApiJudgeSource(judge, wording.template, question)
+
+    def comparer(self, around: Surroundings) -> Compare:
+        """Returns the judge as a function that compares answers in both orders."""
+        wording = _wording(
+            "ranking", self.template if self.form == "ranking" else None, self.principle, self.constitution, around.seed
+        )
+        judge = around.open.enter_context(ApiJudge(self, store=around.folder / "comparisons.sqlite"))
+
+        def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Verdicts:
+            questions = [wording.question(*texts) for texts in zip(prompts, first, second)]
+            found = [outcome.preference for outcome in judge.judge(questions, wording.template)]
+            return Verdicts(
+                np.array([0.5 if p is None else p.probability for p in found]),
+                np.array([p is not None and p.consistent for p in found]),
+                np.array([0.5 if p is None or p.bias is None else 1 / (1 + np.exp(-p.bias)) for p in found]),
+                np.array([p is not None for p in found]),
+            )
+
+        return compare

@@ -1,0 +1,265 @@
+"""The rewards of a run on a user's own model: each kind of feedback as settings that build its source.
+
+To add a kind: write a frozen dataclass with a `build` and name it in `Reward`. On the command line a reward is a line of
+words, `judge models/smollm2 form=ranking weight=0.5`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rlaif_jax.config import UserError, from_words, require
+from rlaif_jax.data.world.people import SimulatedRater, simulated_raters
+from rlaif_jax.feedback.api.config import ApiConfig
+from rlaif_jax.feedback.constitution.constitution import ConstitutionSource, load_constitution
+from rlaif_jax.feedback.people.kinds import COMPARE, RANK, RATE
+from rlaif_jax.feedback.people.source import PeopleSource
+from rlaif_jax.feedback.record_rewards import JudgementSource, standard_rating
+from rlaif_jax.feedback.records.forms import Judgement, Rater, Rating, sha256
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.verifiers.functions import PythonFunction
+from rlaif_jax.feedback.verifiers.json_schema import JsonSchema
+from rlaif_jax.feedback.verifiers.number import Number
+from rlaif_jax.feedback.verifiers.texts import ExactMatch, Regex
+from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
+
+# ---- Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class RulesReward:
+    """The rules and formulas of a constitution file: no model is asked.
+
+    Attributes:
+        file: the constitution, a TOML file with [[rule]] and [[formula]].
+    """
+
+    file: Path
+
+    def build(self, around: Surroundings) -> FeedbackSource:
+        """Returns the source."""
+        constitution = load_constitution(self.file)
+        require(bool(constitution.formulas), f"{constitution.where(1)}: no [[formula]] makes a reward of the rules")
+        return ConstitutionSource(constitution)
+
+
+# ---- People
+
+
+@dataclasses.dataclass(frozen=True)
+class PeopleReward:
+    """People at the annotation page: `python -m rlaif_jax annotate --store OUT/feedback.sqlite` serves it.
+
+    Attributes:
+        kind: rate each answer, rank the answers to a prompt, or compare each with the next.
+        principle: the criterion, a sentence; "" = overall quality.
+        overlap: raters of each answer.
+        limit: most tasks of a step; the other answers are missing.
+        enough: the share of a step's judgements after which it goes on.
+        timeout_s: seconds after which a step goes on with what has come.
+    """
+
+    kind: Literal["rate", "rank", "compare"] = "rate"
+    principle: str = ""
+    overlap: int = 1
+    limit: int | None = None
+    enough: float = 1.0
+    timeout_s: float = 3600.0
+
+    def build(self, around: Surroundings) -> FeedbackSource:
+        """Returns the source."""
+        kind = {"rate": RATE, "rank": RANK, "compare": COMPARE}[self.kind]
+        return PeopleSource(
+            around.store,
+            kind,
+            principle=self.principle,
+            overlap=self.overlap,
+            limit=self.limit,
+            enough=self.enough,
+            timeout_s=self.timeout_s,
+            interrupted=around.stopped,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedReward:
+    """Simulated people with biases, spreads and noise, to try a study with people before it is paid for.
+
+    They rate from 1 to 10; the reward is each answer's mean rating in standard deviations of its raters.
+
+    Attributes:
+        quality: module:function or file.py:function of (prompt, answer): the true quality in [0, 1].
+        raters: people in the crowd.
+        overlap: ratings of each answer.
+        noise: of a rating, in points.
+    """
+
+    quality: str
+    raters: int = 5
+    overlap: int = 1
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(1 <= self.overlap <= self.raters, f"overlap ({self.overlap}) must lie in 1 .. raters ({self.raters})")
+
+    def build(self, around: Surroundings) -> FeedbackSource:
+        """Returns the source: the ratings go to the run's store."""
+        crowd = simulated_raters(np.random.default_rng((around.seed, 7)), self.raters, noise=self.noise)
+        rate = partial(_rate, self, PythonFunction(self.quality).build(), crowd, around.seed)
+        return JudgementSource(rate, standard_rating, around.open.enter_context(Store(around.store)))
+
+
+def _rate(
+    config: SimulatedReward,
+    quality: FeedbackSource,
+    crowd: Sequence[SimulatedRater],
+    seed: int,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+) -> list[Judgement]:
+    """Returns the ratings of a simulated crowd, which depend on the seed, the prompt and the answer alone."""
+    true = quality([{"prompt": prompt} for prompt in prompts], answers, None)  # type: ignore[arg-type]
+    found: list[Judgement] = []
+    for prompt, answer, value, known in zip(prompts, answers, true.values[:, 0], true.valid[:, 0]):
+        if not known:
+            continue
+        require(0 <= value <= 1, f"{config.quality}: the quality of an answer lies in 0 .. 1, not {value}")
+        rng = np.random.default_rng((seed, int(sha256([prompt, answer])[:15], 16)))
+        for number in rng.choice(len(crowd), config.overlap, replace=False):
+            rater = Rater(f"person {number + 1}", "simulated", model=config.quality)
+            points = float(crowd[number].rate(rng, value))
+            found.append(Rating(prompt=prompt, answers=(answer,), rater=rater, value=points))
+    return found
+
+
+Judging = JudgeReward | ApiReward
+"""The kinds that can compare two answers."""
+
+Checking = PythonFunction | ExactMatch | Number | Regex | JsonSchema
+"""The kinds that need nothing of the run."""
+
+Reward = JudgeReward | ApiReward | RulesReward | PeopleReward | SimulatedReward | Checking
+
+
+def build_reward(reward: Reward, around: Surroundings) -> FeedbackSource:
+    """Returns the source of a reward. Raises UserError where its settings, files or functions are faulty."""
+    return reward.build() if isinstance(reward, Checking) else reward.build(around)
+
+
+# ---- Several, with weights
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedReward:
+    """A reward and its part in the sum.
+
+    Attributes:
+        reward: where the reward comes from.
+        weight: its factor in the weighted sum; below 0 where less is better.
+        name: of its numbers in metrics and on the page; "" = its kind.
+    """
+
+    reward: Reward
+    weight: float = 1.0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        require(
+            np.isfinite(self.weight) and self.weight != 0,
+            f"the weight of a reward is a number other than 0, not {self.weight}",
+        )
+
+
+KINDS: Mapping[str, type[Reward]] = {
+    "judge": JudgeReward,
+    "api": ApiReward,
+    "rules": RulesReward,
+    "people": PeopleReward,
+    "simulated": SimulatedReward,
+    "function": PythonFunction,
+    "exact-match": ExactMatch,
+    "number": Number,
+    "regex": Regex,
+    "json-schema": JsonSchema,
+}
+"""The word that begins a reward's line -> its settings."""
+
+
+def read_reward(line: str, where: str = "--feedback") -> WeightedReward:
+    """Returns the reward of a line, such as `judge models/smollm2 form=ranking weight=0.5`.
+
+    Args:
+        line: the kind, its first setting, and further settings as NAME=VALUE; `weight` and `name` are those of
+            `WeightedReward`.
+        where: what messages call it.
+
+    Raises:
+        UserError: an unknown kind or setting, or a value of another type.
+    """
+    own: list[str] = ["reward"]
+    words: list[str] = []
+    try:
+        for word in shlex.split(line):
+            (own if word.partition("=")[0] in ("weight", "name") and "=" in word else words).append(word)
+    except ValueError as error:
+        raise UserError(f"{where} {line!r} cannot be split into words: {error}") from None
+    require(bool(words), f"{where} {line!r} names no reward; it begins with one of {', '.join(KINDS)}")
+    reward = from_words(KINDS, shlex.join(words), where)
+    share = from_words({"reward": _Share}, shlex.join(own), f"{where} {line!r}:")
+    return WeightedReward(reward, share.weight, share.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """The settings of `WeightedReward` that a line may hold."""
+
+    weight: float = 1.0
+    name: str = ""
+
+
+def reward_line(reward: WeightedReward) -> str:
+    """Returns the line that `read_reward` reads as this reward, without settings that are defaults."""
+    word = next(word for word, kind in KINDS.items() if type(reward.reward) is kind)
+    words = [word]
+    for part in (reward.reward, reward):
+        for field in dataclasses.fields(part):
+            value = vars(part)[field.name]
+            if field.name != "reward" and value != field.default:
+                listed = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                words.append(f"{field.name}={listed}")
+    return shlex.join(words)
+
+
+def reward_names(rewards: Sequence[WeightedReward]) -> tuple[str, ...]:
+    """Returns a name for each reward: its own or its kind, with a number where several are alike."""
+    names: list[str] = []
+    for reward in rewards:
+        name = reward.name or next(word for word, kind in KINDS.items() if type(reward.reward) is kind)
+        taken = sum(known == name or known.startswith(f"{name}_") for known in names)
+        names.append(f"{name}_{taken + 1}" if taken else name)
+    return tuple(names)
+
+
+def rewards_help() -> str:
+    """Returns the kinds of rewards with their settings, for --help."""
+    lines = []
+    for word, kind in KINDS.items():
+        first = (kind.__doc__ or "").strip().partition("\n")[0]
+        lines.append(f"  {word}: {first}")
+        shown = [f"{f.name}={f.default}" if f.default is not dataclasses.MISSING else f.name for f in _settings(kind)]
+        lines.append(f"      {', '.join(shown)}")
+    return "\n".join(lines)
+
+
+def _settings(kind: type[Reward]) -> list[dataclasses.Field[Any]]:
+    """Returns the settings that --help shows: of a judge behind an API, few of those of the server."""
+    inherited = {field.name for field in dataclasses.fields(ApiConfig)} - {"server", "model", "key_env", "budget_usd"}
+    return [field for field in dataclasses.fields(kind) if kind is not ApiReward or field.name not in inherited]

@@ -1,0 +1,284 @@
+"""A user's own model, prompts and feedback: the model answers, is judged and learns.
+
+`python -m rlaif_jax train` runs it; `experiments/rlaif.py` is the same as a script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from rlaif_jax.algorithms.advantages import GroupNormalised
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.config import require
+from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.evaluate import Combination, Evaluation
+from rlaif_jax.feedback.joined import JoinedSource
+from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.models.hf.files import save_model
+from rlaif_jax.models.lora import LoRAConfig
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.parallel import make_runner
+from rlaif_jax.policies.text import TextPolicy
+from rlaif_jax.progress.plan import PlannedStage
+from rlaif_jax.recipes.improve import improve, with_critic
+from rlaif_jax.recipes.judge_rewards import Compare, Surroundings
+from rlaif_jax.recipes.own_prompts import OwnPrompts, read_prompts
+from rlaif_jax.recipes.rewards import (
+    Judging,
+    Reward,
+    WeightedReward,
+    build_reward,
+    read_reward,
+    reward_line,
+    reward_names,
+    rewards_help,
+)
+from rlaif_jax.recipes.start import LoadedPolicy, Start, load_policy, scale_of
+from rlaif_jax.recipes.verdicts import SCORE, SECOND, AgainstStart, conclude
+from rlaif_jax.rewards.shaping import identity_normaliser
+from rlaif_jax.run import Run
+from rlaif_jax.train import TrainConfig
+from rlaif_jax.types import INIT, Frozen, step_key
+
+STAGES = (
+    PlannedStage(
+        "start", "the policy answers before training: the scale of the rewards, and what it is compared with", 20
+    ),
+    PlannedStage("rl", "the policy learns from the rewards", 100),
+)
+
+RewardLine = Annotated[
+    tuple[WeightedReward, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar='"KIND [TARGET] [SETTING=VALUE ...]"',
+        instance_from_str=lambda lines: tuple(read_reward(line) for line in lines),
+        is_instance=lambda x: isinstance(x, tuple) and all(isinstance(part, WeightedReward) for part in x),
+        str_from_instance=lambda rewards: [reward_line(reward) for reward in rewards],
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class RlaifConfig:
+    """All settings.
+
+    Attributes:
+        policy: the model to train: a Hugging Face folder, a hub id (org/name or org/name@revision), or a llama2.c .bin file.
+        prompts: what it answers: a .jsonl file with a field `prompt` (a text or a list of messages), a .txt file with one
+            prompt a line, or tfds:NAME/SPLIT.
+        feedback: the rewards, a line of words each: KIND [TARGET] [SETTING=VALUE ...] weight=W name=NAME. Above is
+            what there is.
+        second: a judge that training never sees, as a line of words: it compares the answers after training with those
+            before, and its opinion is followed during training; "" = none.
+        tokenizer: the tokenizer's file or folder, where the model's folder holds none.
+        eval_prompts: held-out prompts, as `prompts`; None = `held_out` of the prompts.
+        held_out: prompts that are held out, where `eval_prompts` gives none.
+        template: auto: prompts become messages in the model's chat template where it has one; chat: they must; plain: the
+            prompt itself is continued.
+        system: the system message before each prompt of a chat; "" = that of the record, if any.
+        scale: the scale of each reward: start: mean 0 and deviation 1 over answers of the start; none: as it is.
+        lora: train a low-rank adapter instead of all weights.
+        adapter: rank and matrices of the adapter, with `lora`.
+        dtype: of matrix products.
+        remat: recompute blocks in the backward pass: less memory, more time.
+        seed: of everything random.
+        out: the run's folder.
+        resume: go on with the run in `out` where it stopped.
+        train: the loop.
+        sampling: how answers are drawn.
+        ppo: the algorithm: GRPO by default, PPO with `ppo.advantage:gae`.
+    """
+
+    policy: str = ""
+    prompts: str = ""
+    feedback: RewardLine = ()
+    second: str = ""
+    tokenizer: Path | None = None
+    eval_prompts: str | None = None
+    held_out: int = 64
+    template: Literal["auto", "chat", "plain"] = "auto"
+    system: str = ""
+    scale: Literal["start", "none"] = "start"
+    lora: bool = False
+    adapter: LoRAConfig = LoRAConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    seed: int = 0
+    out: Path = Path("runs/rlaif")
+    resume: bool = False
+    train: TrainConfig = TrainConfig(steps=100, prompts_per_step=8, prompt_length=256, eval_every=20, save_every=20)
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
+    ppo: PPOConfig = PPOConfig(
+        advantage=GroupNormalised(),
+        answers_per_prompt=8,
+        num_epochs=1,
+        kl_in="loss",
+        kl_coef=0.02,
+        packed_rows=4,
+        policy_optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant", warmup_updates=5, eps=1e-8),
+    )
+
+    def __post_init__(self) -> None:
+        require(self.held_out >= 2, f"held_out must be >= 2, not {self.held_out}")
+        require(
+            not self.ppo.shaping.weights,
+            "ppo.shaping.weights are given with the rewards here: --feedback 'KIND ... weight=W'",
+        )
+
+
+def get_config() -> RlaifConfig:
+    """Returns the default settings."""
+    return RlaifConfig()
+
+
+def help_text() -> str:
+    """Returns the description of --help: what the tool does, an example, and the kinds of rewards."""
+    return (
+        "Trains your own model on your own prompts by feedback.\n\n"
+        "  python -m rlaif_jax train --policy models/smollm2 --prompts prompts.jsonl \\\n"
+        '      --feedback "judge models/smollm2" "function rewards.py:brevity weight=0.5"\n\n'
+        f"Rewards (--feedback, --second):\n{rewards_help()}"
+    )
+
+
+def main(config: RlaifConfig) -> dict[str, Any]:
+    """Trains the policy, writes the new one to OUT/model and returns the run's metrics."""
+    require(bool(config.prompts), "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT")
+    require(bool(config.feedback), "no feedback: give --feedback 'KIND ...'; --help lists the kinds")
+    second = read_reward(config.second, "--second").reward if config.second else None
+    policy = load_policy(config.policy, config.tokenizer, dtype=config.dtype, remat=config.remat)
+    with (
+        Run(config.out, "rlaif", config, seed=config.seed, resume=config.resume) as run,
+        MetricsWriter(config.out, display=run.display) as writer,
+        ExitStack() as opened,
+    ):
+        run.display.plan(STAGES)
+        _train(config, policy, second, run, writer, opened)
+    return run.metrics
+
+
+def _train(
+    config: RlaifConfig,
+    policy: LoadedPolicy,
+    second: Reward | None,
+    run: Run,
+    writer: MetricsWriter,
+    opened: ExitStack,
+) -> None:
+    """Trains `policy`; everything that the rewards open is closed with `opened`."""
+    runner = make_runner(config.train.parallel)
+    config.train.check(config.ppo, runner.devices)
+    tokenizer = policy.tokenizer
+    lora = config.adapter if config.lora else None
+    texts = TextPolicy(policy.model, config.sampling, tokenizer.stop_ids, tokenizer.pad_id, lora)
+    texts.check(config.train.prompt_length, tokenizer)
+    prompts = _prompts(config, tokenizer, runner.devices)
+    run.missing |= {f"prompts: {reason}": count for reason, count in prompts.left_out.items()}
+    judges = _judges(config, second, Surroundings(run.folder, config.seed, runner, run.stopped, opened))
+    source = judges.source
+    run.report()
+
+    # ---- What the policy answers before training
+    run.display.begin("start")
+    run.settled()  # judgements may cost money or people's time
+    rows = config.train.prompts_per_step * config.ppo.answers_per_prompt
+    start = Start(policy, runner, config.sampling, config.train.prompt_length, rows, prompts.add_bos, config.seed)
+    if judges.need_baseline:
+        prompts = start.with_baseline(run, prompts)
+    normaliser = scale_of(run, start, prompts.training, source)
+    if config.scale == "none":
+        normaliser = jax.tree.map(lambda fitted, plain: jnp.full_like(fitted, plain), normaliser, identity_normaliser())
+    shaping = dataclasses.replace(config.ppo.shaping, weights=tuple(part.weight for part in config.feedback))
+    ppo = dataclasses.replace(config.ppo, shaping=shaping)
+    held_out = next(start.batches(prompts.held_out, len(prompts.held_out), shuffle=False))
+    learned, base = policy.params, None
+    if lora is not None:
+        learned, base = lora.init(step_key(config.seed, 1, INIT), policy.params), runner.place(policy.params)
+    evaluation = Evaluation(
+        texts,
+        tokenizer,
+        runner,
+        held_out,
+        config.seed,
+        source=source,
+        name=SCORE,
+        frozen=Frozen(base=base),
+        second=judges.opinion,
+        combination=Combination(source.names, shaping, normaliser),
+    )
+    with run.interruptible(), run.display.wait("held-out answers before training"):
+        before = evaluation.answers(learned)
+    against = None
+    if judges.compare is not None:
+        judge = SECOND if second else "judge"
+        against = AgainstStart(judges.compare, judge, [str(record["prompt"]) for record in held_out.records], before)
+        evaluation = dataclasses.replace(evaluation, further=against)
+
+    # ---- The policy learns, and answers again
+    critic, params = with_critic(
+        ppo, policy.model, learned, policy.params["trunk"], step_key(config.seed, 0, INIT), lora
+    )
+    found = improve(
+        config.train,
+        run,
+        writer,
+        algorithm=ppo.build(texts, critic, steps=config.train.steps),
+        evaluation=evaluation,
+        params=params,
+        prompts=start.batches(prompts.training, config.train.prompts_per_step),
+        feedback=source,
+        normaliser=normaliser,
+        before=before,
+    )
+    if against is not None:
+        with run.interruptible(), run.display.wait("both answers compared by the judge"):
+            run.metrics |= against.metrics(found.after)
+    run.metrics["wall_s"] = round(run.wall_s, 1)
+    run.missing |= source.missing()
+    whole = found.params if lora is None else lora.merge(policy.params, found.params)
+    save_model(run.folder / "model", policy.model, whole, tokenizer)
+    conclude(run, None if against is None else against.name)
+
+
+class _Judges(NamedTuple):
+    """What judges the answers: rewards, a second opinion, who compares, and whether with a baseline."""
+
+    source: JoinedSource
+    opinion: FeedbackSource | None
+    compare: Compare | None
+    need_baseline: bool
+
+
+def _judges(config: RlaifConfig, second: Reward | None, around: Surroundings) -> _Judges:
+    rewards = [part.reward for part in config.feedback]
+    asked = second or next((reward for reward in rewards if isinstance(reward, Judging)), None)
+    return _Judges(
+        JoinedSource(tuple(build_reward(reward, around) for reward in rewards), reward_names(config.feedback)),
+        build_reward(second, around) if second else None,
+        asked.comparer(around) if isinstance(asked, Judging) else None,
+        any(reward.needs_baseline for reward in [*rewards, second] if isinstance(reward, Judging)),
+    )
+
+
+def _prompts(config: RlaifConfig, tokenizer: Tokenizer, devices: int) -> OwnPrompts:
+    return read_prompts(
+        config.prompts,
+        tokenizer,
+        eval_source=config.eval_prompts,
+        held_out=config.held_out,
+        multiple_of=devices,
+        template=config.template,
+        system=config.system,
+        prompt_length=config.train.prompt_length,
+        seed=config.seed,
+    )

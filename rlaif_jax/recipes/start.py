@@ -1,0 +1,194 @@
+"""The policy before training: its model, its answers to compare with, and the scale of the rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlaif_jax.config import require
+from rlaif_jax.data.prompts import PromptIterator, Record, prompt_batches
+from rlaif_jax.data.readers import FileRecords
+from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
+from rlaif_jax.feedback.joined import JoinedSource
+from rlaif_jax.files import atomic_write
+from rlaif_jax.models import CausalLM
+from rlaif_jax.models.hf.files import load_model
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.parallel import Runner
+from rlaif_jax.policies.base import to_prompts
+from rlaif_jax.policies.text import answer_texts, make_generator
+from rlaif_jax.recipes.judge_rewards import BASELINE
+from rlaif_jax.recipes.own_prompts import OwnPrompts
+from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
+from rlaif_jax.run import Run
+from rlaif_jax.types import FEEDBACK, SAMPLES, Params, Rollout, step_key
+
+SCALE_ANSWERS = 128  # answers of the start on which the scale of the rewards is measured
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedPolicy:
+    """The policy before training.
+
+    Attributes:
+        model: the model.
+        params: its parameters.
+        tokenizer: its tokenizer.
+    """
+
+    model: CausalLM
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load_policy(
+    name: str, tokenizer_path: Path | None, *, dtype: Literal["float32", "bfloat16"], remat: bool
+) -> LoadedPolicy:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: a Hugging Face folder, a hub id, or a llama2.c .bin file.
+        tokenizer_path: the tokenizer's file or folder; None: it is with the model.
+        dtype: of matrix products.
+        remat: whether blocks are recomputed in the backward pass.
+
+    Raises:
+        UserError: one of the two cannot be read, they do not fit each other, or no token ends an answer.
+    """
+    require(bool(name), "no model to train: give --policy, a Hugging Face folder or a hub id")
+    model, params = load_model(name, compute_dtype=dtype, remat=remat)
+    path = Path(name)
+    tokenizer = load_tokenizer(tokenizer_path or (path.parent if path.is_file() else name))
+    check_tokenizer(tokenizer, model.config.vocab_size, name)
+    if path.suffix == ".bin":
+        tokenizer = tokenizer.stopping_at_bos()  # a llama2.c model never saw EOS
+    require(
+        bool(tokenizer.stop_ids),
+        f"{tokenizer_path or name}: no file declares an end token, so no answer would ever end: name it as "
+        "eos_token in tokenizer_config.json",
+    )
+    return LoadedPolicy(model, params, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """Draws answers of the policy before training.
+
+    Attributes:
+        policy: the policy.
+        runner: the devices.
+        sampling: how answers are drawn.
+        prompt_length: P.
+        rows: most answers of a batch.
+        add_bos: whether BOS goes before each prompt.
+        seed: of the order of prompts and of the answers.
+    """
+
+    policy: LoadedPolicy
+    runner: Runner
+    sampling: SamplingConfig
+    prompt_length: int
+    rows: int
+    add_bos: bool
+    seed: int
+
+    def batches(self, records: FileRecords, size: int, *, shuffle: bool = True) -> PromptIterator:
+        """Returns batches of `size` of the prompts in `records`, shuffled or in their order."""
+        return prompt_batches(
+            records,
+            self.policy.tokenizer,
+            batch_size=size,
+            seed=self.seed,
+            prompt_length=self.prompt_length,
+            add_bos=self.add_bos,
+            shuffle=shuffle,
+        )
+
+    @cached_property
+    def _generator(self) -> Callable[..., Rollout]:
+        return make_generator(self.runner, self.policy.model, self.policy.tokenizer, self.sampling)
+
+    def draw(self, records: FileRecords, purpose: int) -> Iterator[tuple[list[Record], list[str], Rollout]]:
+        """Yields (records, answers as text, as arrays) of whole batches; the last repeats records to be full."""
+        size = max(min(self.rows, len(records)) // self.runner.devices, 1) * self.runner.devices
+        key = step_key(self.seed, 0, purpose)
+        for first in range(0, len(records), size):
+            rows = [(first + i) % len(records) for i in range(size)]
+            chosen = FileRecords(tuple(records.records[i] for i in rows), tuple(records.places[i] for i in rows))
+            # The uid of a record is its place in the whole file: an answer does not depend on its batch.
+            numbered = tuple({**record, "uid": first + i} for i, record in enumerate(chosen.records))
+            batch = next(self.batches(FileRecords(numbered, chosen.places), size, shuffle=False))
+            rollout = self._generator((self.policy.params, key), to_prompts(batch))
+            yield list(batch.records), answer_texts(rollout, self.policy.tokenizer), rollout
+
+    def with_baseline(self, run: Run, prompts: OwnPrompts) -> OwnPrompts:
+        """Returns the prompts with the start's answers as `BASELINE`, kept in the run's folder."""
+        path = run.folder / "baseline.jsonl"
+        count = len(prompts.training) + len(prompts.held_out)
+        if run.resuming and path.exists():
+            texts = [json.loads(line)["baseline"] for line in path.read_text().splitlines()]
+            require(len(texts) == count, f"{path} has {len(texts)} answers to {count} prompts: it is of another run")
+        else:
+            texts = []
+            with run.interruptible(), run.display.wait("answers that the judge compares with"):
+                for part in (prompts.training, prompts.held_out):
+                    answers = [text for _, found, _ in self.draw(part, FEEDBACK) for text in found]
+                    texts += answers[: len(part)]
+            with atomic_write(path) as file:
+                file.writelines(json.dumps({"baseline": text}) + "\n" for text in texts)
+        left = iter(texts)
+        return prompts._replace(
+            training=_with_field(prompts.training, left), held_out=_with_field(prompts.held_out, left)
+        )
+
+
+def _with_field(records: FileRecords, texts: Iterator[str]) -> FileRecords:
+    return FileRecords(tuple(record | {BASELINE: text} for record, text in zip(records.records, texts)), records.places)
+
+
+def scale_of(run: Run, start: Start, training: FileRecords, source: JoinedSource) -> Normaliser:
+    """Returns the scale of each reward; warns of one that does not tell answers apart.
+
+    Args:
+        run: takes the warnings.
+        start: draws the answers.
+        training: the prompts to learn on, of which the first `SCALE_ANSWERS` are answered.
+        source: judges them.
+
+    Raises:
+        UserError: no answer got any reward: nothing could be learned.
+    """
+    records = FileRecords(training.records[:SCALE_ANSWERS], training.places[:SCALE_ANSWERS])
+    with run.interruptible(), run.display.wait("answers whose rewards are the scale"):
+        judged = [jax.device_get(source(*part)) for part in start.draw(records, SAMPLES)]
+    values, valid = (np.concatenate([np.asarray(part[i]) for part in judged]) for i in range(2))
+    for column, name in enumerate(source.names):
+        seen = values[valid[:, column], column]
+        require(
+            len(seen) > 0,
+            f"the reward {name} judged none of {len(values)} answers ({_most_frequent(source)}); nothing could be learned",
+        )
+        if len(seen) < len(values) / 2:
+            run.warn(
+                f"The reward {name} judged only {len(seen)} of {len(values)} answers. Try: read the reasons under missing "
+                "judgements."
+            )
+        if np.unique(seen).size == 1:
+            run.warn(
+                f"The reward {name} is {seen[0]:g} for all {len(seen)} answers that it judged before training: it cannot be "
+                "learned from until some answer gets another one. Try: easier prompts, or a reward with steps in between."
+            )
+    return fit_normaliser(jnp.asarray(values), jnp.asarray(valid))
+
+
+def _most_frequent(source: JoinedSource) -> str:
+    reasons = source.missing()
+    return max(reasons, key=lambda reason: reasons[reason]) if reasons else "no reason was given"

@@ -1,0 +1,140 @@
+"""How often a policy's answers win against those before training, by a judge that reads both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlaif_jax.evaluate import Answers
+from rlaif_jax.quality.win_rates import length_controlled_win_rate, verdict_of, win_rate_ci
+from rlaif_jax.recipes.judge_rewards import Compare, Verdicts
+from rlaif_jax.run import Run
+
+SCORE = "eval_reward"
+"""The name in metrics of the rewards of held-out answers, combined as in training."""
+
+SECOND = "second"
+"""The name in metrics of a judge that training never sees."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AgainstStart:
+    """Compares answers with those before training, each pair in both orders.
+
+    Attributes:
+        compare: the judge.
+        name: of the judge in metrics.
+        prompts: the held-out prompts as text.
+        start: the answers before training.
+    """
+
+    compare: Compare
+    name: str
+    prompts: Sequence[str]
+    start: Answers
+
+    def __call__(self, answers: Answers) -> dict[str, float]:
+        """Returns `win_rate_NAME`, the share of prompts whose new answer is preferred."""
+        found = self.verdicts(answers)
+        return {f"win_rate_{self.name}": _mean(_outcomes(found.probability), found.valid)}
+
+    def verdicts(self, answers: Answers) -> Verdicts:
+        """Returns the verdicts on (new answer, answer before training) of each prompt; equal answers are ties."""
+        differ = [i for i, pair in enumerate(zip(answers.texts, self.start.texts)) if pair[0] != pair[1]]
+        size = len(self.prompts)
+        whole = Verdicts(np.full(size, 0.5), np.ones(size, bool), np.full(size, 0.5), np.ones(size, bool))
+        if differ:
+            texts = ([x[i] for i in differ] for x in (self.prompts, answers.texts, self.start.texts))
+            for all_rows, rows in zip(whole, self.compare(*texts)):
+                all_rows[differ] = rows
+        return whole
+
+    def metrics(self, answers: Answers) -> dict[str, Any]:
+        """Returns the win rate, also at equal lengths, and an audit of the judge on these answers.
+
+        The audit: `NAME_order_consistency`, the share of pairs whose two orders prefer the same answer; `NAME_first_shown`,
+        the mean probability that the answer shown first is better (.5 without position bias); `NAME_missing`, the share
+        of pairs without a verdict; `NAME_agrees`, the share of pairs in which the judge prefers the answer with the
+        higher reward.
+        """
+        found = self.verdicts(answers)
+        valid = found.valid
+        outcomes = np.where(valid, _outcomes(found.probability), np.nan)
+        metrics: dict[str, Any] = {f"{self.name}_missing": float(1 - valid.mean())}
+        if valid.sum() < 2:
+            return metrics
+        won = win_rate_ci(outcomes, 1 - outcomes)
+        controlled = length_controlled_win_rate(outcomes, answers.lengths - self.start.lengths)
+        gained = answers.scores - self.start.scores
+        decided = valid & np.isfinite(gained) & (gained != 0) & (found.probability != 0.5)
+        return metrics | {
+            f"win_rate_{self.name}": won.value,
+            f"win_rate_{self.name}_ci95": [won.low, won.high],
+            f"win_rate_{self.name}_length_controlled": controlled.value,
+            f"win_rate_{self.name}_length_controlled_ci95": [controlled.low, controlled.high],
+            f"{self.name}_order_consistency": _mean(found.consistent, valid),
+            f"{self.name}_first_shown": _mean(found.first_shown, valid),
+            f"{self.name}_agrees": _mean((gained > 0) == (found.probability > 0.5), decided),
+        }
+
+
+def _outcomes(probability: np.ndarray) -> np.ndarray:
+    """Returns 1 where the first answer is preferred, 0 where the second is, .5 for a tie."""
+    return np.where(probability == 0.5, 0.5, probability > 0.5)
+
+
+def _mean(x: np.ndarray, valid: np.ndarray) -> float:
+    return float(np.mean(x[valid])) if valid.any() else float("nan")
+
+
+def conclude(run: Run, judge: str | None) -> None:
+    """Writes what came out to the run's story, with its verdict, and warns where the reward was exploited.
+
+    Args:
+        run: has the metrics of `improve`, and those of the judge where one compared answers.
+        judge: the judge's name in metrics; None: nobody compared.
+    """
+    numbers = run.metrics
+    rose = numbers["gain_ci95"][0] > 0
+    run.story.append(
+        f"Reward on held-out prompts: {numbers[f'{SCORE}_before']:.2f} -> {numbers[f'{SCORE}_after']:.2f} at KL "
+        f"{numbers['kl']:.1f} nats an answer; answers of {numbers['length_before']:.0f} -> {numbers['length_after']:.0f} "
+        "tokens."
+    )
+    name = judge if judge is not None and f"win_rate_{judge}" in numbers else SCORE
+    low, high = numbers[f"win_rate_{name}_ci95"]
+    if np.isfinite([low, high]).all():
+        run.verdict = verdict_of(low, high)
+    if name != SCORE:
+        said = "a second judge, which training never saw," if judge == SECOND else "the judge that it learned from"
+        run.story.append(
+            f"By {said} the new answers win {numbers[f'win_rate_{name}']:.0%} [{low:.0%}, {high:.0%}] of the comparisons "
+            "with those before training."
+        )
+    exploited = rose and judge == SECOND and high < 0.5
+    equal_low, equal_high = numbers[f"win_rate_{SCORE}_length_controlled_ci95"]
+    longer = numbers["length_after"] / max(numbers["length_before"], 1.0)
+    by_length = rose and (longer > 1.25 or longer < 0.8) and not equal_low > 0.5
+    if exploited:
+        run.verdict = "worse"
+        run.story.insert(
+            0,
+            "The reward was exploited: it rose, but the second judge prefers the answers before training. Do not use this "
+            "policy.",
+        )
+    if by_length:
+        changed = "longer" if longer > 1 else "shorter"
+        run.story.insert(
+            0,
+            f"The reward may be exploited by length: the answers became {longer:.2g} times as long ({changed}), and at equal "
+            f"lengths no gain is left (win rate by the reward {numbers[f'win_rate_{SCORE}_length_controlled']:.0%}, interval "
+            f"[{equal_low:.0%}, {equal_high:.0%}]).",
+        )
+    if exploited or by_length:
+        run.warn(
+            f"{run.story[0]} Try: a second reward with the opposite weakness, a larger ppo.kl_coef, fewer steps, or a better "
+            "judge."
+        )
