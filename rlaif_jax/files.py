@@ -26,7 +26,7 @@ SIGNATURES = (
     (b"PK\x03\x04", "a zip archive; PyTorch pickles weights so, which are never read: convert them to safetensors "
      "with transformers' save_pretrained"),
     (b"\x80", "a Python pickle, which is never read: convert weights to safetensors with transformers' save_pretrained"),
-    (b"GGUF", "a GGUF file of llama.cpp: take the Hugging Face folder that it was made from"),
+    (b"GGUF", "a GGUF file of llama.cpp, which is read under a name that ends in .gguf"),
     (b"\x89HDF", "an HDF5 file, Keras' export: take the folder with safetensors"),
     (b"ARROW1", "an Arrow file: convert it to JSON lines"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),

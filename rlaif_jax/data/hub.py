@@ -52,7 +52,7 @@ PICKLED = "weights in pickle, which are never read: convert them with transforme
 # Files by which a folder of another kind is known, the most telling first.
 EXPORTS = (
     ("model_index.json", "a diffusers pipeline, no language model"),
-    ("*.gguf", "an export for llama.cpp: take the Hugging Face folder that it was made from"),
+    ("*.gguf", "an export for llama.cpp: give that file itself"),
     ("params.json", "Meta's own export: take the folder that transformers reads (its name often ends in -hf)"),
     ("*.onnx", "an ONNX export: take the folder with safetensors"),
     ("openvino_model.xml", "an OpenVINO export: take the folder with safetensors"),

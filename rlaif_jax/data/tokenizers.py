@@ -1,12 +1,12 @@
 """Text to token ids and back: three kinds of tokenizer behind one small interface.
 
-========================  ==========================================  ==========================
-kind                      read from                                   saved as
-========================  ==========================================  ==========================
-`HuggingFaceTokenizer`    `tokenizer.json`, `vocab.json + merges.txt`  `tokenizer.json` (+ config)
-`SentencePieceTokenizer`  `*.model`                                   `tokenizer.model`
-`Llama2cTokenizer`        llama2.c's `tok*.bin`                       `tokenizer.bin`
-========================  ==========================================  ==========================
+========================  ====================================================  ===========================
+kind                      read from                                             saved as
+========================  ====================================================  ===========================
+`HuggingFaceTokenizer`    `tokenizer.json`, `vocab.json + merges.txt`, `*.gguf`  `tokenizer.json` (+ config)
+`SentencePieceTokenizer`  `*.model`                                             `tokenizer.model`
+`Llama2cTokenizer`        llama2.c's `tok*.bin`                                 `tokenizer.bin`
+========================  ====================================================  ===========================
 
 All are immutable. `load_tokenizer(folder_or_file)` finds out which kind it is.
 """
@@ -21,6 +21,7 @@ import tokenizers as hf
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data import hub, tokenizer_files
+from rlaif_jax.data.gguf.tokenizer import read_gguf_tokenizer
 from rlaif_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -113,8 +114,8 @@ def load_tokenizer(folder_or_file: tokenizer_files.PathLike) -> Tokenizer:
 
     Args:
         folder_or_file: a folder, searched for `tokenizer_files.FILE_NAMES` in that order; a `tokenizer.json`,
-            `*vocab.json` (with `*merges.txt` in its folder), `*.model` or `*.bin`; or, where there is no such path, a hub
-            id, as `load_model` takes it.
+            `*vocab.json` (with `*merges.txt` in its folder), `*.gguf`, `*.model` or `*.bin`; or, where there is no such
+            path, a hub id, as `load_model` takes it.
 
     Raises:
         UserError: nothing there, no tokenizer in it (lists what was looked for), an unreadable file, or an end token that
@@ -129,12 +130,14 @@ def load_tokenizer(folder_or_file: tokenizer_files.PathLike) -> Tokenizer:
         return HuggingFaceTokenizer.read_pair(path, tokenizer_files.merges_of(path))
     if path.suffix == ".json":
         return HuggingFaceTokenizer.read(path)
+    if path.suffix == ".gguf":
+        return read_gguf_tokenizer(path)
     if path.suffix == ".model":
         return SentencePieceTokenizer.read(path)
     if path.suffix == ".bin":
         return Llama2cTokenizer.read(path)
     raise UserError(
-        f"{path} is not a tokenizer file: expected tokenizer.json, vocab.json, *.model or *.bin{it_is(path)}"
+        f"{path} is not a tokenizer file: expected tokenizer.json, vocab.json, *.model, *.gguf or *.bin{it_is(path)}"
     )
 
 

@@ -1,1 +1,1 @@
-"""Models in and out of Hugging Face folders and llama2.c files."""
+"""Models in and out of Hugging Face folders, and in from GGUF and llama2.c files."""

@@ -27,6 +27,7 @@ from rlaif_jax.files import it_is
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig
 from rlaif_jax.models.hf.families import family_of, read_config, write_config
+from rlaif_jax.models.hf.gguf import read_gguf_model
 from rlaif_jax.models.hf.llama2c import read_llama2c
 from rlaif_jax.models.hf.weights import INDEX, WEIGHTS, Tensor, parameter_shapes, read_weights, tensors
 from rlaif_jax.types import Params
@@ -48,15 +49,15 @@ DOWNLOADED = (*TOKENIZER_FILES, "*.safetensors", INDEX)
 def load_model(
     folder_or_hub_id: str | Path, *, compute_dtype: Literal["float32", "bfloat16"] = "float32", remat: bool = False
 ) -> tuple[CausalLM, Params]:
-    """Reads a language model from a Hugging Face folder, a hub id, or a llama2.c `.bin` file.
+    """Reads a language model from a Hugging Face folder, a hub id, a GGUF or a llama2.c file.
 
     Folders hold config.json (GPT-2, Llama, Mistral without sliding window, Qwen2, Qwen3) and model.safetensors or
     its shards. Weights of any float type are read to float32, onto JAX's default device; a model that is too large
     for it is read under `jax.default_device(jax.devices("cpu")[0])` and sharded from there.
 
     Args:
-        folder_or_hub_id: a folder or `.bin` file; a name with no such path (`org/name`) is fetched from the hub, and
-            `org/name@revision` always gives the files of one commit or tag.
+        folder_or_hub_id: a folder, a `.gguf` file (needs the extra `rlaif-jax[gguf]`) or a `.bin` file; a name with no such
+            path (`org/name`) is fetched from the hub, and `org/name@revision` always gives the files of one commit or tag.
         compute_dtype: of activations.
         remat: recompute blocks in the backward pass.
 
@@ -69,11 +70,11 @@ def load_model(
     path = Path(folder_or_hub_id)
     if path.is_file():
         require(
-            path.suffix == ".bin",
-            f"{path}: load_model reads a model's folder or a llama2.c .bin file"
+            path.suffix in (".bin", ".gguf"),
+            f"{path}: load_model reads a model's folder, a .gguf file or a llama2.c .bin file"
             + (it_is(path) or f"; give the folder, {path.parent}"),
         )
-        config, flat = read_llama2c(path)
+        config, flat = read_gguf_model(path) if path.suffix == ".gguf" else read_llama2c(path)
     else:
         folder = path if path.is_dir() else download_model(str(folder_or_hub_id))
         config = read_config(folder / "config.json")

@@ -85,6 +85,12 @@ class Tensor:
         whole = (*parts[0][:-1], sum(part[-1] for part in parts))
         return whole[::-1] if self.transposed else whole
 
+    def parts(self, array: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """Splits the array of a file into {path: parameter}; `shapes` are those of all parameters."""
+        array = array.T if self.transposed else array
+        ends = np.cumsum([shapes[p][-1] for p in self.parameters])[:-1]
+        return dict(zip(self.parameters, np.split(array, ends, axis=-1), strict=True))
+
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Returns {path with "/": shape} of all parameters of a model."""
@@ -238,11 +244,7 @@ def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
             return read_tensor(files[places[name]], places[name], name, shape)
 
         for tensor, name in wanted.items():
-            array = read(name, tensor.shape(shapes))
-            array = array.T if tensor.transposed else array
-            ends = np.cumsum([shapes[p][-1] for p in tensor.parameters])[:-1]
-            for parameter, part in zip(tensor.parameters, np.split(array, ends, axis=-1), strict=True):
-                values[parameter] = part
+            values |= tensor.parts(read(name, tensor.shape(shapes)), shapes)
         if config.tie_embeddings and lm_head:
             embedding = values["trunk/embed/embedding"]
             require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -247,6 +248,10 @@ def test_the_token_after_an_answer_ends_it(tmp_path: Path, template: object, nam
     assert tokenizer.eos_id == (tokenizer.stop_ids[0] if names.get("eos_token", "</s>") else None)
     tokenizer.save(tmp_path / "b")
     assert set(loaded(tmp_path / "b").stop_ids) == set(tokenizer.stop_ids)
+    if len(stops) > 1:  # for programs that do not render the template to find out
+        assert json.loads((tmp_path / "b/generation_config.json").read_text())["eos_token_id"] == list(
+            tokenizer.stop_ids
+        )
 
 
 def test_a_turn_may_end_with_an_added_token_that_is_not_special(tmp_path: Path):

@@ -1,0 +1,1 @@
+"""GGUF files of llama.cpp: their header and tensors, and their tokenizer."""
