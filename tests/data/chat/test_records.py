@@ -44,7 +44,7 @@ TURNS_OF_IT = talk("q", "a", "r", system="Be brief.")
         {"prompt": DIALOGUE, "messages": TURNS_OF_IT},
         {"prompt": DIALOGUE, "messages": [{"role": "robot"}]},
         {"prompt": {name: [m[name] for m in TURNS_OF_IT] for name in ("role", "content")}},
-        {"prompt": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in TURNS_OF_IT]},
+        {"prompt": [{**m, "content": [{"type": "text", "text": t} for t in m["content"]]} for m in TURNS_OF_IT]},
         {"prompt": [{**m, "role": {"user": "human"}.get(m["role"], m["role"])} for m in TURNS_OF_IT]},
         {"prompt": TURNS_OF_IT, "system": "Not this."},
     ],

@@ -226,7 +226,7 @@ BAD = {
     "pointers": (edit_bytes(lambda d: LFS), ["model.safetensors", "Git LFS pointer", "git lfs pull"]),
     "pointer to the config": (lambda f: (f / "config.json").write_bytes(LFS), ["config.json", "Git LFS pointer"]),
     "data set": (only(train__parquet=b"PAR1"), ["train.parquet", "data set"]),
-    "llama.cpp": (only(tiny__gguf=b"GGUF"), ["tiny.gguf", "llama.cpp", "Hugging Face folder"]),
+    "llama.cpp": (only(tiny__gguf=b"GGUF"), ["tiny.gguf", "llama.cpp", "give that file itself"]),
     "Meta's export": (only(params__json="{}", consolidated__00__pth=b"PK"), ["params.json", "Meta's own export"]),
     "nested folder": (only(**{"step_9_in_config__json": "{}"}), ["step_9", "give that folder"]),
     "folder of a run": (
@@ -297,7 +297,7 @@ def test_shards_are_read_without_an_index_and_the_advice_to_delete_it_is_right(t
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("m.gguf", b"GGUF\x03\0\0\0", "GGUF file of llama.cpp"),
+        ("m.bin", b"GGUF\x03\0\0\0", "GGUF file of llama.cpp, which is read under a name that ends in .gguf"),
         ("m.parquet", b"PAR1\x15", "Parquet file"),
         ("m.bin", LFS, "Git LFS pointer"),
         ("pytorch_model.bin", b"PK\x03\x04" + b"\0" * 99, "never read: convert"),
