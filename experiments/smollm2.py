@@ -79,8 +79,8 @@ def fetch(package: str, folder: Path) -> Path:
     Raises:
         UserError: pip did not download it; the message holds pip's last line.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
-    done = subprocess.run(command, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run([*pip, "--dest", str(folder), package], capture_output=True, text=True)
     found = sorted(folder.glob("*.whl"))
     if done.returncode or not found:
         reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -56,20 +59,33 @@ class Renderer:
             if not answer.endswith(b"\n"):
                 self._stop()
                 self._process = None
-                return {"error": "it computed for seconds without an end, or crashed the process that renders it"}
+                if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):  # its own limit, or our patience
+                    return {"error": "it computed for seconds without an end"}
+                return {"error": f"the process that renders it ended with status {process.returncode}"}
         reply: dict[str, str] = json.loads(answer)
         return reply
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            # A session of the process: Ctrl-C in the terminal is for the run, which then ends the process itself.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(PROGRAM)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            # A notebook may have Jinja in a place that only this process knows.
+            found = importlib.util.find_spec("jinja2")
+            places = [
+                os.environ.get("PYTHONPATH"),
+                str(Path(found.origin).parents[1]) if found and found.origin else None,
+            ]
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", str(PROGRAM)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
+                    start_new_session=True,  # Ctrl-C in the terminal is for the run, which then ends the process itself
+                )
+            except OSError as error:
+                raise UserError(
+                    f"cannot start {sys.executable}, which renders chat templates: {error.strerror}"
+                ) from error
             self._stop = weakref.finalize(self, end, self._process)
         return self._process
 

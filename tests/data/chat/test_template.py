@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -206,6 +209,25 @@ def test_a_template_without_end_stops_in_a_thread_while_others_are_rendered():
         thread.join(60)
     assert ENDLESS in found[0]
     assert [f"question {i}" in found[i] for i in range(9)] == [False] + [True] * 8
+
+
+def test_a_process_that_dies_or_cannot_start_is_replaced(monkeypatch: pytest.MonkeyPatch):
+    ask = lambda asked: asked.ask({"template": CHATML, "messages": talk("q"), "names": {}, "prompt": False})
+    asked = chat.Renderer()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/no/python")
+        with pytest.raises(UserError, match="cannot start /no/python, which renders"):
+            ask(asked)
+    assert ask(asked) == {"text": "<|im_start|>user\nq<|im_end|>\n"}
+    process = asked._process
+    process.terminate()
+    process.wait()
+    assert ask(asked) == {"error": f"the process that renders it ended with status {-signal.SIGTERM}"}
+    assert "text" in ask(asked) and asked._process is not process
+    process = asked._process
+    del asked
+    gc.collect()
+    assert process.returncode is not None, "it ends with the object"
 
 
 def test_messages_and_words_that_a_template_does_not_know():
