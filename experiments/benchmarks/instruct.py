@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.instruct FOLDER seed_tasks.jsonl
     python -m experiments.benchmarks.instruct FOLDER seed_tasks.jsonl --dtype bfloat16 --json
+    python -m experiments.benchmarks.instruct FOLDER seed_tasks.jsonl --lora-rank 0 16    # all weights, an adapter, in turns
 
 FOLDER is a Hugging Face folder with a chat template, such as SmolLM2-135M-Instruct's; the tasks are those of Self-Instruct
 (Wang et al. 2023). A step asks 8 prompts of at most 96 tokens with their template, draws 8 answers of at most 48 tokens to
@@ -15,7 +16,6 @@ import time
 
 from rlaif_jax.memory import keep_freed_memory
 
-START = time.perf_counter()
 keep_freed_memory()  # as all scripts do
 
 import argparse  # noqa: E402
@@ -37,6 +37,7 @@ from rlaif_jax.data.prompts import prompt_batches  # noqa: E402
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, load_tokenizer  # noqa: E402
 from rlaif_jax.feedback.sources import FunctionSource  # noqa: E402
 from rlaif_jax.models.hf.files import load_model  # noqa: E402
+from rlaif_jax.models.lora import LoRAConfig  # noqa: E402
 from rlaif_jax.models.sampling import SamplingConfig  # noqa: E402
 from rlaif_jax.parallel import JitRunner  # noqa: E402
 from rlaif_jax.policies.text import TextPolicy  # noqa: E402
@@ -65,59 +66,72 @@ def one_sentence(record: Any, answer: str) -> float:
     return float(answer.endswith(".") and answer.count(".") == 1 and len(answer.split()) <= 20)
 
 
-def run(folder: Path, tasks: Path, dtype: Any, *, packed_rows: int, warmup: int, steps: int) -> dict[str, Any]:
-    """Takes `warmup` + `steps` steps and returns what was measured (the keys of `--json`).
+class Steps:
+    """GRPO steps of one model, all of whose weights learn or an adapter.
 
     Args:
         folder: the model.
         tasks: a file of tasks.
         dtype: of the matrix products.
         packed_rows: see `PPOConfig`.
-        warmup: untimed steps.
-        steps: timed steps.
-
-    Raises:
-        AssertionError: a loss was not finite, or sampler and trainer do not agree.
+        lora_rank: of the adapter; 0: all weights learn.
     """
-    tokenizer = load_tokenizer(folder)
-    assert isinstance(tokenizer, HuggingFaceTokenizer), "only these have chat templates"
-    model, params = load_model(folder, compute_dtype=dtype)
-    config = PPOConfig(
-        advantage=GroupNormalised(),
-        answers_per_prompt=ANSWERS,
-        kl_in="loss",
-        kl_coef=0.02,
-        num_epochs=1,
-        num_minibatches=1,
-        packed_rows=packed_rows,
-        policy_optimizer=OptimizerConfig(learning_rate=5e-6, schedule="constant", eps=1e-8),
-    )
-    policy = TextPolicy(model, SamplingConfig(max_new_tokens=ANSWER_LENGTH), tokenizer.stop_ids, tokenizer.pad_id)
-    algorithm = config.build(policy, None, steps=warmup + steps)
-    runner, pure = JitRunner(), programs(algorithm, policy)
-    sample, prepare, update = runner.map(pure.sample), runner.map(pure.prepare), runner.step(pure.step)
-    state = runner.init(algorithm.init, {"policy": params}, np.uint32(0))
-    frozen, feedback = Frozen(reference=runner.place(params)), FunctionSource(one_sentence)
-    stream = prompt_batches(
-        questions(tasks, tokenizer), tokenizer, batch_size=PROMPTS, seed=0, prompt_length=PROMPT_LENGTH
-    )
-    taken: list[dict[str, float]] = []
-    for _ in range(warmup + steps):
+
+    def __init__(self, folder: Path, tasks: Path, dtype: Any, *, packed_rows: int, lora_rank: int) -> None:
+        tokenizer = load_tokenizer(folder)
+        assert isinstance(tokenizer, HuggingFaceTokenizer), "only these have chat templates"
+        model, params = load_model(folder, compute_dtype=dtype)
+        lora = LoRAConfig(rank=lora_rank) if lora_rank else None
+        config = PPOConfig(
+            advantage=GroupNormalised(),
+            answers_per_prompt=ANSWERS,
+            kl_in="loss",
+            kl_coef=0.02,
+            num_epochs=1,
+            num_minibatches=1,
+            packed_rows=packed_rows,
+            policy_optimizer=OptimizerConfig(learning_rate=1e-4 if lora else 5e-6, schedule="constant", eps=1e-8),
+        )
+        sampling = SamplingConfig(max_new_tokens=ANSWER_LENGTH)
+        self.policy = TextPolicy(model, sampling, tokenizer.stop_ids, tokenizer.pad_id, lora)
+        self.tokenizer, self.dtype, self.lora_rank = tokenizer, dtype, lora_rank
+        algorithm = config.build(self.policy, None, steps=1)
+        runner, pure = JitRunner(), programs(algorithm, self.policy)
+        self.sample, self.prepare, self.update = (
+            runner.map(pure.sample),
+            runner.map(pure.prepare),
+            runner.step(pure.step),
+        )
+        learns = params if lora is None else lora.init(jax.random.key(0), params)
+        self.state = runner.init(algorithm.init, {"policy": learns}, np.uint32(0))
+        frozen = Frozen(reference=params) if lora is None else Frozen(reference={}, base=params)
+        self.frozen = runner.place(frozen)
+        self.stream = prompt_batches(
+            questions(tasks, tokenizer), tokenizer, batch_size=PROMPTS, seed=0, prompt_length=PROMPT_LENGTH
+        )
+        self.taken: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        """Takes a step and notes what was measured.
+
+        Raises:
+            AssertionError: a loss was not finite, or sampler and trainer do not agree.
+        """
         begun = time.perf_counter()
-        batch = next(stream)
-        replicated, data = (state.without_optimizer(), frozen), step_data(batch)
-        rollout = jax.block_until_ready(sample(replicated, data.prompts))
+        batch = next(self.stream)
+        replicated, data = (self.state.without_optimizer(), self.frozen), step_data(batch)
+        rollout = jax.block_until_ready(self.sample(replicated, data.prompts))
         rolled = time.perf_counter()
         records = [record for record in batch.records for _ in range(ANSWERS)]
-        judged = feedback(records, policy.texts(rollout, tokenizer), rollout)
-        learned, _, _ = jax.block_until_ready(prepare(replicated, (data, rollout, judged)))
+        judged = FunctionSource(one_sentence)(records, self.policy.texts(rollout, self.tokenizer), rollout)
+        learned, _, _ = jax.block_until_ready(self.prepare(replicated, (data, rollout, judged)))
         scored = time.perf_counter()
-        state, metrics = jax.block_until_ready(update(state, Frozen(), learned))
+        self.state, metrics = jax.block_until_ready(self.update(self.state, Frozen(base=self.frozen.base), learned))
         done = time.perf_counter()
         assert float(metrics["nonfinite"]) == 0, "a loss is not finite"
         gap = float(metrics["first/sampler_gap"])
-        assert gap < policy.tolerance, f"sampler and trainer differ by {gap} nats a token"
-        taken.append(
+        assert gap < self.policy.tolerance, f"sampler and trainer differ by {gap} nats a token"
+        self.taken.append(
             {
                 "step_s_median": done - begun,
                 "gen_s_median": rolled - begun,
@@ -128,21 +142,25 @@ def run(folder: Path, tasks: Path, dtype: Any, *, packed_rows: int, warmup: int,
                 "gap": gap,
             }
         )
-        if len(taken) == 1:
-            first = done - START
-    timed = taken[warmup:]
-    times = {name: round(statistics.median(x[name] for x in timed), 2) for name in timed[0] if name.endswith("median")}
-    return {
-        "system": "rlaif_jax-grpo-instruct",
-        "dtype": dtype,
-        **times,
-        "first_step_s": round(first, 1),
-        "mean_length": round(statistics.mean(x["tokens"] for x in timed) / PROMPTS / ANSWERS, 1),
-        "rewards": [round(x["reward"], 3) for x in taken],
-        "sampler_gap": max(x["gap"] for x in taken),
-        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "steps": steps,
-    }
+
+    def result(self, warmup: int) -> dict[str, Any]:
+        """Returns what was measured after the first `warmup` steps (the keys of `--json`)."""
+        timed, taken = self.taken[warmup:], self.taken
+        medians = [name for name in timed[0] if name.endswith("median")]
+        return {
+            "system": "rlaif_jax-grpo-instruct",
+            "dtype": self.dtype,
+            "lora_rank": self.lora_rank,
+            **{name: round(statistics.median(x[name] for x in timed), 2) for name in medians},
+            "first_step_s": round(taken[0]["step_s_median"], 1),
+            "mean_length": round(statistics.mean(x["tokens"] for x in timed) / PROMPTS / ANSWERS, 1),
+            "rewards": [round(x["reward"], 3) for x in taken],
+            "sampler_gap": max(x["gap"] for x in taken),
+            "learned_gib": round(sum(x.nbytes for x in jax.tree.leaves(self.state)) / 2**30, 3),
+            "frozen_gib": round(sum(x.nbytes for x in jax.tree.leaves(self.frozen)) / 2**30, 3),
+            "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "steps": len(timed),
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,12 +170,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("tasks", type=Path, help="Self-Instruct's seed_tasks.jsonl")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--packed-rows", type=int, default=4)
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of an adapter that learns (default 0: all weights do); several ranks take turns in one process",
+    )
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps (default 1)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps (default 4)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     o = parser.parse_args(arguments)
-    result = run(o.folder, o.tasks, o.dtype, packed_rows=o.packed_rows, warmup=o.warmup, steps=o.steps)
-    print(json.dumps(result) if o.json else "\n".join(f"{name:>16}  {value}" for name, value in result.items()))
+    runs = [Steps(o.folder, o.tasks, o.dtype, packed_rows=o.packed_rows, lora_rank=rank) for rank in o.lora_rank]
+    for _ in range(o.warmup + o.steps):
+        for run in runs:
+            run.step()
+    for run in runs:
+        result = run.result(o.warmup)
+        print(json.dumps(result) if o.json else "\n".join(f"{name:>16}  {value}" for name, value in result.items()))
     return 0
 
 

@@ -79,8 +79,9 @@ def adapter_of(folder: Path) -> str:
         kind = base = None
     name = f"{kind} adapter" if kind else "adapter"
     return (
-        f"it is the folder of an adapter ({name} of {base or 'a base model'}), no whole model: merge it into its base "
-        "model (peft: merge_and_unload, then save_pretrained) and give the merged folder"
+        f"it is the folder of an adapter ({name} of {base or 'a base model'}), no whole model: give the folder "
+        "of its base model and read the adapter by load_adapter, or merge the two (peft: merge_and_unload, then "
+        "save_pretrained) and give the merged folder"
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from rlaif_jax.config import require
+from rlaif_jax.config import UserError, require
+from rlaif_jax.files import it_is
 from rlaif_jax.models.decoder_config import DecoderConfig
 
 REQUIRED = object()
@@ -59,6 +62,16 @@ class Fields:
             value in supported,
             f"{self.where}: {key}={value!r} is not supported; supported: " + ", ".join(repr(s) for s in supported),
         )
+
+
+def read_object(path: Path) -> Fields:
+    """Returns the fields of a file that holds a JSON object. Raises UserError for other files."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and Unicode's errors say line or byte
+        raise UserError(f"{path}: not JSON ({error}){it_is(path)}") from error
+    require(isinstance(values, dict), f"{path}: expected a JSON object")
+    return Fields(values, str(path))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,14 @@ transformers' configuration classes. Whatever would change the numbers and is no
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.hub import folder_is
-from rlaif_jax.files import it_is
 from rlaif_jax.models.decoder_config import DecoderConfig
 from rlaif_jax.models.hf import gpt2, llama, qwen
-from rlaif_jax.models.hf.base import Family, Fields
+from rlaif_jax.models.hf.base import Family, read_object
 
 FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, qwen.QWEN3, qwen.QWEN2, llama.FAMILY)  # Llama last: it needs no flag
 
@@ -36,12 +34,8 @@ def read_config(path: Path) -> DecoderConfig:
         f"{path.parent}: no config.json there; a model's folder holds config.json and model.safetensors"
         f"{folder_is(path.parent)}",
     )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's and Unicode's errors say line or byte
-        raise UserError(f"{path}: not JSON ({error}){it_is(path)}") from error
-    require(isinstance(values, dict), f"{path}: expected a JSON object")
-    fields = Fields(values, str(path))
+    fields = read_object(path)
+    values = fields.values
     require(
         values.get("model_type") is not None,
         f"{path}: the field model_type is missing, so this is no config.json of transformers{folder_is(path.parent)}",

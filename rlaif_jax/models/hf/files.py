@@ -11,6 +11,8 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -119,28 +121,44 @@ def save_model(
         UserError: no Hugging Face architecture has these flags; the tokenizer knows more ids than the model; the
             folder holds other things than a model, or cannot be written.
     """
-    folder = Path(folder).resolve()
     flat = flatten_dict(params, sep="/")
     shapes = parameter_shapes(model.config)
     wrong = sorted(p for p in shapes.keys() | flat.keys() if p not in flat or shapes.get(p) != np.shape(flat[p]))
     require(not wrong, f"save_model: the parameters are not of this model: {', '.join(wrong[:3])}")
     config = write_config(model.config, special_ids(tokenizer, model.config.vocab_size))
-    check_replaceable(folder)
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        staged.mkdir(parents=True)
+    with whole_folder(folder, "model", MODEL_FILES) as staged:
         (staged / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         write_weights(staged, model.config, flat, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(staged)
+
+
+@contextmanager
+def whole_folder(folder: str | Path, what: str, replaceable: re.Pattern[str]) -> Iterator[Path]:
+    """Yields a folder to write into, which then becomes `folder`, whole or not at all.
+
+    Args:
+        folder: the folder to make or to replace.
+        what: what it holds, for messages.
+        replaceable: names of the files that an older folder may hold.
+
+    Raises:
+        UserError: the folder holds other things, or cannot be written.
+    """
+    folder = Path(folder).resolve()
+    check_replaceable(folder, what, replaceable)
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        staged.mkdir(parents=True)
+        yield staged
         if folder.exists():
             folder.rename(replaced)
         staged.rename(folder)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(
-            f"{folder}: the model could not be written ({reason}); nothing was left behind. Free some "
+            f"{folder}: the {what} could not be written ({reason}); nothing was left behind. Free some "
             "space or name another folder"
         ) from error
     finally:
@@ -170,14 +188,20 @@ def special_ids(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, int |
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raises UserError for a folder that holds other things than a model."""
+def check_replaceable(folder: Path, what: str, replaceable: re.Pattern[str]) -> None:
+    """Raises UserError for a folder that holds other things than what is to be written.
+
+    Args:
+        folder: the folder, which may not exist.
+        what: what is to be written, for messages.
+        replaceable: names of the files that may be replaced.
+    """
     if folder.exists():
-        require(folder.is_dir(), f"{folder} is a file; name a folder for the model")
-        others = sorted(p.name for p in folder.iterdir() if not MODEL_FILES.fullmatch(p.name))
+        require(folder.is_dir(), f"{folder} is a file; name a folder for the {what}")
+        others = sorted(p.name for p in folder.iterdir() if not replaceable.fullmatch(p.name))
         require(
             not others,
-            f"{folder} holds {', '.join(others[:3])}, which belongs to no model, and will not be "
+            f"{folder} holds {', '.join(others[:3])}, which belongs to no {what}, and will not be "
             "replaced; name another folder",
         )
 

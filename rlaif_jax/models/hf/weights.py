@@ -318,7 +318,7 @@ def check_names(folder: Path, config: DecoderConfig, wanted: set[str], places: d
         )
 
 
-def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...], asker: str = "config.json") -> np.ndarray:
     """Reads one tensor as float32.
 
     Args:
@@ -326,6 +326,7 @@ def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> np.
         path: its path, for messages.
         name: name of the tensor.
         shape: the shape that the model asks for.
+        asker: what gives that shape, for messages.
 
     Raises:
         UserError: the tensor is absent, of another shape, or not of a floating type.
@@ -338,7 +339,7 @@ def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> np.
         ) from error
     require(
         tuple(stored.get_shape()) == shape,
-        f"{path}: the tensor {name} has shape {tuple(stored.get_shape())}; config.json asks for {shape}",
+        f"{path}: the tensor {name} has shape {tuple(stored.get_shape())}; {asker} asks for {shape}",
     )
     require(
         stored.get_dtype() in FLOATS,
