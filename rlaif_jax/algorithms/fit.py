@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -124,6 +125,36 @@ def minibatches(examples: Arrays, size: int, seed: int) -> Iterator[Arrays]:
         epoch += 1
 
 
+def bucketed_minibatches(buckets: Sequence[Arrays], size: int, seeds: Sequence[int]) -> Iterator[Arrays]:
+    """Yields minibatches without end, each of examples of one bucket, for one or several models at once.
+
+    Every bucket is drawn from in proportion to its examples, in an order of the buckets that depends on their sizes alone;
+    within a bucket all examples come once before one comes again, in an order by the seed. Examples of similar length in one
+    bucket need little padding, and models of different seeds have minibatches of the same shape.
+
+    Args:
+        buckets: name -> array [n, ...], with one n in a bucket; trailing axes may differ between buckets.
+        size: rows of a minibatch.
+        seeds: N seeds of the order, one a model.
+
+    Yields:
+        name -> array [size, N, ...].
+    """
+    counts = np.array([len(next(iter(bucket.values()))) for bucket in buckets], np.float64)
+    shares, taken = counts / counts.sum(), np.zeros(len(buckets))
+    orders = [[_endless_order(int(count), (seed, b)) for seed in seeds] for b, count in enumerate(counts)]
+    for update in itertools.count(1):
+        b = int(np.argmax(update * shares - taken))
+        taken[b] += 1
+        rows = np.stack([list(itertools.islice(order, size)) for order in orders[b]], axis=1)
+        yield {name: values[rows] for name, values in buckets[b].items()}
+
+
+def _endless_order(count: int, seed: tuple[int, ...]) -> Iterator[int]:
+    for epoch in itertools.count():
+        yield from np.random.default_rng((*seed, epoch)).permutation(count).tolist()
+
+
 def fit(
     step: Callable[..., Any],
     state: Any,
@@ -135,28 +166,53 @@ def fit(
     base: Params = None,
     log_every: int = LOG_EVERY,
     stop: Callable[[], bool] = lambda: False,
+    check: Callable[[Any], dict[str, float]] | None = None,
+    part: Part | None = None,
+    every: int | None = None,
 ) -> Any:
     """Runs `updates` steps over `batches` and returns the state.
+
+    A fit that goes on from a state of `part` computes the same numbers, bit for bit, as one that was never stopped: the
+    batches of the updates that are done are passed over.
 
     Args:
         step: `(state, batch, *, axis_name) -> (state, metrics)`, pure; with a base `(state, base, batch, *, axis_name)`.
         state: the state to start from; it is copied, not donated.
-        batches: yields a batch for each update.
+        batches: yields a batch for each update, from the first on.
         updates: number of updates.
         runner: the devices.
-        log: called with (update, mean metrics since the last call) every `log_every` updates.
+        log: called with (update, mean metrics since the last call) every `log_every` updates, and with the check's values.
         base: weights that `step` reads and that do not learn.
         log_every: updates between two calls of `log`.
-        stop: asked after each call of `log`; True ends the stage early.
+        stop: asked after each call of `log`; True ends the stage early, and `part` keeps the state.
+        check: state -> values that are logged, before the first update and after every `every` updates.
+        part: keeps the state after every `every` updates; the fit goes on from a state that it has.
+        every: updates between two checks and two states that are kept; None: all of them.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     # The first step donates its input: the caller keeps its own arrays.
-    state = runner.place(jax.tree.map(jax.numpy.array, state))
-    compiled, frozen = runner.step(step), () if base is None else (runner.place(base),)
+    state, done = runner.place(jax.tree.map(jax.numpy.array, state)), 0
+    if part is not None and (found := part.load(runner.fetch(state))) is not None:
+        state, done = runner.place(found[0]), part.done
+    for _ in range(done):
+        next(batches)
+    if check is not None and done == 0:
+        log(0, check(state))
+    compiled, every = runner.step(step), every or updates
+    frozen = () if base is None else (runner.place(base),)
     one = lambda state, batch: compiled(state, *frozen, batch)
-    return _descend(one, state, batches, range(1, updates + 1), log, log_every, stop)
+    while done < updates:
+        end = min(done - done % every + every, updates)
+        state, done, stopped = _descend(one, state, batches, range(done + 1, end + 1), log, log_every, stop)
+        if check is not None and done == end:
+            log(done, check(state))
+        if part is not None:
+            part.save(done, runner.fetch(state), {})
+        if stopped:
+            break
+    return state
 
 
 def _descend(
@@ -167,8 +223,12 @@ def _descend(
     log: Callable[[int, dict[str, float]], None],
     log_every: int,
     stop: Callable[[], bool],
-) -> Any:
-    """Runs a compiled step for the updates of these numbers, as `fit` does; `state` is donated."""
+) -> tuple[Any, int, bool]:
+    """Runs a compiled step for the updates of these numbers, as `fit` does; `state` is donated.
+
+    Returns:
+        (state, number of the last update, whether `stop` has ended the updates).
+    """
     pending: list[Any] = []
     since = time.perf_counter()
     for update in updates:
@@ -182,8 +242,8 @@ def _descend(
             log(update, values | {"time/updates_per_s": len(pending) / (now - since)})
             pending, since = [], now
             if stop():
-                break
-    return state
+                return state, update, True
+    return state, updates[-1], False
 
 
 def fit_model(
@@ -199,6 +259,9 @@ def fit_model(
     stop: Callable[[], bool] = lambda: False,
     lora: LoRAConfig | None = None,
     base: Params = None,
+    check: Callable[[Params], dict[str, float]] | None = None,
+    part: Part | None = None,
+    every: int | None = None,
 ) -> Params:
     """Fits a model to a fixed set of examples and returns its parameters on the host.
 
@@ -216,6 +279,9 @@ def fit_model(
         stop: asked after each call of `log`; True ends the stage early.
         lora: settings of the adapter; None: `params` are whole.
         base: the weights under the adapter.
+        check: parameters where the runner has them -> values that are logged; see `fit`, as for the next two.
+        part: keeps the state of the fit.
+        every: updates between two checks and two states that are kept; None: all of them.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -238,6 +304,9 @@ def fit_model(
         log=log,
         base=base,
         stop=stop,
+        check=None if check is None else lambda state: check(state[0]),
+        part=part,
+        every=every,
     )
     return jax.device_get(state[0])
 
@@ -281,7 +350,8 @@ def fit_until(
 
     def learn(compiled: Callable[..., Any], state: Any, done: int, updates: int) -> Any:
         batches = minibatches(examples(done // config.check_every, updates * config.batch_size), config.batch_size, 0)
-        return _descend(compiled, state, batches, range(done + 1, done + updates + 1), log, LOG_EVERY, stop)
+        numbers = range(done + 1, done + updates + 1)
+        return _descend(compiled, state, batches, numbers, log, LOG_EVERY, stop)[0]
 
     done, holds = 0, False
     if part is not None and (found := part.load(runner.fetch(state))) is not None:

@@ -21,16 +21,19 @@ class ScalarHead(nn.Module):
 
     Attributes:
         initial: weights at the start: zero for a value, N(0, 1 / (D + 1)) for a reward (Stiennon 2020).
+        bias: whether a constant is added.
     """
 
     initial: Literal["zero", "normal"]
+    bias: bool = True
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         init = (
             nn.initializers.zeros if self.initial == "zero" else nn.initializers.normal((hidden.shape[-1] + 1) ** -0.5)
         )
-        return nn.Dense(1, kernel_init=init, dtype=jnp.float32, name="scalar")(hidden.astype(jnp.float32))[..., 0]
+        dense = nn.Dense(1, self.bias, kernel_init=init, dtype=jnp.float32, name="scalar")
+        return dense(hidden.astype(jnp.float32))[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +43,14 @@ class ScalarModel:
     Attributes:
         config: shape of the trunk.
         initial: weights of the head at the start.
+        bias: whether the head adds a constant; Hugging Face's classifiers have none, and no comparison depends on it.
         lora: None: trunk and head learn. Else an adapter and the head do, over the trunk of `Frozen.base`, which a critic
             shares with its policy.
     """
 
     config: DecoderConfig
     initial: Literal["zero", "normal"] = "zero"
+    bias: bool = True
     lora: LoRAConfig | None = None
 
     def init(self, key: jax.Array, trunk: Params | None = None) -> Params:
@@ -66,7 +71,7 @@ class ScalarModel:
             trunk = (
                 whole(trunk_key) if self.lora is None else self.lora.init(trunk_key, jax.eval_shape(whole, trunk_key))
             )
-        head = ScalarHead(self.initial).init(head_key, jnp.zeros((1, self.config.width)))["params"]
+        head = ScalarHead(self.initial, self.bias).init(head_key, jnp.zeros((1, self.config.width)))["params"]
         return {"trunk": jax.tree.map(jnp.array, trunk), "head": head}
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -99,7 +104,7 @@ class ScalarModel:
             params: the parameters of trunk and head; only the head is read.
             hidden: the hidden states.
         """
-        return apply(ScalarHead(self.initial), params["head"], hidden)
+        return apply(ScalarHead(self.initial, self.bias), params["head"], hidden)
 
 
 @dataclasses.dataclass(frozen=True)

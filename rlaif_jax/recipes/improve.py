@@ -183,7 +183,7 @@ def with_critic(
     params = {"policy": policy_params}
     if not config.advantage.needs_critic:
         return None, params
-    critic = ScalarModel(model.config, "zero", lora)
+    critic = ScalarModel(model.config, "zero", lora=lora)
     return critic, params | {"value": critic.init(key, trunk=trunk if lora is None else None)}
 
 

@@ -70,27 +70,32 @@ def both_orders(
 
 
 def bradley_terry(
-    first: jax.Array, second: jax.Array, probability: jax.Array, mask: jax.Array | None = None
+    first: jax.Array,
+    second: jax.Array,
+    probability: jax.Array,
+    mask: jax.Array | None = None,
+    margin: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Computes the Bradley-Terry loss with soft labels.
+    """Computes the Bradley-Terry loss with soft labels and a margin.
 
-    loss = -p log sigmoid(s1 - s2) - (1 - p) log sigmoid(s2 - s1).
+    loss = -p log sigmoid(s1 - s2 - m) - (1 - p) log sigmoid(s2 - s1 - m).
 
-    Lee 2023, section 2.1.2: cross-entropy to softmax(s1, s2).
+    Lee 2023, section 2.1.2: cross-entropy to softmax(s1, s2); the margin is that of Llama 2 (Touvron 2023, eq. 2).
 
     Args:
         first: scores s1 [...].
         second: scores s2 [...].
         probability: p = P(first is better) [...]; a tie is 1/2.
         mask: [...], false where a comparison is missing.
+        margin: m >= 0 [...], by which the better answer's score should exceed the other; 0 for a tie.
 
     Returns:
         [...] float32, in nats.
     """
-    p, margin = jnp.asarray(probability, jnp.float32), _float(first) - _float(second)
+    p, gap = jnp.asarray(probability, jnp.float32), _float(first) - _float(second)
     if mask is not None:
-        p, margin = jnp.where(mask, p, 0.5), jnp.where(mask, margin, 0.0)
-    loss = -p * jax.nn.log_sigmoid(margin) - (1 - p) * jax.nn.log_sigmoid(-margin)
+        p, gap, margin = jnp.where(mask, p, 0.5), jnp.where(mask, gap, 0.0), jnp.where(mask, margin, 0.0)
+    loss = -p * jax.nn.log_sigmoid(gap - margin) - (1 - p) * jax.nn.log_sigmoid(-gap - margin)
     return loss if mask is None else jnp.where(mask, loss, 0.0)
 
 

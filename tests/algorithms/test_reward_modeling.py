@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
-from rlaif_jax.algorithms.reward_modeling import ranking_step, reward_step
+from rlaif_jax.algorithms.reward_modeling import members_step, ranking_step, reward_step
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import make_mesh, pmap_step, shard_step
@@ -111,6 +111,73 @@ def test_it_learns_what_separates_the_pairs(params, step):
         accuracies.append(float(metrics["accuracy"]))
     assert np.mean(accuracies[:3]) < 0.75
     assert np.mean(accuracies[-5:]) > 0.9, accuracies
+
+
+def numpy_scores(params, batch):
+    """Scores (first, second) of a batch's pairs, at the last real tokens."""
+    found = []
+    for i in (1, 2):
+        per_token = np.asarray(jax.jit(MODEL)(params, batch[f"tokens{i}"], batch[f"mask{i}"]), np.float64)
+        found.append(per_token[np.arange(len(per_token)), [np.flatnonzero(m)[-1] for m in batch[f"mask{i}"]]])
+    return found
+
+
+def test_margin_and_centring_are_those_of_llama_2_and_trl(params):
+    """TRL's RewardTrainer: -logsigmoid(chosen - rejected - margin).mean() + c * mean((chosen + rejected)^2)."""
+    batch = make_batch(np.random.default_rng(0))
+    batch["probability"] = np.float32([1, 0, 1, 0, 1, 0, 1, 1])
+    batch["margin"] = np.float32([0, 0, 1, 3, 0.5, 1 / 3, 2, 0])
+    centred = jax.jit(functools.partial(reward_step, MODEL, OPTIMIZER, center_coef=0.3))
+    (new, _), metrics = centred((params, OPTIMIZER.init(params)), batch)
+    first, second = numpy_scores(params, batch)
+    chosen = np.where(batch["probability"] == 1, first, second)
+    rejected = first + second - chosen
+    losses = np.log1p(np.exp(-(chosen - rejected - batch["margin"].astype(np.float64))))
+    np.testing.assert_allclose(metrics["loss"], losses.mean() + 0.3 * ((chosen + rejected) ** 2).mean(), rtol=1e-5)
+    assert not np.allclose(new["head"]["scalar"]["kernel"], params["head"]["scalar"]["kernel"])
+
+
+def test_a_missing_judgement_has_no_margin_and_no_centre(params):
+    batch = make_batch(np.random.default_rng(0)) | {"margin": np.zeros(B, np.float32)}
+    batch["weight"][3] = 0
+    centred = jax.jit(functools.partial(reward_step, MODEL, OPTIMIZER, center_coef=0.3))
+    clean, _ = centred((params, OPTIMIZER.init(params)), batch)
+    batch["margin"], batch["tokens1"] = batch["margin"].copy(), batch["tokens1"].copy()
+    batch["margin"][3], batch["tokens1"][3] = np.nan, 3
+    dirty, _ = centred((params, OPTIMIZER.init(params)), batch)
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_members_learn_what_each_would_learn_alone():
+    """Three models of other weights and batches in one program, on one device and on eight."""
+    members = [random_params(MODEL, seed=k, scale=0.2) for k in range(3)]
+    batches = [make_batch(np.random.default_rng(k), count=16) for k in range(3)]
+    tx = optax.sgd(0.1)
+    alone = [jax.jit(functools.partial(reward_step, MODEL, tx))((p, tx.init(p)), b) for p, b in zip(members, batches)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *members)
+    together = {name: np.stack([batch[name] for batch in batches], axis=1) for name in batches[0]}
+    step = functools.partial(members_step, reward_step, MODEL, tx)
+    state = stacked, jax.vmap(tx.init)(stacked)
+    for run in (jax.jit(step), pmap_step(step, donate=False), shard_step(step, make_mesh(2, 2, 2), donate=False)):
+        (params, _), metrics = run(state, together)
+        for k, ((expected, _), own) in enumerate(alone):
+            np.testing.assert_allclose(metrics[f"member_{k}/loss"], own["loss"], rtol=1e-5)
+            np.testing.assert_allclose(metrics[f"member_{k}/accuracy"], own["accuracy"], rtol=1e-6)
+            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected)):
+                np.testing.assert_allclose(a[k], b, atol=1e-6)
+        np.testing.assert_allclose(metrics["loss"], np.mean([own["loss"] for _, own in alone]), rtol=1e-5)
+
+
+def test_one_member_is_the_step_itself(params, step):
+    batch = make_batch(np.random.default_rng(2))
+    state = params, OPTIMIZER.init(params)
+    expected, metrics = step(state, batch)
+    lone = jax.jit(functools.partial(members_step, reward_step, MODEL, OPTIMIZER))
+    got, own = lone(jax.tree.map(lambda x: x[None], state), {name: x[:, None] for name, x in batch.items()})
+    assert own.keys() == metrics.keys() and own["loss"] == metrics["loss"]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_array_equal(a[0], b)
 
 
 # ---- rankings

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -122,13 +122,47 @@ def save_model(
             folder holds other things than a model, or cannot be written.
     """
     flat = flatten_dict(params, sep="/")
-    shapes = parameter_shapes(model.config)
-    wrong = sorted(p for p in shapes.keys() | flat.keys() if p not in flat or shapes.get(p) != np.shape(flat[p]))
-    require(not wrong, f"save_model: the parameters are not of this model: {', '.join(wrong[:3])}")
+    check_shapes("save_model", flat, parameter_shapes(model.config))
     config = write_config(model.config, special_ids(tokenizer, model.config.vocab_size))
+    write_folder(folder, config, model.config, flat, tokenizer, max_shard_bytes)
+
+
+def check_shapes(caller: str, flat: dict[str, jax.Array], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError where parameters are missing, unknown or of another shape.
+
+    Args:
+        caller: begins the message.
+        flat: path of each parameter, joined by "/" -> array.
+        shapes: those of the model, by path.
+    """
+    wrong = sorted(p for p in shapes.keys() | flat.keys() if p not in flat or shapes.get(p) != np.shape(flat[p]))
+    require(not wrong, f"{caller}: the parameters are not of this model: {', '.join(wrong[:3])}")
+
+
+def write_folder(
+    folder: str | Path,
+    values: dict[str, Any],
+    config: DecoderConfig,
+    flat: dict[str, jax.Array],
+    tokenizer: Tokenizer | None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes the folder of a model, whole or not at all; an older model of that name is replaced.
+
+    Args:
+        folder: the folder to make or to replace.
+        values: the content of config.json.
+        config: shape of the decoder.
+        flat: path of each parameter, joined by "/" -> array.
+        tokenizer: saved with the model; None saves none.
+        max_shard_bytes: weights of more bytes are split over several files.
+
+    Raises:
+        UserError: the folder holds other things than a model, or cannot be written.
+    """
     with whole_folder(folder, "model", MODEL_FILES) as staged:
-        (staged / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        write_weights(staged, model.config, flat, max_shard_bytes)
+        (staged / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+        write_weights(staged, config, flat, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(staged)
 

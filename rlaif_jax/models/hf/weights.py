@@ -30,7 +30,8 @@ from rlaif_jax.models.hf.families import family_of
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Constant buffers that old checkpoints hold in addition to their weights.
 BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-LM_HEAD = "lm_head.weight"
+LM_HEAD, SCORE = "lm_head.weight", "score.weight"
+HEADS = {"lm_head": LM_HEAD, "head": SCORE}  # module of the parameters -> tensor, without the prefix of the trunk's
 DELETE_INDEX = (
     "index is of another sharding: fetch that of these shards, or delete it (without one, the shards are read by their "
     "own headers)"
@@ -77,7 +78,7 @@ class Tensor:
     @property
     def bare_name(self) -> str:
         """Returns the name in files that were written from the trunk alone."""
-        return self.name if self.name == LM_HEAD else self.name.partition(".")[2]
+        return self.name if self.name in HEADS.values() else self.name.partition(".")[2]
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Returns the shape in the file, given those of all parameters."""
@@ -106,8 +107,8 @@ def tensors(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
     groups: dict[tuple[str, bool], list[str]] = {}
     for path in shapes:
         *modules, leaf = path.split("/")
-        if modules[0] == "lm_head":
-            name, transposed = LM_HEAD, True
+        if modules[0] in HEADS:
+            name, transposed = HEADS[modules[0]], True
         else:
             inner = [file_module(family, module) for module in modules[1:]]
             name = family.prefix + ".".join([*inner, "bias" if leaf == "bias" else "weight"])
@@ -226,12 +227,20 @@ def damage(path: Path) -> str:
     return f"{data} bytes of {max(ends, default=8)}" + (f", the tensor {cut[0]} is not whole" if cut else "")
 
 
-def read_weights(folder: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
+def read_weights(
+    folder: Path, config: DecoderConfig, shapes: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, np.ndarray]:
     """Returns all parameters {path: float32 array} from the safetensors of a folder, each tensor checked.
 
-    `config` is the model's. Raises UserError where a tensor is missing, unknown or of another shape.
+    Args:
+        folder: the model's folder.
+        config: the model's settings.
+        shapes: of the parameters, by path; None: those of the language model.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape.
     """
-    shapes = parameter_shapes(config)
+    shapes = shapes or parameter_shapes(config)
     values: dict[str, np.ndarray] = {}
     places = weight_files(folder)
     wanted = stored_names(folder, config, tensors(family_of(config), shapes), places)
@@ -283,7 +292,7 @@ def stored_names(
         "alone",
     )
     outer = fronts[0].removesuffix(prefix)
-    return {t: (outer if t.name == LM_HEAD else fronts[0]) + t.bare_name for t in listed}
+    return {t: (outer if t.name in HEADS.values() else fronts[0]) + t.bare_name for t in listed}
 
 
 def check_names(folder: Path, config: DecoderConfig, wanted: set[str], places: dict[str, Path]) -> None:
