@@ -11,12 +11,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.conversations import ASSISTANT
 from rlaif_jax.feedback.records.formats import judges, pairs, tools
-from rlaif_jax.feedback.records.formats.rows import ReadResult, write_jsonl
+from rlaif_jax.feedback.records.formats.rows import ReadResult, json_rows, write_jsonl
 from rlaif_jax.feedback.records.forms import Judgement, Rater, to_json
-from rlaif_jax.feedback.records.parsing import each_judgement
+from rlaif_jax.feedback.records.parsing import each_judgement, read_judgements
 from rlaif_jax.feedback.records.store import Store
 
 NAMED_BAD = 20  # bad rows that are named on the terminal
@@ -25,6 +27,10 @@ NAMED_BAD = 20  # bad rows that are named on the terminal
 @dataclasses.dataclass(frozen=True)
 class Records:
     """The project's own records, one a line, of which `import_feedback` reads any number."""
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `parsing.read_judgements`."""
+        return ReadResult(*read_judgements(path), Counter())
 
     def write(self, judgements: Iterable[Judgement], path: Path) -> int:
         """Writes the judgements as JSON lines; returns the number of lines."""
@@ -196,7 +202,93 @@ class CrowdPairs:
         return tools.write_crowd_pairs(judgements, path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Oasst:
+    """OpenAssistant's trees of conversations with ranked replies.
+
+    Attributes:
+        rater: the name of the people who ranked.
+    """
+
+    rater: str = pairs.CROWD.name
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `pairs.read_oasst`."""
+        return pairs.read_oasst(path, Rater(self.rater, "person"))
+
+
+@dataclasses.dataclass(frozen=True)
+class HelpSteer:
+    """HelpSteer's answers rated by five criteria, and HelpSteer2's preferences.
+
+    Attributes:
+        rater: the name of the people who judged.
+    """
+
+    rater: str = pairs.CROWD.name
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file; see `pairs.read_helpsteer`."""
+        return pairs.read_helpsteer(path, Rater(self.rater, "person"))
+
+
 Written = Records | HH | Distilabel | Argilla | LabelStudio | AlpacaEval | CrowdLabels | CrowdPairs
+Read = Written | FastChat | Oasst | HelpSteer
+
+
+@dataclasses.dataclass(frozen=True)
+class Detected:
+    """The format that a file shows: a feedback store, a TFDS folder, or what its first row is like."""
+
+    def read(self, path: Path) -> ReadResult:
+        """Reads a file of any format that differs from the others in its fields.
+
+        Raises:
+            UserError: the file cannot be read, or its first row is of no known shape.
+        """
+        if path.is_dir():
+            from rlaif_jax.feedback.records.dataset import read  # here, because TFDS takes seconds to import
+
+            return ReadResult(*read(path), Counter())
+        require(path.exists(), f"{path}: there is no such file of feedback")
+        with open(path, "rb") as file:
+            if file.read(15) == b"SQLite format 3":
+                with Store(path) as store:
+                    return ReadResult(store.judgements(), [], Counter())
+        return detect_format(path).read(path)
+
+
+def detect_format(path: Path) -> Read:
+    """Returns the format of a JSON file, by its first row.
+
+    Raises:
+        UserError: the file cannot be read, or its first row is of no known shape.
+    """
+    row: Any = next((value for _, value in json_rows(path, [])), None)
+    fields = row.keys() if isinstance(row, dict) else set()
+    if {"form", "rater", "answers"} <= fields:
+        return Records()
+    if {"chosen", "rejected"} <= fields:
+        texts = [row[name] for name in ("chosen", "rejected")]
+        return HH() if all(isinstance(text, str) and ASSISTANT in text for text in texts) else Distilabel()
+    known: tuple[tuple[Read, list[set[str]]], ...] = (
+        (Distilabel(), [{"generations"}]),
+        (HelpSteer(), [{"prompt", "response", "helpfulness"}, {"prompt", "response_1", "preference_strength"}]),
+        (AlpacaEval(), [{"output_1", "output_2", "preference"}]),
+        (Argilla(), [{"fields", "responses"}, {"fields", "suggestions"}]),
+        (LabelStudio(), [{"data", "annotations"}]),
+    )
+    for form, signs in known:
+        if any(sign <= fields for sign in signs):
+            return form
+    if any(str(name).endswith((".responses", ".suggestion")) for name in fields):
+        return Argilla()
+    if isinstance(row, dict) and isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]:
+        return Oasst()
+    shown = ", ".join(map(str, fields))[:200] or f"no object: {str(row)[:60]!r}"
+    raise UserError(
+        f"{path}: its first row is of no format that is known by its fields ({shown}); name it: --format ..."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +302,7 @@ class ImportConfig:
     """
 
     files: tuple[Path, ...] = ()
-    format: Written | FastChat = Records()
+    format: Read = Records()
     store: Path = Path("feedback.sqlite")
 
 

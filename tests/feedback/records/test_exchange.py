@@ -127,3 +127,54 @@ def peak_bytes(work: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+REPLIES = [{"text": text, "role": "assistant", "rank": rank} for rank, text in enumerate("ab")]
+ROWS = {
+    "HH": {"chosen": f"{START} a", "rejected": f"{START} b"},
+    "Distilabel": {"prompt": "p", "chosen": "a", "rejected": "b"},
+    "Distilabel of messages": {"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}],
+                               "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}]},
+    "Distilabel of ratings": {"instruction": "p", "generations": ["a", "b"], "ratings": [5, 1]},
+    "HelpSteer": {"prompt": "p", "response": "a", "helpfulness": 3, "verbosity": 1},
+    "HelpSteer of preferences": {"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": -2},
+    "AlpacaEval": {"instruction": "p", "output_1": "a", "output_2": "b", "preference": 1},
+    "Argilla": {"fields": {"prompt": "p", "answer": "a"}, "responses": {"rating": [{"value": 4, "user_id": "u"}]}},
+    "Oasst": {"prompt": {"text": "q", "role": "prompter", "replies": REPLIES}},
+    "Records": to_json(rows.pair("p", ("a", "b"), 0, ANNA)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_format_is_known_by_its_first_row(tmp_path: Path, name):
+    path = tmp_path / "file.jsonl"
+    path.write_text(json.dumps(ROWS[name]) + "\n")
+    assert type(exchange.detect_format(path)).__name__ == name.split()[0]
+    good, bad = exchange.Detected().read(path)
+    assert bad == [] and good and all(j.answered for j in good)
+
+
+def test_a_store_and_a_tfds_folder_are_known(tmp_path: Path):
+    record = rows.pair("p", ("a", "b"), 0, ANNA)
+    with Store(tmp_path / "any.name") as store:
+        store.add([record])
+        folder = store.export_tfds(tmp_path / "tfds")
+    assert exchange.Detected().read(tmp_path / "any.name")[0] == [record]
+    assert exchange.Detected().read(folder)[0] == [record]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"x": 1}', r"known by its fields \(x\); name it: --format"),
+        ("[1, 2]", r"no object: '1'"),
+        ("", r"no object: 'None'"),
+    ],
+)
+def test_an_unknown_format_is_asked_for(tmp_path: Path, content, message):
+    path = tmp_path / "file.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        exchange.Detected().read(path)
+    with pytest.raises(UserError, match="no such file of feedback"):
+        exchange.Detected().read(tmp_path / "none.jsonl")

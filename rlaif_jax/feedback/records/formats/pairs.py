@@ -286,6 +286,48 @@ def _replies(turns: tuple[Turn, ...], replies: list[Any], rater: Rater) -> Ranki
     return Ranking(prompt=prompt, answers=answers, rater=rater, ranks=ranks)
 
 
+# ---- HelpSteer (Wang et al. 2023, 2024)
+
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def read_helpsteer(path: Path, rater: Rater = CROWD) -> ReadResult:
+    """Reads HelpSteer's rows: a rating from 0 to 4 of an answer by each of five criteria.
+
+    The criterion is the principle of the record. Rows of HelpSteer2-Preference, `response_1, response_2,
+    preference_strength` from -3 (the first is much better) to 3, become comparisons: a strength of 1, 2 or 3 is one of 1, 3
+    or 5 in the record, 0 is a tie.
+
+    Args:
+        path: the JSON file, or a .gz of it.
+        rater: who made all judgements; the file does not name them.
+
+    Returns:
+        (judgements, a message for each bad row).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return parse_rows(path, lambda row: _helpsteer(row, rater))
+
+
+def _helpsteer(row: Any, rater: Rater) -> list[Judgement]:
+    prompt = field(row, "prompt")
+    if "preference_strength" in row:
+        strength = field(row, "preference_strength", int)
+        require(-3 <= strength <= 3, f"preference_strength is {strength}; it lies between -3 and 3")
+        answers = field(row, "response_1"), field(row, "response_2")
+        winner = None if strength == 0 else int(strength > 0)
+        return [pair(prompt, answers, winner, rater, strength=2.0 * abs(strength) - 1 if strength else None)]
+    answer = field(row, "response")
+    return [
+        Rating(prompt=prompt, answers=(answer,), rater=rater, principle=name, value=field(row, name, (int, float)),
+               low=0, high=4)
+        for name in HELPSTEER
+        if row.get(name) is not None
+    ]  # fmt: skip
+
+
 # ---- The Anthropic critique and revision requests
 
 

@@ -297,3 +297,24 @@ def test_critique_requests(write):
     requests, bad = pairs.read_critique_requests(path)
     assert requests == [("first", "What is wrong?", "Mend it."), ("third", "What is wrong?", "Mend it.")]
     assert bad == [f"{path}:1, second: no field 'edit_request'; the fields are prompt"]
+
+
+def test_helpsteer_has_a_rating_for_each_criterion_and_preferences_with_strengths(write):
+    rating = {"prompt": "p", "response": "a", "helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 1}
+    good, bad = pairs.read_helpsteer(
+        write("ratings.jsonl", rating | {"verbosity": 0}, rating | {"helpfulness": 5}, {"prompt": "p"})
+    )
+    assert [(j.principle, j.value, j.unit) for j in good] == [
+        ("helpfulness", 3, 0.75), ("correctness", 4, 1), ("coherence", 4, 1), ("complexity", 1, 0.25), ("verbosity", 0, 0)
+    ]  # fmt: skip
+    assert [message.partition(": ")[2] for message in bad] == [
+        "value is 5.0, off the scale 0 .. 4",
+        "no field 'response'; the fields are prompt",
+    ]
+    pair = {"prompt": "p", "response_1": "a", "response_2": "b"}
+    strengths = (-3, -1, 0, 2, 4)
+    good, bad = pairs.read_helpsteer(write("pairs.jsonl", *[pair | {"preference_strength": s} for s in strengths]))
+    assert [(j.ranks, j.status, j.strength) for j in good] == [
+        ((1, 2), "ok", 5), ((1, 2), "ok", 1), ((1, 1), "tie", None), ((2, 1), "ok", 3)
+    ]  # fmt: skip
+    assert bad[0].endswith("preference_strength is 4; it lies between -3 and 3")
