@@ -16,6 +16,26 @@ from rlaif_jax.parallel import psum
 from rlaif_jax.types import Metrics, Params
 
 
+def target_logprobs(model: CausalLM, params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns (log-probs in nats, weights), each [R, C], of the token that follows each column.
+
+    The weight is 0 where no token of the same text follows.
+
+    Args:
+        model: the language model.
+        params: its parameters.
+        batch: rows of packed texts, as `supervised_step` takes them.
+    """
+    segments = batch["segments"]
+    # The last column wraps around to the first one, which may belong to a text of the same number.
+    follows = (segments > 0) & (jnp.roll(segments, -1, axis=1) == segments).at[:, -1].set(False)
+    targets = jnp.where(follows, jnp.roll(batch["tokens"], -1, axis=1), 0)
+    weights = jnp.where(follows, jnp.roll(batch["weights"], -1, axis=1), 0.0)
+    view = PackedView(batch["tokens"], batch["positions"], segments, None, targets)
+    logprobs, _ = model.token_logprobs(params, model.hidden(params, view), targets)
+    return jnp.where(weights > 0, logprobs, 0.0), weights
+
+
 def weighted_cross_entropy(
     model: CausalLM, params: Params, batch: dict[str, jax.Array], axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -29,15 +49,9 @@ def weighted_cross_entropy(
         batch: rows of packed texts, as `supervised_step` takes them.
         axis_name: the mapped axis of the devices, or None.
     """
-    segments = batch["segments"]
-    # The last column wraps around to the first one, which may belong to a text of the same number.
-    follows = (segments > 0) & (jnp.roll(segments, -1, axis=1) == segments).at[:, -1].set(False)
-    targets = jnp.where(follows, jnp.roll(batch["tokens"], -1, axis=1), 0)
-    weights = jnp.where(follows, jnp.roll(batch["weights"], -1, axis=1), 0.0)
-    view = PackedView(batch["tokens"], batch["positions"], segments, None, targets)
-    logprobs, _ = model.token_logprobs(params, model.hidden(params, view), targets)
+    logprobs, weights = target_logprobs(model, params, batch)
     total = jnp.maximum(psum(weights.sum(), axis_name), 1e-8)
-    loss = -jnp.sum(jnp.where(weights > 0, logprobs, 0.0) * weights) / total
+    loss = -jnp.sum(logprobs * weights) / total
     return loss, psum(jax.lax.stop_gradient(loss), axis_name)
 
 

@@ -65,6 +65,20 @@ def packed_text_arrays(
         UserError: an example is longer than `length`.
     """
     sequences, values = _encoded(tokenizer, examples, length, end_weight, add_bos)
+    return packed_sequences(sequences, values, length=length, pad_id=tokenizer.pad_id)
+
+
+def packed_sequences(
+    sequences: Sequence[Sequence[int]], values: Sequence[Sequence[float]], *, length: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """Packs sequences of tokens into rows; returns the arrays that `packed_text_arrays` describes.
+
+    Args:
+        sequences: token ids, at most `length` each.
+        values: the weight of each token in the loss.
+        length: columns of a row.
+        pad_id: the token of empty columns.
+    """
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the number of their free columns
     for i, sequence in enumerate(sequences):
@@ -77,7 +91,7 @@ def packed_text_arrays(
             rows.append([])
         rows[row].append(i)
         by_space[space - need].append(row)
-    tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
+    tokens = np.full((len(rows), length), pad_id, np.int32)
     segments, positions = np.zeros((2, *tokens.shape), np.int32)
     weights = np.zeros(tokens.shape, np.float32)
     for row, texts in enumerate(rows):
@@ -178,6 +192,25 @@ def answer_ids(rollout: Rollout) -> list[list[int]]:
     """Returns the tokens of the B answers of a rollout, with the stop token of those that came to it."""
     tokens, mask = np.asarray(rollout.responses), np.asarray(rollout.response_mask)
     return [row[real].tolist() for row, real in zip(tokens, mask)]
+
+
+def held_out_mask(names: Sequence[str], share: float, seed: int) -> np.ndarray:
+    """Returns which of N examples are held out [N] bool: all examples of a name, or none.
+
+    Args:
+        names: of the N examples, such as their prompts.
+        share: of the different names, rounded; at least one name is on either side.
+        seed: of the choice, which depends on the set of names alone, not on their order.
+
+    Raises:
+        UserError: the share is outside (0, 1), or there are fewer than two names.
+    """
+    require(0 < share < 1, f"the held-out share must lie between 0 and 1, not {share}")
+    different = sorted(set(names))
+    require(len(different) > 1, f"nothing can be held out: all examples are of {len(different)} prompt or conversation")
+    count = min(max(round(share * len(different)), 1), len(different) - 1)
+    chosen = {different[i] for i in np.random.default_rng(seed).permutation(len(different))[:count]}
+    return np.array([name in chosen for name in names])
 
 
 def token_spans(

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.data.llama2c import Llama2cTokenizer
-from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
+from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.sentences import Sentences, split_sentences
 from rlaif_jax.feedback.judges.sentiment import SentimentConfig, SentimentJudge, fit_judge, new_judge
 from rlaif_jax.feedback.records.forms import sha256
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM
-from rlaif_jax.models.hf.files import download_model, load_model
+from rlaif_jax.models.hf.files import load_with_tokenizer
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.text import answer_texts, make_generator
@@ -53,17 +52,11 @@ def load_storyteller(name: str, tokenizer_path: Path | None, prompt_length: int,
     Raises:
         UserError: one of the files is missing, they do not fit each other, or the model cannot read P + T tokens.
     """
-    model, params = load_model(name)
-    folder = Path(name).parent if Path(name).is_file() else Path(name) if Path(name).is_dir() else download_model(name)
-    tokenizer = load_tokenizer(tokenizer_path or folder)
-    check_tokenizer(tokenizer, model.config.vocab_size, name)
+    model, params, tokenizer = load_with_tokenizer(name, tokenizer_path)
     require(
         tokenizer.bos_id is not None,
-        f"{tokenizer_path or folder}: this tokenizer has no BOS token to begin a story with",
+        f"{tokenizer_path or name}: this tokenizer has no BOS token to begin a story with",
     )
-    if Path(name).is_file() or isinstance(tokenizer, Llama2cTokenizer):
-        # A llama2.c model has learned texts that each begin with BOS, and never saw EOS, whatever file its tokenizer is in.
-        tokenizer = tokenizer.stopping_at_bos()
     longest = prompt_length + max_new_tokens
     require(
         longest <= model.config.context_length,

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rlaif_jax.data.prompts import padded
+from rlaif_jax.feedback.judges.batching import in_batches
+from rlaif_jax.feedback.judges.reward_pairs import bucket_widths
 from rlaif_jax.models.heads import ScalarModel, gather_last
+from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Feedback, Params, Rollout
 
 
@@ -44,3 +51,56 @@ class RewardModel:
         mask = jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
         scores = score_sequences(self.model, params, (rollout.tokens, mask), axis_name=axis_name)
         return Feedback.single(scores, jnp.ones(scores.shape, bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores texts by every member of an ensemble.
+
+    Attributes:
+        model: the reward model.
+        runner: the devices.
+        batch_size: texts of a compiled call.
+        pad_id: the token of empty columns.
+    """
+
+    model: ScalarModel
+    runner: Runner
+    batch_size: int
+    pad_id: int
+
+    def __call__(self, params: Params, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
+        """Returns scores [n, 2, N] float64 of n pairs of texts by the N members of an ensemble.
+
+        Args:
+            params: of the members, each array with a first axis N.
+            pairs: the tokens of the first and the second text.
+        """
+        rows = [ids for both in pairs for ids in both]
+        lengths = np.array([len(ids) for ids in rows])
+        widths = bucket_widths(lengths)
+        bucket = np.searchsorted(widths, lengths)
+        scores = np.zeros((len(rows), len(jax.tree.leaves(params)[0])))
+        score = self.runner.map(partial(score_members, self.model))
+        for number, width in enumerate(widths):
+            chosen = np.flatnonzero(bucket == number)
+            batch = padded([rows[i] for i in chosen], width, self.pad_id, "left")
+            scores[chosen] = in_batches(partial(score, params), batch, self.batch_size)
+        return scores.reshape(len(pairs), 2, -1)
+
+
+def score_members(
+    model: ScalarModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
+) -> jax.Array:
+    """Computes the scores [B, N] float32 of N members at the last real token of B texts.
+
+    Args:
+        model: the reward model.
+        params: parameters, each array with a first axis N.
+        batch: (tokens [B, S] int32, mask [B, S] bool).
+        axis_name: not used; `Runner.map` passes it.
+    """
+    del axis_name
+    if jax.tree.leaves(params)[0].shape[0] == 1:  # some attention kernels have no batched form
+        return score_sequences(model, jax.tree.map(lambda x: x[0], params), batch)[:, None]
+    return jax.vmap(lambda member: score_sequences(model, member, batch), out_axes=1)(params)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from safetensors.numpy import save_file
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.hub import TOKENIZER_FILES, download
+from rlaif_jax.data.llama2c import Llama2cTokenizer
+from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from rlaif_jax.files import it_is
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig
@@ -33,9 +35,6 @@ from rlaif_jax.models.hf.gguf import read_gguf_model
 from rlaif_jax.models.hf.llama2c import read_llama2c
 from rlaif_jax.models.hf.weights import INDEX, WEIGHTS, Tensor, parameter_shapes, read_weights, tensors
 from rlaif_jax.types import Params
-
-if TYPE_CHECKING:
-    from rlaif_jax.data.tokenizers import Tokenizer
 
 # What `save_model` may replace when it overwrites a folder.
 MODEL_FILES = re.compile(
@@ -83,6 +82,40 @@ def load_model(
         flat = read_weights(folder, config)
     config = dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat)
     return CausalLM(config), unflatten_dict({name: jnp.array(flat.pop(name)) for name in list(flat)}, sep="/")
+
+
+def load_with_tokenizer(
+    name: str,
+    tokenizer_path: Path | None = None,
+    *,
+    compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    remat: bool = False,
+) -> tuple[CausalLM, Params, Tokenizer]:
+    """Reads a language model and its tokenizer.
+
+    The tokenizer's `eos_id` is the token that really ends the model's texts.
+
+    Args:
+        name: as `load_model` takes it.
+        tokenizer_path: the tokenizer's file or folder; None: it is next to the model.
+        compute_dtype: of activations.
+        remat: recompute blocks in the backward pass.
+
+    Raises:
+        UserError: one of the files is missing or damaged, or they do not fit each other.
+    """
+    model, params = load_model(name, compute_dtype=compute_dtype, remat=remat)
+    folder = Path(name).parent if Path(name).is_file() else Path(name) if Path(name).is_dir() else download_model(name)
+    tokenizer = load_tokenizer(tokenizer_path or folder)
+    check_tokenizer(tokenizer, model.config.vocab_size, name)
+    if Path(name).is_file() or isinstance(tokenizer, Llama2cTokenizer):
+        # A llama2.c model has learned texts that each begin with BOS, and never saw EOS, whatever file its tokenizer is in.
+        require(
+            tokenizer.bos_id is not None,
+            f"{tokenizer_path or folder}: this tokenizer has no BOS token to begin a story with",
+        )
+        tokenizer = tokenizer.stopping_at_bos()
+    return model, params, tokenizer
 
 
 def download_model(hub_id: str) -> Path:

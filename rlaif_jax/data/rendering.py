@@ -1,0 +1,172 @@
+"""Answers and conversations as the tokens that a policy reads and writes.
+
+A tokenizer with a chat template has the conversation of a prompt rendered by it; another one reads the text itself. Data is
+passed through `quote`: a special token that a text spells is text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rlaif_jax.config import UserError, require
+from rlaif_jax.data.chat_template import template_of
+from rlaif_jax.data.conversations import Turn, conversation_prompt, prompt_turns
+from rlaif_jax.data.tokenizers import QUOTED, HuggingFaceTokenizer, Tokenizer
+
+
+def chat_tokenizer(tokenizer: Tokenizer) -> HuggingFaceTokenizer | None:
+    """Returns the tokenizer if it has a chat template, else None."""
+    has_template = isinstance(tokenizer, HuggingFaceTokenizer) and template_of(tokenizer.settings) is not None
+    return tokenizer if has_template else None  # type: ignore[return-value]
+
+
+def reward_text(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[str, str]:
+    """Returns the texts (prompt, answer) whose tokens a policy reads and writes.
+
+    With a chat template the prompt is rendered up to where the assistant's message begins; a dialogue in HH's text becomes
+    its messages, without the blank that HH puts before an answer. The answer is not rendered as a message: a template may
+    trim it or write more behind its end than a policy does, and a reward model scores what a policy has written.
+
+    Args:
+        tokenizer: of the policy.
+        prompt: the prompt, a text or a dialogue in HH's text.
+        answer: the answer.
+
+    Raises:
+        UserError: the chat template does not take the conversation.
+    """
+    chat = chat_tokenizer(tokenizer)
+    if chat is None:
+        return tokenizer.quote(prompt), tokenizer.quote(answer)
+    turns = prompt_turns(prompt)
+    messages = [{"role": turn.role, "content": chat.quote(turn.text)} for turn in turns]
+    is_dialogue = turns != [Turn("user", prompt)]
+    return chat.chat_text(messages), chat.quote(answer.removeprefix(" ") if is_dialogue else answer)
+
+
+def answer_tokens(tokenizer: Tokenizer, prompt: str, answer: str, *, add_bos: bool = False) -> tuple[list[int], int]:
+    """Returns (the tokens of prompt and answer, number of those of the answer with its stop token).
+
+    They are the tokens of a finished rollout of these texts.
+
+    Args:
+        tokenizer: of the policy.
+        prompt: as `reward_text` takes it.
+        answer: the answer.
+        add_bos: put BOS before the prompt, as `prompt_batches` does for the policy; a chat template writes it itself.
+
+    Raises:
+        UserError: the chat template does not take the conversation.
+    """
+    before, after = reward_text(tokenizer, prompt, answer)
+    add_bos = add_bos and chat_tokenizer(tokenizer) is None
+    written = [*tokenizer.encode(after), *_end(tokenizer)]
+    return [*tokenizer.encode(before, add_bos=add_bos), *written], len(written)
+
+
+def _end(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+
+class LearnedTokens(NamedTuple):
+    """A text to learn from.
+
+    Attributes:
+        ids: its tokens.
+        weights: of each token in the loss.
+        ends: numbers of tokens at which the text may be cut: after each turn of the assistant.
+    """
+
+    ids: list[int]
+    weights: list[float]
+    ends: list[int]
+
+    def cut(self, length: int) -> LearnedTokens | None:
+        """Returns the text up to the last turn that ends within `length` tokens; None where no turn does."""
+        fitting = [end for end in self.ends if end <= length]
+        return LearnedTokens(self.ids[: fitting[-1]], self.weights[: fitting[-1]], fitting) if fitting else None
+
+
+def text_tokens(
+    tokenizer: Tokenizer, text: str, *, context: str = "", add_bos: bool = False, quoted: bool = True
+) -> LearnedTokens:
+    """Returns a text with the stop token, all of which is learned.
+
+    Args:
+        tokenizer: encodes the text.
+        text: the text.
+        context: a text before it, with weight 0.
+        add_bos: put BOS first, with weight 0.
+        quoted: take special tokens that the texts spell for text.
+    """
+    quote = tokenizer.quote if quoted else str
+    before = tokenizer.encode(quote(context), add_bos=add_bos)
+    after = [*tokenizer.encode(quote(text)), *_end(tokenizer)]
+    ids = [*before, *after]
+    return LearnedTokens(ids, [0.0] * len(before) + [1.0] * len(after), [len(ids)])
+
+
+def conversation_tokens(
+    tokenizer: Tokenizer, turns: Sequence[Turn], *, first: int = 0, add_bos: bool = False
+) -> LearnedTokens:
+    """Returns a conversation of which the assistant's turns are learned, each with its end-of-turn token.
+
+    What follows the last of them is left out. With a chat template a turn is what the template writes from where it asks
+    for the turn up to the stop token. A template may write earlier turns in another way once later ones follow (without
+    their reasoning): then the later turns alone are learned. Without a template the conversation is in HH's text, which
+    ends no turn but the last.
+
+    Args:
+        tokenizer: its template renders the conversation.
+        turns: the messages.
+        first: turns before this one are not learned.
+        add_bos: put BOS first where there is no template.
+
+    Raises:
+        UserError: no turn is the assistant's, or the template does not take the conversation or ends no turn.
+    """
+    spoken = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i >= first]
+    require(bool(spoken), "no turn of the assistant to learn from")
+    chat = chat_tokenizer(tokenizer)
+    quoted = [Turn(turn.role, tokenizer.quote(turn.text)) for turn in turns]
+    parts: list[tuple[str, bool]] = []
+    done = ""
+    for i in spoken:
+        if chat is None:
+            head, turn = conversation_prompt(quoted[:i]), f" {quoted[i].text}"
+        else:
+            head, turn = _rendered_turn(chat, quoted, i)
+        if not head.startswith(done):
+            parts, done = [], ""
+        parts += [(head[len(done) :], False), (turn, True)]
+        done = head + turn
+    ids: list[int] = []
+    weights: list[float] = []
+    ends: list[int] = []
+    for text, learned in parts:
+        own = tokenizer.encode(text, add_bos=add_bos and chat is None and not ids)
+        ids, weights = ids + own, weights + [float(learned)] * len(own)
+        if learned:
+            ends.append(len(ids))
+    if chat is None and turns[-1].role == "assistant":
+        ids, weights = ids + _end(tokenizer), weights + [1.0] * len(_end(tokenizer))
+        ends[-1] = len(ids)
+    return LearnedTokens(ids, weights, ends)
+
+
+def _rendered_turn(chat: HuggingFaceTokenizer, turns: Sequence[Turn], i: int) -> tuple[str, str]:
+    """Returns (the rendered text up to turn i, the turn with its stop token)."""
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns[: i + 1]]
+    head, whole = chat.chat_text(messages[:-1]), chat.chat_text(messages)
+    if not whole.startswith(head):
+        raise UserError("the chat template writes a turn of the assistant in another way than it asks for one")
+    names = "|".join(re.escape(str(chat.backend.id_to_token(stop))) for stop in chat.stop_ids)
+    end = re.search(f"(?<!{QUOTED})(?:{names})", whole[len(head) :]) if names else None
+    if end is None:
+        raise UserError(
+            f"the chat template ends a turn of the assistant by none of the stop tokens ({names or 'there are no such'}): "
+            "declare its end of a turn as eos_token"
+        )
+    return head, whole[len(head) : len(head) + end.end()]
