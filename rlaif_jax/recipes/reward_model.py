@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -62,6 +61,7 @@ class RewardModelConfig:
         add_bos: put BOS before each prompt, as the policy's prompts have it; a chat template writes it itself.
         max_length: tokens of prompt and answer; longer pairs are left out.
         held_out: the share of the conversations that are measured on and not learned from.
+        split_seed: which conversations are held out; apart from `seed`, so that runs of several seeds are measured alike.
         members: number of reward models, of the seeds `seed`, `seed + 1` ..., trained in one program.
         margin: the difference of scores asked of two answers at both ends of the scale, or with a far preference; smaller
             differences have margins in proportion (Llama 2, Touvron 2023, section 3.2.2). 0: none.
@@ -85,6 +85,7 @@ class RewardModelConfig:
     add_bos: bool = False
     max_length: int = 1024
     held_out: float = 0.1
+    split_seed: int = 0
     members: int = 1
     margin: float = 0.0
     center_coef: float = 0.0
@@ -259,7 +260,7 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
     pairs = tokenize(found, tokenizer, max_length=config.max_length, add_bos=config.add_bos, unused=unused)
     for reason, count in unused.most_common():
         print(f"  not used: {count} x {reason}")
-    held_out = held_out_mask(pairs.conversation, config.held_out, config.seed)
+    held_out = held_out_mask(pairs.conversation, config.held_out, config.split_seed)
     training, measured = (pairs.chosen(np.flatnonzero(which)) for which in (~held_out, held_out))
     buckets, filled = training_buckets(training, tokenizer.pad_id, config.margin)
     model = ScalarModel(language_model.config, "normal", bias=False)
@@ -289,7 +290,7 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
         settings = {
             "model": model.config,
             "weights": fingerprint(weights["trunk"]),
-            "pairs": digest(buckets),
+            "pairs": fingerprint(buckets),
             "fit": config.fit,
             "center_coef": config.center_coef,
             "members": config.members,
@@ -307,15 +308,6 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
         run.metrics["wall_s"] = round(run.wall_s, 1)
         run.story.append(summary_sentence(run.metrics))
     return run.metrics
-
-
-def digest(buckets: Sequence[Arrays]) -> str:
-    """Returns a hash of the arrays of buckets."""
-    made = hashlib.sha256()
-    for bucket in buckets:
-        for name, values in sorted(bucket.items()):
-            made.update(f"{name} {values.dtype} {values.shape}".encode() + values.tobytes())
-    return made.hexdigest()[:16]
 
 
 def summary_sentence(metrics: dict[str, Any]) -> str:

@@ -143,6 +143,34 @@ QUANTITIES = {
         "%",
         "Share of held-out pairs of answers that the reward model orders as the judge's labels do.",
     ),
+    "longer_accuracy": Quantity(
+        "Accuracy of the longer answer",
+        "%",
+        "Share of held-out pairs whose preferred answer is the longer one: what a score by length alone would reach.",
+    ),
+    "heldout_margin": Quantity(
+        "Held-out margin", "score", "Mean score of the preferred answer minus that of the other, over held-out pairs."
+    ),
+    "heldout_ece": Quantity(
+        "Held-out calibration error",
+        "%",
+        "How far the probability that the scores give a preference is from how often it is right, over held-out pairs, "
+        "without the part that chance makes. 0 is perfect.",
+    ),
+    "length_correlation": Quantity(
+        "Correlation with length",
+        "",
+        "Spearman's rank correlation of scores and answer lengths: near 1 or -1 the score is little more than a length.",
+    ),
+    "pairs_learned": Quantity("Pairs learned from", "pairs", "Number of pairs of answers that the training has."),
+    "pairs_heldout": Quantity("Held-out pairs", "pairs", "Number of pairs of answers that the measurements have."),
+    "columns_filled": Quantity("Columns filled", "%", "Share of the training's columns that hold a token, no padding."),
+    # ---- What a language model has learned
+    "perplexity": Quantity(
+        "Perplexity", "", "How undecided the model is about each learned token of held-out texts: 1 is certain."
+    ),
+    "texts_learned": Quantity("Texts learned from", "texts", "Number of texts that the training has."),
+    "texts_heldout": Quantity("Held-out texts", "texts", "Number of texts that the perplexity is measured on."),
     "accuracy_*": Quantity(
         "Accuracy, {}",
         "%",
@@ -173,6 +201,7 @@ QUANTITIES = {
     "loss": Quantity(
         "Loss", "", "What an update makes smaller. Its value has no meaning outside one stage of one run."
     ),
+    "heldout_loss": Quantity("Held-out loss", "", "The loss of examples that are not learned from."),
     "accuracy": Quantity(
         "Accuracy", "%", "Share of examples that are classified, or pairs that are ordered, as labelled."
     ),
