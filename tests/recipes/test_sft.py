@@ -1,0 +1,250 @@
+"""Supervised fine-tuning from rows of a file to a folder, on a language of a few words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rlaif_jax.algorithms.fit import FitConfig
+from rlaif_jax.config import UserError
+from rlaif_jax.data.rendering import LearnedTokens
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
+from rlaif_jax.models import CausalLM
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
+from rlaif_jax.recipes import sft as recipe
+from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, Texts, main, packed, perplexity, read_row
+from tests.data.test_rendering import CHATML
+from tests.data.token_folders import byte_tokenizer_folder
+from tests.helpers import assert_same_leaves, random_params, unexplained
+from tests.tiny import numbers
+
+TOKENIZER = word_level_tokenizer(("Human:", "Assistant:", *"abcdefgh"))
+DECODER = small_decoder(TOKENIZER.vocab_size, num_layers=1, width=16, num_heads=2, context_length=32)
+MODEL = CausalLM(DECODER)
+
+
+def rows(count: int = 120) -> list[dict]:
+    """Conversations, prompts with completions and texts, in which e follows a, f follows b and so on."""
+    rng = np.random.default_rng(0)
+    made: list[dict] = []
+    for i in range(count):
+        words = rng.choice(list("abcd"), 3)
+        asked, answer = " ".join(words), " ".join(chr(ord(w) + 4) for w in words)
+        user, assistant = {"role": "user", "content": asked}, {"role": "assistant", "content": answer}
+        made.append([
+            {"messages": [user, assistant, user, assistant]},
+            {"prompt": asked, "completion": answer},
+            {"prompt": [user], "completion": [assistant]},
+            {"text": f"{asked} {answer}"},
+        ][i % 4])  # fmt: skip
+    return made
+
+
+def write(path: Path, values: list) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a language model and a file of texts."""
+    path = tmp_path_factory.mktemp("inputs")
+    save_model(path / "lm", MODEL, random_params(MODEL, scale=0.2), TOKENIZER)
+    write(path / "texts.jsonl", rows())
+    return path
+
+
+def config(folder: Path, out: Path, **changes) -> SFTConfig:
+    base = SFTConfig(
+        model=str(folder / "lm"),
+        data=(str(folder / "texts.jsonl"),),
+        out=out,
+        max_length=24,
+        held_out=0.25,
+        add_bos=True,
+        fit=FitConfig(updates=40, batch_size=8, learning_rate=2e-2),
+        check_every=20,
+        parallel=ParallelConfig("shard", 1),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("run") / "one"
+    return out, main(config(folder, out))
+
+
+def test_a_run_learns_measures_saves_and_explains(whole):
+    out, metrics = whole
+    assert metrics["perplexity_after"] < 0.5 * metrics["perplexity_before"]
+    low, high = metrics["perplexity_after_ci95"]
+    assert 1 < low < metrics["perplexity_after"] < high < metrics["perplexity_before_ci95"][0]
+    assert 0.7 < metrics["columns_filled"] < 1
+    assert metrics["texts_learned"] + metrics["texts_heldout"] == 120
+    assert unexplained(out) == []
+    assert [row["step"] for row in numbers(out) if "heldout_loss" in row] == [0, 20, 40]
+    model, params = load_model(out / "model")
+    assert model == MODEL and load_tokenizer(out / "model").fingerprint == TOKENIZER.fingerprint
+    tokens = np.array([[TOKENIZER.bos_id, *TOKENIZER.encode("a b c")]], np.int32)
+    logits = jax.jit(model)(params, tokens, np.ones_like(tokens, bool))
+    assert TOKENIZER.decode([int(logits[0, -1].argmax())]) in "efgh"
+
+
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(whole, folder, tmp_path, monkeypatch):
+    out, _ = whole
+    asked: list[int] = []
+    monkeypatch.setattr(recipe.Run, "stopped", lambda self: asked.append(1) or len(asked) > 1)
+    original = recipe.Run.stage
+
+    def stopping(self, name, like, make, **kwargs):
+        def made():
+            params = make()
+            self.stop_requested = True
+            return params
+
+        return original(self, name, like, made, **kwargs)
+
+    monkeypatch.setattr(recipe.Run, "stage", stopping)
+    stopped = config(folder, tmp_path / "run")
+    main(stopped)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
+    monkeypatch.undo()
+    main(dataclasses.replace(stopped, resume=True))
+    assert numbers(tmp_path / "run") == numbers(out)
+    assert_same_leaves(load_model(tmp_path / "run" / "model")[1], load_model(out / "model")[1])
+
+
+# ---- Rows
+
+
+def test_what_is_learned_of_each_form_of_row():
+    shown = []
+    for row in rows(4):
+        tokens, name = read_row(row, TOKENIZER, add_bos=True)
+        words = [TOKENIZER.decode([i], skip_special=False) for i in tokens.ids]
+        shown.append((" ".join(f"[{w}]" if x else w for w, x in zip(words, tokens.weights)), name))
+    (chat, chat_name), (plain, plain_name), (pair, pair_name), (text, text_name) = shown
+    words = chat_name.split()
+    learned = " ".join(f"[{chr(ord(w) + 4)}]" for w in words)
+    turn = f"Human: {chat_name} Assistant: {learned}"
+    assert chat == f"<bos> {turn} {turn} [<eos>]"
+    learned = " ".join(f"[{chr(ord(w) + 4)}]" for w in plain_name.split())
+    assert plain == f"<bos> {plain_name} {learned} [<eos>]"
+    learned = " ".join(f"[{chr(ord(w) + 4)}]" for w in pair_name.split())
+    assert pair == f"<bos> Human: {pair_name} Assistant: {learned} [<eos>]"
+    assert text == "<bos> " + " ".join(f"[{w}]" for w in text_name.split()) + " [<eos>]"
+
+
+def test_messages_of_a_chat_model_have_its_template(tmp_path):
+    settings = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    folder = byte_tokenizer_folder(tmp_path, "<|im_start|>", "<|im_end|>", tokenizer_config=settings)
+    tokenizer = load_tokenizer(folder)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "an<|im_end|>swer"}]
+    for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
+        tokens, name = read_row(row, tokenizer, add_bos=True)
+        learned = [i for i, weight in zip(tokens.ids, tokens.weights) if weight]
+        assert name == "q"
+        assert learned == [*tokenizer.encode(tokenizer.quote("an<|im_end|>swer")), tokenizer.eos_id]
+        assert learned.count(tokenizer.eos_id) == 1
+
+
+def test_long_and_faulty_rows_are_counted(folder, tmp_path, capsys):
+    long = {"role": "assistant", "content": "e " * 30}
+    short = {"role": "assistant", "content": "e"}
+    ask = {"role": "user", "content": "a"}
+    more = [
+        {"messages": [ask, short, ask, long]},
+        {"messages": [ask, long, ask, short]},
+        {"text": "a " * 40},
+        {"messages": [ask]},
+        {"question": "a"},
+        {"prompt": "a", "completion": ["b"]},
+    ]
+    found = recipe.read_texts(config(folder, tmp_path, data=(str(write(tmp_path / "more.jsonl", more)),)), TOKENIZER)
+    assert found.unused == {
+        "row longer than max_length = 24 tokens": 2,
+        "conversation cut at a turn: longer than max_length = 24 tokens": 1,
+        "row with a fault": 3,
+    }
+    assert len(found.tokens) == 1 and found.tokens[0].ids[-1] == TOKENIZER.encode("e")[0]
+    out = capsys.readouterr().out
+    assert "more.jsonl:4: no turn of the assistant to learn from" in out
+    assert 'more.jsonl:5: a row has messages, prompt and completion, or text; this one has "question"' in out
+    assert "more.jsonl:6: prompt and completion must be two texts or two lists of messages" in out
+
+
+BAD = {
+    "no model": ({"model": None}, "no model to begin with: give --model"),
+    "no data": ({"data": ()}, "no texts to learn from: give --data"),
+    "no file": ({"data": ("nothing.jsonl",)}, "nothing.jsonl"),
+    "no data set": ({"data": ("no_such_set",)}, "no TFDS data set 'no_such_set'"),
+    "too long": ({"max_length": 64}, r"max_length \(64\) is more than .* can read: 32 tokens"),
+    "too short": ({"max_length": 2}, "no text is left to learn from"),
+    "few rows": (
+        {"fit": FitConfig(2, 500)},
+        r"fill \d+ rows of max_length = 24 tokens, fewer than fit.batch_size \(500\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_cannot_be_learned_from_is_named_and_leaves_no_run(bad, folder, tmp_path):
+    with pytest.raises(UserError, match=BAD[bad][1]):
+        main(config(folder, tmp_path / "run", **BAD[bad][0]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"max_length": 0}, {"check_every": 0}, {"held_out": 0.0}])
+def test_bad_settings_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        SFTConfig(**wrong)
+
+
+# ---- Perplexity
+
+
+@pytest.mark.parametrize("runner", [JitRunner, PmapRunner])
+def test_the_perplexity_is_that_of_each_text_alone(runner):
+    """Packed and padded rows of several texts, against each text by itself in float64."""
+    rng = np.random.default_rng(0)
+    params = random_params(MODEL)
+    tokens = []
+    for _ in range(13):
+        ids = rng.integers(3, TOKENIZER.vocab_size, rng.integers(2, 15)).tolist()
+        tokens.append(LearnedTokens(ids, rng.integers(0, 2, len(ids)).astype(float).tolist(), [len(ids)]))
+    rows = packed(Texts(tokens, [""] * 13, None), np.ones(13, bool), 24, 0)
+    assert len(rows["tokens"]) < 8 and rows["segments"].max() > 1
+    meter = PerplexityMeter(MODEL, runner(), 8)
+    losses = meter.losses(params, rows)
+    expected = []
+    forward = jax.jit(MODEL)
+    for text in tokens:
+        row = np.zeros((1, 24), np.int32)
+        row[0, : len(text.ids)] = text.ids
+        logits = np.asarray(forward(params, row, np.arange(24)[None] < len(text.ids))[0], np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats = [-logprobs[i - 1, text.ids[i]] * text.weights[i] for i in range(1, len(text.ids))]
+        expected.append((sum(nats), sum(text.weights[1:])))
+    expected = np.array([row for row in expected if row[1] > 0])
+    np.testing.assert_allclose(sorted(map(tuple, losses)), sorted(map(tuple, expected)), rtol=1e-4)
+    assert meter(params, rows).value == pytest.approx(np.exp(expected[:, 0].sum() / expected[:, 1].sum()), rel=1e-4)
+
+
+def test_the_interval_of_a_perplexity_covers():
+    """The share of samples of 60 texts whose interval has the true perplexity, e^2."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        tokens = rng.integers(5, 50, 60)
+        nats = tokens * rng.normal(2.0, 0.4, 60)
+        found = perplexity(np.stack([nats, tokens], axis=1).astype(float))
+        hits += found.low < np.exp(2.0) < found.high
+    assert 0.9 <= hits / 200 <= 0.99
