@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.data.chat_template import template_of
 from rlaif_jax.data.conversations import Turn, conversation_prompt, prompt_turns
-from rlaif_jax.data.tokenizers import QUOTED, HuggingFaceTokenizer, Tokenizer
+from rlaif_jax.data.huggingface_tokenizer import QUOTED, HuggingFaceTokenizer
+from rlaif_jax.data.tokenizers import Tokenizer
 
 
 def chat_tokenizer(tokenizer: Tokenizer) -> HuggingFaceTokenizer | None:
     """Returns the tokenizer if it has a chat template, else None."""
-    has_template = isinstance(tokenizer, HuggingFaceTokenizer) and template_of(tokenizer.settings) is not None
+    has_template = isinstance(tokenizer, HuggingFaceTokenizer) and bool(tokenizer.settings.get("chat_template"))
     return tokenizer if has_template else None  # type: ignore[return-value]
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from rlaif_jax.data.rendering import chat_tokenizer
+from rlaif_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlaif_jax.feedback.api import builtin_templates as builtin
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import ApiJudge
@@ -192,11 +193,12 @@ class JudgeReward:
 def _as_text(tokenizer: Tokenizer, template: Template, question: Question) -> str:
     """Returns a question as the text before its label, by the chat template where there is one."""
     messages = template.render(question, tuple(range(len(question.answers))), ending="direct").messages
-    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.settings.get("chat_template"):
+    chat = chat_tokenizer(tokenizer)
+    if chat is not None:
         try:
-            return tokenizer.chat_text(messages)
+            return chat.chat_text(messages)
         except UserError:  # many templates know no system message
-            return tokenizer.chat_text([{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}])
+            return chat.chat_text([{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}])
     return "\n\n".join(message["content"] for message in messages) + "\n\nAnswer: "
 
 

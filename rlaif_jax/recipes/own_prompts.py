@@ -12,6 +12,7 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.data.chat.records import chat_records
 from rlaif_jax.data.prompts import Records, place
 from rlaif_jax.data.readers import FileRecords, jsonl_records, plain, tfds_records
+from rlaif_jax.data.rendering import chat_tokenizer
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 
 TFDS = "tfds:"
@@ -66,9 +67,10 @@ def read_prompts(
         UserError: a file cannot be read, a chat template is missing or does not take a conversation, or too few prompts
             are left.
     """
-    chat = has_template(tokenizer) if template == "auto" else template == "chat"
+    has_template = chat_tokenizer(tokenizer) is not None
+    chat = has_template if template == "auto" else template == "chat"
     require(
-        not chat or has_template(tokenizer),
+        not chat or has_template,
         "template=chat, but the tokenizer's files have no chat template: take the model's chat version, or template=plain",
     )
     require(
@@ -110,11 +112,6 @@ def read_prompts(
         f"{eval_source or source}: {len(held)} held-out prompts are left{_reasons(left_out)}; {least} are needed at least",
     )
     return OwnPrompts(training, held, left_out, add_bos)
-
-
-def has_template(tokenizer: Tokenizer) -> bool:
-    """Returns whether the tokenizer's files have a chat template."""
-    return isinstance(tokenizer, HuggingFaceTokenizer) and bool(tokenizer.settings.get("chat_template"))
 
 
 def read_records(name: str) -> Records:

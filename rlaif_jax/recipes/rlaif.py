@@ -73,7 +73,8 @@ class RlaifConfig:
     """All settings.
 
     Attributes:
-        policy: the model to train: a Hugging Face folder, a hub id (org/name or org/name@revision), or a llama2.c .bin file.
+        policy: the model to train: a Hugging Face folder, a hub id (org/name or org/name@revision), a .gguf file, or a
+            llama2.c .bin file.
         prompts: what it answers: a .jsonl file with a field `prompt` (a text or a list of messages), a .txt file with one
             prompt a line, or tfds:NAME/SPLIT.
         feedback: the rewards, a line of words each: KIND [TARGET] [SETTING=VALUE ...] weight=W name=NAME. Above is

@@ -16,11 +16,11 @@ import numpy as np
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import FileRecords
-from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
+from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.files import atomic_write
 from rlaif_jax.models import CausalLM
-from rlaif_jax.models.hf.files import load_model
+from rlaif_jax.models.hf.files import load_with_tokenizer
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner
 from rlaif_jax.policies.base import to_prompts
@@ -55,7 +55,7 @@ def load_policy(
     """Loads a model and its tokenizer.
 
     Args:
-        name: a Hugging Face folder, a hub id, or a llama2.c .bin file.
+        name: a Hugging Face folder, a hub id, a .gguf file, or a llama2.c .bin file.
         tokenizer_path: the tokenizer's file or folder; None: it is with the model.
         dtype: of matrix products.
         remat: whether blocks are recomputed in the backward pass.
@@ -64,12 +64,7 @@ def load_policy(
         UserError: one of the two cannot be read, they do not fit each other, or no token ends an answer.
     """
     require(bool(name), "no model to train: give --policy, a Hugging Face folder or a hub id")
-    model, params = load_model(name, compute_dtype=dtype, remat=remat)
-    path = Path(name)
-    tokenizer = load_tokenizer(tokenizer_path or (path.parent if path.is_file() else name))
-    check_tokenizer(tokenizer, model.config.vocab_size, name)
-    if path.suffix == ".bin":
-        tokenizer = tokenizer.stopping_at_bos()  # a llama2.c model never saw EOS
+    model, params, tokenizer = load_with_tokenizer(name, tokenizer_path, compute_dtype=dtype, remat=remat)
     require(
         bool(tokenizer.stop_ids),
         f"{tokenizer_path or name}: no file declares an end token, so no answer would ever end: name it as "

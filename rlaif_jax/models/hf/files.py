@@ -105,10 +105,11 @@ def load_with_tokenizer(
         UserError: one of the files is missing or damaged, or they do not fit each other.
     """
     model, params = load_model(name, compute_dtype=compute_dtype, remat=remat)
-    folder = Path(name).parent if Path(name).is_file() else Path(name) if Path(name).is_dir() else download_model(name)
+    llama2c = Path(name).suffix == ".bin" and Path(name).is_file()
+    folder = Path(name).parent if llama2c else Path(name) if Path(name).exists() else download_model(name)
     tokenizer = load_tokenizer(tokenizer_path or folder)
     check_tokenizer(tokenizer, model.config.vocab_size, name)
-    if Path(name).is_file() or isinstance(tokenizer, Llama2cTokenizer):
+    if llama2c or isinstance(tokenizer, Llama2cTokenizer):
         # A llama2.c model has learned texts that each begin with BOS, and never saw EOS, whatever file its tokenizer is in.
         require(
             tokenizer.bos_id is not None,
