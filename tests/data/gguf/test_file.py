@@ -150,6 +150,7 @@ def patched(data: bytes, old: bytes, new: bytes) -> bytes:
     return data.replace(old, new)
 
 
+NAME = struct.pack("<Q", 1)  # the length of a tensor's name
 TEXTS, INTS = struct.pack("<II", 9, 8), struct.pack("<II", 9, 5)  # types of the keys that hold arrays
 
 
@@ -165,6 +166,8 @@ TEXTS, INTS = struct.pack("<II", 9, 8), struct.pack("<II", 9, 5)  # types of the
          "not a whole GGUF file"),
         ("m.gguf", lambda d: patched(d, INTS + b"\3" + bytes(7), INTS + b"\xff" * 8), "end within the header"),
         ("m.gguf", lambda d: patched(d, TEXTS + b"\3" + bytes(7), TEXTS + b"\xff" * 8), "no array of texts or"),
+        ("m.gguf", lambda d: patched(d, NAME + b"y", NAME + b"x"), "the tensor 'x' is there twice"),
+        ("m.gguf", lambda d: patched(d, NAME + b"x\2", NAME + b"x\5"), "or has 5 dimensions"),
         ("m.gguf", lambda d: patched(d, "漢".encode(), b"\xff\xff\xff"), "is no UTF-8"),
     ],
 )  # fmt: skip

@@ -69,6 +69,11 @@ LLAMA3_RULE = (  # of Llama 3's tokenizer.json
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_RULE = LLAMA3_RULE.replace("{1,3}", "")
+TEKKEN_RULE = (  # of Mistral's tekken.json
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PUBLISHED: dict[str, tuple[list[Any], Any, bool]] = {  # pre-tokenizers, normaliser, ignore_merges
     "gpt-2": ([hf.pre_tokenizers.ByteLevel(add_prefix_space=False)], None, False),
     "smollm": (
@@ -79,6 +84,14 @@ PUBLISHED: dict[str, tuple[list[Any], Any, bool]] = {  # pre-tokenizers, normali
     "llama-bpe": (
         [
             hf.pre_tokenizers.Split(hf.Regex(LLAMA3_RULE), "isolated"),
+            hf.pre_tokenizers.ByteLevel(False, use_regex=False),
+        ],
+        None,
+        True,
+    ),
+    "tekken": (
+        [
+            hf.pre_tokenizers.Split(hf.Regex(TEKKEN_RULE), "isolated"),
             hf.pre_tokenizers.ByteLevel(False, use_regex=False),
         ],
         None,
@@ -100,7 +113,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[HuggingFaceT
     """A tokenizer read from GGUF, and the published rules with its vocabulary."""
     pre, normaliser, ignore = PUBLISHED[request.param]
     vocab, merges = trained([] if request.param in ("gpt-2", "smollm") else [LLAMA3_RULE])
-    if request.param == "llama-bpe":  # a word of the vocabulary that no merges lead to
+    if ignore:  # a word of the vocabulary that no merges lead to
         vocab["ĠLilyty"] = len(vocab)
     theirs = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore))
     theirs.pre_tokenizer = hf.pre_tokenizers.Sequence(pre)
