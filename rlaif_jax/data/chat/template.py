@@ -51,17 +51,22 @@ class Renderer:
             ready = select.poll()
             ready.register(process.stdout, select.POLLIN)
             answer = b""
-            with suppress(OSError):  # it died before it read the request
-                process.stdin.write(line)
-                process.stdin.flush()
-                if ready.poll(1000 * PATIENCE):
-                    answer = process.stdout.readline()
-            if not answer.endswith(b"\n"):
-                self._stop()
-                self._process = None
-                if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):  # its own limit, or our patience
-                    return {"error": "it computed for seconds without an end"}
-                return {"error": f"the process that renders it ended with status {process.returncode}"}
+            try:
+                with suppress(OSError):  # it died before it read the request
+                    process.stdin.write(line)
+                    process.stdin.flush()
+                    if ready.poll(1000 * PATIENCE):
+                        answer = process.stdout.readline()
+            finally:
+                if not answer.endswith(b"\n"):  # also on Ctrl-C: the next request must not get the reply to this one
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(1)
+                    self._stop()
+                    self._process = None
+        if not answer.endswith(b"\n"):
+            if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):  # its own limit, or our patience
+                return {"error": "it computed for seconds without an end"}
+            return {"error": f"the process that renders it ended with status {process.returncode}"}
         reply: dict[str, str] = json.loads(answer)
         return reply
 

@@ -230,6 +230,23 @@ def test_a_process_that_dies_or_cannot_start_is_replaced(monkeypatch: pytest.Mon
     assert process.returncode is not None, "it ends with the object"
 
 
+def test_a_request_that_is_interrupted_leaves_no_reply_for_the_next(monkeypatch: pytest.MonkeyPatch):
+    ask = lambda text: asked.ask({"template": CHATML, "messages": talk(text), "names": {}, "prompt": False})["text"]
+    asked = chat.Renderer()
+    assert "first" in ask("first")
+
+    class Interrupted:
+        def register(self, *of: object) -> None: ...
+        def poll(self, wait: float) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chat.select, "poll", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask("interrupted")
+    assert "second" in ask("second")
+
+
 def test_messages_and_words_that_a_template_does_not_know():
     with pytest.raises(UserError, match="must have a message"):
         chat.render({"chat_template": CHATML}, [], "here")
