@@ -1,0 +1,1 @@
+"""Runs code that nobody has read: the answer in one process, its tests in another, both confined."""
