@@ -135,6 +135,18 @@ def test_the_package_never_imports_its_experiments_or_tests():
         assert not outside & {"experiments", "tests", "torch", "transformers", "rlax"}, name
 
 
+def test_verifiers_know_sources_alone_and_their_sandbox_nothing():
+    """The sandbox starts with each answer: what it imports is waited for, and is within reach of the answer."""
+    here = "rlaif_jax.feedback.verifiers"
+    known = {f"rlaif_jax.{name}" for name in ("config", "files", "types", "data.prompts", "feedback.sources")}
+    verifiers = {name: targets for name, targets in IMPORTS.items() if name.startswith(f"{here}.")}
+    assert f"{here}.sandbox.tester" in verifiers
+    for name, targets in verifiers.items():
+        inside = f"{here}.sandbox" if name.startswith(f"{here}.sandbox") else here
+        outside = {target for target in targets if not target.startswith(inside)}
+        assert outside <= (known if inside == here else set()), f"{name} imports {outside}"
+
+
 def test_only_models_know_flax_modules():
     for name, path in FILES.items():
         modules = {
