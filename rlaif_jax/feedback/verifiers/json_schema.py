@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.sources import FeedbackSource, Missing
 from rlaif_jax.feedback.verifiers.base import RIGHT, WRONG, Verdict, VerifierSource, fenced, read_field, read_json
 from rlaif_jax.files import read_bytes
+
+SEARCH_S = 1.0  # after that the search of a "pattern" of the schema is given up
 
 
 def _validator(schema: Any) -> Any:
@@ -27,12 +32,17 @@ def _validator(schema: Any) -> Any:
 
     if not isinstance(schema, dict | bool):
         raise ValueError(f"it is a {type(schema).__name__}, not an object")
+
+    def pattern(validator: Any, pattern: str, value: Any, _: Any) -> Iterator[Any]:
+        if validator.is_type(value, "string") and not regex.search(pattern, value, timeout=SEARCH_S):
+            yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
+
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ValueError(f"{error.json_path}: {error.message}") from None
-    return kind(schema, registry=REGISTRY)
+    return jsonschema.validators.extend(kind, {"pattern": pattern})(schema, registry=REGISTRY)
 
 
 def answer_json(answer: str) -> Any:
@@ -102,6 +112,8 @@ class JsonSchema:
             return RIGHT if validator.is_valid(value) else WRONG
         except RecursionError:
             return WRONG
+        except TimeoutError:
+            return Missing(f"the search of a pattern of the schema took more than {SEARCH_S:g} s")
         except Unresolvable as error:
             if self.schema is not None:
                 raise UserError(f"{self.schema}: the schema has a reference that it cannot resolve: {error}") from None

@@ -62,9 +62,9 @@ class UnitTests:
         )
         tried = run_tests("x = 1", ["assert x == 1"], timeout_s=60.0, memory_mb=self.memory_mb)
         require(tried.passed == 1, f"unit tests cannot run here: {tried.problem or 'a test that holds did not pass'}")
-        if tried.open:
+        if tried.unconfined:
             print(
-                f"warning: unit tests: this system cannot confine {' and '.join(tried.open)}: the code of answers could "
+                f"warning: unit tests: this system cannot confine {' and '.join(tried.unconfined)}: the code of answers could "
                 "read and change what this user may. Run it in a container without secrets and network",
                 file=sys.stderr,
             )

@@ -64,6 +64,14 @@ def test_values_nested_more_deeply_than_python_can_check(of_file):
     assert source([{}] * 2, ["[" * 900 + "]" * 900, "[[]]"]).values[:, 0].tolist() == [0, 1]
 
 
+def test_a_pattern_whose_search_would_not_end(of_file):
+    source = of_file({"properties": {"x": {"pattern": r"^(a|aa)+$"}}})
+    answers = ['{"x": "aaa"}', '{"x": "b"}', '{"x": 3}', json.dumps({"x": "a" * 90 + "b"})]
+    feedback = source([{}] * 4, answers)
+    assert feedback.values[:, 0].tolist() == [1, 0, 1, 0] and feedback.valid[:, 0].tolist() == [True, True, True, False]
+    assert source.missing() == {"the search of a pattern of the schema took more than 1 s": 1}
+
+
 def test_the_draft_that_a_schema_names_counts(of_file):
     """Of "exclusiveMinimum": true draft 4 makes a bound; the latest draft knows numbers alone."""
     old = {"$schema": "http://json-schema.org/draft-04/schema#", "minimum": 3, "exclusiveMinimum": True}
@@ -87,6 +95,7 @@ def test_records_without_a_schema():
         ("{", "schema.json: no JSON schema: Expecting"),
         ({"type": "text"}, r"schema.json: no JSON schema: \$.type: 'text' is not valid"),
         ("[]", "schema.json: no JSON schema: it is a list, not an object"),
+        ({"pattern": "("}, r"schema.json: no JSON schema: \$.pattern: '\(' is not a 'regex'"),
     ],
 )
 def test_files_that_are_no_schema(of_file, schema, words):
@@ -94,9 +103,16 @@ def test_files_that_are_no_schema(of_file, schema, words):
         of_file(schema)
 
 
-def test_a_reference_is_never_fetched(of_file):
-    with pytest.raises(UserError, match=r"schema.json: the schema has a reference that it cannot resolve: .*x.y/z"):
-        of_file({"$ref": "http://x.y/z"})([{}], ["{}"])
+@pytest.mark.parametrize(
+    "schema, words",
+    [
+        ({"$ref": "http://x.y/z"}, "Unresolvable: http://x.y/z"),  # and it is never fetched
+        ({"$ref": "#/$defs/x"}, "PointerToNowhere"),
+    ],
+)
+def test_references_that_lead_nowhere(of_file, schema, words):
+    with pytest.raises(UserError, match=rf"schema.json: the schema has a reference that it cannot resolve: .*{words}"):
+        of_file(schema)([{}], ['{"x": "a"}'])
 
 
 def test_settings_that_are_not_right(tmp_path, monkeypatch):

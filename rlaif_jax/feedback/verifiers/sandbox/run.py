@@ -29,13 +29,13 @@ class Results(NamedTuple):
         passed: the number of tests that passed.
         tests: the number of tests that could be checked; those that did not run to their end did not pass.
         problem: why there is no result, where the tests are to blame or the processes could not start; "" else.
-        open: what could not be confined, such as "files"; () where all is.
+        unconfined: what this system could not confine, such as "files"; () where it could all.
     """
 
     passed: int
     tests: int
     problem: str = ""
-    open: tuple[str, ...] = ()
+    unconfined: tuple[str, ...] = ()
 
 
 def run_tests(code: str, tests: str | list[str], *, timeout_s: float, memory_mb: int) -> Results:
@@ -88,8 +88,8 @@ def _read_results(output: str, nonce: str) -> Results:
     count = int(lines[0][1])
     outcomes = [line[0] for line in lines[1:]]
     checked = count - outcomes.count(UNCHECKED)
-    is_open = () if lines[0][2] == "-" else tuple(lines[0][2].replace("-", " ").split(","))
+    unconfined = () if lines[0][2] == "-" else tuple(lines[0][2].replace("-", " ").split(","))
     problem = (
         "" if checked else "the tests hand functions to the answer's code" if count else "the tests have no assert"
     )
-    return Results(outcomes.count(PASSED), checked, problem, is_open)
+    return Results(outcomes.count(PASSED), checked, problem, unconfined)
