@@ -173,10 +173,10 @@ def _read_shape(target: str, function: Callable[..., Any]) -> Shape:
     names = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset(p.name for p in named)
     taken = {p.name for p in named}
     nameless = any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters)
+    if "completions" in taken and not nameless:  # first: `answer` may be a field of the records there, as in GSM8K
+        return Shape(True, names, needed)
     if "answer" in taken and needed <= set(ONE_ANSWER) and not nameless:
         return Shape(False, names, needed)
-    if "completions" in taken and not nameless:
-        return Shape(True, names, needed)
     raise UserError(
         f"{target}: a reward function with the parameters {inspect.signature(function)} fits no shape: {SHAPES}"
     )
@@ -279,9 +279,9 @@ class PythonFunctionSource(CountingSource):
 
     def _of_lists(self, records: Sequence[Record], answers: Sequence[str]) -> list[Any]:
         """Returns the results of one call for all answers; an exception is that of each answer."""
-        texts = [isinstance(record.get("prompt"), str) for record in records]
+        texts = [not isinstance(record.get("prompt"), list | tuple) for record in records]
         prompts: list[Any] = [
-            [{"role": "user", "content": record["prompt"]}] if text and self.messages else record.get("prompt")
+            [{"role": "user", "content": record.get("prompt")}] if text and self.messages else record.get("prompt")
             for record, text in zip(records, texts, strict=True)
         ]
         completions: list[Any] = [

@@ -131,6 +131,11 @@ def test_an_exception_is_a_missing_judgement_and_the_first_is_kept(build, keywor
     assert source.missing() == counts
 
 
+def test_a_field_with_the_name_answer_is_a_list_next_to_completions(build):
+    source = build("def reward(completions=None, answer=None): return [c == a for c, a in zip(completions, answer)]")
+    assert judged(source, [{"answer": "x"}, {"answer": "x"}], ["x", "y"]) == [1, 0]
+
+
 def test_a_long_message_is_cut(build):
     source = build("def reward(answer):\n    if answer == 'a': raise ValueError('x' * 1000)\n    return 1")
     judged(source)
