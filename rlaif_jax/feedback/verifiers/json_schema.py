@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from rlaif_jax.files import read_bytes
 SEARCH_S = 1.0  # after that the search of a "pattern" of the schema is given up
 
 
-def _validator(schema: Any) -> Any:
-    """Returns the validator of a schema, by the draft that it names, else by the latest.
+@lru_cache(maxsize=256)  # the K answers to a prompt have one schema, and its check takes milliseconds
+def _validator(text: str) -> Any:
+    """Returns the validator of a schema in JSON, by the draft that it names, else by the latest.
 
     A reference to another document is looked up among the drafts' own schemas alone, never in the network.
 
@@ -30,6 +32,7 @@ def _validator(schema: Any) -> Any:
     import jsonschema
     from jsonschema_specifications import REGISTRY
 
+    schema = read_json(text)
     if not isinstance(schema, dict | bool):
         raise ValueError(f"it is a {type(schema).__name__}, not an object")
 
@@ -78,7 +81,7 @@ class JsonSchema:
     def _of_file(self) -> Any:
         assert self.schema is not None
         try:
-            return _validator(read_json(read_bytes(self.schema).decode()))
+            return _validator(read_bytes(self.schema).decode())
         except ValueError as error:
             raise UserError(f"{self.schema}: no JSON schema: {error}") from None
 
@@ -101,8 +104,8 @@ class JsonSchema:
             if isinstance(schema, Missing):
                 return schema
             try:
-                validator = _validator(read_json(schema) if isinstance(schema, str) else schema)
-            except ValueError as error:
+                validator = _validator(schema if isinstance(schema, str) else json.dumps(schema))
+            except (ValueError, TypeError) as error:
                 return Missing(f"the record's {self.field!r} is no JSON schema: {error}")
         try:
             value = answer_json(answer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import math
@@ -190,7 +189,8 @@ class Number:
         if self.where == "hashes":
             _, mark, rest = answer.rpartition("####")
             return next(numbers_in(rest.strip().partition("\n")[0]), None) if mark else None
-        return next(iter(collections.deque(numbers_in(answer), maxlen=1)), None)
+        matches = reversed(list(_NUMBER.finditer(_latex_plain(answer))))
+        return next((value for match in matches if (value := _value(match)) is not None), None)
 
     def verify(self, record: Record, answer: str) -> Verdict:
         """Returns 1 for a right answer, 0 for a wrong one, `Missing` where the record has no number.

@@ -210,9 +210,9 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
     for name, value in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rewards.py").write_text(
-            "from __future__ import annotations\nimport dataclasses\n"
+            "from __future__ import annotations\nimport dataclasses, sys\n"
             f"@dataclasses.dataclass\nclass Weight:\n    value: float = {value}\n"
-            "def reward(answer): return Weight().value"
+            "def reward(answer): return sys.modules[__name__].Weight().value"
         )
     sources = [PythonFunction(f"{tmp_path}/{name}/rewards.py:reward").build() for name in ("one", "two")]
     assert [judged(source)[0] for source in sources] == [1, 2]

@@ -81,12 +81,14 @@ def test_the_draft_that_a_schema_names_counts(of_file):
 def test_records_without_a_schema():
     source = JsonSchema(field="schema").build()
     records = [{}, {"schema": "{"}, {"schema": {"type": "text"}}, {"schema": [1]}, {"schema": {"$ref": "http://x.y/z"}}]
-    assert not source(records, ["{}"] * 5).valid.any()
+    records.append({"schema": {"const": {1, 2}}})
+    assert not source(records, ["{}"] * 6).valid.any()
     reasons = list(source.missing())
     assert reasons[0] == "the record has no 'schema'" and reasons[4].endswith("has a reference that it cannot resolve")
     assert "is no JSON schema: Expecting property name" in reasons[1]
     assert "is no JSON schema: $.type: 'text' is not valid" in reasons[2]
     assert "is no JSON schema: it is a list, not an object" in reasons[3]
+    assert "is no JSON schema: Object of type set is not JSON serializable" in reasons[5]
 
 
 @pytest.mark.parametrize(

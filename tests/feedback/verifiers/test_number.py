@@ -137,6 +137,7 @@ MATH = {"answer": r"We have $x = \boxed{\frac{3}{4}}$ and $1 - x = \frac14$."}
     [
         ("last", GSM8K, "She sold 48 and 24, in all 72.", 1),
         ("last", GSM8K, "In all 72, of which 24 in May.", 0),
+        ("last", GSM8K, "72 or 1/0, 1e9999", 1),
         ("last", GSM8K, "many", 0),
         ("last", GSM8K, "$72.00", 1),
         ("hashes", GSM8K, "48 + 24\n#### 72\nDone in 1 minute.", 1),
