@@ -21,6 +21,7 @@ from rlaif_jax.feedback.sources import FeedbackSource, FunctionSource, RecordedP
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import DecoderConfig, small_decoder
 from rlaif_jax.models.encoder_decoder import EncoderDecoder
+from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.policies.text import TextPolicy
 
@@ -49,13 +50,14 @@ RECORDS = FileRecords(
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """An algorithm with its parameters, data and feedback."""
+    """An algorithm with its parameters, data and feedback; with an adapter, `base` has the weights under it."""
 
     algorithm: Algorithm
     policy: TextPolicy
     params: dict[str, Any]
     feedback: FeedbackSource | None
     bring: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the batches bring (`WithRecorded`)
+    base: Any = None
 
     def prompts(self, count: int) -> PromptIterator:
         stream = prompt_batches(RECORDS, TOKENIZER, batch_size=count, seed=0, prompt_length=PROMPT)
@@ -66,8 +68,8 @@ def _count_a(record: Any, answer: str) -> float | None:
     return None if answer.startswith("h") else float(answer.split().count("a"))
 
 
-def text_policy(model: Any, sampling: SamplingConfig = SAMPLING) -> TextPolicy:
-    return TextPolicy(model, sampling, TOKENIZER.eos_id, TOKENIZER.pad_id)
+def text_policy(model: Any, sampling: SamplingConfig = SAMPLING, lora: LoRAConfig | None = None) -> TextPolicy:
+    return TextPolicy(model, sampling, TOKENIZER.eos_id, TOKENIZER.pad_id, lora)
 
 
 def ppo(decoder: DecoderConfig = DECODER, *, sampling: SamplingConfig = SAMPLING, **settings: Any) -> Setup:
@@ -86,6 +88,27 @@ def ppo(decoder: DecoderConfig = DECODER, *, sampling: SamplingConfig = SAMPLING
     if critic is not None:
         params["value"] = critic.init(jax.random.key(1))
     return Setup(config.build(policy, critic, steps=4), policy, params, FunctionSource(_count_a))
+
+
+def adapted(
+    decoder: DecoderConfig = DECODER,
+    *,
+    sampling: SamplingConfig = SAMPLING,
+    lora: LoRAConfig = LoRAConfig(rank=2, alpha=8.0),
+    encoder_decoder: bool = False,
+    **settings: Any,
+) -> Setup:
+    """PPO with its own critic, or GRPO and RLOO, in which adapters learn over one base."""
+    model = EncoderDecoder(decoder, start_id=TOKENIZER.pad_id) if encoder_decoder else CausalLM(decoder)
+    whole = ppo(decoder, sampling=sampling, **settings)
+    policy, critic = text_policy(model, sampling, lora), None
+    base = model.init(jax.random.key(0))
+    params = {"policy": lora.init(jax.random.key(1), base)}
+    if whole.algorithm.critic is not None:
+        critic = ScalarModel(decoder, "normal", lora)
+        params["value"] = critic.init(jax.random.key(2))
+    algorithm = whole.algorithm.config.build(policy, critic, steps=4)
+    return Setup(algorithm, policy, params, whole.feedback, base=base)
 
 
 def dpo(decoder: DecoderConfig = DECODER, *, sampling: SamplingConfig = SAMPLING, **settings: Any) -> Setup:
@@ -139,7 +162,16 @@ SETUPS = {
     "dpo_packed": lambda: dpo(packed_rows=1),
     "dpo_policy": lambda: dpo(answers="policy", answers_per_prompt=3),
     "encoder_decoder": encoder_decoder,
+    "adapted": lambda: adapted(answers_per_prompt=2),
+    "adapted_packed": lambda: adapted(answers_per_prompt=2, packed_rows=2),
+    "adapted_grpo": lambda: adapted(advantage=GroupNormalised(), **GROUP),
+    "adapted_encoder_decoder": lambda: adapted(
+        dataclasses.replace(DECODER, num_layers=1), encoder_decoder=True, advantage=LeaveOneOut(), **GROUP
+    ),
     "adversarial": adversarial,
     "adversarial_packed": lambda: adversarial(packed_rows=2),
 }
-PROOFS = ["rloo", "rloo_packed", "dpo", "dpo_packed", "encoder_decoder", "adversarial"]
+PROOFS = [
+    *("rloo", "rloo_packed", "dpo", "dpo_packed", "encoder_decoder", "adversarial"),
+    *("adapted", "adapted_packed", "adapted_encoder_decoder"),
+]

@@ -13,6 +13,8 @@ from rlaif_jax.algorithms.scoring import padded_view
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.sources import RecordedPreferences, collect_feedback
 from rlaif_jax.metrics import MetricsWriter, read_metrics
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.parallel import JitRunner, PmapRunner, Runner, ShardRunner, make_mesh
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.programs import programs
@@ -20,10 +22,11 @@ from rlaif_jax.run import Run
 from rlaif_jax.steps import step_data
 from rlaif_jax.train import TrainConfig, train
 from rlaif_jax.types import Frozen, step_key
-from tests.builders import PROMPT, PROOFS, SETUPS, TOKENIZER, Setup, dpo, encoder_decoder, ppo
+from tests.builders import PROMPT, PROOFS, SETUPS, TOKENIZER, Setup, adapted, dpo, encoder_decoder, ppo
 
 pytestmark = pytest.mark.slow
 PROMPTS = 8
+ADAPTED = ["adapted", "adapted_grpo"]
 RUNNERS = {
     "pmap 8": PmapRunner,
     "mesh 8x1x1": lambda: ShardRunner(make_mesh(8, 1, 1)),
@@ -41,7 +44,11 @@ def step_inputs(name: str):
     if rollout is None:
         sample = jax.jit(setup.policy.sample, static_argnames="draws")
         rollout = sample(
-            setup.params["policy"], Frozen(), to_prompts(batch), step_key(0, 0, 0), draws=setup.algorithm.draws
+            setup.params["policy"],
+            Frozen(base=setup.base),
+            to_prompts(batch),
+            step_key(0, 0, 0),
+            draws=setup.algorithm.draws,
         )
     each = len(rollout.tokens) // PROMPTS
     records = [record for record in batch.records for _ in range(each)]
@@ -54,10 +61,11 @@ def one_step(name: str, runner: Runner):
     setup, data, rollout, judged = step_inputs(name)
     pure = programs(setup.algorithm, setup.policy)
     state = runner.init(setup.algorithm.init, setup.params, np.uint32(3))
-    frozen = runner.place(Frozen(jax.tree.map(lambda x: x + 0.01, setup.params["policy"])))
+    reference = jax.tree.map(lambda x: x + 0.01, setup.params["policy"])
+    frozen = runner.place(Frozen(reference, setup.base))
     inputs = (data, rollout, judged)
     batch, rewards, _ = runner.map(pure.prepare)((state.without_optimizer(), frozen), inputs)
-    state, metrics = runner.step(pure.step)(state, Frozen(), batch)
+    state, metrics = runner.step(pure.step)(state, Frozen(base=frozen.base), batch)
     return jax.device_get((runner.fetch(state), metrics, rewards))
 
 
@@ -80,7 +88,9 @@ def test_the_number_of_devices_changes_nothing(name, runner):
     assert all(x > 0 for x in jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("padded, packed", [("rloo", "rloo_packed"), ("dpo", "dpo_packed")])
+@pytest.mark.parametrize(
+    "padded, packed", [("rloo", "rloo_packed"), ("dpo", "dpo_packed"), ("adapted", "adapted_packed")]
+)
 def test_packed_rows_change_nothing(padded, packed):
     state, metrics, _ = on_one_device(padded)
     other, other_metrics, _ = on_one_device(packed)
@@ -102,6 +112,7 @@ def run_train(setup: Setup, folder, *, resume=False, stop_after=None, staleness=
             algorithm=setup.algorithm,
             policy=setup.policy,
             params=setup.params,
+            base=setup.base,
             tokenizer=TOKENIZER,
             prompts=setup.prompts(PROMPTS),
             feedback=setup.feedback,
@@ -114,7 +125,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel, rules: JitRunner())
 
 
-@pytest.mark.parametrize("name", ["rloo", "dpo", "dpo_policy", "encoder_decoder", "adversarial"])
+@pytest.mark.parametrize("name", ["rloo", "dpo", "dpo_policy", "encoder_decoder", "adversarial", *ADAPTED])
 def test_train_is_resumed_bit_for_bit(name, tmp_path, one_device):
     setup = SETUPS[name]()
     whole = run_train(setup, tmp_path / "whole")
@@ -133,6 +144,22 @@ def test_train_is_resumed_bit_for_bit(name, tmp_path, one_device):
     if name == "dpo":
         assert lines[0]["loss"] == pytest.approx(np.log(2), rel=0.2), "a mean over pairs of the first steps"
         assert lines[-1]["accuracy"] > 0.8
+
+
+def test_a_run_of_adapters_keeps_adapters_alone(tmp_path, one_device):
+    """The KL of the first step is 0 to the bit; a checkpoint has a share of the base's bytes; another base is refused."""
+    wide = small_decoder(TOKENIZER.vocab_size, num_layers=2, width=128, num_heads=2, context_length=16)
+    setup = adapted(wide, lora=LoRAConfig(1, 2.0), answers_per_prompt=2)
+    keep = jax.device_get(setup.base)
+    run_train(setup, tmp_path, stop_after=2)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["kl"] == 0
+    chex.assert_trees_all_equal(jax.device_get(setup.base), keep)
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    written = sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "2").rglob("*") if path.is_file())
+    assert 3 * size(setup.params) < written < size(setup.base) / 4  # whole states would be 6 times the base's bytes
+    other = dataclasses.replace(setup, base=jax.tree.map(lambda x: 2 * x, setup.base))
+    with pytest.raises(UserError, match="the policy to start from"):
+        run_train(other, tmp_path, resume=True)
 
 
 # ---- The sequence loss
@@ -206,6 +233,8 @@ def test_what_is_not_supported_is_refused(tmp_path, one_device):
         (lambda: encoder_decoder(packed_rows=1), "padded rows only"),
         (lambda: dataclasses.replace(SETUPS["adversarial"](), bring={}), "needs demonstrations"),
         (lambda: dataclasses.replace(dpo(), bring={}), "recorded answers"),
+        (lambda: dataclasses.replace(adapted(), base=None), "no weights under it"),
+        (lambda: dataclasses.replace(dpo(answers="policy"), base=adapted().base), "the policy has no adapter"),
     ]
     for i, (make, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
