@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlaif_jax.algorithms.advantages import LeaveOneOut
+from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import prompt_batches
@@ -19,12 +21,14 @@ from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.recipes.improve import comparison, improve, normaliser_of, with_critic, worst_prompts
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig
+from rlaif_jax.types import Frozen
 from tests.helpers import unexplained
 
 TOKENIZER = word_level_tokenizer(tuple("abcdefgh"))
@@ -160,3 +164,35 @@ def test_before_train_after(params, records, tmp_path):
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["gold"] == run.metrics["gold_before"]
     assert lines[-1]["gold"] == run.metrics["gold_after"]
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_and_evaluated_over_its_base(tmp_path, params, records):
+    """The answers and the KL of an adapter are those of the merged policy."""
+    lora, prompts = LoRAConfig(rank=2, alpha=8.0), next(batches(records, 16))
+    whole = Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, 0, source=SOURCE)
+    policy = dataclasses.replace(POLICY, lora=lora)
+    evaluation = dataclasses.replace(whole, policy=policy, frozen=Frozen(base=params))
+    config = TrainConfig(steps=2, prompts_per_step=16, prompt_length=4, parallel=ParallelConfig(mode="shard", data=1))
+    rate = OptimizerConfig(learning_rate=3e-2, schedule="constant")
+    ppo = PPOConfig(advantage=LeaveOneOut(), answers_per_prompt=2, kl_in="loss", policy_optimizer=rate)
+    with (
+        Run(tmp_path / "run", "tiny", config, seed=0) as run,
+        MetricsWriter(tmp_path / "run", terminal=False) as writer,
+    ):
+        found = improve(
+            config,
+            run,
+            writer,
+            algorithm=ppo.build(policy, None, steps=2),
+            evaluation=evaluation,
+            params={"policy": lora.init(jax.random.key(0), params)},
+            prompts=batches(records, 16),
+            feedback=SOURCE,
+        )
+    merged = lora.merge(params, found.params)
+    after = whole.answers(merged)
+    assert after.texts == found.after.texts
+    np.testing.assert_array_equal(found.before.rollout.tokens, whole.answers(params).rollout.tokens)
+    assert run.metrics["kl"] == pytest.approx(whole.kl(params, after), abs=1e-4)
+    assert run.metrics["kl"] > 1e-3
