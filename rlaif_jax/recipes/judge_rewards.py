@@ -22,7 +22,7 @@ from rlaif_jax.feedback.api.templates import Question, Template
 from rlaif_jax.feedback.constitution.constitution import Constitution, load_constitution
 from rlaif_jax.feedback.constitution.revision import draw_principle
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
-from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource
+from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource, other_answer
 from rlaif_jax.feedback.records.forms import Rater
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models import CausalLM
@@ -233,7 +233,7 @@ class ApiReward(ApiConfig):
         judge = around.open.enter_context(ApiJudge(self, store=around.store))
 
         def question(record: Any, answer: str) -> Question:
-            other = (str(record[self.against]),) if self.form == "ranking" else ()
+            other = (other_answer(record, self.against),) if self.form == "ranking" else ()
             return wording.question(str(record["prompt"]), answer, *other)
 
         return ApiJudgeSource(judge, wording.template, question)

@@ -51,6 +51,52 @@ QUANTITIES = {
         "score",
         "Mean score that one of several kinds of feedback gave a step's answers, before any shaping.",
     ),
+    "eval_reward": Quantity(
+        "Reward on held-out prompts",
+        "score",
+        "Mean reward of the answers to held-out prompts, combined as in training.",
+    ),
+    "eval/*": Quantity(
+        "{} on held-out prompts",
+        "score",
+        "Mean of one reward over the answers to held-out prompts, before it is scaled and weighted.",
+    ),
+    "missing/*": Quantity(
+        "Missing: {}",
+        "%",
+        "Share of a step's answers that one reward gave no judgement on. Their other rewards count for it.",
+    ),
+    "missing/longer": Quantity(
+        "Length of answers that miss a judgement",
+        "tokens",
+        "How much longer they are than complete ones. A judge may fail on long answers.",
+    ),
+    "missing/partly": Quantity(
+        "Partly judged answers", "%", "Share of a step's answers that have some of their rewards and miss others."
+    ),
+    "missing/partly_gain": Quantity(
+        "Reward of partly judged answers",
+        "",
+        "How much higher it is than that of complete answers, in standard deviations.",
+    ),
+    "*_order_consistency": Quantity(
+        "Order consistency of the judge ({})",
+        "%",
+        "Share of pairs in which the judge prefers the same answer in both orders.",
+    ),
+    "*_first_shown": Quantity(
+        "Preference for the answer shown first ({})",
+        "%",
+        "Mean probability that the judge calls the answer shown first better: 50 % is no position bias.",
+    ),
+    "*_agrees": Quantity(
+        "Judge and reward agree ({})",
+        "%",
+        "Share of the held-out prompts for which the judge prefers the answer with the higher reward.",
+    ),
+    "second_missing": Quantity(
+        "Missing judgements of the second judge", "%", "Share of the pairs about which it gave no usable verdict."
+    ),
     "second_opinion": Quantity(
         "Second opinion",
         "score",

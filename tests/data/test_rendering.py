@@ -121,7 +121,10 @@ def test_a_text_is_learned_with_its_end(chat):
 
 BAD = {
     "no assistant": (CHATML, "<|im_end|>", [Turn("user", "a")], "no turn of the assistant"),
-    "no end": (CHATML.replace("<|im_end|>", "###"), "<|endoftext|>", CHAT, r"none of the stop tokens \(<.*endoftext.*: declare its end"),
+    "no end": (
+        CHATML.replace("<|im_end|>", "###"), "<|endoftext|>", CHAT,
+        r"none of the stop tokens \(<.*endoftext.*: declare its end",
+    ),
     "another way": (
         CHATML.replace("<|im_start|>assistant\n' }}{% endif %}", "<|im_start|>assistant:' }}{% endif %}"),
         "<|im_end|>", CHAT, "in another way than it asks",

@@ -46,13 +46,7 @@ class RecordedJudgeSource(CountingSource):
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
         prompts = [str(record["prompt"]) for record in records]
         if self.against:
-            lacking = next((i for i, record in enumerate(records) if not record.get(self.against)), None)
-            require(
-                lacking is None,
-                f"the record of the prompt {prompts[lacking or 0][:60]!r} has no field {self.against!r} with an answer to "
-                "compare with",
-            )
-            others = [str(record[self.against]) for record in records]
+            others = [other_answer(record, self.against) for record in records]
             values, valid, mass = self._compare(prompts, answers, others)
         else:
             values, valid, mass = self._score(prompts, answers)
@@ -112,3 +106,13 @@ class RecordedJudgeSource(CountingSource):
     def _keep(self, found: Sequence[Judgement]) -> None:
         with Store(self.store) as store:
             store.add(found)
+
+
+def other_answer(record: Record, field: str) -> str:
+    """Returns the answer to compare with, in a field of a record. Raises UserError without one."""
+    other = record.get(field)
+    require(
+        isinstance(other, str),
+        f"the record of the prompt {str(record['prompt'])[:60]!r} has no text in its field {field!r} to compare answers with",
+    )
+    return str(other)

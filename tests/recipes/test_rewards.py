@@ -1,0 +1,145 @@
+"""Rewards as lines of words, their names, and the sources that they build."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlaif_jax.config import UserError, from_json, to_json
+from rlaif_jax.feedback.records.forms import Rating
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.feedback.verifiers.functions import PythonFunction
+from rlaif_jax.feedback.verifiers.number import Number
+from rlaif_jax.feedback.verifiers.texts import Regex
+from rlaif_jax.parallel import JitRunner
+from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
+from rlaif_jax.recipes.rewards import (
+    KINDS,
+    PeopleReward,
+    RulesReward,
+    SimulatedReward,
+    WeightedReward,
+    build_reward,
+    read_reward,
+    reward_line,
+    reward_names,
+    rewards_help,
+)
+
+CONSTITUTION = Path(__file__).resolve().parents[2] / "experiments" / "constitution.toml"
+
+LINES = {
+    "judge models/smollm2": WeightedReward(JudgeReward("models/smollm2")),
+    "judge m form=ranking against=answer 'principle=Be brief.' weight=0.5": WeightedReward(
+        JudgeReward("m", "ranking", "answer", "Be brief."), 0.5
+    ),
+    "api http://127.0.0.1:8000/v1 model=qwen budget_usd=2 usd_per_million_prompt=1 name=critic": WeightedReward(
+        ApiReward("http://127.0.0.1:8000/v1", "qwen", budget_usd=2.0, usd_per_million_prompt=1.0), name="critic"
+    ),
+    "rules a.toml": WeightedReward(RulesReward(Path("a.toml"))),
+    "people rank overlap=2 limit=9": WeightedReward(PeopleReward("rank", overlap=2, limit=9)),
+    "simulated taste.py:quality raters=3": WeightedReward(SimulatedReward("taste.py:quality", 3)),
+    "function rewards.py:brevity weight=-1": WeightedReward(PythonFunction("rewards.py:brevity"), -1.0),
+    "number field=result": WeightedReward(Number(field="result")),
+    "regex '^a=b'": WeightedReward(Regex("^a=b")),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_is_a_reward_and_comes_back(line):
+    reward = read_reward(line)
+    assert reward == LINES[line]
+    assert read_reward(reward_line(reward)) == reward
+    assert from_json(WeightedReward, to_json(reward)) == reward
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "names no reward; it begins with one of judge, api"),
+        ("weight=2", "names no reward"),
+        ("jury m", "there is no 'jury'; it is one of judge, api"),
+        ("judge", "JudgeReward misses model"),
+        ("judge m form=score", "form: should be one of rating, ranking, not 'score'"),
+        ("judge m colour=red", "'colour=red' is no setting of judge"),
+        ("judge m weight=nan", "the weight of a reward is a number other than 0, not nan"),
+        ("judge m weight=0", "the weight of a reward is a number other than 0"),
+        ("judge m weight=heavy", "weight: should be a number, not 'heavy'"),
+        ("judge 'm", "cannot be split into words: No closing quotation"),
+        ("function brevity", "it is MODULE:FUNCTION or path/file.py:FUNCTION"),
+        ("simulated a:b overlap=9", "overlap (9) must lie in 1 .. raters (5)"),
+        ("api 127.0.0.1:8000", "an address begins with http:// or https://"),
+    ],
+)
+def test_a_wrong_line_is_one_clear_message(line, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        read_reward(line)
+    assert "\n" not in str(error.value)
+
+
+def test_every_reward_has_a_name_of_its_kind_or_a_given_one():
+    lines = ["judge a", "function x:y", "judge b", "function x:z name=brevity", "judge c name=judge"]
+    assert reward_names([read_reward(line) for line in lines]) == ("judge", "function", "judge_2", "brevity", "judge_3")
+
+
+def test_help_names_every_kind_with_its_settings():
+    text = rewards_help()
+    assert all(f"\n  {word}: " in f"\n{text}" for word in KINDS)
+    assert "form=rating" in text and "budget_usd" in text and "requests_per_minute" not in text
+
+
+# ---- Sources
+
+
+@pytest.fixture
+def around(tmp_path):
+    with ExitStack() as opened:
+        yield Surroundings(tmp_path, 3, JitRunner(), lambda: False, opened)
+
+
+def judged(source, answers):
+    records = [{"prompt": f"Question {i}?"} for i in range(len(answers))]
+    return source(records, answers, None)
+
+
+def test_rules_are_a_constitution_without_a_model(around):
+    source = build_reward(RulesReward(CONSTITUTION), around)
+    found = judged(source, ["I do not know, perhaps.", "You idiot."])
+    assert found.valid.all() and found.values[0, 0] > found.values[1, 0]
+
+
+def test_rules_without_a_formula_are_refused(around, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('name = "a"\n[[rule]]\nname = "short"\nlength = "words"\nat_most = 3\n')
+    with pytest.raises(UserError, match="no \\[\\[formula\\]\\] makes a reward"):
+        build_reward(RulesReward(path), around)
+
+
+def test_a_simulated_crowd_rates_by_the_quality_and_its_ratings_are_kept(around, tmp_path):
+    (tmp_path / "taste.py").write_text("def quality(answer):\n    return min(len(answer) / 20, 1.0)\n")
+    config = SimulatedReward(f"{tmp_path}/taste.py:quality", overlap=3)
+    source = build_reward(config, around)
+    answers = ["", "a" * 5, "a" * 10, "a" * 15, "a" * 20] * 8
+    found = judged(source, answers)
+    means = found.values[:, 0].reshape(8, 5).mean(0)
+    assert found.valid.all() and (np.diff(means) > 0).all()
+    assert np.array_equal(judged(source, answers).values, found.values), "the noise depends on what is judged alone"
+    with Store(around.store) as store:
+        kept = list(store.judgements())
+    assert len(kept) == 3 * len(answers) and all(isinstance(entry, Rating) for entry in kept)
+    assert {entry.rater.source for entry in kept} == {"simulated"} and len({entry.rater.name for entry in kept}) == 5
+
+
+def test_a_quality_outside_its_range_is_named(around, tmp_path):
+    (tmp_path / "taste.py").write_text("def quality(answer):\n    return 7\n")
+    with pytest.raises(UserError, match=r"taste.py:quality: the quality of an answer lies in 0 \.\. 1, not 7"):
+        judged(build_reward(SimulatedReward(f"{tmp_path}/taste.py:quality"), around), ["a"])
+
+
+def test_people_are_asked_at_the_runs_own_store(around):
+    source = build_reward(PeopleReward("rank", timeout_s=1), around)
+    assert source.store == around.folder / "feedback.sqlite" and source.kind.name == "rank"

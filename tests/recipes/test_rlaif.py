@@ -1,0 +1,224 @@
+"""A whole run on a user's own model, prompts and rewards, with a model of a few words in a real folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rlaif_jax.config import UserError, from_json
+from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.metrics import read_metrics
+from rlaif_jax.models import CausalLM
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.models.lora import LoRAConfig
+from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.recipes.rewards import read_reward
+from rlaif_jax.recipes.rlaif import RlaifConfig, get_config, main
+from rlaif_jax.recipes.verdicts import SCORE, SECOND, conclude
+from rlaif_jax.run import Run
+from tests.helpers import assert_same_leaves, random_params, unexplained
+
+LETTERS = tuple("abcdefghABCDEFGHIJ")
+TEMPLATE = "{% for m in messages %}user {{ m['content'] }} {% endfor %}assistant "
+TOKENIZER = word_level_tokenizer(("user", "assistant", "Answer:", *LETTERS))
+MODEL = CausalLM(small_decoder(TOKENIZER.vocab_size, num_layers=1, width=16, num_heads=2, context_length=512))
+
+REWARDS = '''
+def count_a(answer):
+    """The share of words that are a."""
+    words = answer.split()
+    return words.count("a") / len(words) if words else None
+
+
+def fussy(answer):
+    if "b" in answer.split():
+        raise ValueError("no b, please")
+    return len(answer.split())
+'''
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a chat model, prompts and a file of reward functions."""
+    path = tmp_path_factory.mktemp("inputs")
+    tokenizer = dataclasses.replace(TOKENIZER, settings={**TOKENIZER.settings, "chat_template": TEMPLATE})
+    save_model(path / "lm", MODEL, random_params(MODEL, scale=0.2), tokenizer)
+    prompts = [f"{x} {y}" for x in "abcdefgh" for y in "abcdefgh"]
+    (path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (path / "rewards.py").write_text(REWARDS)
+    return path
+
+
+def config_of(inputs: Path, out: Path, *feedback: str, **changed) -> RlaifConfig:
+    base = get_config()
+    ppo = dataclasses.replace(
+        base.ppo,
+        answers_per_prompt=4,
+        policy_optimizer=dataclasses.replace(base.ppo.policy_optimizer, learning_rate=3e-3, warmup_updates=0),
+    )
+    train = dataclasses.replace(base.train, steps=4, prompts_per_step=8, prompt_length=8, eval_every=2, save_every=2)
+    settings = {
+        "policy": str(inputs / "lm"), "prompts": str(inputs / "prompts.txt"), "held_out": 16, "out": out, "ppo": ppo,
+        "feedback": tuple(read_reward(line.replace("HERE", str(inputs))) for line in feedback),
+        "train": train, "sampling": SamplingConfig(max_new_tokens=6),
+    }  # fmt: skip
+    return dataclasses.replace(base, **settings | changed)
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def steps(folder: Path) -> list[dict]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+TWO = ("function HERE/rewards.py:count_a weight=2 name=as", "function HERE/rewards.py:fussy name=words")
+
+
+def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path):
+    whole = config_of(inputs, tmp_path / "whole", *TWO)
+    metrics = main(whole)
+    found = summary(whole.out)
+    assert found["status"] == "done" and all(found["checks"].values())
+    assert {"eval_reward_before", "eval_reward_after", "win_rate_eval_reward", "kl", "gain"} <= set(metrics)
+    assert found["missing"]["words: fussy raised ValueError: no b, please"] > 0
+    rows = steps(whole.out)
+    assert all({"reward", "score/as", "score/words"} <= set(row) for row in rows if row["step"])
+    assert any(0 < row.get("missing/words", 0) < 1 and "missing/partly_gain" in row for row in rows)
+    assert {"eval/as", "eval/words", SCORE} <= set(rows[0])
+    samples = [json.loads(line) for line in (whole.out / "samples.jsonl").read_text().splitlines()]
+    assert {"before", "after", "rl"} <= {sample["stage"] for sample in samples}
+    assert all({"eval/as", "eval/words", "reward"} <= set(sample) for sample in samples)
+    page = (whole.out / "report.html").read_text()
+    assert "fussy raised ValueError" in page and unexplained(whole.out) == []
+    _, start = load_model(inputs / "lm")
+    model, after = load_model(whole.out / "model")
+    assert model.config == MODEL.config
+    assert all(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(after), strict=True))
+
+    part = dataclasses.replace(whole, out=tmp_path / "part", train=dataclasses.replace(whole.train, steps=2))
+    main(part)
+    main(dataclasses.replace(whole, out=part.out, resume=True))
+    assert json.dumps(steps(part.out)) == json.dumps(rows), "NaN is equal to NaN"
+    assert_same_leaves(load_model(part.out / "model")[1], after)
+    assert from_json(RlaifConfig, json.loads((part.out / "config.json").read_text())).feedback == whole.feedback
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["rating", "ranking"])
+def test_a_judge_and_a_second_one_with_an_adapter(inputs, tmp_path, form):
+    config = config_of(
+        inputs,
+        tmp_path / "run",
+        f"judge HERE/lm form={form} min_mass=0",
+        second=f"judge {inputs}/lm min_mass=0",
+        lora=True,
+        adapter=LoRAConfig(rank=2),
+    )
+    metrics = main(config)
+    found = summary(config.out)
+    assert found["status"] == "done" and all(found["checks"].values())
+    assert {f"win_rate_{SECOND}", f"{SECOND}_order_consistency", f"{SECOND}_first_shown", f"{SECOND}_missing"} <= set(
+        metrics
+    )
+    assert 0 <= metrics[f"win_rate_{SECOND}"] <= 1 and metrics[f"{SECOND}_missing"] == 0
+    rows = steps(config.out)
+    assert "second_opinion" in rows[0] and f"win_rate_{SECOND}" in rows[0]
+    with Store(config.out / "feedback.sqlite") as store:
+        forms = {entry.form for entry in store.judgements()}
+    assert forms == {form, "rating"}
+    assert (config.out / "baseline.jsonl").exists() == (form == "ranking")
+    _, start = load_model(inputs / "lm")
+    _, merged = load_model(config.out / "model")
+    moved = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: not np.array_equal(a, b), start, merged))
+    assert {path[-2].key for path, differs in moved if differs} == {"q", "k", "v", "o", "gate", "up", "down"}
+
+
+BAD = {
+    "no model": ({"policy": ""}, "no model to train: give --policy"),
+    "no prompts": ({"prompts": ""}, "no prompts: give --prompts"),
+    "no feedback": ({"feedback": ()}, "no feedback: give --feedback"),
+    "no such model": ({"policy": "HERE/none/x/y"}, "HERE/none/x/y"),
+    "no such prompts": ({"prompts": "HERE/none.jsonl"}, "HERE/none.jsonl"),
+    "no such function": ({"feedback": ("function HERE/rewards.py:nothing",)}, "has no 'nothing'"),
+    "no such file": ({"feedback": ("function HERE/none.py:f",)}, "there is no file HERE/none.py"),
+    "no such judge": ({"feedback": ("judge HERE/none/x",)}, "HERE/none/x"),
+    "no such rules": ({"feedback": ("rules HERE/none.toml",)}, "HERE/none.toml"),
+    "no server": ({"feedback": ("api",)}, "server"),
+    "second is no reward": ({"second": "jury x"}, "--second 'jury x': there is no 'jury'"),
+    "too few prompts": ({"held_out": 64}, "64 prompts are left, and held_out=64"),
+    "longer than the context": ({"sampling": SamplingConfig(max_new_tokens=900)}, "more than the policy's context"),
+    "system and no template": ({"template": "plain", "system": "x"}, "system is a message of a chat"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_cannot_work_is_one_line_and_leaves_no_folder(bad, inputs, tmp_path):
+    changed, message = BAD[bad]
+    here = lambda value: value.replace("HERE", str(inputs)) if isinstance(value, str) else value
+    feedback = changed.pop("feedback", TWO) if "feedback" in changed else TWO
+    config = config_of(inputs, tmp_path / "run", *feedback, **{name: here(value) for name, value in changed.items()})
+    with pytest.raises(UserError, match=re.escape(here(message))) as error:
+        main(config)
+    assert "\n" not in str(error.value) and not config.out.exists()
+
+
+# ---- What a run concludes
+
+
+def concluded(folder: Path, judge: str | None = None, **numbers) -> Run:
+    run = Run(folder, "rlaif", get_config(), seed=0)
+    run.metrics = {
+        f"{SCORE}_before": 0.0, f"{SCORE}_after": 1.0, "gain_ci95": [0.5, 1.5], "kl": 2.0, "length_before": 40.0,
+        "length_after": 42.0, f"win_rate_{SCORE}": 0.8, f"win_rate_{SCORE}_ci95": [0.7, 0.9],
+        f"win_rate_{SCORE}_length_controlled": 0.78, f"win_rate_{SCORE}_length_controlled_ci95": [0.66, 0.87],
+    } | numbers  # fmt: skip
+    conclude(run, judge)
+    return run
+
+
+def second(low, high):
+    return {f"win_rate_{SECOND}": (low + high) / 2, f"win_rate_{SECOND}_ci95": [low, high]}
+
+
+def test_a_better_policy_is_called_better(tmp_path):
+    run = concluded(tmp_path / "run", SECOND, **second(0.55, 0.75))
+    assert run.verdict == "better" and not run.warnings
+    assert "0.00 -> 1.00 at KL 2.0" in run.story[0] and "win 65% [55%, 75%]" in run.story[1]
+
+
+def test_a_reward_that_a_second_judge_does_not_share_is_called_exploited_first(tmp_path):
+    run = concluded(tmp_path / "run", SECOND, **second(0.2, 0.4))
+    assert run.verdict == "worse" and run.story[0].startswith("The reward was exploited: it rose, but the second judge")
+    assert run.warnings and run.warnings[0].startswith(run.story[0]) and "Try: " in run.warnings[0]
+
+
+def test_a_reward_that_rises_with_length_alone_is_called_out_first(tmp_path):
+    longer = {"length_after": 90.0, f"win_rate_{SCORE}_length_controlled_ci95": [0.4, 0.7]}
+    run = concluded(tmp_path / "run", **longer)
+    assert run.story[0].startswith("The reward may be exploited by length: the answers became 2.2 times as long")
+    assert len(run.warnings) == 1
+    shorter = concluded(tmp_path / "b", **longer | {"length_after": 20.0})
+    assert "(shorter)" in shorter.story[0]
+    honest = concluded(tmp_path / "c", length_after=90.0)
+    assert not honest.warnings and "exploited" not in "".join(honest.story)
+    fell = concluded(tmp_path / "d", **longer | {"gain_ci95": [-1.0, 1.0]})
+    assert not fell.warnings, "a reward that did not rise was not exploited"
+
+
+def test_without_another_judge_the_reward_itself_is_the_verdict(tmp_path):
+    assert concluded(tmp_path / "a").verdict == "better"
+    assert concluded(tmp_path / "b", **{f"win_rate_{SCORE}_ci95": [0.4, 0.6]}).verdict == "no different"
+    assert concluded(tmp_path / "c", **{f"win_rate_{SCORE}_ci95": [0.1, 0.3]}).verdict == "worse"
