@@ -134,7 +134,8 @@ def train(
         prompts: yields the data of a step, resumable.
         feedback: judges on the host; None: rewards are computed on the devices, or the algorithm makes them.
         device_rewards: rewards inside the compiled program, each with its parameters.
-        base: weights under the adapters that learn, which are then also the reference; None: `params` are whole.
+        base: weights under the adapters that learn, which then are the reference, too: an adapter that is not fresh is
+            merged first (`LoRAConfig.merge`). None: `params` are whole.
         normaliser: of the rewards; None leaves them as they are.
         evaluate: (policy parameters, step) -> metrics; called before the first step, every `config.eval_every` steps and
             at the last.

@@ -148,8 +148,8 @@ class Frozen:
     """Weights that do not learn: not donated, not in checkpoints, known by what they were loaded from.
 
     Attributes:
-        reference: parameters of the reference policy.
-        base: weights under an adapter that learns; None where the policy's own weights learn.
+        reference: parameters of the reference policy; with a base an adapter, {} for the base alone.
+        base: weights under the adapters that learn; None where the policy's own weights learn.
         rewards: one pytree of parameters for each reward that is computed on the devices (`DeviceReward`).
     """
 

@@ -19,7 +19,7 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import ParallelConfig
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig, train
-from tests.builders import DECODER, GROUP, LENGTH, PROMPT, TOKENIZER, adversarial, dpo, encoder_decoder, ppo
+from tests.builders import DECODER, GROUP, LENGTH, PROMPT, TOKENIZER, adapted, adversarial, dpo, encoder_decoder, ppo
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "DPO of its own answers": (dpo, {"answers": "policy", "answers_per_prompt": 3}),
         "inverse RL": (adversarial, {}),
         "RLOO of an encoder-decoder": (encoder_decoder, {}),
+        "PPO of adapters": (adapted, {}),
+        "GRPO of adapters": (adapted, {"advantage": GroupNormalised()} | GROUP),
     },
     "layout": {
         "one device": MESH(1),
@@ -105,6 +107,7 @@ def run(case: tuple[str, ...], folder: Any, monkeypatch: pytest.MonkeyPatch) -> 
             algorithm=setup.algorithm,
             policy=setup.policy,
             params=setup.params,
+            base=setup.base,
             tokenizer=TOKENIZER,
             prompts=setup.prompts(16),
             feedback=setup.feedback,

@@ -26,7 +26,7 @@ from tests.builders import PROMPT, PROOFS, SETUPS, TOKENIZER, Setup, adapted, dp
 
 pytestmark = pytest.mark.slow
 PROMPTS = 8
-ADAPTED = ["adapted", "adapted_grpo"]
+ADAPTED = ["adapted", "adapted_grpo", "adapted_encoder_decoder"]
 RUNNERS = {
     "pmap 8": PmapRunner,
     "mesh 8x1x1": lambda: ShardRunner(make_mesh(8, 1, 1)),
