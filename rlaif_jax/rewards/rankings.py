@@ -94,7 +94,7 @@ def bradley_terry(
     """
     p, gap = jnp.asarray(probability, jnp.float32), _float(first) - _float(second)
     if mask is not None:
-        p, gap, margin = jnp.where(mask, p, 0.5), jnp.where(mask, gap, 0.0), jnp.where(mask, margin, 0.0)
+        p, gap = jnp.where(mask, p, 0.5), jnp.where(mask, gap, 0.0)
     loss = -p * jax.nn.log_sigmoid(gap - margin) - (1 - p) * jax.nn.log_sigmoid(-gap - margin)
     return loss if mask is None else jnp.where(mask, loss, 0.0)
 
