@@ -41,6 +41,7 @@ from rlaif_jax.types import INIT, Params, step_key
 STAGE = "reward_model"
 CHECKED = 512  # held-out pairs that are scored during the training
 RESAMPLES = 500
+MOST_PASSES = 3  # over the training pairs, before a run warns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +277,13 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
             "pairs_heldout": len(measured.ids),
             "columns_filled": filled,
         }
+        passes = config.fit.updates * config.fit.batch_size / len(training.ids)
+        if passes > MOST_PASSES:
+            run.warn(
+                f"{config.fit.updates} updates of {config.fit.batch_size} pairs are {passes:.1f} passes over the "
+                f"{len(training.ids)} pairs: reward models know pairs by heart after one or two (Ouyang 2022 makes one). Try: "
+                f"--fit.updates {-(-len(training.ids) // config.fit.batch_size)}"
+            )
 
         def start(trunk: Params) -> Params:
             keys = [step_key(config.seed + k, 1, INIT) for k in range(config.members)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ CHAT = [Turn("user", "hi"), Turn("assistant", "hello"), Turn("user", "why?"), Tu
 
 
 def chat_tokenizer(folder: Path, template: str = CHATML, eos: str = "<|im_end|>") -> HuggingFaceTokenizer:
-    settings = {"eos_token": eos, "bos_token": "<|im_start|>", "chat_template": template}
+    settings = {"eos_token": eos, "bos_token": "<|endoftext|>", "chat_template": template}
     return load_tokenizer(byte_tokenizer_folder(folder, *SPECIAL, tokenizer_config=settings))  # type: ignore[return-value]
 
 
@@ -58,9 +59,9 @@ def test_the_assistants_turns_are_learned_with_their_end_and_nothing_else(chat):
 
 
 def test_smollm2_learns_the_assistants_turns():
-    folder = Path("/tmp/smollm/smollm2")
-    if not folder.is_dir():
-        pytest.skip("needs SmolLM2's folder, which is not part of this repository")
+    folder = os.environ.get("RLAIF_JAX_CHAT_MODEL")
+    if not folder:
+        pytest.skip("needs a chat model: set RLAIF_JAX_CHAT_MODEL to the folder of SmolLM2-135M-Instruct")
     tokenizer = load_tokenizer(folder)
     assert shown(tokenizer, conversation_tokens(tokenizer, CHAT)) == (
         f"{SYSTEM}<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[hello<|im_end|>]\n"
@@ -153,6 +154,8 @@ def rollout_ids(tokenizer, prompt: str, answer: str, *, add_bos: bool = False) -
 
 def test_a_chat_answer_has_the_tokens_of_a_rollout(chat):
     ids, written = answer_tokens(chat, "why?", "so be it ", add_bos=True)
+    assert chat.bos_id not in ids, "a template writes its BOS itself"
+    assert conversation_tokens(chat, CHAT, add_bos=True) == conversation_tokens(chat, CHAT)
     prompt = chat.chat_text([{"role": "user", "content": "why?"}])
     assert ids == rollout_ids(chat, prompt, "so be it ") and written == len("so be it ") + 1
     assert ids[-1] == chat.eos_id and ids[-2] == chat.encode(" ")[0], "no template trims an answer"

@@ -52,10 +52,11 @@ def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_reward_model_from_the_command_line(called, tmp_path):
+    answers = (("f", 4), ("g", 1))
     rows = [
-        {"prompt": f"{a} {b}", "response": c, "helpfulness": h} for a in "ab" for b in "cde" for c, h in ("f4", "g1")
-    ]
-    rows = [{**row, "helpfulness": int(row["helpfulness"])} for row in rows]
+        {"prompt": f"{a} {b}", "response": text, "helpfulness": rating}
+        for a in "ab" for b in "cde" for text, rating in answers
+    ]  # fmt: skip
     path = write(tmp_path / "rows.jsonl", rows)
     options = ("--feedback", path, "--principles", "helpfulness", "--margin", "0.5", "--fit.batch-size", "2")
     metrics = called(reward_model, *options, "format:help-steer")

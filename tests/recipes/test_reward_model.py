@@ -96,7 +96,13 @@ def test_a_run_learns_measures_saves_and_explains(whole):
     rows = numbers(out)
     checks = [(row["step"], row["heldout_loss"]) for row in rows if "heldout_loss" in row]
     assert [step for step, _ in checks] == [0, 10, 20, 30] and checks[-1][1] < checks[0][1]
-    assert "higher score" in json.loads((out / "summary.json").read_text())["story"][0]
+    summary = json.loads((out / "summary.json").read_text())
+    assert "higher score" in summary["story"][0]
+    passes = 30 * 16 / metrics["pairs_learned"]
+    assert (
+        f"are {passes:.1f} passes over the" in summary["warnings"][0]
+        and "Try: --fit.updates 8" in summary["warnings"][0]
+    )
     assert (out / "report.html").exists()
 
 
@@ -220,6 +226,7 @@ def test_reasons_for_unused_rows_are_printed(folder, tmp_path, capsys):
     assert "not used: 1 x rating that no other of its judge" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert sum(summary["missing"].values()) == 2
+    assert summary["warnings"] == []
 
 
 # ---- Data
