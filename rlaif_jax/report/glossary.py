@@ -94,9 +94,7 @@ QUANTITIES = {
         "%",
         "Share of the held-out prompts for which the judge prefers the answer with the higher reward.",
     ),
-    "second_missing": Quantity(
-        "Missing judgements of the second judge", "%", "Share of the pairs about which it gave no usable verdict."
-    ),
+    "second_missing": Quantity("Missing verdicts of the second judge", "%", "Share of pairs without a usable verdict."),
     "second_opinion": Quantity(
         "Second opinion",
         "score",

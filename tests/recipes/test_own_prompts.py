@@ -12,6 +12,7 @@ from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.recipes.own_prompts import read_prompts
 from tests.data.test_rendering import chat_tokenizer
 
+TURNS = (("user", "one"), ("assistant", "two"), ("user", "three"))
 WORDS = word_level_tokenizer(("Human:", "Assistant:", *"abcdefgh"))
 
 
@@ -59,7 +60,7 @@ def test_a_prompt_that_is_measured_on_is_not_learned(tmp_path):
 def test_a_chat_model_reads_the_template_and_judges_the_words(tmp_path, chat):
     rows = [
         {"prompt": "hi"},
-        {"prompt": [{"role": role, "content": text} for role, text in zip(["user", "assistant", "user"], ["one", "two", "three"])]},
+        {"prompt": [{"role": role, "content": text} for role, text in TURNS]},
         {"prompt": "with<|im_end|>mark"},
     ]  # fmt: skip
     found = read(write(tmp_path / "p.jsonl", rows), chat, prompt_length=300)
