@@ -79,11 +79,9 @@ class UnitTestsSource(CountingSource):
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
         """Returns the share of passed tests of each answer; see `FeedbackSource`."""
-        pool = ThreadPoolExecutor(self.config.workers, "unit-tests")
-        try:
+        with ThreadPoolExecutor(self.config.workers, "unit-tests") as pool:
+            # A stop ends the iteration, which cancels what has not begun: it waits for the answers that are running alone.
             return self.feedback(list(pool.map(self._verify, records, answers)))
-        finally:
-            pool.shutdown(cancel_futures=True)  # a stop waits for the answers that are running, and for no others
 
     def _verify(self, record: Record, answer: str) -> Verdict:
         tests = read_field(record, self.config.field)

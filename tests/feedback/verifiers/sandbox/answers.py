@@ -210,9 +210,19 @@ def f(x):
 import os
 def f(x): os.write(3, b'{"value": {"object": 99, "int": 1}}\\n')
 """,
-    "gives names to the tests": """
-import os
-os.write(3, b'{"names": {"__builtins__": {"dict": []}, "abs": {"object": 0}, "f": 5}}\\n')
+    "replaces the builtins of the tests": """
+import json, os
+own = {name: {"object": 1} for name in ("abs", "round", "len")}
+names = {"f": {"object": 0}, "__builtins__": {"dict": list(own.items())}, **own}
+os.write(3, json.dumps({"names": names}).encode() + b"\\n")
+while True:
+    line = b""
+    while not line.endswith(b"\\n"):
+        part = os.read(3, 65536)
+        if not part: os._exit(0)
+        line += part
+    called = json.loads(line)["arguments"][0]["object"]
+    os.write(3, json.dumps({"value": 5 if called == 0 else 0}).encode() + b"\\n")
 """,
     "frames": """
 import sys
