@@ -19,19 +19,54 @@ from rlaif_jax.config import UserError, from_words, require
 from rlaif_jax.data.world.people import SimulatedRater, simulated_raters
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.constitution.constitution import ConstitutionSource, load_constitution
+from rlaif_jax.feedback.judges.reward_source import RewardModelSource
 from rlaif_jax.feedback.people.kinds import COMPARE, RANK, RATE
 from rlaif_jax.feedback.people.source import PeopleSource
 from rlaif_jax.feedback.record_rewards import JudgementSource, standard_rating
 from rlaif_jax.feedback.records.forms import Judgement, Rater, Rating, sha256
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.verifiers.constraints import Constraints
 from rlaif_jax.feedback.verifiers.functions import PythonFunction
 from rlaif_jax.feedback.verifiers.json_schema import JsonSchema
 from rlaif_jax.feedback.verifiers.number import Number
 from rlaif_jax.feedback.verifiers.texts import ExactMatch, Regex
+from rlaif_jax.feedback.verifiers.unit_tests import UnitTests
+from rlaif_jax.models.hf.classifiers import load_reward_model
 from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
 
-# ---- Rules
+# ---- Models and rules
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReward:
+    """A reward model, as `python -m rlaif_jax reward-model` writes it: a classifier with one label.
+
+    It reads prompt and answer with its own tokenizer and chat template.
+
+    Attributes:
+        model: a Hugging Face folder or a hub id.
+        dtype: of its matrix products.
+        batch_size: texts of one compiled call, on each device.
+        max_length: tokens of prompt and answer at most; 0 = the model's context, 2,048 at most.
+    """
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    max_length: int = 0
+
+    def build(self, around: Surroundings) -> FeedbackSource:
+        """Returns the source."""
+        model, params, tokenizer = load_reward_model(self.model, compute_dtype=self.dtype)
+        return RewardModelSource(
+            model,
+            params,
+            tokenizer,
+            around.runner,
+            self.batch_size * around.runner.devices,
+            self.max_length or min(2048, model.config.context_length),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +178,10 @@ def _rate(
 Judging = JudgeReward | ApiReward
 """The kinds that can compare two answers."""
 
-Checking = PythonFunction | ExactMatch | Number | Regex | JsonSchema
+Checking = PythonFunction | ExactMatch | Number | Regex | JsonSchema | Constraints | UnitTests
 """The kinds that need nothing of the run."""
 
-Reward = JudgeReward | ApiReward | RulesReward | PeopleReward | SimulatedReward | Checking
+Reward = JudgeReward | ApiReward | ModelReward | RulesReward | PeopleReward | SimulatedReward | Checking
 
 
 def build_reward(reward: Reward, around: Surroundings) -> FeedbackSource:
@@ -181,6 +216,7 @@ class WeightedReward:
 KINDS: Mapping[str, type[Reward]] = {
     "judge": JudgeReward,
     "api": ApiReward,
+    "model": ModelReward,
     "rules": RulesReward,
     "people": PeopleReward,
     "simulated": SimulatedReward,
@@ -189,6 +225,8 @@ KINDS: Mapping[str, type[Reward]] = {
     "number": Number,
     "regex": Regex,
     "json-schema": JsonSchema,
+    "constraints": Constraints,
+    "unit-tests": UnitTests,
 }
 """The word that begins a reward's line -> its settings."""
 

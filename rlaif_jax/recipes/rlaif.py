@@ -23,6 +23,7 @@ from rlaif_jax.evaluate import Combination, Evaluation
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.metrics import MetricsWriter
+from rlaif_jax.models.hf.adapters import save_adapter
 from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
@@ -47,7 +48,7 @@ from rlaif_jax.recipes.verdicts import SCORE, SECOND, AgainstStart, conclude
 from rlaif_jax.rewards.shaping import identity_normaliser
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig
-from rlaif_jax.types import INIT, Frozen, step_key
+from rlaif_jax.types import INIT, Frozen, Params, step_key
 
 STAGES = (
     PlannedStage(
@@ -153,7 +154,7 @@ def help_text() -> str:
 
 
 def main(config: RlaifConfig) -> dict[str, Any]:
-    """Trains the policy, writes the new one to OUT/model and returns the run's metrics."""
+    """Trains the policy, writes it to OUT/model (and its adapter to OUT/adapter) and returns the metrics."""
     require(bool(config.prompts), "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT")
     require(bool(config.feedback), "no feedback: give --feedback 'KIND ...'; --help lists the kinds")
     second = read_reward(config.second, "--second").reward if config.second else None
@@ -246,9 +247,15 @@ def _train(
             run.metrics |= against.metrics(found.after)
     run.metrics["wall_s"] = round(run.wall_s, 1)
     run.missing |= source.missing()
-    whole = found.params if lora is None else lora.merge(policy.params, found.params)
-    save_model(run.folder / "model", policy.model, whole, tokenizer)
+    _save(run.folder, config.policy, policy, lora, found.params)
     conclude(run, None if against is None else against.name)
+
+
+def _save(folder: Path, base_name: str, policy: LoadedPolicy, lora: LoRAConfig | None, params: Params) -> None:
+    whole = params if lora is None else lora.merge(policy.params, params)
+    save_model(folder / "model", policy.model, whole, policy.tokenizer)
+    if lora is not None:
+        save_adapter(folder / "adapter", policy.model, lora, params, base_name=base_name)
 
 
 class _Judges(NamedTuple):

@@ -6,19 +6,25 @@ import re
 from contextlib import ExitStack
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError, from_json, to_json
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.records.forms import Rating
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.verifiers.functions import PythonFunction
 from rlaif_jax.feedback.verifiers.number import Number
 from rlaif_jax.feedback.verifiers.texts import Regex
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.heads import ScalarModel
+from rlaif_jax.models.hf.classifiers import save_reward_model
 from rlaif_jax.parallel import JitRunner
 from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
 from rlaif_jax.recipes.rewards import (
     KINDS,
+    ModelReward,
     PeopleReward,
     RulesReward,
     SimulatedReward,
@@ -29,6 +35,7 @@ from rlaif_jax.recipes.rewards import (
     reward_names,
     rewards_help,
 )
+from tests.helpers import random_params
 
 CONSTITUTION = Path(__file__).resolve().parents[2] / "experiments" / "constitution.toml"
 
@@ -138,6 +145,59 @@ def test_a_quality_outside_its_range_is_named(around, tmp_path):
     (tmp_path / "taste.py").write_text("def quality(answer):\n    return 7\n")
     with pytest.raises(UserError, match=r"taste.py:quality: the quality of an answer lies in 0 \.\. 1, not 7"):
         judged(build_reward(SimulatedReward(f"{tmp_path}/taste.py:quality"), around), ["a"])
+
+
+def test_a_reward_model_scores_what_it_has_learned_to_read(around, tmp_path):
+    tokenizer = word_level_tokenizer(tuple("abcdefgh"))
+    model = ScalarModel(
+        small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16),
+        "normal",
+        bias=False,
+    )
+    params = random_params(model)
+    save_reward_model(tmp_path / "rm", model, params, tokenizer)
+    source = build_reward(ModelReward(str(tmp_path / "rm"), batch_size=2, max_length=8), around)
+    texts = [("a b", "c"), ("d", "e f g h"), ("h", ""), ("a", "b c d e f g h")]
+    found = source([{"prompt": prompt} for prompt, _ in texts], [answer for _, answer in texts])
+    assert found.valid[:, 0].tolist() == [True, True, True, False]
+    assert source.missing() == {"prompt and answer are longer than 8 tokens": 1}
+    for row, (prompt, answer) in enumerate(texts[:3]):
+        ids = jnp.array([[*tokenizer.encode(f"{prompt} {answer}"), tokenizer.eos_id]])
+        expected = model(params, ids, jnp.ones_like(ids, bool))[0, -1]
+        np.testing.assert_allclose(found.values[row, 0], expected, atol=1e-5)
+    with pytest.raises(UserError, match="max_length is 99; the reward model reads 1 to 16 tokens"):
+        build_reward(ModelReward(str(tmp_path / "rm"), max_length=99), around)
+
+
+@pytest.mark.parametrize(
+    ("line", "record", "answers", "values"),
+    [
+        ("number", {"answer": "12"}, ["so 12", "3", "none"], [1, 0, 0]),
+        ("exact-match field=gold", {"gold": ["yes", "Yes, it is"]}, ["Yes", "no", "yes, it is."], [1, 0, 1]),
+        ("regex '^[ab]+$'", {}, ["abba", "c", "a"], [1, 0, 1]),
+        (
+            "constraints",
+            {"constraints": [{"type": "max_words", "count": 2}, {"type": "without_word", "word": "no"}]},
+            ["one two", "no", "one two three no"],
+            [1, 0.5, 0],
+        ),
+        (
+            "unit-tests allow_code_execution=true",
+            {"tests": ["assert f(1) == 2", "assert f(2) == 3"]},
+            ["```python\ndef f(x):\n    return x + 1\n```", "```python\ndef f(x):\n    return 2\n```", "no code"],
+            [1, 0.5, 0],
+        ),
+    ],
+)
+def test_a_verifier_is_a_line_too(around, line, record, answers, values):
+    source = build_reward(read_reward(line).reward, around)
+    found = source([{"prompt": "?", **record}] * len(answers), answers, None)
+    assert found.valid.all() and found.values[:, 0].tolist() == values
+
+
+def test_code_runs_only_where_it_is_allowed(around):
+    with pytest.raises(UserError, match="allow_code_execution to true"):
+        build_reward(read_reward("unit-tests").reward, around)
 
 
 def test_people_are_asked_at_the_runs_own_store(around):

@@ -1,0 +1,72 @@
+"""A reward model as a source that reads texts, for a policy with another tokenizer or chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from rlaif_jax.config import require
+from rlaif_jax.data.prompts import Record, padded
+from rlaif_jax.data.rendering import answer_tokens
+from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
+from rlaif_jax.feedback.judges.reward_model import score_sequences
+from rlaif_jax.feedback.sources import CountingSource, Missing
+from rlaif_jax.models.heads import ScalarModel
+from rlaif_jax.parallel import Runner
+from rlaif_jax.types import Feedback, Params, Rollout
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RewardModelSource(CountingSource):
+    """A reward model that reads texts with its own tokenizer and chat template, whatever the policy's are.
+
+    An answer that was cut by the length limit is scored with a stop token, as the reward model has learned. A text longer
+    than `max_length` is missing.
+
+    Attributes:
+        model, params, tokenizer: the reward model's own.
+        runner: runs the compiled function on all devices.
+        batch_size: texts of one compiled call.
+        max_length: tokens of prompt and answer at most.
+    """
+
+    model: ScalarModel
+    params: Params
+    tokenizer: Tokenizer
+    runner: Runner
+    batch_size: int
+    max_length: int
+
+    def __post_init__(self) -> None:
+        check_batch_size("reward model", self.batch_size, self.runner)
+        context = self.model.config.context_length
+        require(
+            1 <= self.max_length <= context,
+            f"max_length is {self.max_length}; the reward model reads 1 to {context} tokens",
+        )
+
+    @cached_property
+    def _placed(self) -> Params:
+        """The parameters on the devices of the runner, moved once."""
+        return self.runner.place(self.params)
+
+    @cached_property
+    def _score(self) -> Any:
+        return self.runner.map(partial(score_sequences, self.model))
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
+        """Returns the score of each answer; see `FeedbackSource`."""
+        texts = zip((str(record["prompt"]) for record in records), answers)
+        ids = [answer_tokens(self.tokenizer, prompt, answer)[0] for prompt, answer in texts]
+        fits = [len(sequence) <= self.max_length for sequence in ids]
+        shown = [sequence if fit else sequence[:1] for sequence, fit in zip(ids, fits)]
+        length = min(self.max_length, 1 << (max(map(len, shown)) - 1).bit_length())
+        batch = padded(shown, length, self.tokenizer.pad_id, "right")
+        scores = np.asarray(in_batches(partial(self._score, self._placed), batch, self.batch_size), np.float32)
+        missing = Missing(f"prompt and answer are longer than {self.max_length} tokens")
+        return self.feedback([value if fit else missing for value, fit in zip(scores.tolist(), fits)])
