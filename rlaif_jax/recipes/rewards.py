@@ -29,6 +29,7 @@ from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.feedback.verifiers.constraints import Constraints
 from rlaif_jax.feedback.verifiers.functions import PythonFunction
 from rlaif_jax.feedback.verifiers.json_schema import JsonSchema
+from rlaif_jax.feedback.verifiers.kinds import UserReward
 from rlaif_jax.feedback.verifiers.number import Number
 from rlaif_jax.feedback.verifiers.texts import ExactMatch, Regex
 from rlaif_jax.feedback.verifiers.unit_tests import UnitTests
@@ -178,15 +179,12 @@ def _rate(
 Judging = JudgeReward | ApiReward
 """The kinds that can compare two answers."""
 
-Checking = PythonFunction | ExactMatch | Number | Regex | JsonSchema | Constraints | UnitTests
-"""The kinds that need nothing of the run."""
-
-Reward = JudgeReward | ApiReward | ModelReward | RulesReward | PeopleReward | SimulatedReward | Checking
+Reward = JudgeReward | ApiReward | ModelReward | RulesReward | PeopleReward | SimulatedReward | UserReward
 
 
 def build_reward(reward: Reward, around: Surroundings) -> FeedbackSource:
     """Returns the source of a reward. Raises UserError where its settings, files or functions are faulty."""
-    return reward.build() if isinstance(reward, Checking) else reward.build(around)
+    return reward.build() if isinstance(reward, UserReward) else reward.build(around)
 
 
 # ---- Several, with weights
