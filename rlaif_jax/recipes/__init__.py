@@ -1,1 +1,1 @@
-"""Building blocks of experiments: the world's models and judges, and a run before and after."""
+"""Whole runs and their building blocks: a user's own model by feedback, reward models, fine-tuning."""

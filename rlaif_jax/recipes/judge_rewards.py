@@ -23,7 +23,8 @@ from rlaif_jax.feedback.constitution.constitution import Constitution, load_cons
 from rlaif_jax.feedback.constitution.revision import draw_principle
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
 from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource, other_answer
-from rlaif_jax.feedback.records.forms import Rater
+from rlaif_jax.feedback.records.forms import Rater, sha256
+from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_model
@@ -35,6 +36,7 @@ BASELINE = "baseline"
 
 Form = Literal["rating", "ranking"]
 Compare = Callable[[Sequence[str], Sequence[str], Sequence[str]], "Verdicts"]
+Reasons = Callable[[Sequence[str], Sequence[str]], list[str]]
 
 
 class Verdicts(NamedTuple):
@@ -64,6 +66,7 @@ class Surroundings:
         stopped: returns whether the run was asked to stop.
         open: closes what a reward opens, such as a connection, when the run ends.
         loaded: models that are loaded already, by folder and dtype.
+        judges: judges behind servers that are open already, by their settings.
     """
 
     folder: Path
@@ -72,6 +75,7 @@ class Surroundings:
     stopped: Callable[[], bool]
     open: ExitStack
     loaded: dict[tuple[str, str], tuple[CausalLM, Params]] = dataclasses.field(default_factory=dict)
+    judges: dict[ApiConfig, ApiJudge] = dataclasses.field(default_factory=dict)
 
     @property
     def store(self) -> Path:
@@ -83,6 +87,12 @@ class Surroundings:
         if (name, dtype) not in self.loaded:
             self.loaded[name, dtype] = load_model(name, compute_dtype=dtype)
         return self.loaded[name, dtype]
+
+    def api_judge(self, config: ApiConfig) -> ApiJudge:
+        """Returns the judge of these settings: one, with one budget, for all that is asked by them."""
+        if config not in self.judges:
+            self.judges[config] = self.open.enter_context(ApiJudge(config, store=self.store))
+        return self.judges[config]
 
 
 class _Wording(NamedTuple):
@@ -230,7 +240,7 @@ class ApiReward(ApiConfig):
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source: its judgements go to the run's store."""
         wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
-        judge = around.open.enter_context(ApiJudge(self, store=around.store))
+        judge = around.api_judge(self)
 
         def question(record: Any, answer: str) -> Question:
             other = (other_answer(record, self.against),) if self.form == "ranking" else ()
@@ -238,12 +248,25 @@ class ApiReward(ApiConfig):
 
         return ApiJudgeSource(judge, wording.template, question)
 
+    def reasons(self, around: Surroundings) -> Reasons | None:
+        """Returns what the judge wrote about answers, read from the store; None where it writes about pairs."""
+        if self.form == "ranking":
+            return None
+
+        def written(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+            with Store(around.store) as store:
+                items = [sha256([prompt, [answer]]) for prompt, answer in zip(prompts, answers)]
+                found = [store.judgements(item=item, form="rating") for item in items]
+            return [judgements[-1].raw if judgements else "" for judgements in found]
+
+        return written
+
     def comparer(self, around: Surroundings) -> Compare:
         """Returns the judge as a function that compares answers in both orders."""
         wording = _wording(
             "ranking", self.template if self.form == "ranking" else None, self.principle, self.constitution, around.seed
         )
-        judge = around.open.enter_context(ApiJudge(self, store=around.folder / "comparisons.sqlite"))
+        judge = around.api_judge(self)
 
         def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Verdicts:
             questions = [wording.question(*texts) for texts in zip(prompts, first, second)]

@@ -31,7 +31,7 @@ from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import improve, with_critic
-from rlaif_jax.recipes.judge_rewards import Compare, Surroundings
+from rlaif_jax.recipes.judge_rewards import ApiReward, Compare, Reasons, Surroundings
 from rlaif_jax.recipes.own_prompts import OwnPrompts, read_prompts
 from rlaif_jax.recipes.rewards import (
     Judging,
@@ -78,7 +78,7 @@ class RlaifConfig:
             llama2.c .bin file.
         prompts: what it answers: a .jsonl file with a field `prompt` (a text or a list of messages), a .txt file with one
             prompt a line, or tfds:NAME/SPLIT.
-        feedback: the rewards, a line of words each: KIND [TARGET] [SETTING=VALUE ...] weight=W name=NAME. Above is
+        feedback: the rewards, a line of words each: `KIND [TARGET] [SETTING=VALUE ...] weight=W name=NAME`. Above is
             what there is.
         second: a judge that training never sees, as a line of words: it compares the answers after training with those
             before, and its opinion is followed during training; "" = none.
@@ -89,6 +89,7 @@ class RlaifConfig:
             prompt itself is continued.
         system: the system message before each prompt of a chat; "" = that of the record, if any.
         scale: the scale of each reward: start: mean 0 and deviation 1 over answers of the start; none: as it is.
+        scale_answers: number of these answers; each is judged, by people, too, where they give rewards.
         lora: train a low-rank adapter instead of all weights.
         adapter: rank and matrices of the adapter, with `lora`.
         dtype: of matrix products.
@@ -111,6 +112,7 @@ class RlaifConfig:
     template: Literal["auto", "chat", "plain"] = "auto"
     system: str = ""
     scale: Literal["start", "none"] = "start"
+    scale_answers: int = 128
     lora: bool = False
     adapter: LoRAConfig = LoRAConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -131,6 +133,7 @@ class RlaifConfig:
     )
 
     def __post_init__(self) -> None:
+        require(self.scale_answers >= 2, f"scale_answers must be >= 2, not {self.scale_answers}")
         require(self.held_out >= 2, f"held_out must be >= 2, not {self.held_out}")
         require(
             not self.ppo.shaping.weights,
@@ -166,7 +169,7 @@ def main(config: RlaifConfig) -> dict[str, Any]:
     ):
         run.display.plan(STAGES)
         _train(config, policy, second, run, writer, opened)
-    return run.metrics
+    return run.metrics | {"verdict": run.verdict}
 
 
 def _train(
@@ -197,7 +200,7 @@ def _train(
     start = Start(policy, runner, config.sampling, config.train.prompt_length, rows, prompts.add_bos, config.seed)
     if judges.need_baseline:
         prompts = start.with_baseline(run, prompts)
-    normaliser = scale_of(run, start, prompts.training, source)
+    normaliser = scale_of(run, start, prompts.training, source, config.scale_answers)
     if config.scale == "none":
         normaliser = jax.tree.map(lambda fitted, plain: jnp.full_like(fitted, plain), normaliser, identity_normaliser())
     shaping = dataclasses.replace(config.ppo.shaping, weights=tuple(part.weight for part in config.feedback))
@@ -216,6 +219,7 @@ def _train(
         name=SCORE,
         frozen=Frozen(base=base),
         second=judges.opinion,
+        reasons=judges.reasons,
         combination=Combination(source.names, shaping, normaliser),
     )
     with run.interruptible(), run.display.wait("held-out answers before training"):
@@ -259,12 +263,13 @@ def _save(folder: Path, base_name: str, policy: LoadedPolicy, lora: LoRAConfig |
 
 
 class _Judges(NamedTuple):
-    """What judges the answers: rewards, a second opinion, who compares, and whether with a baseline."""
+    """What judges the answers: rewards, a second opinion, who compares, whether with a baseline, and why."""
 
     source: JoinedSource
     opinion: FeedbackSource | None
     compare: Compare | None
     need_baseline: bool
+    reasons: Reasons | None
 
 
 def _judges(config: RlaifConfig, second: Reward | None, around: Surroundings) -> _Judges:
@@ -275,6 +280,7 @@ def _judges(config: RlaifConfig, second: Reward | None, around: Surroundings) ->
         build_reward(second, around) if second else None,
         asked.comparer(around) if isinstance(asked, Judging) else None,
         any(reward.needs_baseline for reward in [*rewards, second] if isinstance(reward, Judging)),
+        next((reward.reasons(around) for reward in rewards if isinstance(reward, ApiReward)), None),
     )
 
 

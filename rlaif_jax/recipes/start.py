@@ -31,8 +31,6 @@ from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
 from rlaif_jax.run import Run
 from rlaif_jax.types import FEEDBACK, SAMPLES, Params, Rollout, step_key
 
-SCALE_ANSWERS = 128  # answers of the start on which the scale of the rewards is measured
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedPolicy:
@@ -149,19 +147,20 @@ def _with_field(records: FileRecords, texts: Iterator[str]) -> FileRecords:
     return FileRecords(tuple(record | {BASELINE: text} for record, text in zip(records.records, texts)), records.places)
 
 
-def scale_of(run: Run, start: Start, training: FileRecords, source: JoinedSource) -> Normaliser:
+def scale_of(run: Run, start: Start, training: FileRecords, source: JoinedSource, count: int) -> Normaliser:
     """Returns the scale of each reward; warns of one that does not tell answers apart.
 
     Args:
         run: takes the warnings.
         start: draws the answers.
-        training: the prompts to learn on, of which the first `SCALE_ANSWERS` are answered.
-        source: judges them.
+        training: the prompts to learn on.
+        source: judges the answers.
+        count: prompts that are answered, at most.
 
     Raises:
         UserError: no answer got any reward: nothing could be learned.
     """
-    records = FileRecords(training.records[:SCALE_ANSWERS], training.places[:SCALE_ANSWERS])
+    records = FileRecords(training.records[:count], training.places[:count])
     with run.interruptible(), run.display.wait("answers whose rewards are the scale"):
         judged = [jax.device_get(source(*part)) for part in start.draw(records, SAMPLES)]
     values, valid = (np.concatenate([np.asarray(part[i]) for part in judged]) for i in range(2))

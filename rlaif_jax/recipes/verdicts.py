@@ -117,7 +117,7 @@ def conclude(run: Run, judge: str | None) -> None:
     exploited = rose and judge == SECOND and high < 0.5
     equal_low, equal_high = numbers[f"win_rate_{SCORE}_length_controlled_ci95"]
     longer = numbers["length_after"] / max(numbers["length_before"], 1.0)
-    by_length = rose and (longer > 1.25 or longer < 0.8) and not equal_low > 0.5
+    by_length = rose and (longer > 1.25 or longer < 0.8) and equal_low <= 0.5  # not where it is NaN
     if exploited:
         run.verdict = "worse"
         run.story.insert(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -24,6 +27,7 @@ from rlaif_jax.recipes.rewards import read_reward
 from rlaif_jax.recipes.rlaif import RlaifConfig, get_config, main
 from rlaif_jax.recipes.verdicts import SCORE, SECOND, conclude
 from rlaif_jax.run import Run
+from tests.feedback.api_server import Wrong, completion, serve
 from tests.helpers import assert_same_leaves, random_params, unexplained
 
 LETTERS = tuple("abcdefghABCDEFGHIJ")
@@ -92,6 +96,7 @@ def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path):
     metrics = main(whole)
     found = summary(whole.out)
     assert found["status"] == "done" and all(found["checks"].values())
+    assert metrics["verdict"] == found["verdict"]
     assert {"eval_reward_before", "eval_reward_after", "win_rate_eval_reward", "kl", "gain"} <= set(metrics)
     assert found["missing"]["words: fussy raised ValueError: no b, please"] > 0
     rows = steps(whole.out)
@@ -214,6 +219,8 @@ def test_a_reward_that_rises_with_length_alone_is_called_out_first(tmp_path):
     assert "(shorter)" in shorter.story[0]
     honest = concluded(tmp_path / "c", length_after=90.0)
     assert not honest.warnings and "exploited" not in "".join(honest.story)
+    unknown = concluded(tmp_path / "e", **longer | {f"win_rate_{SCORE}_length_controlled_ci95": [float("nan")] * 2})
+    assert not unknown.warnings, "lengths and wins that cannot be told apart are no finding"
     fell = concluded(tmp_path / "d", **longer | {"gain_ci95": [-1.0, 1.0]})
     assert not fell.warnings, "a reward that did not rise was not exploited"
 
@@ -222,3 +229,64 @@ def test_without_another_judge_the_reward_itself_is_the_verdict(tmp_path):
     assert concluded(tmp_path / "a").verdict == "better"
     assert concluded(tmp_path / "b", **{f"win_rate_{SCORE}_ci95": [0.4, 0.6]}).verdict == "no different"
     assert concluded(tmp_path / "c", **{f"win_rate_{SCORE}_ci95": [0.1, 0.3]}).verdict == "worse"
+
+
+# ---- A judge behind a server
+
+TAGGED = re.compile(r"<request-(\w+)>\n(.*)\n</request-\w+>\n<answer-\w+>\n(.*)\n</answer-\w+>", re.DOTALL)
+SCORES = """
+import hashlib
+
+def digest(prompt, answer):
+    return int(hashlib.sha256(f"{prompt}|{answer.strip()}".encode()).hexdigest(), 16)
+
+def score(prompt, answer):
+    number = digest(prompt, answer)
+    return None if number % 10 < 3 else number // 10 % 10 + 1
+"""
+
+
+def asked(body: dict) -> tuple[str, str, str] | None:
+    """Returns the nonce, the prompt and the answer of a question about one answer."""
+    found = TAGGED.search(body["messages"][-1]["content"])
+    return (found[1], found[2], found[3].replace("< unk >", "<unk>")) if found else None  # data is no control token
+
+
+@pytest.mark.slow
+def test_failed_calls_are_masked_and_stops_pay_for_nothing_twice(inputs, tmp_path, monkeypatch):
+    """With 30 % of the calls failing the run is, bit for bit, that of a function that gives no reward for the same ones."""
+    namespace: dict = {}
+    exec(SCORES, namespace)
+    (tmp_path / "scores.py").write_text(SCORES)
+    stops = [30, 75]
+
+    def reply(body, number):
+        if stops and len(server.requests) >= stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        if asked(body) is None:  # about two answers, or what the server can do
+            shown = re.search("<request-(.*?)>", str(body))
+            return completion(f"Verdict {shown[1]}: A" if shown else "A")
+        nonce, *about = asked(body)
+        value = namespace["score"](*about)
+        return Wrong(400) if value is None else completion(f"Well.\nScore {nonce}: {'ABCDEFGHIJ'[int(value) - 1]}")
+
+    with serve(reply) as server:
+        line = f"api {server.url} model=j reading=reasons attempts=1 name=score"
+        config = config_of(inputs, tmp_path / "api", line)
+        statuses = []
+        while not statuses or statuses[-1] == "stopped":
+            main(dataclasses.replace(config, resume=bool(statuses)))
+            statuses.append(summary(config.out)["status"])
+        questions = [(json.dumps(body), asked(body)) for body in server.requests]
+        answered = Counter(
+            text for text, about in questions if about is None or namespace["score"](*about[1:]) is not None
+        )
+    assert statuses == ["stopped", "stopped", "done"] and set(answered.values()) == {1}
+    masked = config_of(inputs, tmp_path / "function", f"function {tmp_path}/scores.py:score name=score")
+    main(masked)
+    assert summary(masked.out)["missing"]["judgements of a step"] > 20
+    skip = {"feedback_missing", "win_rate_judge"}
+    rows = [[{k: v for k, v in row.items() if k not in skip} for row in steps(run.out)] for run in (config, masked)]
+    assert json.dumps(rows[0]) == json.dumps(rows[1])
+    assert_same_leaves(load_model(config.out / "model")[1], load_model(masked.out / "model")[1])
