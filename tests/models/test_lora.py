@@ -172,10 +172,11 @@ def test_the_reference_answers_by_the_base_alone():
     frozen = Frozen(reference={}, base=base)
     both = jax.jit(lambda a: policy_of("float32").sample(a, frozen, PROMPTS, jax.random.key(0), draws))(adapter)
     plain = policy_of("float32", lora=None)
-    whole = jax.jit(lambda p, r: plain.sample(p, Frozen(reference=r), PROMPTS, jax.random.key(0), draws))
-    want = whole(LORA.merge(base, adapter), base)
-    np.testing.assert_array_equal(both.tokens, want.tokens)
-    assert not np.array_equal(both.tokens[0::2, 5:], both.tokens[1::2, 5:])
+    alone = jax.jit(lambda params: plain.sample(params, Frozen(), PROMPTS, jax.random.key(0), (Draw(2),)).tokens)
+    learned, reference = np.asarray(alone(LORA.merge(base, adapter))), np.asarray(alone(base))
+    np.testing.assert_array_equal(both.tokens[0::2], learned[0::2])
+    np.testing.assert_array_equal(both.tokens[1::2], reference[1::2])
+    assert not np.array_equal(learned[1::2], reference[1::2])
 
 
 def test_a_critic_adapts_the_policy_s_trunk_and_has_a_head_in_full():
@@ -296,6 +297,7 @@ def test_a_fitted_adapter_takes_the_step_of_the_chain_rule(step, examples, kind)
         else:
             wanted.append(LORA.scale * at["lora_a"].T @ of["kernel"] if name == "lora_b" else of[name])
     norm = np.sqrt(sum(np.sum(np.square(x)) for x in wanted))
+    assert norm > 1e-2
     np.testing.assert_allclose(logs[0]["grad_norm"], norm, rtol=1e-4)
     np.testing.assert_allclose(logs[0]["loss"], metrics["loss"], rtol=1e-5)
     for new, old, slope in zip(jax.tree.leaves(fitted), jax.tree.leaves(params), wanted, strict=True):
