@@ -150,22 +150,18 @@ def test_members_are_the_single_runs_of_their_seeds(whole, folder, tmp_path):
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(whole, folder, tmp_path, monkeypatch):
     out, _ = whole
     asked: list[int] = []
-    monkeypatch.setattr(recipe.Run, "stopped", lambda self: asked.append(1) or len(asked) > 1)
-    original = recipe.Run.stage
 
-    def stopping(self, name, like, make, **kwargs):
-        def made():
-            params = make()
-            self.stop_requested = True
-            return params
+    def stop_at_the_second_question(self) -> bool:
+        asked.append(1)
+        self.stop_requested = len(asked) > 1
+        return self.stop_requested
 
-        return original(self, name, like, made, **kwargs)
-
-    monkeypatch.setattr(recipe.Run, "stage", stopping)
+    monkeypatch.setattr(recipe.Run, "stopped", stop_at_the_second_question)
     stopped = config(folder, tmp_path / "run", seed=5)
     main(stopped)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "stopped" and not (tmp_path / "run" / "model").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "part").glob("*/*")] == ["20"]
     monkeypatch.undo()
     main(dataclasses.replace(stopped, resume=True))
     assert numbers(tmp_path / "run") == numbers(out)
