@@ -128,13 +128,14 @@ class LoRAConfig:
         return base | put(kernel, a, b)
 
 
-def joined(lora: LoRAConfig | None, base: Params, params: Params) -> Params:
+def joined(lora: LoRAConfig | None, base: Params, params: Params, *, merge: bool = False) -> Params:
     """Returns the parameters that a model reads: base and adapter joined, or `params` alone.
 
     Args:
         lora: the adapter's settings; None: `params` are whole.
         base: `Frozen.base`; None where no part of the run has an adapter.
         params: the parameters that learn, or a reference's.
+        merge: add the adapter to the base's matrices instead; for passes without gradients.
 
     Raises:
         UserError: there are settings and no base.
@@ -142,7 +143,7 @@ def joined(lora: LoRAConfig | None, base: Params, params: Params) -> Params:
     if lora is None:
         return params
     require(base is not None, "there are settings of an adapter (lora), but no weights under it: give them as `base`")
-    return lora.join(base, params)
+    return lora.merge(base, params) if merge else lora.join(base, params)
 
 
 def _listed(names: Any) -> str:

@@ -102,12 +102,13 @@ class TextPolicy:
             key: one key for the whole step; every answer derives its own from it, the prompt's uid and its index.
             draws: who answers, how often.
         """
-        parts, first = [], 0
+        # Merged once: every step of decoding would pay for the adapter's small products. The gap to `score` is rounding's.
+        parts, first, weights = [], 0, partial(self.weights, frozen=frozen, merge=True)
         for draw in draws:
             parts.append(
                 generate(
                     self.model,
-                    self.weights(params if draw.by == "policy" else frozen.reference, frozen),
+                    weights(params if draw.by == "policy" else frozen.reference),
                     prompts,
                     key,
                     sampling=dataclasses.replace(self.sampling, temperature=0.0) if draw.greedy else self.sampling,
@@ -143,12 +144,13 @@ class TextPolicy:
         )
         return Scores(logprobs, entropies, hidden)
 
-    def weights(self, params: Params, frozen: Frozen) -> Params:
+    def weights(self, params: Params, frozen: Frozen, *, merge: bool = False) -> Params:
         """Returns the parameters that the model reads, an adapter joined with its base.
 
         Args:
             params: the policy's parameters, or the reference's.
             frozen: its base has the weights under an adapter.
+            merge: add the adapter to the base's matrices instead; for passes without gradients.
 
         Raises:
             UserError: an adapter without a base, or the other way round.
@@ -157,7 +159,7 @@ class TextPolicy:
             self.lora is not None or frozen.base is None,
             "a base was given, but the policy has no adapter: set its `lora`, or leave `base` out",
         )
-        return joined(self.lora, frozen.base, params)
+        return joined(self.lora, frozen.base, params, merge=merge)
 
     def texts(self, rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
         """Returns the B answers of a rollout as text, decoded by `tokenizer`; see `answer_texts`."""
