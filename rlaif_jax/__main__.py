@@ -8,6 +8,11 @@ TOOLS = """\
 usage: python -m rlaif_jax TOOL [options]
 
   train             improve your own model on your own prompts by feedback
+  sft               fine-tune a language model on conversations, answers to prompts, or texts
+  reward-model      train a reward model on comparisons, rankings or ratings of answers
+  generate          answer prompts by a model or the policy of a run, or by two side by side
+  export            write the policy of a run as a Hugging Face folder, or its adapter for peft
+  report            write the page of a run again, or one page that compares several runs
   judge             ask a model behind an API about answers, or report how good the feedback in a store is
   annotate          serve the page on which people annotate
   import-feedback   add the feedback in files of other tools and data sets to a store
@@ -26,6 +31,58 @@ def train() -> None:
     from rlaif_jax.recipes import rlaif
 
     command_line(rlaif.main, rlaif.get_config(), rlaif.help_text(), loading=loading, failed=ended_worse)
+
+
+def sft() -> None:
+    """Fine-tunes a language model."""
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+    from rlaif_jax.command_line import command_line
+    from rlaif_jax.recipes import sft as recipe
+
+    command_line(recipe.main, recipe.SFTConfig(), recipe.help_text(), loading=loading)
+
+
+def reward_model() -> None:
+    """Trains a reward model."""
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+    from rlaif_jax.command_line import command_line
+    from rlaif_jax.recipes import reward_model as recipe
+
+    command_line(recipe.main, recipe.RewardModelConfig(), recipe.help_text(), loading=loading)
+
+
+def generate() -> None:
+    """Answers prompts by a model or by the policy of a run."""
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+    from rlaif_jax.command_line import command_line
+    from rlaif_jax.tools import generate as answers
+
+    command_line(answers.main, answers.GenerateConfig(), answers.help_text(), loading=loading)
+
+
+def export() -> None:
+    """Writes the policy of a run as a Hugging Face folder, or its adapter for peft."""
+    from rlaif_jax.progress.startup import Loading
+
+    loading = Loading()
+    from rlaif_jax.command_line import command_line
+    from rlaif_jax.tools import export as policies
+
+    command_line(policies.main, policies.ExportConfig(), policies.help_text(), loading=loading)
+
+
+def report() -> None:
+    """Writes the page of a run again, or one page that compares several runs."""
+    from rlaif_jax.command_line import command_line
+    from rlaif_jax.tools import pages
+
+    command_line(pages.main, pages.PagesConfig(), pages.help_text())
 
 
 def judge() -> None:
@@ -79,6 +136,16 @@ def tool(arguments: list[str]) -> None:
     sys.argv = [f"python -m rlaif_jax {name}", *arguments[1:]]
     if name == "train":
         train()
+    elif name == "sft":
+        sft()
+    elif name == "reward-model":
+        reward_model()
+    elif name == "generate":
+        generate()
+    elif name == "export":
+        export()
+    elif name == "report":
+        report()
     elif name == "judge":
         judge()
     elif name == "annotate":

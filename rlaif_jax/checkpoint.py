@@ -247,6 +247,63 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
+# ---- The policy of a checkpoint, without the training around it
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints of a run, in their order.
+
+    Without the folder there are no steps.
+
+    Args:
+        folder: the run's folder of checkpoints.
+    """
+    return sorted(map(int, ocp.utils.checkpoint_steps(folder.absolute()))) if folder.is_dir() else []
+
+
+def load_policy_params(folder: Path, step: int, like: Params) -> Restored:
+    """Reads the policy's parameters of a checkpoint, and none of its other arrays, onto one device.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        step: of the checkpoint.
+        like: a pytree of arrays or `jax.ShapeDtypeStruct`, of the parameters' shapes and dtypes.
+
+    Raises:
+        UserError: the checkpoint is damaged, or holds a policy of other shapes.
+    """
+    path = folder.absolute() / str(step)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    item = [
+        {"params": {"policy": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)}}
+    ]
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            host = dict(reader.restore(path / "host"))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(path / "arrays").item_metadata.tree
+            changed = differing(_shapes(saved[0]["params"]["policy"]), _shapes(like))
+            if not changed:
+                how = ocp.checkpoint_utils.construct_restore_args(item)
+                args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+                arrays = reader.restore(path / "arrays", args=args)[0]["params"]["policy"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: no policy can be read from this checkpoint ({str(error)[:300]}); it is damaged, or another version "
+            "of rlaif_jax wrote it"
+        ) from error
+    require(not changed, f"{path}: the policy of this checkpoint is of another model: {'; '.join(changed[:2])}")
+    return Restored(step, arrays, host)
+
+
+def _shapes(tree: Params) -> dict[str, str]:
+    """Returns {path of an array: its dtype and shape}."""
+    return {
+        "/".join(str(key.key) for key in path): f"{x.dtype}{list(x.shape)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 # ---- Stages: parameters with the settings that they were made with
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)  # the errors of a rename when another process has been quicker

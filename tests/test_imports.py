@@ -12,7 +12,7 @@ LEVELS = [
     {"policies", "feedback", "algorithms"},
     {"programs", "steps", "train", "watch", "evaluate", "report", "quality"},
     {"recipes"},
-    {"ui", "__main__"},
+    {"ui", "tools", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Helpers with few friends: what each may import; nothing below the loop may import them.

@@ -22,6 +22,19 @@ def one_line(text: str) -> str:
     return " ".join("".join(c for c in shown if unicodedata.category(c)[0] != "C").split())
 
 
+def escaped(text: str) -> str:
+    """Returns text from outside in which all that a terminal obeys is written as an escape.
+
+    Escaped are control characters except line ends and tabs, and invisible ones such as those that change the direction
+    of writing. The joiners of emoji and of some scripts stay.
+    """
+    return "".join(c if _harmless(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _harmless(c: str) -> bool:
+    return c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
 def cut_end(text: str, width: int) -> str:
     """Returns a text that takes at most `width` columns: its beginning, where it is longer."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 3) + "..."

@@ -67,17 +67,7 @@ def read_prompts(
         UserError: a file cannot be read, a chat template is missing or does not take a conversation, or too few prompts
             are left.
     """
-    has_template = chat_tokenizer(tokenizer) is not None
-    chat = has_template if template == "auto" else template == "chat"
-    require(
-        not chat or has_template,
-        "template=chat, but the tokenizer's files have no chat template: take the model's chat version, or template=plain",
-    )
-    require(
-        chat or not system,
-        "system is a message of a chat, and this model has no chat template: put it into the prompts",
-    )
-    add_bos = not chat and tokenizer.bos_id is not None and _learned_with_bos(tokenizer)
+    chat, add_bos = prompt_style(tokenizer, template, system)
     left_out: dict[str, int] = {}
 
     def fitting(name: str, known: frozenset[str] = frozenset()) -> FileRecords:
@@ -112,6 +102,30 @@ def read_prompts(
         f"{eval_source or source}: {len(held)} held-out prompts are left{_reasons(left_out)}; {least} are needed at least",
     )
     return OwnPrompts(training, held, left_out, add_bos)
+
+
+def prompt_style(tokenizer: Tokenizer, template: Template, system: str) -> tuple[bool, bool]:
+    """Returns (whether prompts are read in the chat template, whether BOS goes before others).
+
+    Args:
+        tokenizer: the policy's.
+        template: auto: the chat template where the tokenizer has one; chat: it must have one; plain: no template.
+        system: the system message of conversations without one; "" = none.
+
+    Raises:
+        UserError: a chat template is asked for, or needed by a system message, and the tokenizer has none.
+    """
+    has_template = chat_tokenizer(tokenizer) is not None
+    chat = has_template if template == "auto" else template == "chat"
+    require(
+        not chat or has_template,
+        "template=chat, but the tokenizer's files have no chat template: take the model's chat version, or template=plain",
+    )
+    require(
+        chat or not system,
+        "system is a message of a chat, and this model has no chat template: put it into the prompts",
+    )
+    return chat, not chat and tokenizer.bos_id is not None and _learned_with_bos(tokenizer)
 
 
 def read_records(name: str) -> Records:

@@ -241,6 +241,17 @@ def fit_members(
     return jax.device_get(state[0])
 
 
+def help_text() -> str:
+    """Returns the description of --help: what the tool does, and an example."""
+    return (
+        "Trains a reward model on comparisons, rankings or ratings of answers.\n\n"
+        "  python -m rlaif_jax reward-model --model models/smollm2 --feedback pairs.jsonl --fit.updates 500\n\n"
+        "The files are Anthropic's HH, pairs and ratings as distilabel, TRL, UltraFeedback (binarised) and HelpSteer2 have "
+        "them, OpenAssistant's trees, exports of Argilla and label-studio, or feedback stores. The model is written to "
+        "OUT/model for `load_reward_model` and for transformers' AutoModelForSequenceClassification."
+    )
+
+
 def main(config: RewardModelConfig) -> dict[str, Any]:
     """Trains a reward model, writes it to OUT/model (members: OUT/model_0 ...), returns the metrics."""
     require(

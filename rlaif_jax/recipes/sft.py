@@ -277,6 +277,15 @@ def perplexity(losses: Floats) -> Estimate:
 # ---- The run
 
 
+def help_text() -> str:
+    """Returns the description of --help: what the tool does, and an example."""
+    return (
+        "Fine-tunes a language model on conversations, on answers to prompts, or on texts.\n\n"
+        "  python -m rlaif_jax sft --model models/smollm2 --data chats.jsonl --fit.updates 500\n\n"
+        "The model is written to OUT/model, a folder that `python -m rlaif_jax train --policy` and transformers read."
+    )
+
+
 def main(config: SFTConfig) -> dict[str, Any]:
     """Fine-tunes a language model, writes it to OUT/model and returns the run's metrics."""
     require(

@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from rlaif_jax.metrics import RL_STAGE
-from rlaif_jax.report.glossary import Label, label, main_rank
+from rlaif_jax.report.glossary import MAIN, Label, label, main_rank
 from rlaif_jax.report.numbers import number_text, share_text, texts
 
 _LOSS_UNITS = {
@@ -25,6 +25,7 @@ _LOSS_UNITS = {
     "reward_model": "nats per pair",
 }
 BLUE, GREEN, GREY, RED, INK = "#4453c8", "#0b7a6f", "#5b6475", "#c0392b", "#333a56"
+RUNS = (BLUE, "#d1700a", "#0b8a5f", RED, "#8a4fc0", "#7a5230", "#c2408f", GREY)  # colours of runs that are compared
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -198,6 +199,65 @@ class Curves:
         last = (share_text if share else number_text)(float(finite[-1])) if len(finite) else "no finite value"
         unit = of_key.unit or ("%" if share else "value")
         return Plot(stage, of_key, last, _draw(steps, values, smooth, unit, color, f"plot-{self._drawn}"))
+
+
+class RunLine(NamedTuple):
+    """How the lines of one of several runs are drawn."""
+
+    color: str
+    style: Literal["solid", "dashed", "dotted"]
+
+
+def run_line(place: int) -> RunLine:
+    """Returns the line of the run at a place of a comparison; that of every 24th is the same."""
+    styles: tuple[Literal["solid", "dashed", "dotted"], ...] = ("solid", "dashed", "dotted")
+    return RunLine(RUNS[place % len(RUNS)], styles[place // len(RUNS) % len(styles)])
+
+
+def overlay(runs: Sequence[Curves]) -> list[Plot]:
+    """Returns a plot of each main number that two or more of the runs have, with a line for each of them.
+
+    A series of 40 points or more is drawn smoothed. Numbers of the loop come first.
+
+    Args:
+        runs: the curves of each run, whose lines are `run_line` of its place.
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run._series))
+    shared = [
+        (stage, key)
+        for stage, key in names
+        if sum((stage, key) in run._series for run in runs) > 1
+        and any(run._is_main(stage, key) for run in runs if (stage, key) in run._series)
+    ]
+    last = len(MAIN)
+    shared.sort(key=lambda name: (name[0] != RL_STAGE, last if (at := main_rank(name[1])) is None else at))
+    plots: list[Plot] = []
+    for stage, key in shared:
+        lines: list[tuple[RunLine, Floats, Floats]] = []
+        for place, run in enumerate(runs):
+            steps, values = run._points(stage, key)
+            smooth = _smooth(values)
+            line = values if smooth is None else smooth
+            shown = _extremes(line, bins=150)
+            if np.isfinite(line).any():
+                lines.append((run_line(place), steps[shown], line[shown]))
+        if len(lines) < 2:
+            continue
+        of_key = curve_label(stage, key)
+        finite = np.concatenate([values[np.isfinite(values)] for _, _, values in lines])
+        factor = 100 if of_key.share and bool(np.all((finite >= 0) & (finite <= 1))) else 1
+        unit = of_key.unit or ("%" if factor > 1 else "value")
+        svg = _figure([(partial(_draw_lines, lines, factor), unit)], "step", f"overlay-{len(plots)}")
+        plots.append(Plot(stage, of_key, "", svg))
+    return plots
+
+
+def _draw_lines(lines: Sequence[tuple[RunLine, Floats, Floats]], factor: int, axes: Any) -> None:
+    for (color, style), steps, values in lines:
+        marker = "o" if len(steps) <= 25 else ""
+        axes.plot(steps, factor * values, color=color, linestyle=style, linewidth=1.4, marker=marker, markersize=2.6)
+    _step_axis(axes)
+    axes.margins(x=0.02, y=0.1)
 
 
 def _smooth(values: Floats) -> Floats | None:

@@ -58,8 +58,8 @@ def write_report(run_folder: Path) -> Path:
 
 def _collect(folder: Path) -> dict[str, Any]:
     """Returns everything that the template shows, as text; the template escapes it."""
-    config = _read_json(folder / "config.json")
-    summary = _read_json(folder / "summary.json")
+    config = read_json(folder / "config.json")
+    summary = read_json(folder / "summary.json")
     rows = read_metrics(folder / "metrics.jsonl")
     samples = list(read_appended(folder / "samples.jsonl").values())
     status = str(summary.get("status", "running"))
@@ -93,7 +93,7 @@ def _collect(folder: Path) -> dict[str, Any]:
         "fingerprints": [(key, value_text(numbers[key])) for key in numbers if is_internal(key)],
         "stages": _rows(summary.get("stages")),
         "feedback": _feedback(folder / "feedback.sqlite"),
-        "settings": _flatten(config),
+        "settings": flatten_settings(config),
         **_made_with(folder, summary),
         "glossary": entries({*numbers, *shown["sample_keys"], *curves.keys}),
         "empty": not (rows or samples or numbers),
@@ -148,7 +148,7 @@ def _cards(
 
 def _made_with(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the command, the machine and the versions of the run; where it left none, of this process."""
-    environment = _read_json(folder / "environment.json")
+    environment = read_json(folder / "environment.json")
     made_here = not environment
     if made_here:
         environment = environment_here()
@@ -176,7 +176,12 @@ def _feedback(path: Path) -> FeedbackPage | None:
     return page if page.records else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file of a run; an empty dict without the file.
+
+    Raises:
+        UserError: the file is damaged or holds something else.
+    """
     if not path.exists():
         return {}
     try:
@@ -211,7 +216,7 @@ def _claims(claims: Any) -> list[dict[str, str]]:
     return shown
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Returns (dotted name, value) rows of settings, without secrets.
 
     The settings {"ppo": {"clip_range": .2}, "parts": [{"a": 9}]} give rows for "ppo.clip_range" and "parts.0.a".
@@ -223,9 +228,9 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
         if not plain and _is_secret(str(key)):
             flat.append((name, "(hidden)"))
         elif isinstance(value, Mapping) and value:
-            flat += _flatten(value, f"{name}.")
+            flat += flatten_settings(value, f"{name}.")
         elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
-            flat += _flatten({str(place): item for place, item in enumerate(value)}, f"{name}.")
+            flat += flatten_settings({str(place): item for place, item in enumerate(value)}, f"{name}.")
         else:
             flat.append((name, _without_credentials("none" if value is None else value_text(value))))
     return flat

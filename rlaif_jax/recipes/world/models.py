@@ -113,6 +113,27 @@ class ModelsConfig:
         )
 
 
+def world_tokenizer() -> HuggingFaceTokenizer:
+    """Returns the tokenizer of the world's words."""
+    return word_level_tokenizer(VOCABULARY[len(SPECIALS) :])
+
+
+def world_model(size: ModelsConfig, tokenizer: HuggingFaceTokenizer) -> CausalLM:
+    """Returns the shape of the world's models."""
+    return CausalLM(
+        small_decoder(
+            tokenizer.vocab_size,
+            num_layers=size.num_layers,
+            width=size.width,
+            num_heads=size.num_heads,
+            head_dim=size.head_dim,
+            context_length=128,
+            qkv_bias=True,
+            rope_theta=1e6,
+        )
+    )
+
+
 def segments(transcript: corpus.Transcript, context: float = 0.0) -> Segments:
     """Returns a transcript's words with weights: 1 for what the labeler learns to write, else `context`.
 
@@ -144,24 +165,12 @@ class WorldModels:
     run: Run
     writer: MetricsWriter
     runner: Runner
-    tokenizer: HuggingFaceTokenizer = word_level_tokenizer(VOCABULARY[len(SPECIALS) :])
+    tokenizer: HuggingFaceTokenizer = world_tokenizer()
 
     @property
     def model(self) -> CausalLM:
         """Returns the shape of all models."""
-        size = self.config
-        return CausalLM(
-            small_decoder(
-                self.tokenizer.vocab_size,
-                num_layers=size.num_layers,
-                width=size.width,
-                num_heads=size.num_heads,
-                head_dim=size.head_dim,
-                context_length=128,
-                qkv_bias=True,
-                rope_theta=1e6,
-            )
-        )
+        return world_model(self.config, self.tokenizer)
 
     @property
     def template(self) -> Params:

@@ -1,0 +1,66 @@
+"""The tool `python -m rlaif_jax export`: the policy of a run as a model's folder, or its adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from rlaif_jax.config import require
+from rlaif_jax.models.hf.adapters import save_adapter
+from rlaif_jax.models.hf.files import save_model
+from rlaif_jax.tools.runs import load_run_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """All settings.
+
+    Attributes:
+        run: the folder of a run, which may be going on.
+        out: the folder to write; an older export there is replaced.
+        step: of the checkpoint; None: the newest.
+        adapter: write the adapter alone, in peft's format, instead of the model with the adapter merged.
+    """
+
+    run: tyro.conf.Positional[str] = ""
+    out: Path | None = None
+    step: int | None = None
+    adapter: bool = False
+
+
+def help_text() -> str:
+    """Returns the description of --help: what the tool does, and examples."""
+    return (
+        "Writes the policy of a run's checkpoint as a folder that transformers reads, or its LoRA adapter for peft.\n\n"
+        "  python -m rlaif_jax export runs/rlaif --out models/mine\n"
+        "  python -m rlaif_jax export runs/rlaif --out models/mine-adapter --adapter --step 80"
+    )
+
+
+def main(config: ExportConfig) -> None:
+    """Writes the folder.
+
+    Raises:
+        UserError: no folder is named, the run's policy cannot be read, the run has no adapter, or the folder cannot be
+            written.
+    """
+    require(bool(config.run), "no run to export: give the folder of a run")
+    require(config.out is not None, "no folder to write to: give --out")
+    assert config.out is not None
+    policy = load_run_policy(Path(config.run), config.step)
+    if config.adapter:
+        merged = policy.step is None and "it has no checkpoint any more, and its folder model has no adapter apart"
+        require(
+            policy.adapter is not None,
+            f"{config.run}: {merged or 'this run trained all weights and has no adapter'}: leave --adapter out",
+        )
+        assert policy.adapter is not None
+        lora, params, base = policy.adapter.lora, policy.adapter.params, policy.adapter.base_name
+        save_adapter(config.out, policy.model, lora, params, base_name=base)
+    else:
+        save_model(config.out, policy.model, policy.params, policy.tokenizer)
+    what = "the adapter" if config.adapter else "the policy"
+    of = "its folder model" if policy.step is None else f"step {policy.step}"
+    print(f"{config.out}: {what} of {config.run}, {of}")
