@@ -274,25 +274,32 @@ def load_policy_params(folder: Path, step: int, like: Params) -> Restored:
     """
     path = folder.absolute() / str(step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    item = [
-        {"params": {"policy": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)}}
-    ]
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             host = dict(reader.restore(path / "host"))
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             saved = reader.metadata(path / "arrays").item_metadata.tree
-            changed = differing(_shapes(saved[0]["params"]["policy"]), _shapes(like))
-            if not changed:
+            there, wanted = _shapes(saved[0]["params"]["policy"]), _shapes(like)
+            if there == wanted:
+                item = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved)
+                item[0]["params"]["policy"] = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like
+                )
                 how = ocp.checkpoint_utils.construct_restore_args(item)
-                args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+                args = ocp.args.PyTreeRestore(item=item, restore_args=how)
                 arrays = reader.restore(path / "arrays", args=args)[0]["params"]["policy"]
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{path}: no policy can be read from this checkpoint ({str(error)[:300]}); it is damaged, or another version "
+            f"{path}: no policy can be read from this checkpoint ({reason}); it is damaged, or another version "
             "of rlaif_jax wrote it"
         ) from error
-    require(not changed, f"{path}: the policy of this checkpoint is of another model: {'; '.join(changed[:2])}")
+    wrong = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+    require(
+        not wrong,
+        f"{path}: the policy of this checkpoint is of another model or adapter: "
+        + "; ".join(f"{name} is {there.get(name)} there and {wanted.get(name)} by the settings" for name in wrong[:2]),
+    )
     return Restored(step, arrays, host)
 
 

@@ -20,7 +20,7 @@ from rlaif_jax.report.cards import Card, cards_so_far, final_cards
 from rlaif_jax.report.curves import Curves, RunLine, overlay, run_line
 from rlaif_jax.report.glossary import Label, entries, label, stage_title
 from rlaif_jax.report.numbers import duration_text, is_number, value_text
-from rlaif_jax.report.report import flatten_settings, read_json
+from rlaif_jax.report.report import flatten_settings, measured_keys, read_json
 from rlaif_jax.report.story import Warned, verdict, warnings
 
 ALWAYS = (
@@ -45,6 +45,7 @@ class RunSide(NamedTuple):
         cards: the headline numbers.
         settings: dotted name -> value.
         keys: of all its numbers, for the glossary.
+        measures: keys of the reward and of what measures the answers, in the order of their plots.
         curves: of its metrics.
     """
 
@@ -59,6 +60,7 @@ class RunSide(NamedTuple):
     cards: list[Card]
     settings: dict[str, str]
     keys: set[str]
+    measures: tuple[str, ...]
     curves: Curves
 
 
@@ -98,7 +100,8 @@ def _collect(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         _read(folder, name if names.count(name) == 1 else str(folder), out, place)
         for place, (folder, name) in enumerate(zip(folders, names))
     ]
-    plots = overlay([run.curves for run in runs])
+    first = tuple(dict.fromkeys(key for run in runs for key in run.measures))
+    plots = overlay([run.curves for run in runs], first)
     return {
         "title": f"{len(runs)} runs compared",
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -142,6 +145,7 @@ def _read(folder: Path, name: str, out: Path, place: int) -> RunSide:
         headline(numbers, rows),
         dict(flatten_settings({key: value for key, value in config.items() if key not in PLACES})),
         {*numbers, *curves.keys},
+        measured_keys(rows, numbers),
         curves,
     )
 

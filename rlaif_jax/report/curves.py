@@ -214,23 +214,23 @@ def run_line(place: int) -> RunLine:
     return RunLine(RUNS[place % len(RUNS)], styles[place // len(RUNS) % len(styles)])
 
 
-def overlay(runs: Sequence[Curves]) -> list[Plot]:
+def overlay(runs: Sequence[Curves], first: Sequence[str] = ()) -> list[Plot]:
     """Returns a plot of each main number that two or more of the runs have, with a line for each of them.
 
-    A series of 40 points or more is drawn smoothed. Numbers of the loop come first.
+    A series of 40 points or more is drawn smoothed.
 
     Args:
         runs: the curves of each run, whose lines are `run_line` of its place.
+        first: numbers of the loop that are main ones of these runs, and come first.
     """
-    names = list(dict.fromkeys(name for run in runs for name in run._series))
+    loop = [(RL_STAGE, key) for key in dict.fromkeys((*first, *MAIN))]
+    others = sorted((name for run in runs for name in run._series), key=lambda name: name[0] != RL_STAGE)
     shared = [
-        (stage, key)
-        for stage, key in names
-        if sum((stage, key) in run._series for run in runs) > 1
-        and any(run._is_main(stage, key) for run in runs if (stage, key) in run._series)
+        name
+        for name in dict.fromkeys([*loop, *others])
+        if sum(name in run._series for run in runs) > 1
+        and (name in loop or any(run._is_main(*name) for run in runs if name in run._series))
     ]
-    last = len(MAIN)
-    shared.sort(key=lambda name: (name[0] != RL_STAGE, last if (at := main_rank(name[1])) is None else at))
     plots: list[Plot] = []
     for stage, key in shared:
         lines: list[tuple[RunLine, Floats, Floats]] = []

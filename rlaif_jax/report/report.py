@@ -67,7 +67,7 @@ def _collect(folder: Path) -> dict[str, Any]:
     numbers = numbers if isinstance(numbers, dict) else {}
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     curves = Curves(rows)
-    measures = _measures(rows, numbers)
+    measures = measured_keys(rows, numbers)
     journey = curves.journey(measures)
     cards, others = _cards(numbers, rows, journey, measures)
     shown = sample_sections(samples)
@@ -116,10 +116,14 @@ def _facts(config: Mapping[str, Any], summary: Mapping[str, Any], rows: Sequence
     return [fact for fact in facts if fact]
 
 
-def _measures(rows: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any]) -> tuple[str, ...]:
+def measured_keys(rows: Sequence[Mapping[str, Any]], numbers: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the keys that one figure compares: reward, second opinion, measures of the run.
 
     Besides `gold` a measure is what the summary has a win rate of.
+
+    Args:
+        rows: the rows of metrics.jsonl.
+        numbers: the metrics of summary.json.
     """
     logged = {key for row in rows if row["stage"] == RL_STAGE for key in row}
     won = [key.removeprefix("win_rate_") for key in numbers if key.startswith("win_rate_")]

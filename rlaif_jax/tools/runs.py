@@ -113,7 +113,10 @@ def load_run_policy(folder: Path, step: int | None = None, *, dtype: Dtype = "fl
         chosen in steps, f"{folder}: there is no checkpoint of step {chosen}; those that are left are of step {listed}"
     )
     if isinstance(settings.get("models"), Mapping):
-        size = from_json(ModelsConfig, settings["models"], f"{folder / 'config.json'}: models")
+        try:
+            size = from_json(ModelsConfig, settings["models"], "models")
+        except UserError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from error
         words = world_tokenizer()
         model = world_model(size, words)
         params = load_policy_params(checkpoints, chosen, _template(model)).arrays
@@ -143,7 +146,10 @@ def _template(model: CausalLM) -> Params:
 def _lora(folder: Path, settings: Mapping[str, Any]) -> LoRAConfig | None:
     if settings.get("lora") is not True:
         return None
-    return from_json(LoRAConfig, settings.get("adapter"), f"{folder / 'config.json'}: adapter")
+    try:
+        return from_json(LoRAConfig, settings.get("adapter"), "adapter")
+    except UserError as error:  # a check of the settings themselves does not know the file
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
 def _own_model(folder: Path, dtype: Dtype) -> tuple[CausalLM, Params, Tokenizer]:
