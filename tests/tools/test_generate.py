@@ -241,7 +241,7 @@ BAD = {
     "no such model": ({"model": "HERE/none/x/y"}, "no model at HERE/none/x/y"),
     "an adapter": ({"model": "HERE/adapter"}, "is the folder of an adapter: give its base model there, and --adapter HERE"),
     "no such adapter": ({"model": "HERE/lm", "adapter": "HERE/none"}, "HERE/none: no adapter_config.json there"),
-    "adapter of another": ({"model": "HERE/lm", "adapter": "HERE/other"}, "model.layers.1.mlp.down_proj.lora_A.weight has no place in the base model"),
+    "adapter of another": ({"model": "HERE/lm", "adapter": "HERE/other"}, "layers.1.mlp.down_proj.lora_A.weight has no place"),
     "step of a model": ({"model": "HERE/lm", "step": 2}, "HERE/lm is not a run's folder: --step chooses a checkpoint of a run"),
     "no such step": ({"step": 9}, "there is no checkpoint of step 9; those that are left are of step 2, 4"),
     "tokenizer of a run": ({"tokenizer": "HERE/lm"}, "is a run, which has its tokenizer: leave --tokenizer out"),

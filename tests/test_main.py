@@ -1,0 +1,80 @@
+"""`python -m rlaif_jax TOOL`: each tool is listed, explains each of its options, and says in one line what is wrong."""
+
+import dataclasses
+import re
+import signal
+import sys
+
+import pytest
+
+from rlaif_jax.__main__ import TOOLS, tool
+from rlaif_jax.recipes.reward_model import RewardModelConfig
+from rlaif_jax.recipes.rlaif import RlaifConfig
+from rlaif_jax.recipes.sft import SFTConfig
+from rlaif_jax.tools.export import ExportConfig
+from rlaif_jax.tools.generate import GenerateConfig
+from rlaif_jax.tools.pages import PagesConfig
+
+CONFIGS = {
+    "train": RlaifConfig, "sft": SFTConfig, "reward-model": RewardModelConfig, "generate": GenerateConfig,
+    "export": ExportConfig, "report": PagesConfig,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def same_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # `tool` sets it
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def ended(capsys, *arguments):
+    """Runs a tool that ends the process; returns (exit status, standard output, standard error)."""
+    with pytest.raises(SystemExit) as end:
+        tool(list(arguments))
+    return end.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_help_explains_each_option(name, capsys):
+    status, out, _ = ended(capsys, name, "--help")
+    assert status == 0 and re.search(rf"^  {name} +\w", TOOLS, re.MULTILINE) and f"python -m rlaif_jax {name} " in out
+    flat = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    for field in dataclasses.fields(CONFIGS[name]):
+        explained = re.search(rf"^ +{field.name}: (.+)$", CONFIGS[name].__doc__, re.MULTILINE)
+        assert explained, field.name
+        option = field.name.replace("_", "-")
+        assert " ".join(explained[1].split()[:4]) in flat, field.name
+        assert f"--{option}" in flat or f"{option}:" in out or name in ("export", "report"), option
+
+
+WRONG = {
+    "sft": ((), "error: no model to begin with: give --model"),
+    "reward-model": (("--feedback", "none.jsonl"), "error: no model"),
+    "generate": (("--model", "none/x/y"), "error: no model at none/x/y"),
+    "export": (("none",), "error: no folder to write to: give --out"),
+    "report": (("none",), "error: none: there is no such folder"),
+    "dance": ((), "error: there is no tool 'dance'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_one_line_and_exit_code_2(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = WRONG[name]
+    status, out, err = ended(capsys, name, *arguments)
+    lines = [line for line in err.splitlines() if " loading" not in line]
+    assert status == 2 and out == "" and lines[0].startswith(message)
+    assert len(lines) == 1 or name == "dance"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_name_the_tools_are_listed_in_order(capsys):
+    tool(["--help"])
+    out = capsys.readouterr().out
+    assert out == TOOLS
+    assert re.findall(r"^  ([\w-]+)", out, re.MULTILINE) == [
+        "train", "sft", "reward-model", "generate", "export", "report", "judge", "annotate", "import-feedback",
+        "export-feedback",
+    ]  # fmt: skip
