@@ -29,50 +29,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.files import atomic_write, read_json_lines
-from rlaif_jax.progress.display import ProgressBar, ProgressDisplay
+from rlaif_jax.progress.display import ProgressDisplay
+from rlaif_jax.sinks.base import Numbers, Sink, unwritable
+from rlaif_jax.sinks.tensorboard import TensorBoard
+from rlaif_jax.sinks.terminal import Terminal
 
 RL_STAGE = "rl"
 """The stage of the training loop; also that of a line without "stage"."""
-
-Numbers = Mapping[str, float | int | None]  # None: not a finite number
-
-
-class Sink(Protocol):
-    """Shows a run's numbers somewhere: the methods that a tracker implements.
-
-    `metrics.jsonl` does not depend on a sink.
-    """
-
-    def start(self, stage: str, total: int | None, resume_from: int | None) -> None:
-        """Begins a stage.
-
-        Args:
-            stage: its name.
-            total: the number of its steps; None if unknown.
-            resume_from: the step after which it goes on; later steps that the sink holds are void. None: all steps are.
-        """
-
-    def write(self, stage: str, step: int, values: Numbers) -> None:
-        """Takes the numbers of one step of a stage.
-
-        Args:
-            stage: the name of a stage that was started.
-            step: the step.
-            values: the numbers by name; None for a number that is not finite.
-        """
-
-    def flush(self) -> None:
-        """Makes everything permanent; called with every checkpoint."""
-
-    def end(self, stage: str) -> None:
-        """Ends a stage."""
-
-    def close(self) -> None:
-        """Ends the run; a second call does nothing."""
 
 
 class MetricsWriter:
@@ -107,7 +74,7 @@ class MetricsWriter:
                 _rewrite(self.path, lines)
             self._open()
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         # A resumed run's clock goes on from its last line; a new run has no lines.
         self._started = time.monotonic() - max(map(_elapsed, lines), default=0.0)
         shown = [TensorBoard(folder / "tensorboard")] if sinks is None else sinks
@@ -139,7 +106,7 @@ class MetricsWriter:
                 _rewrite(self.path, kept)
                 self._open()
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         for sink in self._sinks:
             sink.start(name, total, resume_from)
         try:
@@ -174,7 +141,7 @@ class MetricsWriter:
             while data:  # an unbuffered write may take only a part, as on a disk that is filling up
                 data = data[self._file.write(data) :]
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         for sink in self._sinks:
             sink.write(stage, step, values)
 
@@ -298,151 +265,3 @@ def _number(key: str, value: Any) -> float | int | None:
 def _elapsed(line: Mapping[str, Any]) -> float:
     value = line.get("time/elapsed_s")
     return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: cannot be written ({error.strerror or error}). Free some space or give a run folder that "
-        "can be written to; what is already in the file stays valid."
-    )
-
-
-# ---- Sinks
-
-
-class Terminal:
-    """Shows each stage as a progress bar with the values of `SHOWN`, or as plain lines.
-
-    What only evaluations measure is shown until the next one, and each evaluation leaves a line behind.
-
-    Args:
-        display: shows the bars; None: a display that only this terminal has.
-    """
-
-    SHOWN = (
-        ("reward", "reward {:.3f}"),
-        ("second_opinion", "second opinion {:.3f}"),
-        ("gold", "gold {:.3f}"),
-        ("judge", "judge {:.3f}"),
-        ("kl", "KL {:.3f}"),
-        ("loss", "loss {:.4f}"),
-        ("accuracy", "accuracy {:.3f}"),
-        ("check", "check {:.2f}"),
-        ("time/tokens_per_s", "{:,.0f} tokens/s"),
-    )
-    EVALUATED = ("second_opinion", "gold", "judge")
-
-    def __init__(self, display: ProgressDisplay | None = None) -> None:
-        self._display = display or ProgressDisplay()
-        self._owns = display is None
-        self._bars: dict[str, ProgressBar] = {}
-        self._measured: dict[str, dict[str, float | int]] = {}  # stage -> what its last evaluation measured
-
-    def start(self, stage: str, total: int | None, resume_from: int | None) -> None:
-        """Shows a bar for `stage` of `total` steps (None: unknown) that begins after `resume_from`."""
-        self._display.begin(stage)
-        self._bars[stage] = self._display.add(stage, total, start=resume_from or 0, text="compiling")
-        self._measured[stage] = {}
-
-    def write(self, stage: str, step: int, values: Numbers) -> None:
-        """Moves the bar of `stage` to `step` and shows those of the `values` that SHOWN names."""
-        new = {name: value for name in self.EVALUATED if (value := values.get(name)) is not None}
-        self._measured[stage] |= new
-        shown = {**values, **self._measured[stage]}
-        text = "  ".join(f.format(shown[name]) for name, f in self.SHOWN if shown.get(name) is not None)
-        self._bars[stage].update(step, text, keep=bool(new))
-
-    def flush(self) -> None:
-        """Does nothing: the terminal shows every number at once."""
-
-    def end(self, stage: str) -> None:
-        """Closes the bar of `stage`."""
-        self._bars.pop(stage).close()
-
-    def close(self) -> None:
-        """Closes the display, unless the run goes on to use it."""
-        if self._owns:
-            self._display.close()
-
-
-class TensorBoard:
-    """Writes TensorBoard events to `folder/STAGE`: each stage is a TensorBoard run.
-
-    (A purge hides every event of its run from a step on, whatever the tag, so stages cannot share one.) The
-    calling thread writes the events: tensorboardX's `SummaryWriter` hands them to a thread through a short
-    queue, and when a full disk ends that thread the training would wait for the queue for ever.
-    """
-
-    FLUSH_EVERY_S = 10.0
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, Any] = {}  # stage -> its EventsWriter
-        self._flushed_at = -math.inf
-
-    def start(self, stage: str, total: int | None, resume_from: int | None) -> None:
-        # Lazy: half a second that `--help` need not pay.
-        """Opens the events of `stage`; events after the step `resume_from` (None: all events) become void.
-
-        `total` is not read.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        purge = 0 if resume_from is None else resume_from + 1
-        with self._writable(stage):
-            (self._folder / stage).mkdir(parents=True, exist_ok=True)
-            # The name has whole seconds only: the suffix keeps a quick restart from overwriting the file.
-            self._files[stage] = EventsWriter(str(self._folder / stage / "events"), f".{time.time_ns()}")
-            self._files[stage].write_event(event_pb2.Event(wall_time=time.time(), step=purge, session_log=log))
-
-    def write(self, stage: str, step: int, values: Numbers) -> None:
-        """Writes the finite ones of `values` as scalars of `stage` at `step`; flushes every 10 seconds.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
-        from tensorboardX.proto import event_pb2, summary_pb2
-
-        finite = {key: value for key, value in values.items() if value is not None}
-        summary = summary_pb2.Summary(
-            value=[summary_pb2.Summary.Value(tag=key, simple_value=value) for key, value in finite.items()]
-        )
-        with self._writable(stage):
-            self._files[stage].write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-        if time.monotonic() - self._flushed_at > self.FLUSH_EVERY_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes all events to disk.
-
-        Raises:
-            UserError: a file cannot be written.
-        """
-        self._flushed_at = time.monotonic()
-        for stage, file in self._files.items():
-            with self._writable(stage):
-                file.flush()
-
-    def end(self, stage: str) -> None:
-        """Closes the events of `stage`.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
-        with self._writable(stage):
-            self._files.pop(stage).close()
-
-    def close(self) -> None:
-        """Does nothing: `end` has closed the file of each stage."""
-
-    @contextmanager
-    def _writable(self, stage: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise _unwritable(self._folder / stage, error) from error
