@@ -124,8 +124,8 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         now: the present settings, as JSON values.
 
     Raises:
-        UserError: a setting differs that has to stay: all but when the run warns (`watch`) and the number of steps,
-            which may be raised. All settings that differ are named.
+        UserError: a setting differs that has to stay: all but when the run warns (`watch`), where it is shown
+            (`tracking`), and the number of steps, which may be raised. All settings that differ are named.
     """
     wrong, allowed = [], []
     for line in differing(saved, now):
@@ -136,7 +136,7 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
             allowed.append(
                 f"{line} (from here on the rates follow the schedule over all of them: {rates})" if rates else line
             )
-        elif "watch" in names:
+        elif "watch" in names or names[0] == "tracking":
             allowed.append(line)
         elif names[0] not in ("out", "resume", "stages"):
             wrong.append(line)
@@ -158,6 +158,32 @@ def _schedules(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _schedules(value, f"{prefix}{name}.")
         elif name == "schedule" and value != "constant":
             yield f"{prefix}{name} is {value}"
+
+
+# ---- Without secrets
+
+
+def without_secrets(settings: Any) -> Any:
+    """Returns settings, as JSON values, with "(hidden)" in the place of secrets.
+
+    A secret is what is under a name that contains key, token, secret or password (apart from "tokenizer"), unless it is a
+    number, true, false or null, as max_tokens is; and a user name and password inside a URL, under any name.
+    """
+    if isinstance(settings, Mapping):
+        return {key: "(hidden)" if _is_secret(str(key), x) else without_secrets(x) for key, x in settings.items()}
+    if isinstance(settings, list):
+        return [without_secrets(item) for item in settings]
+    return without_credentials(settings) if isinstance(settings, str) else settings
+
+
+def without_credentials(text: str) -> str:
+    """Returns a text in which user names and passwords inside URLs are hidden."""
+    return re.sub(r"(?<=://)[^/@\s]+(?=@)", "(hidden)", text)
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    plain = value is None or isinstance(value, (bool, int, float))
+    return not plain and re.search("key|token(?!izer)|secret|password", name, re.IGNORECASE) is not None
 
 
 # ---- From JSON, and from the texts of a command line

@@ -60,8 +60,8 @@ class Run:
 
     If the folder holds a run already, that run is resumed with `resume`, else it is moved to NAME.1, NAME.2 ...: nothing
     that was collected is lost. While a run is going on in the folder, another one is refused. A resumed run must have the
-    settings that it was started with, except for where its files are (`out`, `stages`), `resume`, when it warns (`watch`)
-    and more `steps`, which go on from its end. One that has diverged needs another `watch`.
+    settings that it was started with, except for where its files are (`out`, `stages`) and it is shown (`tracking`), `resume`,
+    when it warns (`watch`) and more `steps`, which go on from its end. One that has diverged needs another `watch`.
 
     Args:
         folder: the run's folder.

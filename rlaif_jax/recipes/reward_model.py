@@ -36,6 +36,7 @@ from rlaif_jax.quality.statistics import calibration_columns, fold_predictions, 
 from rlaif_jax.quality.values import sum_by_group
 from rlaif_jax.quality.votes import current
 from rlaif_jax.run import Run
+from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.types import INIT, Params, step_key
 
 STAGE = "reward_model"
@@ -58,6 +59,7 @@ class RewardModelConfig:
         seed: of everything random.
         out: the run's folder.
         resume: go on with the run in `out` where it stopped.
+        tracking: where the run is shown besides its folder: Weights & Biases.
         stages: the folder of finished stages, which runs may share; None: in `out`.
         add_bos: put BOS before each prompt, as the policy's prompts have it; a chat template writes it itself.
         max_length: tokens of prompt and answer; longer pairs are left out.
@@ -82,6 +84,7 @@ class RewardModelConfig:
     seed: int = 0
     out: Path = Path("runs/reward_model")
     resume: bool = False
+    tracking: Tracking = Tracking()
     stages: Path | None = None
     add_bos: bool = False
     max_length: int = 1024
@@ -254,6 +257,7 @@ def help_text() -> str:
 
 def main(config: RewardModelConfig) -> dict[str, Any]:
     """Trains a reward model, writes it to OUT/model (members: OUT/model_0 ...), returns the metrics."""
+    config.tracking.check()
     require(
         config.model is not None, "no model to begin with: give --model, a Hugging Face folder, a hub id or a .bin file"
     )
@@ -279,7 +283,8 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
     scorer = Scorer(model, runner, config.fit.batch_size, tokenizer.pad_id)
     with (
         Run(config.out, STAGE, config, seed=config.seed, resume=config.resume, stages=config.stages) as run,
-        MetricsWriter(config.out, display=run.display) as writer,
+        tracked(run, config.tracking) as sinks,
+        MetricsWriter(config.out, display=run.display, sinks=sinks) as writer,
     ):
         run.display.plan((PlannedStage(STAGE, "the reward model learns from the comparisons", 1),))
         run.missing = dict(unused)

@@ -47,6 +47,7 @@ from rlaif_jax.recipes.start import LoadedPolicy, Start, load_policy, scale_of
 from rlaif_jax.recipes.verdicts import SCORE, SECOND, AgainstStart, conclude
 from rlaif_jax.rewards.shaping import identity_normaliser
 from rlaif_jax.run import Run
+from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.train import TrainConfig
 from rlaif_jax.types import INIT, Frozen, Params, step_key
 
@@ -97,6 +98,7 @@ class RlaifConfig:
         seed: of everything random.
         out: the run's folder.
         resume: go on with the run in `out` where it stopped.
+        tracking: where the run is shown besides its folder: Weights & Biases.
         train: the loop.
         sampling: how answers are drawn.
         ppo: the algorithm: GRPO by default, PPO with `ppo.advantage:gae`.
@@ -120,6 +122,7 @@ class RlaifConfig:
     seed: int = 0
     out: Path = Path("runs/rlaif")
     resume: bool = False
+    tracking: Tracking = Tracking()
     train: TrainConfig = TrainConfig(steps=100, prompts_per_step=8, prompt_length=256, eval_every=20, save_every=20)
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
     ppo: PPOConfig = PPOConfig(
@@ -158,13 +161,15 @@ def help_text() -> str:
 
 def main(config: RlaifConfig) -> dict[str, Any]:
     """Trains the policy, writes it to OUT/model (and its adapter to OUT/adapter) and returns the metrics."""
+    config.tracking.check()
     require(bool(config.prompts), "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT")
     require(bool(config.feedback), "no feedback: give --feedback 'KIND ...'; --help lists the kinds")
     second = read_reward(config.second, "--second").reward if config.second else None
     policy = load_policy(config.policy, config.tokenizer, dtype=config.dtype, remat=config.remat)
     with (
         Run(config.out, "rlaif", config, seed=config.seed, resume=config.resume) as run,
-        MetricsWriter(config.out, display=run.display) as writer,
+        tracked(run, config.tracking) as sinks,
+        MetricsWriter(config.out, display=run.display, sinks=sinks) as writer,
         ExitStack() as opened,
     ):
         run.display.plan(STAGES)

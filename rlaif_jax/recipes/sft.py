@@ -31,6 +31,7 @@ from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.intervals import Estimate, Jackknife, as_estimate
 from rlaif_jax.quality.values import Floats
 from rlaif_jax.run import Run
+from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.types import Params
 
 STAGE = "sft"
@@ -52,6 +53,7 @@ class SFTConfig:
         seed: of everything random.
         out: the run's folder.
         resume: go on with the run in `out` where it stopped.
+        tracking: where the run is shown besides its folder: Weights & Biases.
         stages: the folder of finished stages, which runs may share; None: in `out`.
         add_bos: put BOS before each text; a chat template writes it itself.
         max_length: tokens of a row of packed texts. A longer conversation is cut after the last turn of the assistant that
@@ -72,6 +74,7 @@ class SFTConfig:
     seed: int = 0
     out: Path = Path("runs/sft")
     resume: bool = False
+    tracking: Tracking = Tracking()
     stages: Path | None = None
     add_bos: bool = False
     max_length: int = 1024
@@ -288,6 +291,7 @@ def help_text() -> str:
 
 def main(config: SFTConfig) -> dict[str, Any]:
     """Fine-tunes a language model, writes it to OUT/model and returns the run's metrics."""
+    config.tracking.check()
     require(
         config.model is not None, "no model to begin with: give --model, a Hugging Face folder, a hub id or a .bin file"
     )
@@ -312,7 +316,8 @@ def main(config: SFTConfig) -> dict[str, Any]:
     meter = PerplexityMeter(model, runner, config.fit.batch_size)
     with (
         Run(config.out, STAGE, config, seed=config.seed, resume=config.resume, stages=config.stages) as run,
-        MetricsWriter(config.out, display=run.display) as writer,
+        tracked(run, config.tracking) as sinks,
+        MetricsWriter(config.out, display=run.display, sinks=sinks) as writer,
     ):
         run.display.plan((PlannedStage(STAGE, "the model learns from the texts", 1),))
         run.missing = dict(texts.unused)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlaif_jax.config import require
+from rlaif_jax.config import require, without_secrets
 from rlaif_jax.files import atomic_write
 from rlaif_jax.metrics import read_metrics
 from rlaif_jax.report.cards import Card, cards_so_far, final_cards
@@ -143,7 +143,7 @@ def _read(folder: Path, name: str, out: Path, place: int) -> RunSide:
         str(error) if error else "",
         facts,
         headline(numbers, rows),
-        dict(flatten_settings({key: value for key, value in config.items() if key not in PLACES})),
+        dict(flatten_settings(without_secrets({key: value for key, value in config.items() if key not in PLACES}))),
         {*numbers, *curves.keys},
         measured_keys(rows, numbers),
         curves,

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlaif_jax.config import UserError
+from rlaif_jax.config import UserError, without_credentials, without_secrets
 from rlaif_jax.files import atomic_write
 from rlaif_jax.metrics import RL_STAGE, read_appended, read_metrics
 from rlaif_jax.report.cards import Card, cards_so_far, compares, final_cards, is_internal
@@ -93,7 +92,7 @@ def _collect(folder: Path) -> dict[str, Any]:
         "fingerprints": [(key, value_text(numbers[key])) for key in numbers if is_internal(key)],
         "stages": _rows(summary.get("stages")),
         "feedback": _feedback(folder / "feedback.sqlite"),
-        "settings": flatten_settings(config),
+        "settings": flatten_settings(without_secrets(config)),
         **_made_with(folder, summary),
         "glossary": entries({*numbers, *shown["sample_keys"], *curves.keys}),
         "empty": not (rows or samples or numbers),
@@ -158,7 +157,7 @@ def _made_with(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         environment = environment_here()
     command = summary.get("command")
     return {
-        "command": _without_credentials(command) if isinstance(command, str) else "",
+        "command": without_credentials(command) if isinstance(command, str) else "",
         "made_here": made_here,
         "environment": [
             (str(name).replace("_", " "), "not known: the code is in no git work tree" if value is None else str(value))
@@ -221,32 +220,20 @@ def _claims(claims: Any) -> list[dict[str, str]]:
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns (dotted name, value) rows of settings, without secrets.
+    """Returns (dotted name, value) rows of settings, which hold no secrets any more.
 
     The settings {"ppo": {"clip_range": .2}, "parts": [{"a": 9}]} give rows for "ppo.clip_range" and "parts.0.a".
     """
     flat: list[tuple[str, str]] = []
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        plain = value is None or isinstance(value, (bool, int, float))
-        if not plain and _is_secret(str(key)):
-            flat.append((name, "(hidden)"))
-        elif isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value:
             flat += flatten_settings(value, f"{name}.")
         elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
             flat += flatten_settings({str(place): item for place, item in enumerate(value)}, f"{name}.")
         else:
-            flat.append((name, _without_credentials("none" if value is None else value_text(value))))
+            flat.append((name, "none" if value is None else value_text(value)))
     return flat
-
-
-def _without_credentials(text: str) -> str:
-    """Returns a text in which user names and passwords inside URLs are hidden."""
-    return re.sub(r"(?<=://)[^/@\s]+(?=@)", "(hidden)", text)
-
-
-def _is_secret(name: str) -> bool:
-    return bool(re.search("key|token(?!izer)|secret|password", name, re.IGNORECASE))
 
 
 def _render(page: Mapping[str, Any]) -> str:
