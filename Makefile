@@ -1,8 +1,8 @@
-# make install | quickstart | smollm2 | lint | docs | test | test-slow | bench. PYTHON=python3.12 picks another interpreter.
+# make install | quickstart | smollm2 | lint | docs | wheel | test | test-slow | bench. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart smollm2 lint docs test test-slow bench
+.PHONY: install quickstart smollm2 lint docs wheel test test-slow bench
 
 install: .venv/.user
 
@@ -44,6 +44,9 @@ lint: .venv/.dev
 docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open .cache/site/index.html"
+
+wheel: .venv/.dev
+	$(BIN)/python .ci/wheel.py
 
 # The order of tests/conftest.py is kept: files with slow tests first, not those with the most tests.
 # A worker that dies is not replaced: with files kept together, xdist then waits for ever.

@@ -161,5 +161,10 @@ def tool(arguments: list[str]) -> None:
         sys.exit(2)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the tool that the command line names; `rlaif-jax` calls this function."""
     tool(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

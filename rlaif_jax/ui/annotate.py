@@ -162,9 +162,7 @@ def main(config: AnnotateConfig) -> None:
 
         from rlaif_jax.ui.server import create_app
     except ImportError as error:
-        raise UserError(
-            f"the annotation page needs an extra ({error}): pip install -e '.[ui]' in the project's folder"
-        ) from error
+        raise UserError(f"the annotation page needs an extra ({error}): pip install 'rlaif-jax[ui]'") from error
 
     instructions = INSTRUCTIONS if config.instructions is None else _read_text(config.instructions)
     questions = read_check(config.check) if config.check else CHECK if config.instructions is None else ()

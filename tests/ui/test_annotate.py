@@ -97,4 +97,4 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path):
         "except UserError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert "pip install -e '.[ui]'" in done.stdout, done.stderr
+    assert "pip install 'rlaif-jax[ui]'" in done.stdout, done.stderr
