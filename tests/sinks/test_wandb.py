@@ -17,6 +17,7 @@ from rlaif_jax.metrics import MetricsWriter, read_metrics
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from tests.sinks.wandb_file import history, records, values
+from tests.sinks.wandb_server import serve
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = Tracking("offline", project="p", entity="team", group="sweep-1")
@@ -179,40 +180,84 @@ def test_a_damaged_id_is_a_warning_that_names_its_file(tmp_path):
     assert len(run.warnings) == 1 and "wandb_id should hold the id" in run.warnings[0]
 
 
+# -- Online, in a process of its own: W&B reads its environment once ------------------------------
+
 PROGRAM = """
 import sys
 from pathlib import Path
-from rlaif_jax.sinks.wandb import Tracking
-from tests.sinks.test_wandb import track
-run = track(Path(sys.argv[1]), range(1, 3), tracking=Tracking("online"))
+from tests.sinks.test_wandb import Tracking, track
+first, last = map(int, sys.argv[2:])
+run = track(Path(sys.argv[1]), range(first, last + 1), resume=first > 1, tracking=Tracking("online", project="p"))
 print(*run.warnings, sep="\\n")
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "environment, message",
-    [
-        ({"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "Failed to authenticate"),
-        ({"WANDB_API_KEY": ""}, "no key: `wandb login`"),
-    ],
-)
-def test_online_without_network_or_key_is_one_warning_and_is_kept_offline(tmp_path, environment, message):
+def call(arguments: list[str], home: Path, url: str, key: str = "a" * 40) -> str:
+    """The output of a Python process that knows one server of W&B and its key."""
     pytest.importorskip("wandb", reason="needs the extra wandb")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "run")],
-        env={**os.environ, "HOME": str(tmp_path), **environment},
-        cwd=ROOT,
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "HOME": str(home), "WANDB_BASE_URL": url, "WANDB_API_KEY": key},
+        cwd=home,  # `wandb sync` leaves a log there
         capture_output=True,
         text=True,
         timeout=120,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
-    (warning,) = [line for line in done.stdout.splitlines() if "The run goes on" in line and line.startswith("W&B: ")]
+    return done.stdout
+
+
+def warnings_of(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("W&B: ") and "The run goes on" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("url, key, message", [
+    ("http://127.0.0.1:9", "a" * 40, "Failed to authenticate"),
+    ("http://127.0.0.1:9", "", "no key: `wandb login`"),
+])  # fmt: skip
+def test_online_without_network_or_key_is_one_warning_and_is_kept_offline(tmp_path, url, key, message):
+    output = call(["-c", PROGRAM, str(tmp_path / "run"), "1", "2"], tmp_path, url, key)
+    (warning,) = warnings_of(output)
     assert message in warning
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
     assert [row["rl/step"] for row in history(tmp_path / "run") if "rl/step" in row] == [1, 2]
+
+
+@pytest.mark.slow
+def test_online_a_resume_continues_the_curve_and_no_secret_is_sent(tmp_path):
+    with serve() as server:
+        for first, last in ((1, 2), (3, 4)):
+            output = call(["-c", PROGRAM, str(tmp_path / "run"), str(first), str(last)], tmp_path, server.url)
+            assert warnings_of(output) == []
+    ((name, lines),) = server.history.items()
+    assert name == (tmp_path / "run" / "wandb_id").read_text().strip()
+    assert [line["rl/step"] for line in lines if "rl/step" in line] == [1, 2, 3, 4]
+    assert [line["rl/reward"] for line in lines if "rl/step" in line] == [0.25, 0.5, 0.75, 1.0]
+    assert [line["_step"] for line in lines] == list(range(len(lines)))  # W&B drops a line that steps back
+    assert server.ended == [0, 0]
+    assert server.runs[name]["displayName"] == "run" and server.runs[name]["jobType"] == "tracked"
+    assert b"(hidden)@host" in server.received
+    assert b"hunter2" not in server.received and b"sk-hidden" not in server.received
+
+
+@pytest.mark.slow
+def test_what_was_kept_offline_over_a_resume_is_one_curve_once_it_is_sent(tmp_path):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    track(tmp_path / "run", range(1, 3))
+    track(tmp_path / "run", range(3, 5), resume=True)
+    folders = sorted(map(str, tmp_path.glob("run/wandb/offline-run-*")))
+    assert len(folders) == 2
+    with serve() as server:
+        call(["-m", "wandb", "sync", "--yes", *folders], tmp_path, server.url)
+    ((name, lines),) = server.history.items()
+    assert name == (tmp_path / "run" / "wandb_id").read_text().strip()
+    assert [line["rl/step"] for line in lines if "rl/step" in line] == [1, 2, 3, 4]
+
+
+# -- Settings ---------------------------------------------------------------------------------------
 
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
