@@ -17,6 +17,7 @@ from rlaif_jax.command_line import ended_worse
 from rlaif_jax.config import UserError
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.recipes.world.models import ANSWER_LENGTH
+from rlaif_jax.tools.runs import load_run_policy
 from tests.helpers import unexplained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +95,8 @@ def test_a_control_arm_on_dialogues(tmp_path):
     summary = run_small(tmp_path / "random", "--task", "dialogue", "--reward", "random")
     assert stages_of(tmp_path / "random") == {"lm", "labeler", "sft", "rl"}
     assert "random scores (control arm)" in summary["story"][0]
+    policy = load_run_policy(tmp_path / "random")
+    assert policy.step == 2 and policy.model.config.num_layers == 1
 
 
 # ---- Without a model

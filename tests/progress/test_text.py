@@ -3,7 +3,7 @@
 import pytest
 from rich.cells import cell_len
 
-from rlaif_jax.progress.text import cut_end, cut_start, duration, one_line
+from rlaif_jax.progress.text import cut_end, cut_start, duration, escaped, one_line
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,20 @@ from rlaif_jax.progress.text import cut_end, cut_start, duration, one_line
 )
 def test_one_line_has_no_control_characters(text, shown):
     assert one_line(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\tb\nc é 日本 [bold]", "a\tb\nc é 日本 [bold]"),
+        ("\x1b[2J\r\x9b\x00\x7f", "\\x1b[2J\\r\\x9b\\x00\\x7f"),
+        ("\u202eevil\u2066\u200b\ufeff\u2028", "\\u202eevil\\u2066\\u200b\\ufeff\\u2028"),
+        ("\ud800", "\\ud800"),
+        ("\U0001f469\u200d\U0001f52c", "\U0001f469\u200d\U0001f52c"),
+    ],
+)
+def test_what_a_terminal_obeys_is_escaped_and_text_stays(text, shown):
+    assert escaped(text) == shown
 
 
 @pytest.mark.parametrize("cut", [cut_end, cut_start])
