@@ -102,15 +102,17 @@ def _collect(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     ]
     first = tuple(dict.fromkeys(key for run in runs for key in run.measures))
     plots = overlay([run.curves for run in runs], first)
+    numbers = number_rows([run.cards for run in runs])
+    shown = {row.label.term for row in numbers} | {plot.label.term for plot in plots}
     return {
         "title": f"{len(runs)} runs compared",
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "runs": runs,
         "facts": [(name, [run.facts[name] for run in runs]) for name in runs[0].facts],
-        "numbers": number_rows([run.cards for run in runs]),
+        "numbers": numbers,
         "plots": plots,
         "settings": differing_settings([run.settings for run in runs]),
-        "glossary": entries(set().union(*(run.keys for run in runs))),
+        "glossary": [entry for entry in entries(set().union(*(run.keys for run in runs))) if entry[0] in shown],
     }
 
 

@@ -49,6 +49,9 @@ def test_each_run_is_a_column(runs):
         "second & last step 5: the run has diverged The answers became long. Try: a penalty",
     ):
         assert words in page.text.replace("\N{NO-BREAK SPACE}", " ").replace("\N{EN DASH}", "-"), words
+    terms = {value for tag, name, value in page.attributes if (tag, name) == ("div", "id")}
+    links = {value[1:] for tag, name, value in page.attributes if (tag, name) == ("a", "href") and "#term" in value}
+    assert terms == links and "term-kl" in terms and "term-wall-s" not in terms
     settings = page.text[page.text.index("Settings that differ") : page.text.index("A check failed")]
     assert "elsewhere" not in settings and "ppo.policy.lr" not in settings and "seed" not in settings
 
