@@ -257,6 +257,7 @@ def converse(writers: Sequence[Writer]) -> None:
         try:
             line = input("> " if here else "").strip()
         except EOFError:
+            print(end="\n" if here else "")
             return
         except UnicodeDecodeError as error:
             raise UserError(f"the standard input is no UTF-8 text: {error}") from error
