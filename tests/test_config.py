@@ -18,7 +18,16 @@ from rlaif_jax.algorithms.objectives import Clipped
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.update import check_minibatches
-from rlaif_jax.config import UserError, differing, from_json, from_words, override, save_config, to_json
+from rlaif_jax.config import (
+    UserError,
+    differing,
+    from_json,
+    from_words,
+    override,
+    save_config,
+    to_json,
+    without_secrets,
+)
 from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling, small_decoder
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import ParallelConfig
@@ -409,3 +418,15 @@ def test_a_wrong_line_of_words_is_named(line, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         from_words(WORDS, line, "--feedback")
     assert str(error.value).startswith("--feedback") and "\n" not in str(error.value)
+
+
+def test_secrets_and_credentials_are_hidden_and_numbers_are_not():
+    settings = {
+        "api_key": "sk", "tokenizer": "t.json", "max_tokens": 8, "hub_token": None, "secrets": ["a"], "password": {},
+        "parts": [{"server": "https://me:pw@host/v1", "Key": "k"}, ["http://u@h", 0.5]],
+    }  # fmt: skip
+    assert without_secrets(settings) == {
+        "api_key": "(hidden)", "tokenizer": "t.json", "max_tokens": 8, "hub_token": None, "secrets": "(hidden)",
+        "password": "(hidden)",
+        "parts": [{"server": "https://(hidden)@host/v1", "Key": "(hidden)"}, ["http://(hidden)@h", 0.5]],
+    }  # fmt: skip

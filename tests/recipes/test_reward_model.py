@@ -30,6 +30,7 @@ from rlaif_jax.recipes import reward_model as recipe
 from rlaif_jax.recipes.reward_model import RewardModelConfig, main, measure, running_check
 from rlaif_jax.types import Rollout
 from tests.helpers import assert_same_leaves, random_params, unexplained
+from tests.sinks.wandb_file import KEPT, assert_same_numbers
 from tests.tiny import numbers
 
 WORDS = tuple("abcdefghijkl")
@@ -82,7 +83,12 @@ def config(folder: Path, out: Path, **changes) -> RewardModelConfig:
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A run and its metrics."""
     out = tmp_path_factory.mktemp("run") / "one"
-    return out, main(config(folder, out, seed=5))
+    return out, main(config(folder, out, seed=5, tracking=KEPT))
+
+
+def test_a_run_is_shown_on_wandb(whole):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    assert_same_numbers(whole[0])
 
 
 def test_a_run_learns_measures_saves_and_explains(whole):

@@ -29,6 +29,7 @@ from rlaif_jax.recipes.verdicts import SCORE, SECOND, conclude
 from rlaif_jax.run import Run
 from tests.feedback.api_server import Wrong, completion, serve
 from tests.helpers import assert_same_leaves, random_params, unexplained
+from tests.sinks.wandb_file import KEPT, assert_same_numbers
 
 LETTERS = tuple("abcdefghABCDEFGHIJ")
 TEMPLATE = "{% for m in messages %}user {{ m['content'] }} {% endfor %}assistant "
@@ -92,7 +93,7 @@ TWO = ("function HERE/rewards.py:count_a weight=2 name=as", "function HERE/rewar
 
 
 def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path):
-    whole = config_of(inputs, tmp_path / "whole", *TWO)
+    whole = config_of(inputs, tmp_path / "whole", *TWO, tracking=KEPT)
     metrics = main(whole)
     found = summary(whole.out)
     assert found["status"] == "done" and all(found["checks"].values())
@@ -119,6 +120,8 @@ def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path):
     assert json.dumps(steps(part.out)) == json.dumps(rows), "NaN is equal to NaN"
     assert_same_leaves(load_model(part.out / "model")[1], after)
     assert from_json(RlaifConfig, json.loads((part.out / "config.json").read_text())).feedback == whole.feedback
+    if KEPT.wandb == "offline":
+        assert_same_numbers(part.out)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, Texts, main, packe
 from tests.data.test_rendering import CHATML
 from tests.data.token_folders import byte_tokenizer_folder
 from tests.helpers import assert_same_leaves, random_params, unexplained
+from tests.sinks.wandb_file import KEPT, assert_same_numbers
 from tests.tiny import numbers
 
 TOKENIZER = word_level_tokenizer(("Human:", "Assistant:", *"abcdefgh"))
@@ -79,7 +80,12 @@ def config(folder: Path, out: Path, **changes) -> SFTConfig:
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("run") / "one"
-    return out, main(config(folder, out))
+    return out, main(config(folder, out, tracking=KEPT))
+
+
+def test_a_run_is_shown_on_wandb(whole):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    assert_same_numbers(whole[0])
 
 
 def test_a_run_learns_measures_saves_and_explains(whole):
