@@ -105,7 +105,7 @@ def adapted(
     base = model.init(jax.random.key(0))
     params = {"policy": lora.init(jax.random.key(1), base)}
     if whole.algorithm.critic is not None:
-        critic = ScalarModel(decoder, "normal", lora)
+        critic = ScalarModel(decoder, "normal", lora=lora)
         params["value"] = critic.init(jax.random.key(2))
     algorithm = whole.algorithm.config.build(policy, critic, steps=4)
     return Setup(algorithm, policy, params, whole.feedback, base=base)

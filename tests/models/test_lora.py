@@ -181,7 +181,7 @@ def test_the_reference_answers_by_the_base_alone():
 
 def test_a_critic_adapts_the_policy_s_trunk_and_has_a_head_in_full():
     base, _ = parts()
-    critic = ScalarModel(LLAMA, "normal", LORA)
+    critic = ScalarModel(LLAMA, "normal", lora=LORA)
     fresh = critic.init(jax.random.key(0))
     assert jax.tree.structure(fresh["trunk"]) == jax.tree.structure(LORA.init(jax.random.key(0), base)["trunk"])
     assert fresh["head"]["scalar"]["kernel"].shape == (16, 1)
