@@ -209,7 +209,7 @@ class Wandb:
 
             columns, rows = _table(run.folder / "samples.jsonl")
             if rows:
-                ended.log({"samples": Table(columns=columns, data=rows, allow_mixed_types=True)})
+                ended.log({"samples": Table(columns=[*columns], data=rows, allow_mixed_types=True)})
         with self._guarded():
             ended.finish(exit_code=int(failed))
         self._wandb = None
