@@ -39,7 +39,8 @@ def ended(capsys, *arguments):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_help_explains_each_option(name, capsys):
     status, out, _ = ended(capsys, name, "--help")
-    assert status == 0 and re.search(rf"^  {name} +\w", TOOLS, re.MULTILINE) and f"python -m rlaif_jax {name} " in out
+    assert status == 0 and re.search(rf"^  {name} +\w", TOOLS, re.MULTILINE)
+    assert out.count(f"python -m rlaif_jax {name} ") > 1, "how it is used, and an example"
     flat = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
     for field in dataclasses.fields(CONFIGS[name]):
         explained = re.search(rf"^ +{field.name}: (.+)$", CONFIGS[name].__doc__, re.MULTILINE)

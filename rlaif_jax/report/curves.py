@@ -225,14 +225,13 @@ def overlay(runs: Sequence[Curves], first: Sequence[str] = ()) -> list[Plot]:
     """
     loop = [(RL_STAGE, key) for key in dict.fromkeys((*first, *MAIN))]
     others = sorted((name for run in runs for name in run._series), key=lambda name: name[0] != RL_STAGE)
-    shared = [
+    main = [
         name
         for name in dict.fromkeys([*loop, *others])
-        if sum(name in run._series for run in runs) > 1
-        and (name in loop or any(run._is_main(*name) for run in runs if name in run._series))
+        if name in loop or any(run._is_main(*name) for run in runs if name in run._series)
     ]
     plots: list[Plot] = []
-    for stage, key in shared:
+    for stage, key in main:
         lines: list[tuple[RunLine, Floats, Floats]] = []
         for place, run in enumerate(runs):
             steps, values = run._points(stage, key)

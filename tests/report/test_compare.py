@@ -141,6 +141,25 @@ def test_rows_and_settings_by_hand():
     assert number_rows([[], []]) == []
 
 
+def test_kl_and_length_are_shown_whatever_else_is(runs):
+    metrics = json.loads((runs[0] / "summary.json").read_text())["metrics"]
+    many = {f"win_rate_{i}": 0.5 for i in range(9)} | {f"win_rate_{i}_ci95": [0.4, 0.6] for i in range(9)}
+    change(runs[0], "summary.json", metrics=metrics | many)
+    text = compared(*runs).text
+    assert "KL to the reference 8.91" in text and "Answer length, before → after 22.3" in text
+
+
+def test_the_colour_of_a_run_is_that_of_its_lines(runs):
+    with MetricsWriter(runs[1], terminal=False, sinks=()) as writer, writer.stage("rl", 7, resume_from=5) as stage:
+        for step in (6, 7):
+            stage.write(step, {"reward": 0.2})
+    page = write_comparison(runs, runs[0].parent / "compare.html").read_text()
+    heads = re.findall(r'border-top: 3px (\w+) (#\w+)"></span>(?:<a [^>]*>)?([^<]+)<', page)
+    assert heads[:2] == [("solid", RUNS[0], "first"), ("solid", RUNS[1], "second &amp; last")]
+    svg = page[page.index("<svg") : page.index("</svg>")]
+    assert [len(heights(svg, color)) for color in RUNS[:2]] == [5, 7]
+
+
 def test_a_run_in_its_first_minute_has_a_column(runs, tmp_path):
     (tmp_path / "new").mkdir()
     write_json(tmp_path / "new", "config.json", {"seed": 3, "resume": True, "stages": "x"})
