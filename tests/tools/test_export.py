@@ -44,6 +44,9 @@ def test_the_exported_model_has_the_logits_of_the_checkpoint(made, tmp_path, cap
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="peft is the oracle of this test and is not installed")
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # of transformers, by peft
 def test_peft_puts_the_exported_adapter_on_the_base(made, tmp_path):
     import peft
 
