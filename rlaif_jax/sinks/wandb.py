@@ -253,17 +253,17 @@ def _run_id(path: Path) -> str:
     return made
 
 
-def _table(path: Path) -> tuple[list[str], list[list[Any]]]:
+def _table(path: Path) -> tuple[list[str | int], list[list[Any]]]:
     """Returns (columns, rows) of a file of JSON objects.
 
     A field that a row lacks is None; a nested value is JSON.
     """
 
-    def parse(value: Any, place: str) -> Mapping[str, Any]:
+    def parse(value: Any, place: str) -> Mapping[str | int, Any]:
         require(isinstance(value, dict), f"{place}: should be one JSON object")
         return value
 
     samples, _ = read_json_lines(path, parse) if path.exists() else ([], [])
-    columns = list(dict.fromkeys(key for sample in samples for key in sample))
+    columns: list[str | int] = list(dict.fromkeys(key for sample in samples for key in sample))
     cell = lambda value: json.dumps(value) if isinstance(value, (dict, list)) else value
     return columns, [[cell(sample.get(key)) for key in columns] for sample in samples]

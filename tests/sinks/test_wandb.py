@@ -173,6 +173,18 @@ def test_an_error_of_wandb_is_one_warning_and_the_run_goes_on(tmp_path):
     assert [row["rl/reward"] for row in history(run.folder)] == [1.0]
 
 
+def test_several_errors_at_the_end_are_one_warning(tmp_path):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    settings = Settings(tmp_path)
+    with Run(tmp_path / "run", "tracked", settings, seed=0) as run, tracked(run, OFFLINE) as sinks:
+        run.settled()
+        run.metrics["gain"] = 1.0
+        run.sample(stage="after", step=1, prompt="p", response="r")
+        sinks[1]._wandb.finish()
+        sinks[1].finish(failed=False)
+    assert len(run.warnings) == 1
+
+
 def test_a_damaged_id_is_a_warning_that_names_its_file(tmp_path):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     track(tmp_path / "run", range(1, 2), tracking=Tracking())
