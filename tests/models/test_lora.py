@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,18 @@ def test_the_update_makes_nothing_of_the_size_of_a_matrix(packed_rows):
     full = {x.shape for x in jax.tree.leaves(small.base) if x.ndim == 2}
     assert len(full) == 4 and full <= made_shapes(whole)
     assert not full & made_shapes(small)
+
+
+def test_decoding_computes_no_product_of_the_adapter():
+    """Nothing in the loop over tokens has the adapter's rank as a dimension: a rollout merges it once, before."""
+    lora, base = LoRAConfig(rank=11), parts()[0]
+    policy, adapter = policy_of("float32", lora), random_adapter(lora, base)
+    draw = lambda a: policy.sample(a, Frozen(base=base), PROMPTS, jax.random.key(0), (Draw(2),))
+    program = jax.make_jaxpr(draw)(adapter).jaxpr
+    dims = lambda found: {d for e in found for v in e.outvars for d in getattr(v.aval, "shape", ())}
+    loops = [e for e in equations(program) if e.primitive.name in ("while", "scan")]
+    assert 40 in dims(equations(SimpleNamespace(eqns=loops))), "the logits of a step"
+    assert 11 not in dims(equations(SimpleNamespace(eqns=loops)))
 
 
 def test_optimiser_and_state_hold_adapters_alone():
