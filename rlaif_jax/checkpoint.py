@@ -238,13 +238,19 @@ def fingerprint(tree: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Computes the sum of all bits of an array modulo 2^32, each number times an odd factor of its place."""
+    """Computes the sum modulo 2^32 of the numbers' bits, each mixed with its place (as MurmurHash3 ends).
+
+    A sum of the bits themselves would not see a change that is the same for all numbers, such as of their signs.
+    """
     width = 8 * x.dtype.itemsize
     bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+    mixed = bits.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + place * jnp.uint32(0x85EBCA77)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 # ---- The policy of a checkpoint, without the training around it

@@ -222,6 +222,12 @@ def test_a_write_that_fails_does_not_replace_the_first_error(prompts, tmp_path, 
     assert "eos_is_kept" in summary["error"]
 
 
+@pytest.mark.parametrize("change", [np.negative, np.flip, np.transpose, lambda x: 2 * x])
+def test_a_fingerprint_sees_a_change_that_is_the_same_for_all_numbers(change):
+    x = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    assert fingerprint({"a": jnp.array(x)}) != fingerprint({"a": jnp.array(change(x))})
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     shape=st.sampled_from([(), (3, 4), (8, 2, 3)]),  # a program each, with each dtype

@@ -130,17 +130,16 @@ assert folder == home == found["TMPDIR"] and "rlaif_jax_answer" in home
     assert run(code, tests) == Results(2, 2)
 
 
-def test_files_of_a_limited_size_may_be_written_and_are_removed():
+def test_files_of_a_limited_size_may_be_written_and_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other tests have folders in the usual place
     code = """
 import os
 def f(n):
     with open("x", "wb") as file: file.write(bytes(n << 20))
     return os.path.getsize("x")
 """
-    folders = lambda: set(Path(tempfile.gettempdir()).glob("rlaif_jax_answer_*"))
-    before = folders()
     assert run(code, ["assert f(1) == 1 << 20", "assert f(20) == 20 << 20"]) == Results(1, 2)
-    assert folders() <= before
+    assert list(tmp_path.iterdir()) == []
 
 
 def running(mark):
