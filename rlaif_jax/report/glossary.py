@@ -57,7 +57,7 @@ QUANTITIES = {
         "Mean reward of the answers to held-out prompts, combined as in training.",
     ),
     "eval/*": Quantity(
-        "{} on held-out prompts",
+        "Reward {}",
         "score",
         "Mean of one reward over the answers to held-out prompts, before it is scaled and weighted.",
     ),
