@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def browser():
         found = driver.chromium.launch(executable_path=path)
         yield found
         found.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wandb_is_closed():
+    """After a file whose tests used W&B, its threads and its process end: the next file has its worker for itself."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

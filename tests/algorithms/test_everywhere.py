@@ -148,7 +148,7 @@ def test_train_is_resumed_bit_for_bit(name, tmp_path, one_device):
 
 def test_a_run_of_adapters_keeps_adapters_alone(tmp_path, one_device):
     """The KL of the first step is 0 to the bit; a checkpoint has a share of the base's bytes; another base is refused."""
-    wide = small_decoder(TOKENIZER.vocab_size, num_layers=2, width=128, num_heads=2, context_length=16)
+    wide = small_decoder(TOKENIZER.vocab_size, num_layers=2, width=192, num_heads=2, context_length=16)
     setup = adapted(wide, lora=LoRAConfig(1, 2.0), answers_per_prompt=2)
     keep = jax.device_get(setup.base)
     run_train(setup, tmp_path, stop_after=2)
