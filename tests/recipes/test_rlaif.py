@@ -223,7 +223,7 @@ def test_a_reward_that_rises_with_length_alone_is_called_out_first(tmp_path):
     honest = concluded(tmp_path / "c", length_after=90.0)
     assert not honest.warnings and "exploited" not in "".join(honest.story)
     unknown = concluded(tmp_path / "e", **longer | {f"win_rate_{SCORE}_length_controlled_ci95": [float("nan")] * 2})
-    assert not unknown.warnings, "lengths and wins that cannot be told apart are no finding"
+    assert not unknown.warnings, "without a win rate at equal lengths nothing is concluded"
     fell = concluded(tmp_path / "d", **longer | {"gain_ci95": [-1.0, 1.0]})
     assert not fell.warnings, "a reward that did not rise was not exploited"
 

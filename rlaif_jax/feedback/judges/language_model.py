@@ -383,19 +383,19 @@ class LanguageModelJudge:
         labels = [label for label, _ in self.scale]
         counted = lambda done, _: progress(before + done, before + count)
         choices, valid, mass = self._choices(self._score, texts, labels, counted)
-        missing = [self._why_missing(*facts) for facts in zip(valid, ended, mass)]
+        missing = [self.why_missing(*facts) for facts in zip(valid, ended, mass)]
         valid = valid & ended
         numbers = np.array([number for _, number in self.scale])
         expected = np.where(valid, choices @ numbers, 0.0)
         return AnswerScores(expected, choices, valid, mass, np.array(missing, object))
 
-    def _why_missing(self, valid: bool, ended: bool, mass: float) -> str:
-        """Returns why an answer has no score, "" where it has one.
+    def why_missing(self, valid: bool, ended: bool, mass: float) -> str:
+        """Returns why a judgement is missing, "" where it is there.
 
         Args:
-            valid: whether the score tokens could be read.
+            valid: whether the labels could be read.
             ended: whether the reasons fitted and ended.
-            mass: probability of all scores of the scale; 0 where the question did not fit.
+            mass: probability of all labels together; 0 where the question did not fit.
         """
         if not ended:
             return "the judge's reasons did not fit or did not end"
@@ -403,7 +403,7 @@ class LanguageModelJudge:
             return ""
         if mass == 0:
             return "the question is too long for the judge"
-        return f"the judge gave the scores less probability together than {self.min_mass:g}"
+        return f"the judge gave its labels less probability together than {self.min_mass:g}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

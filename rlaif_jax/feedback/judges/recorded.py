@@ -18,9 +18,6 @@ from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import CountingSource, Missing
 from rlaif_jax.types import Feedback, Rollout
 
-TOO_LONG = "the question is longer than the judge reads"
-LITTLE_MASS = "little probability on the judge's labels"
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecordedJudgeSource(CountingSource):
@@ -47,13 +44,12 @@ class RecordedJudgeSource(CountingSource):
         prompts = [str(record["prompt"]) for record in records]
         if self.against:
             others = [other_answer(record, self.against) for record in records]
-            values, valid, mass = self._compare(prompts, answers, others)
+            values, valid, missing = self._compare(prompts, answers, others)
         else:
-            values, valid, mass = self._score(prompts, answers)
-        reason = lambda seen: Missing(LITTLE_MASS if seen > 0 else TOO_LONG)
-        return self.feedback([value if ok else reason(m) for value, ok, m in zip(values.tolist(), valid, mass)])
+            values, valid, missing = self._score(prompts, answers)
+        return self.feedback([value if ok else Missing(why) for value, ok, why in zip(values.tolist(), valid, missing)])
 
-    def _score(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _score(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         scores = self.judge.score(prompts, answers)
         numbers = [number for _, number in self.judge.scale]
         found: list[Judgement] = []
@@ -70,11 +66,11 @@ class RecordedJudgeSource(CountingSource):
                 )
             )
         self._keep(found)
-        return scores.expected, scores.valid, scores.mass
+        return scores.expected, scores.valid, list(scores.missing)
 
     def _compare(
         self, prompts: Sequence[str], answers: Sequence[str], others: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
         compared = self.judge.compare(prompts, answers, others)
         found: list[Judgement] = []
         for i, pair in enumerate(zip(answers, others)):
@@ -91,7 +87,8 @@ class RecordedJudgeSource(CountingSource):
                     )
                 )
         self._keep(found)
-        return compared.probability, compared.valid, compared.mass
+        missing = [self.judge.why_missing(ok, True, mass) for ok, mass in zip(compared.valid, compared.mass)]
+        return compared.probability, compared.valid, missing
 
     def _shared(self, prompt: str, answers: tuple[str, ...], valid: bool, mass: float) -> dict[str, Any]:
         return {

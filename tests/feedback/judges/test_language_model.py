@@ -18,6 +18,9 @@ from rlaif_jax.feedback.judges.language_model import (
     Reasoning,
     weights_hash,
 )
+from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource
+from rlaif_jax.feedback.records.forms import Rater
+from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.parallel import JitRunner, PmapRunner
@@ -302,7 +305,7 @@ def test_why_a_direct_score_is_missing_is_counted(make_judge, params):
     low = sum(mass < threshold for mass in masses)
     source = DirectScoreSource(make_judge(min_mass=threshold))
     source([*records, records[0]], [*FIRST, "a " * 40], None)
-    little = f"the judge gave the scores less probability together than {threshold:g}"
+    little = f"the judge gave its labels less probability together than {threshold:g}"
     assert source.missing() == {"the question is too long for the judge": 1, little: low} and 0 < low < len(PROMPTS)
     unending = make_judge(reasoning=Reasoning(lambda prompt, answer: f"{answer} rate", "3", max_tokens=2))
     _, ended = unending.reasons(PROMPTS, FIRST)
@@ -310,3 +313,32 @@ def test_why_a_direct_score_is_missing_is_counted(make_judge, params):
     judged = source(records, FIRST, None)
     assert judged.valid[:, 0].tolist() == ended.tolist() and not ended.all()
     assert source.missing() == {"the judge's reasons did not fit or did not end": int((~ended).sum())}
+
+
+def test_recorded_judgements_are_those_that_are_rewarded(make_judge, tmp_path):
+    """Scores and comparisons with another answer: the judge's own numbers, each as it was read, missing ones counted."""
+    records = [{"prompt": p, "other": other} for p, other in zip(PROMPTS, SECOND)]
+    judge, rater = make_judge(), Rater("tiny", "ai")
+    for against, store in (("", tmp_path / "scores.sqlite"), ("other", tmp_path / "pairs.sqlite")):
+        source = RecordedJudgeSource(judge, rater, store, against=against)
+        judged = source([*records, records[0]], [*FIRST, "a " * 40])
+        expected = (
+            judge.compare(PROMPTS, FIRST, SECOND).probability if against else judge.score(PROMPTS, FIRST).expected
+        )
+        np.testing.assert_allclose(judged.values[:-1, 0], expected, rtol=1e-5)
+        assert judged.valid[:, 0].tolist() == [True] * len(PROMPTS) + [False]
+        assert source.missing() == {"the question is too long for the judge": 1}
+        source([*records, records[0]], [*FIRST, "a " * 40])  # a resumed run repeats the step
+        with Store(store) as kept:
+            found = kept.judgements()
+        assert len(found) == (2 if against else 1) * (len(PROMPTS) + 1)
+        assert {entry.status for entry in found} <= {"ok", "tie", "unparsed"}
+        for i, (prompt, first) in enumerate(zip(PROMPTS, FIRST)):
+            mine = [entry for entry in found if entry.prompt == prompt and entry.answers[0] == first and entry.answered]
+            if against:
+                assert {entry.shown for entry in mine} == {(0, 1), (1, 0)}
+                assert np.mean([entry.probability for entry in mine]) == pytest.approx(expected[i], rel=1e-5)
+            else:
+                assert mine[0].value == pytest.approx(expected[i], rel=1e-5)
+    with pytest.raises(UserError, match="no text in its field 'another'"):
+        RecordedJudgeSource(judge, rater, tmp_path / "a.sqlite", against="another")(records, FIRST)
