@@ -160,12 +160,16 @@ class Evaluation:
         second = None if self.second is None else rewards_of(self.second, records, texts, rollout)
         return Answers(rollout, texts, scores, rewards, second, parts)
 
-    def kl(self, reference: Params, answers: Answers) -> float:
-        """Returns the mean KL of an answer to `reference` in nats, by the sampler's log-probs."""
-        log_ratio = np.asarray(answers.rollout.logprobs) - np.asarray(
-            self._logprobs(reference, answers.rollout, frozen=self.frozen)
-        )
-        return float(log_ratio.sum(-1).mean())
+    def against_reference(self, reference: Params, answers: Answers) -> tuple[float, float]:
+        """Returns the mean KL of an answer to `reference` in nats, and the mean log-prob of its tokens under `reference`.
+
+        Args:
+            reference: parameters of a policy.
+            answers: of the policy whose KL it is; its log-probs are the sampler's.
+        """
+        sampled, mask = np.asarray(answers.rollout.logprobs), np.asarray(answers.rollout.response_mask)
+        logprobs = np.asarray(self._logprobs(reference, answers.rollout, frozen=self.frozen))
+        return float((sampled - logprobs).sum(-1).mean()), float(logprobs[mask].mean())
 
     def metrics(self, answers: Answers) -> dict[str, float]:
         """Returns the mean score (under `name`), the mean length `eval_length` in tokens, and `distinct2`.
@@ -223,23 +227,57 @@ class Evaluation:
                 **({} if said is None else {"reasons": said}),
             )
 
-    def during(self, run: Run, *, samples: int = 4) -> Callable[[Params, int], dict[str, float]]:
-        """Returns the function `evaluate` of `train`: (policy parameters, step) -> metrics.
-
-        The function also appends answers to the run's samples, always to the same prompts drawn at random.
+    def during(self, run: Run, *, samples: int = 4, before: Answers | None = None) -> During:
+        """Returns the function `evaluate` of `train`.
 
         Args:
             run: the run.
-            samples: the number of answers that are appended.
+            samples: number of answers that each evaluation appends to the run's samples, always to the same prompts.
+            before: the answers before the first step, where they are known already.
         """
-        indices = self.random_prompts(samples)
+        known = (0, before) if before is not None else None
+        return During(self, run, self.random_prompts(samples), known)
 
-        def evaluate(params: Params, step: int) -> dict[str, float]:
-            answers = self.answers(params, judged=False)
-            self.write_samples(run, answers, step=step, stage="rl", indices=indices)
-            return self.metrics(answers)
 
-        return evaluate
+@dataclasses.dataclass(eq=False)
+class During:
+    """Evaluates the policy between the steps of a run: (policy parameters, step) -> metrics.
+
+    Attributes:
+        evaluation: how.
+        run: takes the samples.
+        indices: places of the prompts whose answers are samples.
+        known: (step, answers) of the newest evaluation; their answers are not drawn and judged twice.
+    """
+
+    evaluation: Evaluation
+    run: Run
+    indices: Sequence[int]
+    known: tuple[int, Answers] | None
+
+    def __call__(self, params: Params, step: int) -> dict[str, float]:
+        """Returns the metrics of the policy after `step` steps."""
+        answers = self.at(params, step, judged=False)
+        if self.evaluation.measure is not None:  # then rewards are asked for before and after training alone
+            answers = answers._replace(rewards=None)
+        self.evaluation.write_samples(self.run, answers, step=step, stage="rl", indices=self.indices)
+        return self.evaluation.metrics(answers)
+
+    def at(self, params: Params, step: int, *, judged: bool) -> Answers:
+        """Returns the answers of the policy after `step` steps.
+
+        Args:
+            params: the policy's parameters.
+            step: steps that it has learned.
+            judged: whether the evaluation's source must have judged them even if there is a measure.
+        """
+        if self.known is not None and self.known[0] == step:
+            answers = self.known[1]
+            if answers.rewards is not None or not judged or self.evaluation.source is None:
+                return answers
+        answers = self.evaluation.answers(params, judged=judged)
+        self.known = (step, answers)
+        return answers
 
 
 def rewards_of(

@@ -59,7 +59,8 @@ def improve(
 ) -> Improvement:
     """Trains a policy and compares its answers to held-out prompts before and after.
 
-    The metrics go to `run.metrics` (see `comparison`, and `kl`), answers before and after to its samples: to prompts
+    The metrics go to `run.metrics` (see `comparison`, `kl` and `reference_logprob`, the mean log-prob of a token under the
+    policy before training, of the answers before and after), answers before and after to its samples: to prompts
     drawn at random, and to those that lost most.
 
     Args:
@@ -86,6 +87,7 @@ def improve(
         with run.interruptible(), run.display.wait("held-out answers before training"):
             before = evaluation.answers(params["policy"])
     run.display.begin(RL_STAGE)
+    during = evaluation.during(run, before=before)
     trained = train(
         config,
         run,
@@ -99,13 +101,16 @@ def improve(
         device_rewards=device_rewards,
         base=evaluation.frozen.base,
         normaliser=normaliser,
-        evaluate=evaluation.during(run),
+        evaluate=during,
         enough=enough,
     )
     with run.interruptible(), run.display.wait("held-out answers after training"):
-        after = evaluation.answers(trained)
+        after = during.at(trained, run.steps_done, judged=True)
         run.metrics |= comparison(evaluation.name, before, after, run.seed)
-        run.metrics["kl"] = evaluation.kl(params["policy"], after)
+        run.metrics["reference_logprob_before"] = _mean_logprob(before)
+        run.metrics["kl"], run.metrics["reference_logprob_after"] = evaluation.against_reference(
+            params["policy"], after
+        )
     for stage in ("before", "after"):
         run.drop_samples(stage)
     for chosen, indices in (
@@ -115,6 +120,11 @@ def improve(
         for step, stage, answers in ((0, "before", before), (run.steps_done, "after", after)):
             evaluation.write_samples(run, answers, step=step, stage=stage, indices=indices, chosen=chosen)
     return Improvement(trained, before, after)
+
+
+def _mean_logprob(answers: Answers) -> float:
+    """Returns the mean log-prob of a token under the policy that drew the answers."""
+    return float(np.asarray(answers.rollout.logprobs)[np.asarray(answers.rollout.response_mask)].mean())
 
 
 def worst_prompts(before: Answers, after: Answers, count: int) -> list[int]:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,6 +24,7 @@ from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.evaluate import Combination, Evaluation
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.files import atomic_write
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models.hf.adapters import save_adapter
 from rlaif_jax.models.hf.files import save_model
@@ -30,7 +33,7 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.progress.plan import PlannedStage
-from rlaif_jax.recipes.improve import improve, with_critic
+from rlaif_jax.recipes.improve import Improvement, improve, with_critic
 from rlaif_jax.recipes.judge_rewards import ApiReward, Compare, Reasons, Surroundings
 from rlaif_jax.recipes.own_prompts import OwnPrompts, read_prompts
 from rlaif_jax.recipes.rewards import (
@@ -160,7 +163,10 @@ def help_text() -> str:
 
 
 def main(config: RlaifConfig) -> dict[str, Any]:
-    """Trains the policy, writes it to OUT/model (and its adapter to OUT/adapter) and returns the metrics."""
+    """Trains the policy and returns the metrics.
+
+    The policy is written to OUT/model, its adapter to OUT/adapter, the held-out answers to OUT/answers.jsonl.
+    """
     config.tracking.check()
     require(bool(config.prompts), "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT")
     require(bool(config.feedback), "no feedback: give --feedback 'KIND ...'; --help lists the kinds")
@@ -203,8 +209,8 @@ def _train(
     run.settled()  # judgements may cost money or people's time
     rows = config.train.prompts_per_step * config.ppo.answers_per_prompt
     start = Start(policy, runner, config.sampling, config.train.prompt_length, rows, prompts.add_bos, config.seed)
-    if judges.need_baseline:
-        prompts = start.with_baseline(run, prompts)
+    if judges.baseline != "nowhere":
+        prompts = start.with_baseline(run, prompts, training=judges.baseline == "everywhere")
     normaliser = scale_of(run, start, prompts.training, source, config.scale_answers)
     if config.scale == "none":
         normaliser = jax.tree.map(lambda fitted, plain: jnp.full_like(fitted, plain), normaliser, identity_normaliser())
@@ -256,8 +262,17 @@ def _train(
             run.metrics |= against.metrics(found.after)
     run.metrics["wall_s"] = round(run.wall_s, 1)
     run.missing |= source.missing()
+    _write_answers(run.folder, [str(record["prompt"]) for record in held_out.records], found)
     _save(run.folder, config.policy, policy, lora, found.params)
     conclude(run, None if against is None else against.name)
+
+
+def _write_answers(folder: Path, prompts: Sequence[str], found: Improvement) -> None:
+    """Writes the held-out answers before and after training as `judge --items` and the annotation page read them."""
+    with atomic_write(folder / "answers.jsonl") as file:
+        for prompt, *answers in zip(prompts, found.before.texts, found.after.texts, strict=True):
+            row = {"prompt": prompt, "answers": answers, "generators": ["before", "after"]}
+            file.write(json.dumps(row) + "\n")
 
 
 def _save(folder: Path, base_name: str, policy: LoadedPolicy, lora: LoRAConfig | None, params: Params) -> None:
@@ -268,12 +283,12 @@ def _save(folder: Path, base_name: str, policy: LoadedPolicy, lora: LoRAConfig |
 
 
 class _Judges(NamedTuple):
-    """What judges the answers: rewards, a second opinion, who compares, whether with a baseline, and why."""
+    """What judges the answers: rewards, a second opinion, who compares, which prompts need a baseline, and why."""
 
     source: JoinedSource
     opinion: FeedbackSource | None
     compare: Compare | None
-    need_baseline: bool
+    baseline: Literal["everywhere", "held out", "nowhere"]
     reasons: Reasons | None
 
 
@@ -284,9 +299,14 @@ def _judges(config: RlaifConfig, second: Reward | None, around: Surroundings) ->
         JoinedSource(tuple(build_reward(reward, around) for reward in rewards), reward_names(config.feedback)),
         build_reward(second, around) if second else None,
         asked.comparer(around) if isinstance(asked, Judging) else None,
-        any(reward.needs_baseline for reward in [*rewards, second] if isinstance(reward, Judging)),
+        "everywhere" if any(map(_compares, rewards)) else "held out" if _compares(second) else "nowhere",
         next((reward.reasons(around) for reward in rewards if isinstance(reward, ApiReward)), None),
     )
+
+
+def _compares(reward: Reward | None) -> bool:
+    """Returns whether a reward compares answers with those of the policy before training."""
+    return isinstance(reward, Judging) and reward.needs_baseline
 
 
 def _prompts(config: RlaifConfig, tokenizer: Tokenizer, devices: int) -> OwnPrompts:

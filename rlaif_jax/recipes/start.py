@@ -122,25 +122,31 @@ class Start:
             rollout = self._generator((self.policy.params, key), to_prompts(batch))
             yield list(batch.records), answer_texts(rollout, self.policy.tokenizer), rollout
 
-    def with_baseline(self, run: Run, prompts: OwnPrompts) -> OwnPrompts:
-        """Returns the prompts with the start's answers as `BASELINE`, kept in the run's folder."""
+    def with_baseline(self, run: Run, prompts: OwnPrompts, *, training: bool) -> OwnPrompts:
+        """Returns the prompts with the start's answers as `BASELINE`, kept in the run's folder.
+
+        Args:
+            run: keeps the answers, and has them when it is resumed.
+            prompts: the prompts.
+            training: whether those to learn on need one, too; else the held-out ones alone.
+        """
         path = run.folder / "baseline.jsonl"
-        count = len(prompts.training) + len(prompts.held_out)
+        parts = [prompts.training, prompts.held_out] if training else [prompts.held_out]
+        count = sum(map(len, parts))
         if run.resuming and path.exists():
             texts = [json.loads(line)["baseline"] for line in path.read_text().splitlines()]
             require(len(texts) == count, f"{path} has {len(texts)} answers to {count} prompts: it is of another run")
         else:
             texts = []
             with run.interruptible(), run.display.wait("answers that the judge compares with"):
-                for part in (prompts.training, prompts.held_out):
+                for part in parts:
                     answers = [text for _, found, _ in self.draw(part, FEEDBACK) for text in found]
                     texts += answers[: len(part)]
             with atomic_write(path) as file:
                 file.writelines(json.dumps({"baseline": text}) + "\n" for text in texts)
         left = iter(texts)
-        return prompts._replace(
-            training=_with_field(prompts.training, left), held_out=_with_field(prompts.held_out, left)
-        )
+        given = [_with_field(part, left) for part in parts]
+        return prompts._replace(training=given[0] if training else prompts.training, held_out=given[-1])
 
 
 def _with_field(records: FileRecords, texts: Iterator[str]) -> FileRecords:

@@ -29,12 +29,14 @@ class AgainstStart:
         name: of the judge in metrics.
         prompts: the held-out prompts as text.
         start: the answers before training.
+        known: the verdicts that were asked for last, with the answers that they are on; they are not asked for twice.
     """
 
     compare: Compare
     name: str
     prompts: Sequence[str]
     start: Answers
+    known: list[tuple[Answers, Verdicts]] = dataclasses.field(default_factory=list)
 
     def __call__(self, answers: Answers) -> dict[str, float]:
         """Returns `win_rate_NAME`, the share of prompts whose new answer is preferred."""
@@ -43,6 +45,11 @@ class AgainstStart:
 
     def verdicts(self, answers: Answers) -> Verdicts:
         """Returns the verdicts on (new answer, answer before training) of each prompt; equal answers are ties."""
+        if not (self.known and self.known[0][0] is answers):
+            self.known[:] = [(answers, self._asked(answers))]
+        return self.known[0][1]
+
+    def _asked(self, answers: Answers) -> Verdicts:
         differ = [i for i, pair in enumerate(zip(answers.texts, self.start.texts)) if pair[0] != pair[1]]
         size = len(self.prompts)
         whole = Verdicts(np.full(size, 0.5), np.ones(size, bool), np.full(size, 0.5), np.ones(size, bool))

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from rlaif_jax.metrics import RL_STAGE
 from rlaif_jax.report.curves import JourneyFigure
-from rlaif_jax.report.glossary import CHECKS, stage_title, words
+from rlaif_jax.report.glossary import stage_title, words
 from rlaif_jax.report.numbers import is_number, value_text
+from rlaif_jax.report.quantities import CHECKS
 
 VERDICTS = {"better": "good", "no different": "even", "worse": "bad"}
 """A run's verdicts, and the class of each on the page."""

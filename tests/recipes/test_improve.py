@@ -123,7 +123,7 @@ def test_before_train_after(params, records, tmp_path):
     again = evaluation.answers(params, judged=False)
     assert (again.texts, again.rewards) == (before.texts, None)
     np.testing.assert_array_equal(before.rewards, rewards_of(SOURCE, prompts.records, before.texts, before.rollout))
-    assert evaluation.kl(params, before) == pytest.approx(0, abs=1e-5)
+    assert evaluation.against_reference(params, before)[0] == pytest.approx(0, abs=1e-5)
     config = TrainConfig(steps=2, prompts_per_step=16, prompt_length=4, parallel=ParallelConfig(mode="shard", data=1))
     ppo = PPOConfig(num_epochs=1)
     critic, parts = with_critic(ppo, MODEL, params, params["trunk"], jax.random.key(1))
@@ -145,7 +145,13 @@ def test_before_train_after(params, records, tmp_path):
         )
     assert found.before is before
     assert len(found.after.texts) == 16
-    assert run.metrics["kl"] == evaluation.kl(params, found.after)
+    kl, logprob = evaluation.against_reference(params, found.after)
+    assert (run.metrics["kl"], run.metrics["reference_logprob_after"]) == (kl, logprob)
+    assert evaluation.against_reference(params, before)[1] == pytest.approx(
+        run.metrics["reference_logprob_before"], abs=1e-5
+    )
+    mask, own = (np.asarray(x) for x in (found.after.rollout.response_mask, found.after.rollout.logprobs))
+    assert kl == pytest.approx((own[mask].mean() - logprob) * mask.sum() / len(mask), abs=1e-5)
     samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
     assert {(s["stage"], s["step"]) for s in samples} == {("before", 0), ("rl", 0), ("rl", 2), ("after", 2)}
     assert all(s["reward"] is None for s in samples if s["stage"] == "rl")
@@ -194,5 +200,5 @@ def test_an_adapter_is_trained_and_evaluated_over_its_base(tmp_path, params, rec
     after = whole.answers(merged)
     assert after.texts == found.after.texts
     np.testing.assert_array_equal(found.before.rollout.tokens, whole.answers(params).rollout.tokens)
-    assert run.metrics["kl"] == pytest.approx(whole.kl(params, after), abs=1e-4)
+    assert run.metrics["kl"] == pytest.approx(whole.against_reference(params, after)[0], abs=1e-4)
     assert run.metrics["kl"] > 1e-3

@@ -107,6 +107,12 @@ def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path):
     samples = [json.loads(line) for line in (whole.out / "samples.jsonl").read_text().splitlines()]
     assert {"before", "after", "rl"} <= {sample["stage"] for sample in samples}
     assert all({"eval/as", "eval/words", "reward"} <= set(sample) for sample in samples)
+    answers = [json.loads(line) for line in (whole.out / "answers.jsonl").read_text().splitlines()]
+    shown = {(s["stage"], s["prompt"]): s["response"] for s in samples if s["stage"] != "rl"}
+    assert len(answers) == 16 and all(row["generators"] == ["before", "after"] for row in answers)
+    assert {("before", r["prompt"]): r["answers"][0] for r in answers} | {
+        ("after", r["prompt"]): r["answers"][1] for r in answers
+    } == shown
     page = (whole.out / "report.html").read_text()
     assert "fussy raised ValueError" in page and unexplained(whole.out) == []
     _, start = load_model(inputs / "lm")

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from rlaif_jax.report import glossary
-from rlaif_jax.report.glossary import CHECKS, MAIN, QUANTITIES, label
+from rlaif_jax.report.glossary import MAIN, label
+from rlaif_jax.report.quantities import CHECKS, QUANTITIES
 from tests import tiny
 from tests.helpers import unexplained
 from tests.report.pages import make, write_json

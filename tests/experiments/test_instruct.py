@@ -1,0 +1,91 @@
+"""The experiment on a real chat model: what is held out, and what its numbers are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from experiments.instruct import (
+    HELD_OUT,
+    NEW,
+    TRAINED,
+    InstructConfig,
+    is_finished,
+    is_held_out,
+    prompt_rows,
+    questions,
+    result,
+    row,
+    run_config,
+)
+from rlaif_jax.config import UserError
+from rlaif_jax.feedback.verifiers.constraints import ListItems, MaxWords, read_constraints
+
+ASKED = [f"What is the number {i}?" for i in range(2000)]
+
+
+def test_held_out_questions_and_constraints_are_never_trained():
+    training, held_out = prompt_rows(ASKED)
+    assert len(held_out) == HELD_OUT * (len(TRAINED) + len(NEW)) == 132
+    instructions = [{r["prompt"].partition("\n")[2] for r in rows} for rows in (training, held_out)]
+    assert not instructions[0] & instructions[1]
+    asked = [[r["prompt"].partition("\n")[0] for r in rows] for rows in (training, held_out)]
+    assert not set(asked[0]) & set(asked[1]) and all(len(set(part)) == len(part) for part in asked)
+    assert {r["kind"] for r in training} == set(TRAINED)
+    assert {kind: sum(r["kind"] == kind for r in held_out) for kind in {**TRAINED, **NEW}} == dict.fromkeys(
+        {**TRAINED, **NEW}, HELD_OUT
+    )
+    assert 0.15 < sum(map(is_held_out, ASKED)) / len(ASKED) < 0.25
+    [constraint] = read_constraints(training[0]["constraints"], "constraints")
+    assert training[0]["prompt"].endswith(constraint.text())
+
+
+def test_too_few_questions_are_refused():
+    with pytest.raises(UserError, match="132 are needed: give --dialogues"):
+        prompt_rows(ASKED[:50])
+
+
+def test_questions_are_those_of_both_files_once_and_short(tmp_path):
+    task = {"instruction": "Name three colours.", "instances": [{"input": "for a wall"}]}
+    long = {"instruction": "x" * 200, "instances": [{"input": ""}]}
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, (task, task, long))))
+    said = "\n\nHuman: How do I boil an egg?\n\nAssistant: Slowly.\n\nHuman: How long?\n\nAssistant: A day."
+    (tmp_path / "hh.jsonl").write_text(json.dumps({"chosen": said, "rejected": said}))
+    config = InstructConfig(tasks=tmp_path / "tasks.jsonl", dialogues=tmp_path / "hh.jsonl")
+    assert questions(config) == ["Name three colours.\nfor a wall", "How do I boil an egg?"]
+    with pytest.raises(UserError, match="give --tasks"):
+        questions(InstructConfig())
+
+
+def test_the_numbers_of_a_run(tmp_path):
+    rows = [
+        row("One?", "max_words", MaxWords(2)),
+        row("Two?", "max_words", MaxWords(2)),
+        row("Three?", "paragraphs", ListItems(1)),
+    ]
+    answers = [("a b c", "a b"), ("a", "a"), ("- x", "no list")]
+    with open(tmp_path / "answers.jsonl", "w") as file:
+        for record, pair in zip(reversed(rows), reversed(answers)):
+            file.write(json.dumps({"prompt": record["prompt"], "answers": pair}) + "\n")
+    numbers = {"kl": 3.0, "reference_logprob_before": -2.5, "reference_logprob_after": -2.0, "wall_s": 1.0}
+    numbers |= {f"length_{when}": 4.0 for when in ("before", "after")}
+    (tmp_path / "summary.json").write_text(json.dumps({"metrics": numbers}))
+    found = result(tmp_path, rows)
+    assert {name: (kept["before"], kept["after"], kept["gain"]) for name, kept in found["kept"].items()} == {
+        "new values": (0.5, 1.0, 0.5),
+        "max_words": (0.5, 1.0, 0.5),
+        "new kinds": (1.0, 0.0, -1.0),
+        "paragraphs": (1.0, 0.0, -1.0),
+    }
+    assert found["fluency_change"] == 0.5 and found["win_rate_second"] is None
+
+
+def test_each_arm_is_a_run_of_its_own(tmp_path):
+    config = InstructConfig(out=tmp_path, steps=10)
+    lora, full, ppo = (run_config(config, arm, 7) for arm in ("grpo-lora", "grpo-full", "ppo-full"))
+    assert (lora.lora, full.lora, ppo.lora) == (True, False, False)
+    assert (lora.ppo.policy_optimizer.learning_rate, full.ppo.policy_optimizer.learning_rate) == (3e-4, 1e-5)
+    assert not lora.ppo.advantage.needs_critic and ppo.ppo.advantage.needs_critic
+    assert len({run.out for run in (lora, full, ppo)}) == 3 and lora.seed == 7 and lora.train.steps == 10
+    assert not is_finished(lora)
