@@ -244,7 +244,8 @@ def main(config: InstructConfig) -> dict[str, Any]:
     for name, rows in (("training", training), ("held_out", held_out)):
         with atomic_write(config.out / f"{name}.jsonl") as file:
             file.writelines(json.dumps(record) + "\n" for record in rows)
-    results, folders = {}, []
+    results: dict[str, Any] = {}
+    folders = []
     for seed in config.seeds:
         for arm in config.arms:
             settings = run_config(config, arm, seed)

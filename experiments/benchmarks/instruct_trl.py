@@ -38,7 +38,7 @@ torch.manual_seed(o.seed)
 settings = InstructConfig()
 out = o.runs / f"trl-{o.weights}-{o.seed}"
 out.mkdir()
-tokenizer = transformers.AutoTokenizer.from_pretrained(o.model, padding_side="left")
+tokenizer: Any = transformers.AutoTokenizer.from_pretrained(o.model, padding_side="left")
 began = time.perf_counter()
 rows: list[dict[str, Any]] = []
 
@@ -150,7 +150,10 @@ trainer = GRPOTrainer(
     processing_class=tokenizer,
     callbacks=[Clock()],
     peft_config=LoraConfig(
-        r=settings.adapter.rank, lora_alpha=settings.adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=settings.adapter.rank,
+        lora_alpha=int(settings.adapter.alpha),
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
     if lora
     else None,
