@@ -224,7 +224,7 @@ def run_config(config: InstructConfig, arm: Arm, seed: int) -> rlaif.RlaifConfig
         eval_prompts=str(config.out / "held_out.jsonl"),
         held_out=HELD_OUT * (len(TRAINED) + len(NEW)),
         feedback=(read_reward("constraints"),),
-        second=f"judge {config.model}",
+        second=f"judge {config.model} min_mass=0.05",  # it puts .1 to .4 on the labels
         scale="none",
         scale_answers=64,
         lora=weights == "lora",

@@ -242,7 +242,7 @@ def train(
 
     def evaluation(step: int) -> dict[str, float]:
         assert evaluate is not None
-        with run.interruptible():
+        with run.interruptible(), run.display.wait(f"held-out answers after step {step}"):
             return evaluate(state.params["policy"], step)
 
     # ---- Loop

@@ -299,3 +299,37 @@ def test_failed_calls_are_masked_and_stops_pay_for_nothing_twice(inputs, tmp_pat
     rows = [[{k: v for k, v in row.items() if k not in skip} for row in steps(run.out)] for run in (config, masked)]
     assert json.dumps(rows[0]) == json.dumps(rows[1])
     assert_same_leaves(load_model(config.out / "model")[1], load_model(masked.out / "model")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loves", ["length", "a"])
+def test_a_judge_that_loves_length_is_called_out_and_another_is_not(inputs, tmp_path, loves):
+    """The answers of both runs get higher scores from their judge, a server; what they became is said first."""
+
+    def level(words: list[str]) -> int:
+        return min(len(words) // 5, 9) if loves == "length" else round(9 * words.count("a") / max(len(words), 1))
+
+    def reply(body, number):
+        text = str(body)
+        if asked(body) is None:
+            shown = re.search("<request-(.*?)>", text)
+            return completion(f"Verdict {shown[1]}: A" if shown else "A")
+        nonce, _, answer = asked(body)
+        return completion(f"Score {nonce}: {'ABCDEFGHIJ'[level(answer.split())]}")
+
+    with serve(reply) as server:
+        config = config_of(
+            inputs,
+            tmp_path / "run",
+            f"api {server.url} model=j reading=reasons",
+            sampling=SamplingConfig(max_new_tokens=48),
+        )
+        rate = dataclasses.replace(config.ppo.policy_optimizer, learning_rate=1e-2)
+        ppo = dataclasses.replace(config.ppo, policy_optimizer=rate, kl_coef=0.0)
+        train = dataclasses.replace(config.train, steps=12, eval_every=12, save_every=12)
+        metrics = main(dataclasses.replace(config, ppo=ppo, train=train, held_out=32))
+    found = summary(config.out)
+    assert metrics["gain_ci95"][0] > 0
+    called_out = "may be exploited by length" in found["story"][0]
+    assert called_out == (loves == "length")
+    assert any("exploited" in warning for warning in found["warnings"]) == called_out
