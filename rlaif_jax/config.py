@@ -256,7 +256,10 @@ def from_words(choices: Mapping[str, type[T]], text: str, where: str) -> T:
         name = name.replace("-", "_")
         require(name not in values, f"{place.file}: {name} is given twice")
         values[name] = value
-    return typing.cast(T, _build(choices[kind], values, place, text=True))
+    try:
+        return typing.cast(T, _build(choices[kind], values, place, text=True))
+    except UserError as error:  # that of a class which checks itself does not know the line
+        raise error if str(error).startswith(place.file) else place.error(str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)

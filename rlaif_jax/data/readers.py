@@ -105,7 +105,8 @@ def _read(
     if bad:
         raise UserError(bad[0])
     if not good:
-        raise UserError(f"{path} is empty: expected one JSON object a line, with {listed(required)}")
+        fields = f", with {listed(required)}" if required else ""
+        raise UserError(f"{path} is empty: expected one JSON object a line{fields}")
     records, places = zip(*good, strict=True)
     return FileRecords(records, places)
 

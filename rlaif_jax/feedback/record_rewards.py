@@ -20,7 +20,7 @@ from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.sentiment import SentimentJudge
 from rlaif_jax.feedback.records.forms import Comment, Correction, Judgement, Ranking, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.sources import CountingSource
 from rlaif_jax.rewards.comments import pool_comments, valence
 from rlaif_jax.rewards.corrections import correction_rewards, span_rewards
 from rlaif_jax.rewards.rankings import fit_plackett_luce
@@ -300,7 +300,7 @@ def _correction_rewards(spans: jax.Array, dense: float, kept: float, *texts: jax
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class JudgementSource(FeedbackSource):
+class JudgementSource(CountingSource):
     """A `FeedbackSource` from any judge that gives records, and from a function of the records.
 
     The source keeps the records in the store.
@@ -318,7 +318,8 @@ class JudgementSource(FeedbackSource):
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
         judged = self.judge([str(record["prompt"]) for record in records], answers)
         self.store.add(judged)
-        return self.reward_fn(records, answers, rollout, group_by_answer(records, answers, judged))
+        rewards = self.reward_fn(records, answers, rollout, group_by_answer(records, answers, judged))
+        return self.counted(rewards, "no judgement of the answer has a value")
 
 
 def _means(values: Sequence[Sequence[float]]) -> Feedback:

@@ -104,6 +104,13 @@ class CountingSource(FeedbackSource):
         return Feedback.single(np.array(numbers, np.float32), np.array(valid, bool))
 
 
+    def counted(self, feedback: Feedback, reason: str) -> Feedback:
+        """Returns `feedback`, one reward an answer, and counts its missing ones under one reason."""
+        missing = int(np.size(feedback.valid) - np.sum(feedback.valid))
+        self._missing.update({reason: missing} if missing else {})
+        return feedback
+
+
 class DeviceReward(Protocol):
     """A reward that is computed inside the compiled program: a reward model, a rule on tokens. Pure `jnp`."""
 

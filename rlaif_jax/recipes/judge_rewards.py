@@ -149,6 +149,11 @@ class JudgeReward:
     min_mass: float = 0.5
     max_length: int = 0
 
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size must be >= 1, not {self.batch_size}")
+        require(self.max_length >= 0, f"max_length must be >= 0, not {self.max_length}")
+        require(0 <= self.min_mass <= 1, f"min_mass must lie in 0 .. 1, not {self.min_mass}")
+
     @property
     def needs_baseline(self) -> bool:
         """Returns whether answers are compared with what the policy answered before training."""

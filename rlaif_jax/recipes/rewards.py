@@ -250,7 +250,10 @@ def read_reward(line: str, where: str = "--feedback") -> WeightedReward:
     require(bool(words), f"{where} {line!r} names no reward; it begins with one of {', '.join(KINDS)}")
     reward = from_words(KINDS, shlex.join(words), where)
     share = from_words({"reward": _Share}, shlex.join(own), f"{where} {line!r}:")
-    return WeightedReward(reward, share.weight, share.name)
+    try:
+        return WeightedReward(reward, share.weight, share.name)
+    except UserError as error:
+        raise UserError(f"{where} {line!r}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,6 +199,11 @@ def _train(
     texts = TextPolicy(policy.model, config.sampling, tokenizer.stop_ids, tokenizer.pad_id, lora)
     texts.check(config.train.prompt_length, tokenizer)
     prompts = _prompts(config, tokenizer, runner.devices)
+    require(
+        len(prompts.training) >= config.train.prompts_per_step,
+        f"{config.prompts}: {len(prompts.training)} prompts are left to learn on, fewer than train.prompts_per_step "
+        f"({config.train.prompts_per_step}): give more prompts, or a smaller train.prompts_per_step",
+    )
     run.missing |= {f"prompts: {reason}": count for reason, count in prompts.left_out.items()}
     judges = _judges(config, second, Surroundings(run.folder, config.seed, runner, run.stopped, opened))
     source = judges.source

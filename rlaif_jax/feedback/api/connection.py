@@ -77,7 +77,7 @@ class Connection:
             not config.key_env or bool(key),
             f"key_env: the environment variable {config.key_env} is not set; it must hold the server's key",
         )
-        self._openai, self._key = openai, key
+        self._openai, self._key, self._server = openai, key, config.server
         self._client = openai.AsyncOpenAI(
             base_url=config.server,
             api_key=key or "none",
@@ -141,7 +141,7 @@ class Connection:
             cause = error.__cause__ or error
             if isinstance(cause, TooManyLists):  # openai 2; openai 3 lets it pass
                 raise self._failure(cause) from None
-            message = self.scrub(f"no connection: {type(cause).__name__} {cause}")[:300]
+            message = self.scrub(f"no connection to {self._server}: {type(cause).__name__} {cause}")[:300]
             raise CallFailed(message, retry=True, free=type(cause).__name__ == "ConnectError") from None
         except TooManyLists as error:
             raise self._failure(error) from None

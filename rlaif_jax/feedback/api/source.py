@@ -12,6 +12,8 @@ from rlaif_jax.feedback.api.templates import Question, Template
 from rlaif_jax.feedback.sources import CountingSource, Missing
 from rlaif_jax.types import Feedback, Rollout
 
+MESSAGE_LENGTH = 160  # of what a server or its connection says, in a reason
+
 
 def prompt_and_answer(record: Record, answer: str) -> Question:
     """Asks about the record's prompt and the answer, for ratings."""
@@ -78,5 +80,7 @@ class ApiJudgeSource(CountingSource):
             value = None if preferred is None else preferred.probability
         if value is not None:
             return value
-        status = next((judgement.status for judgement in outcome.missing), "no verdict in one order")
-        return Missing(f"the judge's verdict: {status}")
+        missing = next(iter(outcome.missing), None)
+        if missing is not None and missing.status == "error":
+            return Missing(f"the judge's call failed: {' '.join(missing.raw.split())[:MESSAGE_LENGTH]}")
+        return Missing(f"the judge's verdict: {'no verdict in one order' if missing is None else missing.status}")

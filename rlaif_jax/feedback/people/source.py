@@ -21,7 +21,7 @@ from rlaif_jax.feedback.people.tasks import PersonTask
 from rlaif_jax.feedback.record_rewards import RewardFn, group_by_answer, mean_rating, win_share
 from rlaif_jax.feedback.records.forms import Judgement, sha256
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.sources import CountingSource
 from rlaif_jax.types import Feedback, Rollout
 
 KEPT_S = 60.0
@@ -29,7 +29,7 @@ KEPT_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PeopleSource(FeedbackSource):
+class PeopleSource(CountingSource):
     """Puts a step's answers on the annotation page of `store` and waits until enough of them are judged.
 
     Start the page on the same file: `python -m rlaif_jax annotate --store FILE`. What the store holds already is not asked
@@ -137,7 +137,8 @@ class PeopleSource(FeedbackSource):
             self._wait(store, queue, tasks)
             judged = [judgement for task in tasks for judgement in self._judgements(store, task)]
         reward_fn = self.reward_fn or (mean_rating if self.kind is RATE else win_share)
-        return reward_fn(records, answers, rollout, group_by_answer(records, answers, judged))
+        rewards = reward_fn(records, answers, rollout, group_by_answer(records, answers, judged))
+        return self.counted(rewards, "nobody judged the answer in time")
 
     def _judgements(self, store: Store, task: PersonTask) -> list[Judgement]:
         """Returns people's judgements for the task, or only the latest adjudication where one was made."""

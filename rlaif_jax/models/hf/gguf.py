@@ -16,7 +16,7 @@ from rlaif_jax.models.decoder_config import DecoderConfig, RopeScaling
 from rlaif_jax.models.hf.base import Family, Fields
 from rlaif_jax.models.hf.families import family_of
 from rlaif_jax.models.hf.llama2c import half_split
-from rlaif_jax.models.hf.weights import LM_HEAD, parameter_shapes, tensors
+from rlaif_jax.models.hf.weights import LM_HEAD, parameter_shapes, require_finite, tensors
 
 NAMES = {
     "embed": "token_embd",
@@ -205,6 +205,7 @@ def read_parameters(file: GgufFile, config: DecoderConfig) -> dict[str, np.ndarr
             f"{file.path}: the tensor {name} has shape {stored}; the keys ask for {tensor.shape(shapes)}",
         )
         array = file.tensor(name)
+        require_finite(array, file.path, name)
         if pairs and (".attn_q." in name or ".attn_k." in name):
             array = half_split(array.reshape(1, array.shape[0], -1), config.head_dim).reshape(array.shape)
         values |= tensor.parts(array, shapes)

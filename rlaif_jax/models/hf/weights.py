@@ -238,7 +238,7 @@ def read_weights(
         shapes: of the parameters, by path; None: those of the language model.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape.
+        UserError: a tensor is missing, unknown, of another shape, or holds NaN.
     """
     shapes = shapes or parameter_shapes(config)
     values: dict[str, np.ndarray] = {}
@@ -338,7 +338,7 @@ def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...], asker:
         asker: what gives that shape, for messages.
 
     Raises:
-        UserError: the tensor is absent, of another shape, or not of a floating type.
+        UserError: the tensor is absent, of another shape, not of a floating type, or holds NaN.
     """
     try:
         stored = file.get_slice(name)
@@ -355,4 +355,22 @@ def read_tensor(file: Any, path: Path, name: str, shape: tuple[int, ...], asker:
         f"{path}: the tensor {name} is of type {stored.get_dtype()}; quantised "
         f"weights are not read, only {', '.join(FLOATS)}",
     )
-    return np.asarray(file.get_tensor(name)).astype(np.float32)
+    array = np.asarray(file.get_tensor(name)).astype(np.float32)
+    require_finite(array, path, name)
+    return array
+
+
+def require_finite(array: np.ndarray, path: Path, name: str) -> None:
+    """Raises UserError where a tensor holds NaN or an infinite number.
+
+    Args:
+        array: the tensor.
+        path: its file.
+        name: the name that it has there.
+    """
+    finite = not array.size or bool(np.isfinite([array.min(), array.max()]).all())  # NaN passes through both
+    require(
+        finite,
+        f"{path}: the tensor {name} holds NaN or infinite numbers: the model diverged before it was saved, or the file is "
+        "damaged; take an earlier checkpoint, or fetch it again",
+    )

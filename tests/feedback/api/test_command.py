@@ -96,7 +96,7 @@ def test_a_server_that_does_not_exist_is_reported(tmp_path: Path, capsys: pytest
     )
     assert main(config) == 6
     printed = capsys.readouterr().out
-    assert printed.count("no connection: ConnectError") == 6
+    assert printed.count("no connection to http://127.0.0.1:9/v1: ConnectError") == 6
     assert "3 requests" in printed and "0 tokens" in printed  # all six share three attempts, which cost nothing
 
 

@@ -30,7 +30,7 @@ def test_scores_and_what_is_missing():
     with serve(behave) as server, ApiJudge(ApiConfig(server=server.url, model="j")) as judge:
         source = ApiJudgeSource(judge, RATING)
         feedback = source(RECORDS, ANSWERS)
-    assert source.missing() == {"the judge's verdict: error": 1}
+    assert source.missing() == {"the judge's call failed: status 400: wrong with Bearer none": 1}
     np.testing.assert_array_equal(feedback.valid[:, 0], [True, True, False, True])
     np.testing.assert_allclose(feedback.values[:, 0], [3, 7, 0, 10], atol=1e-5)
 

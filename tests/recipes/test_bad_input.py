@@ -1,0 +1,330 @@
+"""Bad input of `python -m rlaif_jax TOOL`: exit code 2, one line that names it, and nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rlaif_jax.__main__ import tool
+from rlaif_jax.models import CausalLM, ScalarModel
+from rlaif_jax.models.hf.adapters import save_adapter
+from rlaif_jax.models.hf.classifiers import save_reward_model
+from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.models.lora import LoRAConfig
+from tests.feedback.api_server import Wrong, serve
+from tests.helpers import random_params
+from tests.recipes.test_rlaif import MODEL, TEMPLATE, TOKENIZER
+
+REWARDS = """
+from pathlib import Path
+calls = 0
+
+def count_a(answer):
+    return answer.split().count("a")
+
+def raises(answer):
+    raise ValueError("no such thing")
+
+def not_a_number(answer):
+    return float("nan")
+
+def text(answer):
+    return "good"
+
+def seven(answer):
+    return 7
+
+def two_answers(first, second):
+    return 1
+
+def fussy(answer):
+    words = answer.split()
+    if "b" in words:
+        raise ValueError("no b, please")
+    return float("nan") if "c" in words else "good" if "d" in words else len(words)
+
+def breaks(completions):
+    global calls
+    calls += 1
+    if Path(__file__).with_name("broken").exists() and calls > 3:
+        raise OSError("the disk of the reference answers has gone")
+    return [len(text) for text in completions]
+"""
+HANG, EAT = (f"\n```python\n{code}\n```\n" for code in ("while True: pass", "x = bytearray(10**12)"))
+BASE = {
+    "--policy": "HERE/lm", "--prompts": "HERE/prompts.txt", "--feedback": "'function HERE/rewards.py:count_a'",
+    "--out": "OUT", "--held-out": "8", "--scale-answers": "8", "--train.steps": "1", "--train.prompts-per-step": "8",
+    "--ppo.answers-per-prompt": "2", "--train.prompt-length": "8", "--sampling.max-new-tokens": "6",
+}  # fmt: skip
+TOOLS = {"train": BASE, "sft": {"--model": "HERE/lm", "--max-length": "64"}}
+TOOLS["reward-model"] = TOOLS["sft"]
+
+
+def edited(file: str, **changed) -> Callable[[Path], None]:
+    """Returns an edit of a JSON file in a folder; None removes an entry."""
+
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / file).read_text()) | changed
+        (folder / file).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+    return edit
+
+
+def templated(template: str) -> Callable[[Path], None]:
+    return edited("tokenizer_config.json", chat_template=template)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def without_end(folder: Path) -> None:
+    edited("tokenizer_config.json", eos_token=None)(folder)
+    edited("config.json", eos_token_id=None)(folder)
+
+
+def with_code_and_without_padding(folder: Path) -> None:
+    """Two words become programs, and no file names a token of padding."""
+    edited("tokenizer_config.json", pad_token=None)(folder)
+    edited("config.json", pad_token_id=None)(folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    names = {"A": HANG, "B": EAT}
+    values["model"]["vocab"] = {names.get(word, word): index for word, index in values["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+FAULTY = {
+    "no_config": lambda folder: (folder / "config.json").unlink(),
+    "config": lambda folder: (folder / "config.json").write_text("{"),
+    "family": edited("config.json", model_type="mamba"),
+    "shape": edited("config.json", hidden_size=32),
+    "cut": cut,
+    "no_tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "no_end": without_end,
+    "plain": edited("tokenizer_config.json", chat_template=None),
+    "undefined": templated("{{ nothing.there }}"),
+    "reach": templated("{{ ''.__class__.__mro__ }}"),
+    "unclosed": templated("{% for m in messages %}"),
+    "endless": templated("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+    "code": with_code_and_without_padding,
+}
+FILES = {
+    "rewards.py": REWARDS,
+    "syntax.py": "def f(:\n",
+    "imports.py": "import nothing_there\n",
+    "prompts.txt": "".join(f"{x} {y}\n" for x in "abcdefgh" for y in "abcdefgh"),
+    "coded.jsonl": "".join(
+        json.dumps({"prompt": f"{x} {y}", "tests": "assert f() == 1", "slow": "(.|.)*!$" if x == "a" else "a"}) + "\n"
+        for x in "abcdefgh"
+        for y in "abcdefgh"
+    ),
+    "long.txt": "a b c d e f g h a b\n",
+    "blank.txt": "\n\n",
+    "empty.jsonl": "",
+    "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n',
+    "unnamed.jsonl": '{"question": "a"}\n',
+    "number.jsonl": '{"prompt": 3}\n',
+    "no_formula.toml": 'name = "a"\n[[rule]]\nname = "short"\nlength = "words"\nat_most = 3\n',
+    "broken.toml": "name = \n",
+    "schema.json": '{"type": 3}',
+    "template.txt": "form: ranking\nlabels: A = first, B = second\n[user]\n{prompt} {answer_1} {answer_2}\n[direct]\nA or B?\n",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a chat model, copies of it with one fault each, and files of prompts and rewards."""
+    here = tmp_path_factory.mktemp("inputs")
+    for name, content in FILES.items():
+        (here / name).write_text(content)
+    (here / "latin.txt").write_bytes(b"\xff\xfea\n")
+    (here / "cut.gguf").write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 40)
+    (here / "word.gguf").write_bytes(b"hello")
+    tokenizer = dataclasses.replace(TOKENIZER, settings={**TOKENIZER.settings, "chat_template": TEMPLATE})
+    params = random_params(MODEL, scale=0.2)
+    save_model(here / "lm", MODEL, params, tokenizer)
+    for name, edit in FAULTY.items():
+        shutil.copytree(here / "lm", here / name)
+        edit(here / name)
+    params["trunk"]["layers_0"]["q"]["kernel"][0, 0] = np.nan
+    save_model(here / "nan", MODEL, params, tokenizer)
+    small = CausalLM(dataclasses.replace(MODEL.config, vocab_size=10))
+    save_model(here / "small", small, random_params(small))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(here / "lm" / name, here / "small" / name)
+    scorer = ScalarModel(MODEL.config, "normal", bias=False)
+    scores = random_params(scorer)
+    save_reward_model(here / "rm", scorer, scores, tokenizer)
+    jax.tree.leaves(scores)[0].flat[0] = np.inf
+    save_reward_model(here / "infinite", scorer, scores, tokenizer)
+    deeper, lora = CausalLM(dataclasses.replace(MODEL.config, num_layers=2)), LoRAConfig(rank=2)
+    save_adapter(here / "adapter", deeper, lora, lora.init(jax.random.key(0), random_params(deeper)), base_name="deep")
+    return here
+
+
+@pytest.fixture(autouse=True)
+def same_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # `tool` sets it
+
+
+def arguments(name: str, line: str, here: Path, out: Path) -> list[str]:
+    """Returns a tool's arguments: those of a line, and for options that it does not have those that work."""
+    words, options = shlex.split(line), {word for word in shlex.split(line) if word.startswith("--")}
+    given = [f"{option} {value}" for option, value in TOOLS.get(name, {}).items() if option not in options]
+    words = [*shlex.split(" ".join(given)), *words]
+    return [word.replace("HERE", str(here)).replace("OUT", str(out)) for word in words]
+
+
+def ended(name: str, given: list[str], capsys) -> tuple[int, list[str]]:
+    """Runs a tool in this process; returns its exit status and what it said on the standard error."""
+    try:
+        tool([name, *given])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, [line for line in capsys.readouterr().err.splitlines() if " loading" not in line]
+
+
+# ---- Before anything is computed
+
+BEFORE = {
+    # The model
+    "no model": ("train --policy ''", "no model to train: give --policy"),
+    "no such model": ("train --policy HERE/none/x/y", "no model at HERE/none/x/y: there is no such file or folder"),
+    "a file that is no model": ("train --policy HERE/rewards.py", "HERE/rewards.py: load_model reads a model's folder"),
+    "no config.json": ("train --policy HERE/no_config", "HERE/no_config: no config.json there"),
+    "config.json is no JSON": ("train --policy HERE/config", "HERE/config/config.json: not JSON"),
+    "unknown family": ("train --policy HERE/family", "config.json: model_type='mamba' is not supported; supported: gpt2"),
+    "another shape": ("train --policy HERE/shape", "embed_tokens.weight has shape (25, 16); config.json asks for (25, 32)"),
+    "weights cut": ("train --policy HERE/cut", "HERE/cut/model.safetensors: not a whole safetensors file: 15208 bytes of"),
+    "weights of NaN": ("train --policy HERE/nan", "nan/model.safetensors: the tensor model.layers.0.self_attn.q_proj.weight"
+                       " holds NaN or infinite numbers"),
+    "damaged GGUF": ("train --policy HERE/cut.gguf", "cut.gguf: not a whole GGUF file: 48 bytes end within the header"),
+    "no GGUF": ("train --policy HERE/word.gguf", "HERE/word.gguf is not a GGUF file: it does not begin with GGUF"),
+    "an adapter for a model": ("train --policy HERE/adapter", "it is the folder of an adapter (LORA adapter of deep)"),
+    "adapter of another base": ("generate --model HERE/lm --adapter HERE/adapter --prompt a", "has no place in the base "
+                                "model (llama, 1 layers): the adapter is of another model"),
+    "no tokenizer": ("train --policy HERE/no_tokenizer", "no tokenizer in the folder HERE/no_tokenizer: looked for"),
+    "no such tokenizer": ("train --tokenizer HERE/none", "no tokenizer at HERE/none: there is no such file or folder"),
+    "another vocabulary": ("train --policy HERE/small", "HERE/small: this tokenizer is of another vocabulary: it has 25 ids,"
+                           " the model only 10"),
+    "no end token": ("train --policy HERE/no_end", "HERE/no_end: no file declares an end token"),
+    # Templates
+    "no template": ("train --policy HERE/plain --template chat", "template=chat, but the tokenizer's files have no chat"),
+    "system without template": ("train --policy HERE/plain --system x", "system is a message of a chat, and this model has"),
+    "undefined variable": ("train --policy HERE/undefined", "undefined/tokenizer_config.json: the chat template does not "
+                           "take a conversation of user: 'nothing' is undefined"),
+    "template reaches for attributes": ("train --policy HERE/reach", "access to attribute '__class__' of 'str' object is un"),
+    "template is not closed": ("train --policy HERE/unclosed", "it is malformed: line 1: Unexpected end of template"),
+    # Prompts
+    "no prompts": ("train --prompts ''", "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT"),
+    "no such prompts": ("train --prompts HERE/none.jsonl", "cannot read HERE/none.jsonl: No such file or directory"),
+    "prompts are a folder": ("train --prompts HERE", "cannot read HERE: Is a directory"),
+    "empty file": ("train --prompts HERE/empty.jsonl", 'HERE/empty.jsonl is empty: expected one JSON object a line, with "p'),
+    "blank file": ("train --prompts HERE/blank.txt", "HERE/blank.txt holds no prompt"),
+    "no UTF-8": ("train --prompts HERE/latin.txt", "HERE/latin.txt is no UTF-8 text"),
+    "broken line": ("train --prompts HERE/broken.jsonl", "HERE/broken.jsonl:2: no valid JSON"),
+    "no field prompt": ("train --prompts HERE/unnamed.jsonl", 'unnamed.jsonl:1: field "prompt" is missing; the line has "qu'),
+    "prompt is a number": ("train --prompts HERE/number.jsonl", 'number.jsonl:1: field "prompt" should be a string, not 3'),
+    "no such data set": ("train --prompts tfds:no_such_set/train", "there is no TFDS data set 'no_such_set'"),
+    "no split": ("train --prompts tfds:imdb_reviews", "expected tfds:NAME/SPLIT"),
+    "prompt over the length": ("train --prompts HERE/long.txt", "no prompt is left (1 left out: longer than "
+                               "train.prompt_length (8 tokens))"),
+    "over the context": ("train --sampling.max-new-tokens 900", "train.prompt_length (8) + sampling.max_new_tokens (900) = "
+                         "908 is more than the policy's context of 512 tokens"),
+    "all held out": ("train --held-out 64", "prompts.txt: 64 prompts are left, and held_out=64 of them are only measured on"),
+    "too few for the devices": ("train --held-out 3", "prompts.txt: 0 held-out prompts are left; 8 are needed at least"),
+    "held out is learned": ("train --eval-prompts HERE/prompts.txt", "no prompt is left (64 left out: the same prompt once"),
+    "fewer than a step's": ("train --train.prompts-per-step 80", "prompts.txt: 56 prompts are left to learn on, fewer than "
+                            "train.prompts_per_step (80)"),
+    # Rewards
+    "no feedback": ("train --feedback", "no feedback: give --feedback 'KIND ...'"),
+    "no such reward": ("train --feedback 'jury x'", "--feedback 'jury x': there is no 'jury'; it is one of judge, api"),
+    "an empty reward": ("train --feedback ''", "--feedback '' names no reward; it begins with one of judge, api"),
+    "a weight alone": ("train --feedback weight=2", "--feedback 'weight=2' names no reward"),
+    "open quote": ("train --feedback \"judge 'm\"", "cannot be split into words: No closing quotation"),
+    "no such setting": ("train --feedback 'judge m colour=red'", "'colour=red' is no setting of judge; it has model, form"),
+    "no such choice": ("train --feedback 'judge m form=score'", "form: should be one of rating, ranking, not 'score'"),
+    "weight of NaN": ("train --feedback 'judge m weight=nan'", "--feedback 'judge m weight=nan': the weight of a reward is a "
+                      "number other than 0, not nan"),
+    "weight 0": ("train --feedback 'judge m weight=0'", "the weight of a reward is a number other than 0"),
+    "weight is a word": ("train --feedback 'judge m weight=heavy'", "weight: should be a number, not 'heavy'"),
+    "second is no reward": ("train --second 'jury x'", "--second 'jury x': there is no 'jury'"),
+    "no function": ("train --feedback 'function brevity'", "it is MODULE:FUNCTION or path/file.py:FUNCTION"),
+    "unknown function": ("train --feedback 'function HERE/rewards.py:x'", "HERE/rewards.py has no 'x'; it has the functions "
+                         "count_a, raises"),
+    "no such file": ("train --feedback 'function HERE/none.py:f'", "there is no file HERE/none.py"),
+    "no such module": ("train --feedback 'function no_such_module:f'", "there is no module no_such_module; for a file write "),
+    "file of no Python": ("train --feedback 'function HERE/syntax.py:f'", "cannot import HERE/syntax.py: SyntaxError"),
+    "file that imports what is not there": ("train --feedback 'function HERE/imports.py:f'", "imports.py: ModuleNotFoundError:"
+                                            " No module named 'nothing_there' (HERE/imports.py:1)"),
+    "other parameters": ("train --feedback 'function HERE/rewards.py:two_answers'", "with the parameters (first, second) fits "
+                         "no shape: it takes an answer"),
+    "judge without a model": ("train --feedback judge", "JudgeReward misses model"),
+    "no such judge": ("train --feedback 'judge HERE/none/x'", "no model at HERE/none/x"),
+    "judge of NaN": ("train --feedback 'judge HERE/nan'", "HERE/nan/model.safetensors: the tensor model.layers.0.self_attn"),
+    "judge of length -3": ("train --feedback 'judge HERE/lm max_length=-3'", "max_length must be >= 0, not -3"),
+    "judge by two criteria": ("train --feedback 'judge HERE/lm principle=x constitution=HERE/broken.toml'", "a judge has a "
+                              "principle or a constitution, not both"),
+    "template of another form": ("train --feedback 'judge HERE/lm template=HERE/template.txt'", "HERE/template.txt: this is a "
+                                 "template for a ranking; form=rating was asked for"),
+    "no reward model": ("train --feedback 'model HERE/lm'", "HERE/lm/config.json: a reward model is a ...ForSequenceClassif"),
+    "reward model of infinity": ("train --feedback 'model HERE/infinite'", "infinite/model.safetensors: the tensor"),
+    "reward model's length": ("train --feedback 'model HERE/rm max_length=9999'", "max_length is 9999; the reward model reads "
+                              "1 to 512 tokens"),
+    "no such rules": ("train --feedback 'rules HERE/none.toml'", "cannot read HERE/none.toml: No such file"),
+    "rules are no TOML": ("train --feedback 'rules HERE/broken.toml'", "HERE/broken.toml:1: no valid TOML at column 8"),
+    "rules without formula": ("train --feedback 'rules HERE/no_formula.toml'", "no_formula.toml:1: no [[formula]] makes a "),
+    "no expression": ("train --feedback \"regex '('\"", "regex.pattern '(' is no regular expression: missing )"),
+    "no schema": ("train --feedback 'json-schema HERE/schema.json'", "HERE/schema.json: no JSON schema: $.type: 3"),
+    "code without permission": ("train --feedback unit-tests", "set unit_tests.allow_code_execution to true"),
+    "crowd": ("train --feedback 'simulated a:b overlap=9'", "overlap (9) must lie in 1 .. raters (5)"),
+    "no server": ("train --feedback api", "server is missing: the API's address, such as http://127.0.0.1:8000/v1"),
+    "no address": ("train --feedback 'api 127.0.0.1:8000 model=m'", "--feedback 'api 127.0.0.1:8000 model=m': server is "
+                   "'127.0.0.1:8000'; an address begins with http:// or https://"),
+    "no key": ("train --feedback 'api http://127.0.0.1:9/v1 model=m key_env=NO_SUCH_KEY'", "key_env: the environment variable "
+               "NO_SUCH_KEY is not set"),
+    "budget without prices": ("train --feedback 'api http://127.0.0.1:9/v1 model=m budget_usd=1'", "budget_usd needs the "
+                              "prices: usd_per_million_prompt"),
+    # Training
+    "rank 0": ("train --lora --adapter.rank 0", "lora.rank must be >= 1, not 0"),
+    "greedy": ("train --sampling.temperature 0", "sampling.temperature is 0 (greedy): a policy learns only from samples"),
+    "one answer": ("train --ppo.answers-per-prompt 1", "ppo.answers_per_prompt is 1, but ppo.advantage=GroupNormalised"),
+    "devices": ("train --train.prompts-per-step 3", "train.prompts_per_step (3) / train.rollout_parts (1) must be a multiple "
+                "of the 8 devices"),
+    "weights in two places": ("train --ppo.shaping.weights 1 2", "ppo.shaping.weights are given with the rewards here"),
+    "out is a file": ("train --out HERE/prompts.txt", "HERE/prompts.txt is a file; a run needs a folder"),
+    "nothing to resume": ("train --resume", "OUT: there is no run to resume here (no config.json)"),
+    # Other tools
+    "sft without data": ("sft --out OUT", "no texts to learn from: give --data"),
+    "sft on nothing": ("sft --out OUT --data HERE/empty.jsonl", "empty.jsonl is empty: expected one JSON object a line"),
+    "sft on other rows": ("sft --out OUT --data HERE/unnamed.jsonl", 'unnamed.jsonl:1: a row has messages, prompt and complet'),
+    "reward model on nothing": ("reward-model --out OUT --feedback HERE/none.jsonl", "none.jsonl: there is no such file"),
+    "generate with NaN": ("generate --model HERE/nan --prompt a", "holds NaN or infinite numbers"),
+    "export of a model": ("export HERE/lm --out OUT", "HERE/lm is not the folder of a run"),
+}  # fmt: skip
+
+
+def is_one_line(status: int, said: list[str], message: str, here: Path, out: Path) -> None:
+    assert status == 2 and len(said) == 1, said
+    assert said[0].startswith("error: ") and message.replace("HERE", str(here)).replace("OUT", str(out)) in said[0]
+
+
+@pytest.mark.parametrize("bad", BEFORE)
+def test_what_cannot_work_is_one_line_and_leaves_no_folder(bad, inputs, tmp_path, capsys):
+    line, message = BEFORE[bad]
+    name, _, line = line.partition(" ")
+    before = sorted(inputs.iterdir())
+    is_one_line(*ended(name, arguments(name, line, inputs, tmp_path / "run"), capsys), message, inputs, tmp_path / "run")
+    assert not (tmp_path / "run").exists() and sorted(inputs.iterdir()) == before
