@@ -19,7 +19,7 @@ from rlaif_jax.__main__ import tool
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.hf.adapters import save_adapter
 from rlaif_jax.models.hf.classifiers import save_reward_model
-from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.models.hf.files import load_with_tokenizer, save_model
 from rlaif_jax.models.lora import LoRAConfig
 from tests.feedback.api_server import Wrong, serve
 from tests.helpers import random_params
@@ -48,15 +48,15 @@ def two_answers(first, second):
     return 1
 
 def fussy(answer):
-    words = answer.split()
-    if "b" in words:
+    words = set(answer.split())
+    if words & {"b", "E", "user"}:
         raise ValueError("no b, please")
-    return float("nan") if "c" in words else "good" if "d" in words else len(words)
+    return float("nan") if words & {"c", "F"} else "good" if words & {"d", "G"} else len(words)
 
 def breaks(completions):
     global calls
     calls += 1
-    if Path(__file__).with_name("broken").exists() and calls > 3:
+    if calls > int(Path(__file__).with_name("calls").read_text()):
         raise OSError("the disk of the reference answers has gone")
     return [len(text) for text in completions]
 """
@@ -125,7 +125,7 @@ FILES = {
     "imports.py": "import nothing_there\n",
     "prompts.txt": "".join(f"{x} {y}\n" for x in "abcdefgh" for y in "abcdefgh"),
     "coded.jsonl": "".join(
-        json.dumps({"prompt": f"{x} {y}", "tests": "assert f() == 1", "slow": "(.|.)*!$" if x == "a" else "a"}) + "\n"
+        json.dumps({"prompt": f"{x} {y}", "tests": "assert f() == 1", "slow": r"^((\w|\s|.)+)+[XY]$" if x in "ab" else "a"}) + "\n"
         for x in "abcdefgh"
         for y in "abcdefgh"
     ),
@@ -328,3 +328,175 @@ def test_what_cannot_work_is_one_line_and_leaves_no_folder(bad, inputs, tmp_path
     before = sorted(inputs.iterdir())
     is_one_line(*ended(name, arguments(name, line, inputs, tmp_path / "run"), capsys), message, inputs, tmp_path / "run")
     assert not (tmp_path / "run").exists() and sorted(inputs.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--train.steps x", "Error parsing --train.steps"),
+        ("--stepz 3", "Unrecognized options: --stepz"),
+        ("--dtype float16", "Expected one of ('float32'"),
+        ("--adapter.targets q x", "invalid choice 'x' for argument '--adapter.targets'"),
+    ],
+)
+def test_a_mistyped_option_is_named_in_a_box(line, named, inputs, tmp_path, capsys):
+    status, said = ended("train", arguments("train", line, inputs, tmp_path / "run"), capsys)
+    assert status == 2 and named in " ".join(" ".join(said).split()) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--policy HERE/cut.gguf", "HERE/cut.gguf: not a whole GGUF file"),
+        ("--policy HERE/endless", "endless/tokenizer_config.json: the chat template does not take a conversation of user: it "
+         "computed for seconds without an end"),
+    ],
+)  # fmt: skip
+def test_a_process_ends_with_one_line_as_well(line, message, inputs, tmp_path):
+    command = [sys.executable, "-m", "rlaif_jax", "train", *arguments("train", line, inputs, tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    said = [line for line in done.stderr.splitlines() if " loading" not in line]
+    is_one_line(done.returncode, said, message, inputs, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Judgements that are missing
+
+NOTHING = "; nothing could be learned"
+AFTER = {
+    "raises": ("function HERE/rewards.py:raises", "the reward function raises failed for each of 8 answers: ValueError: no such "
+               "thing (HERE/rewards.py:9)"),
+    "NaN": ("function HERE/rewards.py:not_a_number", "the reward function judged none of 8 answers (function: not_a_number "
+            f"returned NaN){NOTHING}"),
+    "a string": ("function HERE/rewards.py:text", f"(function: text returned a str, not a number){NOTHING}"),
+    "no field": ("number", f"the reward number judged none of 8 answers (number: the record has no 'answer'){NOTHING}"),
+    "no field to compare with": ("judge HERE/lm form=ranking against=x", "has no text in its field 'x' to compare answers with"),
+    "questions too long": ("judge HERE/lm max_length=3", f"(judge: the question is too long for the judge){NOTHING}"),
+    "no labels": ("judge HERE/lm", f"(judge: the judge gave its labels less probability together than 0.5){NOTHING}"),
+    "quality 7": ("simulated HERE/rewards.py:seven", "rewards.py:seven: the quality of an answer lies in 0 .. 1, not 7"),
+    "no quality": ("simulated HERE/rewards.py:text", f"(simulated: no judgement of the answer has a value){NOTHING}"),
+    "nobody": ("people rate timeout_s=0.1", f"(people: nobody judged the answer in time){NOTHING}"),
+    "server down": ("api http://127.0.0.1:9/v1 model=m attempts=1", "(api: the judge's call failed: no connection to "
+                    f"http://127.0.0.1:9/v1: ConnectError All connection attempts failed){NOTHING}"),
+    "wrong key": ("api URL model=m key_env=JUDGE_KEY", "(api: the judge's call failed: status 401: wrong with Bearer [key])"
+                  f"{NOTHING}"),
+    "no money": ("api URL model=m budget_tokens=0", f"(api: the judge's call failed: the budget of 0 tokens is spent){NOTHING}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", AFTER)
+def test_a_reward_that_judges_nothing_ends_the_run_and_says_why(bad, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
+    reward, message = AFTER[bad]
+    out = tmp_path / "run"
+    with serve(lambda body, number: Wrong(401)) as server:
+        given = arguments("train", f"--feedback {shlex.quote(reward.replace('URL', server.url))}", inputs, out)
+        status, said = ended("train", given, capsys)
+        assert len(server.requests) == (bad == "wrong key"), "a wrong key is tried once"
+    is_one_line(status, said, message, inputs, out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "failed" and f"error: {summary['error']}" == said[0]
+    assert (out / "report.html").exists()
+    assert not any("very-secret" in path.read_text(errors="ignore") for path in out.rglob("*") if path.is_file())
+
+
+MISSING = {
+    "raises: fussy raised ValueError: no b, please": "of a function that raises",
+    "raises: fussy returned NaN": "of a function that returns NaN",
+    "raises: fussy returned a str, not a number": "of a function that returns a string",
+    "slow: the search of the regular expression took more than 0.05 s": "of a search without end",
+}
+
+
+@pytest.fixture(scope="module")
+def partly(inputs, tmp_path_factory):
+    """A run with rewards that miss some answers, and answers with code that hangs or eats memory."""
+    out = tmp_path_factory.mktemp("partly") / "run"
+    rewards = (
+        "function HERE/rewards.py:fussy name=raises",
+        "regex field=slow timeout_s=0.05 name=slow",
+        "unit-tests allow_code_execution=true timeout_s=1 memory_mb=64 name=code",
+    )
+    line = f"--policy HERE/code --prompts HERE/coded.jsonl --template plain --feedback {shlex.join(rewards)}"
+    tool(["train", *arguments("train", line, inputs, out)])
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", MISSING)
+def test_a_judgement_that_cannot_be_had_is_missing_and_counted(reason, partly):
+    summary = json.loads((partly / "summary.json").read_text())
+    assert summary["status"] == "done" and all(summary["checks"].values())
+    assert summary["missing"][reason] > 0, MISSING[reason]
+    assert reason.partition(": ")[2] in (partly / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_code_that_hangs_or_eats_memory_has_failed_its_tests(partly):
+    samples = [json.loads(line) for line in (partly / "samples.jsonl").read_text().splitlines()]
+    for code in (HANG, EAT):
+        scores = [s["eval/code"] for s in samples if s["response"].find(code.strip()[:24]) >= 0 and "eval/code" in s]
+        assert scores and set(scores) == {0}, code
+
+
+# ---- Nothing is lost
+
+
+@pytest.fixture(scope="module")
+def broken(inputs, tmp_path_factory):
+    """A folder with a model, its rewards and a run on them, whose function fails after the first step."""
+    here = tmp_path_factory.mktemp("broken")
+    shutil.copytree(inputs / "lm", here / "lm")
+    shutil.copy(inputs / "prompts.txt", here)
+    (here / "rewards.py").write_text(REWARDS)
+    (here / "calls").write_text("4")
+    line = "--lora --adapter.rank 2 --train.steps 2 --train.save-every 1 --feedback 'function HERE/rewards.py:breaks'"
+    with pytest.raises(SystemExit) as end:
+        tool(["train", *arguments("train", line, here, here / "run")])
+    assert end.value.code == 2
+    return here
+
+
+def other_weights(folder: Path) -> None:
+    model, params, tokenizer = load_with_tokenizer(str(folder / "lm"))
+    save_model(folder / "lm", model, jax.tree.map(lambda x: x * 1.01, params), tokenizer)
+
+
+def copied(broken: Path, to: Path) -> Path:
+    """Returns the run of a copy of `broken`, whose settings name the files of the copy."""
+    run = shutil.copytree(broken, to) / "run"
+    settings = (run / "config.json").read_text()
+    (run / "config.json").write_text(settings.replace(str(broken), str(to)))
+    return run
+
+
+KEPT = {
+    "the function still fails": (lambda folder: (folder / "calls").write_text("0"), "", "the reward function breaks failed for each of 8 answers: OSError: the"),
+    "another base": (other_weights, "", "checkpoints/1: this run began with other weights"),
+    "no base": (lambda folder: shutil.rmtree(folder / "lm"), "", "no model at HERE/lm"),
+    "another setting": (lambda folder: None, "--train.prompts-per-step 16", "train.prompts_per_step was 8 and is now 16"),
+    "damaged settings": (lambda folder: (folder / "run/config.json").write_text("{"), "", "HERE/run/config.json: this is no run's "),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", KEPT)
+def test_a_run_that_cannot_go_on_is_left_as_it_is(bad, broken, tmp_path, capsys):
+    edit, line, message = KEPT[bad]
+    run = copied(broken, tmp_path / "kept")
+    edit(run.parent)
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    is_one_line(*ended("train", [*shlex.split(line), "--resume", "--out", str(run)], capsys), message, run.parent, run)
+    changes = {"summary.json", "report.html", "samples.jsonl"} if bad in ("the function still fails", "another base") else set()
+    left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "tensorboard" not in path.parts}
+    assert left.keys() <= kept.keys() and {path.name for path in left if left[path] != kept[path]} <= changes
+
+
+@pytest.mark.slow
+def test_once_the_function_is_mended_the_run_goes_on(broken, tmp_path, capsys):
+    run = copied(broken, tmp_path / "kept")
+    (run.parent / "calls").write_text("99")
+    assert ended("train", ["--resume", "--out", str(run)], capsys)[0] == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["steps"] == 2

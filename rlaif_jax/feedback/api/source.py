@@ -82,5 +82,8 @@ class ApiJudgeSource(CountingSource):
             return value
         missing = next(iter(outcome.missing), None)
         if missing is not None and missing.status == "error":
-            return Missing(f"the judge's call failed: {' '.join(missing.raw.split())[:MESSAGE_LENGTH]}")
+            why = " ".join(missing.raw.split())[:MESSAGE_LENGTH]
+            if why.startswith("the budget of "):  # what follows has other numbers in each call
+                why = f"{why.partition(':')[0]} is spent"
+            return Missing(f"the judge's call failed: {why}")
         return Missing(f"the judge's verdict: {'no verdict in one order' if missing is None else missing.status}")
