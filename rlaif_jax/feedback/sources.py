@@ -103,7 +103,6 @@ class CountingSource(FeedbackSource):
         numbers = [0.0 if isinstance(value, Missing) else value for value in judged]
         return Feedback.single(np.array(numbers, np.float32), np.array(valid, bool))
 
-
     def counted(self, feedback: Feedback, reason: str) -> Feedback:
         """Returns `feedback`, one reward an answer, and counts its missing ones under one reason."""
         missing = int(np.size(feedback.valid) - np.sum(feedback.valid))

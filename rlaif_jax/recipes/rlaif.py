@@ -199,11 +199,6 @@ def _train(
     texts = TextPolicy(policy.model, config.sampling, tokenizer.stop_ids, tokenizer.pad_id, lora)
     texts.check(config.train.prompt_length, tokenizer)
     prompts = _prompts(config, tokenizer, runner.devices)
-    require(
-        len(prompts.training) >= config.train.prompts_per_step,
-        f"{config.prompts}: {len(prompts.training)} prompts are left to learn on, fewer than train.prompts_per_step "
-        f"({config.train.prompts_per_step}): give more prompts, or a smaller train.prompts_per_step",
-    )
     run.missing |= {f"prompts: {reason}": count for reason, count in prompts.left_out.items()}
     judges = _judges(config, second, Surroundings(run.folder, config.seed, runner, run.stopped, opened))
     source = judges.source
@@ -315,7 +310,7 @@ def _compares(reward: Reward | None) -> bool:
 
 
 def _prompts(config: RlaifConfig, tokenizer: Tokenizer, devices: int) -> OwnPrompts:
-    return read_prompts(
+    prompts = read_prompts(
         config.prompts,
         tokenizer,
         eval_source=config.eval_prompts,
@@ -326,3 +321,9 @@ def _prompts(config: RlaifConfig, tokenizer: Tokenizer, devices: int) -> OwnProm
         prompt_length=config.train.prompt_length,
         seed=config.seed,
     )
+    require(
+        len(prompts.training) >= config.train.prompts_per_step,
+        f"{config.prompts}: {len(prompts.training)} prompts are left to learn on, fewer than train.prompts_per_step "
+        f"({config.train.prompts_per_step}): give more prompts, or a smaller train.prompts_per_step",
+    )
+    return prompts

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.recipes.own_prompts import read_prompts
@@ -77,45 +76,3 @@ def test_a_chat_model_reads_the_template_and_judges_the_words(tmp_path, chat):
     kind = read(tmp_path / "p.jsonl", chat, prompt_length=300, system="Be kind.")
     texts = [record["model_text"] for part in (kind.training, kind.held_out) for record in part.records]
     assert f"<|im_start|>system\nBe kind.<|im_end|>\n{asked}" in texts
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"template": "chat"}, "the tokenizer's files have no chat template"),
-        ({"system": "Be kind."}, "this model has no chat template"),
-        ({"held_out": 4}, "4 prompts are left, and held_out=4 of them are only measured on"),
-        ({"prompt_length": 1}, "no prompt is left (4 left out: longer than train.prompt_length (1 tokens))"),
-        ({"multiple_of": 8, "held_out": 3}, "0 held-out prompts are left; 8 are needed at least"),
-    ],
-)
-def test_prompts_that_do_not_fit_are_named(tmp_path, changed, message):
-    with pytest.raises(UserError) as error:
-        read(write(tmp_path / "p.txt", ["a", "b", "c", "d"]), **changed)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("p.txt", b"", "holds no prompt"),
-        ("p.txt", b"\xff\xfea", "is no UTF-8 text"),
-        ("p.jsonl", b"", "p.jsonl"),
-        ("p.jsonl", b'{"question": "a"}\n', 'p.jsonl:1'),
-        ("missing.txt", None, "cannot read"),
-        ("missing.jsonl", None, "missing.jsonl"),
-    ],
-)  # fmt: skip
-def test_files_that_are_none_are_named(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        read(tmp_path / name)
-    assert "\n" not in str(error.value)
-
-
-def test_a_data_set_is_named_with_its_split():
-    with pytest.raises(UserError, match="expected tfds:NAME/SPLIT"):
-        read("tfds:imdb_reviews")
-    with pytest.raises(UserError, match="there is no TFDS data set 'no_such_set'"):
-        read("tfds:no_such_set/train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.config import UserError, from_json, to_json
+from rlaif_jax.config import from_json, to_json
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.records.forms import Rating
 from rlaif_jax.feedback.records.store import Store
@@ -64,30 +63,6 @@ def test_a_line_is_a_reward_and_comes_back(line):
     assert from_json(WeightedReward, to_json(reward)) == reward
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("", "names no reward; it begins with one of judge, api"),
-        ("weight=2", "names no reward"),
-        ("jury m", "there is no 'jury'; it is one of judge, api"),
-        ("judge", "JudgeReward misses model"),
-        ("judge m form=score", "form: should be one of rating, ranking, not 'score'"),
-        ("judge m colour=red", "'colour=red' is no setting of judge"),
-        ("judge m weight=nan", "the weight of a reward is a number other than 0, not nan"),
-        ("judge m weight=0", "the weight of a reward is a number other than 0"),
-        ("judge m weight=heavy", "weight: should be a number, not 'heavy'"),
-        ("judge 'm", "cannot be split into words: No closing quotation"),
-        ("function brevity", "it is MODULE:FUNCTION or path/file.py:FUNCTION"),
-        ("simulated a:b overlap=9", "overlap (9) must lie in 1 .. raters (5)"),
-        ("api 127.0.0.1:8000", "an address begins with http:// or https://"),
-    ],
-)
-def test_a_wrong_line_is_one_clear_message(line, message):
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        read_reward(line)
-    assert "\n" not in str(error.value)
-
-
 def test_every_reward_has_a_name_of_its_kind_or_a_given_one():
     lines = ["judge a", "function x:y", "judge b", "function x:z name=brevity", "judge c name=judge"]
     assert reward_names([read_reward(line) for line in lines]) == ("judge", "function", "judge_2", "brevity", "judge_3")
@@ -119,13 +94,6 @@ def test_rules_are_a_constitution_without_a_model(around):
     assert found.valid.all() and found.values[0, 0] > found.values[1, 0]
 
 
-def test_rules_without_a_formula_are_refused(around, tmp_path):
-    path = tmp_path / "c.toml"
-    path.write_text('name = "a"\n[[rule]]\nname = "short"\nlength = "words"\nat_most = 3\n')
-    with pytest.raises(UserError, match="no \\[\\[formula\\]\\] makes a reward"):
-        build_reward(RulesReward(path), around)
-
-
 def test_a_simulated_crowd_rates_by_the_quality_and_its_ratings_are_kept(around, tmp_path):
     (tmp_path / "taste.py").write_text("def quality(answer):\n    return min(len(answer) / 20, 1.0)\n")
     config = SimulatedReward(f"{tmp_path}/taste.py:quality", overlap=3)
@@ -139,12 +107,6 @@ def test_a_simulated_crowd_rates_by_the_quality_and_its_ratings_are_kept(around,
         kept = list(store.judgements())
     assert len(kept) == 3 * len(answers) and all(isinstance(entry, Rating) for entry in kept)
     assert {entry.rater.source for entry in kept} == {"simulated"} and len({entry.rater.name for entry in kept}) == 5
-
-
-def test_a_quality_outside_its_range_is_named(around, tmp_path):
-    (tmp_path / "taste.py").write_text("def quality(answer):\n    return 7\n")
-    with pytest.raises(UserError, match=r"taste.py:quality: the quality of an answer lies in 0 \.\. 1, not 7"):
-        judged(build_reward(SimulatedReward(f"{tmp_path}/taste.py:quality"), around), ["a"])
 
 
 def test_a_reward_model_scores_what_it_has_learned_to_read(around, tmp_path):
@@ -165,8 +127,6 @@ def test_a_reward_model_scores_what_it_has_learned_to_read(around, tmp_path):
         ids = jnp.array([[*tokenizer.encode(f"{prompt} {answer}"), tokenizer.eos_id]])
         expected = model(params, ids, jnp.ones_like(ids, bool))[0, -1]
         np.testing.assert_allclose(found.values[row, 0], expected, atol=1e-5)
-    with pytest.raises(UserError, match="max_length is 99; the reward model reads 1 to 16 tokens"):
-        build_reward(ModelReward(str(tmp_path / "rm"), max_length=99), around)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +153,6 @@ def test_a_verifier_is_a_line_too(around, line, record, answers, values):
     source = build_reward(read_reward(line).reward, around)
     found = source([{"prompt": "?", **record}] * len(answers), answers, None)
     assert found.valid.all() and found.values[:, 0].tolist() == values
-
-
-def test_code_runs_only_where_it_is_allowed(around):
-    with pytest.raises(UserError, match="allow_code_execution to true"):
-        build_reward(read_reward("unit-tests").reward, around)
 
 
 def test_people_are_asked_at_the_runs_own_store(around):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax.config import UserError, from_json
+from rlaif_jax.config import from_json
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.metrics import read_metrics
@@ -158,35 +158,6 @@ def test_a_judge_and_a_second_one_with_an_adapter(inputs, tmp_path, form):
     _, merged = load_model(config.out / "model")
     moved = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: not np.array_equal(a, b), start, merged))
     assert {path[-2].key for path, differs in moved if differs} == {"q", "k", "v", "o", "gate", "up", "down"}
-
-
-BAD = {
-    "no model": ({"policy": ""}, "no model to train: give --policy"),
-    "no prompts": ({"prompts": ""}, "no prompts: give --prompts"),
-    "no feedback": ({"feedback": ()}, "no feedback: give --feedback"),
-    "no such model": ({"policy": "HERE/none/x/y"}, "HERE/none/x/y"),
-    "no such prompts": ({"prompts": "HERE/none.jsonl"}, "HERE/none.jsonl"),
-    "no such function": ({"feedback": ("function HERE/rewards.py:nothing",)}, "has no 'nothing'"),
-    "no such file": ({"feedback": ("function HERE/none.py:f",)}, "there is no file HERE/none.py"),
-    "no such judge": ({"feedback": ("judge HERE/none/x",)}, "HERE/none/x"),
-    "no such rules": ({"feedback": ("rules HERE/none.toml",)}, "HERE/none.toml"),
-    "no server": ({"feedback": ("api",)}, "server"),
-    "second is no reward": ({"second": "jury x"}, "--second 'jury x': there is no 'jury'"),
-    "too few prompts": ({"held_out": 64}, "64 prompts are left, and held_out=64"),
-    "longer than the context": ({"sampling": SamplingConfig(max_new_tokens=900)}, "more than the policy's context"),
-    "system and no template": ({"template": "plain", "system": "x"}, "system is a message of a chat"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_what_cannot_work_is_one_line_and_leaves_no_folder(bad, inputs, tmp_path):
-    changed, message = BAD[bad]
-    here = lambda value: value.replace("HERE", str(inputs)) if isinstance(value, str) else value
-    feedback = changed.pop("feedback", TWO) if "feedback" in changed else TWO
-    config = config_of(inputs, tmp_path / "run", *feedback, **{name: here(value) for name, value in changed.items()})
-    with pytest.raises(UserError, match=re.escape(here(message))) as error:
-        main(config)
-    assert "\n" not in str(error.value) and not config.out.exists()
 
 
 # ---- What a run concludes
