@@ -1,6 +1,6 @@
 """Trains your own model on your own prompts by feedback: the same as `python -m rlaif_jax train`.
 
-python experiments/rlaif.py --policy models/smollm2 --prompts prompts.jsonl --feedback "judge models/smollm2"
+python experiments/rlaif.py --policy models/smollm2 --prompts prompts.jsonl --feedback "judge models/smollm2 min_mass=0.1"
 """
 
 from __future__ import annotations

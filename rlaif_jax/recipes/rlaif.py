@@ -157,7 +157,7 @@ def help_text() -> str:
     return (
         "Trains your own model on your own prompts by feedback.\n\n"
         "  python -m rlaif_jax train --policy models/smollm2 --prompts prompts.jsonl \\\n"
-        '      --feedback "judge models/smollm2" "function rewards.py:brevity weight=0.5"\n\n'
+        '      --feedback "judge models/smollm2 min_mass=0.1" "function rewards.py:brevity weight=0.5"\n\n'
         f"Rewards (--feedback, --second):\n{rewards_help()}"
     )
 

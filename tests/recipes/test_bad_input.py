@@ -204,7 +204,7 @@ AFTER = {
     "no field": ("number", f"the reward number judged none of 8 answers (number: the record has no 'answer'){NOTHING}"),
     "no field to compare with": ("judge HERE/lm form=ranking against=x", "has no text in its field 'x' to compare answers"),
     "questions too long": ("judge HERE/lm max_length=3", f"(judge: the question is too long for the judge){NOTHING}"),
-    "no labels": ("judge HERE/lm", f"(judge: the judge gave its labels less probability together than 0.5){NOTHING}"),
+    "no labels": ("judge HERE/lm", "(judge: the judge gave its labels less probability together than min_mass = 0.5)"),
     "quality 7": ("simulated HERE/rewards.py:seven", "rewards.py:seven: the quality of an answer lies in 0 .. 1, not 7"),
     "no quality": ("simulated HERE/rewards.py:text", f"(simulated: no judgement of the answer has a value){NOTHING}"),
     "nobody": ("people rate timeout_s=0.1", f"(people: nobody judged the answer in time){NOTHING}"),

@@ -403,7 +403,7 @@ class LanguageModelJudge:
             return ""
         if mass == 0:
             return "the question is too long for the judge"
-        return f"the judge gave its labels less probability together than {self.min_mass:g}"
+        return f"the judge gave its labels less probability together than min_mass = {self.min_mass:g}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import numpy as np
 from rlaif_jax.config import require
 from rlaif_jax.files import it_is
 from rlaif_jax.models.decoder_config import DecoderConfig
+from rlaif_jax.models.hf.weights import require_finite
 
 SIZES = ("width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "context_length")
 HEADER = np.dtype([(name, "<i4") for name in SIZES])
@@ -99,7 +100,7 @@ def read_llama2c(path: Path) -> tuple[DecoderConfig, dict[str, Any]]:
     """Returns the shape and the parameters {path with "/": float32 array} of a llama2.c file.
 
     Raises:
-        UserError: as `read_header`.
+        UserError: as `read_header`, or a tensor holds NaN.
     """
     config = read_header(path)
     values = np.fromfile(path, "<f4", offset=HEADER.itemsize)
@@ -109,6 +110,8 @@ def read_llama2c(path: Path) -> tuple[DecoderConfig, dict[str, Any]]:
         stop = start + math.prod(shape)
         tensor = values[start:stop].reshape(shape)
         start = stop
+        if name:  # the others are tables of rotary embeddings, which nobody reads
+            require_finite(tensor, path, name)
         if name.endswith(("/q/kernel", "/k/kernel")):
             tensor = half_split(tensor, config.head_dim)
         if name.endswith("kernel"):

@@ -305,7 +305,7 @@ def test_why_a_direct_score_is_missing_is_counted(make_judge, params):
     low = sum(mass < threshold for mass in masses)
     source = DirectScoreSource(make_judge(min_mass=threshold))
     source([*records, records[0]], [*FIRST, "a " * 40], None)
-    little = f"the judge gave its labels less probability together than {threshold:g}"
+    little = f"the judge gave its labels less probability together than min_mass = {threshold:g}"
     assert source.missing() == {"the question is too long for the judge": 1, little: low} and 0 < low < len(PROMPTS)
     unending = make_judge(reasoning=Reasoning(lambda prompt, answer: f"{answer} rate", "3", max_tokens=2))
     _, ended = unending.reasons(PROMPTS, FIRST)

@@ -279,6 +279,7 @@ BAD = {
         edit_tensors(lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": ZEROS})),
         ["lora_embedding_A is no LoRA matrix"],
     ),
+    "NaN": (edit_tensors(lambda t: t.update({A: t[A] * np.float32("nan")})), [A, "holds NaN or infinite numbers"]),
     "integers": (edit_tensors(lambda t: t.update({A: t[A].astype(np.int8)})), [A, "I8"]),
 }  # fmt: skip
 

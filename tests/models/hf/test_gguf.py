@@ -221,6 +221,11 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"output_norm.weight": np.arange(16)},
         "output_norm.weight is of the type I64, which the library",
     ),
+    "infinity": (
+        {},
+        {"output_norm.weight": np.full(16, np.inf, np.float32)},
+        "the tensor output_norm.weight holds NaN or",
+    ),
 }
 
 

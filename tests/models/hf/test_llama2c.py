@@ -82,6 +82,7 @@ def test_stories260k_in_transformers(tmp_path: Path) -> None:
         (lambda data: data[:-4], "cut short"),
         (lambda data: data + b"0000", "header asks for"),
         (lambda data: data[:20], "too few"),
+        (lambda data: data[:28] + b"\0\0\xc0\x7f" + data[32:], "embedding holds NaN"),
         (lambda data: b"24ka" + data[4:], "version 1 or 2"),
         (lambda data: b"PK\x03\x04" + data[4:], "no shape of a model"),
     ],
