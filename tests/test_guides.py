@@ -17,11 +17,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md")))}
 COMMANDS = sorted(
     {
-        " ".join(match[1].replace("\\\n", " ").partition(" #")[0].split())
+        " ".join(found.replace("\\\n", " ").partition(" #")[0].split())
         for text in PAGES.values()
-        for match in re.finditer(r"^    python -m rlaif_jax ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+        for found in (
+            *(match[1] for match in re.finditer(r"^    python -m rlaif_jax ((?:.*\\\n)*.*)$", text, re.MULTILINE)),
+            *re.findall(r"`python -m rlaif_jax ([^`]+ [^`]+)`", text),
+        )
+        if "--help" not in found
     }
-    | {span for text in PAGES.values() for span in re.findall(r"`python -m rlaif_jax ([^`]+)`", text) if " " in span}
 )
 OPTIONS = sorted(
     {
@@ -60,10 +63,7 @@ def parse(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, parse):
-    words = [re.sub(r"^(FOLDER|RUN|TOOL)$", r"runs/\1", word) for word in shlex.split(command)]
-    if "--help" in words or words[0] == "runs/TOOL":
-        return
-    parse(words)
+    parse(shlex.split(command))
 
 
 def options_of(name: str, capsys) -> set[str]:
