@@ -11,16 +11,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from socket import socket
 from typing import Any
 
 import jax
@@ -38,9 +31,9 @@ from rlaif_jax.feedback.api.verdicts import choice_distribution
 from rlaif_jax.models.hf.files import load_model, save_model
 from tests.data.llama2c_vocabulary import to_tokenizer_json
 from tests.feedback.api_server import serve
+from tests.feedback.model_servers import Shared, llama_cpp_python, llama_cpp_server, running, stories_gguf
 
 pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
-Shared = Callable[[str], Path]
 NextToken = Callable[[str], list[tuple[str, float]]]
 
 # What a model of children's stories can be asked: how it goes on.
@@ -129,42 +122,11 @@ def test_against_this_projects_own_model(api: str, stories: NextToken):
         check(ask(server.url, api=api), stories, 0.02)
 
 
-@contextmanager
-def running(command: list[str], path: str, log: Path) -> Iterator[str]:
-    """The URL of a server that `command PORT` starts, once it answers GET `path`."""
-    with socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with open(log, "w") as out:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out, cwd=log.parent)
-    try:
-        for _ in range(240):
-            if process.poll() is not None:
-                pytest.skip(f"the server does not start here: {log.read_text()[-300:]}")
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1):
-                    break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.25)
-        else:
-            pytest.skip("the server did not answer within 60 s")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
 @pytest.mark.slow
 def test_against_llama_cpp(tmp_path: Path, shared_data: Shared, stories: NextToken):
-    python = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
-    probe = subprocess.run([python, "-c", "import llama_cpp.server, gguf"], capture_output=True, check=False)
-    if probe.returncode:
-        pytest.skip("needs llama-cpp-python[server] and gguf, here or in the interpreter that LLAMA_CPP_PYTHON names")
-    script = Path(__file__).with_name("stories_gguf.py")
-    folder, tokens = shared_data("lm_stories260k_hf"), shared_data("lm_stories260k/tok512.bin")
-    subprocess.run([python, str(script), str(folder), str(tokens), str(tmp_path / "s.gguf")], check=True)
-    command = [python, "-m", "llama_cpp.server", "--model", str(tmp_path / "s.gguf"), "--logits_all", "true"]
-    with running([*command, "--n_ctx", "512", "--model_alias", "stories"], "/v1/models", tmp_path / "log") as url:
+    model = stories_gguf(llama_cpp_python(), shared_data, tmp_path)
+    command = llama_cpp_server(model, "stories", context=512)
+    with running(command, "/v1/models", tmp_path / "log") as url:
         check(ask(url, api="completion"), stories, 0.02)
         store = tmp_path / "f.sqlite"
         for _ in range(2):
