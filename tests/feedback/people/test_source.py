@@ -12,51 +12,20 @@ from rlaif_jax.config import StopRequested, UserError
 from rlaif_jax.feedback.people.kinds import CHAT, COMPARE, EDIT, RANK
 from rlaif_jax.feedback.people.queue import ADJUDICATED, Post, TaskQueue
 from rlaif_jax.feedback.people.source import PeopleSource, mean_rating, win_share
-from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
+from rlaif_jax.feedback.records.forms import Ranking, Rater
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FunctionSource, MixedSource
+from tests.feedback.people.crowd import Crowd, rating
 
 ROLLOUT = SimpleNamespace()
 RECORDS = [{"prompt": "p"}, {"prompt": "p"}, {"prompt": "q"}, {"prompt": "q"}]
 ANSWERS = ["long one", "x", "same", "same"]
 
 
-def rating(task, value, rater="anna", source="simulated", **more):
-    return Rating(prompt=task.prompt, answers=task.answers, rater=Rater(rater, source), value=value, high=5.0, **more)
-
-
 def rank(task, rater="anna", **more):
     order = sorted(task.answers, key=len, reverse=True)
     ranks = tuple(order.index(answer) + 1 for answer in task.answers)
     return Ranking(prompt=task.prompt, answers=task.answers, rater=Rater(rater, "simulated"), ranks=ranks, **more)
-
-
-class Crowd:
-    """Raters that answer through the queue in another thread, until the test ends."""
-
-    def __init__(self, store, judge, raters=("anna",)):
-        self.path, self.judge, self.raters, self.seen, self.done = store, judge, raters, [], threading.Event()
-
-    def __enter__(self):
-        self.thread = threading.Thread(target=self.work)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-
-    def work(self):
-        with Store(self.path) as store, TaskQueue(self.path) as queue:
-            while not self.done.is_set():
-                for rater in self.raters:
-                    if (task := queue.lease(rater)) is not None:
-                        self.seen.append(task)
-                        record = self.judge(task, rater)
-                        act = "answer" if record.answered else "skip"
-                        post = Post(rater, act, task.id, {}, (record,), 1.0, False)
-                        queue.post(post, f"{rater} {task.id}", "", store)
-                time.sleep(0.005)
 
 
 def source(tmp_path, **more):
