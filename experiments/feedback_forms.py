@@ -236,7 +236,7 @@ def improve_by(
             algorithm=config.ppo.build(evaluation.policy, critic, steps=config.train.steps),
             evaluation=evaluation,
             params=params,
-            prompts=world.prompts(world.records("train"), config.train.prompts_per_step),
+            prompts=world.prompts(world.records("train"), config.train.prompts_drawn),
             feedback=source,
             normaliser=normaliser_of(rewards),
             before=before,

@@ -187,7 +187,7 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
             algorithm=config.ppo.build(policy, critic, steps=config.train.steps),
             evaluation=evaluation,
             params=params,
-            prompts=world.prompts(training, config.train.prompts_per_step),
+            prompts=world.prompts(training, config.train.prompts_drawn),
             feedback=None if reward.on_device else reward.source,
             device_rewards=reward.on_device,
             normaliser=normaliser_of(before.rewards),

@@ -202,7 +202,7 @@ def main(config: StoriesConfig) -> dict[str, Any]:
             algorithm=config.ppo.build(policy, critic, steps=config.train.steps),
             evaluation=Evaluation(policy, tokenizer, runner, prompts, seed, source=source, name="judge"),
             params=params,
-            prompts=batches(training, config.train.prompts_per_step),
+            prompts=batches(training, config.train.prompts_drawn),
             feedback=source,
             normaliser=normaliser_of(scores),
         )

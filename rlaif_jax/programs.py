@@ -9,7 +9,8 @@ import jax
 
 from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.feedback.sources import DeviceReward
-from rlaif_jax.policies.base import Policy
+from rlaif_jax.policies.base import Policy, draw_count
+from rlaif_jax.rewards.spread import group_spread, keep_groups
 from rlaif_jax.types import (
     ROLLOUT,
     Feedback,
@@ -30,7 +31,8 @@ class Programs(NamedTuple):
     Attributes:
         sample: ((state, frozen), prompts) -> rollout.
         prepare: ((state, frozen), (data, rollout, judged)) -> (batch, rewards, judged): rewards and advantages in one
-            program; `judged` with the rewards that are computed on the devices.
+            program; `judged` with the rewards that are computed on the devices. `batch` is of the groups that are kept,
+            `rewards` and `judged` are of all.
         step: (state, frozen, batch) -> (state, metrics).
     """
 
@@ -39,13 +41,16 @@ class Programs(NamedTuple):
     step: Callable[..., tuple[TrainState, Metrics]]
 
 
-def programs(algorithm: Algorithm, policy: Policy, device_rewards: Sequence[DeviceReward] = ()) -> Programs:
+def programs(
+    algorithm: Algorithm, policy: Policy, device_rewards: Sequence[DeviceReward] = (), *, oversample: int = 1
+) -> Programs:
     """Returns the pure functions of a step, which a runner compiles.
 
     Args:
         algorithm: prepares batches and updates the state.
         policy: draws the answers.
         device_rewards: rewards that are computed inside `prepare`, one for each entry of `Frozen.rewards`.
+        oversample: prompts of a step for each that the algorithm learns from (`TrainConfig.oversample`).
 
     Returns:
         `sample`, `prepare` and `step`; the first two take a state without its optimiser.
@@ -66,7 +71,11 @@ def programs(algorithm: Algorithm, policy: Policy, device_rewards: Sequence[Devi
         for reward, params in zip(device_rewards, frozen.rewards, strict=True):
             judged = judged.join(reward(params, rollout, axis_name=axis_name))
         rewards = algorithm.rewards(state, frozen, data, rollout, judged, axis_name=axis_name)
-        batch = algorithm.prepare(state, frozen, data, rollout, rewards, axis_name=axis_name)
+        kept = (data, rollout, rewards)
+        if oversample > 1:
+            spread = group_spread(rewards, draw_count(algorithm.draws))
+            kept = keep_groups(kept, spread, oversample, axis_name)
+        batch = algorithm.prepare(state, frozen, *kept, axis_name=axis_name)
         return batch, rewards, judged
 
     return Programs(sample, prepare, algorithm.step)

@@ -13,6 +13,7 @@ from rlaif_jax.data.prompts import PromptBatch, Record
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.policies.base import Policy, to_prompts
+from rlaif_jax.rewards.spread import group_spread
 from rlaif_jax.run import Run
 from rlaif_jax.types import Array, Feedback, RewardBatch, Rollout, StepData
 
@@ -99,6 +100,27 @@ def reward_metrics(
             found["missing/partly_gain"] = (
                 (_mean(total, partly) - _mean(total, whole)) / spread if spread > 0 else float("nan")
             )
+    return found
+
+
+def spread_metrics(rewards: RewardBatch, answers: int, oversample: int) -> dict[str, float]:
+    """Returns how many prompts have answers whose rewards differ: those that comparisons can learn from.
+
+    Args:
+        rewards: the rewards of all answers of a step, on the host.
+        answers: K; nothing is returned for fewer than 2.
+        oversample: prompts drawn for each that is learned from.
+
+    Returns:
+        `spread/drawn`, the share of all prompts; with `oversample` > 1 also `spread/kept`, the share of those learned from.
+    """
+    if answers < 2:
+        return {}
+    spread = np.asarray(group_spread(rewards, answers))
+    found = {"spread/drawn": float(spread.mean())}
+    if oversample > 1:
+        kept = len(spread) // oversample
+        found["spread/kept"] = min(int(spread.sum()), kept) / kept
     return found
 
 

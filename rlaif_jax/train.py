@@ -22,8 +22,9 @@ from rlaif_jax.parallel import ParallelConfig, make_runner
 from rlaif_jax.policies.base import Policy, draw_count, to_prompts
 from rlaif_jax.programs import CompilationClock, programs
 from rlaif_jax.rewards.shaping import Normaliser
+from rlaif_jax.rewards.spread import check_oversample
 from rlaif_jax.run import Run
-from rlaif_jax.steps import PendingRollout, collect, reward_metrics, step_data, write_samples
+from rlaif_jax.steps import PendingRollout, collect, reward_metrics, spread_metrics, step_data, write_samples
 from rlaif_jax.types import Frozen, Params, Rollout, TrainState
 from rlaif_jax.watch.rules import WatchConfig
 from rlaif_jax.watch.watch import Watch, reward_scale
@@ -48,7 +49,10 @@ class TrainConfig:
 
     Attributes:
         steps: policy steps; a resumed run may be given more.
-        prompts_per_step: prompts of a step, over all devices; the algorithm says how many answers each gets.
+        prompts_per_step: prompts that a step learns from, over all devices; the algorithm says how many answers each gets.
+        oversample: prompts drawn for each of these. With 2 or more, all that are drawn are answered and judged, and the step
+            learns from those whose answers have different rewards, others only fill up (dynamic sampling, DAPO, Yu 2025,
+            section 3.2). A group of equal rewards teaches a policy that compares the answers to a prompt nothing.
         prompt_length: P, tokens that prompts are padded to.
         rollout_parts: parts in which a step's prompts are rolled out; a source that can `prefetch` (a judge behind an API)
             judges each while the next ones are generated. The answers are the same.
@@ -65,6 +69,7 @@ class TrainConfig:
 
     steps: int = 100
     prompts_per_step: int = 64
+    oversample: int = 1
     prompt_length: int = 64
     rollout_parts: int = 1
     staleness: int = 0
@@ -76,7 +81,7 @@ class TrainConfig:
     target_reward: float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("steps", "prompts_per_step", "prompt_length", "rollout_parts"):
+        for field in ("steps", "prompts_per_step", "oversample", "prompt_length", "rollout_parts"):
             require(self.__dict__[field] >= 1, f"train.{field} must be >= 1, not {self.__dict__[field]}")
         for field in ("eval_every", "save_every", "keep_checkpoints"):
             require(self.__dict__[field] >= 1, f"train.{field} must be >= 1, not {self.__dict__[field]}")
@@ -85,6 +90,11 @@ class TrainConfig:
             self.prompts_per_step % self.rollout_parts == 0,
             f"train.rollout_parts ({self.rollout_parts}) must divide train.prompts_per_step ({self.prompts_per_step})",
         )
+
+    @property
+    def prompts_drawn(self) -> int:
+        """Returns the number of prompts that are answered in a step, over all devices."""
+        return self.prompts_per_step * self.oversample
 
     def check(self, algorithm: ChecksSteps, devices: int) -> None:
         """Raises UserError where a step cannot be shared by the devices, or cannot be learned from.
@@ -131,7 +141,7 @@ def train(
         policy: the kind of output on its model.
         params: parameters by part: `policy`, which is also the frozen reference, and what else the algorithm names.
         tokenizer: of prompts and answers.
-        prompts: yields the data of a step, resumable.
+        prompts: yields the data of a step, resumable: batches of `config.prompts_drawn`.
         feedback: judges on the host; None: rewards are computed on the devices, or the algorithm makes them.
         device_rewards: rewards inside the compiled program, each with its parameters.
         base: weights under the adapters that learn, which then are the reference, too: an adapter that is not fresh is
@@ -151,11 +161,12 @@ def train(
     policy.check(config.prompt_length, tokenizer)
     runner = make_runner(config.parallel, policy.rules)
     config.check(algorithm, runner.devices)
+    check_oversample(config.oversample, draw_count(algorithm.draws))
     require(
         prompts.batches is None or prompts.batches >= config.steps,
         f"train.steps is {config.steps}, but the prompts end after {prompts.batches} batches: set epochs=None, or fewer steps",
     )
-    pure = programs(algorithm, policy, [reward for reward, _ in device_rewards])
+    pure = programs(algorithm, policy, [reward for reward, _ in device_rewards], oversample=config.oversample)
     sample, prepare, update = runner.map(pure.sample), runner.map(pure.prepare), runner.step(pure.step)
 
     # ---- State, from a checkpoint or new
@@ -216,12 +227,17 @@ def train(
     def dispatch(step: int) -> PendingRollout:
         """Starts the rollout of `step` by the present policy; nobody waits for it yet."""
         position, batch = prompts.get_state(), next(prompts)
+        require(
+            len(batch.records) == config.prompts_drawn,
+            f"the prompts come in batches of {len(batch.records)}, but a step draws {config.prompts_drawn} "
+            "(train.prompts_per_step x train.oversample): make batches of `TrainConfig.prompts_drawn`",
+        )
         if not algorithm.draws:
             require(batch.recorded is not None, "this algorithm learns from recorded answers, and the data has none")
             return PendingRollout(position, batch, [batch.recorded])  # type: ignore[list-item]
         sampling_state = dataclasses.replace(state.without_optimizer(), step=jnp.int32(step - 1))
-        size = config.prompts_per_step // config.rollout_parts
-        parts = [batch.rows(slice(at, at + size)) for at in range(0, config.prompts_per_step, size)]
+        size = config.prompts_drawn // config.rollout_parts
+        parts = [batch.rows(slice(at, at + size)) for at in range(0, config.prompts_drawn, size)]
         return PendingRollout(
             position, batch, [sample((sampling_state, answering), to_prompts(part)) for part in parts]
         )
@@ -281,6 +297,7 @@ def train(
             rewards, judged = jax.device_get((rewards, judged))
             lengths = np.asarray(jax.device_get(rollout.response_mask)).sum(-1)
             values |= reward_metrics(rewards, judged, lengths, () if feedback is None else feedback.reward_names())
+            values |= spread_metrics(rewards, draw_count(algorithm.draws), config.oversample)
             missing += int((~judged.valid).sum())
             run.missing["judgements of a step"] = missing
             values |= {
@@ -343,5 +360,5 @@ def empty_rollouts(config: TrainConfig, algorithm: Algorithm, policy: Policy) ->
     """
     if not config.staleness:
         return []
-    rows = config.prompts_per_step // config.rollout_parts * draw_count(algorithm.draws)
+    rows = config.prompts_drawn // config.rollout_parts * draw_count(algorithm.draws)
     return [policy.empty_rollout(rows, config.prompt_length)] * config.rollout_parts

@@ -50,7 +50,10 @@ RECORDS = FileRecords(
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """An algorithm with its parameters, data and feedback; with an adapter, `base` has the weights under it."""
+    """An algorithm with its parameters, data and feedback; with an adapter, `base` has the weights under it.
+
+    `oversample` prompts are drawn for each that is learned from.
+    """
 
     algorithm: Algorithm
     policy: TextPolicy
@@ -58,6 +61,7 @@ class Setup:
     feedback: FeedbackSource | None
     bring: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the batches bring (`WithRecorded`)
     base: Any = None
+    oversample: int = 1
 
     def prompts(self, count: int) -> PromptIterator:
         stream = prompt_batches(RECORDS, TOKENIZER, batch_size=count, seed=0, prompt_length=PROMPT)
@@ -168,10 +172,13 @@ SETUPS = {
     "adapted_encoder_decoder": lambda: adapted(
         dataclasses.replace(DECODER, num_layers=1), encoder_decoder=True, advantage=LeaveOneOut(), **GROUP
     ),
+    "grpo_oversampled": lambda: dataclasses.replace(
+        ppo(advantage=GroupNormalised(), packed_rows=1, **GROUP), oversample=2
+    ),
     "adversarial": adversarial,
     "adversarial_packed": lambda: adversarial(packed_rows=2),
 }
 PROOFS = [
-    *("rloo", "rloo_packed", "dpo", "dpo_packed", "encoder_decoder", "adversarial"),
+    *("grpo_oversampled", "rloo", "rloo_packed", "dpo", "dpo_packed", "encoder_decoder", "adversarial"),
     *("adapted", "adapted_packed", "adapted_encoder_decoder"),
 ]

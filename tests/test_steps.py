@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from rlaif_jax.steps import reward_metrics
+from rlaif_jax.steps import reward_metrics, spread_metrics
 from rlaif_jax.types import Feedback, RewardBatch
 
 LENGTHS = np.array([10, 20, 30, 40])
@@ -42,3 +42,16 @@ def test_without_names_rewards_have_numbers_and_pairs_alone_no_reward():
     assert reward_metrics(compared, Feedback(nothing, nothing.astype(bool), None, pairs), LENGTHS) == {}
     none_valid = Feedback.single(np.zeros(4), np.zeros(4, bool))
     assert math.isnan(reward_metrics(batch([0] * 4, [0] * 4), none_valid, LENGTHS)["reward"])
+
+
+def test_the_share_of_prompts_whose_rewards_differ():
+    """Of four prompts with two answers, one has two known rewards that differ; it is half of the two that are kept."""
+    rewards = RewardBatch(
+        np.array([1, 1, 0, 1, 0, 1, 2, 2], np.float32), np.array([1, 1, 1, 1, 1, 0, 1, 1], bool), np.zeros((8, 3))
+    )
+    assert spread_metrics(rewards, 2, 1) == {"spread/drawn": 0.25}
+    assert spread_metrics(rewards, 2, 2) == {"spread/drawn": 0.25, "spread/kept": 0.5}
+    assert spread_metrics(rewards, 2, 4) == {"spread/drawn": 0.25, "spread/kept": 1.0}
+    assert spread_metrics(rewards, 1, 1) == {}
+    more = rewards.replace(score=np.array([1, 0, 0, 1, 0, 1, 2, 2], np.float32), valid=np.ones(8, bool))
+    assert spread_metrics(more, 2, 2) == {"spread/drawn": 0.75, "spread/kept": 1.0}

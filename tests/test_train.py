@@ -234,12 +234,19 @@ BAD = {
     "prompt longer than prompt_length": Bad(prompts=GOOD + '{"prompt": "a b c d e f g h"}\n', names=("8 tokens", "6")),
     "longer than the context": Bad(("--sampling.max-new-tokens", "40"), names=("46", "context of 16")),
     "batch larger than the data": Bad(("--train.prompts-per-step", "64"), names=("64", "36")),
+    "more prompts drawn than there are": Bad(
+        ("--train.oversample", "3", "--ppo.answers-per-prompt", "2"), names=("48", "36")
+    ),
     "fewer batches than steps": Bad(("--epochs", "2"), names=("train.steps is 20", "after 4 batches", "epochs=None")),
     "K=1 for a group method": Bad(
         ("--ppo.kl-in", "loss"), ("ppo.advantage:group-normalised",), names=("answers_per_prompt is 1",)
     ),
     "K=1 for leave-one-out": Bad(
         ("--ppo.kl-in", "loss"), ("ppo.advantage:leave-one-out",), names=("answers_per_prompt is 1", "LeaveOneOut")
+    ),
+    "oversampling by nothing": Bad(("--train.oversample", "0"), names=("train.oversample", "0")),
+    "K=1 for oversampling": Bad(
+        ("--train.oversample", "2"), names=("train.oversample is 2", "one answer", "2 or more")
     ),
     "two steps off-policy": Bad(("--train.staleness", "2"), names=("train.staleness", "2")),
     "off-policy by the sampler's log-probs": Bad(

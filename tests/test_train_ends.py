@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlaif_jax.algorithms.advantages import GroupNormalised
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.checkpoint import Checkpointer, fingerprint
 from rlaif_jax.config import CheckFailed, UserError
@@ -166,6 +167,51 @@ def test_a_finished_stale_run_goes_on_with_answers_of_the_policy(prompts, tmp_pa
     lines = numbers(config.out)
     assert [line["staleness"] for line in lines] == [0, 1, 0, 1]
     assert all(line["length"] > 0 for line in lines)
+
+
+def oversampled(prompts: Path, out: Path, **train) -> tiny.TinyConfig:
+    ppo = dataclasses.replace(
+        tiny.TinyConfig().ppo, advantage=GroupNormalised(), answers_per_prompt=2, kl_in="loss", num_minibatches=1,
+        kl_target=None, packed_rows=2,
+    )  # fmt: skip
+    config = tiny.TinyConfig(prompts=prompts, out=out, ppo=ppo)
+    size = {"prompts_per_step": 4, "oversample": 3, "rollout_parts": 2, "staleness": 1}
+    return constant(config, **{"steps": 4} | size | train)
+
+
+def test_more_prompts_are_drawn_than_learned_from_and_resumed_bit_for_bit(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel, rules: JitRunner())
+    asked = []
+    monkeypatch.setattr(tiny, "reward", lambda config, record, answer: asked.append(answer) or rare(answer))
+    whole = oversampled(prompts, tmp_path / "whole")
+    tiny.main(whole)
+    assert len(asked) == 4 * 3 * 4 * 2, "all that are drawn are judged"
+    lines = numbers(whole.out)
+    for line, answers in zip(lines, np.array(asked).reshape(4, 12, 2), strict=True):
+        spread = [{rare(a), rare(b)} == {0.0, 1.0} for a, b in answers]
+        assert line["spread/drawn"] == sum(spread) / 12
+        assert line["spread/kept"] == min(sum(spread) / 4, 1)
+    assert any(line["spread/drawn"] < line["spread/kept"] for line in lines)
+    final = leaves(whole.out)
+    (whole.out / "final.npz").unlink()
+    shutil.rmtree(whole.out / "checkpoints" / "4")  # that of step 2 holds the answers that were drawn ahead for step 3
+    tiny.main(dataclasses.replace(whole, resume=True))
+    assert numbers(whole.out) == lines
+    assert all(np.array_equal(a, b) for a, b in zip(final, leaves(whole.out), strict=True))
+
+
+def rare(answer: str) -> float | None:
+    """Returns 1 for an answer with an a, None for one with a z."""
+    words = answer.split()
+    return None if "z" in words else float("a" in words)
+
+
+def test_prompts_of_another_batch_size_are_refused(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel, rules: JitRunner())
+    make = tiny.prompt_batches
+    monkeypatch.setattr(tiny, "prompt_batches", lambda *args, **settings: make(*args, **settings | {"batch_size": 4}))
+    with pytest.raises(UserError, match="batches of 4, but a step draws 12"):
+        tiny.main(oversampled(prompts, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("part", ["policy", "rewards"])

@@ -97,7 +97,7 @@ def main(config: TinyConfig) -> None:
     stream = prompt_batches(
         records,
         tokenizer,
-        batch_size=config.train.prompts_per_step,
+        batch_size=config.train.prompts_drawn,
         seed=config.seed,
         prompt_length=config.train.prompt_length,
         epochs=config.epochs,

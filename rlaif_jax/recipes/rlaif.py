@@ -49,6 +49,7 @@ from rlaif_jax.recipes.rewards import (
 from rlaif_jax.recipes.start import LoadedPolicy, Start, load_policy, scale_of
 from rlaif_jax.recipes.verdicts import SCORE, SECOND, AgainstStart, conclude
 from rlaif_jax.rewards.shaping import identity_normaliser
+from rlaif_jax.rewards.spread import check_oversample
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.train import TrainConfig
@@ -141,6 +142,7 @@ class RlaifConfig:
     def __post_init__(self) -> None:
         require(self.scale_answers >= 2, f"scale_answers must be >= 2, not {self.scale_answers}")
         require(self.held_out >= 2, f"held_out must be >= 2, not {self.held_out}")
+        check_oversample(self.train.oversample, self.ppo.answers_per_prompt)
         require(
             not self.ppo.shaping.weights,
             "ppo.shaping.weights are given with the rewards here: --feedback 'KIND ... weight=W'",
@@ -207,7 +209,7 @@ def _train(
     # ---- What the policy answers before training
     run.display.begin("start")
     run.settled()  # judgements may cost money or people's time
-    rows = config.train.prompts_per_step * config.ppo.answers_per_prompt
+    rows = config.train.prompts_drawn * config.ppo.answers_per_prompt
     start = Start(policy, runner, config.sampling, config.train.prompt_length, rows, prompts.add_bos, config.seed)
     if judges.baseline != "nowhere":
         prompts = start.with_baseline(run, prompts, training=judges.baseline == "everywhere")
@@ -252,7 +254,7 @@ def _train(
         algorithm=ppo.build(texts, critic, steps=config.train.steps),
         evaluation=evaluation,
         params=params,
-        prompts=start.batches(prompts.training, config.train.prompts_per_step),
+        prompts=start.batches(prompts.training, config.train.prompts_drawn),
         feedback=source,
         normaliser=normaliser,
         before=before,

@@ -74,6 +74,16 @@ QUANTITIES = {
         "",
         "How much higher it is than that of complete answers, in standard deviations.",
     ),
+    "spread/drawn": Quantity(
+        "Prompts with different rewards",
+        "% of prompts",
+        "Prompts of a step whose answers got different rewards. Where all are equal, a comparison teaches nothing.",
+    ),
+    "spread/kept": Quantity(
+        "Prompts with different rewards, of those kept",
+        "% of prompts",
+        "The same share of the prompts that a step learns from, which were chosen for it (train.oversample).",
+    ),
     "*_order_consistency": Quantity(
         "Order consistency of the judge ({})",
         "%",
@@ -329,17 +339,3 @@ QUANTITIES = {
 Keys are those of metrics.jsonl and of summary.json without `_before`, `_after`, `_ci95`, and without what precedes the
 last slash where the whole key is not in the table.
 """
-
-CHECKS = {
-    "kl_at_step_0_is_0": "Before the first update the policy gives its answers the reference's probabilities.",
-    "first_minibatch_ratio_is_1": "Before the first update of a step the trainer's probabilities are the sampler's.",
-    "first_minibatch_clip_fraction_is_0": "Before the first update of a step no token is clipped.",
-    "first_minibatch_approx_kl_is_0": "Before the first update of a step the policy is the one that answered.",
-    "first_margin_is_0": "Before the first update the policy prefers no answer more than the reference does.",
-    "sampler_and_trainer_logprobs_agree": "Generation and training compute the same log-probs up to rounding.",
-    "losses_are_finite": "No update was left out because its loss or gradient was not finite.",
-    "discriminator_loss_is_finite": "The loss of the discriminator was always finite.",
-    "eos_is_kept_in_the_mask": "The stop token of a finished answer is part of what is learned.",
-    "labeler_weights_unchanged": "The AI labeler after training is bit for bit the one before.",
-}
-"""What the checks of a run verify, by name."""

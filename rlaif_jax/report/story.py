@@ -9,10 +9,23 @@ from rlaif_jax.metrics import RL_STAGE
 from rlaif_jax.report.curves import JourneyFigure
 from rlaif_jax.report.glossary import stage_title, words
 from rlaif_jax.report.numbers import is_number, value_text
-from rlaif_jax.report.quantities import CHECKS
 
 VERDICTS = {"better": "good", "no different": "even", "worse": "bad"}
 """A run's verdicts, and the class of each on the page."""
+
+CHECKS = {
+    "kl_at_step_0_is_0": "Before the first update the policy gives its answers the reference's probabilities.",
+    "first_minibatch_ratio_is_1": "Before the first update of a step the trainer's probabilities are the sampler's.",
+    "first_minibatch_clip_fraction_is_0": "Before the first update of a step no token is clipped.",
+    "first_minibatch_approx_kl_is_0": "Before the first update of a step the policy is the one that answered.",
+    "first_margin_is_0": "Before the first update the policy prefers no answer more than the reference does.",
+    "sampler_and_trainer_logprobs_agree": "Generation and training compute the same log-probs up to rounding.",
+    "losses_are_finite": "No update was left out because its loss or gradient was not finite.",
+    "discriminator_loss_is_finite": "The loss of the discriminator was always finite.",
+    "eos_is_kept_in_the_mask": "The stop token of a finished answer is part of what is learned.",
+    "labeler_weights_unchanged": "The AI labeler after training is bit for bit the one before.",
+}
+"""What the checks of a run verify, by name."""
 
 
 class Warned(NamedTuple):

@@ -39,7 +39,8 @@ RUNNERS = {
 def step_inputs(name: str):
     """A setup, its data, answers and feedback: the same for every runner."""
     setup = SETUPS[name]()
-    batch = next(setup.prompts(PROMPTS))
+    count = PROMPTS * setup.oversample
+    batch = next(setup.prompts(count))
     rollout = batch.recorded
     if rollout is None:
         sample = jax.jit(setup.policy.sample, static_argnames="draws")
@@ -50,7 +51,7 @@ def step_inputs(name: str):
             step_key(0, 0, 0),
             draws=setup.algorithm.draws,
         )
-    each = len(rollout.tokens) // PROMPTS
+    each = len(rollout.tokens) // count
     records = [record for record in batch.records for _ in range(each)]
     judged = collect_feedback(setup.feedback, records, setup.policy.texts(rollout, TOKENIZER), rollout, 1)
     return setup, step_data(batch), jax.device_get(rollout), judged
@@ -59,7 +60,7 @@ def step_inputs(name: str):
 def one_step(name: str, runner: Runner):
     """(state, metrics, rewards) after one step of `train`'s own programs."""
     setup, data, rollout, judged = step_inputs(name)
-    pure = programs(setup.algorithm, setup.policy)
+    pure = programs(setup.algorithm, setup.policy, oversample=setup.oversample)
     state = runner.init(setup.algorithm.init, setup.params, np.uint32(3))
     reference = jax.tree.map(lambda x: x + 0.01, setup.params["policy"])
     frozen = runner.place(Frozen(reference, setup.base))
@@ -100,7 +101,14 @@ def test_packed_rows_change_nothing(padded, packed):
 
 
 def run_train(setup: Setup, folder, *, resume=False, stop_after=None, staleness=0):
-    config = TrainConfig(steps=4, prompts_per_step=PROMPTS, prompt_length=PROMPT, save_every=1, staleness=staleness)
+    config = TrainConfig(
+        steps=4,
+        prompts_per_step=PROMPTS,
+        oversample=setup.oversample,
+        prompt_length=PROMPT,
+        save_every=1,
+        staleness=staleness,
+    )
     with (
         Run(folder, "everywhere", config, seed=0, resume=resume) as run,
         MetricsWriter(folder, terminal=False, sinks=()) as writer,
@@ -114,7 +122,7 @@ def run_train(setup: Setup, folder, *, resume=False, stop_after=None, staleness=
             params=setup.params,
             base=setup.base,
             tokenizer=TOKENIZER,
-            prompts=setup.prompts(PROMPTS),
+            prompts=setup.prompts(config.prompts_drawn),
             feedback=setup.feedback,
             enough=lambda: run.steps_done == stop_after,
         )

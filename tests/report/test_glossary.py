@@ -6,7 +6,8 @@ import pytest
 
 from rlaif_jax.report import glossary
 from rlaif_jax.report.glossary import MAIN, label
-from rlaif_jax.report.quantities import CHECKS, QUANTITIES
+from rlaif_jax.report.quantities import QUANTITIES
+from rlaif_jax.report.story import CHECKS
 from tests import tiny
 from tests.helpers import unexplained
 from tests.report.pages import make, write_json
