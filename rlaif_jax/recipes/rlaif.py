@@ -142,6 +142,7 @@ class RlaifConfig:
     def __post_init__(self) -> None:
         require(self.scale_answers >= 2, f"scale_answers must be >= 2, not {self.scale_answers}")
         require(self.held_out >= 2, f"held_out must be >= 2, not {self.held_out}")
+        self.ppo.shaping.check(self.sampling.max_new_tokens)
         check_oversample(self.train.oversample, self.ppo.answers_per_prompt)
         require(
             not self.ppo.shaping.weights,

@@ -113,15 +113,35 @@ class Shaping:
         missing_eos: what an answer that was cut by the length limit gets: its `score`, its score minus
             `missing_eos_value` (`penalty`), or the constant `missing_eos_value` instead of its score (`constant`).
         missing_eos_value: see `missing_eos`.
+        overlong_from: tokens that an answer may have at no cost; from there to the length limit its reward falls linearly by
+            up to 1 (soft overlong punishment, DAPO, Yu 2025, eq. 13: L_max is the limit, L_max - L_cache this number). The
+            1 is in units of the reward after scale and weights. None: length costs nothing.
     """
 
     weights: tuple[float, ...] = ()
     per_group: bool = False
     missing_eos: Literal["score", "penalty", "constant"] = "score"
     missing_eos_value: float = 1.0
+    overlong_from: int | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, "shaping")
+        require(
+            self.overlong_from is None or self.overlong_from >= 0,
+            f"shaping.overlong_from must be >= 0, not {self.overlong_from}",
+        )
+
+    def check(self, max_new_tokens: int) -> None:
+        """Raises UserError where no answer can be as long as `overlong_from`.
+
+        Args:
+            max_new_tokens: T, tokens of an answer at most.
+        """
+        require(
+            self.overlong_from is None or self.overlong_from < max_new_tokens,
+            f"shaping.overlong_from is {self.overlong_from}, but answers end at {max_new_tokens} tokens "
+            "(max_new_tokens): length costs something from a smaller number on",
+        )
 
 
 def shaped_rewards(
@@ -129,8 +149,8 @@ def shaped_rewards(
 ) -> RewardBatch:
     """Computes the rewards of B answers: all that is done to a judgement before an algorithm uses it.
 
-    Each reward is normalised, the present ones are combined by their weights (`combine`), and answers without a stop
-    token go by the missing-EOS rule. Dense rewards stay as they are.
+    Each reward is normalised, the present ones are combined by their weights (`combine`), long answers lose by
+    `shaping.overlong_from`, and answers without a stop token go by the missing-EOS rule. Dense rewards stay as they are.
 
     Args:
         shaping: weights and rules.
@@ -140,7 +160,7 @@ def shaped_rewards(
         answers: K, for `shaping.per_group`; the K answers to a prompt are consecutive rows.
 
     Raises:
-        UserError: the number of weights is not R.
+        UserError: the number of weights is not R, or no answer can be as long as `shaping.overlong_from`.
     """
     chex.assert_rank([judged.values, judged.valid], 2)
     count = judged.values.shape[1]
@@ -165,8 +185,14 @@ def shaped_rewards(
         dense = jnp.zeros(mask.shape, jnp.float32)
     else:
         dense = jnp.where(mask & valid[:, None], judged.token_rewards, 0.0).astype(jnp.float32)
+    score = score.astype(jnp.float32)
+    if shaping.overlong_from is not None:
+        limit = mask.shape[1]
+        shaping.check(limit)
+        free = shaping.overlong_from
+        score += length_penalty(mask, per_token=1 / (limit - free), free=free, most=1.0)
     return RewardBatch(
-        score=missing_eos_score(shaping, score.astype(jnp.float32), rollout.finished),
+        score=missing_eos_score(shaping, score, rollout.finished),
         valid=valid,
         token_rewards=dense,
         pairs=judged.pairs,

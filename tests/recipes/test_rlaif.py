@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlaif_jax.command_line import command_line
 from rlaif_jax.config import from_json
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.records.store import Store
@@ -158,6 +159,20 @@ def test_a_judge_and_a_second_one_with_an_adapter(inputs, tmp_path, form):
     _, merged = load_model(config.out / "model")
     moved = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: not np.array_equal(a, b), start, merged))
     assert {path[-2].key for path, differs in moved if differs} == {"q", "k", "v", "o", "gate", "up", "down"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--ppo.shaping.overlong-from", "128"], "shaping.overlong_from is 128, but answers end at 128 tokens"),
+        (["--train.oversample", "2", "--ppo.answers-per-prompt", "1", "ppo.advantage:gae"], "train.oversample is 2"),
+    ],
+)
+def test_options_that_do_not_fit_each_other_are_refused_before_anything_is_read(options, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", *options])
+    with pytest.raises(SystemExit) as stopped:
+        command_line(main, get_config())
+    assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
 
 
 # ---- What a run concludes

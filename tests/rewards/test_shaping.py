@@ -237,6 +237,40 @@ def test_length_penalty_by_hand_and_as_dapo_has_it():
     )
 
 
+@pytest.mark.parametrize("limit, cache", [(12, 4), (12, 12), (3, 1)])
+def test_overlong_answers_lose_as_dapo_has_it(limit, cache):
+    """Yu 2025, eq. 13, written out, for every length up to the limit; a judgement that is missing stays missing."""
+
+    def punishment(length):
+        if length <= limit - cache:
+            return 0.0
+        return ((limit - cache) - length) / cache if length <= limit else -1.0
+
+    lengths = np.arange(limit + 1)
+    mask = jnp.asarray(np.arange(limit) < lengths[:, None])
+    rows = len(lengths)
+    rollout = Rollout(jnp.zeros((rows, limit)), mask[:, :0], mask, jnp.zeros(mask.shape), jnp.asarray(lengths < limit))
+    judged = Feedback.single(jnp.full(rows, 6.0), jnp.arange(rows) != 1)
+    score = lambda shaping: shaped_rewards(shaping, NORMALISER, judged, rollout)
+    found = score(Shaping(weights=(0.5,), overlong_from=limit - cache))
+    expected = np.array([0.5 + punishment(length) for length in lengths])
+    np.testing.assert_allclose(np.delete(found.score, 1), np.delete(expected, 1), rtol=1e-6)
+    np.testing.assert_array_equal(found.valid, np.arange(rows) != 1)
+    # An answer that was cut loses by its rule as well; where that is a constant, it gets the constant alone.
+    cut = score(Shaping(overlong_from=limit - cache, missing_eos="penalty", missing_eos_value=0.25)).score[-1]
+    assert cut == pytest.approx(1 - 1 - 0.25)
+    assert score(Shaping(overlong_from=limit - cache, missing_eos="constant", missing_eos_value=-3.0)).score[-1] == -3
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_a_length_that_no_answer_exceeds_is_refused(length):
+    judged = Feedback.single(np.zeros(4, np.float32), np.ones(4, bool))
+    with pytest.raises(UserError, match=f"shaping.overlong_from is {length}, but answers end at 3 tokens"):
+        shaped_rewards(Shaping(overlong_from=length), NORMALISER, judged, ROLLOUT)
+    with pytest.raises(UserError, match=r"shaping\.overlong_from must be >= 0, not -1"):
+        Shaping(overlong_from=-1)
+
+
 # ---- Combinations
 
 REWARDS = jnp.array([[1.0, 2.0, -1.0], [1.0, NAN, -1.0], [NAN, NAN, 4.0], [NAN, NAN, NAN], [3.0, 1.0, 0.0]])
