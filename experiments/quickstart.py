@@ -172,7 +172,9 @@ def main(config: QuickstartConfig) -> dict[str, Any]:
             config.seed,
             world.gold,
             reward.source,
-            reasons=(lambda prompts, answers: judge.reasons(prompts, answers)[0]) if config.models.reasons else None,
+            reasons=(lambda records, answers: judge.reasons([str(r["prompt"]) for r in records], answers)[0])
+            if config.models.reasons
+            else None,
             second=reward.second,
         )
         with run.interruptible(), run.display.wait("held-out answers before training"):

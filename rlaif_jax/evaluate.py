@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from rlaif_jax.algorithms.scoring import policy_logprobs
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import PromptBatch, Record
+from rlaif_jax.data.text import token_texts
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.parallel import Runner
@@ -63,6 +65,19 @@ class Answers(NamedTuple):
         return distinct_n([row[real].tolist() for row, real in zip(tokens, mask)], 2)
 
 
+class Credit(NamedTuple):
+    """A number for each token of B answers, which the page shows as the token's colour.
+
+    Attributes:
+        kind: `log_ratio`: the token's log-prob less that before training, in nats; their sum is an answer's share of the KL.
+            `value_change`: by how much the token changed the reward that the critic expects.
+        values: [B, T], NaN where a token has no number.
+    """
+
+    kind: Literal["log_ratio", "value_change"]
+    values: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Combination:
     """How the rewards of a source become one, as training combines them.
@@ -99,7 +114,8 @@ class Evaluation:
         source: judges answers on the host as training does; None: answers have a score only.
         name: of the score in metrics.
         frozen: weights under an adapter; those that `Runner.place` returned are the ones that training reads, too.
-        reasons: from (prompts, answers) to what a judge says about each answer, for the samples; None: it says nothing.
+        reasons: from (records of the prompts, answers) to what the judges say about each answer, for the samples; None:
+            they say nothing.
         second: another judge of the answers, such as the judge itself where a reward model is what is learned from. The
             run warns when its opinion falls while the reward rises.
         combination: how several rewards of `source` become one; None: it gives one.
@@ -115,7 +131,7 @@ class Evaluation:
     source: FeedbackSource | None = None
     name: str = "gold"
     frozen: Frozen = Frozen()
-    reasons: Callable[[Sequence[str], Sequence[str]], Sequence[str]] | None = None
+    reasons: Callable[[Sequence[Record], Sequence[str]], Sequence[str]] | None = None
     second: FeedbackSource | None = None
     combination: Combination | None = None
     further: Callable[[Answers], dict[str, float]] | None = None
@@ -160,16 +176,13 @@ class Evaluation:
         second = None if self.second is None else rewards_of(self.second, records, texts, rollout)
         return Answers(rollout, texts, scores, rewards, second, parts)
 
-    def against_reference(self, reference: Params, answers: Answers) -> tuple[float, float]:
-        """Returns the mean KL of an answer to `reference` in nats, and the mean log-prob of its tokens under `reference`.
+    def log_ratio(self, reference: Params, answers: Answers) -> np.ndarray:
+        """Returns log policy - log reference of each token [B, T] in nats; 0 where masked.
 
-        Args:
-            reference: parameters of a policy.
-            answers: of the policy whose KL it is; its log-probs are the sampler's.
+        Those of the policy are the sampler's.
         """
-        sampled, mask = np.asarray(answers.rollout.logprobs), np.asarray(answers.rollout.response_mask)
-        logprobs = np.asarray(self._logprobs(reference, answers.rollout, frozen=self.frozen))
-        return float((sampled - logprobs).sum(-1).mean()), float(logprobs[mask].mean())
+        of_reference = self._logprobs(reference, answers.rollout, frozen=self.frozen)
+        return np.asarray(answers.rollout.logprobs) - np.asarray(of_reference)
 
     def metrics(self, answers: Answers) -> dict[str, float]:
         """Returns the mean score (under `name`), the mean length `eval_length` in tokens, and `distinct2`.
@@ -196,7 +209,15 @@ class Evaluation:
         return sorted(places[:count].tolist())
 
     def write_samples(
-        self, run: Run, answers: Answers, *, step: int, stage: str, indices: Sequence[int], chosen: str = "random"
+        self,
+        run: Run,
+        answers: Answers,
+        *,
+        step: int,
+        stage: str,
+        indices: Sequence[int],
+        chosen: str = "random",
+        credit: Credit | None = None,
     ) -> None:
         """Appends the answers to some of the prompts to the run's samples.
 
@@ -207,24 +228,29 @@ class Evaluation:
             stage: of the page: `rl` during training, `before` and `after` in its comparison.
             indices: places of the prompts.
             chosen: how the prompts were chosen, `random` or `worst`.
+            credit: of the tokens of `answers`; None: the samples have none.
         """
-        prompts = [str(self.prompts.records[i]["prompt"]) for i in indices]
+        records = [self.prompts.records[i] for i in indices]
         texts = [answers.texts[i] for i in indices]
-        reasons = self.reasons(prompts, texts) if self.reasons is not None and texts else [None] * len(texts)
-        for i, prompt, text, said in zip(indices, prompts, texts, reasons):
+        reasons = self.reasons(records, texts) if self.reasons is not None and texts else [None] * len(texts)
+        for i, record, text, said in zip(indices, records, texts, reasons):
+            tokens = (
+                None if credit is None else token_values(self.tokenizer, answers.rollout, i, text, credit.values[i])
+            )
             scores = {} if self.measure is None else {self.name: number_or_none(answers.scores[i])}
             run.sample(
                 step=step,
                 stage=stage,
                 index=i,
                 chosen=chosen,
-                prompt=prompt,
+                prompt=str(record["prompt"]),
                 response=text,
                 **scores,
                 reward=None if answers.rewards is None else number_or_none(answers.rewards[i]),
                 **({} if answers.second is None else {"second_opinion": number_or_none(answers.second[i])}),
                 **{f"eval/{name}": number_or_none(values[i]) for name, values in answers.parts.items()},
                 **({} if said is None else {"reasons": said}),
+                **({} if credit is None or tokens is None else {"credit": credit.kind, "tokens": tokens}),
             )
 
     def during(self, run: Run, *, samples: int = 4, before: Answers | None = None) -> During:
@@ -297,6 +323,33 @@ def rewards_of(
     judged = jax.device_get(source(records, answers, rollout))
     require(judged.values.shape[1] == 1, f"an evaluation reads one reward an answer, not {judged.values.shape[1]}")
     return np.where(judged.valid[:, 0], judged.values[:, 0], np.nan)
+
+
+def token_values(
+    tokenizer: Tokenizer, rollout: Rollout, row: int, answer: str, values: np.ndarray
+) -> list[tuple[str, float | None]] | None:
+    """Returns (text, number) of each token of an answer, the stop token included, whose text is "".
+
+    Args:
+        tokenizer: decodes the tokens.
+        rollout: has the answer.
+        row: its place.
+        answer: its text: that of the tokens, or a part of it.
+        values: [T], NaN where a token has no number.
+
+    Returns:
+        The pairs, whose texts together are `answer`; None where `answer` is not the text of the tokens.
+    """
+    ids = np.asarray(rollout.responses)[row][np.asarray(rollout.response_mask)[row]].tolist()
+    stop = ids[len(ids) - int(rollout.finished[row]) :]
+    texts = token_texts(tokenizer, ids[: len(ids) - len(stop)])
+    start = "".join(texts).find(answer)
+    if start < 0:
+        return None
+    places = np.clip(np.cumsum([0, *map(len, texts)]) - start, 0, len(answer)).tolist()
+    texts = [answer[begin:end] for begin, end in pairwise(places)] + [""] * len(stop)
+    numbers = [number_or_none(round(float(value), 4)) for value in values[: len(ids)]]
+    return list(zip(texts, numbers, strict=True))
 
 
 def number_or_none(value: float) -> float | None:

@@ -50,9 +50,9 @@ class TrainConfig:
     Attributes:
         steps: policy steps; a resumed run may be given more.
         prompts_per_step: prompts that a step learns from, over all devices; the algorithm says how many answers each gets.
-        oversample: prompts drawn for each of these. With 2 or more, all that are drawn are answered and judged, and the step
-            learns from those whose answers have different rewards, others only fill up (dynamic sampling, DAPO, Yu 2025,
-            section 3.2). A group of equal rewards teaches a policy that compares the answers to a prompt nothing.
+        oversample: prompts drawn for each prompt that is learned from. With 2 or more, all that are drawn are answered and
+            judged, and the step learns from those whose answers have different rewards; others only fill up (dynamic
+            sampling, DAPO, Yu 2025, section 3.2). Answers with equal rewards teach nothing by their comparison.
         prompt_length: P, tokens that prompts are padded to.
         rollout_parts: parts in which a step's prompts are rolled out; a source that can `prefetch` (a judge behind an API)
             judges each while the next ones are generated. The answers are the same.
@@ -127,8 +127,8 @@ def train(
     normaliser: Normaliser | None = None,
     evaluate: Callable[[Params, int], dict[str, float]] | None = None,
     enough: Callable[[], bool] = lambda: False,
-) -> Params:
-    """Improves a policy from feedback and returns its new parameters.
+) -> dict[str, Params]:
+    """Improves a policy from feedback and returns the new parameters by part, as `params` are given.
 
     `run.stop_requested`, `config.target_reward`, `config.steps` and `enough` end the loop. A resumed run goes on from its
     newest checkpoint.
@@ -344,7 +344,7 @@ def train(
                 save(step, pending, prompts.get_state(), source_state, evaluated)  # checkpoint
             if done:
                 break
-    return jax.tree.map(jnp.asarray, runner.fetch(state.params["policy"]))
+    return jax.tree.map(jnp.asarray, dict(runner.fetch(state.params)))
 
 
 def empty_rollouts(config: TrainConfig, algorithm: Algorithm, policy: Policy) -> list[Rollout]:

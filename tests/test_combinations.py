@@ -88,7 +88,7 @@ def run(case: tuple[str, ...], folder: Any, monkeypatch: pytest.MonkeyPatch) -> 
             tokenizer=TOKENIZER,
             prompts=setup.prompts(16),
             feedback=setup.feedback,
-        )
+        )["policy"]
     assert run.checks
     assert all(run.checks.values())
     moved = [

@@ -118,7 +118,7 @@ def main(config: TinyConfig) -> None:
             tokenizer=tokenizer,
             prompts=stream,
             feedback=FunctionSource(lambda record, answer: reward(config, record, answer)),
-        )
+        )["policy"]
         np.savez(config.out / "final.npz", *[np.asarray(x) for x in jax.tree.leaves(final)])
 
 

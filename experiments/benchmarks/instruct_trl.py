@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.instruct_trl models/smollm2 runs/instruct --weights lora --seed 0
 
-It needs torch, trl and peft beside this package. It reads the prompts that `experiments/instruct.py` has written to
+It needs torch, trl and peft in addition to this package. It reads the prompts that `experiments/instruct.py` has written to
 runs/instruct, writes the folder runs/instruct/trl-lora-0 with answers.jsonl, metrics.jsonl (a line a step) and summary.json,
 and a later `experiments/instruct.py` lists it with its own runs.
 """

@@ -237,10 +237,7 @@ def token_spans(
     offset = 0 if text is None else whole.find(text)
     require(offset >= 0, f"these spans are of another text: {str(text)[:60]!r} is not in {whole[:60]!r}")
     length = len(whole if text is None else text)
-    # The end of each token's text is where the decoded tokens up to it and the whole text differ: a token of some of a
-    # character's bytes decodes to a replacement character, and some tokenizers mend blanks at the end.
-    ends = _shared_ends(tokenizer, ids, whole)
-    ends = [*np.maximum.accumulate(ends)[:-1].tolist(), len(whole)] if ends else []
+    ends = _token_ends(tokenizer, ids, whole)
     starts = [0, *ends[:-1]]
     for i in range(len(ids)):
         if ends[i] == starts[i] and ends[i] < len(whole) and tokenizer.decode(ids[i : i + 1]):
@@ -260,6 +257,31 @@ def token_spans(
         hits = touched(*place, bare) or touched(*place, list(zip(starts, ends)))
         found.append((hits[0], hits[-1] + 1))
     return found
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Returns the text of each token; together they are the text of all.
+
+    Of a character that several tokens make up, the last one has it and the others have "", as have special tokens that the
+    text does not show.
+
+    Args:
+        tokenizer: decodes the tokens.
+        ids: the tokens.
+    """
+    whole = tokenizer.decode(ids)
+    ends = _token_ends(tokenizer, ids, whole)
+    return [whole[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def _token_ends(tokenizer: Tokenizer, ids: Sequence[int], whole: str) -> list[int]:
+    """Returns where the text of each token ends in the whole text.
+
+    It is where the decoded tokens up to it and the whole text differ: a token of some of a character's bytes decodes to a
+    replacement character, and some tokenizers mend blanks at the end.
+    """
+    ends = _shared_ends(tokenizer, ids, whole)
+    return [*np.maximum.accumulate(ends)[:-1].tolist(), len(whole)] if ends else []
 
 
 def _shared_ends(tokenizer: Tokenizer, ids: Sequence[int], whole: str) -> list[int]:

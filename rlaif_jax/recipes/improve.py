@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.algorithms.base import Algorithm
-from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.algorithms.ppo import PPO, PPOConfig
+from rlaif_jax.algorithms.scoring import padded_view
 from rlaif_jax.data.prompts import PromptIterator
-from rlaif_jax.evaluate import Answers, Evaluation
+from rlaif_jax.evaluate import Answers, Credit, Evaluation
 from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
 from rlaif_jax.metrics import RL_STAGE, MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
@@ -22,7 +23,7 @@ from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcome
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig, train
-from rlaif_jax.types import Params
+from rlaif_jax.types import Frozen, Params
 
 SAMPLES = 24  # prompts drawn at random whose answers before and after are written to the samples
 WORST = 6  # the same for the prompts that lost most
@@ -105,26 +106,30 @@ def improve(
         enough=enough,
     )
     with run.interruptible(), run.display.wait("held-out answers after training"):
-        after = during.at(trained, run.steps_done, judged=True)
+        after = during.at(trained["policy"], run.steps_done, judged=True)
         run.metrics |= comparison(evaluation.name, before, after, run.seed)
+        log_ratio = evaluation.log_ratio(params["policy"], after)
+        run.metrics["kl"] = float(log_ratio.sum(-1).mean())
         run.metrics["reference_logprob_before"] = _mean_logprob(before)
-        run.metrics["kl"], run.metrics["reference_logprob_after"] = evaluation.against_reference(
-            params["policy"], after
-        )
+        run.metrics["reference_logprob_after"] = _mean_logprob(after, log_ratio)
+        credit = token_credit(algorithm, trained, evaluation.frozen, after, log_ratio)
     for stage in ("before", "after"):
         run.drop_samples(stage)
     for chosen, indices in (
         ("random", evaluation.random_prompts(SAMPLES)),
         ("worst", worst_prompts(before, after, WORST)),
     ):
-        for step, stage, answers in ((0, "before", before), (run.steps_done, "after", after)):
-            evaluation.write_samples(run, answers, step=step, stage=stage, indices=indices, chosen=chosen)
-    return Improvement(trained, before, after)
+        evaluation.write_samples(run, before, step=0, stage="before", indices=indices, chosen=chosen)
+        evaluation.write_samples(
+            run, after, step=run.steps_done, stage="after", indices=indices, chosen=chosen, credit=credit
+        )
+    return Improvement(trained["policy"], before, after)
 
 
-def _mean_logprob(answers: Answers) -> float:
-    """Returns the mean log-prob of a token under the policy that drew the answers."""
-    return float(np.asarray(answers.rollout.logprobs)[np.asarray(answers.rollout.response_mask)].mean())
+def _mean_logprob(answers: Answers, log_ratio: np.ndarray | float = 0.0) -> float:
+    """Returns the mean log-prob of a token under the policy that drew the answers, less `log_ratio`."""
+    logprobs = np.asarray(answers.rollout.logprobs) - log_ratio
+    return float(logprobs[np.asarray(answers.rollout.response_mask)].mean())
 
 
 def worst_prompts(before: Answers, after: Answers, count: int) -> list[int]:
@@ -138,6 +143,40 @@ def worst_prompts(before: Answers, after: Answers, count: int) -> list[int]:
     gained = after.scores - before.scores
     order = np.argsort(gained, kind="stable")
     return [int(i) for i in order if np.isfinite(gained[i])][:count]
+
+
+def token_credit(
+    algorithm: Algorithm, params: dict[str, Params], frozen: Frozen, answers: Answers, log_ratio: np.ndarray
+) -> Credit:
+    """Returns the credit of the tokens of a policy's answers: by its critic, where it has one.
+
+    Args:
+        algorithm: the algorithm that trained the policy.
+        params: parameters by part, after training.
+        frozen: weights under adapters.
+        answers: B answers of the policy.
+        log_ratio: [B, T] log policy - log policy before training, which is the credit without a critic.
+    """
+    if not isinstance(algorithm, PPO) or algorithm.critic is None:
+        return Credit("log_ratio", log_ratio)
+    score = lambda params, frozen, rollout: algorithm.score(params, frozen, padded_view(rollout)).values
+    values = jax.jit(score)(params, frozen, answers.rollout)
+    return Credit("value_change", value_changes(np.asarray(values), np.asarray(answers.rollout.response_mask)))
+
+
+def value_changes(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns V(after the token) - V(before it) [B, T]: the one-step advantage of each token but the last.
+
+    Schulman 2016, eq. 10, with gamma = 1 and without a reward; NaN for the last token, whose advantage the reward decides,
+    and where masked.
+
+    Args:
+        values: [B, T] the critic's values before each token.
+        mask: [B, T] bool, the answers' tokens.
+    """
+    changes = np.full(values.shape, np.nan)
+    changes[:, :-1] = np.where(mask[:, 1:], values[:, 1:] - values[:, :-1], np.nan)
+    return changes
 
 
 def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.rendering import chat_tokenizer
 from rlaif_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlaif_jax.feedback.api import builtin_templates as builtin
@@ -23,12 +24,13 @@ from rlaif_jax.feedback.constitution.constitution import Constitution, load_cons
 from rlaif_jax.feedback.constitution.revision import draw_principle
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
 from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource, other_answer
-from rlaif_jax.feedback.records.forms import Rater, sha256
+from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating, sha256
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.parallel import Runner
+from rlaif_jax.recipes.reasons import Reasons, ranking_words, rating_words
 from rlaif_jax.types import Params
 
 BASELINE = "baseline"
@@ -36,7 +38,6 @@ BASELINE = "baseline"
 
 Form = Literal["rating", "ranking"]
 Compare = Callable[[Sequence[str], Sequence[str], Sequence[str]], "Verdicts"]
-Reasons = Callable[[Sequence[str], Sequence[str]], list[str]]
 
 
 class Verdicts(NamedTuple):
@@ -192,6 +193,35 @@ class JudgeReward:
         against = self.against if self.form == "ranking" else ""
         return RecordedJudgeSource(judge, rater, around.store, wording.principle, against)
 
+    def reasons(self, around: Surroundings) -> Reasons:
+        """Returns how the judge came to its judgements, read from the store: the labels' probabilities."""
+        wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
+        labels = [label for label, _ in wording.template.labels]
+        name, against = Path(self.model).name, self.against if self.form == "ranking" else ""
+        other = "the answer before training" if against == BASELINE else f"the answer in {against}"
+
+        def words(store: Store, record: Record, answer: str) -> str:
+            answers = (answer, other_answer(record, against)) if against else (answer,)
+            found = store.judgements(item=sha256([str(record["prompt"]), sorted(answers)]), form=self.form)
+            own = {
+                entry.shown: entry
+                for entry in found
+                if (entry.rater.name, entry.rater.prompt_hash, entry.answers) == (name, wording.template.hash, answers)
+            }
+            if against:
+                forward, swapped = own.get((0, 1)), own.get((1, 0))
+                if isinstance(forward, Ranking) and isinstance(swapped, Ranking):
+                    return ranking_words(forward, swapped, other)
+                return ""
+            rating = own.get(())
+            return rating_words(rating, labels) if isinstance(rating, Rating) else ""
+
+        def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
+            with Store(around.store) as store:
+                return [words(store, record, answer) for record, answer in zip(records, answers)]
+
+        return written
+
     def comparer(self, around: Surroundings) -> Compare:
         """Returns the judge as a function that compares answers in both orders."""
         only = self if self.form == "ranking" else dataclasses.replace(self, template=None)
@@ -258,9 +288,9 @@ class ApiReward(ApiConfig):
         if self.form == "ranking":
             return None
 
-        def written(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+        def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
             with Store(around.store) as store:
-                items = [sha256([prompt, [answer]]) for prompt, answer in zip(prompts, answers)]
+                items = [sha256([str(record["prompt"]), [answer]]) for record, answer in zip(records, answers)]
                 found = [store.judgements(item=item, form="rating") for item in items]
             return [judgements[-1].raw if judgements else "" for judgements in found]
 

@@ -34,8 +34,9 @@ from rlaif_jax.parallel import make_runner
 from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import Improvement, improve, with_critic
-from rlaif_jax.recipes.judge_rewards import ApiReward, Compare, Reasons, Surroundings
+from rlaif_jax.recipes.judge_rewards import Compare, Surroundings
 from rlaif_jax.recipes.own_prompts import OwnPrompts, read_prompts
+from rlaif_jax.recipes.reasons import Reasons, joined_reasons
 from rlaif_jax.recipes.rewards import (
     Judging,
     Reward,
@@ -220,6 +221,7 @@ def _train(
     shaping = dataclasses.replace(config.ppo.shaping, weights=tuple(part.weight for part in config.feedback))
     ppo = dataclasses.replace(config.ppo, shaping=shaping)
     held_out = next(start.batches(prompts.held_out, len(prompts.held_out), shuffle=False))
+    asked = [str(record["prompt"]) for record in held_out.records]
     learned, base = policy.params, None
     if lora is not None:
         learned, base = lora.init(step_key(config.seed, 1, INIT), policy.params), runner.place(policy.params)
@@ -240,8 +242,7 @@ def _train(
         before = evaluation.answers(learned)
     against = None
     if judges.compare is not None:
-        judge = SECOND if second else "judge"
-        against = AgainstStart(judges.compare, judge, [str(record["prompt"]) for record in held_out.records], before)
+        against = AgainstStart(judges.compare, SECOND if second else "judge", asked, before)
         evaluation = dataclasses.replace(evaluation, further=against)
 
     # ---- The policy learns, and answers again
@@ -265,13 +266,13 @@ def _train(
             run.metrics |= against.metrics(found.after)
     run.metrics["wall_s"] = round(run.wall_s, 1)
     run.missing |= source.missing()
-    _write_answers(run.folder, [str(record["prompt"]) for record in held_out.records], found)
+    _write_answers(run.folder, asked, found)
     _save(run.folder, config.policy, policy, lora, found.params)
     conclude(run, None if against is None else against.name)
 
 
 def _write_answers(folder: Path, prompts: Sequence[str], found: Improvement) -> None:
-    """Writes the held-out answers before and after training as `judge --items` and the annotation page read them."""
+    """Writes the held-out answers before and after training, as `judge --items` reads them."""
     with atomic_write(folder / "answers.jsonl") as file:
         for prompt, *answers in zip(prompts, found.before.texts, found.after.texts, strict=True):
             row = {"prompt": prompt, "answers": answers, "generators": ["before", "after"]}
@@ -286,7 +287,15 @@ def _save(folder: Path, base_name: str, policy: LoadedPolicy, lora: LoRAConfig |
 
 
 class _Judges(NamedTuple):
-    """What judges the answers: rewards, a second opinion, who compares, which prompts need a baseline, and why."""
+    """What judges the answers.
+
+    Attributes:
+        source: the rewards.
+        opinion: the second opinion.
+        compare: who compares answers with those before training.
+        baseline: which prompts need the answer before training as a field.
+        reasons: why an answer got its reward.
+    """
 
     source: JoinedSource
     opinion: FeedbackSource | None
@@ -296,14 +305,15 @@ class _Judges(NamedTuple):
 
 
 def _judges(config: RlaifConfig, second: Reward | None, around: Surroundings) -> _Judges:
-    rewards = [part.reward for part in config.feedback]
+    rewards, names = [part.reward for part in config.feedback], reward_names(config.feedback)
+    said = [(name, reward.reasons(around)) for name, reward in zip(names, rewards) if isinstance(reward, Judging)]
     asked = second or next((reward for reward in rewards if isinstance(reward, Judging)), None)
     return _Judges(
-        JoinedSource(tuple(build_reward(reward, around) for reward in rewards), reward_names(config.feedback)),
+        JoinedSource(tuple(build_reward(reward, around) for reward in rewards), names),
         build_reward(second, around) if second else None,
         asked.comparer(around) if isinstance(asked, Judging) else None,
         "everywhere" if any(map(_compares, rewards)) else "held out" if _compares(second) else "nowhere",
-        next((reward.reasons(around) for reward in rewards if isinstance(reward, ApiReward)), None),
+        joined_reasons([(name, reasons) for name, reasons in said if reasons is not None]),
     )
 
 

@@ -125,7 +125,7 @@ def run_train(setup: Setup, folder, *, resume=False, stop_after=None, staleness=
             prompts=setup.prompts(config.prompts_drawn),
             feedback=setup.feedback,
             enough=lambda: run.steps_done == stop_after,
-        )
+        )["policy"]
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from rlaif_jax.data.text import (
     shared_prefix,
     text_arrays,
     token_spans,
+    token_texts,
 )
 from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.types import Rollout
@@ -173,6 +174,17 @@ def test_the_texts_of_tokens_are_those_of_decoding_every_beginning(shared_data, 
     whole = tokenizer.decode(ids)
     wanted = [shared_prefix(whole, tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
     assert _shared_ends(tokenizer, ids, whole) == wanted
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids) and "".join(texts) == whole
+
+
+def test_the_last_token_of_a_character_has_it(shared_data):
+    tokenizer = _loaded(shared_data("tok_gpt2/gpt2_vocab.json"))
+    ids = tokenizer.encode("a \u2603 b")
+    texts = token_texts(tokenizer, ids)
+    assert (texts[0], texts[-1], "".join(texts)) == ("a", " b", "a \u2603 b")
+    at = next(i for i, text in enumerate(texts) if "\u2603" in text)
+    assert at > 1 and not "".join(texts[1:at]).strip(), "no part of it is shown before"
 
 
 def test_long_answers_are_decoded_in_linear_time():

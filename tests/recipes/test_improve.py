@@ -16,7 +16,7 @@ from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.data.tokenizers import word_level_tokenizer
-from rlaif_jax.evaluate import Answers, Evaluation, rewards_of
+from rlaif_jax.evaluate import Answers, Evaluation, rewards_of, token_values
 from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM
@@ -25,10 +25,19 @@ from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.policies.text import TextPolicy
-from rlaif_jax.recipes.improve import comparison, improve, normaliser_of, with_critic, worst_prompts
+from rlaif_jax.recipes.improve import (
+    comparison,
+    improve,
+    normaliser_of,
+    token_credit,
+    value_changes,
+    with_critic,
+    worst_prompts,
+)
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig
-from rlaif_jax.types import Frozen
+from rlaif_jax.types import Frozen, Rollout
+from tests.builders import LENGTH, PROMPT, ppo
 from tests.helpers import unexplained
 
 TOKENIZER = word_level_tokenizer(tuple("abcdefgh"))
@@ -114,16 +123,27 @@ def test_a_second_opinion_has_a_mean_and_its_standard_error(params, records):
     assert np.isnan(nobody.metrics(nobody.answers(params))["second_opinion"])
 
 
+def reference_logprob(params, rollout) -> float:
+    """Returns the mean log-prob of the answers' tokens, by the logits of the whole texts."""
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
+    whole = np.concatenate([np.asarray(rollout.prompt_mask), mask], 1)
+    hidden = MODEL.sequence_hidden(params, rollout.tokens, whole)
+    logprobs = np.asarray(jax.nn.log_softmax(MODEL.logits(params, hidden), axis=-1), np.float64)
+    start = tokens.shape[1] - mask.shape[1]
+    said = np.take_along_axis(logprobs[:, start - 1 : -1], tokens[:, start:, None], -1)[..., 0]
+    return float(said[mask].mean())
+
+
 def test_before_train_after(params, records, tmp_path):
     prompts = next(batches(records, 16))
     gold = lambda records, texts: np.array([len(text.split()) for text in texts], np.float32)
-    reasons = lambda prompts, texts: [f"{prompt}: {text}" for prompt, text in zip(prompts, texts)]
+    reasons = lambda records, texts: [f"{record['prompt']}: {text}" for record, text in zip(records, texts)]
     evaluation = Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, 0, measure=gold, source=SOURCE, reasons=reasons)
     before = evaluation.answers(params)
     again = evaluation.answers(params, judged=False)
     assert (again.texts, again.rewards) == (before.texts, None)
     np.testing.assert_array_equal(before.rewards, rewards_of(SOURCE, prompts.records, before.texts, before.rollout))
-    assert evaluation.against_reference(params, before)[0] == pytest.approx(0, abs=1e-5)
+    np.testing.assert_allclose(evaluation.log_ratio(params, before), 0, atol=1e-5)
     config = TrainConfig(steps=2, prompts_per_step=16, prompt_length=4, parallel=ParallelConfig(mode="shard", data=1))
     ppo = PPOConfig(num_epochs=1)
     critic, parts = with_critic(ppo, MODEL, params, params["trunk"], jax.random.key(1))
@@ -145,13 +165,13 @@ def test_before_train_after(params, records, tmp_path):
         )
     assert found.before is before
     assert len(found.after.texts) == 16
-    kl, logprob = evaluation.against_reference(params, found.after)
-    assert (run.metrics["kl"], run.metrics["reference_logprob_after"]) == (kl, logprob)
-    assert evaluation.against_reference(params, before)[1] == pytest.approx(
-        run.metrics["reference_logprob_before"], abs=1e-5
-    )
+    log_ratio = evaluation.log_ratio(params, found.after)
+    assert run.metrics["kl"] == float(log_ratio.sum(-1).mean())
     mask, own = (np.asarray(x) for x in (found.after.rollout.response_mask, found.after.rollout.logprobs))
-    assert kl == pytest.approx((own[mask].mean() - logprob) * mask.sum() / len(mask), abs=1e-5)
+    logprob = run.metrics["reference_logprob_after"]
+    assert logprob == pytest.approx(reference_logprob(params, found.after.rollout), abs=1e-5)
+    assert run.metrics["kl"] == pytest.approx((own[mask].mean() - logprob) * mask.sum() / len(mask), abs=1e-5)
+    assert run.metrics["reference_logprob_before"] == pytest.approx(reference_logprob(params, before.rollout), abs=1e-5)
     samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
     assert {(s["stage"], s["step"]) for s in samples} == {("before", 0), ("rl", 0), ("rl", 2), ("after", 2)}
     assert all(s["reward"] is None for s in samples if s["stage"] == "rl")
@@ -167,6 +187,13 @@ def test_before_train_after(params, records, tmp_path):
                     answers.texts[s["index"]],
                 )
     assert unexplained(run.folder) == []
+    assert {s.get("credit") for s in samples if s["stage"] == "after"} == {"value_change"}
+    assert not any("tokens" in s for s in samples if s["stage"] != "after")
+    for s in samples:
+        if s["stage"] == "after":
+            texts, numbers = zip(*s["tokens"])
+            assert "".join(texts) == s["response"]
+            assert numbers[-1] is None and None not in numbers[:-1], "the reward decides about the last token alone"
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["gold"] == run.metrics["gold_before"]
     assert lines[-1]["gold"] == run.metrics["gold_after"]
@@ -200,5 +227,62 @@ def test_an_adapter_is_trained_and_evaluated_over_its_base(tmp_path, params, rec
     after = whole.answers(merged)
     assert after.texts == found.after.texts
     np.testing.assert_array_equal(found.before.rollout.tokens, whole.answers(params).rollout.tokens)
-    assert run.metrics["kl"] == pytest.approx(whole.against_reference(params, after)[0], abs=1e-4)
+    assert run.metrics["kl"] == pytest.approx(whole.log_ratio(params, after).sum(-1).mean(), abs=1e-4)
     assert run.metrics["kl"] > 1e-3
+
+
+# ---- What each token did
+
+LETTERS = word_level_tokenizer(("a", "b", "c"))  # ids 4, 5, 6; stop 2, unknown 3
+NAN = float("nan")
+
+
+def test_value_changes_by_hand():
+    """The last token of an answer has none; values behind the answer are not read."""
+    values = np.array([[1.0, 1.5, 0.5, 9.0], [2.0, 9.0, 9.0, 9.0], [0.0, 1.0, 3.0, 6.0]])
+    mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
+    expected = [[0.5, -1.0, NAN, NAN], [NAN] * 4, [1.0, 2.0, 3.0, NAN]]
+    np.testing.assert_array_equal(value_changes(values, mask), expected)
+
+
+def test_credit_is_by_the_critic_where_there_is_one():
+    """Against the critic applied to whole sequences: the value before a token is at the column before it."""
+    setup = ppo()
+    rng = np.random.default_rng(0)
+    rows = 6
+    mask = np.arange(LENGTH) < rng.integers(1, LENGTH + 1, rows)[:, None]
+    tokens = rng.integers(4, 12, (rows, PROMPT + LENGTH)).astype(np.int32)
+    drawn = Rollout(tokens, np.ones((rows, PROMPT), bool), mask, np.zeros(mask.shape), mask.sum(1) < LENGTH)
+    answers = Answers(drawn, [""] * rows, np.zeros(rows), None)
+    log_ratio = rng.normal(size=mask.shape)
+    found = token_credit(setup.algorithm, setup.params, Frozen(), answers, log_ratio)
+    every = np.concatenate([np.ones((rows, PROMPT), bool), mask], axis=1)
+    values = np.asarray(setup.algorithm.critic(setup.params["value"], tokens, every))[:, PROMPT - 1 :]
+    expected = np.where(mask[:, 1:], values[:, 1:LENGTH] - values[:, : LENGTH - 1], NAN)
+    assert found.kind == "value_change" and np.nanmax(np.abs(expected)) > 0.01
+    np.testing.assert_allclose(found.values[:, :-1], expected, atol=1e-5)
+    without = ppo(advantage=LeaveOneOut(), answers_per_prompt=2, kl_in="loss").algorithm
+    assert token_credit(without, setup.params, Frozen(), answers, log_ratio) == ("log_ratio", log_ratio)
+
+
+def rollout(*ids, finished):
+    tokens = np.zeros((1, 1 + 6), np.int32)
+    tokens[0, 1 : 1 + len(ids)] = ids
+    mask = np.arange(6)[None] < len(ids)
+    return Rollout(tokens, np.ones((1, 1), bool), mask, np.zeros((1, 6)), jnp.array([finished]))
+
+
+@pytest.mark.parametrize(
+    "ids, finished, answer, expected",
+    [
+        ((4, 5, 2), True, "a b", [("a", 0.5), (" b", -1.0), ("", 0.1235)]),
+        ((4, 5), False, "a b", [("a", 0.5), (" b", -1.0)]),
+        ((2,), True, "", [("", 0.5)]),
+        ((4, 5, 6, 5), False, "b c", [("", 0.5), ("b", -1.0), (" c", 0.1235), ("", None)]),
+        ((4, 5, 2), True, "b a", None),
+    ],
+)
+def test_the_texts_of_a_samples_tokens_are_its_answer(ids, finished, answer, expected):
+    """The stop token has no text; without blanks at its ends an answer is a part of the tokens' text."""
+    values = np.array([0.5, -1.0, 0.12345, NAN, 7.0, 7.0])
+    assert token_values(LETTERS, rollout(*ids, finished=finished), 0, answer, values) == expected

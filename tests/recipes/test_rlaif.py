@@ -114,7 +114,12 @@ def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path):
     assert {("before", r["prompt"]): r["answers"][0] for r in answers} | {
         ("after", r["prompt"]): r["answers"][1] for r in answers
     } == shown
+    after = [s for s in samples if (s["stage"], s["chosen"]) == ("after", "random")]
+    assert len(after) == 16 and all("".join(text for text, _ in s["tokens"]) == s["response"] for s in after)
+    shares = [sum(number for _, number in s["tokens"]) for s in after]
+    assert np.mean(shares) == pytest.approx(metrics["kl"], abs=1e-3), "all held-out answers are shown"
     page = (whole.out / "report.html").read_text()
+    assert "Colours after training" in page
     assert "fussy raised ValueError" in page and unexplained(whole.out) == []
     _, start = load_model(inputs / "lm")
     model, after = load_model(whole.out / "model")
@@ -149,6 +154,9 @@ def test_a_judge_and_a_second_one_with_an_adapter(inputs, tmp_path, form):
         metrics
     )
     assert 0 <= metrics[f"win_rate_{SECOND}"] <= 1 and metrics[f"{SECOND}_missing"] == 0
+    samples = [json.loads(line) for line in (config.out / "samples.jsonl").read_text().splitlines()]
+    begins = {"rating": "Expected score", "ranking": "Better than the answer before training"}[form]
+    assert all(sample["reasons"].startswith(begins) for sample in samples)
     rows = steps(config.out)
     assert "second_opinion" in rows[0] and f"win_rate_{SECOND}" in rows[0]
     with Store(config.out / "feedback.sqlite") as store:

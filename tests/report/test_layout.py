@@ -19,7 +19,19 @@ def whole_page(run):
     write_samples(
         run,
         *(
-            sample(stage, i, LONG, chosen=how, prompt=LONG, reward=0.5, gold=0.25, second_opinion=-7.25, reasons=LONG)
+            sample(
+                stage,
+                i,
+                LONG,
+                chosen=how,
+                prompt=LONG,
+                reward=0.5,
+                gold=0.25,
+                second_opinion=-7.25,
+                reasons=LONG,
+                credit="log_ratio",
+                tokens=[[LONG, 1.0]],
+            )
             for stage in ("before", "after", "rl")
             for how in ("random", "worst")
             for i in range(3)

@@ -1,0 +1,91 @@
+"""How judges came to their judgements, in words: by hand, and read from a run's store among those of other judges."""
+
+import dataclasses
+from contextlib import ExitStack
+
+import pytest
+
+from rlaif_jax.feedback.api.builtin_templates import PAIRWISE, RATING
+from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
+from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.parallel import JitRunner
+from rlaif_jax.recipes.judge_rewards import JudgeReward, Surroundings
+from rlaif_jax.recipes.reasons import joined_reasons, ranking_words, rating_words
+
+LM = Rater("lm", "ai", "weights", RATING.hash)
+LABELS = ("1", "2", "3", "4")
+RECORDS = [{"prompt": "Why?", "baseline": "Before."}]
+
+
+def rating(rater=LM, value=2.5, **more):
+    shared = {"prompt": "Why?", "answers": ("Because.",), "rater": rater, "label_mass": 0.875}
+    return Rating(**shared | {"value": value, "low": 1.0, "high": 4.0, "probabilities": (0.1, 0.25, 0.45, 0.2)} | more)
+
+
+def ranking(shown, probability, **more):
+    ranks = (1, 2) if probability > 0.5 else (2, 1)
+    shared = {"prompt": "Why?", "answers": ("Because.", "Before."), "shown": shown, "label_mass": 0.9}
+    rater = Rater("lm", "ai", "weights", PAIRWISE.hash)
+    return Ranking(**shared | {"rater": rater, "ranks": ranks, "probability": probability} | more)
+
+
+def test_a_score_names_its_most_probable_labels():
+    assert rating_words(rating(), LABELS) == (
+        "Expected score 2.50 on a scale from 1 to 4: 3 with 45%, 2 with 25%, 4 with 20%. The labels have 88% of the "
+        "judge's probability."
+    )
+
+
+def test_a_preference_names_both_orders_and_the_other_answer():
+    assert ranking_words(ranking((0, 1), 0.8), ranking((1, 0), 0.4), "the answer before training") == (
+        "Better than the answer before training with 60%: with 80% where it is shown first, with 40% where it is shown "
+        "second. The labels have 90% of the judge's probability. The answer before training: Before."
+    )
+
+
+@pytest.mark.parametrize(
+    "mass, words", [(0.25, "No judgement. The labels have 25% of"), (0.0, "No judgement: the question was too long.")]
+)
+def test_a_judgement_that_is_missing_says_so(mass, words):
+    nothing = {"status": "unparsed", "label_mass": mass}
+    one = rating(value=float("nan"), probabilities=(), **nothing)
+    pair = [
+        dataclasses.replace(ranking(shown, 0.4), **nothing, ranks=(), probability=None) for shown in ((0, 1), (1, 0))
+    ]
+    assert rating_words(one, LABELS).startswith(words)
+    assert ranking_words(*pair, "another").startswith(words)
+
+
+@pytest.fixture
+def around(tmp_path):
+    with ExitStack() as opened:
+        yield Surroundings(tmp_path, 0, JitRunner(), lambda: False, opened)
+
+
+def test_the_judges_own_score_is_read_from_the_store(around):
+    """Not that of another judge, of another wording, or of another answer."""
+    others = [Rater("other", "ai", "weights", RATING.hash), Rater("lm", "ai", "weights", "other wording")]
+    with Store(around.store) as store:
+        store.add([rating(others[0], 1.0), rating(value=3.25), rating(others[1], 2.0)])
+        store.add([rating(answers=("No.",), value=1.5)])
+    said = JudgeReward("models/lm").reasons(around)(RECORDS * 3, ["Because.", "No.", "Never asked."])
+    assert said[0].startswith("Expected score 3.25") and said[1].startswith("Expected score 1.50") and said[2] == ""
+
+
+def test_the_judges_own_preference_is_read_from_the_store(around):
+    with Store(around.store) as store:
+        store.add([ranking((0, 1), 0.9), ranking((1, 0), 0.7)])
+        # The same two answers the other way round: the policy gave what it had given before.
+        store.add([ranking((0, 1), 0.1, answers=("Before.", "Because."), ranks=(2, 1))])
+    said = JudgeReward("models/lm", "ranking").reasons(around)(RECORDS * 2, ["Because.", "Before."])
+    assert said[0].startswith("Better than the answer before training with 80%") and said[0].endswith(": Before.")
+    assert said[1] == "", "one order alone is no judgement"
+
+
+def test_several_judges_speak_under_their_names():
+    one = lambda records, answers: [f"{record['prompt']} {answer}" for record, answer in zip(records, answers)]
+    silent = lambda records, answers: ["", "b"]
+    assert joined_reasons([]) is None
+    assert joined_reasons([("x", one)]) is one
+    both = joined_reasons([("x", one), ("y", silent)])
+    assert both(RECORDS * 2, ["A.", "B."]) == ["x: Why? A.", "x: Why? B.\ny: b"]
