@@ -198,11 +198,10 @@ def _train(
     """Trains `policy`; everything that the rewards open is closed with `opened`."""
     runner = make_runner(config.train.parallel)
     config.train.check(config.ppo, runner.devices)
-    tokenizer = policy.tokenizer
     lora = config.adapter if config.lora else None
-    texts = TextPolicy(policy.model, config.sampling, tokenizer.stop_ids, tokenizer.pad_id, lora)
-    texts.check(config.train.prompt_length, tokenizer)
-    prompts = _prompts(config, tokenizer, runner.devices)
+    texts = TextPolicy(policy.model, config.sampling, policy.tokenizer.stop_ids, policy.tokenizer.pad_id, lora)
+    texts.check(config.train.prompt_length, policy.tokenizer)
+    prompts = _prompts(config, policy.tokenizer, runner.devices)
     run.missing |= {f"prompts: {reason}": count for reason, count in prompts.left_out.items()}
     judges = _judges(config, second, Surroundings(run.folder, config.seed, runner, run.stopped, opened))
     source = judges.source
@@ -227,7 +226,7 @@ def _train(
         learned, base = lora.init(step_key(config.seed, 1, INIT), policy.params), runner.place(policy.params)
     evaluation = Evaluation(
         texts,
-        tokenizer,
+        policy.tokenizer,
         runner,
         held_out,
         config.seed,
