@@ -8,9 +8,9 @@ where the answer keeps it, else 0. The held-out questions are asked with constra
 of its kinds (at most 15 words), and kinds that it never has.
 
 Each arm (GRPO or PPO, a LoRA adapter or all weights) is a run of `python -m rlaif_jax train` with its own folder and page, on
-three seeds. Before and after, the original model compares the held-out answers in both orders, and says how fluent they
-are (their log-prob under it). OUT/compare.html compares the runs, OUT/results.json has all numbers, also of the runs that
-`experiments.benchmarks.instruct_trl` takes by TRL.
+three seeds. The original model says how fluent the held-out answers are (their log-prob under it), and with
+`--judge "judge models/smollm2 min_mass=0.05"` a judge compares those before and after in both orders. OUT/compare.html
+compares the runs; OUT/results.json has all numbers, also of the runs that `experiments.benchmarks.instruct_trl` takes by TRL.
 
 Expected: see experiments/RESULTS.md.
 """
@@ -26,6 +26,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +56,12 @@ from rlaif_jax.feedback.verifiers.constraints import (
 from rlaif_jax.files import atomic_write
 from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
+from rlaif_jax.parallel import ParallelConfig, make_runner
 from rlaif_jax.quality.intervals import bootstrap_ci
+from rlaif_jax.quality.win_rates import win_rate_ci
 from rlaif_jax.recipes import rlaif
-from rlaif_jax.recipes.rewards import read_reward
+from rlaif_jax.recipes.judge_rewards import Surroundings
+from rlaif_jax.recipes.rewards import Judging, read_reward
 from rlaif_jax.report.compare import write_comparison
 from rlaif_jax.tools.runs import run_settings
 
@@ -113,6 +117,9 @@ class InstructConfig:
         full_rate: learning rate of all weights.
         adapter: its rank and matrices.
         kl_coef: of the KL to the original model.
+        temperature: of the answers, in training and on held-out questions; at 1 the answers of so small a model make little
+            sense.
+        judge: what compares the held-out answers before and after in both orders, as a line of words; "" = nothing.
         out: the folder of the runs; those that are there already go on, and finished ones are only read.
     """
 
@@ -128,6 +135,8 @@ class InstructConfig:
     full_rate: float = 1e-5
     adapter: LoRAConfig = LoRAConfig(rank=16, alpha=32.0)
     kl_coef: float = 0.02
+    temperature: float = 0.7
+    judge: str = ""
     out: Path = Path("runs/instruct")
 
     def __post_init__(self) -> None:
@@ -224,7 +233,6 @@ def run_config(config: InstructConfig, arm: Arm, seed: int) -> rlaif.RlaifConfig
         eval_prompts=str(config.out / "held_out.jsonl"),
         held_out=HELD_OUT * (len(TRAINED) + len(NEW)),
         feedback=(read_reward("constraints"),),
-        second=f"judge {config.model} min_mass=0.05",  # it puts .1 to .4 on the labels
         scale="none",
         scale_answers=64,
         lora=weights == "lora",
@@ -232,7 +240,7 @@ def run_config(config: InstructConfig, arm: Arm, seed: int) -> rlaif.RlaifConfig
         seed=seed,
         out=config.out / f"{arm}-{seed}",
         train=train,
-        sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH),
+        sampling=SamplingConfig(max_new_tokens=ANSWER_LENGTH, temperature=config.temperature),
         ppo=ppo,
     )
 
@@ -255,10 +263,12 @@ def main(config: InstructConfig) -> dict[str, Any]:
                     return results
             results[settings.out.name] = result(settings.out, held_out)
             folders.append(settings.out)
-            print(line_of(settings.out.name, results[settings.out.name]))
-    for folder in sorted(config.out.glob("trl-*/summary.json")):
-        results[folder.parent.name] = result(folder.parent, held_out)
-        print(line_of(folder.parent.name, results[folder.parent.name]))
+    for summary in sorted(config.out.glob("trl-*/summary.json")):
+        results[summary.parent.name] = result(summary.parent, held_out)
+    if config.judge:
+        compared(config, results)
+    for name, found in results.items():
+        print(line_of(name, found))
     with atomic_write(config.out / "results.json") as file:
         json.dump(results, file, indent=2)
     if len(folders) > 1:
@@ -306,9 +316,41 @@ def result(folder: Path, held_out: Sequence[Mapping[str, Any]]) -> dict[str, Any
         "kept": {name: kept_share(np.array(pairs)) for name, pairs in kept.items()},
         "kl": numbers["kl"],
         "fluency_change": numbers["reference_logprob_after"] - numbers["reference_logprob_before"],
-        **{name: numbers.get(name) for name in ("win_rate_second", "win_rate_second_ci95", "second_order_consistency")},
         **{name: numbers.get(name) for name in ("length_before", "length_after", "distinct2_after", "wall_s")},
     }
+
+
+def compared(config: InstructConfig, results: dict[str, Any]) -> None:
+    """Adds to the results of each run what a judge thinks of its answers; its verdicts are kept in the run's folder.
+
+    Args:
+        config: names the judge.
+        results: by the name of the run.
+    """
+    judge = read_reward(config.judge, "--judge").reward
+    require(isinstance(judge, Judging), f"--judge {config.judge!r} compares no answers; give a judge or an api")
+    assert isinstance(judge, Judging)
+    with ExitStack() as opened:
+        runner = make_runner(ParallelConfig())
+        compare = judge.comparer(Surroundings(config.out, 0, runner, lambda: False, opened))
+        for name, found in results.items():
+            path = config.out / name / "judge.json"
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            if config.judge not in kept:
+                rows = [json.loads(line) for line in (config.out / name / "answers.jsonl").read_text().splitlines()]
+                after, before = ([row["answers"][i] for row in rows] for i in (1, 0))
+                verdicts = compare([row["prompt"] for row in rows], after, before)
+                won = np.where(verdicts.valid, verdicts.probability, np.nan)
+                rate = win_rate_ci(won, 1 - won)
+                kept[config.judge] = {
+                    "win_rate": rate.value,
+                    "win_rate_ci95": [rate.low, rate.high],
+                    "order_consistency": float(verdicts.consistent[verdicts.valid].mean()),
+                    "missing": float(1 - verdicts.valid.mean()),
+                }
+                with atomic_write(path) as file:
+                    json.dump(kept, file, indent=2)
+            found["judge"] = kept[config.judge]
 
 
 def kept_share(pairs: np.ndarray) -> dict[str, Any]:
@@ -336,7 +378,7 @@ def line_of(name: str, found: Mapping[str, Any]) -> str:
     return (
         f"{name}: constraints kept, {'; '.join(parts)}; KL {found['kl']:.1f} nats an answer; fluency "
         f"{found['fluency_change']:+.2f} nats a token"
-        + (f"; second judge {found['win_rate_second']:.2f}" if found["win_rate_second"] is not None else "")
+        + (f"; judge {found['judge']['win_rate']:.2f}" if "judge" in found else "")
     )
 
 

@@ -294,6 +294,7 @@ def train(
             batch, rewards, judged = prepare((sampling_state, frozen), (data, rollout, judged))  # rewards, advantages
             state, metrics = update(state, adapter, batch)  # update
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            update_done = time.perf_counter()
             rewards, judged = jax.device_get((rewards, judged))
             lengths = np.asarray(jax.device_get(rollout.response_mask)).sum(-1)
             values |= reward_metrics(rewards, judged, lengths, () if feedback is None else feedback.reward_names())
@@ -314,7 +315,6 @@ def train(
                     evaluated = False  # a resumed run does it first
             elif evaluate is None and algorithm.draws and (due or step == 1):
                 write_samples(run, step, records, answers, rewards)
-            update_done = time.perf_counter()
             values |= {
                 "time/rollout_s": rollout_done - started,
                 "time/feedback_s": feedback_done - rollout_done,

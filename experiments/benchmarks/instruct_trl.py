@@ -86,7 +86,7 @@ def answer(model: Any, held_out: list[dict[str, Any]]) -> list[tuple[torch.Tenso
             part, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
         )
         drawn = model.generate(
-            **asked, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=ANSWER_LENGTH
+            **asked, do_sample=True, temperature=settings.temperature, top_k=0, top_p=1.0, max_new_tokens=ANSWER_LENGTH
         )
         width = asked["input_ids"].shape[1]
         for prompt, mask, answered in zip(asked["input_ids"], asked["attention_mask"], drawn[:, width:]):
@@ -100,7 +100,7 @@ def logprob(model: Any, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> tup
     """Returns the log-prob of an answer, and of a token, each a mean over the answers or their tokens."""
     total, tokens = 0.0, 0
     for prompt, said in answers:
-        logits = model(torch.cat([prompt, said])[None]).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.cat([prompt, said])[None]).logits[0, len(prompt) - 1 : -1] / settings.temperature
         total += float(logits.log_softmax(-1).gather(1, said[:, None]).sum())
         tokens += len(said)
     return total / len(answers), total / tokens
@@ -128,7 +128,7 @@ trainer = GRPOTrainer(
         max_completion_length=ANSWER_LENGTH,
         beta=settings.kl_coef,
         loss_type="grpo",
-        temperature=1.0,
+        temperature=settings.temperature,
         top_p=1.0,
         top_k=0,
         learning_rate=settings.lora_rate if lora else settings.full_rate,
