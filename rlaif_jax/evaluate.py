@@ -120,6 +120,8 @@ class Evaluation:
             run warns when its opinion falls while the reward rises.
         combination: how several rewards of `source` become one; None: it gives one.
         further: answers -> further metrics, such as how often they win against those before training.
+        during_training: (`source`, `second`) of the evaluations during training, where the others cost people's time;
+            None: the same ones.
     """
 
     policy: Policy
@@ -135,6 +137,7 @@ class Evaluation:
     second: FeedbackSource | None = None
     combination: Combination | None = None
     further: Callable[[Answers], dict[str, float]] | None = None
+    during_training: tuple[FeedbackSource | None, FeedbackSource | None] | None = None
 
     def __post_init__(self) -> None:
         require(self.measure is not None or self.source is not None, "an evaluation needs a measure or a source")
@@ -158,22 +161,25 @@ class Evaluation:
 
         Args:
             params: the policy's parameters.
-            judged: whether `source` judges the answers even if there is a measure.
+            judged: whether `source` judges the answers even if there is a measure; false during training.
         """
+        source, second_source = self.source, self.second
+        if not judged and self.during_training is not None:
+            source, second_source = self.during_training
         rollout = self._sample((params, self.frozen, step_key(self.seed, 0, EVALUATION)), to_prompts(self.prompts))
         texts = self.policy.texts(rollout, self.tokenizer)
         records, rewards, parts = list(self.prompts.records), None, {}
-        if self.source is not None and (judged or self.measure is None):
+        if source is not None and (judged or self.measure is None):
             if self.combination is None:
-                rewards = rewards_of(self.source, records, texts, rollout)
+                rewards = rewards_of(source, records, texts, rollout)
             else:
-                found = jax.device_get(self.source(records, texts, rollout))
+                found = jax.device_get(source(records, texts, rollout))
                 rewards = self.combination.total(found)
                 columns = np.where(found.valid, found.values, np.nan).T
                 parts = dict(zip(self.combination.names, columns, strict=True))
         scores = rewards if self.measure is None else self.measure(records, texts)
         assert scores is not None
-        second = None if self.second is None else rewards_of(self.second, records, texts, rollout)
+        second = None if second_source is None else rewards_of(second_source, records, texts, rollout)
         return Answers(rollout, texts, scores, rewards, second, parts)
 
     def log_ratio(self, reference: Params, answers: Answers) -> np.ndarray:
@@ -187,10 +193,12 @@ class Evaluation:
     def metrics(self, answers: Answers) -> dict[str, float]:
         """Returns the mean score (under `name`), the mean length `eval_length` in tokens, and `distinct2`.
 
-        With a second opinion also its mean, `second_opinion`, and the standard error of that, `second_opinion_se`.
+        With a second opinion also its mean, `second_opinion`, and the standard error of that, `second_opinion_se`. Without a
+        known score there is no mean of it.
         """
+        known = answers.scores[np.isfinite(answers.scores)]
         found = {
-            self.name: float(np.nanmean(answers.scores)),
+            **({self.name: float(known.mean())} if len(known) else {}),
             "eval_length": float(answers.lengths.mean()),
             "distinct2": answers.distinct2,
         }
@@ -200,7 +208,8 @@ class Evaluation:
             found["second_opinion"] = float(second.mean()) if enough else float("nan")
             found["second_opinion_se"] = float(second.std(ddof=1) / np.sqrt(len(second))) if enough else float("nan")
         for name, values in answers.parts.items():
-            found[f"eval/{name}"] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+            if np.isfinite(values).any():
+                found[f"eval/{name}"] = float(np.nanmean(values))
         return found | (self.further(answers) if self.further is not None else {})
 
     def random_prompts(self, count: int) -> list[int]:
@@ -297,7 +306,8 @@ class During:
             step: steps that it has learned.
             judged: whether the evaluation's source must have judged them even if there is a measure.
         """
-        if self.known is not None and self.known[0] == step:
+        spared = self.evaluation.during_training is not None  # then the same answers are judged by others
+        if self.known is not None and self.known[0] == step and not spared:
             answers = self.known[1]
             if answers.rewards is not None or not judged or self.evaluation.source is None:
                 return answers

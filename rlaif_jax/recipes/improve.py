@@ -183,8 +183,8 @@ def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[st
     """Compares two sets of answers to the same prompts and returns metrics.
 
     `win_rate_NAME` is how often an answer after training scores higher, ties counting half, once more with the effect
-    of length taken out; `gain` the mean difference of the scores. Pairs without both scores are left out. Intervals are of
-    95 %, over prompts.
+    of length taken out; `gain` the mean difference of the scores. Pairs without both scores are left out; where all are,
+    there are only lengths and `distinct2`. Intervals are of 95 %, over prompts.
 
     Args:
         name: of the score.
@@ -192,9 +192,17 @@ def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[st
         after: the answers after.
         seed: of the bootstrap of the gain.
     """
+    of_texts = {
+        "length_before": float(before.lengths.mean()),
+        "length_after": float(after.lengths.mean()),
+        "distinct2_before": before.distinct2,
+        "distinct2_after": after.distinct2,
+    }
+    gained = after.scores - before.scores
+    if not np.isfinite(gained).any():
+        return of_texts
     won = win_rate_ci(after.scores, before.scores)
     controlled = length_controlled_win_rate(pair_outcomes(after.scores, before.scores), after.lengths - before.lengths)
-    gained = after.scores - before.scores
     return {
         f"win_rate_{name}": won.value,
         f"win_rate_{name}_ci95": [won.low, won.high],
@@ -204,10 +212,7 @@ def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[st
         f"{name}_after": float(np.nanmean(after.scores)),
         "gain": float(np.nanmean(gained)),
         "gain_ci95": list(bootstrap_ci(gained, seed=seed)),
-        "length_before": float(before.lengths.mean()),
-        "length_after": float(after.lengths.mean()),
-        "distinct2_before": before.distinct2,
-        "distinct2_after": after.distinct2,
+        **of_texts,
     }
 
 

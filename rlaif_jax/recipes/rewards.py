@@ -16,9 +16,11 @@ from typing import Any, Literal
 import numpy as np
 
 from rlaif_jax.config import UserError, from_words, require
+from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.world.people import SimulatedRater, simulated_raters
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.constitution.constitution import ConstitutionSource, load_constitution
+from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.judges.reward_source import RewardModelSource
 from rlaif_jax.feedback.people.kinds import COMPARE, RANK, RATE
 from rlaif_jax.feedback.people.source import PeopleSource
@@ -35,6 +37,7 @@ from rlaif_jax.feedback.verifiers.texts import ExactMatch, Regex
 from rlaif_jax.feedback.verifiers.unit_tests import UnitTests
 from rlaif_jax.models.hf.classifiers import load_reward_model
 from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
+from rlaif_jax.types import Feedback, Rollout
 
 # ---- Models and rules
 
@@ -94,6 +97,10 @@ class RulesReward:
 class PeopleReward:
     """People at the annotation page: `python -m rlaif_jax annotate --store OUT/feedback.sqlite` serves it.
 
+    Their time is dear. They judge the answers of training steps; those who rate also judge the held-out answers before and
+    after training, where a single answer is left to be judged. Nobody is asked at evaluations during training, nor for the
+    scale of the rewards: that is `PEOPLE_SCALE`.
+
     Attributes:
         kind: rate each answer, rank the answers to a prompt, or compare each with the next.
         principle: the criterion, a sentence; "" = overall quality.
@@ -123,6 +130,48 @@ class PeopleReward:
             timeout_s=self.timeout_s,
             interrupted=around.stopped,
         )
+
+
+PEOPLE_SCALE = (0.5, 12**-0.5)
+"""Mean and deviation of judgements that are spread evenly over [0, 1], the range of people's rewards."""
+
+
+class NotAsked(FeedbackSource):
+    """A source of one reward that nobody is asked for: no judgement is there, and none is counted."""
+
+    def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout) -> Feedback:
+        return Feedback.single(np.zeros(len(answers), np.float32), np.zeros(len(answers), bool))
+
+
+def sparing(source: JoinedSource, rewards: Sequence[Reward], *, held_out: bool = False) -> JoinedSource:
+    """Returns a source without the people, whose time is dear.
+
+    Args:
+        source: the rewards of a run.
+        rewards: their settings, in the same order.
+        held_out: people who rate stay: it is for the held-out answers before and after training.
+    """
+    left_out = [isinstance(part, PeopleReward) and not (held_out and part.kind == "rate") for part in rewards]
+    parts = tuple(NotAsked() if out else part for out, part in zip(left_out, source.sources))
+    return JoinedSource(parts, source.names)
+
+
+def people_words(rewards: Sequence[Reward]) -> str:
+    """Returns a sentence about what people will be asked in a run; "" where nobody is.
+
+    Args:
+        rewards: the rewards of the run and its second opinion.
+    """
+    kinds = {part.kind for part in rewards if isinstance(part, PeopleReward)}
+    if not kinds:
+        return ""
+    also = ", and who rates also about the held-out answers before and after it" if "rate" in kinds else " alone"
+    return f"People are asked about the answers of training steps{also}; evaluations in between do not wait for them."
+
+
+def people_scales(names: Sequence[str], rewards: Sequence[Reward]) -> dict[str, tuple[float, float]]:
+    """Returns name -> (mean, deviation) of the rewards that come from people."""
+    return {name: PEOPLE_SCALE for name, part in zip(names, rewards) if isinstance(part, PeopleReward)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,13 +39,17 @@ from rlaif_jax.recipes.own_prompts import OwnPrompts, read_prompts
 from rlaif_jax.recipes.reasons import Reasons, joined_reasons
 from rlaif_jax.recipes.rewards import (
     Judging,
+    PeopleReward,
     Reward,
     WeightedReward,
     build_reward,
+    people_scales,
+    people_words,
     read_reward,
     reward_line,
     reward_names,
     rewards_help,
+    sparing,
 )
 from rlaif_jax.recipes.start import LoadedPolicy, Start, load_policy, scale_of
 from rlaif_jax.recipes.verdicts import SCORE, SECOND, AgainstStart, conclude
@@ -94,8 +98,9 @@ class RlaifConfig:
         template: auto: prompts become messages in the model's chat template where it has one; chat: they must; plain: the
             prompt itself is continued.
         system: the system message before each prompt of a chat; "" = that of the record, if any.
-        scale: the scale of each reward: start: mean 0 and deviation 1 over answers of the start; none: as it is.
-        scale_answers: number of these answers; each is judged, by people, too, where they give rewards.
+        scale: the scale of each reward: start: mean 0 and deviation 1 over answers of the start; none: as it is. People are
+            not asked for it: judgements spread evenly over their range have mean 0 and deviation 1.
+        scale_answers: number of these answers; each is judged.
         lora: train a low-rank adapter instead of all weights.
         adapter: rank and matrices of the adapter, with `lora`.
         dtype: of matrix products.
@@ -175,6 +180,10 @@ def main(config: RlaifConfig) -> dict[str, Any]:
     require(bool(config.prompts), "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT")
     require(bool(config.feedback), "no feedback: give --feedback 'KIND ...'; --help lists the kinds")
     second = read_reward(config.second, "--second").reward if config.second else None
+    require(
+        not isinstance(second, PeopleReward) or second.kind == "rate",
+        "--second people: a second opinion is of one answer alone: people can only rate (kind=rate)",
+    )
     policy = load_policy(config.policy, config.tokenizer, dtype=config.dtype, remat=config.remat)
     with (
         Run(config.out, "rlaif", config, seed=config.seed, resume=config.resume) as run,
@@ -183,6 +192,8 @@ def main(config: RlaifConfig) -> dict[str, Any]:
         ExitStack() as opened,
     ):
         run.display.plan(STAGES)
+        if words := people_words([part.reward for part in config.feedback] + ([second] if second else [])):
+            run.display.print(words)
         _train(config, policy, second, run, writer, opened)
     return run.metrics | {"verdict": run.verdict}
 
@@ -204,7 +215,6 @@ def _train(
     prompts = _prompts(config, policy.tokenizer, runner.devices)
     run.missing |= {f"prompts: {reason}": count for reason, count in prompts.left_out.items()}
     judges = _judges(config, second, Surroundings(run.folder, config.seed, runner, run.stopped, opened))
-    source = judges.source
     run.report()
 
     # ---- What the policy answers before training
@@ -214,7 +224,7 @@ def _train(
     start = Start(policy, runner, config.sampling, config.train.prompt_length, rows, prompts.add_bos, config.seed)
     if judges.baseline != "nowhere":
         prompts = start.with_baseline(run, prompts, training=judges.baseline == "everywhere")
-    normaliser = scale_of(run, start, prompts.training, source, config.scale_answers)
+    normaliser = scale_of(run, start, prompts.training, judges.sparing, config.scale_answers, judges.scales)
     if config.scale == "none":
         normaliser = jax.tree.map(lambda fitted, plain: jnp.full_like(fitted, plain), normaliser, identity_normaliser())
     shaping = dataclasses.replace(config.ppo.shaping, weights=tuple(part.weight for part in config.feedback))
@@ -230,12 +240,13 @@ def _train(
         runner,
         held_out,
         config.seed,
-        source=source,
+        source=judges.held_out,
         name=SCORE,
         frozen=Frozen(base=base),
         second=judges.opinion,
+        during_training=(judges.sparing, None if isinstance(second, PeopleReward) else judges.opinion),
         reasons=judges.reasons,
-        combination=Combination(source.names, shaping, normaliser),
+        combination=Combination(judges.source.names, shaping, normaliser),
     )
     with run.interruptible(), run.display.wait("held-out answers before training"):
         before = evaluation.answers(learned)
@@ -256,7 +267,7 @@ def _train(
         evaluation=evaluation,
         params=params,
         prompts=start.batches(prompts.training, config.train.prompts_drawn),
-        feedback=source,
+        feedback=judges.source,
         normaliser=normaliser,
         before=before,
     )
@@ -264,7 +275,7 @@ def _train(
         with run.interruptible(), run.display.wait("both answers compared by the judge"):
             run.metrics |= against.metrics(found.after)
     run.metrics["wall_s"] = round(run.wall_s, 1)
-    run.missing |= source.missing()
+    run.missing |= judges.source.missing()
     _write_answers(run.folder, asked, found)
     _save(run.folder, config.policy, policy, lora, found.params)
     conclude(run, None if against is None else against.name)
@@ -290,6 +301,9 @@ class _Judges(NamedTuple):
 
     Attributes:
         source: the rewards.
+        held_out: judges the held-out answers before and after training.
+        sparing: judges all that people are not asked about.
+        scales: of the rewards that have one without asking.
         opinion: the second opinion.
         compare: who compares answers with those before training.
         baseline: which prompts need the answer before training as a field.
@@ -297,6 +311,9 @@ class _Judges(NamedTuple):
     """
 
     source: JoinedSource
+    held_out: JoinedSource
+    sparing: JoinedSource
+    scales: dict[str, tuple[float, float]]
     opinion: FeedbackSource | None
     compare: Compare | None
     baseline: Literal["everywhere", "held out", "nowhere"]
@@ -307,8 +324,12 @@ def _judges(config: RlaifConfig, second: Reward | None, around: Surroundings) ->
     rewards, names = [part.reward for part in config.feedback], reward_names(config.feedback)
     said = [(name, reward.reasons(around)) for name, reward in zip(names, rewards) if isinstance(reward, Judging)]
     asked = second or next((reward for reward in rewards if isinstance(reward, Judging)), None)
+    source = JoinedSource(tuple(build_reward(reward, around) for reward in rewards), names)
     return _Judges(
-        JoinedSource(tuple(build_reward(reward, around) for reward in rewards), names),
+        source,
+        sparing(source, rewards, held_out=True),
+        sparing(source, rewards),
+        people_scales(names, rewards),
         build_reward(second, around) if second else None,
         asked.comparer(around) if isinstance(asked, Judging) else None,
         "everywhere" if any(map(_compares, rewards)) else "held out" if _compares(second) else "nowhere",

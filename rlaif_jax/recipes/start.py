@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import jax
@@ -153,7 +154,14 @@ def _with_field(records: FileRecords, texts: Iterator[str]) -> FileRecords:
     return FileRecords(tuple(record | {BASELINE: text} for record, text in zip(records.records, texts)), records.places)
 
 
-def scale_of(run: Run, start: Start, training: FileRecords, source: JoinedSource, count: int) -> Normaliser:
+def scale_of(
+    run: Run,
+    start: Start,
+    training: FileRecords,
+    source: JoinedSource,
+    count: int,
+    given: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> Normaliser:
     """Returns the scale of each reward; warns of one that does not tell answers apart.
 
     Args:
@@ -162,15 +170,21 @@ def scale_of(run: Run, start: Start, training: FileRecords, source: JoinedSource
         training: the prompts to learn on.
         source: judges the answers.
         count: prompts that are answered, at most.
+        given: name of a reward -> its mean and deviation, where nobody is to be asked for them.
 
     Raises:
         UserError: no answer got any reward: nothing could be learned.
     """
+    if set(given) >= set(source.names):
+        mean, std = (jnp.array([given[name][i] for name in source.names]) for i in range(2))
+        return Normaliser(mean, std)
     records = FileRecords(training.records[:count], training.places[:count])
     with run.interruptible(), run.display.wait("answers whose rewards are the scale"):
         judged = [jax.device_get(source(*part)) for part in start.draw(records, SAMPLES)]
     values, valid = (np.concatenate([np.asarray(part[i]) for part in judged]) for i in range(2))
     for column, name in enumerate(source.names):
+        if name in given:
+            continue
         seen = values[valid[:, column], column]
         require(
             len(seen) > 0,
@@ -186,7 +200,12 @@ def scale_of(run: Run, start: Start, training: FileRecords, source: JoinedSource
                 f"The reward {name} is {seen[0]:g} for all {len(seen)} answers that it judged before training: it cannot be "
                 "learned from until some answer gets another one. Try: easier prompts, or a reward with steps in between."
             )
-    return fit_normaliser(jnp.asarray(values), jnp.asarray(valid))
+    fitted = fit_normaliser(jnp.asarray(values), jnp.asarray(valid))
+    for column, name in enumerate(source.names):
+        if name in given:
+            own = given[name]
+            fitted = Normaliser(fitted.mean.at[column].set(own[0]), fitted.std.at[column].set(own[1]))
+    return fitted
 
 
 def _most_frequent(source: JoinedSource) -> str:

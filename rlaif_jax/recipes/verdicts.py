@@ -16,6 +16,9 @@ from rlaif_jax.run import Run
 SCORE = "eval_reward"
 """The name in metrics of the rewards of held-out answers, combined as in training."""
 
+CONSISTENT = 0.5
+"""A judge that prefers the same answer in both orders less often has no say: a coin reaches this."""
+
 SECOND = "second"
 """The name in metrics of a judge that training never sees."""
 
@@ -105,13 +108,25 @@ def conclude(run: Run, judge: str | None) -> None:
         judge: the judge's name in metrics; None: nobody compared.
     """
     numbers = run.metrics
-    rose = numbers["gain_ci95"][0] > 0
+    known = "gain_ci95" in numbers
+    rose = known and numbers["gain_ci95"][0] > 0
+    moved = (
+        "nobody judged them" if not known else f"{numbers[f'{SCORE}_before']:.2f} -> {numbers[f'{SCORE}_after']:.2f}"
+    )
     run.story.append(
-        f"Reward on held-out prompts: {numbers[f'{SCORE}_before']:.2f} -> {numbers[f'{SCORE}_after']:.2f} at KL "
-        f"{numbers['kl']:.1f} nats an answer; answers of {numbers['length_before']:.0f} -> {numbers['length_after']:.0f} "
-        "tokens."
+        f"Reward on held-out prompts: {moved} at KL {numbers['kl']:.1f} nats an answer; answers of "
+        f"{numbers['length_before']:.0f} -> {numbers['length_after']:.0f} tokens."
     )
     name = judge if judge is not None and f"win_rate_{judge}" in numbers else SCORE
+    if name != SCORE and numbers[f"{name}_order_consistency"] < CONSISTENT:
+        run.warn(
+            f"The judge that compares the answers prefers the same one in both orders in only "
+            f"{numbers[f'{name}_order_consistency']:.0%} of the pairs: mostly it chooses by position, and its win rate "
+            f"({numbers[f'win_rate_{name}']:.0%}) does not count. Try: a stronger judge for --second."
+        )
+        judge, name = None, SCORE
+    if not known and name == SCORE:
+        return
     low, high = numbers[f"win_rate_{name}_ci95"]
     if np.isfinite([low, high]).all():
         run.verdict = verdict_of(low, high)
@@ -122,7 +137,7 @@ def conclude(run: Run, judge: str | None) -> None:
             "with those before training."
         )
     exploited = rose and judge == SECOND and high < 0.5
-    equal_low, equal_high = numbers[f"win_rate_{SCORE}_length_controlled_ci95"]
+    equal_low, equal_high = numbers.get(f"win_rate_{SCORE}_length_controlled_ci95", (1.0, 1.0))
     longer = numbers["length_after"] / max(numbers["length_before"], 1.0)
     by_length = rose and (longer > 1.25 or longer < 0.8) and equal_low <= 0.5  # not where it is NaN
     if exploited:

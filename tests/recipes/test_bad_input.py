@@ -123,6 +123,7 @@ BEFORE = {
     "no expression": ("train --feedback \"regex '('\"", "regex.pattern '(' is no regular expression: missing )"),
     "no schema": ("train --feedback 'json-schema HERE/schema.json'", "HERE/schema.json: no JSON schema: $.type: 3"),
     "code without permission": ("train --feedback unit-tests", "set unit_tests.allow_code_execution to true"),
+    "ranks of one answer": ("train --second 'people kind=rank'", "people can only rate (kind=rate)"),
     "crowd": ("train --feedback 'simulated a:b overlap=9'", "overlap (9) must lie in 1 .. raters (5)"),
     "no server": ("train --feedback api", "server is missing: the API's address, such as http://127.0.0.1:8000/v1"),
     "no address": ("train --feedback 'api 127.0.0.1:8000 model=m'", "--feedback 'api 127.0.0.1:8000 model=m': server is "
@@ -207,7 +208,6 @@ AFTER = {
     "no labels": ("judge HERE/lm", "(judge: the judge gave its labels less probability together than min_mass = 0.5)"),
     "quality 7": ("simulated HERE/rewards.py:seven", "rewards.py:seven: the quality of an answer lies in 0 .. 1, not 7"),
     "no quality": ("simulated HERE/rewards.py:text", f"(simulated: no judgement of the answer has a value){NOTHING}"),
-    "nobody": ("people rate timeout_s=0.1", f"(people: nobody judged the answer in time){NOTHING}"),
     "server down": ("api http://127.0.0.1:9/v1 model=m attempts=1", "(api: the judge's call failed: no connection to "
                     f"http://127.0.0.1:9/v1: ConnectError All connection attempts failed){NOTHING}"),
     "wrong key": ("api URL model=m key_env=JUDGE_KEY", "(api: the judge's call failed: status 401: wrong with Bearer [key])"

@@ -106,6 +106,23 @@ def test_an_evaluation_needs_a_score(records):
         Evaluation(POLICY, TOKENIZER, JitRunner(), next(batches(records, 4)), 0)
 
 
+def test_answers_that_nobody_judged_have_no_score_that_could_be_taken_for_one(params, records):
+    prompts = next(batches(records, 16))
+    asked = []
+    people = FunctionSource(lambda record, answer: asked.append(answer) or 1.0)
+    nobody = FunctionSource(lambda record, answer: None)
+    whole = Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, 0, source=people, second=people)
+    evaluation = dataclasses.replace(whole, during_training=(nobody, None))
+    during = evaluation.answers(params, judged=False)
+    assert asked == [] and np.isnan(during.scores).all() and during.second is None
+    assert set(evaluation.metrics(during)) == {"eval_length", "distinct2"}
+    found = comparison("gold", during, during, 0)
+    assert set(found) == {"length_before", "length_after", "distinct2_before", "distinct2_after"}
+    assert worst_prompts(during, during, 3) == []
+    assert len(asked) == 0 and evaluation.answers(params).scores.tolist() == [1.0] * 16
+    assert len(asked) == 32, "before and after training by both"
+
+
 def test_a_second_opinion_has_a_mean_and_its_standard_error(params, records):
     prompts = next(batches(records, 16))
     alone = Evaluation(POLICY, TOKENIZER, JitRunner(), prompts, 0, source=SOURCE)

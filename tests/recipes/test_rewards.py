@@ -11,8 +11,10 @@ import pytest
 
 from rlaif_jax.config import from_json, to_json
 from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.records.forms import Rating
 from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.feedback.sources import FunctionSource
 from rlaif_jax.feedback.verifiers.functions import PythonFunction
 from rlaif_jax.feedback.verifiers.number import Number
 from rlaif_jax.feedback.verifiers.texts import Regex
@@ -29,10 +31,13 @@ from rlaif_jax.recipes.rewards import (
     SimulatedReward,
     WeightedReward,
     build_reward,
+    people_scales,
+    people_words,
     read_reward,
     reward_line,
     reward_names,
     rewards_help,
+    sparing,
 )
 from tests.helpers import random_params
 
@@ -158,3 +163,36 @@ def test_a_verifier_is_a_line_too(around, line, record, answers, values):
 def test_people_are_asked_at_the_runs_own_store(around):
     source = build_reward(PeopleReward("rank", timeout_s=1), around)
     assert source.store == around.folder / "feedback.sqlite" and source.kind.name == "rank"
+
+
+def test_people_are_left_out_where_their_time_would_be_wasted():
+    """Who ranks is never asked about the one answer to a held-out prompt; nobody is asked for a scale."""
+    rewards = [PeopleReward("rank"), PythonFunction("builtins:len"), PeopleReward("rate")]
+    score = FunctionSource(lambda record, answer: float(len(answer)))
+    source = JoinedSource((score, score, score), ("order", "length", "marks"))
+    none, held_out = (sparing(source, rewards, held_out=held_out) for held_out in (False, True))
+    assert (none.names, held_out.names) == (source.names, source.names)
+    assert judged(none, ["a", "bb"]).valid.tolist() == [[False, True, False]] * 2
+    assert judged(held_out, ["a", "bb"]).valid.tolist() == [[False, True, True]] * 2
+    assert judged(held_out, ["a", "bb"]).values[:, 2].tolist() == [1, 2]
+    assert not any(none.missing().values()), "what nobody was asked for is not counted"
+    scales = people_scales(source.names, rewards)
+    spread = np.linspace(0, 1, 100_001)
+    assert set(scales) == {"order", "marks"}
+    np.testing.assert_allclose(scales["order"], [spread.mean(), spread.std()], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kinds, words",
+    [
+        ((), ""),
+        (("rank", "compare"), "training steps alone; evaluations in between do not wait"),
+        (
+            ("rank", "rate"),
+            "training steps, and who rates also about the held-out answers before and after it; evaluations",
+        ),
+    ],
+)
+def test_what_people_are_asked_is_said(kinds, words):
+    found = people_words([PythonFunction("builtins:len"), *map(PeopleReward, kinds)])
+    assert words in found and bool(found) == bool(kinds)

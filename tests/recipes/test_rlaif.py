@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from rlaif_jax.recipes.rlaif import RlaifConfig, get_config, main
 from rlaif_jax.recipes.verdicts import SCORE, SECOND, conclude
 from rlaif_jax.run import Run
 from tests.feedback.api_server import Wrong, completion, serve
+from tests.feedback.people.test_source import Crowd, rank, rating
 from tests.helpers import assert_same_leaves, random_params, unexplained
 from tests.sinks.wandb_file import KEPT, assert_same_numbers
 
@@ -169,6 +171,44 @@ def test_a_judge_and_a_second_one_with_an_adapter(inputs, tmp_path, form):
     assert {path[-2].key for path, differs in moved if differs} == {"q", "k", "v", "o", "gate", "up", "down"}
 
 
+class LateCrowd(Crowd):
+    """A crowd that comes when the run has begun: a folder that is not empty would be another run's."""
+
+    def work(self) -> None:
+        while not self.path.exists() and not self.done.is_set():
+            time.sleep(0.05)
+        super().work()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rate", "rank"])
+def test_people_are_asked_only_where_it_is_worth_their_time(inputs, tmp_path, kind, capsys):
+    """About training steps, and those who rate about the held-out answers before and after; not for scale or evaluations."""
+    config = config_of(inputs, tmp_path / "run", f"people kind={kind} timeout_s=60")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2, eval_every=1))
+    judge = rank if kind == "rank" else lambda task, who: rating(task, 1 + len(task.answers[0]) % 5, who)
+    with LateCrowd(config.out / "feedback.sqlite", judge) as crowd:
+        metrics = main(config)
+    found = summary(config.out)
+    assert found["status"] == "done" and all(found["checks"].values())
+    samples = [json.loads(line) for line in (config.out / "samples.jsonl").read_text().splitlines()]
+    held_out = {s["prompt"] for s in samples}
+    shown = {(s["prompt"], s["response"]) for s in samples if s["stage"] in ("before", "after")}
+    asked = [(task.prompt, answer) for task in crowd.seen for answer in task.answers]
+    of_held_out = [pair for pair in asked if pair[0] in held_out]
+    assert len(held_out) == 16 and len(asked) > len(of_held_out)
+    assert all("eval_length" in row and SCORE not in row for row in steps(config.out))
+    assert "People are asked about the answers of training steps" in "".join(capsys.readouterr())
+    if kind == "rank":
+        assert not of_held_out and "gain" not in metrics
+        assert found["story"][-1].startswith("Reward on held-out prompts: nobody judged them at KL")
+    else:
+        assert set(of_held_out) == shown and len(of_held_out) == len(shown)
+        before = len({s["response"] + s["prompt"] for s in samples if s["stage"] == "before"})
+        assert all(prompt in held_out for prompt, _ in asked[:before]), "nobody was asked for the scale before"
+        assert 0 <= metrics["win_rate_eval_reward"] <= 1
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -197,8 +237,19 @@ def concluded(folder: Path, judge: str | None = None, **numbers) -> Run:
     return run
 
 
-def second(low, high):
-    return {f"win_rate_{SECOND}": (low + high) / 2, f"win_rate_{SECOND}_ci95": [low, high]}
+def second(low, high, consistency=0.8):
+    return {
+        f"win_rate_{SECOND}": (low + high) / 2, f"win_rate_{SECOND}_ci95": [low, high],
+        f"{SECOND}_order_consistency": consistency,
+    }  # fmt: skip
+
+
+def test_a_judge_that_chooses_by_position_has_no_say(tmp_path):
+    run = concluded(tmp_path / "run", SECOND, **second(0.2, 0.4, consistency=0.3))
+    assert run.verdict == "better" and len(run.story) == 1, "by the reward alone"
+    assert run.warnings[0].startswith(
+        "The judge that compares the answers prefers the same one in both orders in only 30%"
+    )
 
 
 def test_a_better_policy_is_called_better(tmp_path):
@@ -226,6 +277,20 @@ def test_a_reward_that_rises_with_length_alone_is_called_out_first(tmp_path):
     assert not unknown.warnings, "without a win rate at equal lengths nothing is concluded"
     fell = concluded(tmp_path / "d", **longer | {"gain_ci95": [-1.0, 1.0]})
     assert not fell.warnings, "a reward that did not rise was not exploited"
+
+
+def test_where_nobody_judged_held_out_answers_another_judge_decides_or_nobody(tmp_path):
+    unjudged = ("kl", "length_before", "length_after")
+    alone, other = concluded(tmp_path / "a"), concluded(tmp_path / "b")
+    for run in (alone, other):
+        run.metrics = {name: run.metrics[name] for name in unjudged}
+        run.story.clear()
+        run.verdict = ""
+    other.metrics |= second(0.55, 0.75)
+    conclude(alone, None)
+    conclude(other, SECOND)
+    assert alone.verdict == "" and "nobody judged them" in alone.story[0] and len(alone.story) == 1
+    assert other.verdict == "better" and "nobody judged them" in other.story[0] and not other.warnings
 
 
 def test_without_another_judge_the_reward_itself_is_the_verdict(tmp_path):
