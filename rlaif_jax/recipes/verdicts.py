@@ -148,6 +148,8 @@ def conclude(run: Run, judge: str | None) -> None:
             "policy.",
         )
     if by_length:
+        if name == SCORE:
+            run.verdict = verdict_of(equal_low, equal_high)
         changed = "longer" if longer > 1 else "shorter"
         run.story.insert(
             0,

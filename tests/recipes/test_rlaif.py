@@ -268,7 +268,9 @@ def test_a_reward_that_rises_with_length_alone_is_called_out_first(tmp_path):
     longer = {"length_after": 90.0, f"win_rate_{SCORE}_length_controlled_ci95": [0.4, 0.7]}
     run = concluded(tmp_path / "run", **longer)
     assert run.story[0].startswith("The reward may be exploited by length: the answers became 2.2 times as long")
-    assert len(run.warnings) == 1
+    assert len(run.warnings) == 1 and run.verdict == "no different", "at equal lengths"
+    judged = concluded(tmp_path / "f", SECOND, **longer, **second(0.55, 0.75))
+    assert judged.verdict == "better" and "exploited by length" in judged.story[0], "another judge read the answers"
     shorter = concluded(tmp_path / "b", **longer | {"length_after": 20.0})
     assert "(shorter)" in shorter.story[0]
     honest = concluded(tmp_path / "c", length_after=90.0)
