@@ -135,12 +135,6 @@ QUANTITIES = {
         "How far the policy has moved from the one that training began with: 0 is not at all. A large or leaping value "
         "means that it has left the answers on which its feedback can be trusted.",
     ),
-    "reference_logprob": Quantity(
-        "Log-prob under the start",
-        _PER_TOKEN,
-        "Mean log-prob of a token of the held-out answers under the policy that training began with. Where it falls, that "
-        "policy finds the answers less fluent.",
-    ),
     "kl_k3": Quantity(
         "KL, second estimate", _PER_ANSWER, "The KL to the reference by an estimate that is never negative (k3)."
     ),
@@ -169,6 +163,12 @@ QUANTITIES = {
         "Different pairs of neighbouring tokens among all pairs: how varied the answers are.",
     ),
     # ---- How good the feedback is
+    "reference_logprob": Quantity(
+        "Log-prob under the start",
+        _PER_TOKEN,
+        "Mean log-prob of a token of the held-out answers under the policy that training began with. Where it falls, that "
+        "policy finds the answers less fluent.",
+    ),
     "judge_agreement": Quantity(
         "Judge agrees with gold",
         "%",
