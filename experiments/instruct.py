@@ -134,7 +134,7 @@ class InstructConfig:
     lora_rate: float = 3e-4
     full_rate: float = 1e-5
     adapter: LoRAConfig = LoRAConfig(rank=16, alpha=32.0)
-    kl_coef: float = 0.02
+    kl_coef: float = 0.1
     temperature: float = 0.7
     judge: str = ""
     out: Path = Path("runs/instruct")
