@@ -71,7 +71,7 @@ def run(case: tuple[str, ...], folder: Any, monkeypatch: pytest.MonkeyPatch) -> 
     config = TrainConfig(
         2,
         16,
-        PROMPT,
+        prompt_length=PROMPT,
         rollout_parts=chosen["rollout"],
         staleness=chosen["staleness"],
         parallel=chosen["layout"],

@@ -95,7 +95,7 @@ def run(
     policy = TextPolicy(model, SamplingConfig(max_new_tokens=answer), tokenizer.stop_ids, tokenizer.pad_id)
     critic = ScalarModel(model.config, "zero") if config.advantage.needs_critic else None
     size = prompts[0] // config.answers_per_prompt
-    loop = TrainConfig(steps, size, prompts[1], parallel=parallel, eval_every=steps, save_every=steps)
+    loop = TrainConfig(steps, size, prompt_length=prompts[1], parallel=parallel, eval_every=steps, save_every=steps)
     stream = prompt_batches(
         records, tokenizer, batch_size=size, seed=seed, prompt_length=prompts[1], add_bos=tokenizer.bos_id is not None
     )

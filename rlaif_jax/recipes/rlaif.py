@@ -249,7 +249,7 @@ def _train(
         combination=Combination(judges.source.names, shaping, normaliser),
     )
     with run.interruptible(), run.display.wait("held-out answers before training"):
-        before = evaluation.answers(learned)
+        before = evaluation.answers(runner.place(learned))
     against = None
     if judges.compare is not None:
         against = AgainstStart(judges.compare, SECOND if second else "judge", asked, before)

@@ -114,13 +114,14 @@ class Start:
         """Yields (records, answers as text, as arrays) of whole batches; the last repeats records to be full."""
         size = max(min(self.rows, len(records)) // self.runner.devices, 1) * self.runner.devices
         key = step_key(self.seed, 0, purpose)
+        params = self.runner.place(self.policy.params)  # as loaded it would be sent to every device, whole, by each call
         for first in range(0, len(records), size):
             rows = [(first + i) % len(records) for i in range(size)]
             chosen = FileRecords(tuple(records.records[i] for i in rows), tuple(records.places[i] for i in rows))
             # The uid of a record is its place in the whole file: an answer does not depend on its batch.
             numbered = tuple({**record, "uid": first + i} for i, record in enumerate(chosen.records))
             batch = next(self.batches(FileRecords(numbered, chosen.places), size, shuffle=False))
-            rollout = self._generator((self.policy.params, key), to_prompts(batch))
+            rollout = self._generator((params, key), to_prompts(batch))
             yield list(batch.records), answer_texts(rollout, self.policy.tokenizer), rollout
 
     def with_baseline(self, run: Run, prompts: OwnPrompts, *, training: bool) -> OwnPrompts:

@@ -195,7 +195,13 @@ def config_of(case: Case, inputs: Path, server: str, out: Path) -> RlaifConfig:
         dtype=PROGRAM["dtype"][dtype],
         out=out,
         train=TrainConfig(
-            STEPS, 8, 12, parallel=PROGRAM["layout"][layout], eval_every=STEPS, save_every=1, keep_checkpoints=STEPS
+            STEPS,
+            prompts_per_step=8,
+            prompt_length=12,
+            parallel=PROGRAM["layout"][layout],
+            eval_every=STEPS,
+            save_every=1,
+            keep_checkpoints=STEPS,
         ),
         sampling=SamplingConfig(max_new_tokens=16),
         ppo=dataclasses.replace(
