@@ -114,7 +114,9 @@ class Start:
         """Yields (records, answers as text, as arrays) of whole batches; the last repeats records to be full."""
         size = max(min(self.rows, len(records)) // self.runner.devices, 1) * self.runner.devices
         key = step_key(self.seed, 0, purpose)
-        params = self.runner.place(self.policy.params)  # as loaded it would be sent to every device, whole, by each call
+        params = self.runner.place(
+            self.policy.params
+        )  # as loaded it would be sent to every device, whole, by each call
         for first in range(0, len(records), size):
             rows = [(first + i) % len(records) for i in range(size)]
             chosen = FileRecords(tuple(records.records[i] for i in rows), tuple(records.places[i] for i in rows))
