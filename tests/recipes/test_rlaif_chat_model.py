@@ -1,6 +1,8 @@
 """`train` on SmolLM2-135M-Instruct: each pair of settings is in a run that is killed and resumed bit for bit.
 
-Each run is a process of its own kind of machine, with the memory of one model after the other.
+Each run is a process with one, two or eight fake devices. It takes 4 GiB with an adapter on one device, 8 GiB with all weights
+on one device or an adapter on a mesh, and more than 10 GiB with all weights on several devices or an adapter on eight by
+pmap: let nothing else run on a machine of 24 GiB. A case takes seven to ten minutes on a core.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ STEPS = 2
 def devices(case: Case) -> int:
     """Returns the number of fake devices: pmap holds weights, gradients, moments and the reference 8 times on 8 of them.
 
-    That is 22 GiB where all weights learn, so that two devices share such a run; adapters leave the weights alone.
+    That is 22 GiB where all weights learn, so that two devices share such a run; an adapter leaves one copy of the weights
+    on each of them.
     """
     return {"one device": 1, "pmap": 2 if "all weights" in case else 8, "mesh 2x2x2": 8}[case[3]]
 
