@@ -128,12 +128,12 @@ def test_the_list_of_tools(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_keeps_the_replies_that_are_under_way(number: signal.Signals, tmp_path: Path):
     path = items(tmp_path / "items.jsonl", *(GOOD | {"prompt": f"Say it {i}."} for i in range(10)))
-    begun, sent = threading.Event(), threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def slow(body: dict[str, Any], count: int) -> Any:
         if count > 1:  # the first asks what the server can do
             begun.set()
-            time.sleep(0 if sent.is_set() else 1)
+            time.sleep(0 if ended.is_set() else 1)
         return right(body)
 
     with serve(slow) as server:
@@ -143,8 +143,8 @@ def test_a_stop_keeps_the_replies_that_are_under_way(number: signal.Signals, tmp
         assert begun.wait(60)
         time.sleep(0.3)
         process.send_signal(number)
-        sent.set()
         _, errors = process.communicate(timeout=60)
+        ended.set()
         stopped = server.count
         assert process.returncode == 128 + number, errors
         assert "the same command goes on" in errors
