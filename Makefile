@@ -55,9 +55,10 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.dev
 	$(PYTEST) -m "not slow"
 
-# Twice: a process that has compiled the programs of all slow tests may crash when XLA loads another one.
+# In parts: a process that has compiled the programs of all slow tests may crash when XLA loads another one.
 test-slow: .venv/.dev
-	$(PYTEST) -m slow tests --ignore-glob='tests/test_*.py'
+	$(PYTEST) -m slow tests/recipes
+	$(PYTEST) -m slow tests --ignore tests/recipes --ignore-glob='tests/test_*.py'
 	$(PYTEST) -m slow tests/test_*.py
 
 # PEERS and ENVIRONMENTS: folders of other systems' scripts and of their environments (experiments/benchmarks/compare.py).

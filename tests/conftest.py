@@ -58,6 +58,16 @@ def wandb_is_closed():
         sys.modules["wandb"].teardown()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten(request: pytest.FixtureRequest):
+    """After a file with slow tests its programs are freed: with those of many files in a process XLA crashes."""
+    yield
+    if any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items):
+        import jax
+
+        jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests go first, so that no worker is left alone with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
