@@ -4,8 +4,8 @@
 
 The policy is stories260K (folder stories260K of huggingface.co/karpathy/tinyllamas). It continues beginnings of stories; the
 reward is the share of happy words in a continuation. Each run is one of `python -m rlaif_jax train` with its own folder and
-page. The table is that of docs/guides/settings.md: the gain of the reward on held-out beginnings and the KL to the start,
-means over the seeds with the smallest and the largest. Half an hour on two CPU cores.
+page. The table has the gain of the reward on held-out beginnings, the KL to the start and the variety of the answers: means
+over the seeds with the smallest and the largest, and how many runs diverged.
 """
 
 from __future__ import annotations

@@ -231,6 +231,7 @@ def _train(
     ppo = dataclasses.replace(config.ppo, shaping=shaping)
     held_out = next(start.batches(prompts.held_out, len(prompts.held_out), shuffle=False))
     asked = [str(record["prompt"]) for record in held_out.records]
+    against = AgainstStart(judges.compare, SECOND if second else "judge", asked) if judges.compare else None
     learned, base = policy.params, None
     if lora is not None:
         learned, base = lora.init(step_key(config.seed, 1, INIT), policy.params), runner.place(policy.params)
@@ -244,16 +245,15 @@ def _train(
         name=SCORE,
         frozen=Frozen(base=base),
         second=judges.opinion,
-        during_training=(judges.sparing, None if isinstance(second, PeopleReward) else judges.opinion),
+        during_training=judges.during_training,
         reasons=judges.reasons,
         combination=Combination(judges.source.names, shaping, normaliser),
+        further=against,
     )
     with run.interruptible(), run.display.wait("held-out answers before training"):
         before = evaluation.answers(runner.place(learned))
-    against = None
-    if judges.compare is not None:
-        against = AgainstStart(judges.compare, SECOND if second else "judge", asked, before)
-        evaluation = dataclasses.replace(evaluation, further=against)
+    if against is not None:
+        against.start = before
 
     # ---- The policy learns, and answers again
     critic, params = with_critic(
@@ -303,6 +303,7 @@ class _Judges(NamedTuple):
         source: the rewards.
         held_out: judges the held-out answers before and after training.
         sparing: judges all that people are not asked about.
+        during_training: the rewards and the second opinion of evaluations during training; None where no people judge.
         scales: of the rewards that have one without asking.
         opinion: the second opinion.
         compare: who compares answers with those before training.
@@ -313,6 +314,7 @@ class _Judges(NamedTuple):
     source: JoinedSource
     held_out: JoinedSource
     sparing: JoinedSource
+    during_training: tuple[FeedbackSource | None, FeedbackSource | None] | None
     scales: dict[str, tuple[float, float]]
     opinion: FeedbackSource | None
     compare: Compare | None
@@ -325,12 +327,15 @@ def _judges(config: RlaifConfig, second: Reward | None, around: Surroundings) ->
     said = [(name, reward.reasons(around)) for name, reward in zip(names, rewards) if isinstance(reward, Judging)]
     asked = second or next((reward for reward in rewards if isinstance(reward, Judging)), None)
     source = JoinedSource(tuple(build_reward(reward, around) for reward in rewards), names)
+    opinion = build_reward(second, around) if second else None
+    spared, people = sparing(source, rewards), isinstance(second, PeopleReward)
     return _Judges(
         source,
         sparing(source, rewards, held_out=True),
-        sparing(source, rewards),
+        spared,
+        (spared, None if people else opinion) if people or people_scales(names, rewards) else None,
         people_scales(names, rewards),
-        build_reward(second, around) if second else None,
+        opinion,
         asked.comparer(around) if isinstance(asked, Judging) else None,
         "everywhere" if any(map(_compares, rewards)) else "held out" if _compares(second) else "nowhere",
         joined_reasons([(name, reasons) for name, reasons in said if reasons is not None]),

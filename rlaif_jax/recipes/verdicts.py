@@ -23,7 +23,7 @@ SECOND = "second"
 """The name in metrics of a judge that training never sees."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class AgainstStart:
     """Compares answers with those before training, each pair in both orders.
 
@@ -31,14 +31,14 @@ class AgainstStart:
         compare: the judge.
         name: of the judge in metrics.
         prompts: the held-out prompts as text.
-        start: the answers before training.
+        start: the answers before training; None until they are drawn.
         known: the verdicts that were asked for last, with the answers that they are on; they are not asked for twice.
     """
 
     compare: Compare
     name: str
     prompts: Sequence[str]
-    start: Answers
+    start: Answers | None = None
     known: list[tuple[Answers, Verdicts]] = dataclasses.field(default_factory=list)
 
     def __call__(self, answers: Answers) -> dict[str, float]:
@@ -53,6 +53,7 @@ class AgainstStart:
         return self.known[0][1]
 
     def _asked(self, answers: Answers) -> Verdicts:
+        assert self.start is not None
         differ = [i for i, pair in enumerate(zip(answers.texts, self.start.texts)) if pair[0] != pair[1]]
         size = len(self.prompts)
         whole = Verdicts(np.full(size, 0.5), np.ones(size, bool), np.full(size, 0.5), np.ones(size, bool))
@@ -77,6 +78,7 @@ class AgainstStart:
         if valid.sum() < 2:
             return metrics
         won = win_rate_ci(outcomes, 1 - outcomes)
+        assert self.start is not None
         controlled = length_controlled_win_rate(outcomes, answers.lengths - self.start.lengths)
         gained = answers.scores - self.start.scores
         decided = valid & np.isfinite(gained) & (gained != 0) & (found.probability != 0.5)

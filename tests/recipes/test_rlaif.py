@@ -18,6 +18,7 @@ import pytest
 from rlaif_jax.command_line import command_line
 from rlaif_jax.config import from_json
 from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.evaluate import Evaluation
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.metrics import read_metrics
 from rlaif_jax.models import CausalLM
@@ -95,9 +96,12 @@ def steps(folder: Path) -> list[dict]:
 TWO = ("function HERE/rewards.py:count_a weight=2 name=as", "function HERE/rewards.py:fussy name=words")
 
 
-def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path):
+def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
     whole = config_of(inputs, tmp_path / "whole", *TWO, tracking=KEPT)
+    drawn, draw = [], Evaluation.answers
+    monkeypatch.setattr(Evaluation, "answers", lambda *args, **options: drawn.append(1) or draw(*args, **options))
     metrics = main(whole)
+    assert len(drawn) == 3, "before the first step, after 2 steps, after 4"
     found = summary(whole.out)
     assert found["status"] == "done" and all(found["checks"].values())
     assert metrics["verdict"] == found["verdict"]

@@ -49,7 +49,7 @@ She was very"""
 
 
 class Moment(NamedTuple):
-    """When a run is killed: so many replies after the numbers of a step were written."""
+    """When a run is killed: after a number of replies that follow the numbers of a step."""
 
     step: int
     replies: int
