@@ -1,5 +1,6 @@
 """The page in a real browser: hostile texts, a phone's width, lost replies, adjudication."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -114,15 +115,18 @@ def test_an_answer_whose_acknowledgement_is_lost_counts_once(browser, running):
             if len(lost) == 3:
                 return held.append(route)
             if len(lost) == 2:
-                route.fetch()  # arrives, but its answer does not
+                route.fetch(max_retries=3)  # arrives, but its answer does not; a connection that was idle may be closed
             route.abort()
 
         page.wait_for_selector("text=lost")
         page.route("**/api/answer", lose)
         page.keyboard.press("4")
+        page.wait_for_selector("input[value='4']:checked")
         page.keyboard.press("Enter")
-        while not held:
+        deadline = time.monotonic() + 30
+        while not held and time.monotonic() < deadline:
             page.wait_for_timeout(20)
+        assert held, f"sent {len(lost)} times, not three"
         page.wait_for_selector("text=Trying again")
         held[0].continue_()
         settled(page, 1)

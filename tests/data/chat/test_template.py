@@ -150,6 +150,7 @@ def test_the_template_that_wins_is_that_of_transformers(tmp_path: Path, template
 
 ENDLESS = "computed for seconds without an end"
 TOO_LARGE = "characters, or needs more than"
+EITHER = f"{ENDLESS}|{TOO_LARGE}"  # a busy machine takes longer to fill the memory
 TWICE = (
     "{% set ns = namespace(x=['x'], y=['x']) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}"
     "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}"
@@ -175,7 +176,7 @@ TWICE = (
         ("{% for m in conversation %}{{ m.value }}{% endfor %}Assistant:", "wrote nothing of the messages, only 'Ass"),
         ("{{ range(10**12) | list }}", "Range too big"),
         ("{{ 'x' * 10**12 }}", TOO_LARGE),
-        ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", TOO_LARGE),
+        ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", EITHER),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{{ messages }}{% endfor %}{% endfor %}", TOO_LARGE),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "calls itself without end, or nests too deeply"),
@@ -186,7 +187,7 @@ def test_a_broken_template_is_one_line_that_names_its_file(tmp_path: Path, templ
     tokenizer, began = loaded(chat_folder(tmp_path, template)), time.monotonic()
     with pytest.raises(UserError) as error:
         tokenizer.chat_text(talk("hello"))
-    assert said in str(error.value)
+    assert any(words in str(error.value) for words in said.split("|"))
     assert str(error.value).startswith(str(tmp_path / "tokenizer_config.json")) and "\n" not in str(error.value)
     assert time.monotonic() - began < 30
     assert chat.render({"chat_template": CHATML}, talk("q"), "here").startswith("<|im_start|>"), "others go on"
