@@ -223,7 +223,7 @@ def run_config(config: InstructConfig, arm: Arm, seed: int) -> rlaif.RlaifConfig
         steps=config.steps,
         prompts_per_step=config.prompts_per_step,
         prompt_length=PROMPT_LENGTH,
-        eval_every=config.steps,
+        eval_every=max(1, config.steps // 2),
         save_every=8,
     )
     return dataclasses.replace(
