@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rlaif_jax.algorithms.advantages import GAE, LeaveOneOut
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.command_line import command_line
@@ -88,7 +90,7 @@ class SettingsConfig:
     model: str = "stories260K.bin"
     tokenizer: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 32
+    steps: int = 16
     out: Path = Path("runs/settings")
 
 
@@ -178,11 +180,12 @@ def main(config: SettingsConfig) -> dict[str, Any]:
         file.writelines(f"{line}\n" for line in beginnings())
     rows: dict[str, Any] = {}
     for name, change in SWEEP.items():
-        found = [
-            run(change(base_config(config)), config.out / f"{_folder(name)}-{seed}", seed) for seed in config.seeds
-        ]
-        if None in found:  # it was asked to stop
-            return rows
+        found = []
+        for seed in config.seeds:
+            numbers = run(change(base_config(config)), config.out / f"{_folder(name)}-{seed}", seed)
+            if numbers is None:  # it was asked to stop
+                return rows
+            found.append(numbers)
         rows[name] = {key: [numbers[key] for numbers in found if numbers] for key in ("gain", "kl", "distinct2_after")}
         rows[name]["diverged"] = sum(not numbers for numbers in found)
         print(line_of(name, rows[name]))
@@ -199,6 +202,8 @@ def run(settings: rlaif.RlaifConfig, folder: Path, seed: int) -> dict[str, Any] 
             rlaif.main(dataclasses.replace(settings, out=folder, seed=seed))
         except Diverged:
             return {}
+        finally:
+            jax.clear_caches()  # no other run can use its programs, and those of all runs are too many for a process
     found = json.loads(summary.read_text())
     return found["metrics"] if found["status"] == "done" else {} if found["status"] == "diverged" else None
 

@@ -147,14 +147,7 @@ class Checkpointer:
             ) from error
         changed = differing(host.pop("settings", None), self.settings)
         require(not changed, f"{self.folder / str(step)}: the checkpoint is of another config: " + "; ".join(changed))
-        weights = host.pop("weights", {})
-        moved = [name for name, now in self.weights.items() if weights.get(name, now) != now]
-        require(
-            not moved,
-            f"{self.folder / str(step)}: this run began with other weights ({', '.join(moved)}): the model's files, or what "
-            "its name leads to on the Hugging Face hub, have changed since. Resume with the model that it began with, or "
-            "start a new run without --resume",
-        )
+        require_weights(self.folder / str(step), host.pop("weights", {}), self.weights)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))[
@@ -225,6 +218,23 @@ def _reason(error: OSError | ValueError) -> str:
         return error.strerror or str(error)
     number = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(number[1])) if number else str(error)[-200:]
+
+
+def require_weights(place: Path, began: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises a UserError where weights are not those that a run began with.
+
+    Args:
+        place: what says which weights the run began with: a checkpoint or a folder.
+        began: name -> `fingerprint` then; a name that is missing may be any weights.
+        now: name -> `fingerprint` now.
+    """
+    moved = [name for name in now if began.get(name, now[name]) != now[name]]
+    require(
+        not moved,
+        f"{place}: this run began with other weights ({', '.join(moved)}): the model's files, or what its name leads to on "
+        "the Hugging Face hub, have changed since. Resume with the model that it began with, or start a new run without "
+        "--resume",
+    )
 
 
 def fingerprint(tree: Any) -> str:

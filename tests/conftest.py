@@ -60,7 +60,10 @@ def wandb_is_closed():
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_forgotten(request: pytest.FixtureRequest):
-    """After a file with slow tests its programs are freed: with those of many files in a process XLA crashes."""
+    """After a file with slow tests its programs are freed: XLA crashes where a process has too many.
+
+    Linux allows it 65,530 mapped regions (vm.max_map_count), and a whole run's programs take up to 6,000.
+    """
     yield
     if any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items):
         import jax

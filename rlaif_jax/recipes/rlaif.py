@@ -19,6 +19,7 @@ import tyro
 from rlaif_jax.algorithms.advantages import GroupNormalised
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.checkpoint import fingerprint, require_weights
 from rlaif_jax.config import require
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.evaluate import Combination, Evaluation
@@ -192,6 +193,10 @@ def main(config: RlaifConfig) -> dict[str, Any]:
         ExitStack() as opened,
     ):
         run.display.plan(STAGES)
+        # Before the first judgement, which may cost money; the loop looks again, at its checkpoints.
+        now = fingerprint(policy.params)
+        require_weights(run.folder, {"policy": run.metrics.get("policy_sha256", now)}, {"policy": now})
+        run.metrics["policy_sha256"] = now
         if words := people_words([part.reward for part in config.feedback] + ([second] if second else [])):
             run.display.print(words)
         _train(config, policy, second, run, writer, opened)

@@ -1,11 +1,10 @@
-"""What `train` allows together: each pair of settings is in a whole run, which is killed and resumed bit for bit."""
+"""The runs of the covering table: their settings, and how one is killed and resumed."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import itertools
-import json
 import shutil
 import time
 from contextlib import ExitStack
@@ -18,22 +17,16 @@ import pytest
 
 from rlaif_jax import train
 from rlaif_jax.algorithms.advantages import GAE, GroupNormalised
-from rlaif_jax.algorithms.fit import FitConfig
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.feedback.sources import collect_feedback
-from rlaif_jax.models.heads import ScalarModel
-from rlaif_jax.models.hf.classifiers import save_reward_model
-from rlaif_jax.models.hf.files import load_with_tokenizer
 from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import ParallelConfig
-from rlaif_jax.recipes import rlaif, sft
-from rlaif_jax.recipes.rewards import KINDS, read_reward
+from rlaif_jax.recipes import rlaif
+from rlaif_jax.recipes.rewards import read_reward
 from rlaif_jax.recipes.rlaif import RlaifConfig, get_config
-from rlaif_jax.recipes.sft import SFTConfig
 from rlaif_jax.train import TrainConfig
 from tests.covering import Case, covering, one_by_one
-from tests.feedback.api_server import LETTERS, completion, serve
 from tests.feedback.people.crowd import Crowd, rating
 from tests.recipes.resumed import assert_same_runs, checkpoint, summary
 
@@ -75,107 +68,9 @@ CASES = covering(BLOCKS)
 WEIGHTS = (1.0, -0.5)
 STEPS = 3
 
-# ---- A model that answers in all forms that are rewarded, and what rewards them
-
-PEOPLE, DEEDS = (
-    ("Lily", "Tom", "Sara", "Ben"),
-    ("saw a dog", "had a ball", "ran home", "was sad", "went to bed", "said no"),
-)
-PROMPTS = [f"{name} {deed}." for name in PEOPLE for deed in DEEDS]
-ANSWERS = ("7", "8", "[1]", "{}", "yes", "no", "```\nf=abs\n```", "```\nf=int\n```", "She ran.")
-RECORD = {
-    "answer": "Yes",
-    "number": "7",
-    "schema": {"type": "array"},
-    "constraints": [{"type": "max_words", "count": 1}, {"type": "min_words", "count": 1}],
-    "tests": ["assert f(-2) == 2", "assert f(3) == 3"],
-}
-FUNCTIONS = """
-def brevity(answer):
-    return max(0.0, 1 - len(answer) / 20)
-
-
-def fussy(prompt, answer):
-    if "7" in answer:
-        raise ValueError("no 7, please")
-    return len(answer) if prompt < "Sara" else None
-"""
-RULES = """
-name = "in letters"
-[[rule]]
-name = "letters"
-pattern = "[a-z]"
-at_least = 3
-[[formula]]
-name = "in letters"
-formula = "letters"
-"""
-PAIR = """
-form: ranking
-labels: A = first, B = second
-[user]
-{prompt}
-A: {answer_1}
-B: {answer_2}
-[direct]
-The better one is
-"""
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-@pytest.fixture(scope="module")
-def inputs(shared_data, tmp_path_factory):
-    """A folder with stories260K that `sft` has taught short answers, a reward model, prompts, functions, rules."""
-    path = tmp_path_factory.mktemp("inputs")
-    write_lines(
-        path / "taught.jsonl", [{"prompt": prompt, "completion": text} for prompt in PROMPTS for text in ANSWERS]
-    )
-    taught = SFTConfig(
-        model=str(shared_data("lm_stories260k/stories260K.bin")),
-        data=(str(path / "taught.jsonl"),),
-        out=path / "sft",
-        add_bos=True,
-        max_length=64,
-        fit=FitConfig(updates=80, batch_size=8, learning_rate=4e-3),
-        parallel=MESH(1),
-        check_every=80,
-    )
-    sft.main(taught)
-    (path / "sft" / "model").rename(path / "lm")
-    model, params, tokenizer = load_with_tokenizer(str(path / "lm"), None)
-    scalar = ScalarModel(model.config, "normal", bias=False)
-    save_reward_model(path / "rm", scalar, scalar.init(jax.random.key(0), params["trunk"]), tokenizer)
-    write_lines(path / "prompts.jsonl", [{"prompt": prompt, **RECORD} for prompt in PROMPTS])
-    (path / "rewards.py").write_text(FUNCTIONS)
-    (path / "rules.toml").write_text(RULES)
-    (path / "pair.txt").write_text(PAIR)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def few_programs():
-    """After a run its programs are dropped: no other run can use them, and those of all runs fill gigabytes."""
-    yield
-    jax.clear_caches()
-
 
 def digest(text: str) -> int:
     return hashlib.sha256(text.encode()).digest()[0]
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A server whose judge gives each question a label of its own liking, and the probability of the others."""
-
-    def reply(body: dict[str, Any], number: int) -> dict[str, Any]:
-        at = digest(body["messages"][-1]["content"].partition("<answer")[2].partition(">")[2].partition("<")[0]) % 10
-        return completion(LETTERS[at], top=[(LETTERS[at], 0.7), (LETTERS[at - 1], 0.3)])
-
-    with serve(reply) as found:
-        yield found
 
 
 def config_of(case: Case, inputs: Path, server: str, out: Path) -> RlaifConfig:
@@ -229,20 +124,9 @@ def copy_in_step(monkeypatch: pytest.MonkeyPatch, step: int, whole: Path, part: 
     monkeypatch.setattr(train, "collect_feedback", judged)
 
 
-def test_each_pair_of_settings_is_in_a_run():
-    assert set(FEEDBACK) == set(KINDS)
-    found = {frozenset(pair) for case in CASES for pair in itertools.combinations(case, 2)}
-    settings = [*PROGRAM.values(), SECOND, ("alone", "two"), FEEDBACK]
-    wanted = {
-        frozenset(pair) for one, two in itertools.combinations(settings, 2) for pair in itertools.product(one, two)
-    }
-    assert not wanted - found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=", ".join)
-def test_a_killed_run_is_resumed_bit_for_bit(case, inputs, server, tmp_path, monkeypatch):
-    whole = config_of(case, inputs, server.url, tmp_path / "whole")
+def resumed_bit_for_bit(case: Case, inputs: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the run of a case, goes on with the copy of its folder, and asserts that both end in the same bits."""
+    whole = config_of(case, inputs, server, tmp_path / "whole")
     part = dataclasses.replace(whole, out=tmp_path / "part", resume=True)
     copy_in_step(monkeypatch, 2, whole.out, part.out)
     for config in (whole, part):
