@@ -128,7 +128,7 @@ class InstructConfig:
     dialogues: Path | None = None
     arms: tuple[Arm, ...] = ("grpo-lora", "grpo-full", "ppo-lora", "ppo-full")
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 16
+    steps: int = 32
     prompts_per_step: int = 8
     answers_per_prompt: int = 8
     lora_rate: float = 3e-4
