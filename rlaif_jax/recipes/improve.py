@@ -86,7 +86,7 @@ def improve(
         if evaluation.source is not None:
             run.settled()  # judgements may cost money or people's time
         with run.interruptible(), run.display.wait("held-out answers before training"):
-            before = evaluation.answers(params["policy"])
+            before = evaluation.answers(evaluation.runner.place(params["policy"]))
     run.display.begin(RL_STAGE)
     during = evaluation.during(run, before=before)
     trained = train(

@@ -18,6 +18,7 @@ import pytest
 from rlaif_jax import train
 from rlaif_jax.algorithms.advantages import GAE, GroupNormalised
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
+from rlaif_jax.evaluate import Answers, Evaluation
 from rlaif_jax.feedback.sources import collect_feedback
 from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
@@ -124,11 +125,23 @@ def copy_in_step(monkeypatch: pytest.MonkeyPatch, step: int, whole: Path, part: 
     monkeypatch.setattr(train, "collect_feedback", judged)
 
 
+def weights_are_placed(monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
+    """Asserts that the weights that answer held-out prompts are on all devices: else each would get all of them, often."""
+    answers = Evaluation.answers
+
+    def placed(self: Evaluation, params: Any, **given: Any) -> Answers:
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {devices}
+        return answers(self, params, **given)
+
+    monkeypatch.setattr(Evaluation, "answers", placed)
+
+
 def resumed_bit_for_bit(case: Case, inputs: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the run of a case, goes on with the copy of its folder, and asserts that both end in the same bits."""
     whole = config_of(case, inputs, server, tmp_path / "whole")
     part = dataclasses.replace(whole, out=tmp_path / "part", resume=True)
     copy_in_step(monkeypatch, 2, whole.out, part.out)
+    weights_are_placed(monkeypatch, 1 if "one device" in case else 8)
     for config in (whole, part):
         with ExitStack() as opened:
             if "people" in case:
