@@ -30,6 +30,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from rlaif_jax.algorithms.advantages import GAE
@@ -259,6 +260,7 @@ def main(config: InstructConfig) -> dict[str, Any]:
             settings = run_config(config, arm, seed)
             if not is_finished(settings):
                 rlaif.main(dataclasses.replace(settings, resume=settings.out.exists()))
+                jax.clear_caches()  # no other run can use its programs, and those of all runs are too many for a process
                 if not is_finished(settings):  # it was asked to stop
                     return results
             results[settings.out.name] = result(settings.out, held_out)
