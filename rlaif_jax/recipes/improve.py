@@ -106,7 +106,7 @@ def improve(
         enough=enough,
     )
     with run.interruptible(), run.display.wait("held-out answers after training"):
-        after = during.at(trained["policy"], run.steps_done, judged=True)
+        after = during.at(evaluation.runner.place(trained["policy"]), run.steps_done, judged=True)
         run.metrics |= comparison(evaluation.name, before, after, run.seed)
         log_ratio = evaluation.log_ratio(params["policy"], after)
         run.metrics["kl"] = float(log_ratio.sum(-1).mean())
