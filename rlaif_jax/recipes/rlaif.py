@@ -256,7 +256,7 @@ def _train(
         further=against,
     )
     with run.interruptible(), run.display.wait("held-out answers before training"):
-        before = evaluation.answers(runner.place(learned))
+        before = evaluation.answers(learned)
     if against is not None:
         against.start = before
 

@@ -8,6 +8,7 @@ import itertools
 import shutil
 import time
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from rlaif_jax import train
 from rlaif_jax.algorithms.advantages import GAE, GroupNormalised
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
-from rlaif_jax.evaluate import Answers, Evaluation
+from rlaif_jax.evaluate import Evaluation
 from rlaif_jax.feedback.sources import collect_feedback
 from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
@@ -127,13 +128,21 @@ def copy_in_step(monkeypatch: pytest.MonkeyPatch, step: int, whole: Path, part: 
 
 def weights_are_placed(monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
     """Asserts that the weights that answer held-out prompts are on all devices: else each would get all of them, often."""
-    answers = Evaluation.answers
+    compiled = Evaluation._sample.func
 
-    def placed(self: Evaluation, params: Any, **given: Any) -> Answers:
-        assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {devices}
-        return answers(self, params, **given)
+    def sample(self: Evaluation) -> Any:
+        program = compiled(self)
 
-    monkeypatch.setattr(Evaluation, "answers", placed)
+        def placed(replicated: Any, prompts: Any) -> Any:
+            params, frozen, _ = replicated
+            assert {len(x.sharding.device_set) for x in jax.tree.leaves((params, frozen))} == {devices}
+            return program(replicated, prompts)
+
+        return placed
+
+    checked = cached_property(sample)
+    checked.__set_name__(Evaluation, "_sample")
+    monkeypatch.setattr(Evaluation, "_sample", checked)
 
 
 def resumed_bit_for_bit(case: Case, inputs: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
