@@ -10,7 +10,8 @@ of its kinds (at most 15 words), and kinds that it never has.
 Each arm (GRPO or PPO, a LoRA adapter or all weights) is a run of `python -m rlaif_jax train` with its own folder and page, on
 three seeds. The original model says how fluent the held-out answers are (their log-prob under it), and with
 `--judge "judge models/smollm2 min_mass=0.05"` a judge compares those before and after in both orders. OUT/compare.html
-compares the runs; OUT/results.json has all numbers, also of the runs that `experiments.benchmarks.instruct_trl` takes by TRL.
+compares the runs; OUT/curves.svg shows what was kept in training over answers and over seconds, OUT/results.json has all
+numbers: both also of the runs that `experiments.benchmarks.instruct_trl` takes by TRL.
 
 Expected: see experiments/RESULTS.md.
 """
@@ -273,6 +274,7 @@ def main(config: InstructConfig) -> dict[str, Any]:
         print(line_of(name, found))
     with atomic_write(config.out / "results.json") as file:
         json.dump(results, file, indent=2)
+    print(draw_curves(config, list(results)))
     if len(folders) > 1:
         print(write_comparison(folders, config.out / "compare.html"))
     return results
@@ -369,6 +371,48 @@ def kept_share(pairs: np.ndarray) -> dict[str, Any]:
         "gain": float(gained.mean()),
         "gain_ci95": list(bootstrap_ci(gained, seed=0)),
     }
+
+
+def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (seconds since training began, share of constraints kept) after each step of a run, by its metrics.jsonl."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "score" in row]
+    parts = ("time/rollout_s", "time/feedback_s", "time/update_s")  # not the evaluations in between, which TRL has not
+    if all(part in row for row in rows for part in parts):
+        seconds = np.cumsum([sum(row[part] for part in parts) for row in rows])
+    else:
+        seconds = np.array([row["time/elapsed_s"] for row in rows])
+    return seconds, np.array([row["score"] for row in rows])
+
+
+def draw_curves(config: InstructConfig, names: Sequence[str]) -> Path:
+    """Draws what was kept in training, over answers and over minutes, a line a run, and returns the path.
+
+    A point is the mean of the last four steps; the runs of an arm have one colour.
+
+    Args:
+        config: of the runs.
+        names: of their folders, such as grpo-lora-0.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    arms = list(dict.fromkeys(name.rpartition("-")[0] for name in names))
+    for name in names:
+        arm, _, seed = name.rpartition("-")
+        seconds, kept = curve(config.out / name)
+        smooth = [kept[max(0, i - 3) : i + 1].mean() for i in range(len(kept))]
+        answers = config.prompts_per_step * config.answers_per_prompt * np.arange(1, len(kept) + 1)
+        look = {"color": f"C{arms.index(arm)}", "label": f"{arm}, seed {seed}", "alpha": 0.8}
+        left.plot(answers, smooth, **look)
+        right.plot(seconds / 60, smooth)[0].set(**look)
+    left.set(xlabel="answers", ylabel="share of constraints kept, mean of 4 steps")
+    right.set(xlabel="minutes of training")
+    right.legend(fontsize="small", frameon=False)
+    path = config.out / "curves.svg"
+    figure.savefig(path)
+    return path
 
 
 def line_of(name: str, found: Mapping[str, Any]) -> str:

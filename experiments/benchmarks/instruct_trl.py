@@ -22,6 +22,8 @@ from trl import GRPOConfig, GRPOTrainer
 from experiments.instruct import ANSWER_LENGTH, InstructConfig
 from rlaif_jax.feedback.verifiers.constraints import Constraints
 
+PARTS = 4  # of a step's answers, for scoring and update
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="a Hugging Face folder")
 parser.add_argument("runs", type=Path, help="the folder of experiments/instruct.py")
@@ -121,8 +123,9 @@ trainer = GRPOTrainer(
         use_cpu=True,
         bf16=False,
         fp16=False,
-        per_device_train_batch_size=settings.prompts_per_step * settings.answers_per_prompt,
-        gradient_accumulation_steps=1,
+        # In parts: all answers of a step at once need more than 18 GB.
+        per_device_train_batch_size=settings.prompts_per_step * settings.answers_per_prompt // PARTS,
+        gradient_accumulation_steps=PARTS,
         num_generations=settings.answers_per_prompt,
         num_iterations=1,
         max_completion_length=ANSWER_LENGTH,

@@ -19,7 +19,6 @@ from rlaif_jax.algorithms.reward_modeling import members_step, reward_step
 from rlaif_jax.checkpoint import fingerprint
 from rlaif_jax.config import require
 from rlaif_jax.data.text import held_out_mask
-from rlaif_jax.feedback.judges.batching import check_batch_size
 from rlaif_jax.feedback.judges.reward_model import Scorer
 from rlaif_jax.feedback.judges.reward_pairs import Pairs, tokenize, training_buckets
 from rlaif_jax.feedback.records.comparisons import Comparisons, comparisons
@@ -27,14 +26,14 @@ from rlaif_jax.feedback.records.exchange import NAMED_BAD, Detected, Read
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.hf.classifiers import save_reward_model
-from rlaif_jax.models.hf.files import load_with_tokenizer
-from rlaif_jax.parallel import ParallelConfig, Runner, make_runner
+from rlaif_jax.parallel import ParallelConfig, Runner
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.calibration import debiased_calibration_error
 from rlaif_jax.quality.intervals import bootstrap_ci, percentile_interval, resampled_rows, share_interval
 from rlaif_jax.quality.statistics import calibration_columns, fold_predictions, spearman
 from rlaif_jax.quality.values import sum_by_group
 from rlaif_jax.quality.votes import current
+from rlaif_jax.recipes.start import model_to_fit
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.types import INIT, Params, step_key
@@ -62,7 +61,7 @@ class RewardModelConfig:
         tracking: where the run is shown besides its folder: Weights & Biases.
         stages: the folder of finished stages, which runs may share; None: in `out`.
         add_bos: put BOS before each prompt, as the policy's prompts have it; a chat template writes it itself.
-        max_length: tokens of prompt and answer; longer pairs are left out.
+        max_length: tokens of prompt and answer; longer pairs are left out. None: 1024, or as many as the model can read.
         held_out: the share of the conversations that are measured on and not learned from.
         split_seed: which conversations are held out; apart from `seed`, so that runs of several seeds are measured alike.
         members: number of reward models, of the seeds `seed`, `seed + 1` ..., trained in one program.
@@ -87,7 +86,7 @@ class RewardModelConfig:
     tracking: Tracking = Tracking()
     stages: Path | None = None
     add_bos: bool = False
-    max_length: int = 1024
+    max_length: int | None = None
     held_out: float = 0.1
     split_seed: int = 0
     members: int = 1
@@ -100,7 +99,8 @@ class RewardModelConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        for field in ("max_length", "members", "check_every"):
+        require(self.max_length is None or self.max_length >= 1, f"max_length must be >= 1, not {self.max_length}")
+        for field in ("members", "check_every"):
             require(self.__dict__[field] >= 1, f"{field} must be >= 1, not {self.__dict__[field]}")
         for field in ("margin", "center_coef"):
             require(self.__dict__[field] >= 0, f"{field} must be >= 0, not {self.__dict__[field]}")
@@ -258,22 +258,18 @@ def help_text() -> str:
 def main(config: RewardModelConfig) -> dict[str, Any]:
     """Trains a reward model, writes it to OUT/model (members: OUT/model_0 ...), returns the metrics."""
     config.tracking.check()
-    require(
-        config.model is not None, "no model to begin with: give --model, a Hugging Face folder, a hub id or a .bin file"
+    language_model, weights, tokenizer, runner, max_length = model_to_fit(
+        config.model,
+        config.tokenizer,
+        max_length=config.max_length,
+        batch_size=config.fit.batch_size,
+        dtype=config.compute_dtype,
+        remat=config.remat,
+        parallel=config.parallel,
     )
-    name = str(config.model)
-    language_model, weights, tokenizer = load_with_tokenizer(
-        name, config.tokenizer, compute_dtype=config.compute_dtype, remat=config.remat
-    )
-    context = language_model.config.context_length
-    require(
-        config.max_length <= context, f"max_length ({config.max_length}) is more than {name} can read: {context} tokens"
-    )
-    runner = make_runner(config.parallel, language_model.rules)
-    check_batch_size("fit", config.fit.batch_size, runner)
     found = read_comparisons(config.feedback, config.format, config.principles)
     unused = found.unused
-    pairs = tokenize(found, tokenizer, max_length=config.max_length, add_bos=config.add_bos, unused=unused)
+    pairs = tokenize(found, tokenizer, max_length=max_length, add_bos=config.add_bos, unused=unused)
     for reason, count in unused.most_common():
         print(f"  not used: {count} x {reason}")
     held_out = held_out_mask(pairs.conversation, config.held_out, config.split_seed)

@@ -22,14 +22,15 @@ from rlaif_jax.data.readers import jsonl_records, listed, plain, tfds_records
 from rlaif_jax.data.rendering import LearnedTokens, conversation_tokens, text_tokens
 from rlaif_jax.data.text import held_out_mask, packed_sequences
 from rlaif_jax.data.tokenizers import Tokenizer
-from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
+from rlaif_jax.feedback.judges.batching import in_batches
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM
-from rlaif_jax.models.hf.files import load_with_tokenizer, save_model
-from rlaif_jax.parallel import ParallelConfig, Runner, make_runner
+from rlaif_jax.models.hf.files import save_model
+from rlaif_jax.parallel import ParallelConfig, Runner
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.intervals import Estimate, Jackknife, as_estimate
 from rlaif_jax.quality.values import Floats
+from rlaif_jax.recipes.start import model_to_fit
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.types import Params
@@ -57,7 +58,7 @@ class SFTConfig:
         stages: the folder of finished stages, which runs may share; None: in `out`.
         add_bos: put BOS before each text; a chat template writes it itself.
         max_length: tokens of a row of packed texts. A longer conversation is cut after the last turn of the assistant that
-            fits; other longer texts are left out.
+            fits; other longer texts are left out. None: 1024, or as many as the model can read.
         held_out: the share of the rows that are measured on and not learned from.
         split_seed: which rows are held out; apart from `seed`, so that runs of several seeds are measured alike.
         fit: updates, rows of a batch, peak of the learning rate.
@@ -77,7 +78,7 @@ class SFTConfig:
     tracking: Tracking = Tracking()
     stages: Path | None = None
     add_bos: bool = False
-    max_length: int = 1024
+    max_length: int | None = None
     held_out: float = 0.05
     split_seed: int = 0
     fit: FitConfig = FitConfig(updates=500, batch_size=16, learning_rate=2e-5)
@@ -87,8 +88,8 @@ class SFTConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        for field in ("max_length", "check_every"):
-            require(self.__dict__[field] >= 1, f"{field} must be >= 1, not {self.__dict__[field]}")
+        require(self.max_length is None or self.max_length >= 1, f"max_length must be >= 1, not {self.max_length}")
+        require(self.check_every >= 1, f"check_every must be >= 1, not {self.check_every}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
 
 
@@ -165,19 +166,20 @@ def first_turn(turns: Sequence[Turn]) -> str:
     return next((turn.text for turn in turns if turn.role == "user"), "\n\n".join(turn.text for turn in turns))
 
 
-def read_texts(config: SFTConfig, tokenizer: Tokenizer) -> Texts:
+def read_texts(config: SFTConfig, tokenizer: Tokenizer, max_length: int) -> Texts:
     """Reads, tokenizes and cuts all rows of the data; what is left out or cut is counted.
 
     Args:
         config: the settings.
         tokenizer: of the model.
+        max_length: tokens of a row.
 
     Raises:
         UserError: a file cannot be read, or no row can be used; the message names the first row and its fault.
     """
     found = Texts([], [], Counter())
     faults: list[str] = []
-    longer = f"longer than max_length = {config.max_length} tokens"
+    longer = f"longer than max_length = {max_length} tokens"
     for place, row in each_row(config.data, config.split):
         try:
             tokens, name = read_row(row, tokenizer, add_bos=config.add_bos)
@@ -185,7 +187,7 @@ def read_texts(config: SFTConfig, tokenizer: Tokenizer) -> Texts:
             faults.append(f"{place}: {error}")
             found.unused["row with a fault"] += 1
             continue
-        cut = tokens.cut(config.max_length)
+        cut = tokens.cut(max_length)
         if cut is None:
             found.unused[f"row {longer}"] += 1
             continue
@@ -292,25 +294,21 @@ def help_text() -> str:
 def main(config: SFTConfig) -> dict[str, Any]:
     """Fine-tunes a language model, writes it to OUT/model and returns the run's metrics."""
     config.tracking.check()
-    require(
-        config.model is not None, "no model to begin with: give --model, a Hugging Face folder, a hub id or a .bin file"
+    model, params, tokenizer, runner, max_length = model_to_fit(
+        config.model,
+        config.tokenizer,
+        max_length=config.max_length,
+        batch_size=config.fit.batch_size,
+        dtype=config.compute_dtype,
+        remat=config.remat,
+        parallel=config.parallel,
     )
-    name = str(config.model)
-    model, params, tokenizer = load_with_tokenizer(
-        name, config.tokenizer, compute_dtype=config.compute_dtype, remat=config.remat
-    )
-    context = model.config.context_length
-    require(
-        config.max_length <= context, f"max_length ({config.max_length}) is more than {name} can read: {context} tokens"
-    )
-    runner = make_runner(config.parallel, model.rules)
-    check_batch_size("fit", config.fit.batch_size, runner)
-    texts = read_texts(config, tokenizer)
+    texts = read_texts(config, tokenizer, max_length)
     mask = held_out_mask(texts.names, config.held_out, config.split_seed)
-    held_out, training = (packed(texts, which, config.max_length, tokenizer.pad_id) for which in (mask, ~mask))
+    held_out, training = (packed(texts, which, max_length, tokenizer.pad_id) for which in (mask, ~mask))
     require(
         len(training["tokens"]) >= config.fit.batch_size,
-        f"the texts fill {len(training['tokens'])} rows of max_length = {config.max_length} tokens, fewer than "
+        f"the texts fill {len(training['tokens'])} rows of max_length = {max_length} tokens, fewer than "
         f"fit.batch_size ({config.fit.batch_size})",
     )
     meter = PerplexityMeter(model, runner, config.fit.batch_size)

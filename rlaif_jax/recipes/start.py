@@ -8,22 +8,23 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlaif_jax.config import require
+from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.joined import JoinedSource
+from rlaif_jax.feedback.judges.batching import check_batch_size
 from rlaif_jax.files import atomic_write
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_with_tokenizer
 from rlaif_jax.models.sampling import SamplingConfig
-from rlaif_jax.parallel import Runner
+from rlaif_jax.parallel import ParallelConfig, Runner, make_runner
 from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
 from rlaif_jax.recipes.judge_rewards import BASELINE
@@ -31,6 +32,8 @@ from rlaif_jax.recipes.own_prompts import OwnPrompts
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
 from rlaif_jax.run import Run
 from rlaif_jax.types import FEEDBACK, SAMPLES, Params, Rollout, step_key
+
+MAX_LENGTH = 1024  # tokens of a row, where the model can read as many and nothing else is asked for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +73,60 @@ def load_policy(
         "eos_token in tokenizer_config.json",
     )
     return LoadedPolicy(model, params, tokenizer)
+
+
+class ModelToFit(NamedTuple):
+    """A language model that learns from a file.
+
+    Attributes:
+        model: the model.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        runner: the devices.
+        max_length: most tokens of a row.
+    """
+
+    model: CausalLM
+    params: Params
+    tokenizer: Tokenizer
+    runner: Runner
+    max_length: int
+
+
+def model_to_fit(
+    name: str | None,
+    tokenizer_path: Path | None,
+    *,
+    max_length: int | None,
+    batch_size: int,
+    dtype: Literal["float32", "bfloat16"],
+    remat: bool,
+    parallel: ParallelConfig,
+) -> ModelToFit:
+    """Loads what a supervised recipe begins with.
+
+    Args:
+        name: a Hugging Face folder, a hub id, or a llama2.c .bin file.
+        tokenizer_path: the tokenizer's file or folder; None: it is with the model.
+        max_length: most tokens of a row; None: `MAX_LENGTH`, or as many as the model can read.
+        batch_size: rows of an update.
+        dtype: of activations.
+        remat: whether blocks are recomputed in the backward pass.
+        parallel: how the devices are used.
+
+    Raises:
+        UserError: there is no model, it cannot be read, `max_length` is more than it can read, or a batch cannot be split
+            over the devices.
+    """
+    if name is None:
+        raise UserError("no model to begin with: give --model, a Hugging Face folder, a hub id or a .bin file")
+    model, params, tokenizer = load_with_tokenizer(name, tokenizer_path, compute_dtype=dtype, remat=remat)
+    context = model.config.context_length
+    length = min(MAX_LENGTH, context) if max_length is None else max_length
+    require(length <= context, f"max_length ({length}) is more than {name} can read: {context} tokens")
+    runner = make_runner(parallel, model.rules)
+    check_batch_size("fit", batch_size, runner)
+    return ModelToFit(model, params, tokenizer, runner, length)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ from experiments.instruct import (
     NEW,
     TRAINED,
     InstructConfig,
+    curve,
+    draw_curves,
     is_finished,
     is_held_out,
     prompt_rows,
@@ -79,6 +81,21 @@ def test_the_numbers_of_a_run(tmp_path):
         "paragraphs": (1.0, 0.0, -1.0),
     }
     assert found["fluency_change"] == 0.5
+
+
+def test_curves_have_the_seconds_of_training_alone(tmp_path):
+    ours, trl = tmp_path / "grpo-lora-0", tmp_path / "trl-lora-0"
+    parts = {"time/rollout_s": 2.0, "time/feedback_s": 0.5, "time/update_s": 1.5}
+    for folder, rows in (
+        (ours, [{"step": 0, "eval_reward": 0.1}, *({"score": x, "time/elapsed_s": 99.0} | parts for x in (0.0, 0.5))]),
+        (trl, [{"score": 0.25, "time/elapsed_s": 5.0}, {"score": 0.75, "time/elapsed_s": 9.0}]),
+    ):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [x.tolist() for x in curve(ours)] == [[4.0, 8.0], [0.0, 0.5]]
+    assert [x.tolist() for x in curve(trl)] == [[5.0, 9.0], [0.25, 0.75]]
+    drawn = draw_curves(InstructConfig(out=tmp_path), ["grpo-lora-0", "trl-lora-0"]).read_text()
+    assert "grpo-lora, seed 0" in drawn and "trl-lora, seed 0" in drawn
 
 
 def test_each_arm_is_a_run_of_its_own(tmp_path):

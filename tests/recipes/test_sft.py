@@ -19,6 +19,7 @@ from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.files import load_model, save_model
 from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import sft as recipe
+from rlaif_jax.recipes import start
 from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, Texts, main, packed, perplexity, read_row
 from tests.data.test_rendering import CHATML
 from tests.data.token_folders import byte_tokenizer_folder
@@ -170,7 +171,9 @@ def test_long_and_faulty_rows_are_counted(folder, tmp_path, capsys):
         {"question": "a"},
         {"prompt": "a", "completion": ["b"]},
     ]
-    found = recipe.read_texts(config(folder, tmp_path, data=(str(write(tmp_path / "more.jsonl", more)),)), TOKENIZER)
+    found = recipe.read_texts(
+        config(folder, tmp_path, data=(str(write(tmp_path / "more.jsonl", more)),)), TOKENIZER, 24
+    )
     assert found.unused == {
         "row longer than max_length = 24 tokens": 2,
         "conversation cut at a turn: longer than max_length = 24 tokens": 1,
@@ -181,6 +184,14 @@ def test_long_and_faulty_rows_are_counted(folder, tmp_path, capsys):
     assert "more.jsonl:4: no turn of the assistant to learn from" in out
     assert 'more.jsonl:5: a row has messages, prompt and completion, or text; this one has "question"' in out
     assert "more.jsonl:6: prompt and completion must be two texts or two lists of messages" in out
+
+
+def test_rows_are_as_long_as_the_model_can_read_at_most(folder, monkeypatch):
+    given = {"batch_size": 8, "dtype": "float32", "remat": False, "parallel": ParallelConfig()}
+    assert start.model_to_fit(str(folder / "lm"), None, max_length=None, **given).max_length == 32
+    assert start.model_to_fit(str(folder / "lm"), None, max_length=8, **given).max_length == 8
+    monkeypatch.setattr(start, "MAX_LENGTH", 16)
+    assert start.model_to_fit(str(folder / "lm"), None, max_length=None, **given).max_length == 16
 
 
 BAD = {
