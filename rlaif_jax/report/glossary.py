@@ -23,6 +23,7 @@ _STAGE_TITLES = {
     "reward_model": "Reward model",
     RL_STAGE: "Training loop",
 }
+_MATCHED = {"eval_reward": "the reward"}  # what a name stands for where it fills a place of a title
 _ABBREVIATIONS = {"kl", "ppo", "grpo", "sft", "rl", "rm", "eos", "lm", "ece", "lc", "ci95", "ai", "dpo"}
 _SHARE = re.compile(r"(?<!learning)_(rate|accuracy|agreement)(_|$)")
 
@@ -75,7 +76,9 @@ def label(key: str) -> Label:
             quantity = QUANTITIES[entry]
             place = entry.find("*")
             matched = name[place : len(name) - (len(entry) - place - 1)] if place >= 0 else ""
-            title = quantity.title.format(words(matched).lower()) + (f" ({detail})" if detail else "")
+            title = quantity.title.format(_MATCHED.get(matched, words(matched).lower())) + (
+                f" ({detail})" if detail else ""
+            )
             return Label(title, quantity.unit, quantity.unit.startswith("%"), _id(entry), quantity.meaning)
     return Label(words(key), share=bool(_SHARE.search(key)))
 

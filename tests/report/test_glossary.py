@@ -20,6 +20,7 @@ from tests.report.pages import make, write_json
         ("gold_before", "Gold score (before)", False),
         ("win_rate_gold", "Win rate by gold", True),
         ("win_rate_gold_ci95", "Win rate by gold", True),
+        ("win_rate_eval_reward", "Win rate by the reward", True),
         ("win_rate_my_judge_length_controlled", "Win rate by my judge, equal lengths", True),
         ("first/sampler_gap", "Sampler gap (first minibatch)", False),
         ("discriminator/accuracy", "Accuracy (discriminator)", True),
