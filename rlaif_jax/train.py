@@ -176,10 +176,9 @@ def train(
         return dataclasses.replace(state, extra=state.extra | kept)
 
     start_of_run = (initial, params, np.uint32(run.seed), normaliser)
-    # An empty adapter is the base alone: there is no second copy of the base.
-    reference = {} if base is not None else jax.tree.map(jnp.array, params["policy"])
+    # An empty adapter is the base alone: there is no second copy of the base. The state has copies of `params`.
+    reference = {} if base is not None else params["policy"]
     frozen = runner.place(Frozen(reference, base, tuple(p for _, p in device_rewards)))
-    del reference  # what was placed may be a copy
     # Each program gets only what it reads of the frozen weights.
     adapter = dataclasses.replace(frozen, reference=None, rewards=())
     answering = frozen if any(draw.by == "reference" for draw in algorithm.draws) else adapter

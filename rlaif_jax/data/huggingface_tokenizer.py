@@ -38,6 +38,7 @@ class HuggingFaceTokenizer:
         settings: the folder's `tokenizer_config.json`, completed by the names of the special tokens that the other
             files of the folder gave; `save` writes it back, chat template included.
         template_file: the file of the chat template, for messages.
+        day: what a chat template that prints the day takes for it, YYYY-MM-DD; "": today. See `on_day`.
     """
 
     backend: hf.Tokenizer
@@ -47,6 +48,7 @@ class HuggingFaceTokenizer:
     settings: Mapping[str, Any] = field(default_factory=dict)
     other_stop_ids: tuple[int, ...] = ()
     template_file: str = "tokenizer"
+    day: str = ""
 
     @classmethod
     def read(cls, path: tokenizer_files.PathLike) -> HuggingFaceTokenizer:
@@ -234,7 +236,16 @@ class HuggingFaceTokenizer:
         Raises:
             UserError: as `template.render`.
         """
-        return template.render(self.settings, messages, self.template_file)
+        return template.render(self.settings, messages, self.template_file, day=self.day)
+
+    @property
+    def prints_day(self) -> bool:
+        """Returns whether the chat template asks for the day."""
+        return "strftime_now" in str(self.settings.get("chat_template"))
+
+    def on_day(self, day: str) -> HuggingFaceTokenizer:
+        """Returns the same tokenizer, for which it always is that day, YYYY-MM-DD: a resumed run needs it."""
+        return replace(self, day=day)
 
     @cached_property
     def _skipped(self) -> frozenset[int]:

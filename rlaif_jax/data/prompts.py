@@ -22,6 +22,9 @@ from rlaif_jax.types import Rollout
 
 Record: TypeAlias = Mapping[str, Any]
 
+CONVERSATIONAL = "conversational"
+"""The field of a record that says whether its prompt came as messages."""
+
 
 class Records(Protocol):
     """A random-access source of records."""

@@ -110,6 +110,14 @@ class CountingSource(FeedbackSource):
         return feedback
 
 
+def other_answer(record: Record, field: str) -> str | Missing:
+    """Returns the answer to compare with, in a field of a record; `Missing` without one."""
+    other = record.get(field)
+    return (
+        other if isinstance(other, str) else Missing(f"the record has no text in its field {field!r} to compare with")
+    )
+
+
 class DeviceReward(Protocol):
     """A reward that is computed inside the compiled program: a reward model, a rule on tokens. Pure `jnp`."""
 

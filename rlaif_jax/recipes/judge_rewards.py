@@ -13,7 +13,7 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.rendering import chat_tokenizer
-from rlaif_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from rlaif_jax.feedback.api import builtin_templates as builtin
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import ApiJudge
@@ -23,10 +23,10 @@ from rlaif_jax.feedback.api.templates import Question, Template
 from rlaif_jax.feedback.constitution.constitution import Constitution, load_constitution
 from rlaif_jax.feedback.constitution.revision import draw_principle
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
-from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource, other_answer
+from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating, sha256
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import FeedbackSource
+from rlaif_jax.feedback.sources import FeedbackSource, Missing, other_answer
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.parallel import Runner
@@ -68,6 +68,8 @@ class Surroundings:
         open: closes what a reward opens, such as a connection, when the run ends.
         loaded: models that are loaded already, by folder and dtype.
         judges: judges behind servers that are open already, by their settings.
+        raters: who the judges on the devices are in the records, by their settings.
+        day: returns the day that chat templates print, YYYY-MM-DD; "": today.
     """
 
     folder: Path
@@ -77,6 +79,8 @@ class Surroundings:
     open: ExitStack
     loaded: dict[tuple[str, str], tuple[CausalLM, Params]] = dataclasses.field(default_factory=dict)
     judges: dict[ApiConfig, ApiJudge] = dataclasses.field(default_factory=dict)
+    raters: dict[JudgeReward, Rater] = dataclasses.field(default_factory=dict)
+    day: Callable[[], str] = lambda: ""
 
     @property
     def store(self) -> Path:
@@ -136,7 +140,7 @@ class JudgeReward:
         dtype: of the judge's matrix products.
         batch_size: questions of one compiled call.
         min_mass: with less probability on all labels together, a judgement is missing.
-        max_length: tokens of a question at most; 0 = the model's context.
+        max_length: tokens of a question at most; 0 = the model's context, 2,048 at most.
     """
 
     model: str
@@ -166,6 +170,8 @@ class JudgeReward:
         require(bool(template.direct), f"{self.template}: no [direct] section; a local judge is read by its labels")
         model, params = around.load(self.model, self.dtype)
         tokenizer = load_tokenizer(self.model)
+        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.prints_day:
+            tokenizer = tokenizer.on_day(around.day())
 
         def text(prompt: str, *answers: str) -> str:
             return _as_text(tokenizer, template, wording.question(prompt, *answers))
@@ -189,25 +195,25 @@ class JudgeReward:
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source: its judgements go to the run's store."""
         judge, wording = self._judge(around, self.form)
-        rater = Rater(Path(self.model).name, "ai", judge.hash, wording.template.hash)
+        rater = around.raters[self] = Rater(Path(self.model).name, "ai", judge.hash, wording.template.hash)
         against = self.against if self.form == "ranking" else ""
         return RecordedJudgeSource(judge, rater, around.store, wording.principle, against)
 
     def reasons(self, around: Surroundings) -> Reasons:
-        """Returns how the judge came to its judgements, read from the store: the labels' probabilities."""
+        """Returns how the built judge came to its judgements, from the store: the labels' probabilities."""
         wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
         labels = [label for label, _ in wording.template.labels]
-        name, against = Path(self.model).name, self.against if self.form == "ranking" else ""
+        against = self.against if self.form == "ranking" else ""
         other = "the answer before training" if against == BASELINE else f"the answer in {against}"
 
         def words(store: Store, record: Record, answer: str) -> str:
-            answers = (answer, other_answer(record, against)) if against else (answer,)
+            second = other_answer(record, against) if against else ""
+            if isinstance(second, Missing):
+                return ""
+            answers = (answer, second) if against else (answer,)
             found = store.judgements(item=sha256([str(record["prompt"]), sorted(answers)]), form=self.form)
-            own = {
-                entry.shown: entry
-                for entry in found
-                if (entry.rater.name, entry.rater.prompt_hash, entry.answers) == (name, wording.template.hash, answers)
-            }
+            asked = (around.raters[self], wording.principle(str(record["prompt"])), answers)
+            own = {entry.shown: entry for entry in found if (entry.rater, entry.principle, entry.answers) == asked}
             if against:
                 forward, swapped = own.get((0, 1)), own.get((1, 0))
                 if isinstance(forward, Ranking) and isinstance(swapped, Ranking):
@@ -277,9 +283,11 @@ class ApiReward(ApiConfig):
         wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
         judge = around.api_judge(self)
 
-        def question(record: Any, answer: str) -> Question:
-            other = (other_answer(record, self.against),) if self.form == "ranking" else ()
-            return wording.question(str(record["prompt"]), answer, *other)
+        def question(record: Any, answer: str) -> Question | Missing:
+            if self.form == "rating":
+                return wording.question(str(record["prompt"]), answer)
+            other = other_answer(record, self.against)
+            return other if isinstance(other, Missing) else wording.question(str(record["prompt"]), answer, other)
 
         return ApiJudgeSource(judge, wording.template, question)
 
@@ -287,12 +295,19 @@ class ApiReward(ApiConfig):
         """Returns what the judge wrote about answers, read from the store; None where it writes about pairs."""
         if self.form == "ranking":
             return None
+        wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
+        judge = around.api_judge(self)
+
+        def words(store: Store, prompt: str, answer: str) -> str:
+            question = wording.question(prompt, answer)
+            asked = (judge.rater(question, wording.template), question.principle)
+            found = store.judgements(item=sha256([prompt, [answer]]), form="rating")
+            own = [entry for entry in found if (entry.rater, entry.principle) == asked]
+            return own[-1].raw if own else ""
 
         def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
             with Store(around.store) as store:
-                items = [sha256([str(record["prompt"]), [answer]]) for record, answer in zip(records, answers)]
-                found = [store.judgements(item=item, form="rating") for item in items]
-            return [judgements[-1].raw if judgements else "" for judgements in found]
+                return [words(store, str(record["prompt"]), answer) for record, answer in zip(records, answers)]
 
         return written
 

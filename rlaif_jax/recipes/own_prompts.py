@@ -14,6 +14,7 @@ from rlaif_jax.data.prompts import Records, place
 from rlaif_jax.data.readers import FileRecords, jsonl_records, plain, tfds_records
 from rlaif_jax.data.rendering import chat_tokenizer
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from rlaif_jax.files import read_bytes
 
 TFDS = "tfds:"
 
@@ -141,9 +142,7 @@ def read_records(name: str) -> Records:
     path = Path(name)
     if path.suffix == ".txt":
         try:
-            lines = path.read_text().splitlines()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            lines = read_bytes(path).decode().replace("\r\n", "\n").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is no UTF-8 text: {error}") from error
         kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from rlaif_jax.algorithms.advantages import GroupNormalised
@@ -21,9 +22,10 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.checkpoint import fingerprint, require_weights
 from rlaif_jax.config import require
-from rlaif_jax.data.tokenizers import Tokenizer
-from rlaif_jax.evaluate import Combination, Evaluation
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from rlaif_jax.evaluate import Answers, Combination, Evaluation
 from rlaif_jax.feedback.joined import JoinedSource
+from rlaif_jax.feedback.people.kinds import RANK
 from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.files import atomic_write
 from rlaif_jax.metrics import MetricsWriter
@@ -31,7 +33,7 @@ from rlaif_jax.models.hf.adapters import save_adapter
 from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
-from rlaif_jax.parallel import make_runner
+from rlaif_jax.parallel import Runner, make_runner
 from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import Improvement, improve, with_critic
@@ -52,14 +54,14 @@ from rlaif_jax.recipes.rewards import (
     rewards_help,
     sparing,
 )
-from rlaif_jax.recipes.start import LoadedPolicy, Start, load_policy, scale_of
+from rlaif_jax.recipes.start import LoadedPolicy, Start, day_of, load_policy, most_frequent, scale_of
 from rlaif_jax.recipes.verdicts import SCORE, SECOND, AgainstStart, conclude
 from rlaif_jax.rewards.shaping import identity_normaliser
 from rlaif_jax.rewards.spread import check_oversample
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.train import TrainConfig
-from rlaif_jax.types import INIT, Frozen, Params, step_key
+from rlaif_jax.types import INIT, Frozen, step_key
 
 STAGES = (
     PlannedStage(
@@ -151,6 +153,12 @@ class RlaifConfig:
         require(self.held_out >= 2, f"held_out must be >= 2, not {self.held_out}")
         self.ppo.shaping.check(self.sampling.max_new_tokens)
         check_oversample(self.train.oversample, self.ppo.answers_per_prompt)
+        ranked = any(isinstance(part.reward, PeopleReward) and part.reward.kind == "rank" for part in self.feedback)
+        require(
+            not ranked or self.ppo.answers_per_prompt <= RANK.max_answers,
+            f"people kind=rank: people rank at most {RANK.max_answers} answers at once, not the "
+            f"{self.ppo.answers_per_prompt} of ppo.answers_per_prompt: draw fewer, or take kind=rate",
+        )
         require(
             not self.ppo.shaping.weights,
             "ppo.shaping.weights are given with the rewards here: --feedback 'KIND ... weight=W'",
@@ -197,6 +205,8 @@ def main(config: RlaifConfig) -> dict[str, Any]:
         now = fingerprint(policy.params)
         require_weights(run.folder, {"policy": run.metrics.get("policy_sha256", now)}, {"policy": now})
         run.metrics["policy_sha256"] = now
+        if isinstance(policy.tokenizer, HuggingFaceTokenizer) and policy.tokenizer.prints_day:
+            policy = dataclasses.replace(policy, tokenizer=policy.tokenizer.on_day(day_of(run)))
         if words := people_words([part.reward for part in config.feedback] + ([second] if second else [])):
             run.display.print(words)
         _train(config, policy, second, run, writer, opened)
@@ -219,7 +229,7 @@ def _train(
     texts.check(config.train.prompt_length, policy.tokenizer)
     prompts = _prompts(config, policy.tokenizer, runner.devices)
     run.missing |= {f"prompts: {reason}": count for reason, count in prompts.left_out.items()}
-    judges = _judges(config, second, Surroundings(run.folder, config.seed, runner, run.stopped, opened))
+    judges = _judges(config, second, run, runner, opened)
     run.report()
 
     # ---- What the policy answers before training
@@ -257,6 +267,7 @@ def _train(
     )
     with run.interruptible(), run.display.wait("held-out answers before training"):
         before = evaluation.answers(learned)
+    _is_heard(run, second, judges.opinion, before)
     if against is not None:
         against.start = before
 
@@ -281,24 +292,47 @@ def _train(
             run.metrics |= against.metrics(found.after)
     run.metrics["wall_s"] = round(run.wall_s, 1)
     run.missing |= judges.source.missing()
-    _write_answers(run.folder, asked, found)
-    _save(run.folder, config.policy, policy, lora, found.params)
+    _save(run.folder, asked, found, policy, lora, config.policy)
     conclude(run, None if against is None else against.name)
 
 
-def _write_answers(folder: Path, prompts: Sequence[str], found: Improvement) -> None:
-    """Writes the held-out answers before and after training, as `judge --items` reads them."""
+def _is_heard(run: Run, second: Reward | None, opinion: FeedbackSource | None, before: Answers) -> None:
+    """Warns where the second judge judges few answers. Raises UserError where it judges none."""
+    if opinion is None or before.second is None or isinstance(second, PeopleReward):  # people may come later
+        return
+    judged, size = int(np.isfinite(before.second).sum()), len(before.texts)
+    said = f"--second judged {judged} of {size} held-out answers before training ({most_frequent(opinion)})"
+    require(judged > 0, f"{said}: it would tell nothing about the policy")
+    if judged < size / 2:
+        run.warn(f"{said}. Try: a smaller min_mass, or another judge.")
+
+
+def _save(
+    folder: Path,
+    prompts: Sequence[str],
+    found: Improvement,
+    policy: LoadedPolicy,
+    lora: LoRAConfig | None,
+    base_name: str,
+) -> None:
+    """Writes model, adapter, and the held-out answers before and after, as `judge --items` reads them.
+
+    Args:
+        folder: of the run.
+        prompts: the held-out prompts.
+        found: answers and parameters.
+        policy: the policy before training.
+        lora: the adapter's settings; None: all weights have learned.
+        base_name: of the policy before training, for the adapter.
+    """
     with atomic_write(folder / "answers.jsonl") as file:
         for prompt, *answers in zip(prompts, found.before.texts, found.after.texts, strict=True):
             row = {"prompt": prompt, "answers": answers, "generators": ["before", "after"]}
             file.write(json.dumps(row) + "\n")
-
-
-def _save(folder: Path, base_name: str, policy: LoadedPolicy, lora: LoRAConfig | None, params: Params) -> None:
-    whole = params if lora is None else lora.merge(policy.params, params)
+    whole = found.params if lora is None else lora.merge(policy.params, found.params)
     save_model(folder / "model", policy.model, whole, policy.tokenizer)
     if lora is not None:
-        save_adapter(folder / "adapter", policy.model, lora, params, base_name=base_name)
+        save_adapter(folder / "adapter", policy.model, lora, found.params, base_name=base_name)
 
 
 class _Judges(NamedTuple):
@@ -327,7 +361,8 @@ class _Judges(NamedTuple):
     reasons: Reasons | None
 
 
-def _judges(config: RlaifConfig, second: Reward | None, around: Surroundings) -> _Judges:
+def _judges(config: RlaifConfig, second: Reward | None, run: Run, runner: Runner, opened: ExitStack) -> _Judges:
+    around = Surroundings(run.folder, config.seed, runner, run.stopped, opened, day=lambda: day_of(run))
     rewards, names = [part.reward for part in config.feedback], reward_names(config.feedback)
     said = [(name, reward.reasons(around)) for name, reward in zip(names, rewards) if isinstance(reward, Judging)]
     asked = second or next((reward for reward in rewards if isinstance(reward, Judging)), None)
@@ -364,9 +399,10 @@ def _prompts(config: RlaifConfig, tokenizer: Tokenizer, devices: int) -> OwnProm
         prompt_length=config.train.prompt_length,
         seed=config.seed,
     )
+    drawn = config.train.prompts_drawn
     require(
-        len(prompts.training) >= config.train.prompts_per_step,
-        f"{config.prompts}: {len(prompts.training)} prompts are left to learn on, fewer than train.prompts_per_step "
-        f"({config.train.prompts_per_step}): give more prompts, or a smaller train.prompts_per_step",
+        len(prompts.training) >= drawn,
+        f"{config.prompts}: {len(prompts.training)} prompts are left to learn on, fewer than the {drawn} of a step "
+        "(train.prompts_per_step x train.oversample): give more prompts, or draw fewer",
     )
     return prompts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -20,6 +21,7 @@ from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.judges.batching import check_batch_size
+from rlaif_jax.feedback.sources import FeedbackSource
 from rlaif_jax.files import atomic_write
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_with_tokenizer
@@ -129,6 +131,11 @@ def model_to_fit(
     return ModelToFit(model, params, tokenizer, runner, length)
 
 
+def day_of(run: Run) -> str:
+    """Returns the day on which a run was first started, YYYY-MM-DD: chat templates print it."""
+    return str(run.metrics.setdefault("chat_template_day", datetime.date.today().isoformat()))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Start:
     """Draws answers of the policy before training.
@@ -181,7 +188,7 @@ class Start:
             numbered = tuple({**record, "uid": first + i} for i, record in enumerate(chosen.records))
             batch = next(self.batches(FileRecords(numbered, chosen.places), size, shuffle=False))
             rollout = self._generator((params, key), to_prompts(batch))
-            yield list(batch.records), answer_texts(rollout, self.policy.tokenizer), rollout
+            yield list(chosen.records), answer_texts(rollout, self.policy.tokenizer), rollout
 
     def with_baseline(self, run: Run, prompts: OwnPrompts, *, training: bool) -> OwnPrompts:
         """Returns the prompts with the start's answers as `BASELINE`, kept in the run's folder.
@@ -229,7 +236,7 @@ def scale_of(
         start: draws the answers.
         training: the prompts to learn on.
         source: judges the answers.
-        count: prompts that are answered, at most.
+        count: prompts that are answered, at most; drawn by the seed.
         given: name of a reward -> its mean and deviation, where nobody is to be asked for them.
 
     Raises:
@@ -238,7 +245,9 @@ def scale_of(
     if set(given) >= set(source.names):
         mean, std = (jnp.array([given[name][i] for name in source.names]) for i in range(2))
         return Normaliser(mean, std)
-    records = FileRecords(training.records[:count], training.places[:count])
+    # By chance: the first lines of a file may all be of one kind.
+    rows = np.random.default_rng((start.seed, 15)).permutation(len(training))[:count]
+    records = FileRecords(tuple(training.records[i] for i in rows), tuple(training.places[i] for i in rows))
     with run.interruptible(), run.display.wait("answers whose rewards are the scale"):
         judged = [jax.device_get(source(*part)) for part in start.draw(records, SAMPLES)]
     values, valid = (np.concatenate([np.asarray(part[i]) for part in judged]) for i in range(2))
@@ -248,7 +257,7 @@ def scale_of(
         seen = values[valid[:, column], column]
         require(
             len(seen) > 0,
-            f"the reward {name} judged none of {len(values)} answers ({_most_frequent(source)}); nothing could be learned",
+            f"the reward {name} judged none of {len(values)} answers ({most_frequent(source)}); nothing could be learned",
         )
         if len(seen) < len(values) / 2:
             run.warn(
@@ -268,6 +277,7 @@ def scale_of(
     return fitted
 
 
-def _most_frequent(source: JoinedSource) -> str:
+def most_frequent(source: FeedbackSource) -> str:
+    """Returns why most judgements of a source are missing."""
     reasons = source.missing()
     return max(reasons, key=lambda reason: reasons[reason]) if reasons else "no reason was given"

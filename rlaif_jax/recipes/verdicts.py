@@ -66,30 +66,35 @@ class AgainstStart:
     def metrics(self, answers: Answers) -> dict[str, Any]:
         """Returns the win rate, also at equal lengths, and an audit of the judge on these answers.
 
-        The audit: `NAME_order_consistency`, the share of pairs whose two orders prefer the same answer; `NAME_first_shown`,
-        the mean probability that the answer shown first is better (.5 without position bias); `NAME_missing`, the share
-        of pairs without a verdict; `NAME_agrees`, the share of pairs in which the judge prefers the answer with the
-        higher reward.
+        The audit is of the pairs that the judge was asked about, whose answers differ: `NAME_order_consistency`, the share
+        whose two orders prefer the same answer; `NAME_first_shown`, the mean probability that the answer shown first is
+        better (.5 without position bias); `NAME_missing`, the share without a verdict; `NAME_agrees`, the share in
+        which the judge prefers the answer with the higher reward. Where no pair differs, nothing is audited.
         """
+        assert self.start is not None
         found = self.verdicts(answers)
         valid = found.valid
+        asked = np.array([pair[0] != pair[1] for pair in zip(answers.texts, self.start.texts)])
         outcomes = np.where(valid, _outcomes(found.probability), np.nan)
-        metrics: dict[str, Any] = {f"{self.name}_missing": float(1 - valid.mean())}
-        if valid.sum() < 2:
+        metrics: dict[str, Any] = {f"{self.name}_missing": float(1 - valid[asked].mean())} if asked.any() else {}
+        if (asked.any() and not valid[asked].any()) or valid.sum() < 2:
             return metrics
         won = win_rate_ci(outcomes, 1 - outcomes)
-        assert self.start is not None
         controlled = length_controlled_win_rate(outcomes, answers.lengths - self.start.lengths)
         gained = answers.scores - self.start.scores
         decided = valid & np.isfinite(gained) & (gained != 0) & (found.probability != 0.5)
+        if (valid & asked).any():
+            metrics |= {
+                f"{self.name}_order_consistency": _mean(found.consistent, valid & asked),
+                f"{self.name}_first_shown": _mean(found.first_shown, valid & asked),
+            }
+        if decided.any():
+            metrics[f"{self.name}_agrees"] = _mean((gained > 0) == (found.probability > 0.5), decided)
         return metrics | {
             f"win_rate_{self.name}": won.value,
             f"win_rate_{self.name}_ci95": [won.low, won.high],
             f"win_rate_{self.name}_length_controlled": controlled.value,
             f"win_rate_{self.name}_length_controlled_ci95": [controlled.low, controlled.high],
-            f"{self.name}_order_consistency": _mean(found.consistent, valid),
-            f"{self.name}_first_shown": _mean(found.first_shown, valid),
-            f"{self.name}_agrees": _mean((gained > 0) == (found.probability > 0.5), decided),
         }
 
 
@@ -121,7 +126,12 @@ def conclude(run: Run, judge: str | None) -> None:
         f"{numbers['length_before']:.0f} -> {numbers['length_after']:.0f} tokens."
     )
     name = judge if judge is not None and f"win_rate_{judge}" in numbers else SCORE
-    if name != SCORE and numbers[f"{name}_order_consistency"] < CONSISTENT:
+    if judge is not None and name == SCORE:
+        run.warn(
+            f"{'The second judge' if judge == SECOND else 'The judge'} compared none of the answers before and after training, "
+            "so the verdict is that of the reward itself. Try: a smaller min_mass, or a look at the judge's replies."
+        )
+    elif name != SCORE and numbers.get(f"{name}_order_consistency", 1.0) < CONSISTENT:
         run.warn(
             f"The judge that compares the answers prefers the same one in both orders in only "
             f"{numbers[f'{name}_order_consistency']:.0%} of the pairs: mostly it chooses by position, and its win rate "

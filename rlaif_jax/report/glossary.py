@@ -23,7 +23,7 @@ _STAGE_TITLES = {
     "reward_model": "Reward model",
     RL_STAGE: "Training loop",
 }
-_MATCHED = {"eval_reward": "the reward"}  # what a name stands for where it fills a place of a title
+_MATCHED = {"eval_reward": "the reward"}  # words of a name where it fills a place of a title
 _ABBREVIATIONS = {"kl", "ppo", "grpo", "sft", "rl", "rm", "eos", "lm", "ece", "lc", "ci95", "ai", "dpo"}
 _SHARE = re.compile(r"(?<!learning)_(rate|accuracy|agreement)(_|$)")
 

@@ -328,6 +328,9 @@ QUANTITIES = {
     "time/elapsed_s": Quantity("Elapsed", "s", "Seconds since the run began."),
     "wall_s": Quantity("Wall time", "s", "Seconds from the start of the run to its end."),
     # ---- Fingerprints
+    "chat_template_day": Quantity(
+        "Day in the chat template", "", "The day that the chat template prints: that of the run's start, always."
+    ),
     "policy_sha256": Quantity("Policy's fingerprint", "", "SHA-256 over the policy's weights before training."),
     "labeler_sha256": Quantity(
         "Labeler's fingerprint", "", "SHA-256 of the AI labeler's weights, frozen before training."

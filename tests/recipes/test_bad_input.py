@@ -81,7 +81,9 @@ BEFORE = {
     "too few for the devices": ("train --held-out 3", "prompts.txt: 0 held-out prompts are left; 8 are needed at least"),
     "held out is learned": ("train --eval-prompts HERE/prompts.txt", "no prompt is left (64 left out: the same prompt once"),
     "fewer than a step's": ("train --train.prompts-per-step 80", "prompts.txt: 56 prompts are left to learn on, fewer than "
-                            "train.prompts_per_step (80)"),
+                            "the 80 of a step"),
+    "fewer than a step draws": ("train --train.prompts-per-step 32 --train.oversample 2", "56 prompts are left to learn on, "
+                                "fewer than the 64 of a step (train.prompts_per_step x train.oversample)"),
     # Rewards
     "no feedback": ("train --feedback", "no feedback: give --feedback 'KIND ...'"),
     "no such reward": ("train --feedback 'jury x'", "--feedback 'jury x': there is no 'jury'; it is one of judge, api"),
@@ -124,6 +126,7 @@ BEFORE = {
     "no schema": ("train --feedback 'json-schema HERE/schema.json'", "HERE/schema.json: no JSON schema: $.type: 3"),
     "code without permission": ("train --feedback unit-tests", "set unit_tests.allow_code_execution to true"),
     "ranks of one answer": ("train --second 'people kind=rank'", "people can only rate (kind=rate)"),
+    "too many to rank": ("train --feedback 'people kind=rank' --ppo.answers-per-prompt 10", "people rank at most 9 answers"),
     "crowd": ("train --feedback 'simulated a:b overlap=9'", "overlap (9) must lie in 1 .. raters (5)"),
     "no server": ("train --feedback api", "server is missing: the API's address, such as http://127.0.0.1:8000/v1"),
     "no address": ("train --feedback 'api 127.0.0.1:8000 model=m'", "--feedback 'api 127.0.0.1:8000 model=m': server is "
@@ -203,7 +206,8 @@ AFTER = {
             f"returned NaN){NOTHING}"),
     "a string": ("function HERE/rewards.py:text", f"(function: text returned a str, not a number){NOTHING}"),
     "no field": ("number", f"the reward number judged none of 8 answers (number: the record has no 'answer'){NOTHING}"),
-    "no field to compare with": ("judge HERE/lm form=ranking against=x", "has no text in its field 'x' to compare answers"),
+    "no field to compare with": ("judge HERE/lm form=ranking against=x", "(judge: the record has no text in its field 'x' to "
+                                 f"compare with){NOTHING}"),
     "questions too long": ("judge HERE/lm max_length=3", f"(judge: the question is too long for the judge){NOTHING}"),
     "no labels": ("judge HERE/lm", "(judge: the judge gave its labels less probability together than min_mass = 0.5)"),
     "quality 7": ("simulated HERE/rewards.py:seven", "rewards.py:seven: the quality of an answer lies in 0 .. 1, not 7"),
@@ -230,6 +234,15 @@ def test_a_reward_that_judges_nothing_ends_the_run_and_says_why(bad, inputs, tmp
     assert summary["status"] == "failed" and f"error: {summary['error']}" == said[0]
     assert (out / "report.html").exists()
     assert not any("very-secret" in path.read_text(errors="ignore") for path in out.rglob("*") if path.is_file())
+
+
+def test_a_second_judge_that_judges_nothing_ends_the_run_and_says_why(inputs, tmp_path, capsys):
+    line = "--feedback 'function HERE/rewards.py:count_a' --second 'judge HERE/lm min_mass=0.9999'"
+    said = ended("train", arguments("train", line, inputs, tmp_path / "run"), capsys)
+    message = (
+        "--second judged 0 of 8 held-out answers before training (the judge gave its labels less probability together"
+    )
+    is_one_line(*said, message, inputs, tmp_path / "run")
 
 
 MISSING = {

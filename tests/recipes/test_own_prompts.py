@@ -8,7 +8,7 @@ import pytest
 
 from rlaif_jax.data.prompts import prompt_batches
 from rlaif_jax.data.tokenizers import word_level_tokenizer
-from rlaif_jax.recipes.own_prompts import read_prompts
+from rlaif_jax.recipes.own_prompts import read_prompts, read_records
 from tests.data.test_rendering import chat_tokenizer
 
 TURNS = (("user", "one"), ("assistant", "two"), ("user", "three"))
@@ -39,6 +39,11 @@ def test_a_text_file_has_a_prompt_in_each_line_that_is_not_empty(tmp_path):
     assert sorted(prompts) == ["a b", "c", "d", "e f g"] and len(found.held_out) == 2
     assert found.left_out == {} and found.add_bos
     assert {place.rpartition(":")[2] for place in (*found.training.places, *found.held_out.places)} == set("1345")
+
+
+def test_a_line_ends_with_the_line_alone(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa\u2028b\r\nc\x0cd\r\ne\nf\n".encode())
+    assert [record["prompt"] for record in read_records(str(tmp_path / "p.txt"))] == ["a\u2028b", "c\x0cd", "e", "f"]
 
 
 def test_what_is_too_long_or_there_already_is_counted(tmp_path):

@@ -9,7 +9,7 @@ from rlaif_jax.feedback.api.builtin_templates import PAIRWISE, RATING
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.parallel import JitRunner
-from rlaif_jax.recipes.judge_rewards import JudgeReward, Surroundings
+from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
 from rlaif_jax.recipes.reasons import joined_reasons, ranking_words, rating_words
 
 LM = Rater("lm", "ai", "weights", RATING.hash)
@@ -64,10 +64,15 @@ def around(tmp_path):
 
 def test_the_judges_own_score_is_read_from_the_store(around):
     """Not that of another judge, of another wording, or of another answer."""
-    others = [Rater("other", "ai", "weights", RATING.hash), Rater("lm", "ai", "weights", "other wording")]
+    others = [
+        Rater("other", "ai", "weights", RATING.hash),
+        Rater("lm", "ai", "weights", "other wording"),
+        Rater("lm", "ai", "other weights", RATING.hash),
+    ]
     with Store(around.store) as store:
-        store.add([rating(others[0], 1.0), rating(value=3.25), rating(others[1], 2.0)])
-        store.add([rating(answers=("No.",), value=1.5)])
+        store.add([rating(others[0], 1.0), rating(value=3.25), rating(others[1], 2.0), rating(others[2], 2.0)])
+        store.add([rating(answers=("No.",), value=1.5), rating(value=1.0, principle="Be brief.")])
+    around.raters[JudgeReward("models/lm")] = LM
     said = JudgeReward("models/lm").reasons(around)(RECORDS * 3, ["Because.", "No.", "Never asked."])
     assert said[0].startswith("Expected score 3.25") and said[1].startswith("Expected score 1.50") and said[2] == ""
 
@@ -77,9 +82,26 @@ def test_the_judges_own_preference_is_read_from_the_store(around):
         store.add([ranking((0, 1), 0.9), ranking((1, 0), 0.7)])
         # The same two answers the other way round: the policy gave what it had given before.
         store.add([ranking((0, 1), 0.1, answers=("Before.", "Because."), ranks=(2, 1))])
+    around.raters[JudgeReward("models/lm", "ranking")] = Rater("lm", "ai", "weights", PAIRWISE.hash)
     said = JudgeReward("models/lm", "ranking").reasons(around)(RECORDS * 2, ["Because.", "Before."])
     assert said[0].startswith("Better than the answer before training with 80%") and said[0].endswith(": Before.")
     assert said[1] == "", "one order alone is no judgement"
+
+
+def test_judges_behind_servers_speak_for_themselves(around):
+    """Two models, one of them by two criteria, rate the same answer; each says what it wrote."""
+    judges = [
+        ApiReward("http://127.0.0.1:9/v1", model, principle=principle)
+        for model, principle in (("gpt", ""), ("qwen", ""), ("qwen", "Be brief."))
+    ]
+    with Store(around.store) as store:
+        for number, judge in enumerate(judges):
+            rater = Rater(judge.model, "ai", judge.model, RATING.hash)
+            store.add([rating(rater, principle=judge.principle, raw=f"written by {number}")])
+        store.add([rating(raw="of a judge on the devices")])
+    said = [judge.reasons(around)(RECORDS, ["Because."]) for judge in judges]
+    assert said == [[f"written by {number}"] for number in range(3)]
+    assert judges[0].reasons(around)(RECORDS, ["Never asked."]) == [""]
 
 
 def test_several_judges_speak_under_their_names():

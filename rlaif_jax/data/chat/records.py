@@ -8,7 +8,7 @@ from typing import Any
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.conversations import ANSWERED, Turn, prompt_text, prompt_turns, read_turns
 from rlaif_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
-from rlaif_jax.data.prompts import Records, place
+from rlaif_jax.data.prompts import CONVERSATIONAL, Records, place
 from rlaif_jax.data.readers import FileRecords, listed, plain
 from rlaif_jax.data.tokenizers import Tokenizer
 
@@ -22,6 +22,7 @@ def chat_records(records: Records, tokenizer: Tokenizer, *, system: str = "", te
     fields as they were:
 
     - `messages`: the conversation;
+    - `conversational`: whether it came as messages, so that TRL's reward functions expect messages;
     - `prompt`: the conversation as plain text, which judges, people and pages read (`conversations.prompt_text`): a single
       question is that question;
     - `model_text`, with `template`: what the policy reads, by its chat template, up to where its answer begins. A special
@@ -51,6 +52,7 @@ def chat_records(records: Records, tokenizer: Tokenizer, *, system: str = "", te
             new = {
                 **record,
                 "messages": [{"role": turn.role, "content": turn.text} for turn in turns],
+                CONVERSATIONAL: not isinstance(record.get("prompt"), str) or _own_messages(record) is not None,
                 "prompt": prompt_text(turns),
             }
             if template and isinstance(tokenizer, HuggingFaceTokenizer):
@@ -99,15 +101,20 @@ def _asked(record: Mapping[str, Any]) -> list[Turn]:
     if not isinstance(prompt, str):
         return read_turns(_in_rows(prompt), "prompt")
     require(bool(prompt.strip()), 'field "prompt" is empty: there is nothing to answer')
-    if isinstance(messages, list):
-        try:
-            turns = read_turns(messages, "messages")
-        except UserError:  # the prompt itself is whole; the messages are of something else
-            turns = []
-        # A message may spell the marks of a dialogue, so the messages say more than their text.
-        if turns and prompt_text(turns) == prompt:
-            return turns
-    return prompt_turns(prompt)
+    # A message may spell the marks of a dialogue, so the messages say more than their text.
+    return _own_messages(record) or prompt_turns(prompt)
+
+
+def _own_messages(record: Mapping[str, Any]) -> list[Turn] | None:
+    """Returns the turns of a record's `messages` where its `prompt` is their text."""
+    messages = _in_rows(record.get("messages"))
+    if not isinstance(messages, list):
+        return None
+    try:
+        turns = read_turns(messages, "messages")
+    except UserError:  # the prompt itself is whole; the messages are of something else
+        return None
+    return turns if turns and prompt_text(turns) == record.get("prompt") else None
 
 
 def _in_rows(value: Any) -> Any:

@@ -4,8 +4,8 @@ A template comes with the weights of a stranger. The sandbox keeps it from every
 for ever, or make a text that fills the memory. No count of loops or sizes in the same process bounds all ways to do so (a
 list that holds each list twice, forty times over, is one); limits of the system on a process do.
 
-Requests and replies are lines of JSON, `{"template", "messages", "names", "prompt"}` and `{"text"}` or `{"error"}`. The file
-is run by its path and imports nothing of this package, so that the process starts in a tenth of a second.
+Requests and replies are lines of JSON, `{"template", "messages", "names", "prompt", "day"}` and `{"text"}` or `{"error"}`. The
+file is run by its path and imports nothing of this package, so that the process starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ def compiled(template: str) -> jinja2.Template:
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = fail
-    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)  # templates print the day
     return made.from_string(template)
 
 
@@ -77,11 +76,13 @@ def render(request: dict[str, Any]) -> str:
     """Returns the text of a request. Raises the errors of Python and Jinja for what a template does wrong."""
     pieces: list[str] = []
     length = 0
+    now = datetime.datetime.fromisoformat(request["day"]) if request.get("day") else datetime.datetime.now()
     for piece in compiled(request["template"]).generate(
         messages=request["messages"],
         tools=None,
         documents=None,
         add_generation_prompt=request["prompt"],
+        strftime_now=lambda form: now.strftime(form),  # templates print the day
         **request["names"],
     ):
         pieces.append(piece)

@@ -172,7 +172,12 @@ def template_of(value: Any, where: str) -> str:
 
 
 def render(
-    settings: Mapping[str, Any], messages: Sequence[Message], where: str, *, add_generation_prompt: bool = True
+    settings: Mapping[str, Any],
+    messages: Sequence[Message],
+    where: str,
+    *,
+    add_generation_prompt: bool = True,
+    day: str = "",
 ) -> str:
     """Returns the text of a conversation, by default up to where the assistant's next message begins.
 
@@ -184,6 +189,7 @@ def render(
         messages: each with `role` and `content`.
         where: the file of the template, for messages.
         add_generation_prompt: write the beginning of the assistant's next message at the end.
+        day: what templates that print the day take for it, YYYY-MM-DD; "": today.
 
     Raises:
         UserError: there is no template, or it is malformed, does not end, does not take these messages, or writes nothing of
@@ -193,7 +199,8 @@ def render(
     require(bool(messages), "a conversation for a chat model must have a message")
     names = {key: name for key, value in settings.items() if key.endswith("_token") and (name := token_name(value))}
     said = [dict(message) for message in messages]
-    reply = renderer().ask({"template": template, "messages": said, "names": names, "prompt": add_generation_prompt})
+    request = {"template": template, "messages": said, "names": names, "prompt": add_generation_prompt, "day": day}
+    reply = renderer().ask(request)
     if "error" in reply:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise UserError(

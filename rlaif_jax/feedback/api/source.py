@@ -9,7 +9,7 @@ from rlaif_jax.config import StopRequested, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.api.judge import ApiJudge, Outcome
 from rlaif_jax.feedback.api.templates import Question, Template
-from rlaif_jax.feedback.sources import CountingSource, Missing
+from rlaif_jax.feedback.sources import CountingSource, Missing, other_answer
 from rlaif_jax.types import Feedback, Rollout
 
 MESSAGE_LENGTH = 160  # of what a server or its connection says, in a reason
@@ -20,9 +20,18 @@ def prompt_and_answer(record: Record, answer: str) -> Question:
     return Question(str(record["prompt"]), (answer,))
 
 
-def against_field(field: str) -> Callable[[Record, str], Question]:
+def against_field(field: str) -> Callable[[Record, str], Question | Missing]:
     """Returns a question that shows the answer against the text in `field` of the record, for rankings."""
-    return lambda record, answer: Question(str(record["prompt"]), (answer, str(record[field])))
+
+    def question(record: Record, answer: str) -> Question | Missing:
+        other = other_answer(record, field)
+        return other if isinstance(other, Missing) else Question(str(record["prompt"]), (answer, other))
+
+    return question
+
+
+def _to_ask(questions: Sequence[Question | Missing]) -> list[Question]:
+    return [question for question in questions if not isinstance(question, Missing)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,19 +49,19 @@ class ApiJudgeSource(CountingSource):
         judge: the judge.
         template: of a rating (the value is on its scale), or of a ranking whose question shows the answer
             first and another answer second (the value is the debiased probability of both orders).
-        question: from (record, answer) to the question.
+        question: from (record, answer) to the question, or to `Missing` where the record lacks what is to be asked.
     """
 
     judge: ApiJudge
     template: Template
-    question: Callable[[Record, str], Question] = prompt_and_answer
+    question: Callable[[Record, str], Question | Missing] = prompt_and_answer
 
     def __post_init__(self) -> None:
         require(
             self.template.choices, f"a {self.template.form} is no reward by itself; use a rating or a ranking template"
         )
 
-    def _questions(self, records: Sequence[Record], answers: Sequence[str]) -> list[Question]:
+    def _questions(self, records: Sequence[Record], answers: Sequence[str]) -> list[Question | Missing]:
         return [self.question(record, answer) for record, answer in zip(records, answers, strict=True)]
 
     def prefetch(self, records: Sequence[Record], answers: Sequence[str]) -> None:
@@ -62,15 +71,18 @@ class ApiJudgeSource(CountingSource):
             records: the record of each answer's prompt.
             answers: the B answers.
         """
-        self.judge.submit(self._questions(records, answers), self.template)
+        self.judge.submit(_to_ask(self._questions(records, answers)), self.template)
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
+        questions = self._questions(records, answers)
         try:
-            outcomes = self.judge.judge(self._questions(records, answers), self.template)
+            outcomes = iter(self.judge.judge(_to_ask(questions), self.template))
         except StopRequested:
             self.judge.finish()
             raise
-        return self.feedback([self._value(outcome) for outcome in outcomes])
+        return self.feedback(
+            [question if isinstance(question, Missing) else self._value(next(outcomes)) for question in questions]
+        )
 
     def _value(self, outcome: Outcome) -> float | Missing:
         if self.template.form == "rating":

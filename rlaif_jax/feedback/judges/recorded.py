@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from rlaif_jax.config import require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
 from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rater, Rating
 from rlaif_jax.feedback.records.store import Store
-from rlaif_jax.feedback.sources import CountingSource, Missing
+from rlaif_jax.feedback.sources import CountingSource, Missing, other_answer
 from rlaif_jax.types import Feedback, Rollout
 
 
@@ -41,13 +40,18 @@ class RecordedJudgeSource(CountingSource):
     against: str = ""
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
-        prompts = [str(record["prompt"]) for record in records]
-        if self.against:
-            others = [other_answer(record, self.against) for record in records]
-            values, valid, missing = self._compare(prompts, answers, others)
-        else:
-            values, valid, missing = self._score(prompts, answers)
-        return self.feedback([value if ok else Missing(why) for value, ok, why in zip(values.tolist(), valid, missing)])
+        others = [other_answer(record, self.against) if self.against else "" for record in records]
+        judged: list[float | Missing] = [other if isinstance(other, Missing) else 0.0 for other in others]
+        asked = [i for i, other in enumerate(others) if not isinstance(other, Missing)]
+        if asked:
+            prompts, own = [str(records[i]["prompt"]) for i in asked], [answers[i] for i in asked]
+            if self.against:
+                values, valid, missing = self._compare(prompts, own, [str(others[i]) for i in asked])
+            else:
+                values, valid, missing = self._score(prompts, own)
+            for i, value, ok, why in zip(asked, values.tolist(), valid, missing, strict=True):
+                judged[i] = value if ok else Missing(why)
+        return self.feedback(judged)
 
     def _score(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         scores = self.judge.score(prompts, answers)
@@ -103,13 +107,3 @@ class RecordedJudgeSource(CountingSource):
     def _keep(self, found: Sequence[Judgement]) -> None:
         with Store(self.store) as store:
             store.add(found)
-
-
-def other_answer(record: Record, field: str) -> str:
-    """Returns the answer to compare with, in a field of a record. Raises UserError without one."""
-    other = record.get(field)
-    require(
-        isinstance(other, str),
-        f"the record of the prompt {str(record['prompt'])[:60]!r} has no text in its field {field!r} to compare answers with",
-    )
-    return str(other)

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.data.prompts import Record
+from rlaif_jax.data.prompts import CONVERSATIONAL, Record
 from rlaif_jax.feedback.sources import CountingSource, FeedbackSource, Missing
 from rlaif_jax.types import Feedback, Rollout
 
@@ -277,18 +277,21 @@ class PythonFunctionSource(CountingSource):
 
         return _run(all_of_them())
 
+    def _prompt(self, record: Record) -> Any:
+        """Returns a prompt in TRL's shape: messages where it came as such or `messages` is set, else text."""
+        prompt, messages = record.get("prompt"), record.get("messages")
+        if isinstance(prompt, list | tuple) or not (self.messages or record.get(CONVERSATIONAL)):
+            return prompt
+        return messages if isinstance(messages, list) else [{"role": "user", "content": prompt}]
+
     def _of_lists(self, records: Sequence[Record], answers: Sequence[str]) -> list[Any]:
         """Returns the results of one call for all answers; an exception is that of each answer."""
-        texts = [not isinstance(record.get("prompt"), list | tuple) for record in records]
-        prompts: list[Any] = [
-            [{"role": "user", "content": record.get("prompt")}] if text and self.messages else record.get("prompt")
-            for record, text in zip(records, texts, strict=True)
+        prompts = [self._prompt(record) for record in records]
+        completions = [
+            [{"role": "assistant", "content": answer}] if isinstance(prompt, list | tuple) else answer
+            for answer, prompt in zip(answers, prompts, strict=True)
         ]
-        completions: list[Any] = [
-            answer if text and not self.messages else [{"role": "assistant", "content": answer}]
-            for answer, text in zip(answers, texts, strict=True)
-        ]
-        fields = {name for record in records for name in record} - {"prompt", "completion", *LISTS}
+        fields = {name for record in records for name in record} - {"prompt", "completion", CONVERSATIONAL, *LISTS}
         given: dict[str, Any] = {name: [record.get(name) for record in records] for name in sorted(fields)}
         given |= {"prompts": prompts, "completions": completions}
         lacking = sorted(self.shape.needed - set(given))

@@ -113,7 +113,7 @@ class JsonSchema:
             return WRONG
         try:
             return RIGHT if validator.is_valid(value) else WRONG
-        except RecursionError:
+        except (RecursionError, OverflowError):  # of numbers as no schema means them, such as 1e999
             return WRONG
         except TimeoutError:
             return Missing(f"the search of a pattern of the schema took more than {SEARCH_S:g} s")

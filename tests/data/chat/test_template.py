@@ -248,6 +248,14 @@ def test_a_request_that_is_interrupted_leaves_no_reply_for_the_next(monkeypatch:
     assert "second" in ask("second")
 
 
+def test_a_tokenizer_may_keep_to_a_day(tmp_path: Path):
+    """A run that is resumed on another day reads the same prompts."""
+    asked = loaded(chat_folder(tmp_path / "dated", HEADERS))
+    assert asked.prints_day and not loaded(chat_folder(tmp_path / "chatml", CHATML)).prints_day
+    text = asked.on_day("2024-07-26").chat_text(talk("q"))
+    assert "26 Jul 2024" in text and "26 Jul 2024" not in asked.chat_text(talk("q"))
+
+
 def test_messages_and_words_that_a_template_does_not_know():
     with pytest.raises(UserError, match="must have a message"):
         chat.render({"chat_template": CHATML}, [], "here")

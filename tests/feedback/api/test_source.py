@@ -43,6 +43,18 @@ def test_against_another_answer():
     assert feedback.valid.all()
 
 
+def test_a_record_without_another_answer_is_not_asked_about():
+    records = [RECORDS[0], {"prompt": "p1"}, *RECORDS[2:]]
+    with serve() as server, ApiJudge(ApiConfig(server=server.url, model="j")) as judge:
+        source = ApiJudgeSource(judge, PAIRWISE, against_field("other"))
+        source.prefetch(records, ANSWERS)
+        feedback = source(records, ANSWERS)
+        assert not any("p1" in str(body["messages"]) for body in server.requests)
+    assert feedback.valid[:, 0].tolist() == [True, False, True, True]
+    np.testing.assert_allclose(feedback.values[2:, 0], 1 / (1 + np.exp(2 - np.array([1.0, 10.0]))), atol=1e-4)
+    assert source.missing() == {"the record has no text in its field 'other' to compare with": 1}
+
+
 def test_prefetched_judgements_are_made_in_the_background_and_once():
     def slow(body: dict[str, Any], number: int) -> Any:
         time.sleep(0.25)

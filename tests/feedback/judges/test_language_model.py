@@ -340,5 +340,11 @@ def test_recorded_judgements_are_those_that_are_rewarded(make_judge, tmp_path):
                 assert np.mean([entry.probability for entry in mine]) == pytest.approx(expected[i], rel=1e-5)
             else:
                 assert mine[0].value == pytest.approx(expected[i], rel=1e-5)
-    with pytest.raises(UserError, match="no text in its field 'another'"):
-        RecordedJudgeSource(judge, rater, tmp_path / "a.sqlite", against="another")(records, FIRST)
+    partly = [records[0], {"prompt": "c"}, *records[2:]]
+    source = RecordedJudgeSource(judge, rater, tmp_path / "a.sqlite", against="other")
+    judged = source(partly, FIRST)
+    assert judged.valid[:, 0].tolist() == [True, False, *[True] * (len(FIRST) - 2)]
+    expected = judge.compare(PROMPTS, FIRST, SECOND).probability
+    np.testing.assert_allclose(judged.values[2:, 0], expected[2:], rtol=1e-5)
+    assert source.missing() == {"the record has no text in its field 'other' to compare with": 1}
+    assert not source(partly[1:2], FIRST[:1]).valid.any(), "nothing is asked"

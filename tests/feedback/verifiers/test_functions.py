@@ -1,5 +1,6 @@
 """Rewards by a user's function: both shapes, what is missing and why, and what is refused."""
 
+import dataclasses
 import json
 import sys
 from fractions import Fraction
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError, from_json, to_json
+from rlaif_jax.data.chat.records import chat_records
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.verifiers.functions import PythonFunction
 
 RECORDS = [{"prompt": f"p{i}", "gold": i} for i in range(4)]
@@ -64,6 +67,29 @@ def test_a_list_of_messages_is_answered_by_messages(build):
     code = "def reward(prompts, completions): return [p == [{'role': 'user', 'content': 'hi'}] for p in prompts]"
     assert judged(build(code), chat, ["a", "a"]) == [1, 0]
     assert judged(build(code, messages=True), chat, ["a", "a"]) == [1, 1]
+
+
+def test_a_prompt_that_came_as_messages_reaches_trls_shape_as_messages(build):
+    source = build(
+        "SAID = []\ndef reward(prompts, completions, **kwargs):\n"
+        "    SAID.extend((p, c, sorted(kwargs)) for p, c in zip(prompts, completions))\n    return [1] * len(prompts)"
+    )
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    records = chat_records(
+        [{"prompt": turns}, {"messages": turns}, {"prompt": "hi", "gold": 1}],
+        word_level_tokenizer(("hi",)),
+        template=False,
+    )
+    for messages, asked in ((False, [turns, turns, "hi"]), (True, [turns, turns, turns[1:]])):
+        source = dataclasses.replace(source, messages=messages)
+        assert judged(source, records.records, ["a"] * 3) == [1, 1, 1]
+        said = source.function.__globals__["SAID"]
+        assert [prompt for prompt, _, _ in said] == asked
+        assert [completion for _, completion, _ in said] == [
+            [{"role": "assistant", "content": "a"}] if isinstance(prompt, list) else "a" for prompt in asked
+        ]
+        assert said[0][2] == ["gold", "messages"]
+        said.clear()
 
 
 @pytest.mark.parametrize(

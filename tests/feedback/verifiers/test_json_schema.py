@@ -61,6 +61,13 @@ def test_answers(of_file, answer, right):
     assert source([{"schema": SCHEMA}, {"schema": json.dumps(SCHEMA)}], [answer] * 2).values.tolist() == [[right]] * 2
 
 
+def test_numbers_beyond_those_of_a_computer_are_wrong(of_file):
+    source = of_file({"properties": {"a": {"multipleOf": 0.01}}})
+    answers = ['{"a": 1e999}', f'{{"a": {"9" * 330}}}', '{"a": 2}']
+    judged = source([{}] * 3, answers)
+    assert judged.valid.all() and judged.values[:, 0].tolist() == [0, 0, 1]
+
+
 def test_values_nested_more_deeply_than_python_can_check(of_file):
     source = of_file({"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"})
     assert source([{}] * 2, ["[" * 900 + "]" * 900, "[[]]"]).values[:, 0].tolist() == [0, 1]
