@@ -41,10 +41,12 @@ from rlaif_jax.feedback.records.formats.judges import read_autoj_pairs, read_llm
 from rlaif_jax.feedback.records.forms import Judgement
 from rlaif_jax.files import atomic_write
 from rlaif_jax.parallel import ParallelConfig, make_runner
+from rlaif_jax.progress.display import ProgressDisplay
 from rlaif_jax.quality.intervals import bootstrap_ci
-from rlaif_jax.recipes.judge_rewards import Compare, Surroundings
+from rlaif_jax.recipes.judge_rewards import Compare, Surroundings, Verdicts
 from rlaif_jax.recipes.rewards import Judging, read_reward
 
+PART = 32  # pairs that a judge is asked about at a time
 PUBLISHED: dict[str, Callable[[Path], Sequence[Judgement]]] = {
     "pandalm/testset-v1.jsonl": lambda path: read_pandalm(path)[0],
     "hh_harmless/test.jsonl": lambda path: Detected().read(path)[0],
@@ -98,11 +100,10 @@ def main(config: AgreementConfig) -> dict[str, dict[str, Any]]:
     found = {}
     with ExitStack() as opened:
         around = Surroundings(config.out, config.seed, make_runner(config.parallel), lambda: False, opened)
-        compare = judge.comparer(around)
+        compare, display = judge.comparer(around), opened.enter_context(ProgressDisplay(stderr=True))
         for name, (path, read) in files.items():
-            found[name] = agreement(
-                compare, drawn(comparisons(read(path)).pairs, config.pairs, config.seed), config.seed
-            )
+            pairs = drawn(comparisons(read(path)).pairs, config.pairs, config.seed)
+            found[name] = agreement(in_parts(compare, display, path.name), pairs, config.seed)
             print("\n".join(lines(path, found[name])))
     with atomic_write(config.out / "agreement.json") as file:
         json.dump({"judge": config.judge, "files": found}, file, indent=2)
@@ -114,6 +115,21 @@ def drawn(pairs: Sequence[Comparison], count: int, seed: int) -> list[Comparison
     decided = [pair for pair in pairs if pair.probability != 0.5]
     order = np.random.default_rng(seed).permutation(len(decided))
     return [decided[i] for i in sorted(order[: count or len(decided)])]
+
+
+def in_parts(compare: Compare, display: ProgressDisplay, name: str) -> Compare:
+    """Returns the same judge, which is asked about `PART` pairs at a time, under a bar with a name."""
+
+    def judged(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Verdicts:
+        parts, bar = [], display.add(name, len(prompts), unit="pair")
+        for start in range(0, len(prompts), PART):
+            rows = slice(start, start + PART)
+            parts.append(compare(prompts[rows], first[rows], second[rows]))
+            bar.update(min(start + PART, len(prompts)), "")
+        bar.close()
+        return Verdicts(*(np.concatenate(columns) for columns in zip(*parts)))
+
+    return judged
 
 
 def agreement(compare: Compare, pairs: Sequence[Comparison], seed: int) -> dict[str, Any]:
