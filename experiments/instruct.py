@@ -400,14 +400,15 @@ def draw_curves(config: InstructConfig, names: Sequence[str]) -> Path:
     left, right = figure.subplots(1, 2, sharey=True)
     arms = list(dict.fromkeys(name.rpartition("-")[0] for name in names))
     for name in names:
-        arm, _, seed = name.rpartition("-")
+        arm = name.rpartition("-")[0]
         seconds, kept = curve(config.out / name)
         smooth = [kept[max(0, i - 3) : i + 1].mean() for i in range(len(kept))]
         answers = config.prompts_per_step * config.answers_per_prompt * np.arange(1, len(kept) + 1)
-        look = {"color": f"C{arms.index(arm)}", "label": f"{arm}, seed {seed}", "alpha": 0.8}
-        left.plot(answers, smooth, **look)
-        right.plot(seconds / 60, smooth)[0].set(**look)
-    left.set(xlabel="answers", ylabel="share of constraints kept, mean of 4 steps")
+        for axes, x in ((left, answers), (right, seconds / 60)):
+            axes.plot(x, smooth, color=f"C{arms.index(arm)}", alpha=0.8)
+    for number, arm in enumerate(arms):
+        right.plot([], [], color=f"C{number}", label=arm)
+    left.set(xlabel="answers", ylabel="share of constraints kept")
     right.set(xlabel="minutes of training")
     right.legend(fontsize="small", frameon=False)
     path = config.out / "curves.svg"
