@@ -27,7 +27,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ import numpy as np
 from rlaif_jax.algorithms.advantages import GAE
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.command_line import command_line
-from rlaif_jax.config import require, to_json
+from rlaif_jax.config import Diverged, require, to_json
 from rlaif_jax.data.readers import jsonl_records
 from rlaif_jax.feedback.verifiers.constraints import (
     Constraint,
@@ -260,33 +260,44 @@ def main(config: InstructConfig) -> dict[str, Any]:
         for arm in config.arms:
             settings = run_config(config, arm, seed)
             if not is_finished(settings):
-                rlaif.main(dataclasses.replace(settings, resume=settings.out.exists()))
+                with suppress(Diverged):  # its page says so, and the other runs go on
+                    rlaif.main(dataclasses.replace(settings, resume=settings.out.exists()))
                 jax.clear_caches()  # no other run can use its programs, and those of all runs are too many for a process
                 if not is_finished(settings):  # it was asked to stop
                     return results
-            results[settings.out.name] = result(settings.out, held_out)
             folders.append(settings.out)
+            if (settings.out / "answers.jsonl").exists():
+                results[settings.out.name] = result(settings.out, held_out)
+            else:
+                print(f"{settings.out.name} has diverged")
     for summary in sorted(config.out.glob("trl-*/summary.json")):
         results[summary.parent.name] = result(summary.parent, held_out)
+    keep(config, results)
     if config.judge:
         compared(config, results)
+        keep(config, results)
     for name, found in results.items():
         print(line_of(name, found))
-    with atomic_write(config.out / "results.json") as file:
-        json.dump(results, file, indent=2)
     print(draw_curves(config, list(results)))
     if len(folders) > 1:
         print(write_comparison(folders, config.out / "compare.html"))
     return results
 
 
+def keep(config: InstructConfig, results: Mapping[str, Any]) -> None:
+    """Writes the results of all runs."""
+    with atomic_write(config.out / "results.json") as file:
+        json.dump(results, file, indent=2)
+
+
 def is_finished(settings: rlaif.RlaifConfig) -> bool:
-    """Returns whether a run with these settings is finished.
+    """Returns whether a run with these settings is finished, or has diverged.
 
     Raises:
         UserError: a run with other settings is finished in its folder.
     """
-    if not (settings.out / "answers.jsonl").exists():
+    summary = settings.out / "summary.json"
+    if not summary.exists() or json.loads(summary.read_text())["status"] not in ("done", "diverged"):
         return False
     require(
         {**run_settings(settings.out), "resume": False} == {**to_json(settings), "resume": False},
@@ -345,13 +356,15 @@ def compared(config: InstructConfig, results: dict[str, Any]) -> None:
                 after, before = ([row["answers"][i] for row in rows] for i in (1, 0))
                 verdicts = compare([row["prompt"] for row in rows], after, before)
                 won = np.where(verdicts.valid, verdicts.probability, np.nan)
-                rate = win_rate_ci(won, 1 - won)
-                kept[config.judge] = {
-                    "win_rate": rate.value,
-                    "win_rate_ci95": [rate.low, rate.high],
-                    "order_consistency": float(verdicts.consistent[verdicts.valid].mean()),
-                    "missing": float(1 - verdicts.valid.mean()),
-                }
+                said: dict[str, Any] = {"missing": float(1 - verdicts.valid.mean())}
+                if verdicts.valid.any():
+                    rate = win_rate_ci(won, 1 - won)
+                    said |= {
+                        "win_rate": rate.value,
+                        "win_rate_ci95": [rate.low, rate.high],
+                        "order_consistency": float(verdicts.consistent[verdicts.valid].mean()),
+                    }
+                kept[config.judge] = said
                 with atomic_write(path) as file:
                     json.dump(kept, file, indent=2)
             found["judge"] = kept[config.judge]
@@ -425,7 +438,7 @@ def line_of(name: str, found: Mapping[str, Any]) -> str:
     return (
         f"{name}: constraints kept, {'; '.join(parts)}; KL {found['kl']:.1f} nats an answer; fluency "
         f"{found['fluency_change']:+.2f} nats a token"
-        + (f"; judge {found['judge']['win_rate']:.2f}" if "judge" in found else "")
+        + (f"; judge {found['judge'].get('win_rate', float('nan')):.2f}" if "judge" in found else "")
     )
 
 

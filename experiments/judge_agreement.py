@@ -26,6 +26,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +44,7 @@ from rlaif_jax.files import atomic_write
 from rlaif_jax.parallel import ParallelConfig, make_runner
 from rlaif_jax.progress.display import ProgressDisplay
 from rlaif_jax.quality.intervals import bootstrap_ci
+from rlaif_jax.quality.votes import current
 from rlaif_jax.recipes.judge_rewards import Compare, Surroundings, Verdicts
 from rlaif_jax.recipes.rewards import Judging, read_reward
 
@@ -91,7 +93,7 @@ def main(config: AgreementConfig) -> dict[str, dict[str, Any]]:
         str(path): (path, read)
         for path, read in [
             *((config.data / name, read) for name, read in PUBLISHED.items() if config.data is not None),
-            *((path, lambda path: Detected().read(path)[0]) for path in config.feedback),
+            *((path, read_own) for path in config.feedback),
         ]
         if path.exists() or path in config.feedback
     }
@@ -102,12 +104,33 @@ def main(config: AgreementConfig) -> dict[str, dict[str, Any]]:
         around = Surroundings(config.out, config.seed, make_runner(config.parallel), lambda: False, opened)
         compare, display = judge.comparer(around), opened.enter_context(ProgressDisplay(stderr=True))
         for name, (path, read) in files.items():
-            pairs = drawn(comparisons(read(path)).pairs, config.pairs, config.seed)
+            pairs = drawn(comparisons(of_people(path, read(path))).pairs, config.pairs, config.seed)
             found[name] = agreement(in_parts(compare, display, path.name), pairs, config.seed)
             print("\n".join(lines(path, found[name])))
     with atomic_write(config.out / "agreement.json") as file:
         json.dump({"judge": config.judge, "files": found}, file, indent=2)
     return found
+
+
+def of_people(path: Path, found: Sequence[Judgement]) -> list[Judgement]:
+    """Returns the judgements that count: those of people where the file has any, and none that another one replaces.
+
+    Pairs of chosen and rejected answers do not say who chose; they are taken for people's.
+    """
+    own = [entry for entry in found if entry.rater.source == "person"] or list(found)
+    if others := len(found) - len(own):
+        print(f"{path}: {others} judgements that are not by people are left out")
+    return [own[i] for i in current(own)]
+
+
+def read_own(path: Path) -> Sequence[Judgement]:
+    """Returns the judgements of a user's file, and prints the faults of its rows."""
+    good, bad = Detected().read(path)
+    for message in bad[:3]:
+        print(message, file=sys.stderr)
+    if bad:
+        print(f"{path}: {len(bad)} faults, whose rows or values are left out", file=sys.stderr)
+    return good
 
 
 def drawn(pairs: Sequence[Comparison], count: int, seed: int) -> list[Comparison]:

@@ -28,12 +28,13 @@ import jax
 from rlaif_jax.algorithms.advantages import GAE, LeaveOneOut
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.command_line import command_line
-from rlaif_jax.config import Diverged
+from rlaif_jax.config import Diverged, require, to_json
 from rlaif_jax.files import atomic_write
 from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.recipes import rlaif
 from rlaif_jax.recipes.rewards import read_reward
+from rlaif_jax.tools.runs import run_settings
 
 HAPPY = frozenset(
     [
@@ -196,16 +197,26 @@ def main(config: SettingsConfig) -> dict[str, Any]:
 
 def run(settings: rlaif.RlaifConfig, folder: Path, seed: int) -> dict[str, Any] | None:
     """Takes a run and returns its metrics; {} where it diverged, None where it was asked to stop."""
-    summary = folder / "summary.json"
-    if not (folder / "answers.jsonl").exists():
+    settings = dataclasses.replace(settings, out=folder, seed=seed)
+    if status_of(folder) not in ("done", "diverged"):
         try:
-            rlaif.main(dataclasses.replace(settings, out=folder, seed=seed))
+            rlaif.main(dataclasses.replace(settings, resume=(folder / "config.json").exists()))
         except Diverged:
             return {}
         finally:
             jax.clear_caches()  # no other run can use its programs, and those of all runs are too many for a process
-    found = json.loads(summary.read_text())
+    require(
+        {**run_settings(folder), "resume": False} == {**to_json(settings), "resume": False},
+        f"{folder} holds a run with other settings: give another --out, or move it away",
+    )
+    found = json.loads((folder / "summary.json").read_text())
     return found["metrics"] if found["status"] == "done" else {} if found["status"] == "diverged" else None
+
+
+def status_of(folder: Path) -> str:
+    """Returns how a run ended; "" without one."""
+    summary = folder / "summary.json"
+    return str(json.loads(summary.read_text())["status"]) if summary.exists() else ""
 
 
 def _folder(name: str) -> str:

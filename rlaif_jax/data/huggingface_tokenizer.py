@@ -21,6 +21,14 @@ from rlaif_jax.files import atomic_write, it_is
 QUOTED, ALIAS = "\U0010fffd", "\U0010fffc"
 
 
+def _steps(rule: Any) -> list[Mapping[str, Any]]:
+    """Returns a rule of a tokenizer.json, or those of a sequence of rules."""
+    if not isinstance(rule, Mapping):
+        return []
+    parts = rule.get("normalizers", rule.get("pretokenizers"))
+    return [step for part in parts for step in _steps(part)] if isinstance(parts, list) else [rule]
+
+
 @dataclass(frozen=True, eq=False)
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, run by the `tokenizers` library.
@@ -204,8 +212,20 @@ class HuggingFaceTokenizer:
         broken = lambda name: f"{name[0]} {name[1:]}" if name in self._words else QUOTED + name
         return self._pattern().sub(lambda found: broken(found[0]), text)
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    @cached_property
+    def _puts_blank(self) -> bool:
+        """Whether the vocabulary puts a blank before a text."""
+        rules = json.loads(self.backend.to_str())
+        steps = [step for key in ("normalizer", "pre_tokenizer") for step in _steps(rules.get(key))]
+        return any(
+            step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+            for step in steps
+        )
+
+    def encode(self, text: str, *, add_bos: bool = False, continues: bool = False) -> list[int]:
         """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
+        if continues and self._puts_blank:
+            return tokenizer_files.continued(self.encode, text)
         if QUOTED in text and self._special:
             plain, meant = self._plain
             name = lambda found: _alias(self._special[found[0]])

@@ -99,10 +99,10 @@ class Llama2cTokenizer:
     def _ids(self) -> dict[bytes, int]:
         return {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, continues: bool = False) -> list[int]:
         """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
         ids: list[int] = []
-        for character in " " + text if text else "":
+        for character in text if continues or not text else " " + text:
             raw = character.encode(errors="replace")
             known = self._ids.get(raw)
             ids += [known] if known is not None else [byte + 3 for byte in raw]

@@ -22,6 +22,13 @@ def chat_tokenizer(tokenizer: Tokenizer) -> HuggingFaceTokenizer | None:
     return tokenizer if has_template else None  # type: ignore[return-value]
 
 
+def learned_with_bos(tokenizer: Tokenizer) -> bool:
+    """Returns whether texts begin with BOS: not where it also ends them, as with GPT-2 and SmolLM2."""
+    if tokenizer.bos_id is None:
+        return False
+    return not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.bos_id not in tokenizer.stop_ids
+
+
 def reward_text(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[str, str]:
     """Returns the texts (prompt, answer) whose tokens a policy reads and writes.
 
@@ -103,7 +110,7 @@ def text_tokens(
     """
     quote = tokenizer.quote if quoted else str
     before = tokenizer.encode(quote(context), add_bos=add_bos)
-    after = [*tokenizer.encode(quote(text)), *_end(tokenizer)]
+    after = [*tokenizer.encode(quote(text), continues=bool(context)), *_end(tokenizer)]
     ids = [*before, *after]
     return LearnedTokens(ids, [0.0] * len(before) + [1.0] * len(after), [len(ids)])
 
@@ -146,7 +153,7 @@ def conversation_tokens(
     weights: list[float] = []
     ends: list[int] = []
     for text, learned in parts:
-        own = tokenizer.encode(text, add_bos=add_bos and chat is None and not ids)
+        own = tokenizer.encode(text, add_bos=add_bos and chat is None and not ids, continues=bool(ids))
         ids, weights = ids + own, weights + [float(learned)] * len(own)
         if learned:
             ends.append(len(ids))

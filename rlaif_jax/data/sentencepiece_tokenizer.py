@@ -128,8 +128,10 @@ class SentencePieceTokenizer:
         broken = lambda found: f"{found[0][0]} {found[0][1:]}"
         return re.sub(self._spelled, broken, text) if self._spelled else text
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, continues: bool = False) -> list[int]:
         """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
+        if continues:
+            return tokenizer_files.continued(self.encode, text)
         return tokenizer_files.bos_prefix(self.bos_id, add_bos) + list(self._processor.encode(text))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -84,6 +84,20 @@ def without_padding(ids: Iterable[int], pad_id: int, bos_id: int | None, stop_id
     if real and row[real[-1]] in stop_ids:
         row = row[: real[-1] + 1]
     return row[real[0] :] if real and row[real[0]] == bos_id else row
+
+
+def continued(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Returns the ids of a text within another: without the blank that a vocabulary puts before a text.
+
+    The text is encoded after a line break, whose ids are left out. A vocabulary that knows no line break, or that joins it to
+    what follows, gives the ids of the text alone.
+
+    Args:
+        encode: encodes a whole text.
+        text: the text.
+    """
+    mark, whole = encode("\n"), encode("\n" + text)
+    return whole[len(mark) :] if mark and whole[: len(mark)] == mark else encode(text)
 
 
 def bos_prefix(bos_id: int | None, wanted: bool) -> list[int]:

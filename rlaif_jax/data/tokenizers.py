@@ -58,10 +58,11 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """Returns a hash of the vocabulary: where two are equal, every id is the same token in both."""
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, continues: bool = False) -> list[int]:
         """Returns the ids of `text`, without any special token except the BOS that `add_bos` puts first.
 
-        A text that begins with its BOS already, as chat templates write it, gets no second one.
+        A text that begins with its BOS already, as chat templates write it, gets no second one. Some vocabularies put a
+        blank before a text; before one that `continues` another they put none.
 
         Raises:
             UserError: `add_bos` and the vocabulary has no BOS token.

@@ -93,6 +93,11 @@ class Surroundings:
             self.loaded[name, dtype] = load_model(name, compute_dtype=dtype)
         return self.loaded[name, dtype]
 
+    def on_its_day(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Returns a tokenizer whose chat template prints the day of the run, where it prints one."""
+        prints = isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.prints_day
+        return tokenizer.on_day(self.day()) if prints else tokenizer  # type: ignore[attr-defined]
+
     def api_judge(self, config: ApiConfig) -> ApiJudge:
         """Returns the judge of these settings: one, with one budget, for all that is asked by them."""
         if config not in self.judges:
@@ -169,9 +174,7 @@ class JudgeReward:
         template = wording.template
         require(bool(template.direct), f"{self.template}: no [direct] section; a local judge is read by its labels")
         model, params = around.load(self.model, self.dtype)
-        tokenizer = load_tokenizer(self.model)
-        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.prints_day:
-            tokenizer = tokenizer.on_day(around.day())
+        tokenizer = around.on_its_day(load_tokenizer(self.model))
 
         def text(prompt: str, *answers: str) -> str:
             return _as_text(tokenizer, template, wording.question(prompt, *answers))

@@ -12,8 +12,8 @@ from rlaif_jax.config import UserError, require
 from rlaif_jax.data.chat.records import chat_records
 from rlaif_jax.data.prompts import Records, place
 from rlaif_jax.data.readers import FileRecords, jsonl_records, plain, tfds_records
-from rlaif_jax.data.rendering import chat_tokenizer
-from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from rlaif_jax.data.rendering import chat_tokenizer, learned_with_bos
+from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.files import read_bytes
 
 TFDS = "tfds:"
@@ -126,7 +126,7 @@ def prompt_style(tokenizer: Tokenizer, template: Template, system: str) -> tuple
         chat or not system,
         "system is a message of a chat, and this model has no chat template: put it into the prompts",
     )
-    return chat, not chat and tokenizer.bos_id is not None and _learned_with_bos(tokenizer)
+    return chat, not chat and learned_with_bos(tokenizer)
 
 
 def read_records(name: str) -> Records:
@@ -149,11 +149,6 @@ def read_records(name: str) -> Records:
         require(bool(kept), f"{path} holds no prompt")
         return FileRecords(tuple({"prompt": line} for _, line in kept), tuple(f"{path}:{number}" for number, _ in kept))
     return jsonl_records(path)
-
-
-def _learned_with_bos(tokenizer: Tokenizer) -> bool:
-    """Returns whether texts begin with BOS: not where BOS also ends them (GPT-2, SmolLM2)."""
-    return not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.bos_id not in tokenizer.stop_ids
 
 
 def _key(record: Mapping[str, object]) -> str:

@@ -18,6 +18,7 @@ from rlaif_jax.algorithms.optimizer import make_optimizer
 from rlaif_jax.algorithms.reward_modeling import members_step, reward_step
 from rlaif_jax.checkpoint import fingerprint
 from rlaif_jax.config import require
+from rlaif_jax.data.rendering import learned_with_bos
 from rlaif_jax.data.text import held_out_mask
 from rlaif_jax.feedback.judges.reward_model import Scorer
 from rlaif_jax.feedback.judges.reward_pairs import Pairs, tokenize, training_buckets
@@ -33,7 +34,7 @@ from rlaif_jax.quality.intervals import bootstrap_ci, percentile_interval, resam
 from rlaif_jax.quality.statistics import calibration_columns, fold_predictions, spearman
 from rlaif_jax.quality.values import sum_by_group
 from rlaif_jax.quality.votes import current
-from rlaif_jax.recipes.start import model_to_fit
+from rlaif_jax.recipes.start import keep_day, model_to_fit, on_day_of_run
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.types import INIT, Params, step_key
@@ -49,8 +50,8 @@ class RewardModelConfig:
     """All settings.
 
     Attributes:
-        model: the language model whose trunk the reward model begins with: a Hugging Face folder, a hub id, or a llama2.c
-            .bin file.
+        model: the language model whose trunk the reward model begins with: a Hugging Face folder, a hub id, a .gguf
+            file or a llama2.c .bin file.
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
         feedback: files of pairs, rankings or ratings, feedback stores, or TFDS folders of judgements.
         format: the format of all these files.
@@ -60,7 +61,6 @@ class RewardModelConfig:
         resume: go on with the run in `out` where it stopped.
         tracking: where the run is shown besides its folder: Weights & Biases.
         stages: the folder of finished stages, which runs may share; None: in `out`.
-        add_bos: put BOS before each prompt, as the policy's prompts have it; a chat template writes it itself.
         max_length: tokens of prompt and answer; longer pairs are left out. None: 1024, or as many as the model can read.
         held_out: the share of the conversations that are measured on and not learned from.
         split_seed: which conversations are held out; apart from `seed`, so that runs of several seeds are measured alike.
@@ -85,7 +85,6 @@ class RewardModelConfig:
     resume: bool = False
     tracking: Tracking = Tracking()
     stages: Path | None = None
-    add_bos: bool = False
     max_length: int | None = None
     held_out: float = 0.1
     split_seed: int = 0
@@ -177,7 +176,8 @@ def measure(scores: np.ndarray, pairs: Pairs, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def record(name: str, value: Any, low: Any, high: Any) -> None:
-        found[name] = value
+        if np.isfinite(value):  # a correlation with lengths that are all equal is not
+            found[name] = value
         if low is not None and np.isfinite(low):
             found[f"{name}_ci95"] = [low, high]
 
@@ -267,9 +267,10 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
         remat=config.remat,
         parallel=config.parallel,
     )
+    tokenizer = on_day_of_run(tokenizer, config.out, resume=config.resume)
     found = read_comparisons(config.feedback, config.format, config.principles)
     unused = found.unused
-    pairs = tokenize(found, tokenizer, max_length=max_length, add_bos=config.add_bos, unused=unused)
+    pairs = tokenize(found, tokenizer, max_length=max_length, add_bos=learned_with_bos(tokenizer), unused=unused)
     for reason, count in unused.most_common():
         print(f"  not used: {count} x {reason}")
     held_out = held_out_mask(pairs.conversation, config.held_out, config.split_seed)
@@ -289,6 +290,7 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
             "pairs_heldout": len(measured.ids),
             "columns_filled": filled,
         }
+        keep_day(run, tokenizer)
         passes = config.fit.updates * config.fit.batch_size / len(training.ids)
         if passes > MOST_PASSES:
             run.warn(

@@ -66,7 +66,7 @@ class ModelReward:
         return RewardModelSource(
             model,
             params,
-            tokenizer,
+            around.on_its_day(tokenizer),
             around.runner,
             self.batch_size * around.runner.devices,
             self.max_length or min(2048, model.config.context_length),

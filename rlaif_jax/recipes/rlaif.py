@@ -22,7 +22,7 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.checkpoint import fingerprint, require_weights
 from rlaif_jax.config import require
-from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.evaluate import Answers, Combination, Evaluation
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.people.kinds import RANK
@@ -54,7 +54,16 @@ from rlaif_jax.recipes.rewards import (
     rewards_help,
     sparing,
 )
-from rlaif_jax.recipes.start import LoadedPolicy, Start, day_of, load_policy, most_frequent, scale_of
+from rlaif_jax.recipes.start import (
+    LoadedPolicy,
+    Start,
+    day_of,
+    keep_day,
+    load_policy,
+    most_frequent,
+    on_day_of_run,
+    scale_of,
+)
 from rlaif_jax.recipes.verdicts import SCORE, SECOND, AgainstStart, conclude
 from rlaif_jax.rewards.shaping import identity_normaliser
 from rlaif_jax.rewards.spread import check_oversample
@@ -144,6 +153,7 @@ class RlaifConfig:
         num_epochs=1,
         kl_in="loss",
         kl_coef=0.02,
+        kl_horizon=1280.0,  # 20 default steps: of a hundred, with the usual 10,000 a target would change nothing
         packed_rows=4,
         policy_optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant", warmup_updates=5, eps=1e-8),
     )
@@ -194,6 +204,8 @@ def main(config: RlaifConfig) -> dict[str, Any]:
         "--second people: a second opinion is of one answer alone: people can only rate (kind=rate)",
     )
     policy = load_policy(config.policy, config.tokenizer, dtype=config.dtype, remat=config.remat)
+    own = on_day_of_run(policy.tokenizer, config.out, resume=config.resume)
+    policy = dataclasses.replace(policy, tokenizer=own)
     with (
         Run(config.out, "rlaif", config, seed=config.seed, resume=config.resume) as run,
         tracked(run, config.tracking) as sinks,
@@ -205,8 +217,7 @@ def main(config: RlaifConfig) -> dict[str, Any]:
         now = fingerprint(policy.params)
         require_weights(run.folder, {"policy": run.metrics.get("policy_sha256", now)}, {"policy": now})
         run.metrics["policy_sha256"] = now
-        if isinstance(policy.tokenizer, HuggingFaceTokenizer) and policy.tokenizer.prints_day:
-            policy = dataclasses.replace(policy, tokenizer=policy.tokenizer.on_day(day_of(run)))
+        keep_day(run, policy.tokenizer)
         if words := people_words([part.reward for part in config.feedback] + ([second] if second else [])):
             run.display.print(words)
         _train(config, policy, second, run, writer, opened)

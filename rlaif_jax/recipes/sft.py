@@ -19,7 +19,7 @@ from rlaif_jax.checkpoint import fingerprint
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.conversations import Turn, read_turns
 from rlaif_jax.data.readers import jsonl_records, listed, plain, tfds_records
-from rlaif_jax.data.rendering import LearnedTokens, conversation_tokens, text_tokens
+from rlaif_jax.data.rendering import LearnedTokens, conversation_tokens, learned_with_bos, text_tokens
 from rlaif_jax.data.text import held_out_mask, packed_sequences
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.batching import in_batches
@@ -30,7 +30,7 @@ from rlaif_jax.parallel import ParallelConfig, Runner
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.intervals import Estimate, Jackknife, as_estimate
 from rlaif_jax.quality.values import Floats
-from rlaif_jax.recipes.start import model_to_fit
+from rlaif_jax.recipes.start import keep_day, model_to_fit, on_day_of_run
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.types import Params
@@ -45,7 +45,7 @@ class SFTConfig:
     """All settings.
 
     Attributes:
-        model: the language model to begin with: a Hugging Face folder, a hub id, or a llama2.c .bin file.
+        model: the language model to begin with: a Hugging Face folder, a hub id, a .gguf file or a llama2.c .bin file.
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
         data: files of JSON lines, or names or folders of TFDS data sets, whose rows have `messages` (all turns of the
             assistant are learned), `prompt` and `completion`, as texts or messages (the completion is learned), or `text`
@@ -56,7 +56,6 @@ class SFTConfig:
         resume: go on with the run in `out` where it stopped.
         tracking: where the run is shown besides its folder: Weights & Biases.
         stages: the folder of finished stages, which runs may share; None: in `out`.
-        add_bos: put BOS before each text; a chat template writes it itself.
         max_length: tokens of a row of packed texts. A longer conversation is cut after the last turn of the assistant that
             fits; other longer texts are left out. None: 1024, or as many as the model can read.
         held_out: the share of the rows that are measured on and not learned from.
@@ -77,7 +76,6 @@ class SFTConfig:
     resume: bool = False
     tracking: Tracking = Tracking()
     stages: Path | None = None
-    add_bos: bool = False
     max_length: int | None = None
     held_out: float = 0.05
     split_seed: int = 0
@@ -182,7 +180,7 @@ def read_texts(config: SFTConfig, tokenizer: Tokenizer, max_length: int) -> Text
     longer = f"longer than max_length = {max_length} tokens"
     for place, row in each_row(config.data, config.split):
         try:
-            tokens, name = read_row(row, tokenizer, add_bos=config.add_bos)
+            tokens, name = read_row(row, tokenizer, add_bos=learned_with_bos(tokenizer))
         except UserError as error:
             faults.append(f"{place}: {error}")
             found.unused["row with a fault"] += 1
@@ -303,6 +301,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
         remat=config.remat,
         parallel=config.parallel,
     )
+    tokenizer = on_day_of_run(tokenizer, config.out, resume=config.resume)
     texts = read_texts(config, tokenizer, max_length)
     mask = held_out_mask(texts.names, config.held_out, config.split_seed)
     held_out, training = (packed(texts, which, max_length, tokenizer.pad_id) for which in (mask, ~mask))
@@ -324,6 +323,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
             "texts_heldout": int(mask.sum()),
             "columns_filled": float((training["segments"] > 0).mean()),
         }
+        keep_day(run, tokenizer)
         checked = {key: rows[:CHECKED] for key, rows in held_out.items()}
 
         def check(params: Params) -> dict[str, float]:

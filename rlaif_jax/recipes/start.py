@@ -18,7 +18,7 @@ import numpy as np
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import FileRecords
-from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.judges.batching import check_batch_size
 from rlaif_jax.feedback.sources import FeedbackSource
@@ -31,10 +31,12 @@ from rlaif_jax.policies.base import to_prompts
 from rlaif_jax.policies.text import answer_texts, make_generator
 from rlaif_jax.recipes.judge_rewards import BASELINE
 from rlaif_jax.recipes.own_prompts import OwnPrompts
+from rlaif_jax.report.report import read_json
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
 from rlaif_jax.run import Run
 from rlaif_jax.types import FEEDBACK, SAMPLES, Params, Rollout, step_key
 
+DAY = "chat_template_day"
 MAX_LENGTH = 1024  # tokens of a row, where the model can read as many and nothing else is asked for
 
 
@@ -108,7 +110,7 @@ def model_to_fit(
     """Loads what a supervised recipe begins with.
 
     Args:
-        name: a Hugging Face folder, a hub id, or a llama2.c .bin file.
+        name: a Hugging Face folder, a hub id, a .gguf file or a llama2.c .bin file.
         tokenizer_path: the tokenizer's file or folder; None: it is with the model.
         max_length: most tokens of a row; None: `MAX_LENGTH`, or as many as the model can read.
         batch_size: rows of an update.
@@ -133,7 +135,28 @@ def model_to_fit(
 
 def day_of(run: Run) -> str:
     """Returns the day on which a run was first started, YYYY-MM-DD: chat templates print it."""
-    return str(run.metrics.setdefault("chat_template_day", datetime.date.today().isoformat()))
+    return str(run.metrics.setdefault(DAY, datetime.date.today().isoformat()))
+
+
+def on_day_of_run(tokenizer: Tokenizer, folder: Path, *, resume: bool) -> Tokenizer:
+    """Returns a tokenizer whose chat template prints the day of a run that is about to start or to go on.
+
+    Args:
+        tokenizer: the tokenizer; one whose template prints no day is returned as it is.
+        folder: of the run.
+        resume: whether the run goes on.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.prints_day:
+        return tokenizer
+    kept = read_json(folder / "summary.json").get("metrics", {}) if resume else {}
+    return tokenizer.on_day(str(kept.get(DAY, datetime.date.today().isoformat())))
+
+
+def keep_day(run: Run, tokenizer: Tokenizer) -> None:
+    """Notes the day that a tokenizer's chat template prints, for the run that resumes this one."""
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.day:
+        run.metrics[DAY] = tokenizer.day
+        run.report()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

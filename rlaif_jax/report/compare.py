@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rlaif_jax.config import require, without_secrets
 from rlaif_jax.files import atomic_write
 from rlaif_jax.metrics import read_metrics
-from rlaif_jax.report.cards import Card, cards_so_far, final_cards
+from rlaif_jax.report.cards import Card, cards_so_far, final_cards, is_internal
 from rlaif_jax.report.curves import Curves, RunLine, overlay, run_line
 from rlaif_jax.report.glossary import Label, entries, label, stage_title
 from rlaif_jax.report.numbers import duration_text, is_number, value_text
@@ -159,7 +159,7 @@ def headline(numbers: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
         numbers: the metrics of summary.json.
         rows: the rows of metrics.jsonl.
     """
-    if not numbers:
+    if not any(is_number(value) and not is_internal(key) for key, value in numbers.items()):  # it has only begun
         return cards_so_far(rows)
     cards, others = final_cards(numbers)
     return cards + [card for card in others if card.label.title in ALWAYS]

@@ -143,7 +143,7 @@ def _cards(
         Card(part.label._replace(title=f"{part.label.title}, first → last"), f"{part.first} → {part.last}", "")
         for part in (journey.journeys if journey else ())
     ]
-    if not numbers:
+    if not any(is_number(value) and not is_internal(key) for key, value in numbers.items()):  # it has only begun
         return moved + cards_so_far(rows, measures), []
     cards, others = final_cards(numbers)
     return ([] if compares(numbers) else moved) + cards, others

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif_jax.config import UserError
+from rlaif_jax.data.conversations import Turn
 from rlaif_jax.data.llama2c import Llama2cTokenizer
-from rlaif_jax.data.tokenizers import (
-    load_tokenizer,
-)
+from rlaif_jax.data.rendering import conversation_tokens
+from rlaif_jax.data.tokenizers import Tokenizer, load_tokenizer
 from tests.data.llama2c_vocabulary import llama2c, to_tokenizer_json
 
 TEXT = 'Once upon a time, there was a little girl named Lily. She said, "Let\'s go!"\n\nÜnï → 🎈 the end'
@@ -74,6 +77,50 @@ def test_llama2c_encode_equals_run_c_on_a_tiny_vocabulary(text: str):
     assert tokenizer.encode(text) == run_c_encode(tokenizer.pieces, tokenizer.scores, text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode(tokenizer.encode(text, add_bos=True)) == text
+
+
+def as_huggingface(tokenizer: Llama2cTokenizer, folder: Path) -> Tokenizer:
+    to_tokenizer_json(tokenizer).save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama2c", "tokenizer.json", "sentencepiece"])
+def test_a_text_that_continues_another_has_no_blank_before_it(kind: str, tmp_path: Path):
+    """SFT encodes a conversation in parts; a blank before each part would be learned, and written."""
+    if kind == "sentencepiece":
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a bc a b: Human Assistant c"] * 20),
+            model_writer=model,
+            vocab_size=290,
+            byte_fallback=True,
+            model_type="bpe",
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+        (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+        tokenizer = load_tokenizer(tmp_path)
+    else:
+        own = llama2c(b" ", b"a", b"b", b"c", b"bc", b" a", b":", b" b")
+        tokenizer = own if kind == "llama2c" else as_huggingface(own, tmp_path)
+    for before, after in (("ab:", " a b"), ("a", "bc"), ("a b", " a"), ("b", "")):
+        ids = [*tokenizer.encode(before), *tokenizer.encode(after, continues=True)]
+        assert tokenizer.decode(ids) == before + after
+        assert tokenizer.encode(after, continues=True) != tokenizer.encode(after) or not after
+    turns = [Turn("user", "a b"), Turn("assistant", "b a"), Turn("user", "c"), Turn("assistant", "a")]
+    found = conversation_tokens(tokenizer, turns)
+    assert tokenizer.decode(found.ids) == "\n\nHuman: a b\n\nAssistant: b a\n\nHuman: c\n\nAssistant: a"
+    learned = [i for i, weight in zip(found.ids, found.weights) if weight]
+    said = [*tokenizer.encode(" b a", continues=True), *tokenizer.encode(" a", continues=True)]
+    assert learned == said + [tokenizer.eos_id] * (tokenizer.eos_id is not None)
+
+
+def test_a_vocabulary_without_a_blank_before_texts_needs_none_taken_away(tmp_path: Path):
+    backend = hf.Tokenizer(hf.models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("a b", continues=True) == [0, 1]
 
 
 def test_llama2c_decode_strips_one_space_after_bos_and_at_the_start_only():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from experiments import instruct
 from experiments.instruct import (
     HELD_OUT,
     NEW,
@@ -21,7 +22,7 @@ from experiments.instruct import (
     row,
     run_config,
 )
-from rlaif_jax.config import UserError
+from rlaif_jax.config import Diverged, UserError, to_json
 from rlaif_jax.feedback.verifiers.constraints import ListItems, MaxWords, read_constraints
 
 ASKED = [f"What is the number {i}?" for i in range(2000)]
@@ -96,6 +97,36 @@ def test_curves_have_the_seconds_of_training_alone(tmp_path):
     assert [x.tolist() for x in curve(trl)] == [[5.0, 9.0], [0.25, 0.75]]
     drawn = draw_curves(InstructConfig(out=tmp_path), ["grpo-lora-0", "trl-lora-0"]).read_text()
     assert "<!-- grpo-lora -->" in drawn and "<!-- trl-lora -->" in drawn
+
+
+def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys):
+    task = [{"instruction": f"What is the number {i}?", "instances": [{"input": ""}]} for i in range(2000)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, task)))
+    config = InstructConfig(
+        tasks=tmp_path / "tasks.jsonl", out=tmp_path / "runs", arms=("grpo-lora", "grpo-full"), seeds=(0,)
+    )
+
+    def train(given):
+        status = "done" if given.lora else "diverged"
+        for folder in (given.out, given.out / "checkpoints"):
+            folder.mkdir()
+        numbers = dict.fromkeys(("kl", "reference_logprob_before", "reference_logprob_after", "wall_s"), 1.0)
+        (given.out / "summary.json").write_text(json.dumps({"status": status, "metrics": numbers}))
+        (given.out / "config.json").write_text(json.dumps(to_json(given)))
+        (given.out / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "stage": "rl", "score": 1.0, "time/elapsed_s": 1.0})
+        )
+        if status == "diverged":
+            raise Diverged("the KL")
+        held_out = [json.loads(line) for line in (tmp_path / "runs" / "held_out.jsonl").read_text().splitlines()]
+        answers = [json.dumps({"prompt": r["prompt"], "answers": ["a", "b"]}) for r in held_out]
+        (given.out / "answers.jsonl").write_text("\n".join(answers))
+
+    monkeypatch.setattr(instruct.rlaif, "main", train)
+    for _ in range(2):  # the second time all is only read
+        assert set(instruct.main(config)) == {"grpo-lora-0"}
+        assert "grpo-full-0 has diverged" in capsys.readouterr().out
+    assert set(json.loads((config.out / "results.json").read_text())) == {"grpo-lora-0"}
 
 
 def test_each_arm_is_a_run_of_its_own(tmp_path):

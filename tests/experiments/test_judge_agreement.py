@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments.judge_agreement import AgreementConfig, agreement, drawn, main
+from experiments.judge_agreement import AgreementConfig, agreement, drawn, main, of_people
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.records.comparisons import Comparison
+from rlaif_jax.feedback.records.forms import Ranking, Rater
 from rlaif_jax.recipes.judge_rewards import JudgeReward, Verdicts
 
 
@@ -82,3 +83,14 @@ def test_a_file_of_ones_own_becomes_a_row(tmp_path, monkeypatch, capsys):
         found["agrees"]["share"] == 1.0 and "agree            100.0% [100.0%, 100.0%] of 6" in capsys.readouterr().out
     )
     assert json.loads((config.out / "agreement.json").read_text())["files"][str(tmp_path / "pairs.jsonl")] == found
+
+
+def test_a_file_with_judgements_of_people_is_theirs_alone(tmp_path, capsys):
+    """The store of a run has the judge's own verdicts next to those of people."""
+    shared = {"prompt": "p", "answers": ("a", "b"), "shown": (0, 1)}
+    anna, before, model = Rater("anna", "person"), Rater("ben", "person"), Rater("gpt", "ai")
+    people = [Ranking(**shared, rater=anna, ranks=(1, 2)), Ranking(**shared, rater=before, ranks=(1, 2))]
+    other = Ranking(**shared, rater=model, ranks=(2, 1))
+    assert of_people(tmp_path, [*people, other]) == people
+    assert "1 judgements that are not by people" in capsys.readouterr().out
+    assert of_people(tmp_path, [other]) == [other]

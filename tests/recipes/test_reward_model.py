@@ -71,7 +71,6 @@ def config(folder: Path, out: Path, **changes) -> RewardModelConfig:
         out=out,
         max_length=16,
         held_out=0.25,
-        add_bos=True,
         fit=FitConfig(updates=30, batch_size=16, learning_rate=1e-2),
         check_every=10,
         parallel=ParallelConfig("shard", 1),

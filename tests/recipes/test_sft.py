@@ -70,7 +70,6 @@ def config(folder: Path, out: Path, **changes) -> SFTConfig:
         out=out,
         max_length=24,
         held_out=0.25,
-        add_bos=True,
         fit=FitConfig(updates=40, batch_size=8, learning_rate=2e-2),
         check_every=20,
         parallel=ParallelConfig("shard", 1),

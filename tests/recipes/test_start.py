@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.data.readers import FileRecords
-from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.sources import CountingSource, Missing
 from rlaif_jax.models import CausalLM
@@ -18,8 +18,9 @@ from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import ParallelConfig, make_runner
 from rlaif_jax.recipes import start
 from rlaif_jax.recipes.rlaif import get_config
-from rlaif_jax.recipes.start import LoadedPolicy, Start, day_of, scale_of
+from rlaif_jax.recipes.start import LoadedPolicy, Start, day_of, keep_day, on_day_of_run, scale_of
 from rlaif_jax.run import Run
+from tests.data.chat.styles import CHATML, HEADERS, chat_folder
 from tests.helpers import random_params
 
 WORDS = tuple("abcdefgh")
@@ -93,5 +94,12 @@ def test_a_run_keeps_to_the_day_on_which_it_began(tmp_path, monkeypatch):
         def today(cls) -> Any:
             return cls(2999, 1, 1)
 
+    dated = load_tokenizer(chat_folder(tmp_path / "dated", HEADERS))
+    run.folder.mkdir()
+    keep_day(run, on_day_of_run(dated, run.folder, resume=False))
     monkeypatch.setattr(start.datetime, "date", Tomorrow)
     assert day_of(run) == today and day_of(Run(tmp_path / "other", "x", get_config(), seed=0)) == "2999-01-01"
+    assert on_day_of_run(dated, run.folder, resume=True).day == today
+    assert on_day_of_run(dated, run.folder, resume=False).day == "2999-01-01"
+    plain = load_tokenizer(chat_folder(tmp_path / "plain", CHATML))
+    assert on_day_of_run(plain, run.folder, resume=True) is plain

@@ -8,7 +8,7 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.report import report
-from rlaif_jax.report.compare import differing_settings, number_rows, write_comparison
+from rlaif_jax.report.compare import differing_settings, headline, number_rows, write_comparison
 from rlaif_jax.report.curves import RUNS, Curves, overlay, run_line
 from tests.report.pages import ATTACK, Page, finished_run, write_json
 
@@ -166,6 +166,14 @@ def test_a_run_in_its_first_minute_has_a_column(runs, tmp_path):
     page = compared(runs[0], tmp_path / "new")
     assert "Status done running" in page.text and "Seed 0 3" in page.text
     assert "No two of the runs have written the same number." in page.text
+
+
+def test_fingerprints_alone_are_no_headline():
+    """A run notes the fingerprint of its policy before its first step."""
+    rows = [{"step": 1, "stage": "rl", "reward": 0.5, "kl": 0.1}]
+    shown = [card.label.title for card in headline({}, rows)]
+    assert shown and [card.label.title for card in headline({"policy_sha256": "39cf"}, rows)] == shown
+    assert headline({"policy_sha256": "39cf", "gain": 0.2}, rows) != headline({}, rows)
 
 
 def test_nothing_of_a_run_can_act_on_the_page(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlaif_jax.config import require
 from rlaif_jax.data.prompts import Record, padded
-from rlaif_jax.data.rendering import answer_tokens
+from rlaif_jax.data.rendering import answer_tokens, learned_with_bos
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
 from rlaif_jax.feedback.judges.reward_model import score_sequences
@@ -61,8 +61,9 @@ class RewardModelSource(CountingSource):
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
         """Returns the score of each answer; see `FeedbackSource`."""
-        texts = zip((str(record["prompt"]) for record in records), answers)
-        ids = [answer_tokens(self.tokenizer, prompt, answer)[0] for prompt, answer in texts]
+        bos = learned_with_bos(self.tokenizer)
+        prompts = [str(record["prompt"]) for record in records]
+        ids = [answer_tokens(self.tokenizer, *texts, add_bos=bos)[0] for texts in zip(prompts, answers, strict=True)]
         fits = [len(sequence) <= self.max_length for sequence in ids]
         shown = [sequence if fit else sequence[:1] for sequence, fit in zip(ids, fits)]
         length = min(self.max_length, 1 << (max(map(len, shown)) - 1).bit_length())
