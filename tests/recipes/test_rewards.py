@@ -129,7 +129,7 @@ def test_a_reward_model_scores_what_it_has_learned_to_read(around, tmp_path):
     assert found.valid[:, 0].tolist() == [True, True, True, False]
     assert source.missing() == {"prompt and answer are longer than 8 tokens": 1}
     for row, (prompt, answer) in enumerate(texts[:3]):
-        ids = jnp.array([[*tokenizer.encode(f"{prompt} {answer}"), tokenizer.eos_id]])
+        ids = jnp.array([[*tokenizer.encode(f"{prompt} {answer}", add_bos=True), tokenizer.eos_id]])
         expected = model(params, ids, jnp.ones_like(ids, bool))[0, -1]
         np.testing.assert_allclose(found.values[row, 0], expected, atol=1e-5)
 
