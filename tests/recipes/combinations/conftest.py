@@ -78,7 +78,6 @@ def inputs(shared_data, tmp_path_factory):
         model=str(shared_data("lm_stories260k/stories260K.bin")),
         data=(str(path / "taught.jsonl"),),
         out=path / "sft",
-        add_bos=True,
         max_length=64,
         fit=FitConfig(updates=80, batch_size=8, learning_rate=4e-3),
         parallel=MESH(1),
