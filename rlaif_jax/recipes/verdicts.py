@@ -128,8 +128,8 @@ def conclude(run: Run, judge: str | None) -> None:
     name = judge if judge is not None and f"win_rate_{judge}" in numbers else SCORE
     if judge is not None and name == SCORE:
         run.warn(
-            f"{'The second judge' if judge == SECOND else 'The judge'} compared none of the answers before and after training, "
-            "so the verdict is that of the reward itself. Try: a smaller min_mass, or a look at the judge's replies."
+            f"{'The second judge' if judge == SECOND else 'The judge'} compared hardly any of the answers before and after "
+            "training, so the verdict is that of the reward itself. Try: a smaller min_mass, or a look at the judge's replies."
         )
     elif name != SCORE and numbers.get(f"{name}_order_consistency", 1.0) < CONSISTENT:
         run.warn(

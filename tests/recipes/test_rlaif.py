@@ -259,7 +259,7 @@ def test_a_judge_that_chooses_by_position_has_no_say(tmp_path):
 def test_a_judge_that_compared_nothing_is_named(tmp_path):
     run = concluded(tmp_path / "run", SECOND, **{f"{SECOND}_missing": 1.0})
     assert run.verdict == "better" and len(run.story) == 1, "by the reward alone"
-    assert run.warnings[0].startswith("The second judge compared none of the answers before and after training")
+    assert run.warnings[0].startswith("The second judge compared hardly any of the answers before and after training")
 
 
 def test_a_better_policy_is_called_better(tmp_path):
