@@ -120,7 +120,7 @@ def conclude(run: Run, judge: str | None) -> None:
     moved = (
         "nobody judged them" if not known else f"{numbers[f'{SCORE}_before']:.2f} -> {numbers[f'{SCORE}_after']:.2f}"
     )
-    kl = f"{numbers['kl']:.1f}" if numbers["kl"] >= 1 else f"{numbers['kl']:.2g}"
+    kl = f"{numbers['kl']:.1f}" if numbers["kl"] >= 1 else f"{round(numbers['kl'], 2) + 0.0:.2f}"
     run.story.append(
         f"Reward on held-out prompts: {moved} at KL {kl} nats an answer; answers of "
         f"{numbers['length_before']:.0f} -> {numbers['length_after']:.0f} tokens."
