@@ -97,7 +97,7 @@ NEW: Mapping[str, tuple[Constraint, ...]] = {
 }
 """Kinds that training never has."""
 
-HELD_OUT = 12  # questions of each kind
+HELD_OUT = 30  # questions of each kind
 CHARACTERS = 160  # of a question at most: with its template it fits into PROMPT_LENGTH tokens
 PROMPT_LENGTH, ANSWER_LENGTH = 96, 48
 
@@ -225,7 +225,7 @@ def run_config(config: InstructConfig, arm: Arm, seed: int) -> rlaif.RlaifConfig
         steps=config.steps,
         prompts_per_step=config.prompts_per_step,
         prompt_length=PROMPT_LENGTH,
-        eval_every=max(1, config.steps // 2),
+        eval_every=config.steps,
         save_every=8,
     )
     return dataclasses.replace(
@@ -330,7 +330,8 @@ def result(folder: Path, held_out: Sequence[Mapping[str, Any]]) -> dict[str, Any
     return {
         "kept": {name: kept_share(np.array(pairs)) for name, pairs in kept.items()},
         "kl": numbers["kl"],
-        "fluency_change": numbers["reference_logprob_after"] - numbers["reference_logprob_before"],
+        "fluency_change": numbers["reference_logprob_change"],
+        "fluency_change_ci95": numbers["reference_logprob_change_ci95"],
         **{name: numbers.get(name) for name in ("length_before", "length_after", "distinct2_after", "wall_s")},
     }
 
@@ -437,8 +438,8 @@ def line_of(name: str, found: Mapping[str, Any]) -> str:
     ]
     return (
         f"{name}: constraints kept, {'; '.join(parts)}; KL {found['kl']:.1f} nats an answer; fluency "
-        f"{found['fluency_change']:+.2f} nats a token"
-        + (f"; judge {found['judge'].get('win_rate', float('nan')):.2f}" if "judge" in found else "")
+        f"{found['fluency_change']:+.2f} [{found['fluency_change_ci95'][0]:+.2f}, {found['fluency_change_ci95'][1]:+.2f}] "
+        "nats a token" + (f"; judge {found['judge'].get('win_rate', float('nan')):.2f}" if "judge" in found else "")
     )
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
@@ -21,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from experiments.instruct import ANSWER_LENGTH, InstructConfig
 from rlaif_jax.feedback.verifiers.constraints import Constraints
+from rlaif_jax.recipes.improve import fluency
 
 PARTS = 4  # of a step's answers, for scoring and update
 
@@ -98,14 +100,13 @@ def answer(model: Any, held_out: list[dict[str, Any]]) -> list[tuple[torch.Tenso
 
 
 @torch.no_grad()
-def logprob(model: Any, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
-    """Returns the log-prob of an answer, and of a token, each a mean over the answers or their tokens."""
-    total, tokens = 0.0, 0
+def logprobs(model: Any, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
+    """Returns the log-prob of each answer."""
+    found = []
     for prompt, said in answers:
         logits = model(torch.cat([prompt, said])[None]).logits[0, len(prompt) - 1 : -1] / settings.temperature
-        total += float(logits.log_softmax(-1).gather(1, said[:, None]).sum())
-        tokens += len(said)
-    return total / len(answers), total / tokens
+        found.append(float(logits.log_softmax(-1).gather(1, said[:, None]).sum()))
+    return np.array(found)
 
 
 def text(said: torch.Tensor) -> str:
@@ -172,13 +173,13 @@ with open(out / "answers.jsonl", "w") as file:
     for row, first, second in zip(held_out, before, after):
         answers = [text(first[1]), text(second[1])]
         file.write(json.dumps({"prompt": row["text"], "answers": answers, "generators": ["before", "after"]}) + "\n")
-own, (reference, reference_token) = logprob(trained, after), logprob(original, after)
+tokens = np.array([[len(said) for _, said in answers] for answers in (before, after)]).T
+reference = np.stack([logprobs(original, before), logprobs(original, after)], 1)
 numbers = {
-    "kl": own[0] - reference,
-    "reference_logprob_before": logprob(original, before)[1],
-    "reference_logprob_after": reference_token,
-    "length_before": sum(len(x) for _, x in before) / len(before),
-    "length_after": sum(len(x) for _, x in after) / len(after),
+    "kl": float((logprobs(trained, after) - reference[:, 1]).mean()),
+    **fluency(reference, tokens),
+    "length_before": float(tokens[:, 0].mean()),
+    "length_after": float(tokens[:, 1].mean()),
     "wall_s": round(wall, 1),
 }
 (out / "summary.json").write_text(json.dumps({"metrics": numbers}, indent=2))

@@ -18,7 +18,7 @@ from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
 from rlaif_jax.metrics import RL_STAGE, MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.lora import LoRAConfig
-from rlaif_jax.quality.intervals import bootstrap_ci
+from rlaif_jax.quality.intervals import Jackknife, bootstrap_ci
 from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, win_rate_ci
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
 from rlaif_jax.run import Run
@@ -60,9 +60,8 @@ def improve(
 ) -> Improvement:
     """Trains a policy and compares its answers to held-out prompts before and after.
 
-    The metrics go to `run.metrics` (see `comparison`, `kl` and `reference_logprob`, the mean log-prob of a token under the
-    policy before training, of the answers before and after), answers before and after to its samples: to prompts
-    drawn at random, and to those that lost most.
+    The metrics go to `run.metrics` (see `comparison`, `kl` and `fluency`), answers before and after to its samples: to
+    prompts drawn at random, and to those that lost most.
 
     Args:
         config: size and rhythm of the loop.
@@ -110,8 +109,8 @@ def improve(
         run.metrics |= comparison(evaluation.name, before, after, run.seed)
         log_ratio = evaluation.log_ratio(params["policy"], after)
         run.metrics["kl"] = float(log_ratio.sum(-1).mean())
-        run.metrics["reference_logprob_before"] = _mean_logprob(before)
-        run.metrics["reference_logprob_after"] = _mean_logprob(after, log_ratio)
+        logprobs, tokens = zip(_logprobs_and_tokens(before), _logprobs_and_tokens(after, log_ratio))
+        run.metrics |= fluency(np.stack(logprobs, 1), np.stack(tokens, 1))
         credit = token_credit(algorithm, evaluation.runner.place(trained), evaluation.frozen, after, log_ratio)
     for stage in ("before", "after"):
         run.drop_samples(stage)
@@ -126,10 +125,30 @@ def improve(
     return Improvement(trained["policy"], before, after)
 
 
-def _mean_logprob(answers: Answers, log_ratio: np.ndarray | float = 0.0) -> float:
-    """Returns the mean log-prob of a token under the policy that drew the answers, less `log_ratio`."""
-    logprobs = np.asarray(answers.rollout.logprobs) - log_ratio
-    return float(logprobs[np.asarray(answers.rollout.response_mask)].mean())
+def fluency(logprobs: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    """Returns a token's mean log-prob under the policy before training: before, after, and the change.
+
+    The interval of the change is of 95 %, over prompts; left out where there is one prompt.
+
+    Args:
+        logprobs: [B, 2] of the answers to each prompt, before and after, under the policy before training.
+        tokens: [B, 2] their lengths.
+    """
+    columns = np.concatenate([logprobs, tokens], 1)
+    mean = lambda sums: sums[..., :2] / sums[..., 2:]
+    change = Jackknife().estimate(columns, lambda sums: mean(sums)[..., 1] - mean(sums)[..., 0])
+    first, second = mean(columns.sum(0)).tolist()
+    found = {"before": first, "after": second, "change": second - first}
+    if change["low"] is not None:
+        found["change_ci95"] = [change["low"], change["high"]]
+    return {f"reference_logprob_{name}": value for name, value in found.items()}
+
+
+def _logprobs_and_tokens(answers: Answers, log_ratio: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (log-probs [B] under the policy that drew the answers, less `log_ratio`, lengths [B])."""
+    mask = np.asarray(answers.rollout.response_mask)
+    logprobs = np.asarray(answers.rollout.logprobs, np.float64) - log_ratio
+    return np.where(mask, logprobs, 0).sum(-1), mask.sum(-1)
 
 
 def worst_prompts(before: Answers, after: Answers, count: int) -> list[int]:

@@ -169,6 +169,11 @@ QUANTITIES = {
         "Mean log-prob of a token of the held-out answers under the policy that training began with. Where it falls, that "
         "policy finds the answers less fluent.",
     ),
+    "reference_logprob_change": Quantity(
+        "Change of the log-prob under the start",
+        _PER_TOKEN,
+        "Log-prob of a token under the policy that training began with: of the answers after training less those before.",
+    ),
     "judge_agreement": Quantity(
         "Judge agrees with gold",
         "%",

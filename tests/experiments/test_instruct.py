@@ -30,7 +30,7 @@ ASKED = [f"What is the number {i}?" for i in range(2000)]
 
 def test_held_out_questions_and_constraints_are_never_trained():
     training, held_out = prompt_rows(ASKED)
-    assert len(held_out) == HELD_OUT * (len(TRAINED) + len(NEW)) == 132
+    assert len(held_out) == HELD_OUT * (len(TRAINED) + len(NEW)) == 330
     instructions = [{r["prompt"].partition("\n")[2] for r in rows} for rows in (training, held_out)]
     assert not instructions[0] & instructions[1]
     asked = [[r["prompt"].partition("\n")[0] for r in rows] for rows in (training, held_out)]
@@ -45,7 +45,7 @@ def test_held_out_questions_and_constraints_are_never_trained():
 
 
 def test_too_few_questions_are_refused():
-    with pytest.raises(UserError, match="132 are needed: give --dialogues"):
+    with pytest.raises(UserError, match="330 are needed: give --dialogues"):
         prompt_rows(ASKED[:50])
 
 
@@ -71,7 +71,7 @@ def test_the_numbers_of_a_run(tmp_path):
     with open(tmp_path / "answers.jsonl", "w") as file:
         for record, pair in zip(reversed(rows), reversed(answers)):
             file.write(json.dumps({"prompt": record["prompt"], "answers": pair}) + "\n")
-    numbers = {"kl": 3.0, "reference_logprob_before": -2.5, "reference_logprob_after": -2.0, "wall_s": 1.0}
+    numbers = {"kl": 3.0, "reference_logprob_change": 0.5, "reference_logprob_change_ci95": [0.4, 0.6], "wall_s": 1.0}
     numbers |= {f"length_{when}": 4.0 for when in ("before", "after")}
     (tmp_path / "summary.json").write_text(json.dumps({"metrics": numbers}))
     found = result(tmp_path, rows)
@@ -81,7 +81,7 @@ def test_the_numbers_of_a_run(tmp_path):
         "new kinds": (1.0, 0.0, -1.0),
         "paragraphs": (1.0, 0.0, -1.0),
     }
-    assert found["fluency_change"] == 0.5
+    assert (found["fluency_change"], found["fluency_change_ci95"]) == (0.5, [0.4, 0.6])
 
 
 def test_curves_have_the_seconds_of_training_alone(tmp_path):
@@ -110,7 +110,7 @@ def test_a_run_that_diverges_leaves_the_others(tmp_path, monkeypatch, capsys):
         status = "done" if given.lora else "diverged"
         for folder in (given.out, given.out / "checkpoints"):
             folder.mkdir()
-        numbers = dict.fromkeys(("kl", "reference_logprob_before", "reference_logprob_after", "wall_s"), 1.0)
+        numbers = {"kl": 1.0, "reference_logprob_change": 0.0, "reference_logprob_change_ci95": [0, 0], "wall_s": 1.0}
         (given.out / "summary.json").write_text(json.dumps({"status": status, "metrics": numbers}))
         (given.out / "config.json").write_text(json.dumps(to_json(given)))
         (given.out / "metrics.jsonl").write_text(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlaif_jax.algorithms.advantages import LeaveOneOut
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
@@ -27,6 +28,7 @@ from rlaif_jax.parallel import JitRunner, ParallelConfig
 from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.recipes.improve import (
     comparison,
+    fluency,
     improve,
     normaliser_of,
     token_credit,
@@ -151,6 +153,28 @@ def reference_logprob(params, rollout) -> float:
     return float(said[mask].mean())
 
 
+def test_the_change_of_fluency_has_an_interval_over_prompts():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 9, (300, 2))
+    each = rng.normal(0, 1, (300, 1)) + np.array([0.0, 0.5]) + rng.normal(0, 0.1, (300, 2))
+    found = fluency(each * tokens, tokens)
+    # By the delta method: a mean is sum(w x) / sum(w), and what a prompt moves it by is w (x - mean) / sum(w).
+    means = (each * tokens).sum(0) / tokens.sum(0)
+    moved = np.diff(tokens * (each - means) / tokens.mean(0), axis=1)[:, 0]
+    half = stats.t.ppf(0.975, 299) * stats.sem(moved)
+    assert found.pop("reference_logprob_change_ci95") == pytest.approx(
+        [means[1] - means[0] - half, means[1] - means[0] + half], rel=1e-3
+    )
+    assert found == pytest.approx(
+        {
+            "reference_logprob_before": means[0],
+            "reference_logprob_after": means[1],
+            "reference_logprob_change": means[1] - means[0],
+        }
+    )
+    assert "reference_logprob_change_ci95" not in fluency(each[:1], tokens[:1])
+
+
 def test_before_train_after(params, records, tmp_path):
     prompts = next(batches(records, 16))
     gold = lambda records, texts: np.array([len(text.split()) for text in texts], np.float32)
@@ -189,6 +213,9 @@ def test_before_train_after(params, records, tmp_path):
     assert logprob == pytest.approx(reference_logprob(params, found.after.rollout), abs=1e-5)
     assert run.metrics["kl"] == pytest.approx((own[mask].mean() - logprob) * mask.sum() / len(mask), abs=1e-5)
     assert run.metrics["reference_logprob_before"] == pytest.approx(reference_logprob(params, before.rollout), abs=1e-5)
+    low, high = run.metrics["reference_logprob_change_ci95"]
+    change = run.metrics["reference_logprob_change"]
+    assert change == pytest.approx(logprob - run.metrics["reference_logprob_before"]) and low < change < high
     samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
     assert {(s["stage"], s["step"]) for s in samples} == {("before", 0), ("rl", 0), ("rl", 2), ("after", 2)}
     assert all(s["reward"] is None for s in samples if s["stage"] == "rl")
