@@ -27,6 +27,7 @@ from rlaif_jax.feedback.records.exchange import NAMED_BAD, Detected, Read
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import ScalarModel
 from rlaif_jax.models.hf.classifiers import save_reward_model
+from rlaif_jax.models.lora import LoRAConfig, joined
 from rlaif_jax.parallel import ParallelConfig, Runner
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.calibration import debiased_calibration_error
@@ -68,6 +69,9 @@ class RewardModelConfig:
         margin: the difference of scores asked of two answers at both ends of the scale, or with a far preference; smaller
             differences have margins in proportion (Llama 2, Touvron 2023, section 3.2.2). 0: none.
         center_coef: weight of the term that draws the mean score to 0 (Eisenstein 2023).
+        lora: train low-rank adapters and the heads instead of all weights; they need a higher rate, such as
+            fit.learning_rate 3e-4. The models are written whole.
+        adapter: rank and matrices of the adapters, with `lora`.
         fit: updates, pairs of a batch, peak of the learning rate.
         check_every: updates between two measurements on held-out pairs, and between two states that are kept.
         compute_dtype: of activations.
@@ -91,6 +95,8 @@ class RewardModelConfig:
     members: int = 1
     margin: float = 0.0
     center_coef: float = 0.0
+    lora: bool = False
+    adapter: LoRAConfig = LoRAConfig()
     fit: FitConfig = FitConfig(updates=500, batch_size=32, learning_rate=2e-5)
     check_every: int = 50
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -203,6 +209,7 @@ def measure(scores: np.ndarray, pairs: Pairs, seed: int) -> dict[str, Any]:
 def fit_members(
     model: ScalarModel,
     start: Params,
+    base: Params,
     buckets: Sequence[Arrays],
     config: RewardModelConfig,
     *,
@@ -216,6 +223,7 @@ def fit_members(
     Args:
         model: the reward model.
         start: parameters to start from, each array with a first axis N.
+        base: the weights under adapters; None without them.
         buckets: the training pairs, as `training_buckets` returns them.
         config: the settings.
         runner: the devices.
@@ -224,18 +232,24 @@ def fit_members(
         check: parameters -> numbers on held-out pairs.
     """
     tx = make_optimizer(config.fit.optimizer, config.fit.updates)
-    step = partial(members_step, partial(reward_step, center_coef=config.center_coef), model, tx)
+    one = partial(reward_step, center_coef=config.center_coef)
+
+    def adapted(state: Any, base: Params, batch: Any, *, axis_name: str | None = None) -> Any:
+        step = partial(one, weights=partial(joined, model.lora, base))
+        return members_step(step, model, tx, state, batch, axis_name=axis_name)
+
     seeds = [config.seed + k for k in range(config.members)]
     part = run.part
     with writer.stage(STAGE, config.fit.updates, resume_from=part.done or None) as log:
         run.settled()
         state = fit(
-            step,
+            partial(members_step, one, model, tx) if base is None else adapted,
             (start, jax.vmap(tx.init)(start)),
             bucketed_minibatches(buckets, config.fit.batch_size, seeds),
             config.fit.updates,
             runner=runner,
             log=log.write,
+            base=base,
             stop=run.stopped,
             check=lambda state: check(state[0]),
             part=part,
@@ -276,8 +290,10 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
     held_out = held_out_mask(pairs.conversation, config.held_out, config.split_seed)
     training, measured = (pairs.chosen(np.flatnonzero(which)) for which in (~held_out, held_out))
     buckets, filled = training_buckets(training, tokenizer.pad_id, config.margin)
-    model = ScalarModel(language_model.config, "normal", bias=False)
-    scorer = Scorer(model, runner, config.fit.batch_size, tokenizer.pad_id)
+    lora = config.adapter if config.lora else None
+    model, trunk = ScalarModel(language_model.config, "normal", bias=False, lora=lora), weights["trunk"]
+    base = None if lora is None else runner.place({"trunk": trunk})
+    scorer = Scorer(model, runner, config.fit.batch_size, tokenizer.pad_id, base)
     with (
         Run(config.out, STAGE, config, seed=config.seed, resume=config.resume, stages=config.stages) as run,
         tracked(run, config.tracking) as sinks,
@@ -301,30 +317,34 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
 
         def start(trunk: Params) -> Params:
             keys = [step_key(config.seed + k, 1, INIT) for k in range(config.members)]
-            return jax.tree.map(lambda *x: jnp.stack(x), *(model.init(key, trunk=trunk) for key in keys))
+            first = None if lora is not None else trunk
+            return jax.tree.map(lambda *x: jnp.stack(x), *(model.init(key, trunk=first) for key in keys))
 
         def learn() -> Params:
             checked = measured.chosen(np.arange(min(CHECKED, len(measured.ids))))
             check = lambda params: running_check(scorer(params, checked.ids), checked)
-            begin = start(weights["trunk"])
-            return fit_members(model, begin, buckets, config, runner=runner, run=run, writer=writer, check=check)
+            return fit_members(
+                model, start(trunk), base, buckets, config, runner=runner, run=run, writer=writer, check=check
+            )
 
         settings = {
             "model": model.config,
-            "weights": fingerprint(weights["trunk"]),
+            "weights": fingerprint(trunk),
             "pairs": fingerprint(buckets),
             "fit": config.fit,
             "center_coef": config.center_coef,
+            "adapter": lora,
             "members": config.members,
             "runner": type(runner).__name__,
             "devices": runner.devices,
         }
-        stage = run.stage(STAGE, jax.eval_shape(start, weights["trunk"]), learn, settings=settings)
+        stage = run.stage(STAGE, jax.eval_shape(start, trunk), learn, settings=settings)
         scores = scorer(runner.place(stage.params), measured.ids)
         run.metrics |= measure(scores.mean(-1), measured, config.seed)
         for k in range(config.members):
             folder = run.folder / ("model" if config.members == 1 else f"model_{k}")
-            save_reward_model(folder, model, jax.tree.map(lambda x, k=k: x[k], stage.params), tokenizer)
+            member = joined(lora, {"trunk": trunk}, jax.tree.map(lambda x, k=k: x[k], stage.params), merge=True)
+            save_reward_model(folder, dataclasses.replace(model, lora=None), member, tokenizer)
             if config.members > 1:
                 run.metrics |= {f"member_{k}/{key}": x for key, x in running_check(scores[..., [k]], measured).items()}
         run.metrics["wall_s"] = round(run.wall_s, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,7 +25,9 @@ from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.batching import in_batches
 from rlaif_jax.metrics import MetricsWriter
 from rlaif_jax.models import CausalLM
+from rlaif_jax.models.hf.adapters import save_adapter
 from rlaif_jax.models.hf.files import save_model
+from rlaif_jax.models.lora import LoRAConfig, joined
 from rlaif_jax.parallel import ParallelConfig, Runner
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.intervals import Estimate, Jackknife, as_estimate
@@ -33,7 +35,7 @@ from rlaif_jax.quality.values import Floats
 from rlaif_jax.recipes.start import keep_day, model_to_fit, on_day_of_run
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
-from rlaif_jax.types import Params
+from rlaif_jax.types import INIT, Params, step_key
 
 STAGE = "sft"
 CHECKED = 64  # held-out rows that are read during the training
@@ -60,6 +62,9 @@ class SFTConfig:
             fits; other longer texts are left out. None: 1024, or as many as the model can read.
         held_out: the share of the rows that are measured on and not learned from.
         split_seed: which rows are held out; apart from `seed`, so that runs of several seeds are measured alike.
+        lora: train a low-rank adapter instead of all weights; it needs a higher rate, such as fit.learning_rate 3e-4. The
+            model is written whole, too.
+        adapter: rank and matrices of the adapter, with `lora`.
         fit: updates, rows of a batch, peak of the learning rate.
         check_every: updates between two measurements on held-out texts, and between two states that are kept.
         compute_dtype: of activations.
@@ -79,6 +84,8 @@ class SFTConfig:
     max_length: int | None = None
     held_out: float = 0.05
     split_seed: int = 0
+    lora: bool = False
+    adapter: LoRAConfig = LoRAConfig()
     fit: FitConfig = FitConfig(updates=500, batch_size=16, learning_rate=2e-5)
     check_every: int = 50
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -225,21 +232,25 @@ class PerplexityMeter:
         model: the language model.
         runner: the devices.
         batch_size: rows of a compiled call.
+        lora: settings of the adapter that is measured; None: the parameters are whole.
+        base: the weights under it, where the runner has them.
     """
 
     model: CausalLM
     runner: Runner
     batch_size: int
+    lora: LoRAConfig | None = None
+    base: Params = None
 
     def losses(self, params: Params, rows: Arrays) -> Floats:
         """Returns (nats, tokens) of each text, [n, 2] float64.
 
         Args:
-            params: the model's parameters.
+            params: the model's parameters, or the adapter's.
             rows: packed texts.
         """
-        read = self.runner.map(partial(token_losses, self.model))
-        nats, weights = in_batches(partial(read, params), rows, self.batch_size)
+        read = self.runner.map(partial(token_losses, self.model, self.lora))
+        nats, weights = in_batches(partial(read, (self.base, params)), rows, self.batch_size)
         texts = rows["segments"].max() + 1
         number = np.arange(len(nats))[:, None] * texts + rows["segments"]
         sums = [np.bincount(number.ravel(), x.astype(np.float64).ravel(), len(nats) * texts) for x in (nats, weights)]
@@ -252,18 +263,24 @@ class PerplexityMeter:
 
 
 def token_losses(
-    model: CausalLM, params: Params, batch: dict[str, jax.Array], *, axis_name: str | None = None
+    model: CausalLM,
+    lora: LoRAConfig | None,
+    params: tuple[Params, Params],
+    batch: dict[str, jax.Array],
+    *,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (weighted losses in nats, weights), each [R, C], of the tokens that follow each column.
 
     Args:
         model: the language model.
-        params: its parameters.
+        lora: settings of an adapter; None: the parameters are whole.
+        params: (the weights under an adapter or None, the model's parameters or the adapter's).
         batch: rows of packed texts.
         axis_name: not used; `Runner.map` passes it.
     """
     del axis_name
-    logprobs, weights = target_logprobs(model, params, batch)
+    logprobs, weights = target_logprobs(model, joined(lora, *params), batch)
     return -logprobs * weights, weights
 
 
@@ -278,6 +295,52 @@ def perplexity(losses: Floats) -> Estimate:
 
 
 # ---- The run
+
+
+def fit_texts(
+    model: CausalLM,
+    start: Params,
+    base: Params,
+    training: Arrays,
+    config: SFTConfig,
+    *,
+    runner: Runner,
+    run: Run,
+    writer: MetricsWriter,
+    check: Callable[[Params], dict[str, float]],
+) -> Params:
+    """Fits a model, or an adapter, to packed texts and returns what has learned, host arrays.
+
+    Args:
+        model: the language model.
+        start: parameters to start from.
+        base: the weights under an adapter, where the runner has them; None without one.
+        training: the packed texts.
+        config: the settings.
+        runner: the devices.
+        run: keeps the state of the fit, and may be asked to stop.
+        writer: takes the metrics.
+        check: parameters -> numbers on held-out texts.
+    """
+    part = run.part
+    with writer.stage(STAGE, config.fit.updates, resume_from=part.done or None) as log:
+        run.settled()
+        return fit_model(
+            supervised_step,
+            model,
+            start,
+            training,
+            config.fit,
+            config.seed,
+            runner=runner,
+            log=log.write,
+            stop=run.stopped,
+            lora=config.adapter if config.lora else None,
+            base=base,
+            check=check,
+            part=part,
+            every=config.check_every,
+        )
 
 
 def help_text() -> str:
@@ -310,7 +373,11 @@ def main(config: SFTConfig) -> dict[str, Any]:
         f"the texts fill {len(training['tokens'])} rows of max_length = {max_length} tokens, fewer than "
         f"fit.batch_size ({config.fit.batch_size})",
     )
-    meter = PerplexityMeter(model, runner, config.fit.batch_size)
+    lora, start, base = None, params, None
+    if config.lora:
+        lora, base = config.adapter, runner.place(params)
+        start = lora.init(step_key(config.seed, 0, INIT), params)
+    meter = PerplexityMeter(model, runner, config.fit.batch_size, lora, base)
     with (
         Run(config.out, STAGE, config, seed=config.seed, resume=config.resume, stages=config.stages) as run,
         tracked(run, config.tracking) as sinks,
@@ -330,39 +397,26 @@ def main(config: SFTConfig) -> dict[str, Any]:
             return {"heldout_loss": math.log(meter(params, checked).value)}
 
         def learn() -> Params:
-            part = run.part
-            with writer.stage(STAGE, config.fit.updates, resume_from=part.done or None) as log:
-                run.settled()
-                return fit_model(
-                    supervised_step,
-                    model,
-                    params,
-                    training,
-                    config.fit,
-                    config.seed,
-                    runner=runner,
-                    log=log.write,
-                    stop=run.stopped,
-                    check=check,
-                    part=part,
-                    every=config.check_every,
-                )
+            return fit_texts(model, start, base, training, config, runner=runner, run=run, writer=writer, check=check)
 
         settings = {
             "model": model.config,
             "weights": fingerprint(params),
             "texts": fingerprint(training),
             "fit": config.fit,
+            "adapter": lora,
             "runner": type(runner).__name__,
             "devices": runner.devices,
         }
-        stage = run.stage(STAGE, jax.eval_shape(lambda: params), learn, settings=settings)
-        for when, of in (("before", params), ("after", stage.params)):
+        stage = run.stage(STAGE, jax.eval_shape(lambda: start), learn, settings=settings)
+        for when, of in (("before", start), ("after", stage.params)):
             measured = meter(runner.place(of), held_out)
             run.metrics |= {f"perplexity_{when}": measured.value}
             if math.isfinite(measured.low):
                 run.metrics |= {f"perplexity_{when}_ci95": [measured.low, measured.high]}
-        save_model(run.folder / "model", model, stage.params, tokenizer)
+        save_model(run.folder / "model", model, joined(lora, params, stage.params, merge=True), tokenizer)
+        if lora is not None:
+            save_adapter(run.folder / "adapter", model, lora, stage.params, base_name=config.model)
         run.metrics["wall_s"] = round(run.wall_s, 1)
         before, after = run.metrics["perplexity_before"], run.metrics["perplexity_after"]
         run.story.append(f"Perplexity of {run.metrics['texts_heldout']} held-out texts: {before:.3g} -> {after:.3g}")

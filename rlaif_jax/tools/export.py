@@ -51,11 +51,14 @@ def main(config: ExportConfig) -> None:
     assert config.out is not None
     policy = load_run_policy(Path(config.run), config.step)
     if config.adapter:
-        merged = policy.step is None and "it has no checkpoint any more, and its folder model has no adapter apart"
-        require(
-            policy.adapter is not None,
-            f"{config.run}: {merged or 'this run trained all weights and has no adapter'}: leave --adapter out",
-        )
+        own = Path(config.run) / "adapter"
+        if own.is_dir() and policy.step is None:
+            merged = f"it has no checkpoint, and its adapter is already written to {own}"
+        elif policy.step is None:
+            merged = "it has no checkpoint any more, and its folder model has no adapter apart"
+        else:
+            merged = "this run trained all weights and has no adapter"
+        require(policy.adapter is not None, f"{config.run}: {merged}: leave --adapter out")
         assert policy.adapter is not None
         lora, params, base = policy.adapter.lora, policy.adapter.params, policy.adapter.base_name
         save_adapter(config.out, policy.model, lora, params, base_name=base)

@@ -10,24 +10,28 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from rlaif_jax.algorithms.fit import FitConfig
 from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import prompt_batches
+from rlaif_jax.data.text import held_out_mask
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges.reward_model import RewardModel, Scorer
 from rlaif_jax.feedback.judges.reward_pairs import Pairs, bucket_widths, conversation_of, tokenize, training_buckets
 from rlaif_jax.feedback.records.comparisons import Comparison, Comparisons
+from rlaif_jax.feedback.records.exchange import Detected
 from rlaif_jax.feedback.records.formats.rows import pair
 from rlaif_jax.feedback.records.forms import Rater, Rating
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.hf.classifiers import load_reward_model
-from rlaif_jax.models.hf.files import save_model
+from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.models.lora import TARGETS, LoRAConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import reward_model as recipe
-from rlaif_jax.recipes.reward_model import RewardModelConfig, main, measure, running_check
+from rlaif_jax.recipes.reward_model import RewardModelConfig, main, measure, read_comparisons, running_check
 from rlaif_jax.types import Rollout
 from tests.helpers import assert_same_leaves, random_params, unexplained
 from tests.sinks.wandb_file import KEPT, assert_same_numbers
@@ -173,12 +177,55 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(whole, folder, tmp_path, monk
     assert_same_leaves(load_reward_model(tmp_path / "run" / "model")[1], load_reward_model(out / "model")[1])
 
 
+def test_adapters_learn_over_weights_that_do_not(folder, tmp_path):
+    lora = {"lora": True, "adapter": LoRAConfig(rank=4)}
+    metrics = main(config(folder, tmp_path / "one", seed=5, **lora))
+    assert metrics["heldout_accuracy_ci95"][0] > 0.6
+    model, learned, tokenizer = load_reward_model(tmp_path / "one" / "model")
+    assert model.lora is None
+    base = load_model(folder / "lm")[1]["trunk"]
+    flat = flatten_dict(learned["trunk"])
+    moved = {path for path, x in flatten_dict(base).items() if (x != flat[path]).any()}
+    assert {path[-2] for path in moved} == set(TARGETS)
+    # The scores of the folder are those that were measured.
+    found = read_comparisons((folder / "pairs.sqlite",), Detected(), ())
+    pairs = tokenize(found, tokenizer, max_length=16, add_bos=True, unused=Counter())
+    held_out = pairs.chosen(np.flatnonzero(held_out_mask(pairs.conversation, 0.25, 0)))
+    scores = Scorer(model, JitRunner(), 16, tokenizer.pad_id)(jax.tree.map(lambda x: x[None], learned), held_out.ids)
+    assert running_check(scores, held_out)["heldout_accuracy"] == pytest.approx(metrics["heldout_accuracy"], abs=1e-6)
+    assert numbers(tmp_path / "one")[-1]["heldout_loss"] == pytest.approx(
+        running_check(scores, held_out)["heldout_loss"], abs=1e-4
+    )
+
+
 @pytest.mark.slow
-def test_all_devices_learn_the_same(whole, folder, tmp_path):
-    out, _ = whole
-    expected = load_reward_model(out / "model")[1]
+def test_adapters_of_an_ensemble_go_on_bit_for_bit(folder, tmp_path, monkeypatch):
+    lora = {"lora": True, "adapter": LoRAConfig(rank=4)}
+    main(config(folder, tmp_path / "one", seed=5, **lora))
+    alone = load_reward_model(tmp_path / "one" / "model")[1]
+    stops = iter([False, True])
+    monkeypatch.setattr(
+        recipe.Run, "stopped", lambda run: setattr(run, "stop_requested", next(stops)) or run.stop_requested
+    )
+    two = config(folder, tmp_path / "two", seed=4, members=2, **lora)
+    main(two)
+    assert not (tmp_path / "two" / "model_0").exists()
+    monkeypatch.undo()
+    main(dataclasses.replace(two, resume=True))
+    for a, b in zip(jax.tree.leaves(load_reward_model(tmp_path / "two" / "model_1")[1]), jax.tree.leaves(alone)):
+        np.testing.assert_allclose(a, b, atol=5e-4)
+    whole = dataclasses.replace(two, out=tmp_path / "whole")
+    main(whole)
+    assert numbers(tmp_path / "two") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_all_devices_learn_the_same(lora, folder, tmp_path):
+    main(config(folder, tmp_path / "one", seed=5, lora=lora))
+    expected = load_reward_model(tmp_path / "one" / "model")[1]
     for name, parallel in {"pmap": ParallelConfig(), "mesh": ParallelConfig("shard", 2, 2, 2)}.items():
-        main(config(folder, tmp_path / name, seed=5, parallel=parallel))
+        main(config(folder, tmp_path / name, seed=5, lora=lora, parallel=parallel))
         for a, b in zip(jax.tree.leaves(load_reward_model(tmp_path / name / "model")[1]), jax.tree.leaves(expected)):
             np.testing.assert_allclose(a, b, atol=5e-4)
 

@@ -9,18 +9,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from rlaif_jax.algorithms.fit import FitConfig
 from rlaif_jax.config import UserError
 from rlaif_jax.data.rendering import LearnedTokens
+from rlaif_jax.data.text import held_out_mask
 from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.adapters import load_adapter
 from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.models.lora import TARGETS, LoRAConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import sft as recipe
 from rlaif_jax.recipes import start
-from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, Texts, main, packed, perplexity, read_row
+from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, Texts, main, packed, perplexity, read_row, read_texts
 from tests.data.test_rendering import CHATML
 from tests.data.token_folders import byte_tokenizer_folder
 from tests.helpers import assert_same_leaves, random_params, unexplained
@@ -122,6 +126,47 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(whole, folder, tmp_path, monk
     main(dataclasses.replace(stopped, resume=True))
     assert numbers(tmp_path / "run") == numbers(out)
     assert_same_leaves(load_model(tmp_path / "run" / "model")[1], load_model(out / "model")[1])
+
+
+def test_an_adapter_learns_over_weights_that_do_not(folder, tmp_path, monkeypatch):
+    lora = config(folder, tmp_path / "one", lora=True, adapter=LoRAConfig(rank=4))
+    metrics = main(lora)
+    assert metrics["perplexity_after_ci95"][1] < metrics["perplexity_before_ci95"][0]
+    settings, adapter = load_adapter(tmp_path / "one" / "adapter", MODEL)
+    assert settings == LoRAConfig(rank=4)
+    base, learned = load_model(folder / "lm")[1], load_model(tmp_path / "one" / "model")[1]
+    assert_same_leaves(settings.merge(base, adapter), learned)
+    moved = {path: bool((a != b).any()) for (path, a), b in zip(flatten_dict(base).items(), jax.tree.leaves(learned))}
+    assert {path[-2] for path, changed in moved.items() if changed} == set(TARGETS)
+    texts = read_texts(lora, TOKENIZER, 24)
+    rows = packed(texts, held_out_mask(texts.names, 0.25, 0), 24, TOKENIZER.pad_id)
+    meter = PerplexityMeter(MODEL, JitRunner(), 8)
+    for params, when in ((base, "before"), (learned, "after")):
+        assert meter(params, rows).value == pytest.approx(metrics[f"perplexity_{when}"], rel=1e-4)
+
+    stops = iter([False, True])
+    monkeypatch.setattr(
+        recipe.Run, "stopped", lambda run: setattr(run, "stop_requested", next(stops)) or run.stop_requested
+    )
+    stopped = dataclasses.replace(lora, out=tmp_path / "run")
+    main(stopped)
+    assert not (tmp_path / "run" / "model").exists()
+    monkeypatch.undo()
+    main(dataclasses.replace(stopped, resume=True))
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "one")
+    assert_same_leaves(load_model(tmp_path / "run" / "model")[1], learned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_all_devices_learn_the_same(lora, folder, tmp_path):
+    runs = {"one": ParallelConfig("shard", 1), "pmap": ParallelConfig(), "mesh": ParallelConfig("shard", 2, 2, 2)}
+    for name, parallel in runs.items():
+        main(config(folder, tmp_path / name, lora=lora, parallel=parallel))
+    expected = load_model(tmp_path / "one" / "model")[1]
+    for name in ("pmap", "mesh"):
+        for a, b in zip(jax.tree.leaves(load_model(tmp_path / name / "model")[1]), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(a, b, atol=5e-4)
 
 
 # ---- Rows

@@ -75,6 +75,10 @@ BAD = {
     "no such step": ({"step": 3}, "there is no checkpoint of step 3"),
     "no adapter": ({"adapter": True}, "this run trained all weights and has no adapter: leave --adapter out"),
     "merged": ({"run": "HERE/left", "adapter": True}, "its folder model has no adapter apart: leave --adapter out"),
+    "written": (
+        {"run": "HERE/fitted", "adapter": True},
+        "it has no checkpoint, and its adapter is already written to HERE/fitted/adapter: leave --adapter out",
+    ),
     "other things": (
         {"out": Path("HERE/lora")},
         "HERE/lora holds checkpoints, summary.json, which belongs to no model",
@@ -87,6 +91,8 @@ def test_what_cannot_be_exported_is_one_line(bad, made, tmp_path):
     if not (made / "left").exists():
         shutil.copytree(made / "lora", made / "left", ignore=shutil.ignore_patterns("checkpoints"))
         shutil.copytree(made / "lm", made / "left/model")
+        shutil.copytree(made / "left", made / "fitted")
+        (made / "fitted/adapter").mkdir()
     changed, message = BAD[bad]
     here = lambda x: type(x)(str(x).replace("HERE", str(made))) if isinstance(x, (str, Path)) else x
     settings = {"run": str(made / "whole"), "out": tmp_path / "out"} | {name: here(x) for name, x in changed.items()}

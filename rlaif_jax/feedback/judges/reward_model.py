@@ -14,6 +14,7 @@ from rlaif_jax.data.prompts import padded
 from rlaif_jax.feedback.judges.batching import in_batches
 from rlaif_jax.feedback.judges.reward_pairs import bucket_widths
 from rlaif_jax.models.heads import ScalarModel, gather_last
+from rlaif_jax.models.lora import joined
 from rlaif_jax.parallel import Runner
 from rlaif_jax.types import Feedback, Params, Rollout
 
@@ -62,12 +63,14 @@ class Scorer:
         runner: the devices.
         batch_size: texts of a compiled call.
         pad_id: the token of empty columns.
+        base: the weights under the members' adapters, where the runner has them; None: the members are whole.
     """
 
     model: ScalarModel
     runner: Runner
     batch_size: int
     pad_id: int
+    base: Params = None
 
     def __call__(self, params: Params, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
         """Returns scores [n, 2, N] float64 of n pairs of texts by the N members of an ensemble.
@@ -85,22 +88,28 @@ class Scorer:
         for number, width in enumerate(widths):
             chosen = np.flatnonzero(bucket == number)
             batch = padded([rows[i] for i in chosen], width, self.pad_id, "left")
-            scores[chosen] = in_batches(partial(score, params), batch, self.batch_size)
+            scores[chosen] = in_batches(partial(score, (self.base, params)), batch, self.batch_size)
         return scores.reshape(len(pairs), 2, -1)
 
 
 def score_members(
-    model: ScalarModel, params: Params, batch: tuple[jax.Array, jax.Array], *, axis_name: str | None = None
+    model: ScalarModel,
+    params: tuple[Params, Params],
+    batch: tuple[jax.Array, jax.Array],
+    *,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Computes the scores [B, N] float32 of N members at the last real token of B texts.
 
     Args:
         model: the reward model.
-        params: parameters, each array with a first axis N.
+        params: (the weights under the adapters or None, the members' parameters, each array with a first axis N).
         batch: (tokens [B, S] int32, mask [B, S] bool).
         axis_name: not used; `Runner.map` passes it.
     """
     del axis_name
-    if jax.tree.leaves(params)[0].shape[0] == 1:  # some attention kernels have no batched form
-        return score_sequences(model, jax.tree.map(lambda x: x[0], params), batch)[:, None]
-    return jax.vmap(lambda member: score_sequences(model, member, batch), out_axes=1)(params)
+    base, members = params
+    one = lambda member: score_sequences(model, joined(model.lora, base, member), batch)
+    if jax.tree.leaves(members)[0].shape[0] == 1:  # some attention kernels have no batched form
+        return one(jax.tree.map(lambda x: x[0], members))[:, None]
+    return jax.vmap(one, out_axes=1)(members)
