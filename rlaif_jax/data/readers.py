@@ -13,7 +13,7 @@ import numpy as np
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.conversations import ANSWERED, prompt_text, read_pair, read_ratings, read_turns
-from rlaif_jax.files import printable, read_json_lines
+from rlaif_jax.files import printable, read_bytes, read_json_lines
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -39,6 +39,20 @@ class FileRecords:
     def place(self, index: int) -> str:
         """Returns the name of a record for messages: "FILE:LINE"."""
         return self.places[index]
+
+
+def plain_text(path: PathLike) -> str:
+    """Returns the text of a file, with lines that end with a newline alone.
+
+    Raises:
+        UserError: it cannot be read, is no UTF-8, or holds nothing but blanks.
+    """
+    try:
+        text = read_bytes(Path(path)).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}") from error
+    require(bool(text.strip()), f"{path} holds no text")
+    return text
 
 
 def jsonl_records(path: PathLike, *, required: Sequence[str] = ("prompt",)) -> FileRecords:

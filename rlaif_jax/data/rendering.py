@@ -95,6 +95,18 @@ class LearnedTokens(NamedTuple):
         fitting = [end for end in self.ends if end <= length]
         return LearnedTokens(self.ids[: fitting[-1]], self.weights[: fitting[-1]], fitting) if fitting else None
 
+    def pieces(self, length: int) -> list[LearnedTokens]:
+        """Returns the text in pieces of at most `length` >= 2 tokens, in which each token is learned once.
+
+        A later piece begins with the last token of the one before, with weight 0: a first token is learned from nothing.
+        """
+        starts = range(0, max(len(self.ids) - 1, 1), length - 1)
+        parts = [(self.ids[i : i + length], self.weights[i : i + length]) for i in starts]
+        return [
+            LearnedTokens(ids, weights if number == 0 else [0.0, *weights[1:]], [len(ids)])
+            for number, (ids, weights) in enumerate(parts)
+        ]
+
 
 def text_tokens(
     tokenizer: Tokenizer, text: str, *, context: str = "", add_bos: bool = False, quoted: bool = True

@@ -8,13 +8,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import require
 from rlaif_jax.data.chat.records import chat_records
 from rlaif_jax.data.prompts import Records, place
-from rlaif_jax.data.readers import FileRecords, jsonl_records, plain, tfds_records
+from rlaif_jax.data.readers import FileRecords, jsonl_records, plain, plain_text, tfds_records
 from rlaif_jax.data.rendering import chat_tokenizer, learned_with_bos
 from rlaif_jax.data.tokenizers import Tokenizer
-from rlaif_jax.files import read_bytes
 
 TFDS = "tfds:"
 
@@ -141,12 +140,8 @@ def read_records(name: str) -> Records:
         return tfds_records(data_set, split)
     path = Path(name)
     if path.suffix == ".txt":
-        try:
-            lines = read_bytes(path).decode().replace("\r\n", "\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no UTF-8 text: {error}") from error
+        lines = plain_text(path).split("\n")
         kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        require(bool(kept), f"{path} holds no prompt")
         return FileRecords(tuple({"prompt": line} for _, line in kept), tuple(f"{path}:{number}" for number, _ in kept))
     return jsonl_records(path)
 

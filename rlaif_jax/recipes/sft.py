@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from rlaif_jax.algorithms.supervised import supervised_step, target_logprobs
 from rlaif_jax.checkpoint import fingerprint
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.conversations import Turn, read_turns
-from rlaif_jax.data.readers import jsonl_records, listed, plain, tfds_records
+from rlaif_jax.data.readers import jsonl_records, listed, plain, plain_text, tfds_records
 from rlaif_jax.data.rendering import LearnedTokens, conversation_tokens, learned_with_bos, text_tokens
 from rlaif_jax.data.text import held_out_mask, packed_sequences
 from rlaif_jax.data.tokenizers import Tokenizer
@@ -51,7 +51,7 @@ class SFTConfig:
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
         data: files of JSON lines, or names or folders of TFDS data sets, whose rows have `messages` (all turns of the
             assistant are learned), `prompt` and `completion`, as texts or messages (the completion is learned), or `text`
-            (all of it is learned).
+            (all of it is learned); or plain text, .txt.
         split: the split of TFDS data sets.
         seed: of everything random.
         out: the run's folder.
@@ -59,7 +59,8 @@ class SFTConfig:
         tracking: where the run is shown besides its folder: Weights & Biases.
         stages: the folder of finished stages, which runs may share; None: in `out`.
         max_length: tokens of a row of packed texts. A longer conversation is cut after the last turn of the assistant that
-            fits; other longer texts are left out. None: 1024, or as many as the model can read.
+            fits, a `text` is read in pieces, and a longer completion is left out. None: 1024, or as many as the model can
+            read.
         held_out: the share of the rows that are measured on and not learned from.
         split_seed: which rows are held out; apart from `seed`, so that runs of several seeds are measured alike.
         lora: train a low-rank adapter instead of all weights; it needs a higher rate, such as fit.learning_rate 3e-4. The
@@ -93,7 +94,10 @@ class SFTConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        require(self.max_length is None or self.max_length >= 1, f"max_length must be >= 1, not {self.max_length}")
+        require(
+            self.max_length is None or self.max_length >= 2,
+            f"max_length must be >= 2, not {self.max_length}: a token is learned from those before it",
+        )
         require(self.check_every >= 1, f"check_every must be >= 1, not {self.check_every}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
 
@@ -106,7 +110,8 @@ class Texts(NamedTuple):
 
     Attributes:
         tokens: of each text.
-        names: of each text, equal for texts that belong on one side of a split: the first turn of the user, or the text.
+        names: of each text, equal for texts that belong on one side of a split: the first turn of the user, or the text;
+            the pieces of a .txt file have names of their own.
         unused: reason -> number of rows that are left out or cut.
     """
 
@@ -116,7 +121,7 @@ class Texts(NamedTuple):
 
 
 def each_row(data: Sequence[str], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, row) of files of JSON lines and of TFDS data sets.
+    """Yields (place, row) of files of JSON lines and of TFDS data sets; a .txt file is a row with `text`.
 
     Args:
         data: paths of files, or names or folders of data sets.
@@ -127,6 +132,9 @@ def each_row(data: Sequence[str], split: str) -> Iterator[tuple[str, dict[str, A
     """
     require(bool(data), "no texts to learn from: give --data FILE.jsonl ..., or the name of a TFDS data set")
     for name in data:
+        if Path(name).suffix == ".txt":
+            yield name, {"text": plain_text(name)}
+            continue
         is_file = Path(name).is_file() or Path(name).suffix in (".jsonl", ".json", ".gz")
         records = jsonl_records(name, required=()) if is_file else tfds_records(name, split)
         for index in range(len(records)):
@@ -166,6 +174,11 @@ def read_row(row: dict[str, Any], tokenizer: Tokenizer, *, add_bos: bool) -> tup
     return text_tokens(tokenizer, row["text"], add_bos=add_bos), row["text"]
 
 
+def is_plain(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row of one of the forms that `SFTConfig.data` lists is a text without a prompt."""
+    return not ({*CONVERSATIONS} & row.keys() or {"prompt", "completion"} <= row.keys())
+
+
 def first_turn(turns: Sequence[Turn]) -> str:
     """Returns the first turn of the user, or the whole text without one."""
     return next((turn.text for turn in turns if turn.role == "user"), "\n\n".join(turn.text for turn in turns))
@@ -191,6 +204,11 @@ def read_texts(config: SFTConfig, tokenizer: Tokenizer, max_length: int) -> Text
         except UserError as error:
             faults.append(f"{place}: {error}")
             found.unused["row with a fault"] += 1
+            continue
+        if is_plain(row):
+            parts = tokens.pieces(max_length)
+            found.tokens.extend(parts)
+            found.names.extend(f"{place} {i}" if Path(place).suffix == ".txt" else name for i in range(len(parts)))
             continue
         cut = tokens.cut(max_length)
         if cut is None:

@@ -66,7 +66,7 @@ BEFORE = {
     "no such prompts": ("train --prompts HERE/none.jsonl", "cannot read HERE/none.jsonl: No such file or directory"),
     "prompts are a folder": ("train --prompts HERE", "cannot read HERE: Is a directory"),
     "empty file": ("train --prompts HERE/empty.jsonl", 'HERE/empty.jsonl is empty: expected one JSON object a line, with "p'),
-    "blank file": ("train --prompts HERE/blank.txt", "HERE/blank.txt holds no prompt"),
+    "blank file": ("train --prompts HERE/blank.txt", "HERE/blank.txt holds no text"),
     "no UTF-8": ("train --prompts HERE/latin.txt", "HERE/latin.txt is no UTF-8 text"),
     "broken line": ("train --prompts HERE/broken.jsonl", "HERE/broken.jsonl:2: no valid JSON"),
     "no field prompt": ("train --prompts HERE/unnamed.jsonl", 'unnamed.jsonl:1: field "prompt" is missing; the line has "qu'),

@@ -219,15 +219,45 @@ def test_long_and_faulty_rows_are_counted(folder, tmp_path, capsys):
         config(folder, tmp_path, data=(str(write(tmp_path / "more.jsonl", more)),)), TOKENIZER, 24
     )
     assert found.unused == {
-        "row longer than max_length = 24 tokens": 2,
+        "row longer than max_length = 24 tokens": 1,
         "conversation cut at a turn: longer than max_length = 24 tokens": 1,
         "row with a fault": 3,
     }
-    assert len(found.tokens) == 1 and found.tokens[0].ids[-1] == TOKENIZER.encode("e")[0]
+    assert [len(tokens.ids) for tokens in found.tokens] == [5, 24, 19]
+    assert found.tokens[0].ids[-1] == TOKENIZER.encode("e")[0]
+    assert found.names == ["a", "a " * 40, "a " * 40], "pieces of a text are on one side of the split"
     out = capsys.readouterr().out
     assert "more.jsonl:4: no turn of the assistant to learn from" in out
     assert 'more.jsonl:5: a row has messages, prompt and completion, or text; this one has "question"' in out
     assert "more.jsonl:6: prompt and completion must be two texts or two lists of messages" in out
+    chats = write(tmp_path / "chats.jsonl", more[:2])
+    with pytest.raises(UserError, match=r"no text is left to learn from \(row longer than max_length = 2 tokens\)"):
+        recipe.read_texts(config(folder, tmp_path, data=(str(chats),)), TOKENIZER, 2)
+
+
+def test_plain_text_is_read_in_pieces_in_which_each_token_is_learned_once(folder, tmp_path):
+    said = [chr(ord("a") + i % 8) for i in range(50)]
+    path = tmp_path / "book.txt"
+    path.write_text("\r\n".join(" ".join(said[i : i + 10]) for i in range(0, 50, 10)))
+    found = recipe.read_texts(config(folder, tmp_path, data=(str(path),)), TOKENIZER, 24)
+    assert [len(tokens.ids) for tokens in found.tokens] == [24, 24, 6] and not found.unused
+    assert len(set(found.names)) == 3, "the pieces of a file are held out one by one"
+    learned = [i for tokens in found.tokens for i, weight in zip(tokens.ids, tokens.weights) if weight]
+    assert learned == [*TOKENIZER.encode(" ".join(said)), TOKENIZER.eos_id]
+    assert [tokens.weights[0] for tokens in found.tokens] == [0.0] * 3, "BOS, or the last token of the piece before"
+    assert [a.ids[-1] for a in found.tokens[:-1]] == [b.ids[0] for b in found.tokens[1:]]
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"empty.txt holds no text"):
+        recipe.read_texts(config(folder, tmp_path, data=(str(tmp_path / "empty.txt"),)), TOKENIZER, 24)
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_pieces_of_every_length_hold_each_token_once(count):
+    whole = LearnedTokens(list(range(count)), [1.0] * count, [count])
+    parts = whole.pieces(3)
+    assert all(len(part.ids) <= 3 for part in parts)
+    assert [i for part in parts for i, weight in zip(part.ids, part.weights) if weight] == whole.ids
+    assert whole.pieces(max(count, 2)) == [whole]
 
 
 def test_rows_are_as_long_as_the_model_can_read_at_most(folder, monkeypatch):
@@ -244,7 +274,6 @@ BAD = {
     "no file": ({"data": ("nothing.jsonl",)}, "nothing.jsonl"),
     "no data set": ({"data": ("no_such_set",)}, "no TFDS data set 'no_such_set'"),
     "too long": ({"max_length": 64}, r"max_length \(64\) is more than .* can read: 32 tokens"),
-    "too short": ({"max_length": 2}, "no text is left to learn from"),
     "few rows": (
         {"fit": FitConfig(2, 500)},
         r"fill \d+ rows of max_length = 24 tokens, fewer than fit.batch_size \(500\)",
