@@ -221,9 +221,9 @@ def run_config(config: InstructConfig, arm: Arm, seed: int) -> rlaif.RlaifConfig
     )
     if algorithm == "ppo":
         # gae_lambda 1: the critic of so few steps is poor, and the first words of an answer decide about most constraints.
-        critic = dataclasses.replace(rate, learning_rate=CRITIC * rate.learning_rate)
+        fast = dataclasses.replace(rate, learning_rate=CRITIC * rate.learning_rate)
         ppo = dataclasses.replace(
-            ppo, advantage=GAE(gae_lambda=1.0), kl_in="reward", num_minibatches=2, value_optimizer=critic
+            ppo, advantage=GAE(gae_lambda=1.0), kl_in="reward", value_optimizer=fast, num_minibatches=2
         )
     train = dataclasses.replace(
         base.train,

@@ -16,7 +16,6 @@ import numpy as np
 from rlaif_jax.algorithms.fit import Arrays, FitConfig, bucketed_minibatches, fit
 from rlaif_jax.algorithms.optimizer import make_optimizer
 from rlaif_jax.algorithms.reward_modeling import members_step, reward_step
-from rlaif_jax.checkpoint import fingerprint
 from rlaif_jax.config import require
 from rlaif_jax.data.rendering import learned_with_bos
 from rlaif_jax.data.text import held_out_mask
@@ -35,7 +34,7 @@ from rlaif_jax.quality.intervals import bootstrap_ci, percentile_interval, resam
 from rlaif_jax.quality.statistics import calibration_columns, fold_predictions, spearman
 from rlaif_jax.quality.values import sum_by_group
 from rlaif_jax.quality.votes import current
-from rlaif_jax.recipes.start import keep_day, model_to_fit, on_day_of_run
+from rlaif_jax.recipes.start import keep_day, keep_fingerprints, model_to_fit, on_day_of_run
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.types import INIT, Params, step_key
@@ -306,6 +305,7 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
             "pairs_heldout": len(measured.ids),
             "columns_filled": filled,
         }
+        known = keep_fingerprints(run, weights=trunk, pairs=buckets)
         keep_day(run, tokenizer)
         passes = config.fit.updates * config.fit.batch_size / len(training.ids)
         if passes > MOST_PASSES:
@@ -329,8 +329,7 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
 
         settings = {
             "model": model.config,
-            "weights": fingerprint(trunk),
-            "pairs": fingerprint(buckets),
+            **known,
             "fit": config.fit,
             "center_coef": config.center_coef,
             "adapter": lora,

@@ -15,7 +15,6 @@ import numpy as np
 
 from rlaif_jax.algorithms.fit import Arrays, FitConfig, fit_model
 from rlaif_jax.algorithms.supervised import supervised_step, target_logprobs
-from rlaif_jax.checkpoint import fingerprint
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.conversations import Turn, read_turns
 from rlaif_jax.data.readers import jsonl_records, listed, plain, plain_text, tfds_records
@@ -32,7 +31,7 @@ from rlaif_jax.parallel import ParallelConfig, Runner
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.quality.intervals import Estimate, Jackknife, as_estimate
 from rlaif_jax.quality.values import Floats
-from rlaif_jax.recipes.start import keep_day, model_to_fit, on_day_of_run
+from rlaif_jax.recipes.start import keep_day, keep_fingerprints, model_to_fit, on_day_of_run
 from rlaif_jax.run import Run
 from rlaif_jax.sinks.wandb import Tracking, tracked
 from rlaif_jax.types import INIT, Params, step_key
@@ -408,6 +407,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
             "texts_heldout": int(mask.sum()),
             "columns_filled": float((training["segments"] > 0).mean()),
         }
+        known = keep_fingerprints(run, weights=params, texts=training)
         keep_day(run, tokenizer)
         checked = {key: rows[:CHECKED] for key, rows in held_out.items()}
 
@@ -419,8 +419,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
 
         settings = {
             "model": model.config,
-            "weights": fingerprint(params),
-            "texts": fingerprint(training),
+            **known,
             "fit": config.fit,
             "adapter": lora,
             "runner": type(runner).__name__,

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlaif_jax.checkpoint import fingerprint
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.prompts import PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import FileRecords
@@ -157,6 +158,27 @@ def keep_day(run: Run, tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.day:
         run.metrics[DAY] = tokenizer.day
         run.report()
+
+
+def keep_fingerprints(run: Run, **inputs: Any) -> dict[str, str]:
+    """Notes what a run learns from, and returns the fingerprints.
+
+    Args:
+        run: the run; one that is resumed must have the same inputs as before.
+        **inputs: name, in the plural -> a pytree of arrays.
+
+    Raises:
+        UserError: an input has changed since the run began.
+    """
+    found = {name: fingerprint(arrays) for name, arrays in inputs.items()}
+    for name, now in found.items():
+        before = run.metrics.setdefault(f"{name}_sha256", now)
+        require(
+            before == now,
+            f"{run.folder}: the {name} are not those that this run began with (fingerprint {now}, then {before}): resume it "
+            "with those, or start a new run without --resume",
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

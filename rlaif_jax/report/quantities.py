@@ -336,6 +336,9 @@ QUANTITIES = {
     "chat_template_day": Quantity(
         "Day in the chat template", "", "The day that the chat template prints: that of the run's start, always."
     ),
+    "weights_sha256": Quantity("Weights' fingerprint", "", "SHA-256 over the weights that training began with."),
+    "texts_sha256": Quantity("Texts' fingerprint", "", "SHA-256 over the tokens that are learned."),
+    "pairs_sha256": Quantity("Pairs' fingerprint", "", "SHA-256 over the tokens and labels that are learned."),
     "policy_sha256": Quantity("Policy's fingerprint", "", "SHA-256 over the policy's weights before training."),
     "labeler_sha256": Quantity(
         "Labeler's fingerprint", "", "SHA-256 of the AI labeler's weights, frozen before training."

@@ -123,6 +123,11 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(whole, folder, tmp_path, monk
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
     assert [path.name for path in (tmp_path / "run" / "checkpoints" / "part").glob("*/*")] == ["20"]
     monkeypatch.undo()
+    other = write(tmp_path / "other.jsonl", rows(110))
+    monkeypatch.setattr(recipe, "each_row", lambda data, split, read=recipe.each_row: read((str(other),), split))
+    with pytest.raises(UserError, match=r"the texts are not those that this run began with .* without --resume"):
+        main(dataclasses.replace(stopped, resume=True))
+    monkeypatch.undo()
     main(dataclasses.replace(stopped, resume=True))
     assert numbers(tmp_path / "run") == numbers(out)
     assert_same_leaves(load_model(tmp_path / "run" / "model")[1], load_model(out / "model")[1])
