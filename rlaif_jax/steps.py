@@ -65,7 +65,7 @@ def collect(
 
 
 def reward_metrics(
-    rewards: RewardBatch, judged: Feedback, lengths: Array, names: Sequence[str] = ()
+    rewards: RewardBatch, judged: Feedback, lengths: Array, answers: int, names: Sequence[str] = ()
 ) -> dict[str, float]:
     """Returns the mean `reward` that is learned from, mean raw scores, and what was missing.
 
@@ -75,13 +75,15 @@ def reward_metrics(
         rewards: the rewards of B answers, on the host.
         judged: the feedback [B, R] behind them, on the host.
         lengths: [B], the answers' tokens.
+        answers: K, the answers to a prompt, which are neighbours.
         names: of the R judgements; without them they have numbers.
 
     Returns:
         `reward`, and `score` (R = 1) or `score/NAME` for each; NaN where nothing is valid. Where judgements are missing:
-        the share of each, `missing/NAME`; of answers that have only a part of theirs, `missing/partly`, and how much
-        higher their reward is than that of complete ones, `missing/partly_gain`, in standard deviations; and how much
-        longer than others the answers are that miss some, `missing/longer`, in tokens.
+        the share of each, `missing/NAME`, and how much longer these answers are than the others, `missing_longer/NAME`, in
+        tokens; of answers that have only a part of theirs, `missing/partly`, and how much higher their advantage is than
+        that of complete ones, `missing/partly_advantage`: the reward less the mean over the prompt's answers (with K = 1
+        over all), in standard deviations of all rewards.
     """
     count = judged.values.shape[1]
     called = list(names) if len(names) == count else [str(i) for i in range(count)]
@@ -92,14 +94,20 @@ def reward_metrics(
     whole: np.ndarray = np.all(np.asarray(judged.valid), axis=1, keepdims=False)
     if count and not whole.all():
         found |= {f"missing/{name}": float(1 - judged.valid[:, i].mean()) for i, name in enumerate(called)}
-        found["missing/longer"] = _mean(lengths, ~whole) - _mean(lengths, whole)
+        for i, name in enumerate(called):
+            valid = np.asarray(judged.valid[:, i])
+            if not valid.all():
+                found[f"missing_longer/{name}"] = _mean(lengths, ~valid) - _mean(lengths, valid)
         if count > 1:
-            total, partly = np.asarray(rewards.total, np.float64), np.asarray(rewards.valid) & ~whole
-            spread = total[rewards.valid].std() if rewards.valid.any() else 0.0
+            valid = np.asarray(rewards.valid)
+            partly = valid & ~whole
+            total = np.where(valid, np.asarray(rewards.total, np.float64), 0.0)
+            groups = np.arange(len(total)) // answers if answers > 1 else np.zeros(len(total), int)
+            means = np.bincount(groups, total) / np.maximum(np.bincount(groups, valid), 1)
+            spread = total[valid].std() if valid.any() else 0.0
+            advantage = (total - means[groups]) / spread if spread > 0 else np.full(len(total), np.nan)
             found["missing/partly"] = float(partly.mean())
-            found["missing/partly_gain"] = (
-                (_mean(total, partly) - _mean(total, whole)) / spread if spread > 0 else float("nan")
-            )
+            found["missing/partly_advantage"] = _mean(advantage, partly) - _mean(advantage, whole)
     return found
 
 

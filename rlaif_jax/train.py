@@ -296,8 +296,9 @@ def train(
             update_done = time.perf_counter()
             rewards, judged = jax.device_get((rewards, judged))
             lengths = np.asarray(jax.device_get(rollout.response_mask)).sum(-1)
-            values |= reward_metrics(rewards, judged, lengths, () if feedback is None else feedback.reward_names())
-            values |= spread_metrics(rewards, draw_count(algorithm.draws), config.oversample)
+            drawn, names = draw_count(algorithm.draws), () if feedback is None else feedback.reward_names()
+            values |= reward_metrics(rewards, judged, lengths, drawn, names)
+            values |= spread_metrics(rewards, drawn, config.oversample)
             missing += int((~judged.valid).sum())
             run.missing["judgements of a step"] = missing
             values |= {

@@ -18,8 +18,8 @@ from rlaif_jax.feedback.sources import DeviceReward, FeedbackSource
 from rlaif_jax.metrics import RL_STAGE, MetricsWriter
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.lora import LoRAConfig
-from rlaif_jax.quality.intervals import Jackknife, bootstrap_ci
-from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes, win_rate_ci
+from rlaif_jax.quality.intervals import Jackknife, bootstrap_ci, share_interval
+from rlaif_jax.quality.win_rates import length_controlled_win_rate, pair_outcomes
 from rlaif_jax.rewards.shaping import Normaliser, fit_normaliser
 from rlaif_jax.run import Run
 from rlaif_jax.train import TrainConfig, train
@@ -220,18 +220,31 @@ def comparison(name: str, before: Answers, after: Answers, seed: int) -> dict[st
     gained = after.scores - before.scores
     if not np.isfinite(gained).any():
         return of_texts
-    won = win_rate_ci(after.scores, before.scores)
-    controlled = length_controlled_win_rate(pair_outcomes(after.scores, before.scores), after.lengths - before.lengths)
     return {
-        f"win_rate_{name}": won.value,
-        f"win_rate_{name}_ci95": [won.low, won.high],
-        f"win_rate_{name}_length_controlled": controlled.value,
-        f"win_rate_{name}_length_controlled_ci95": [controlled.low, controlled.high],
+        **win_rates(name, pair_outcomes(after.scores, before.scores), after.lengths - before.lengths),
         f"{name}_before": float(np.nanmean(before.scores)),
         f"{name}_after": float(np.nanmean(after.scores)),
         "gain": float(np.nanmean(gained)),
         "gain_ci95": list(bootstrap_ci(gained, seed=seed)),
         **of_texts,
+    }
+
+
+def win_rates(name: str, outcomes: np.ndarray, longer: np.ndarray) -> dict[str, Any]:
+    """Returns how often new answers win, once more with the effect of length taken out, with intervals.
+
+    Args:
+        name: of what compares them.
+        outcomes: [B], 1 where the new answer wins, 0 where it loses, .5 for a tie, NaN where it is not known.
+        longer: [B], by how many tokens the new answer is longer.
+    """
+    won = share_interval(outcomes)
+    controlled = length_controlled_win_rate(outcomes, longer)
+    return {
+        f"win_rate_{name}": won.value,
+        f"win_rate_{name}_ci95": [won.low, won.high],
+        f"win_rate_{name}_length_controlled": controlled.value,
+        f"win_rate_{name}_length_controlled_ci95": [controlled.low, controlled.high],
     }
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -64,7 +65,7 @@ from rlaif_jax.recipes.start import (
     on_day_of_run,
     scale_of,
 )
-from rlaif_jax.recipes.verdicts import SCORE, SECOND, AgainstStart, conclude
+from rlaif_jax.recipes.verdicts import JUDGE, SCORE, SECOND, AgainstStart, audit, by_opinion, conclude
 from rlaif_jax.rewards.shaping import identity_normaliser
 from rlaif_jax.rewards.spread import check_oversample
 from rlaif_jax.run import Run
@@ -257,10 +258,9 @@ def _train(
     ppo = dataclasses.replace(config.ppo, shaping=shaping)
     held_out = next(start.batches(prompts.held_out, len(prompts.held_out), shuffle=False))
     asked = [str(record["prompt"]) for record in held_out.records]
-    against = AgainstStart(judges.compare, SECOND if second else "judge", asked) if judges.compare else None
-    learned, base = policy.params, None
-    if lora is not None:
-        learned, base = lora.init(step_key(config.seed, 1, INIT), policy.params), runner.place(policy.params)
+    against = AgainstStart(judges.compare, SECOND if second else JUDGE, asked) if judges.compare else None
+    learned = policy.params if lora is None else lora.init(step_key(config.seed, 1, INIT), policy.params)
+    base = None if lora is None else runner.place(policy.params)
     evaluation = Evaluation(
         texts,
         policy.tokenizer,
@@ -298,13 +298,14 @@ def _train(
         normaliser=normaliser,
         before=before,
     )
-    if against is not None:
-        with run.interruptible(), run.display.wait("both answers compared by the judge"):
-            run.metrics |= against.metrics(found.after)
+    with run.interruptible(), run.display.wait("both answers compared by the judges"):
+        run.metrics |= by_opinion(before, found.after) if against is None else against.metrics(found.after)
+        if judges.audit is not None:
+            judges.audit(asked, before, found.after)
     run.metrics["wall_s"] = round(run.wall_s, 1)
     run.missing |= judges.source.missing()
     _save(run.folder, asked, found, policy, lora, config.policy)
-    conclude(run, None if against is None else against.name)
+    conclude(run, SECOND if second else None if against is None else JUDGE)
 
 
 def _is_heard(run: Run, second: Reward | None, opinion: FeedbackSource | None, before: Answers) -> None:
@@ -356,7 +357,8 @@ class _Judges(NamedTuple):
         during_training: the rewards and the second opinion of evaluations during training; None where no people judge.
         scales: of the rewards that have one without asking.
         opinion: the second opinion.
-        compare: who compares answers with those before training.
+        compare: who compares answers with those before training: the second judge, or the first one without a second.
+        audit: looks at how the first judge compares (prompts, answers before, answers after), where there is a second one.
         baseline: which prompts need the answer before training as a field.
         reasons: why an answer got its reward.
     """
@@ -368,6 +370,7 @@ class _Judges(NamedTuple):
     scales: dict[str, tuple[float, float]]
     opinion: FeedbackSource | None
     compare: Compare | None
+    audit: Callable[[Sequence[str], Answers, Answers], None] | None
     baseline: Literal["everywhere", "held out", "nowhere"]
     reasons: Reasons | None
 
@@ -376,7 +379,8 @@ def _judges(config: RlaifConfig, second: Reward | None, run: Run, runner: Runner
     around = Surroundings(run.folder, config.seed, runner, run.stopped, opened, day=lambda: day_of(run))
     rewards, names = [part.reward for part in config.feedback], reward_names(config.feedback)
     said = [(name, reward.reasons(around)) for name, reward in zip(names, rewards) if isinstance(reward, Judging)]
-    asked = second or next((reward for reward in rewards if isinstance(reward, Judging)), None)
+    first = next((reward for reward in rewards if isinstance(reward, Judging)), None)
+    asked = second or first
     source = JoinedSource(tuple(build_reward(reward, around) for reward in rewards), names)
     opinion = build_reward(second, around) if second else None
     spared, people = sparing(source, rewards), isinstance(second, PeopleReward)
@@ -388,6 +392,7 @@ def _judges(config: RlaifConfig, second: Reward | None, run: Run, runner: Runner
         people_scales(names, rewards),
         opinion,
         asked.comparer(around) if isinstance(asked, Judging) else None,
+        partial(audit, run, first.comparer(around), first.form == "ranking") if second and first else None,
         "everywhere" if any(map(_compares, rewards)) else "held out" if _compares(second) else "nowhere",
         joined_reasons([(name, reasons) for name, reasons in said if reasons is not None]),
     )

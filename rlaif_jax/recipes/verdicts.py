@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rlaif_jax.evaluate import Answers
-from rlaif_jax.quality.win_rates import length_controlled_win_rate, verdict_of, win_rate_ci
+from rlaif_jax.quality.win_rates import pair_outcomes, verdict_of
+from rlaif_jax.recipes.improve import win_rates
 from rlaif_jax.recipes.judge_rewards import Compare, Verdicts
 from rlaif_jax.run import Run
 
@@ -21,6 +22,9 @@ CONSISTENT = 0.5
 
 SECOND = "second"
 """The name in metrics of a judge that training never sees."""
+
+JUDGE = "judge"
+"""The name in metrics of the judge that the policy learns from."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,8 +83,6 @@ class AgainstStart:
         metrics: dict[str, Any] = {f"{self.name}_missing": float(1 - valid[asked].mean())} if asked.any() else {}
         if (asked.any() and not valid[asked].any()) or valid.sum() < 2:
             return metrics
-        won = win_rate_ci(outcomes, 1 - outcomes)
-        controlled = length_controlled_win_rate(outcomes, answers.lengths - self.start.lengths)
         gained = answers.scores - self.start.scores
         decided = valid & np.isfinite(gained) & (gained != 0) & (found.probability != 0.5)
         if (valid & asked).any():
@@ -90,12 +92,49 @@ class AgainstStart:
             }
         if decided.any():
             metrics[f"{self.name}_agrees"] = _mean((gained > 0) == (found.probability > 0.5), decided)
-        return metrics | {
-            f"win_rate_{self.name}": won.value,
-            f"win_rate_{self.name}_ci95": [won.low, won.high],
-            f"win_rate_{self.name}_length_controlled": controlled.value,
-            f"win_rate_{self.name}_length_controlled_ci95": [controlled.low, controlled.high],
-        }
+        return metrics | win_rates(self.name, outcomes, answers.lengths - self.start.lengths)
+
+
+def audit(run: Run, compare: Compare, ranks: bool, prompts: Sequence[str], before: Answers, after: Answers) -> None:
+    """Adds to a run's metrics how the judge that it learned from compares the final answers.
+
+    Args:
+        run: the run; it gets `AgainstStart.metrics` by the name `JUDGE`.
+        compare: the judge.
+        ranks: whether its rewards are comparisons; then the run warns of a judge that chooses by position.
+        prompts: the held-out prompts as text.
+        before: the answers before training.
+        after: those after training.
+    """
+    found = AgainstStart(compare, JUDGE, prompts, before).metrics(after)
+    run.metrics |= found
+    consistent = found.get(f"{JUDGE}_order_consistency", 1.0)
+    if ranks and consistent < CONSISTENT:
+        run.warn(
+            f"The judge that the policy learned from prefers the same answer in both orders in only {consistent:.0%} of the "
+            "pairs of answers before and after training: mostly it chooses by position. Try: a stronger judge, or form=rating."
+        )
+
+
+def by_opinion(before: Answers, after: Answers) -> dict[str, Any]:
+    """Returns how often the new answers win by a second opinion that is a score and no comparison.
+
+    The mean opinions are `second_opinion_before` and `_after`. With fewer than two prompts whose answers both have an opinion
+    there is nothing to say.
+
+    Args:
+        before: the answers before training.
+        after: those after training.
+    """
+    if before.second is None or after.second is None:
+        return {}
+    outcomes = pair_outcomes(after.second, before.second)
+    if np.isfinite(outcomes).sum() < 2:
+        return {}
+    return win_rates(SECOND, outcomes, after.lengths - before.lengths) | {
+        "second_opinion_before": float(np.nanmean(before.second)),
+        "second_opinion_after": float(np.nanmean(after.second)),
+    }
 
 
 def _outcomes(probability: np.ndarray) -> np.ndarray:

@@ -61,18 +61,20 @@ QUANTITIES = {
         "%",
         "Share of a step's answers that one reward gave no judgement on. Their other rewards count for it.",
     ),
-    "missing/longer": Quantity(
-        "Length of answers that miss a judgement",
+    "missing_longer/*": Quantity(
+        "Length of answers without {}",
         "tokens",
-        "How much longer they are than complete ones. A judge may fail on long answers.",
+        "How much longer the answers are that one reward gave no judgement on than the others. A judge may fail on long "
+        "answers.",
     ),
     "missing/partly": Quantity(
         "Partly judged answers", "%", "Share of a step's answers that have some of their rewards and miss others."
     ),
-    "missing/partly_gain": Quantity(
-        "Reward of partly judged answers",
+    "missing/partly_advantage": Quantity(
+        "Advantage of partly judged answers",
         "",
-        "How much higher it is than that of complete answers, in standard deviations.",
+        "How much higher it is than that of complete answers: the reward less the mean over the prompt's answers, in standard "
+        "deviations.",
     ),
     "spread/drawn": Quantity(
         "Prompts with different rewards",

@@ -28,7 +28,7 @@ from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.recipes.rewards import read_reward
 from rlaif_jax.recipes.rlaif import RlaifConfig, get_config, main
-from rlaif_jax.recipes.verdicts import SCORE, SECOND, conclude
+from rlaif_jax.recipes.verdicts import JUDGE, SCORE, SECOND, conclude
 from rlaif_jax.run import Run
 from tests.feedback.api_server import Wrong, completion, serve
 from tests.feedback.people.test_source import Crowd, rank, rating
@@ -41,6 +41,10 @@ TOKENIZER = word_level_tokenizer(("user", "assistant", "Answer:", *LETTERS))
 MODEL = CausalLM(small_decoder(TOKENIZER.vocab_size, num_layers=1, width=16, num_heads=2, context_length=512))
 
 REWARDS = '''
+def hates_a(answer):
+    return -answer.count("a")
+
+
 def count_a(answer):
     """The share of words that are a."""
     words = answer.split()
@@ -109,7 +113,7 @@ def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path, mon
     assert found["missing"]["words: fussy raised ValueError: no b, please"] > 0
     rows = steps(whole.out)
     assert all({"reward", "score/as", "score/words"} <= set(row) for row in rows if row["step"])
-    assert any(0 < row.get("missing/words", 0) < 1 and "missing/partly_gain" in row for row in rows)
+    assert any(0 < row.get("missing/words", 0) < 1 and "missing/partly_advantage" in row for row in rows)
     assert {"eval/as", "eval/words", SCORE} <= set(rows[0])
     samples = [json.loads(line) for line in (whole.out / "samples.jsonl").read_text().splitlines()]
     assert {"before", "after", "rl"} <= {sample["stage"] for sample in samples}
@@ -160,6 +164,8 @@ def test_a_judge_and_a_second_one_with_an_adapter(inputs, tmp_path, form):
         metrics
     )
     assert 0 <= metrics[f"win_rate_{SECOND}"] <= 1 and metrics[f"{SECOND}_missing"] == 0
+    audited = {f"win_rate_{JUDGE}", f"{JUDGE}_order_consistency", f"{JUDGE}_first_shown", f"{JUDGE}_missing"}
+    assert audited <= set(metrics) and unexplained(config.out) == []
     samples = [json.loads(line) for line in (config.out / "samples.jsonl").read_text().splitlines()]
     begins = {"rating": "Expected score", "ranking": "Better than the answer before training"}[form]
     assert all(sample["reasons"].startswith(begins) for sample in samples)
@@ -173,6 +179,20 @@ def test_a_judge_and_a_second_one_with_an_adapter(inputs, tmp_path, form):
     _, merged = load_model(config.out / "model")
     moved = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: not np.array_equal(a, b), start, merged))
     assert {path[-2].key for path, differs in moved if differs} == {"q", "k", "v", "o", "gate", "up", "down"}
+
+
+@pytest.mark.slow
+def test_a_second_opinion_that_is_no_judge_calls_the_reward_exploited(inputs, tmp_path):
+    config = config_of(
+        inputs, tmp_path / "run", "function HERE/rewards.py:count_a", second=f"function {inputs}/rewards.py:hates_a"
+    )
+    config = dataclasses.replace(config, held_out=48, train=dataclasses.replace(config.train, steps=24))
+    metrics = main(config)
+    assert metrics["gain_ci95"][0] > 0 and metrics[f"win_rate_{SECOND}_ci95"][1] < 0.5
+    assert metrics["second_opinion_after"] < metrics["second_opinion_before"]
+    found = summary(config.out)
+    assert found["verdict"] == "worse" and found["story"][0].startswith("The reward was exploited")
+    assert unexplained(config.out) == []
 
 
 class LateCrowd(Crowd):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.recipes.judge_rewards import Verdicts
-from rlaif_jax.recipes.verdicts import AgainstStart
+from rlaif_jax.recipes.verdicts import AgainstStart, audit, by_opinion
 
 
 def answers(*texts: str, score: float = 0.0) -> Any:
@@ -50,3 +50,23 @@ def test_a_judge_that_answers_nothing_has_no_win_rate():
 
     found = compared(silent, answers("a", "b", "c"), answers("A", "b", "c"))
     assert found == {"second_missing": 1.0}
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_a_judge_that_ranks_by_position_is_warned_of(ranks):
+    said: list[str] = []
+    run: Any = SimpleNamespace(metrics={}, warn=said.append)
+    audit(run, by_position, ranks, ["p", "q"], answers("a", "b"), answers("A", "B", score=1.0))
+    assert run.metrics["judge_order_consistency"] == 0 and run.metrics["judge_first_shown"] == pytest.approx(0.98)
+    assert len(said) == ranks and all("in only 0% of the pairs" in warning for warning in said)
+
+
+def test_a_second_opinion_of_scores_is_a_win_rate():
+    nan = float("nan")
+    before, after = answers(*"abcd"), answers("aa", "bb", "cc", "dd")
+    before.second, after.second = np.array([1.0, 2.0, 3.0, nan]), np.array([2.0, 2.0, 1.0, 5.0])
+    found = by_opinion(before, after)
+    assert found["win_rate_second"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert (found["second_opinion_before"], found["second_opinion_after"]) == (2.0, 2.5)
+    after.second[1:] = nan
+    assert by_opinion(before, after) == {}, "one pair has no interval"
