@@ -323,6 +323,7 @@ def result(folder: Path, held_out: Sequence[Mapping[str, Any]]) -> dict[str, Any
     kept: dict[str, list[tuple[float, float]]] = {}
     for line in (folder / "answers.jsonl").read_text().splitlines():
         answers = json.loads(line)
+        require(answers["prompt"] in kinds, f"{folder} answered other held-out questions: move it away")
         record = kinds[answers["prompt"]]
         before, after = (Constraints().verify(record, text) for text in answers["answers"])
         assert isinstance(before, float) and isinstance(after, float)
@@ -395,10 +396,9 @@ def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "score" in row]
     parts = ("time/rollout_s", "time/feedback_s", "time/update_s")  # not the evaluations in between, which TRL has not
+    seconds = np.array([row["time/elapsed_s"] for row in rows])
     if all(part in row for row in rows for part in parts):
         seconds = np.cumsum([sum(row[part] for part in parts) for row in rows])
-    else:
-        seconds = np.array([row["time/elapsed_s"] for row in rows])
     return seconds, np.array([row["score"] for row in rows])
 
 

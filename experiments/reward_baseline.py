@@ -34,7 +34,7 @@ import numpy as np
 from experiments.judge_agreement import PUBLISHED, of_people
 from rlaif_jax.algorithms.fit import FitConfig
 from rlaif_jax.command_line import command_line
-from rlaif_jax.config import require
+from rlaif_jax.config import require, to_json
 from rlaif_jax.data.rendering import learned_with_bos
 from rlaif_jax.data.text import held_out_mask
 from rlaif_jax.data.tokenizers import Tokenizer
@@ -49,6 +49,7 @@ from rlaif_jax.quality.intervals import bootstrap_ci, share_interval
 from rlaif_jax.recipes import reward_model
 from rlaif_jax.recipes.reward_model import RewardModelConfig, read_comparisons
 from rlaif_jax.report.report import read_json
+from rlaif_jax.tools.runs import run_settings
 
 FILES = ("hh_harmless/test.jsonl", "prometheus/autoj_pairwise.jsonl")
 STRENGTHS = np.logspace(-2, 2, 9)  # of the regression: inverse regularisation
@@ -99,14 +100,19 @@ def write_pairs(config: BaselineConfig, name: str, folder: Path) -> Path:
     require(config.data is not None, "no comparisons: give --data, a folder of published ones")
     assert config.data is not None
     found = comparisons(of_people(config.data / name, PUBLISHED[name](config.data / name))).pairs
-    path = folder / "pairs.jsonl"
+    rows = []
+    for pair in found:
+        if pair.probability != 0.5:
+            chosen, rejected = pair.answers if pair.probability > 0.5 else pair.answers[::-1]
+            rows.append(json.dumps({"prompt": pair.prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+    path, text = folder / "pairs.jsonl", "".join(rows)
+    require(
+        not (folder / "run").exists() or path.read_text() == text,
+        f"{folder} holds a run that learned other pairs: give another --out, or move it away",
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        for pair in found:
-            if pair.probability != 0.5:
-                chosen, rejected = pair.answers if pair.probability > 0.5 else pair.answers[::-1]
-                row = {"prompt": pair.prompt, "chosen": chosen, "rejected": rejected}
-                file.write(json.dumps(row) + "\n")
+        file.write(text)
     return path
 
 
@@ -184,8 +190,12 @@ def main(config: BaselineConfig) -> dict[str, Any]:
     for name in config.files:
         path = write_pairs(config, name, config.out / Path(name).parent)
         run = run_config(config, path)
-        summary = read_json(run.out / "summary.json")
-        if summary.get("status") != "done":
+        if read_json(run.out / "summary.json").get("status") == "done":
+            require(
+                {**run_settings(run.out), "resume": False} == {**to_json(run), "resume": False},
+                f"{run.out} holds a run with other settings: give another --out, or move it away",
+            )
+        else:
             reward_model.main(run)
             if read_json(run.out / "summary.json").get("status") != "done":  # it was asked to stop
                 return results

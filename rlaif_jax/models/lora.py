@@ -73,8 +73,8 @@ class LoRAConfig:
         lacking = [target for target in self.targets if target not in there]
         require(
             not lacking,
-            f"lora.targets names {_listed(lacking)}, which the blocks of this model do not have; they have "
-            f"{_listed(there)}",
+            f"lora.targets names {_listed(lacking)}, which the blocks of this model do not have: give --adapter.targets "
+            f"{' '.join(there)}",
         )
         chosen = sorted(path for path in kernels if path[-1] in self.targets)
         made: dict[tuple[str, ...], jax.Array] = {}

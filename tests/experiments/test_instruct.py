@@ -84,6 +84,12 @@ def test_the_numbers_of_a_run(tmp_path):
     assert (found["fluency_change"], found["fluency_change_ci95"]) == (0.5, [0.4, 0.6])
 
 
+def test_answers_to_other_questions_are_named(tmp_path):
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"prompt": "Four?", "answers": ["a", "b"]}))
+    with pytest.raises(UserError, match="answered other held-out questions: move it away"):
+        result(tmp_path, [row("One?", "max_words", MaxWords(2))])
+
+
 def test_curves_have_the_seconds_of_training_alone(tmp_path):
     ours, trl = tmp_path / "grpo-lora-0", tmp_path / "trl-lora-0"
     parts = {"time/rollout_s": 2.0, "time/feedback_s": 0.5, "time/update_s": 1.5}

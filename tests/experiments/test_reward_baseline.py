@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 
 from experiments import reward_baseline
-from experiments.reward_baseline import FILES, BaselineConfig, compare, main, run_config, words_differ, write_pairs
+from experiments.reward_baseline import (
+    FILES,
+    BaselineConfig,
+    compare,
+    line_of,
+    main,
+    run_config,
+    words_differ,
+    write_pairs,
+)
 from rlaif_jax.config import UserError
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.judges.reward_pairs import Pairs
@@ -101,9 +111,16 @@ def test_both_learn_the_same_pairs_and_finished_runs_are_only_read(config, capsy
     assert harmless["TF-IDF"]["value"] == 1.0 and harmless["reward model"]["value"] > 0.8
     assert auto_j["TF-IDF"]["value"] < 0.9, "its labels are in turns and say nothing about the words"
     assert json.loads((config.out / "results.json").read_text()) == found
-    assert "58 pairs" not in capsys.readouterr().out.splitlines()[-1]
+    assert capsys.readouterr().out.splitlines()[-1] == line_of(FILES[1], auto_j)
     monkeypatch.setattr(reward_baseline.reward_model, "main", lambda config: pytest.fail("it is finished"))
     assert main(config) == found
+    for other in ({"seed": 1}, {"passes": 1}):
+        with pytest.raises(UserError, match="holds a run with other settings: give another --out"):
+            main(dataclasses.replace(config, **other))
+    rows = (config.data / FILES[0]).read_text().splitlines()
+    (config.data / FILES[0]).write_text("\n".join(rows[1:]))
+    with pytest.raises(UserError, match="holds a run that learned other pairs"):
+        main(config)
 
 
 def test_ties_are_left_out_and_the_better_answer_is_chosen(config):
