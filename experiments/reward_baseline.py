@@ -132,6 +132,7 @@ def run_config(config: BaselineConfig, pairs: Path) -> RewardModelConfig:
         lora=True,
         adapter=config.adapter,
         fit=FitConfig(updates=updates, batch_size=config.batch_size, learning_rate=config.learning_rate),
+        check_every=max(50, updates // 2),  # a check reads all held-out pairs
     )
 
 
