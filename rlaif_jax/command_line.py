@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
-from rlaif_jax.config import CheckFailed, Diverged, UserError, from_json
+from rlaif_jax.config import CheckFailed, Diverged, UserError, from_json, require, to_json
 from rlaif_jax.progress.startup import Loading
 
 Config = TypeVar("Config")
@@ -57,6 +57,7 @@ def command_line(
     class may be anywhere after the word.
 
     With `--resume`, the settings of the run in the folder `--out` take the place of the defaults: no other option is needed.
+    With `--config FILE`, those of a JSON file do, such as the config.json of another run.
 
     Args:
         main: a function of the config.
@@ -85,6 +86,10 @@ def command_line(
     except (CheckFailed, Diverged, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # the reader of the output has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: nobody reads the output any more", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
     finally:
@@ -95,15 +100,50 @@ def command_line(
     return result
 
 
+CONFIG_HELP = """
+
+--config FILE.json begins with the settings in a file, such as the config.json of another run; what it leaves out has its
+default, and options count more."""
+
+
 def _parse_arguments(default: Config, description: str | None) -> Config:
-    default = _resumed(default, sys.argv[1:])
+    default, arguments = _from_file(_resumed(default, sys.argv[1:]), sys.argv[1:])
     try:
         return tyro.cli(
-            type(default), default=default, description=description, config=(tyro.conf.CascadeSubcommandArgs,)
+            type(default),
+            args=arguments,
+            default=default,
+            description=(description or "") + CONFIG_HELP,
+            config=(tyro.conf.CascadeSubcommandArgs,),
         )
     except BrokenPipeError:  # the reader of --help has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:
+    """Returns (the settings of the file of `--config`, else `default`, the other arguments).
+
+    Raises:
+        UserError: the file cannot be read, holds other settings, or a run is to be resumed, too.
+    """
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--config", type=Path)
+    try:
+        given, others = options.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"--config: {error.message}; give a JSON file of settings") from error
+    path: Path | None = given.config
+    if path is None:
+        return default, others
+    require("--resume" not in others, "--config begins a run, and --resume goes on with one: give one of them")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    require(isinstance(values, dict), f"{path}: settings are one JSON object")
+    kept = {name: value for name, value in to_json(default).items() if name in ("out", "resume")}
+    return from_json(type(default), values | kept, str(path)), others
 
 
 def _resumed(default: Config, arguments: Sequence[str]) -> Config:

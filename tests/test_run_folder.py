@@ -214,6 +214,31 @@ def test_resume_and_the_folder_are_enough_and_another_setting_is_named(tmp_path,
     assert resumed(monkeypatch, "--resume", "--no-resume", "--out", str(moved)) == Options(out=moved)
 
 
+def test_a_run_begins_with_the_settings_of_a_file_and_options_count_more(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with open_run(folder, config=dataclasses.replace(SCHEDULED, out=folder, resume=True)) as run:
+        run.settled()
+    file = str(folder / "config.json")
+    assert resumed(monkeypatch, "--config", file) == dataclasses.replace(SCHEDULED, out=Options().out)
+    given = resumed(monkeypatch, "--seed", "4", f"--config={file}", "--out", str(tmp_path / "other"))
+    assert given == dataclasses.replace(SCHEDULED, seed=4, out=tmp_path / "other")
+    (tmp_path / "part.json").write_text('{"seed": 5}')
+    assert resumed(monkeypatch, "--config", str(tmp_path / "part.json")) == Options(seed=5)
+    (tmp_path / "wrong.json").write_text('{"stepz": 1}')
+    (tmp_path / "list.json").write_text("[]")
+    for options, message in (
+        (["--config", str(tmp_path / "none.json")], "none.json: cannot be read as JSON"),
+        (["--config", str(tmp_path / "wrong.json")], "wrong.json: stepz: Options has no such field"),
+        (["--config", str(tmp_path / "list.json")], "list.json: settings are one JSON object"),
+        (["--config", file, "--resume"], "--config begins a run, and --resume goes on with one"),
+        (["--config"], "--config: expected one argument; give a JSON file of settings"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            resumed(monkeypatch, *options)
+        errors = capsys.readouterr().err
+        assert message in errors and len(errors.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -340,3 +365,21 @@ def test_an_error_of_the_page_does_not_replace_the_run_s_own(later, tmp_path, mo
     with pytest.raises(ZeroDivisionError):
         fails()
     assert summary(tmp_path / "run")["error"].startswith("ZeroDivisionError")
+
+
+def test_a_reader_of_the_output_that_goes_leaves_one_line():
+    script = (
+        "import dataclasses\n"
+        "from rlaif_jax.command_line import command_line\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Options:\n"
+        "    '''Options.'''\n"
+        "command_line(lambda config: [print('line') for _ in range(100_000)], Options())\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None and program.stderr is not None
+        assert program.stdout.readline() == "line\n"
+        program.stdout.close()
+        assert program.stderr.read() == "error: nobody reads the output any more\n"
+    assert program.returncode == 1
