@@ -56,6 +56,9 @@ def parse(monkeypatch, tmp_path):
         return seen[-1]
 
     monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "mine"  # of --config
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(command_line, "command_line", only_parse)
     return parse
