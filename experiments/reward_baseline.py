@@ -37,10 +37,11 @@ from rlaif_jax.command_line import command_line
 from rlaif_jax.config import require, to_json
 from rlaif_jax.data.rendering import learned_with_bos
 from rlaif_jax.data.text import held_out_mask
-from rlaif_jax.data.tokenizers import Tokenizer
+from rlaif_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlaif_jax.feedback.judges.reward_model import Scorer
 from rlaif_jax.feedback.judges.reward_pairs import Pairs, tokenize
 from rlaif_jax.feedback.records.comparisons import comparisons
+from rlaif_jax.feedback.records.exchange import Detected
 from rlaif_jax.files import atomic_write
 from rlaif_jax.models.hf.classifiers import load_reward_model
 from rlaif_jax.models.lora import LoRAConfig
@@ -67,6 +68,7 @@ class BaselineConfig:
         passes: of the reward model over the training pairs.
         batch_size: pairs of an update.
         learning_rate: of the adapter.
+        remat: recompute the model's blocks in the backward pass: long pairs need much less memory.
         adapter: its rank and matrices.
         max_length: tokens of prompt and answer; longer pairs are left out for both.
         held_out: the share of the conversations that are measured on.
@@ -80,6 +82,7 @@ class BaselineConfig:
     passes: int = 1
     batch_size: int = 4
     learning_rate: float = 1e-4
+    remat: bool = False
     adapter: LoRAConfig = LoRAConfig(rank=16, alpha=32.0)
     max_length: int = 512
     held_out: float = 0.2
@@ -116,9 +119,14 @@ def write_pairs(config: BaselineConfig, name: str, folder: Path) -> Path:
     return path
 
 
-def run_config(config: BaselineConfig, pairs: Path) -> RewardModelConfig:
-    """Returns the settings of the reward model's run."""
-    learned = round((1 - config.held_out) * len(pairs.read_text().splitlines()))
+def run_config(config: BaselineConfig, pairs: Path, learned: int) -> RewardModelConfig:
+    """Returns the settings of the reward model's run.
+
+    Args:
+        config: the settings of the experiment.
+        pairs: the file of pairs.
+        learned: number of those that are learned from.
+    """
     updates = max(1, config.passes * learned // config.batch_size)
     return RewardModelConfig(
         model=config.model,
@@ -132,6 +140,7 @@ def run_config(config: BaselineConfig, pairs: Path) -> RewardModelConfig:
         lora=True,
         adapter=config.adapter,
         fit=FitConfig(updates=updates, batch_size=config.batch_size, learning_rate=config.learning_rate),
+        remat=config.remat,
         check_every=max(50, updates // 2),  # a check reads all held-out pairs
     )
 
@@ -188,9 +197,16 @@ def compare(pairs: Pairs, gaps: Mapping[str, np.ndarray], seed: int) -> dict[str
 def main(config: BaselineConfig) -> dict[str, Any]:
     """Prints and returns the numbers of each file."""
     results: dict[str, Any] = {}
+    tokenizer = load_tokenizer(config.model)
     for name in config.files:
         path = write_pairs(config, name, config.out / Path(name).parent)
-        run = run_config(config, path)
+        found = read_comparisons([path], Detected(), ())
+        pairs = tokenize(
+            found, tokenizer, max_length=config.max_length, add_bos=learned_with_bos(tokenizer), unused=found.unused
+        )
+        held_out = held_out_mask(pairs.conversation, config.held_out, config.seed)
+        training, measured = (pairs.chosen(np.flatnonzero(which)) for which in (~held_out, held_out))
+        run = run_config(config, path, len(training.ids))
         if read_json(run.out / "summary.json").get("status") == "done":
             require(
                 {**run_settings(run.out), "resume": False} == {**to_json(run), "resume": False},
@@ -200,13 +216,7 @@ def main(config: BaselineConfig) -> dict[str, Any]:
             reward_model.main(run)
             if read_json(run.out / "summary.json").get("status") != "done":  # it was asked to stop
                 return results
-        model, params, tokenizer = load_reward_model(run.out / "model")
-        found = read_comparisons(run.feedback, run.format, run.principles)
-        pairs = tokenize(
-            found, tokenizer, max_length=config.max_length, add_bos=learned_with_bos(tokenizer), unused=found.unused
-        )
-        held_out = held_out_mask(pairs.conversation, run.held_out, run.split_seed)
-        training, measured = (pairs.chosen(np.flatnonzero(which)) for which in (~held_out, held_out))
+        model, params, _ = load_reward_model(run.out / "model")
         scorer = Scorer(model, make_runner(run.parallel), config.batch_size, tokenizer.pad_id)
         scores = scorer(jax.tree.map(lambda x: x[None], params), measured.ids)[..., 0]
         results[name] = compare(

@@ -127,7 +127,7 @@ def test_ties_are_left_out_and_the_better_answer_is_chosen(config):
     path = write_pairs(config, FILES[1], config.out)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 40 and {row["chosen"][0] for row in rows} == {"a", "b"}
-    assert run_config(config, path).fit.updates == 3 * 32 // 8
+    assert run_config(config, path, 32).fit.updates == 3 * 32 // 8
 
 
 def test_what_is_missing_is_named(config):
