@@ -64,7 +64,8 @@ class FormsConfig:
         out: the run's folder.
         resume: go on with the run in `out` where it stopped.
         stages: the folder of finished stages, which runs may share; None: in `out`.
-        forms, origins: which of the sixteen.
+        forms: the forms of feedback that are run, each from all `origins`.
+        origins: the kinds of source: the AI labeler, rules, simulated people, the same people at the annotation page.
         models: the language models.
         calibration_prompts: prompts whose answers are judged before the first step, for the mean and spread of rewards;
             of comments they are rated as well, which is what a comment's valence is learned from.

@@ -43,6 +43,18 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def missing_extra(what: str, extra: str) -> UserError:
+    """Returns the error of a package that is not installed, with the command that installs it.
+
+    Args:
+        what: the beginning of the message: who needs which package.
+        extra: the extra of this package that brings it.
+    """
+    return UserError(
+        f"{what}: pip install -e '.[{extra}]' in the project's folder, or pip install 'FILE.whl[{extra}]' with its wheel"
+    )
+
+
 def check_choices(config: Any, name: str) -> None:
     """Raises UserError if a field whose type is a Literal holds another value.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from rlaif_jax.config import (
     differing,
     from_json,
     from_words,
+    missing_extra,
     override,
     save_config,
     to_json,
@@ -430,3 +432,14 @@ def test_secrets_and_credentials_are_hidden_and_numbers_are_not():
         "password": "(hidden)",
         "parts": [{"server": "https://(hidden)@host/v1", "Key": "(hidden)"}, ["http://(hidden)@h", 0.5]],
     }  # fmt: skip
+
+
+def test_a_missing_package_names_an_extra_that_exists_and_how_it_is_installed_from_a_clone():
+    root = Path(__file__).parents[1]
+    message = str(missing_extra("a page needs the package fastapi", "ui"))
+    assert message.startswith("a page needs the package fastapi: pip install -e '.[ui]' in the project's folder, or ")
+    assert "\n" not in message
+    known = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = "".join(path.read_text() for path in (root / "rlaif_jax").rglob("*.py"))
+    assert set(re.findall(r'missing_extra\(\s*f?".*", "(\w+)"\s*\)', sources)) == set(known)
+    assert "rlaif-jax[" not in sources, "the package is on no index"

@@ -1,24 +1,31 @@
 """`python -m rlaif_jax TOOL`: each tool is listed, explains each of its options, and says in one line what is wrong."""
 
 import dataclasses
+import importlib
 import re
 import signal
 import sys
+import typing
+from pathlib import Path
 
 import pytest
 
 from rlaif_jax.__main__ import TOOLS, tool
+from rlaif_jax.feedback.api.command import JudgeConfig
+from rlaif_jax.feedback.records import exchange
 from rlaif_jax.recipes.reward_model import RewardModelConfig
 from rlaif_jax.recipes.rlaif import RlaifConfig
 from rlaif_jax.recipes.sft import SFTConfig
 from rlaif_jax.tools.export import ExportConfig
 from rlaif_jax.tools.generate import GenerateConfig
 from rlaif_jax.tools.pages import PagesConfig
+from rlaif_jax.ui.annotate import AnnotateConfig
 
 CONFIGS = {
     "train": RlaifConfig, "sft": SFTConfig, "reward-model": RewardModelConfig, "generate": GenerateConfig,
     "export": ExportConfig, "report": PagesConfig,
 }  # fmt: skip
+SCRIPTS = sorted(path.stem for path in (Path(__file__).parents[1] / "experiments").glob("[a-z]*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +55,34 @@ def test_help_explains_each_option(name, capsys):
         option = field.name.replace("_", "-")
         assert " ".join(explained[1].split()[:4]) in flat, field.name
         assert f"--{option}" in flat or f"{option}:" in out or name in ("export", "report"), option
+
+
+def unexplained(config, name=""):
+    """Yields the dotted name of each option of a config, also of its parts and choices, that no docstring explains."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        found = (re.search(rf"^ +{field.name}: (.+)$", c.__doc__ or "", re.MULTILINE) for c in config.__mro__)
+        line = next((match[1] for match in found if match), "")
+        if field.init and len(re.findall(r"[A-Za-z]{2,}", line)) < 2:
+            yield f"{name}{field.name}: {line!r}"
+        for part in (hints[field.name], *typing.get_args(hints[field.name])):
+            if dataclasses.is_dataclass(part):
+                yield from unexplained(part, f"{name}{field.name}.")
+
+
+@pytest.mark.parametrize(
+    "config", [*CONFIGS.values(), JudgeConfig, AnnotateConfig, exchange.ImportConfig, exchange.ExportConfig]
+)
+def test_each_option_of_a_part_or_choice_has_a_line(config):
+    assert list(unexplained(config)) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_option_of_an_experiment_has_a_line(script):
+    module = importlib.import_module(f"experiments.{script}")
+    configs = [x for name, x in vars(module).items() if name.endswith("Config") and x.__module__ == module.__name__]
+    assert configs or "get_config" in vars(module), "the settings of a script are a class ...Config"
+    assert [line for config in configs for line in unexplained(config)] == []
 
 
 WRONG = {

@@ -31,7 +31,7 @@ from tests import tiny
 from tests.feedback.api_server import LETTERS, completion, serve
 from tests.tiny import leaves, numbers
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 
 PHASES = ("rollout", "judge", "update", "save")
 STOPS = 10  # of each of two runs

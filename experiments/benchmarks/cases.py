@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.way not in (None, *ways):
         parser.error(f"--way of {options.case} is one of {', '.join(ways)}")
     if options.case == "E" and not importlib.util.find_spec("openai"):
-        parser.error('--case E needs the package openai: pip install "rlaif-jax[api]"')
+        parser.error('--case E needs the package openai: pip install -e ".[api]"')
     work = WORKS[options.work] if options.work else WORKS["S"] if options.case == "E" else UPDATE
     count = {
         "warmup": work.warmup if options.warmup is None else options.warmup,

@@ -133,7 +133,7 @@ def rollout_commands(case: str, slots: Sequence[int]) -> tuple[list[Command], li
 def way_commands(case: str) -> tuple[list[Command], list[str]]:
     """Returns (the commands that time the two ways of a case of `cases.py`; remarks on missing ones)."""
     if case == "E" and not importlib.util.find_spec("openai"):
-        return [], ['no case E: it needs the package openai (pip install "rlaif-jax[api]")']
+        return [], ['no case E: it needs the package openai (pip install -e ".[api]")']
     ways = ("ahead", "waiting") if case == "E" else ("packed", "padded")
     return [([sys.executable, *CASES, "--case", case, "--way", way, "--json"], {}) for way in ways], []
 

@@ -26,7 +26,7 @@ class OptimizerConfig:
         b1: AdamW's decay of the mean gradient.
         b2: AdamW's decay of the mean square.
         eps: added to the root of the mean square.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's decay of the weights to 0; 0: none.
         max_grad_norm: gradients of a larger global norm are scaled down to it.
     """
 

@@ -15,6 +15,7 @@ from rlaif_jax.config import (
     StopRequested,
     UserError,
     check_choices,
+    missing_extra,
     require,
     to_json,
     without_credentials,
@@ -35,8 +36,8 @@ class Tracking:
 
     Attributes:
         wandb: Weights & Biases: online sends numbers, settings and samples to its server, with the key of `wandb login` or
-            $WANDB_API_KEY; offline keeps them in the run folder for `wandb sync`. Both need `pip install
-            'rlaif-jax[wandb]'`.
+            $WANDB_API_KEY; offline keeps them in the run folder for `wandb sync`. Both need the
+            extra `wandb`: pip install -e '.[wandb]' in the project's folder.
         project: the project of W&B.
         entity: the user or team of W&B that owns the project; "" = the default one of the key.
         group: the group of W&B that the run belongs to, such as the name of a sweep; "" = none.
@@ -60,8 +61,8 @@ class Tracking:
             try:  # the name, as a folder `wandb` of an earlier run can be imported as an empty package
                 from wandb import init  # noqa: F401
             except ImportError as error:
-                raise UserError(
-                    f"tracking.wandb {self.wandb} needs the package wandb ({error}): pip install 'rlaif-jax[wandb]'"
+                raise missing_extra(
+                    f"tracking.wandb {self.wandb} needs the package wandb ({error})", "wandb"
                 ) from error
 
 

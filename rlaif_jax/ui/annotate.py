@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import UserError, missing_extra, require
 from rlaif_jax.feedback.people.kinds import CHAT
 from rlaif_jax.feedback.people.queue import TaskQueue
 from rlaif_jax.feedback.people.tasks import PersonTask, read_tasks
@@ -162,7 +162,7 @@ def main(config: AnnotateConfig) -> None:
 
         from rlaif_jax.ui.server import create_app
     except ImportError as error:
-        raise UserError(f"the annotation page needs an extra ({error}): pip install 'rlaif-jax[ui]'") from error
+        raise missing_extra(f"the annotation page needs packages that are not installed ({error})", "ui") from error
 
     instructions = INSTRUCTIONS if config.instructions is None else _read_text(config.instructions)
     questions = read_check(config.check) if config.check else CHECK if config.instructions is None else ()

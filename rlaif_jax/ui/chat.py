@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TypeAlias
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import UserError, missing_extra, require
 from rlaif_jax.feedback.people.chats import Turn
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.ui.records import chat_prompt
@@ -41,7 +41,7 @@ def _served_model(url: str, name: str, key_env: str) -> ChatModel:
     try:
         import openai
     except ImportError as error:
-        raise UserError(f"talking to {url} needs the package `openai`: pip install openai") from error
+        raise missing_extra(f"talking to {url} needs the package openai", "api") from error
     key = os.environ.get(key_env, "") if key_env else "none"
     require(bool(key), f"model_key_env: the environment variable {key_env} is not set; it must hold the server's key")
     client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=2)

@@ -33,7 +33,7 @@ from tests.data.llama2c_vocabulary import to_tokenizer_json
 from tests.feedback.api_server import serve
 from tests.feedback.model_servers import Shared, llama_cpp_python, llama_cpp_server, running, stories_gguf
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 NextToken = Callable[[str], list[tuple[str, float]]]
 
 # What a model of children's stories can be asked: how it goes on.

@@ -31,7 +31,7 @@ from tests.feedback.api_server import Wrong, serve
 from tests.feedback.model_servers import Shared, llama_cpp_python, llama_cpp_server, running, stories_gguf
 from tests.helpers import assert_same_leaves
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]

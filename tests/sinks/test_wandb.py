@@ -273,7 +273,9 @@ def test_what_was_kept_offline_over_a_resume_is_one_curve_once_it_is_sent(tmp_pa
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"tracking.wandb offline needs the package wandb .*rlaif-jax\[wandb\]"):
+    with pytest.raises(
+        UserError, match=r"tracking.wandb offline needs the package wandb .*pip install -e '\.\[wandb\]' in"
+    ):
         track(tmp_path / "run", range(1, 2))
     Tracking().check()
 

@@ -32,7 +32,7 @@ def fresh(page):
 def running(tmp_path_factory):
     """(store, rater -> address) of a page with five raters and a chat model."""
     for module in ("fastapi", "uvicorn"):
-        pytest.importorskip(module, reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
+        pytest.importorskip(module, reason="the annotation page is an extra: pip install -e '.[ui]'")
     pytest.importorskip("openai", reason="the page's chat talks to a served model with the package openai")
     store = tmp_path_factory.mktemp("page") / "feedback.sqlite"
     with model_server() as url, running_page(store, RATERS, "--model", url) as page:

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
-pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
+pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install -e '.[ui]'")
+pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install -e '.[ui]'")
 
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.people.kinds import RATE
@@ -97,4 +97,4 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path):
         "except UserError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert "pip install 'rlaif-jax[ui]'" in done.stdout, done.stderr
+    assert "(import of fastapi halted; None in sys.modules): pip install -e '.[ui]' in" in done.stdout, done.stderr

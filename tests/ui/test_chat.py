@@ -1,5 +1,6 @@
 """The models that a rater talks to."""
 
+import sys
 import threading
 from http.server import ThreadingHTTPServer
 
@@ -28,6 +29,12 @@ def test_a_server_that_does_not_answer_is_a_message():
     pytest.importorskip("openai", reason="served models are reached with the package openai")
     with pytest.raises(UserError, match="your message is kept"):
         open_chat_model("http://127.0.0.1:9/v1")("", [Turn("hello", None)])
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match=r":9/v1 needs the package openai: pip install -e '\.\[api\]'"):
+        open_chat_model("http://127.0.0.1:9/v1", "m")
 
 
 def test_a_key_goes_only_where_it_is_named_for(monkeypatch):

@@ -13,7 +13,7 @@ from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.recipes.world.crowd import PageClient
 from tests.ui.page_browser import TASKS, on_screen, one, opened, settled
 
-pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
+pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install -e '.[ui]'")
 pytest.importorskip("openai", reason="the page's chat talks to a served model with the package openai")
 playwright = pytest.importorskip("playwright.sync_api", reason="drives the page with playwright (requirements-dev.txt)")
 

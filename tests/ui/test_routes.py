@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
-pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
+pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install -e '.[ui]'")
+pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install -e '.[ui]'")
 
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.people.kinds import COMPARE, EDIT, RATE

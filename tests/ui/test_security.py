@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
-pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install 'rlaif-jax[ui]'")
+pytest.importorskip("fastapi", reason="the annotation page is an extra: pip install -e '.[ui]'")
+pytest.importorskip("uvicorn", reason="the annotation page is an extra: pip install -e '.[ui]'")
 
 from rlaif_jax.recipes.world.crowd import running_page
 from rlaif_jax.ui.security import MAX_BODY, MAX_BRACKETS

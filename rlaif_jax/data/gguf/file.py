@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import UserError, missing_extra, require
 from rlaif_jax.files import it_is
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -98,9 +98,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UserError(
-            "the weights of GGUF files are read with the library gguf: pip install 'rlaif-jax[gguf]'"
-        ) from error
+        raise missing_extra("the weights of GGUF files are read with the package gguf", "gguf") from error
     return gguf
 
 

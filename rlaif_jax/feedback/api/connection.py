@@ -1,7 +1,7 @@
 """The connection to an OpenAI-compatible server: one request, one response.
 
 The key comes from an environment variable and goes only into the request: it is removed from every text that leaves this
-module. Needs `pip install "rlaif-jax[api]"`.
+module. Needs the extra `api`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import missing_extra, require
 from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.failures import CallFailed, ServerError, error_in, failure_of, read_error
 from rlaif_jax.feedback.api.replies import BadReply, Reply, read_reply, read_usage
@@ -69,7 +69,7 @@ class Connection:
         try:
             import openai
         except ImportError as error:
-            raise UserError('a judge behind an API needs the package openai: pip install "rlaif-jax[api]"') from error
+            raise missing_extra("a judge behind an API needs the package openai", "api") from error
         require(bool(config.server), "server is missing: the API's address, such as http://127.0.0.1:8000/v1")
         require(bool(config.model), "model is missing: the model's name on the server")
         key = os.environ.get(config.key_env, "") if config.key_env else ""

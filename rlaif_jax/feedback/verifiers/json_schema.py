@@ -11,7 +11,7 @@ from typing import Any
 
 import regex
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import UserError, missing_extra, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.feedback.sources import FeedbackSource, Missing
 from rlaif_jax.feedback.verifiers.base import RIGHT, WRONG, Verdict, VerifierSource, fenced, read_field, read_json
@@ -131,7 +131,7 @@ class JsonSchema:
         try:
             import jsonschema  # noqa: F401
         except ImportError:
-            raise UserError("JsonSchema needs the package jsonschema: pip install 'rlaif-jax[verifiers]'") from None
+            raise missing_extra("JsonSchema needs the package jsonschema", "verifiers") from None
         if self.schema is not None:
             _ = self._of_file
         return VerifierSource(self.verify)

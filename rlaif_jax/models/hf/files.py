@@ -57,7 +57,7 @@ def load_model(
     for it is read under `jax.default_device(jax.devices("cpu")[0])` and sharded from there.
 
     Args:
-        folder_or_hub_id: a folder, a `.gguf` file (needs the extra `rlaif-jax[gguf]`) or a `.bin` file; a name with no such
+        folder_or_hub_id: a folder, a `.gguf` file (needs the extra `gguf`) or a `.bin` file; a name with no such
             path (`org/name`) is fetched from the hub, and `org/name@revision` always gives the files of one commit or tag.
         compute_dtype: of activations.
         remat: recompute blocks in the backward pass.

@@ -84,9 +84,9 @@ class ModelsConfig:
 
     Attributes:
         num_layers: layers of all models.
-        width: D.
-        num_heads: H.
-        head_dim: h.
+        width: D, of the hidden states.
+        num_heads: H, attention heads of a layer.
+        head_dim: h, the width of a head.
         recall_heads: whether the base model's first parameters can look things up (`with_recall_heads`).
         questions: whether the base model's corpus has questions about facts and rankings, or demonstrations alone.
         reasons: whether the labeler writes its reasons before it scores, or scores at first sight.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-gguf = pytest.importorskip("gguf", reason="GGUF files need the extra: pip install 'rlaif-jax[gguf]'")
+gguf = pytest.importorskip("gguf", reason="GGUF files need the extra: pip install -e '.[gguf]'")
 
 
 def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:

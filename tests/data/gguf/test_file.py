@@ -205,5 +205,5 @@ def test_an_unknown_quantisation_and_rows_of_another_length(tmp_path: Path):
 def test_without_the_library_the_extra_is_named(whole: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert read_gguf(whole).metadata["a.count"] == 7, "the header needs no library"
-    with pytest.raises(UserError, match=re.escape("pip install 'rlaif-jax[gguf]'")):
+    with pytest.raises(UserError, match=re.escape("pip install -e '.[gguf]' in the project's folder")):
         read_gguf(whole).tensor("x")

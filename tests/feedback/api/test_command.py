@@ -19,7 +19,7 @@ from rlaif_jax.feedback.api.command import JudgeConfig, main, read_questions
 from rlaif_jax.feedback.records.store import Store
 from tests.feedback.api_server import Wrong, right, serve
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 
 
 def items(path: Path, *lines: object) -> Path:

@@ -14,7 +14,7 @@ from tests.feedback.api.dialects import BEHAVIOURS, DIALECTS, SCORE, Server
 from tests.feedback.api.questions import config
 from tests.feedback.api_server import Wrong, serve
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 SETTINGS = {"attempts": 3, "max_wait_s": 5.0, "usd_per_million_prompt": 2.0, "usd_per_million_completion": 8.0}
 
 

@@ -20,7 +20,7 @@ from rlaif_jax.quality.quality import quality
 from tests.feedback.api.questions import ONE, PAIR, config, low_mass, ones
 from tests.feedback.api_server import Wrong, completion, right, serve
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 PRICES = {"usd_per_million_prompt": 1000.0, "usd_per_million_completion": 1000.0}
 
 

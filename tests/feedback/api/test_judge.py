@@ -23,7 +23,7 @@ from rlaif_jax.feedback.records.store import Store
 from tests.feedback.api.questions import ONE, PAIR, config, low_mass, pairs
 from tests.feedback.api_server import BIAS, Wrong, completion, right, serve
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 
 
 def test_a_pair_is_asked_in_both_orders_and_its_position_bias_cancels_exactly(tmp_path: Path):

@@ -21,7 +21,7 @@ from rlaif_jax.feedback.records.store import Store
 from tests.feedback.api.questions import config, pairs
 from tests.feedback.api_server import BIAS, Wrong, completion, right, serve
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 
 
 KEY = "sk-live-very-secret-0123456789"

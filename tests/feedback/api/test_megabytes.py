@@ -21,7 +21,7 @@ from rlaif_jax.feedback.api.verdicts import read_verdict
 from tests.feedback.api.questions import ONE, config
 from tests.feedback.api_server import Wrong, completion, right, serve
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 
 NUMBERS = parse_template(
     "form: rating\nlabels: 1 .. 10\nverdict: Score: {label}\n[user]\n{prompt} {answer}\n", "numbers"

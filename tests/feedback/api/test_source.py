@@ -20,7 +20,7 @@ from rlaif_jax.feedback.api.source import ApiJudgeSource, against_field, prompt_
 from rlaif_jax.feedback.records.store import Store
 from tests.feedback.api_server import Wrong, right, serve
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 RECORDS = [{"prompt": f"p{i}", "other": "quality 2"} for i in range(4)]
 ANSWERS = ["quality 3", "quality 7", "quality 1", "quality 10"]
 

@@ -17,7 +17,7 @@ from rlaif_jax.feedback.api.templates import Question
 from tests.feedback.api.questions import ONE, PAIR, config, low_mass, ones, pairs
 from tests.feedback.api_server import Wrong, completion, right, serve
 
-pytest.importorskip("openai", reason="the API judge needs the extra: pip install 'rlaif-jax[api]'")
+pytest.importorskip("openai", reason="the API judge needs the extra: pip install -e '.[api]'")
 
 
 def test_what_a_server_can_do_is_asked_once_and_remembered(tmp_path: Path):
@@ -269,5 +269,5 @@ def test_no_key_in_logs_even_when_everything_is_logged(
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
-    with pytest.raises(UserError, match=r"pip install \"rlaif-jax\[api\]\""):
+    with pytest.raises(UserError, match=r"the package openai: pip install -e '\.\[api\]' in"):
         ApiJudge(config("http://127.0.0.1:1/v1"))

@@ -10,7 +10,7 @@ import pytest
 from rlaif_jax.config import UserError, from_json, to_json
 from rlaif_jax.feedback.verifiers.json_schema import JsonSchema
 
-pytest.importorskip("jsonschema", reason="JSON schemas need the extra: pip install 'rlaif-jax[verifiers]'")
+pytest.importorskip("jsonschema", reason="JSON schemas need the extra: pip install -e '.[verifiers]'")
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
@@ -167,7 +167,7 @@ def test_settings_that_are_not_right(tmp_path, monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"needs the package jsonschema: pip install 'rlaif-jax\[verifiers\]'"):
+    with pytest.raises(UserError, match=r"needs the package jsonschema: pip install -e '\.\[verifiers\]' in"):
         JsonSchema(field="x").build()
 
 
