@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.chat.records import chat_records
 from rlaif_jax.data.prompts import Records, bucket_length, padded
 from rlaif_jax.data.readers import FileRecords
@@ -51,7 +52,15 @@ class Answer(NamedTuple):
     finished: bool
 
 
-def load_writer(name: str, *, step: int | None, adapter: Path | None, tokenizer: Path | None, dtype: Dtype) -> Loaded:
+def load_writer(
+    name: str,
+    *,
+    step: int | None,
+    adapter: Path | None,
+    tokenizer: Path | None,
+    chat: ChatConfig = ChatConfig(),
+    dtype: Dtype,
+) -> Loaded:
     """Loads a model that answers.
 
     Args:
@@ -59,6 +68,7 @@ def load_writer(name: str, *, step: int | None, adapter: Path | None, tokenizer:
         step: of the run's checkpoint; None: the newest.
         adapter: the folder of an adapter of that model; None: none.
         tokenizer: the tokenizer's file or folder; None: it is with the model.
+        chat: the chat template and its variables, where they are not those of the model or of the run.
         dtype: of activations.
 
     Raises:
@@ -78,7 +88,10 @@ def load_writer(name: str, *, step: int | None, adapter: Path | None, tokenizer:
     if adapter is not None:
         lora, added = load_adapter(adapter, model)
         params, name = lora.merge(params, added), f"{name} + {adapter}"
-    return Loaded(name, model, params, found, bos)
+    try:
+        return Loaded(name, model, params, chat.apply(found), bos)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 class Writer:

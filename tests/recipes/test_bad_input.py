@@ -60,6 +60,11 @@ BEFORE = {
     "undefined variable": ("train --policy HERE/undefined", "undefined/tokenizer_config.json: the chat template does not "
                            "take a conversation of user: 'nothing' is undefined"),
     "template reaches for attributes": ("train --policy HERE/reach", "access to attribute '__class__' of 'str' object is un"),
+    "no such variable": ("train --chat.variables word=a", "lm/tokenizer_config.json: the chat template takes no variable word"),
+    "sft: no such variable": ("sft --out OUT --chat.variables word=a", "the chat template takes no variable word"),
+    "reward model: no such template": ("reward-model --out OUT --chat.template no", "has no chat template no (it has default)"),
+    "generate: no such variable": ("generate --model HERE/lm --chat.variables word=a --prompt a", "takes no variable word"),
+    "no value": ("train --chat.variables enable_thinking", "chat.variables: 'enable_thinking' should be NAME=VALUE"),
     "template is not closed": ("train --policy HERE/unclosed", "it is malformed: line 1: Unexpected end of template"),
     # Prompts
     "no prompts": ("train --prompts ''", "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT"),

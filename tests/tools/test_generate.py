@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.api.command import read_questions
@@ -20,11 +21,11 @@ from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import ParallelConfig
 from rlaif_jax.recipes.own_prompts import read_records
-from rlaif_jax.tools import generate
+from rlaif_jax.tools import export, generate
 from rlaif_jax.tools.generate import GenerateConfig, Row, main
 from rlaif_jax.tools.writers import Answer, Writer, load_writer
 from tests.helpers import random_params
-from tests.tools.run_folders import LORA, MODEL, TEMPLATE, TOKENIZER, policy_of, write_run
+from tests.tools.run_folders import LORA, MODEL, TEMPLATE, TOKENIZER, policy_of, write_lm, write_run
 
 ONE = ParallelConfig("shard", 1)
 GREEDY = SamplingConfig(8, 0.0)
@@ -138,6 +139,32 @@ def test_a_run_is_asked_as_it_was_trained_unless_options_say_otherwise(made, tmp
     assert asked().records[0]["tokens"] == ids("system h h user a assistant")
     assert asked(system="").records[0]["tokens"] == ids("user a assistant")
     assert asked(system="", template="plain").records[0]["tokens"] == [TOKENIZER.bos_id, *ids("a")]
+
+
+def test_a_run_is_asked_by_the_chat_template_that_it_was_trained_with(tmp_path):
+    lm = write_lm(tmp_path / "lm", template=f"{TEMPLATE}{{{{ word }}}}")
+    (tmp_path / "other.jinja").write_text(f"b {TEMPLATE}")
+    for name, chat in {"run": ChatConfig("", ("word=h",)), "other": ChatConfig(str(tmp_path / "other.jinja"))}.items():
+        write_run(tmp_path / name, lm, chat=chat)
+    export.main(export.ExportConfig(str(tmp_path / "run"), tmp_path / "exported"))
+
+    def asked(model: str, *variables: str, **settings: str) -> str:
+        chat = ChatConfig(settings.pop("template", ""), variables)
+        last = generate._writers(config(tmp_path, model=str(tmp_path / model), chat=chat, **settings))[-1]
+        return TOKENIZER.decode(last.read(FileRecords(({"prompt": "a"},), ("?",))).records[0]["tokens"])
+
+    assert asked("lm") == "user a assistant"
+    assert asked("run") == asked("exported") == "user a assistant h"
+    assert asked("other") == "b user a assistant"
+    assert (
+        asked("run", "word=g")
+        == asked("lm", "word=g")
+        == asked("run", "word=g", against=str(lm))
+        == "user a assistant g"
+    )
+    assert asked("run", template=str(tmp_path / "other.jinja")) == "b user a assistant"
+    with pytest.raises(UserError, match=r"other step 4: .*other\.jinja: the chat template takes no variable word"):
+        asked("other", "word=g")
 
 
 def test_all_devices_answer_alike(made, prompts, tmp_path):

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.hub import TOKENIZER_FILES, download
 from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
@@ -87,6 +88,7 @@ def load_model(
 def load_with_tokenizer(
     name: str,
     tokenizer_path: Path | None = None,
+    chat: ChatConfig = ChatConfig(),
     *,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     remat: bool = False,
@@ -98,6 +100,7 @@ def load_with_tokenizer(
     Args:
         name: as `load_model` takes it.
         tokenizer_path: the tokenizer's file or folder; None: it is next to the model.
+        chat: the chat template and its variables.
         compute_dtype: of activations.
         remat: recompute blocks in the backward pass.
 
@@ -116,7 +119,7 @@ def load_with_tokenizer(
             f"{tokenizer_path or folder}: this tokenizer has no BOS token to begin a story with",
         )
         tokenizer = tokenizer.stopping_at_bos()
-    return model, params, tokenizer
+    return model, params, chat.apply(tokenizer)
 
 
 def download_model(hub_id: str) -> Path:
