@@ -45,7 +45,8 @@ class GenerateConfig:
         out: the file to write, a JSON line a prompt with prompt, answers and generators, as `judge --items` reads it; None:
             the answers are printed.
         step: the checkpoint of the run `model`; None: the newest.
-        adapter: the folder of an adapter of `model`, as peft writes it.
+        adapter: the folder of an adapter, as peft writes it, to put on `model`; `model` may itself be such a folder, which
+            names its base.
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
         template: auto: prompts become messages in the model's chat template where it has one; chat: they must; plain: the
             prompt itself is continued. None: of a run, as it was trained; else auto.

@@ -16,7 +16,6 @@ from rlaif_jax.data.prompts import Records, bucket_length, padded
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.models import CausalLM
-from rlaif_jax.models.hf.adapters import CONFIG as ADAPTER_CONFIG
 from rlaif_jax.models.hf.adapters import load_adapter
 from rlaif_jax.models.hf.files import load_with_tokenizer
 from rlaif_jax.models.sampling import SamplingConfig
@@ -82,8 +81,6 @@ def load_writer(
         name = f"{name} step {policy.step}" if policy.step is not None else name
     else:
         require(step is None, f"{name} is not a run's folder: --step chooses a checkpoint of a run")
-        is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
-        require(not is_adapter, f"{name} is the folder of an adapter: give its base model there, and --adapter {name}")
         model, params, found = load_with_tokenizer(name, tokenizer, compute_dtype=dtype)
     if adapter is not None:
         lora, added = load_adapter(adapter, model)

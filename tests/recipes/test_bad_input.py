@@ -46,7 +46,9 @@ BEFORE = {
                        " holds NaN or infinite numbers"),
     "damaged GGUF": ("train --policy HERE/cut.gguf", "cut.gguf: not a whole GGUF file: 48 bytes end within the header"),
     "no GGUF": ("train --policy HERE/word.gguf", "HERE/word.gguf is not a GGUF file: it does not begin with GGUF"),
-    "an adapter for a model": ("train --policy HERE/adapter", "it is the folder of an adapter (LORA adapter of deep)"),
+    "an adapter for a model": ("train --policy HERE/adapter", "HERE/adapter/adapter_config.json: base_model_name_or_path (a re"
+                               "lative path begins in the current folder): no model deep"),
+    "an adapter for a reward model": ("train --feedback 'model HERE/adapter'", "it is the folder of an adapter, which is read"),
     "adapter of another base": ("generate --model HERE/lm --adapter HERE/adapter --prompt a", "has no place in the base "
                                 "model (llama, 1 layers): the adapter is of another model"),
     "no tokenizer": ("train --policy HERE/no_tokenizer", "no tokenizer in the folder HERE/no_tokenizer: looked for"),

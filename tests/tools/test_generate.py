@@ -91,6 +91,8 @@ def test_an_adapter_on_its_base_answers_as_the_run_that_trained_it(made, tmp_pat
     save_adapter(tmp_path / "adapter", MODEL, LORA, policy_of(4, LORA))
     with_adapter = answers(writer(made / "lm", adapter=tmp_path / "adapter"), "a", "b c")
     assert with_adapter == answers(writer(made / "lora"), "a", "b c") != answers(writer(made / "lm"), "a", "b c")
+    save_adapter(tmp_path / "named", MODEL, LORA, policy_of(4, LORA), base_name=str(made / "lm"))
+    assert with_adapter == answers(writer(tmp_path / "named"), "a", "b c")
 
 
 def test_the_same_random_numbers_whatever_the_batch_and_its_padding(made, prompts, tmp_path):
@@ -266,7 +268,7 @@ def test_one_prompt_is_printed_with_its_answer(made, capsys):
 BAD = {
     "no model": ({"model": ""}, "no model to answer: give --model"),
     "no such model": ({"model": "HERE/none/x/y"}, "no model at HERE/none/x/y"),
-    "an adapter": ({"model": "HERE/adapter"}, "is the folder of an adapter: give its base model there, and --adapter HERE"),
+    "an adapter": ({"model": "HERE/adapter"}, "HERE/adapter/adapter_config.json: base_model_name_or_path is None: write"),
     "no such adapter": ({"model": "HERE/lm", "adapter": "HERE/none"}, "HERE/none: no adapter_config.json there"),
     "adapter of another": ({"model": "HERE/lm", "adapter": "HERE/other"}, "layers.1.mlp.down_proj.lora_A.weight has no place"),
     "step of a model": ({"model": "HERE/lm", "step": 2}, "HERE/lm is not a run's folder: --step chooses a checkpoint of a run"),
