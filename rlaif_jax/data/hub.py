@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.files import it_is
 
 # All that says how a text becomes tokens, and which tokens end an answer.
 TOKENIZER_FILES = (
     "*token*", "vocab.json", "merges.txt", "*.model", "chat_template.jinja", "additional_chat_templates/*.jinja",
-    "config.json", "generation_config.json",
+    "config.json", "generation_config.json", "adapter_config.json",
 )  # fmt: skip
+ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:@([\w./-]+))?")
 
 
@@ -67,22 +69,55 @@ EXPORTS = (
 )
 
 
-def adapter_of(folder: Path) -> str:
-    """Returns the sentence that a folder holds an adapter, and what to do with it; "" for other folders."""
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return ""
+def base_of(folder: Path) -> str | None:
+    """Returns the base model of an adapter's folder; None for a folder without one, or of a whole model.
+
+    Raises:
+        UserError: adapter_config.json is damaged, or names no base model.
+    """
+    path = folder / ADAPTER
+    if not path.is_file() or any(folder.glob("model*.safetensors*")):
+        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        kind = base = None
-    name = f"{kind} adapter" if kind else "adapter"
-    return (
-        f"it is the folder of an adapter ({name} of {base or 'a base model'}), no whole model: give the folder "
-        "of its base model and read the adapter by load_adapter, or merge the two (peft: merge_and_unload, then "
-        "save_pretrained) and give the merged folder"
+    except ValueError as error:  # JSON's and Unicode's errors say line or byte
+        raise UserError(f"{path}: not JSON ({error}){it_is(path)}") from error
+    require(isinstance(values, dict), f"{path}: expected a JSON object")
+    base, revision = values.get("base_model_name_or_path"), values.get("revision")
+    require(
+        isinstance(base, str) and bool(base),
+        f"{path}: base_model_name_or_path is {base!r}: write there the folder or the hub id of the model that the adapter "
+        "was trained on",
     )
+    return f"{base}@{revision}" if revision and "@" not in base and not Path(base).exists() else str(base)
+
+
+def layers(name: str, files: Sequence[str], what: str) -> Iterator[Path]:
+    """Yields the folder of an adapter, then that of the base which it names, and so on to a whole model.
+
+    Args:
+        name: a folder, a file or a hub id; one that is no adapter is yielded alone.
+        files: patterns of the names that are fetched from the hub.
+        what: what is looked for, as `download` takes it.
+
+    Raises:
+        UserError: a base is not there, or not named.
+    """
+    above: list[Path] = []
+    base: str | None = name
+    while base is not None:
+        try:
+            path = Path(base) if Path(base).exists() else download(base, files, what)
+        except UserError as error:
+            if not above:
+                raise
+            raise UserError(
+                f"{above[-1] / ADAPTER}: base_model_name_or_path (a relative path begins in the current folder): {error}"
+            ) from error
+        require(path.resolve() not in above, f"{(above or [path])[-1] / ADAPTER}: the adapter is its own base model")
+        above.append(path.resolve())
+        yield path
+        base = base_of(path)
 
 
 def folder_is(folder: Path) -> str:
@@ -91,8 +126,11 @@ def folder_is(folder: Path) -> str:
     Args:
         folder: an existing folder.
     """
-    if adapter := adapter_of(folder):
-        return f"; {adapter}"
+    if (folder / ADAPTER).is_file():
+        return (
+            "; it is the folder of an adapter, which is read over a language model alone: merge it into its base (peft: "
+            "merge_and_unload, then save_pretrained) and give the merged folder"
+        )
     for pattern, kind in EXPORTS:
         if found := sorted(folder.glob(pattern)):
             return f"; {found[0].name} is {kind}" if kind == PICKLED else f"; by its {found[0].name} it is {kind}"

@@ -39,6 +39,11 @@ def holds(folder: Path, name: str) -> bool:
     return (folder / name).is_file() and (name != "vocab.json" or merges_of(folder / name).is_file())
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder holds a tokenizer file of one of the usual names."""
+    return any(holds(folder, name) for name in FILE_NAMES)
+
+
 def find(folder: Path) -> Path:
     """Returns the tokenizer's file in a folder.
 

@@ -14,7 +14,6 @@ All are immutable. `load_tokenizer(folder_or_file)` finds out which kind it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import tokenizers as hf
@@ -116,15 +115,17 @@ def load_tokenizer(folder_or_file: tokenizer_files.PathLike) -> Tokenizer:
     Args:
         folder_or_file: a folder, searched for `tokenizer_files.FILE_NAMES` in that order; a `tokenizer.json`,
             `*vocab.json` (with `*merges.txt` in its folder), `*.gguf`, `*.model` or `*.bin`; or, where there is no such
-            path, a hub id, as `load_model` takes it.
+            path, a hub id, as `load_model` takes it. An adapter's folder without a tokenizer gives that of its base.
 
     Raises:
         UserError: nothing there, no tokenizer in it (lists what was looked for), an unreadable file, or an end token that
             is in no vocabulary.
     """
-    path = Path(folder_or_file)
-    if not path.exists():
-        path = hub.download(str(folder_or_file), hub.TOKENIZER_FILES, "tokenizer")
+    for number, path in enumerate(hub.layers(str(folder_or_file), hub.TOKENIZER_FILES, "tokenizer")):
+        if number and path.suffix == ".bin":  # a llama2.c model: its tokenizer is next to it
+            path = path.parent
+        if path.is_file() or tokenizer_files.has_tokenizer(path):
+            break
     if path.is_dir():
         path = tokenizer_files.find(path)
     if path.name.endswith("vocab.json"):

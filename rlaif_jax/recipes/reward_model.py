@@ -17,6 +17,7 @@ from rlaif_jax.algorithms.fit import Arrays, FitConfig, bucketed_minibatches, fi
 from rlaif_jax.algorithms.optimizer import make_optimizer
 from rlaif_jax.algorithms.reward_modeling import members_step, reward_step
 from rlaif_jax.config import require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.rendering import learned_with_bos
 from rlaif_jax.data.text import held_out_mask
 from rlaif_jax.feedback.judges.reward_model import Scorer
@@ -53,6 +54,7 @@ class RewardModelConfig:
         model: the language model whose trunk the reward model begins with: a Hugging Face folder, a hub id, a .gguf
             file or a llama2.c .bin file.
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
+        chat: another chat template than the model's, and values for its variables.
         feedback: files of pairs, rankings or ratings, feedback stores, or TFDS folders of judgements.
         format: the format of all these files.
         principles: the criteria that count, such as HelpSteer's helpfulness; empty: all, each as a judgement.
@@ -80,6 +82,7 @@ class RewardModelConfig:
 
     model: str | None = None
     tokenizer: Path | None = None
+    chat: ChatConfig = ChatConfig()
     feedback: tuple[Path, ...] = ()
     format: Detected | Read = Detected()
     principles: tuple[str, ...] = ()
@@ -274,6 +277,7 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
     language_model, weights, tokenizer, runner, max_length = model_to_fit(
         config.model,
         config.tokenizer,
+        config.chat,
         max_length=config.max_length,
         batch_size=config.fit.batch_size,
         dtype=config.compute_dtype,
@@ -300,11 +304,8 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
     ):
         run.display.plan((PlannedStage(STAGE, "the reward model learns from the comparisons", 1),))
         run.missing = dict(unused)
-        run.metrics |= {
-            "pairs_learned": len(training.ids),
-            "pairs_heldout": len(measured.ids),
-            "columns_filled": filled,
-        }
+        counts = {"pairs_learned": len(training.ids), "pairs_heldout": len(measured.ids)}
+        run.metrics |= {**counts, "columns_filled": filled}
         known = keep_fingerprints(run, weights=trunk, pairs=buckets)
         keep_day(run, tokenizer)
         passes = config.fit.updates * config.fit.batch_size / len(training.ids)

@@ -23,6 +23,7 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.checkpoint import fingerprint, require_weights
 from rlaif_jax.config import require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.evaluate import Answers, Combination, Evaluation
 from rlaif_jax.feedback.joined import JoinedSource
@@ -111,6 +112,7 @@ class RlaifConfig:
         template: auto: prompts become messages in the model's chat template where it has one; chat: they must; plain: the
             prompt itself is continued.
         system: the system message before each prompt of a chat; "" = that of the record, if any.
+        chat: another chat template than the model's, and values for its variables.
         scale: the scale of each reward: start: mean 0 and deviation 1 over answers of the start; none: as it is. People are
             not asked for it: judgements spread evenly over their range have mean 0 and deviation 1.
         scale_answers: number of these answers; each is judged.
@@ -136,6 +138,7 @@ class RlaifConfig:
     held_out: int = 64
     template: Literal["auto", "chat", "plain"] = "auto"
     system: str = ""
+    chat: ChatConfig = ChatConfig()
     scale: Literal["start", "none"] = "start"
     scale_answers: int = 128
     lora: bool = False
@@ -204,7 +207,7 @@ def main(config: RlaifConfig) -> dict[str, Any]:
         not isinstance(second, PeopleReward) or second.kind == "rate",
         "--second people: a second opinion is of one answer alone: people can only rate (kind=rate)",
     )
-    policy = load_policy(config.policy, config.tokenizer, dtype=config.dtype, remat=config.remat)
+    policy = load_policy(config.policy, config.tokenizer, config.chat, dtype=config.dtype, remat=config.remat)
     own = on_day_of_run(policy.tokenizer, config.out, resume=config.resume)
     policy = dataclasses.replace(policy, tokenizer=own)
     with (

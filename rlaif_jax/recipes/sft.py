@@ -16,6 +16,7 @@ import numpy as np
 from rlaif_jax.algorithms.fit import Arrays, FitConfig, fit_model
 from rlaif_jax.algorithms.supervised import supervised_step, target_logprobs
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.conversations import Turn, read_turns
 from rlaif_jax.data.readers import jsonl_records, listed, plain, plain_text, tfds_records
 from rlaif_jax.data.rendering import LearnedTokens, conversation_tokens, learned_with_bos, text_tokens
@@ -48,6 +49,7 @@ class SFTConfig:
     Attributes:
         model: the language model to begin with: a Hugging Face folder, a hub id, a .gguf file or a llama2.c .bin file.
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
+        chat: another chat template than the model's, and values for its variables.
         data: files of JSON lines, or names or folders of TFDS data sets, whose rows have `messages` (all turns of the
             assistant are learned), `prompt` and `completion`, as texts or messages (the completion is learned), or `text`
             (all of it is learned); or plain text, .txt.
@@ -74,6 +76,7 @@ class SFTConfig:
 
     model: str | None = None
     tokenizer: Path | None = None
+    chat: ChatConfig = ChatConfig()
     data: tuple[str, ...] = ()
     split: str = "train"
     seed: int = 0
@@ -375,6 +378,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
     model, params, tokenizer, runner, max_length = model_to_fit(
         config.model,
         config.tokenizer,
+        config.chat,
         max_length=config.max_length,
         batch_size=config.fit.batch_size,
         dtype=config.compute_dtype,

@@ -17,6 +17,7 @@ import numpy as np
 
 from rlaif_jax.checkpoint import fingerprint
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.prompts import PromptIterator, Record, prompt_batches
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
@@ -57,13 +58,19 @@ class LoadedPolicy:
 
 
 def load_policy(
-    name: str, tokenizer_path: Path | None, *, dtype: Literal["float32", "bfloat16"], remat: bool
+    name: str,
+    tokenizer_path: Path | None,
+    chat: ChatConfig = ChatConfig(),
+    *,
+    dtype: Literal["float32", "bfloat16"],
+    remat: bool,
 ) -> LoadedPolicy:
     """Loads a model and its tokenizer.
 
     Args:
         name: a Hugging Face folder, a hub id, a .gguf file, or a llama2.c .bin file.
         tokenizer_path: the tokenizer's file or folder; None: it is with the model.
+        chat: the chat template and its variables.
         dtype: of matrix products.
         remat: whether blocks are recomputed in the backward pass.
 
@@ -71,7 +78,7 @@ def load_policy(
         UserError: one of the two cannot be read, they do not fit each other, or no token ends an answer.
     """
     require(bool(name), "no model to train: give --policy, a Hugging Face folder or a hub id")
-    model, params, tokenizer = load_with_tokenizer(name, tokenizer_path, compute_dtype=dtype, remat=remat)
+    model, params, tokenizer = load_with_tokenizer(name, tokenizer_path, chat, compute_dtype=dtype, remat=remat)
     require(
         bool(tokenizer.stop_ids),
         f"{tokenizer_path or name}: no file declares an end token, so no answer would ever end: name it as "
@@ -101,6 +108,7 @@ class ModelToFit(NamedTuple):
 def model_to_fit(
     name: str | None,
     tokenizer_path: Path | None,
+    chat: ChatConfig = ChatConfig(),
     *,
     max_length: int | None,
     batch_size: int,
@@ -113,6 +121,7 @@ def model_to_fit(
     Args:
         name: a Hugging Face folder, a hub id, a .gguf file or a llama2.c .bin file.
         tokenizer_path: the tokenizer's file or folder; None: it is with the model.
+        chat: the chat template and its variables.
         max_length: most tokens of a row; None: `MAX_LENGTH`, or as many as the model can read.
         batch_size: rows of an update.
         dtype: of activations.
@@ -125,7 +134,7 @@ def model_to_fit(
     """
     if name is None:
         raise UserError("no model to begin with: give --model, a Hugging Face folder, a hub id or a .bin file")
-    model, params, tokenizer = load_with_tokenizer(name, tokenizer_path, compute_dtype=dtype, remat=remat)
+    model, params, tokenizer = load_with_tokenizer(name, tokenizer_path, chat, compute_dtype=dtype, remat=remat)
     context = model.config.context_length
     length = min(MAX_LENGTH, context) if max_length is None else max_length
     require(length <= context, f"max_length ({length}) is more than {name} can read: {context} tokens")

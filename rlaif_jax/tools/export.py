@@ -1,4 +1,4 @@
-"""The tool `python -m rlaif_jax export`: the policy of a run as a model's folder, or its adapter."""
+"""The tool `python -m rlaif_jax export`: the policy of a run, or an adapter, as a model's folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import tyro
 
 from rlaif_jax.config import require
+from rlaif_jax.data.hub import base_of
 from rlaif_jax.models.hf.adapters import save_adapter
-from rlaif_jax.models.hf.files import save_model
+from rlaif_jax.models.hf.files import load_with_tokenizer, save_model
 from rlaif_jax.tools.runs import load_run_policy
 
 
@@ -18,7 +19,7 @@ class ExportConfig:
     """All settings.
 
     Attributes:
-        run: the folder of a run, which may be going on.
+        run: the folder of a run, which may be going on, or of an adapter as peft writes it.
         out: the folder to write; an older export there is replaced.
         step: of the checkpoint; None: the newest.
         adapter: write the adapter alone, in peft's format, instead of the model with the adapter merged.
@@ -33,9 +34,11 @@ class ExportConfig:
 def help_text() -> str:
     """Returns the description of --help: what the tool does, and examples."""
     return (
-        "Writes the policy of a run's checkpoint as a folder that transformers reads, or its LoRA adapter for peft.\n\n"
+        "Writes the policy of a run's checkpoint as a folder that transformers reads, or its LoRA adapter for peft. An\n"
+        "adapter's folder is written as its base model with the adapter merged.\n\n"
         "  python -m rlaif_jax export runs/rlaif --out models/mine\n"
-        "  python -m rlaif_jax export runs/rlaif --out models/mine-adapter --adapter --step 80"
+        "  python -m rlaif_jax export runs/rlaif --out models/mine-adapter --adapter --step 80\n"
+        "  python -m rlaif_jax export models/mine-adapter --out models/merged"
     )
 
 
@@ -43,12 +46,18 @@ def main(config: ExportConfig) -> None:
     """Writes the folder.
 
     Raises:
-        UserError: no folder is named, the run's policy cannot be read, the run has no adapter, or the folder cannot be
-            written.
+        UserError: no folder is named, the run's policy or the adapter cannot be read, the run has no adapter, or the folder
+            cannot be written.
     """
-    require(bool(config.run), "no run to export: give the folder of a run")
+    require(bool(config.run), "no run to export: give the folder of a run or of an adapter")
     require(config.out is not None, "no folder to write to: give --out")
     assert config.out is not None
+    if (base := base_of(Path(config.run))) is not None:
+        require(config.step is None, f"{config.run} is an adapter's folder: --step chooses a checkpoint of a run")
+        require(not config.adapter, f"{config.run} is an adapter's folder: leave --adapter out")
+        save_model(config.out, *load_with_tokenizer(config.run))
+        print(f"{config.out}: {base} with the adapter {config.run}")
+        return
     policy = load_run_policy(Path(config.run), config.step)
     if config.adapter:
         own = Path(config.run) / "adapter"

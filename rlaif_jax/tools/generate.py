@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.files import atomic_write
 from rlaif_jax.models.sampling import SamplingConfig
@@ -43,11 +45,13 @@ class GenerateConfig:
         out: the file to write, a JSON line a prompt with prompt, answers and generators, as `judge --items` reads it; None:
             the answers are printed.
         step: the checkpoint of the run `model`; None: the newest.
-        adapter: the folder of an adapter of `model`, as peft writes it.
+        adapter: the folder of an adapter, as peft writes it, to put on `model`; `model` may itself be such a folder, which
+            names its base.
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
         template: auto: prompts become messages in the model's chat template where it has one; chat: they must; plain: the
             prompt itself is continued. None: of a run, as it was trained; else auto.
         system: the system message of conversations without one; "" = none. None: of a run, as it was trained; else none.
+        chat: another chat template, and values for its variables, of both models. A run has those that it was trained with.
         temperature: divides the logits; 0 takes the most probable token.
         max_new_tokens: most tokens of an answer.
         top_k: only the k most probable tokens may be drawn; 0: all.
@@ -68,6 +72,7 @@ class GenerateConfig:
     tokenizer: Path | None = None
     template: Template | None = None
     system: str | None = None
+    chat: ChatConfig = ChatConfig()
     temperature: float = 1.0
     max_new_tokens: int = 256
     top_k: int = 0
@@ -150,13 +155,10 @@ def _writers(config: GenerateConfig) -> list[Writer]:
         template = kept if kept in ("auto", "chat", "plain") else "auto"
     if system is None:
         system = str(trained.get("system") or "")
-    loaded = [
-        load_writer(
-            config.model, step=config.step, adapter=config.adapter, tokenizer=config.tokenizer, dtype=config.dtype
-        )
-    ]
+    load = partial(load_writer, chat=config.chat, dtype=config.dtype)
+    loaded = [load(config.model, step=config.step, adapter=config.adapter, tokenizer=config.tokenizer)]
     if config.against:
-        loaded.append(load_writer(config.against, step=None, adapter=None, tokenizer=None, dtype=config.dtype))
+        loaded.append(load(config.against, step=None, adapter=None, tokenizer=None))
     return [
         Writer(one, config.sampling, seed=config.seed, template=template, system=system, parallel=config.parallel)
         for one in loaded

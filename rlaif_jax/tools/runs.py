@@ -6,12 +6,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 
 from rlaif_jax.checkpoint import fingerprint, load_policy_params, saved_steps
 from rlaif_jax.config import UserError, from_json, require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_with_tokenizer
@@ -19,6 +20,7 @@ from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.recipes.world.models import ModelsConfig, world_model, world_tokenizer
 from rlaif_jax.types import Params
 
+T = TypeVar("T")
 Dtype = Literal["float32", "bfloat16"]
 WEIGHTS = "the policy to start from"  # what the loop calls the weights whose fingerprint its checkpoints hold
 
@@ -113,17 +115,15 @@ def load_run_policy(folder: Path, step: int | None = None, *, dtype: Dtype = "fl
         chosen in steps, f"{folder}: there is no checkpoint of step {chosen}; those that are left are of step {listed}"
     )
     if isinstance(settings.get("models"), Mapping):
-        try:
-            size = from_json(ModelsConfig, settings["models"], "models")
-        except UserError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from error
+        size = _settings_of(ModelsConfig, folder, settings["models"], "models")
         words = world_tokenizer()
         model = world_model(size, words)
         params = load_policy_params(checkpoints, chosen, _template(model)).arrays
         return RunPolicy(model, params, words, chosen, bos=False)
     lora = _lora(folder, settings)
     name = settings.get("policy") or settings.get("model")
-    model, base, tokenizer = _began_with(folder, name, settings.get("tokenizer"), dtype, whole=lora is None)
+    chat = _settings_of(ChatConfig, folder, settings.get("chat") or {}, "chat")
+    model, base, tokenizer = _began_with(folder, name, settings.get("tokenizer"), chat, dtype, whole=lora is None)
     if lora is None:
         del base  # the checkpoint has all weights
         return RunPolicy(model, load_policy_params(checkpoints, chosen, _template(model)).arrays, tokenizer, chosen)
@@ -144,10 +144,25 @@ def _template(model: CausalLM) -> Params:
 
 
 def _lora(folder: Path, settings: Mapping[str, Any]) -> LoRAConfig | None:
-    if settings.get("lora") is not True:
-        return None
+    return (
+        _settings_of(LoRAConfig, folder, settings.get("adapter"), "adapter") if settings.get("lora") is True else None
+    )
+
+
+def _settings_of(kind: type[T], folder: Path, values: Any, name: str) -> T:
+    """Returns a part of a run's settings.
+
+    Args:
+        kind: its dataclass.
+        folder: the run's folder.
+        values: the part, as JSON values.
+        name: of the part.
+
+    Raises:
+        UserError: the part is of another version, or damaged.
+    """
     try:
-        return from_json(LoRAConfig, settings.get("adapter"), "adapter")
+        return from_json(kind, values, name)
     except UserError as error:  # a check of the settings themselves does not know the file
         raise UserError(f"{folder / 'config.json'}: {error}") from error
 
@@ -168,7 +183,7 @@ def _own_model(folder: Path, dtype: Dtype) -> tuple[CausalLM, Params, Tokenizer]
 
 
 def _began_with(
-    folder: Path, name: Any, tokenizer: Any, dtype: Dtype, *, whole: bool
+    folder: Path, name: Any, tokenizer: Any, chat: ChatConfig, dtype: Dtype, *, whole: bool
 ) -> tuple[CausalLM, Params, Tokenizer]:
     """Reads the model that a run began with.
 
@@ -176,6 +191,7 @@ def _began_with(
         folder: the run's folder.
         name: of the model in the run's settings; None where they have none.
         tokenizer: the file or folder of the tokenizer in the run's settings, or None.
+        chat: the chat template and its variables in the run's settings.
         dtype: of activations.
         whole: whether all weights learned, so that the folder `model` of the run has the same shape and tokenizer.
     """
@@ -188,7 +204,7 @@ def _began_with(
         )
         return _own_model(folder, dtype)
     try:
-        return load_with_tokenizer(name, Path(tokenizer) if tokenizer else None, compute_dtype=dtype)
+        return load_with_tokenizer(name, Path(tokenizer) if tokenizer else None, chat, compute_dtype=dtype)
     except UserError as error:
         if left:
             return _own_model(folder, dtype)

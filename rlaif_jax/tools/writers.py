@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.chat.records import chat_records
 from rlaif_jax.data.prompts import Records, bucket_length, padded
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.models import CausalLM
-from rlaif_jax.models.hf.adapters import CONFIG as ADAPTER_CONFIG
 from rlaif_jax.models.hf.adapters import load_adapter
 from rlaif_jax.models.hf.files import load_with_tokenizer
 from rlaif_jax.models.sampling import SamplingConfig
@@ -51,7 +51,15 @@ class Answer(NamedTuple):
     finished: bool
 
 
-def load_writer(name: str, *, step: int | None, adapter: Path | None, tokenizer: Path | None, dtype: Dtype) -> Loaded:
+def load_writer(
+    name: str,
+    *,
+    step: int | None,
+    adapter: Path | None,
+    tokenizer: Path | None,
+    chat: ChatConfig = ChatConfig(),
+    dtype: Dtype,
+) -> Loaded:
     """Loads a model that answers.
 
     Args:
@@ -59,6 +67,7 @@ def load_writer(name: str, *, step: int | None, adapter: Path | None, tokenizer:
         step: of the run's checkpoint; None: the newest.
         adapter: the folder of an adapter of that model; None: none.
         tokenizer: the tokenizer's file or folder; None: it is with the model.
+        chat: the chat template and its variables, where they are not those of the model or of the run.
         dtype: of activations.
 
     Raises:
@@ -72,13 +81,14 @@ def load_writer(name: str, *, step: int | None, adapter: Path | None, tokenizer:
         name = f"{name} step {policy.step}" if policy.step is not None else name
     else:
         require(step is None, f"{name} is not a run's folder: --step chooses a checkpoint of a run")
-        is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
-        require(not is_adapter, f"{name} is the folder of an adapter: give its base model there, and --adapter {name}")
         model, params, found = load_with_tokenizer(name, tokenizer, compute_dtype=dtype)
     if adapter is not None:
         lora, added = load_adapter(adapter, model)
         params, name = lora.merge(params, added), f"{name} + {adapter}"
-    return Loaded(name, model, params, found, bos)
+    try:
+        return Loaded(name, model, params, chat.apply(found), bos)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 class Writer:

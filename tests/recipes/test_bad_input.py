@@ -46,7 +46,9 @@ BEFORE = {
                        " holds NaN or infinite numbers"),
     "damaged GGUF": ("train --policy HERE/cut.gguf", "cut.gguf: not a whole GGUF file: 48 bytes end within the header"),
     "no GGUF": ("train --policy HERE/word.gguf", "HERE/word.gguf is not a GGUF file: it does not begin with GGUF"),
-    "an adapter for a model": ("train --policy HERE/adapter", "it is the folder of an adapter (LORA adapter of deep)"),
+    "an adapter for a model": ("train --policy HERE/adapter", "HERE/adapter/adapter_config.json: base_model_name_or_path (a re"
+                               "lative path begins in the current folder): no model deep"),
+    "an adapter for a reward model": ("train --feedback 'model HERE/adapter'", "it is the folder of an adapter, which is read"),
     "adapter of another base": ("generate --model HERE/lm --adapter HERE/adapter --prompt a", "has no place in the base "
                                 "model (llama, 1 layers): the adapter is of another model"),
     "no tokenizer": ("train --policy HERE/no_tokenizer", "no tokenizer in the folder HERE/no_tokenizer: looked for"),
@@ -60,6 +62,11 @@ BEFORE = {
     "undefined variable": ("train --policy HERE/undefined", "undefined/tokenizer_config.json: the chat template does not "
                            "take a conversation of user: 'nothing' is undefined"),
     "template reaches for attributes": ("train --policy HERE/reach", "access to attribute '__class__' of 'str' object is un"),
+    "no such variable": ("train --chat.variables word=a", "lm/tokenizer_config.json: the chat template takes no variable word"),
+    "sft: no such variable": ("sft --out OUT --chat.variables word=a", "the chat template takes no variable word"),
+    "reward model: no such template": ("reward-model --out OUT --chat.template no", "has no chat template no (it has default)"),
+    "generate: no such variable": ("generate --model HERE/lm --chat.variables word=a --prompt a", "takes no variable word"),
+    "no value": ("train --chat.variables enable_thinking", "chat.variables: 'enable_thinking' should be NAME=VALUE"),
     "template is not closed": ("train --policy HERE/unclosed", "it is malformed: line 1: Unexpected end of template"),
     # Prompts
     "no prompts": ("train --prompts ''", "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT"),

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from rlaif_jax.command_line import command_line
-from rlaif_jax.config import from_json
-from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.config import UserError, from_json
+from rlaif_jax.data.chat.config import ChatConfig
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.evaluate import Evaluation
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.metrics import read_metrics
@@ -101,7 +102,9 @@ TWO = ("function HERE/rewards.py:count_a weight=2 name=as", "function HERE/rewar
 
 
 def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
-    whole = config_of(inputs, tmp_path / "whole", *TWO, tracking=KEPT)
+    (tmp_path / "chat.jinja").write_text(f"{TEMPLATE}{{{{ word }}}} ")
+    chat = ChatConfig(str(tmp_path / "chat.jinja"), ("word=A",))
+    whole = config_of(inputs, tmp_path / "whole", *TWO, tracking=KEPT, chat=chat)
     drawn, draw = [], Evaluation.answers
     monkeypatch.setattr(Evaluation, "answers", lambda *args, **options: drawn.append(1) or draw(*args, **options))
     metrics = main(whole)
@@ -134,10 +137,13 @@ def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path, mon
     _, start = load_model(inputs / "lm")
     model, after = load_model(whole.out / "model")
     assert model.config == MODEL.config
+    assert load_tokenizer(whole.out / "model").chat_text([{"role": "user", "content": "b"}]) == "user b assistant A "
     assert all(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(after), strict=True))
 
     part = dataclasses.replace(whole, out=tmp_path / "part", train=dataclasses.replace(whole.train, steps=2))
     main(part)
+    with pytest.raises(UserError, match=r"chat\.variables was \['word=A'\] and is now \['word=B'\]"):
+        main(dataclasses.replace(part, resume=True, chat=dataclasses.replace(chat, variables=("word=B",))))
     main(dataclasses.replace(whole, out=part.out, resume=True))
     assert json.dumps(steps(part.out)) == json.dumps(rows), "NaN is equal to NaN"
     assert_same_leaves(load_model(part.out / "model")[1], after)

@@ -59,6 +59,19 @@ def test_peft_puts_the_exported_adapter_on_the_base(made, tmp_path):
     assert_same_leaves(params, policy_of(4, LORA))
 
 
+def test_an_adapter_is_written_as_its_base_with_it(made, tmp_path, capsys):
+    main(ExportConfig(str(made / "lora"), tmp_path / "adapter", adapter=True))
+    main(ExportConfig(str(tmp_path / "adapter"), tmp_path / "out"))
+    assert capsys.readouterr().out.endswith(
+        f"{tmp_path / 'out'}: {made / 'lm'} with the adapter {tmp_path / 'adapter'}\n"
+    )
+    assert_same_leaves(load_model(tmp_path / "out")[1], load_run_policy(made / "lora").params)
+    assert load_tokenizer(tmp_path / "out").settings == load_tokenizer(made / "lm").settings
+    for wrong, message in {"step": "--step chooses a checkpoint of a run", "adapter": "leave --adapter out"}.items():
+        with pytest.raises(UserError, match=f"adapter is an adapter's folder: {message}"):
+            main(ExportConfig(str(tmp_path / "adapter"), tmp_path / "other", **{wrong: 1}))
+
+
 def test_an_older_export_is_replaced_and_the_run_stays(made, tmp_path):
     before = sorted(str(path) for path in (made / "whole").rglob("*"))
     for step in (2, 4):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.config import UserError
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.api.command import read_questions
@@ -20,11 +21,11 @@ from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import ParallelConfig
 from rlaif_jax.recipes.own_prompts import read_records
-from rlaif_jax.tools import generate
+from rlaif_jax.tools import export, generate
 from rlaif_jax.tools.generate import GenerateConfig, Row, main
 from rlaif_jax.tools.writers import Answer, Writer, load_writer
 from tests.helpers import random_params
-from tests.tools.run_folders import LORA, MODEL, TEMPLATE, TOKENIZER, policy_of, write_run
+from tests.tools.run_folders import LORA, MODEL, TEMPLATE, TOKENIZER, policy_of, write_lm, write_run
 
 ONE = ParallelConfig("shard", 1)
 GREEDY = SamplingConfig(8, 0.0)
@@ -90,6 +91,8 @@ def test_an_adapter_on_its_base_answers_as_the_run_that_trained_it(made, tmp_pat
     save_adapter(tmp_path / "adapter", MODEL, LORA, policy_of(4, LORA))
     with_adapter = answers(writer(made / "lm", adapter=tmp_path / "adapter"), "a", "b c")
     assert with_adapter == answers(writer(made / "lora"), "a", "b c") != answers(writer(made / "lm"), "a", "b c")
+    save_adapter(tmp_path / "named", MODEL, LORA, policy_of(4, LORA), base_name=str(made / "lm"))
+    assert with_adapter == answers(writer(tmp_path / "named"), "a", "b c")
 
 
 def test_the_same_random_numbers_whatever_the_batch_and_its_padding(made, prompts, tmp_path):
@@ -138,6 +141,32 @@ def test_a_run_is_asked_as_it_was_trained_unless_options_say_otherwise(made, tmp
     assert asked().records[0]["tokens"] == ids("system h h user a assistant")
     assert asked(system="").records[0]["tokens"] == ids("user a assistant")
     assert asked(system="", template="plain").records[0]["tokens"] == [TOKENIZER.bos_id, *ids("a")]
+
+
+def test_a_run_is_asked_by_the_chat_template_that_it_was_trained_with(tmp_path):
+    lm = write_lm(tmp_path / "lm", template=f"{TEMPLATE}{{{{ word }}}}")
+    (tmp_path / "other.jinja").write_text(f"b {TEMPLATE}")
+    for name, chat in {"run": ChatConfig("", ("word=h",)), "other": ChatConfig(str(tmp_path / "other.jinja"))}.items():
+        write_run(tmp_path / name, lm, chat=chat)
+    export.main(export.ExportConfig(str(tmp_path / "run"), tmp_path / "exported"))
+
+    def asked(model: str, *variables: str, **settings: str) -> str:
+        chat = ChatConfig(settings.pop("template", ""), variables)
+        last = generate._writers(config(tmp_path, model=str(tmp_path / model), chat=chat, **settings))[-1]
+        return TOKENIZER.decode(last.read(FileRecords(({"prompt": "a"},), ("?",))).records[0]["tokens"])
+
+    assert asked("lm") == "user a assistant"
+    assert asked("run") == asked("exported") == "user a assistant h"
+    assert asked("other") == "b user a assistant"
+    assert (
+        asked("run", "word=g")
+        == asked("lm", "word=g")
+        == asked("run", "word=g", against=str(lm))
+        == "user a assistant g"
+    )
+    assert asked("run", template=str(tmp_path / "other.jinja")) == "b user a assistant"
+    with pytest.raises(UserError, match=r"other step 4: .*other\.jinja: the chat template takes no variable word"):
+        asked("other", "word=g")
 
 
 def test_all_devices_answer_alike(made, prompts, tmp_path):
@@ -239,7 +268,7 @@ def test_one_prompt_is_printed_with_its_answer(made, capsys):
 BAD = {
     "no model": ({"model": ""}, "no model to answer: give --model"),
     "no such model": ({"model": "HERE/none/x/y"}, "no model at HERE/none/x/y"),
-    "an adapter": ({"model": "HERE/adapter"}, "is the folder of an adapter: give its base model there, and --adapter HERE"),
+    "an adapter": ({"model": "HERE/adapter"}, "HERE/adapter/adapter_config.json: base_model_name_or_path is None: write"),
     "no such adapter": ({"model": "HERE/lm", "adapter": "HERE/none"}, "HERE/none: no adapter_config.json there"),
     "adapter of another": ({"model": "HERE/lm", "adapter": "HERE/other"}, "layers.1.mlp.down_proj.lora_A.weight has no place"),
     "step of a model": ({"model": "HERE/lm", "step": 2}, "HERE/lm is not a run's folder: --step chooses a checkpoint of a run"),

@@ -4,8 +4,9 @@ A template comes with the weights of a stranger. The sandbox keeps it from every
 for ever, or make a text that fills the memory. No count of loops or sizes in the same process bounds all ways to do so (a
 list that holds each list twice, forty times over, is one); limits of the system on a process do.
 
-Requests and replies are lines of JSON, `{"template", "messages", "names", "prompt", "day"}` and `{"text"}` or `{"error"}`. The
-file is run by its path and imports nothing of this package, so that the process starts in a tenth of a second.
+Requests and replies are lines of JSON, `{"template", "messages", "names", "prompt", "day"}` and `{"text"}` or `{"error"}`. A
+request without messages asks for the names that the template takes from outside, separated by blanks. The file is run by its
+path and imports nothing of this package, so that the process starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -59,21 +61,25 @@ def to_json(
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@lru_cache(maxsize=64)
-def compiled(template: str) -> jinja2.Template:
-    """Returns a template, in an environment like that of transformers.
-
-    Raises:
-        jinja2.TemplateError: the template is malformed.
-    """
+@lru_cache(maxsize=1)
+def environment() -> jinja2.Environment:
+    """Returns an environment like that of transformers."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = fail
-    return made.from_string(template)
+    return made
+
+
+@lru_cache(maxsize=64)
+def compiled(template: str) -> jinja2.Template:
+    """Returns a template. Raises jinja2.TemplateError where it is malformed."""
+    return environment().from_string(template)
 
 
 def render(request: dict[str, Any]) -> str:
     """Returns the text of a request. Raises the errors of Python and Jinja for what a template does wrong."""
+    if "messages" not in request:
+        return " ".join(sorted(jinja2.meta.find_undeclared_variables(environment().parse(request["template"]))))
     pieces: list[str] = []
     length = 0
     now = datetime.datetime.fromisoformat(request["day"]) if request.get("day") else datetime.datetime.now()

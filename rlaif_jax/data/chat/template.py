@@ -25,6 +25,7 @@ from rlaif_jax.files import printable
 
 Message = Mapping[str, str]
 PROGRAM = Path(__file__).with_name("renderer.py")
+GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt", "strftime_now"))  # to every template
 PATIENCE = 60.0  # seconds; the process itself ends after a few seconds of computing, so this is for a busy machine
 
 
@@ -139,33 +140,80 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, str]
     return [{"name": name, "template": text} for name, text in found.items()], str(file)
 
 
+def named_templates(value: Any) -> dict[str, str]:
+    """Returns {name: template} of the chat templates of a tokenizer; one without a name is `default`.
+
+    Args:
+        value: the `chat_template` of its settings: a text, a list of `{"name", "template"}`, an object of names and texts,
+            or None.
+    """
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    found = value if isinstance(value, dict) else {"default": value}
+    return {str(name): template for name, template in found.items() if isinstance(template, str)}
+
+
 def template_of(value: Any, where: str) -> str:
     """Returns the template that renders conversations: the only one, or that named `default`.
 
     Args:
-        value: the `chat_template` of a tokenizer's settings: a text, a list of `{"name", "template"}`, an object of names
-            and texts, or None.
+        value: as `named_templates` takes it.
         where: the file, for messages.
 
     Raises:
         UserError: there is no template.
     """
-    if isinstance(value, list):
-        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-    if isinstance(value, dict):
-        names = ", ".join(sorted(map(str, value))) or "none"
-        require(
-            isinstance(value.get("default"), str),
-            f"{where}: none of the chat templates is named default (there is {names}); name the one to use so",
-        )
-        value = value["default"]
+    found = named_templates(value)
     require(
-        isinstance(value, str),
+        "default" in found or not isinstance(value, (list, dict)),
+        f"{where}: none of the chat templates is named default (there is {', '.join(sorted(found)) or 'none'}); choose one "
+        "by chat.template",
+    )
+    require(
+        "default" in found,
         f"{where}: this tokenizer has no chat template: a base model continues text, so give it the text itself, or take "
         "the folder of the model's chat version",
     )
-    assert isinstance(value, str)
-    return value
+    return found["default"]
+
+
+def with_variables(template: str, variables: Mapping[str, Any], where: str) -> str:
+    """Returns a template that begins by setting variables, unless they are given to it.
+
+    It writes what the template writes where transformers' `apply_chat_template` is given the variables. Whoever reads the
+    template from a folder, transformers included, needs to know nothing of them.
+
+    Args:
+        template: the template.
+        variables: name -> JSON value.
+        where: the file, for messages.
+
+    Raises:
+        UserError: the template is malformed, or takes no variable of such a name.
+    """
+    reply = renderer().ask({"template": template})
+    require(
+        "error" not in reply, f"{where}: the chat template cannot be used: {printable(reply.get('error', ''))[:300]}"
+    )
+    taken = [name for name in reply["text"].split() if name not in GIVEN and not name.endswith("_token")]
+    unknown = [name for name in variables if name not in taken]
+    require(
+        not unknown,
+        f"{where}: the chat template takes no variable {', '.join(unknown)} (chat.variables); it takes "
+        f"{', '.join(taken) or 'none'}",
+    )
+    set_it = lambda name, value: f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+    # The template after the line break is read as if nothing were before it: the break itself writes nothing.
+    return "".join(set_it(*item) for item in variables.items()) + "\n" * bool(variables) + template
+
+
+def _literal(value: Any) -> str:
+    """Returns a JSON value as Jinja spells it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------------------------------------------- rendering

@@ -23,15 +23,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from rlaif_jax.config import require
+from rlaif_jax.data.hub import ADAPTER
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.hf.base import Family, Fields, read_object
 from rlaif_jax.models.hf.families import family_of
-from rlaif_jax.models.hf.files import whole_folder
+from rlaif_jax.models.hf.folders import whole_folder
 from rlaif_jax.models.hf.weights import file_module, open_weights, parameter_shapes, read_tensor
 from rlaif_jax.models.lora import TARGETS, LoRAConfig, Target
 from rlaif_jax.types import Params
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 # What `save_adapter` may replace: all that peft writes.
 ADAPTER_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md")
 PREFIX = "base_model.model."
@@ -108,7 +109,8 @@ def save_adapter(
         model: the base model.
         lora: settings of the adapter.
         params: the adapter; arrays may be sharded over the devices of this process.
-        base_name: hub id or folder of the base, which peft's automatic classes load; None: not known.
+        base_name: hub id, folder or file of the base, which `load_model` and peft's automatic classes load; None: not known.
+            The absolute path is written, so that the adapter is read from any folder.
 
     Raises:
         UserError: the adapter is not of this model; the folder holds other things than an adapter, or cannot be written.
@@ -141,6 +143,8 @@ def save_adapter(
             a = np.concatenate([a for a, _ in layer[:count]], axis=1)
             tensors[f"{blocks.name(i, module)}.lora_A.weight"] = np.ascontiguousarray(a.T)
             tensors[f"{blocks.name(i, module)}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    if base_name and Path(base_name).exists():
+        base_name = str(Path(base_name).resolve())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -8,11 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from rlaif_jax.config import UserError, require
-from rlaif_jax.data.hub import TOKENIZER_FILES, download
+from rlaif_jax.config import require
+from rlaif_jax.data.chat.config import ChatConfig
+from rlaif_jax.data.hub import TOKENIZER_FILES, download, layers
 from rlaif_jax.data.llama2c import Llama2cTokenizer
 from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from rlaif_jax.files import it_is
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig
+from rlaif_jax.models.hf.adapters import load_adapter, read_settings
 from rlaif_jax.models.hf.families import family_of, read_config, write_config
+from rlaif_jax.models.hf.folders import whole_folder
 from rlaif_jax.models.hf.gguf import read_gguf_model
 from rlaif_jax.models.hf.llama2c import read_llama2c
 from rlaif_jax.models.hf.weights import INDEX, WEIGHTS, Tensor, parameter_shapes, read_weights, tensors
@@ -53,7 +51,8 @@ def load_model(
     """Reads a language model from a Hugging Face folder, a hub id, a GGUF or a llama2.c file.
 
     Folders hold config.json (GPT-2, Llama, Mistral without sliding window, Qwen2, Qwen3) and model.safetensors or
-    its shards. Weights of any float type are read to float32, onto JAX's default device; a model that is too large
+    its shards. The folder of a LoRA adapter, as peft writes it, gives the base model that it names, with the adapter
+    merged. Weights of any float type are read to float32, onto JAX's default device; a model that is too large
     for it is read under `jax.default_device(jax.devices("cpu")[0])` and sharded from there.
 
     Args:
@@ -68,7 +67,9 @@ def load_model(
     Raises:
         UserError: naming the file and the field or tensor that is missing, damaged or not supported.
     """
-    path = Path(folder_or_hub_id)
+    *adapters, path = layers(str(folder_or_hub_id), DOWNLOADED, "model")
+    for folder in adapters:
+        read_settings(folder)  # before the base is read, which may take long
     if path.is_file():
         require(
             path.suffix in (".bin", ".gguf"),
@@ -77,16 +78,20 @@ def load_model(
         )
         config, flat = read_gguf_model(path) if path.suffix == ".gguf" else read_llama2c(path)
     else:
-        folder = path if path.is_dir() else download_model(str(folder_or_hub_id))
-        config = read_config(folder / "config.json")
-        flat = read_weights(folder, config)
-    config = dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat)
-    return CausalLM(config), unflatten_dict({name: jnp.array(flat.pop(name)) for name in list(flat)}, sep="/")
+        config = read_config(path / "config.json")
+        flat = read_weights(path, config)
+    model = CausalLM(dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat))
+    params = unflatten_dict({name: jnp.array(flat.pop(name)) for name in list(flat)}, sep="/")
+    for folder in reversed(adapters):
+        lora, adapter = load_adapter(folder, model)
+        params = lora.merge(params, adapter)
+    return model, params
 
 
 def load_with_tokenizer(
     name: str,
     tokenizer_path: Path | None = None,
+    chat: ChatConfig = ChatConfig(),
     *,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     remat: bool = False,
@@ -98,6 +103,7 @@ def load_with_tokenizer(
     Args:
         name: as `load_model` takes it.
         tokenizer_path: the tokenizer's file or folder; None: it is next to the model.
+        chat: the chat template and its variables.
         compute_dtype: of activations.
         remat: recompute blocks in the backward pass.
 
@@ -105,18 +111,19 @@ def load_with_tokenizer(
         UserError: one of the files is missing or damaged, or they do not fit each other.
     """
     model, params = load_model(name, compute_dtype=compute_dtype, remat=remat)
-    llama2c = Path(name).suffix == ".bin" and Path(name).is_file()
-    folder = Path(name).parent if llama2c else Path(name) if Path(name).exists() else download_model(name)
-    tokenizer = load_tokenizer(tokenizer_path or folder)
+    *adapters, base = layers(name, DOWNLOADED, "model")
+    llama2c = base.suffix == ".bin"
+    own = adapters[0] if adapters else base.parent if llama2c else base
+    tokenizer = load_tokenizer(tokenizer_path or own)
     check_tokenizer(tokenizer, model.config.vocab_size, name)
     if llama2c or isinstance(tokenizer, Llama2cTokenizer):
         # A llama2.c model has learned texts that each begin with BOS, and never saw EOS, whatever file its tokenizer is in.
         require(
             tokenizer.bos_id is not None,
-            f"{tokenizer_path or folder}: this tokenizer has no BOS token to begin a story with",
+            f"{tokenizer_path or own}: this tokenizer has no BOS token to begin a story with",
         )
         tokenizer = tokenizer.stopping_at_bos()
-    return model, params, tokenizer
+    return model, params, chat.apply(tokenizer)
 
 
 def download_model(hub_id: str) -> Path:
@@ -201,41 +208,6 @@ def write_folder(
             tokenizer.save(staged)
 
 
-@contextmanager
-def whole_folder(folder: str | Path, what: str, replaceable: re.Pattern[str]) -> Iterator[Path]:
-    """Yields a folder to write into, which then becomes `folder`, whole or not at all.
-
-    Args:
-        folder: the folder to make or to replace.
-        what: what it holds, for messages.
-        replaceable: names of the files that an older folder may hold.
-
-    Raises:
-        UserError: the folder holds other things, or cannot be written.
-    """
-    folder = Path(folder).resolve()
-    check_replaceable(folder, what, replaceable)
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        staged.mkdir(parents=True)
-        yield staged
-        if folder.exists():
-            folder.rename(replaced)
-        staged.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(
-            f"{folder}: the {what} could not be written ({reason}); nothing was left behind. Free some "
-            "space or name another folder"
-        ) from error
-    finally:
-        if replaced.exists() and not folder.exists():  # stopped between the two renames
-            replaced.rename(folder)
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def special_ids(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, int | None]:
     """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`, as config.json names them.
 
@@ -254,24 +226,6 @@ def special_ids(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, int |
         f"only {vocab_size}; it is of another vocabulary",
     )
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-
-
-def check_replaceable(folder: Path, what: str, replaceable: re.Pattern[str]) -> None:
-    """Raises UserError for a folder that holds other things than what is to be written.
-
-    Args:
-        folder: the folder, which may not exist.
-        what: what is to be written, for messages.
-        replaceable: names of the files that may be replaced.
-    """
-    if folder.exists():
-        require(folder.is_dir(), f"{folder} is a file; name a folder for the {what}")
-        others = sorted(p.name for p in folder.iterdir() if not replaceable.fullmatch(p.name))
-        require(
-            not others,
-            f"{folder} holds {', '.join(others[:3])}, which belongs to no {what}, and will not be "
-            "replaced; name another folder",
-        )
 
 
 def write_weights(folder: Path, config: DecoderConfig, flat: dict[str, jax.Array], max_shard_bytes: int) -> None:

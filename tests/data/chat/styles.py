@@ -111,6 +111,28 @@ FOLDED = """\
 {{- undefined_name }}{{ {'b': messages[-1:], 'a': 'é<'} | tojson(indent=2) }}{{ messages[0] | tojson }}
 {%- if add_generation_prompt %}### Assistant:
 {% endif %}"""
+# As Qwen3's: an empty thought is written for the model where thinking is switched off; earlier thoughts are left out.
+THINKING = """\
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" and loop.index0 > ns.last %}
+        {%- set parts = message.content.split('</think>') %}
+        {%- set thought = parts[0].split('<think>')[-1].strip('\\n') if parts | length > 1 else '' %}
+        {{- '<|im_start|>assistant\\n<think>\\n' + thought + '\\n</think>\\n\\n' + parts[-1].lstrip('\\n') }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
 STYLES = {
     "ChatML": CHATML,
     "ChatML with a system message": CHATML_SYSTEM,
@@ -119,6 +141,7 @@ STYLES = {
     "turns": TURNS,
     "tags": TAGS,
     "folded": FOLDED,
+    "thinking": THINKING,
 }
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",

@@ -17,8 +17,21 @@ import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.chat import template as chat
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
-from tests.data.chat.styles import CHATML, CONVERSATIONS, FOLDED, HEADERS, INST, STYLES, TAGS, TURNS, chat_folder, talk
+from tests.data.chat.styles import (
+    CHATML,
+    CONVERSATIONS,
+    FOLDED,
+    HEADERS,
+    INST,
+    STYLES,
+    TAGS,
+    THINKING,
+    TURNS,
+    chat_folder,
+    talk,
+)
 
 REAL = Path(os.environ.get("RLAIF_JAX_CHAT_MODEL", "models/smollm2"))
 
@@ -144,6 +157,115 @@ def test_the_template_that_wins_is_that_of_transformers(tmp_path: Path, template
     assert loaded(tmp_path / "b").chat_text(messages) == text
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
     assert again.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+
+
+# ------------------------------------------------------------------------------------ choice and variables
+
+VALUES = {"x": "false", "y": '[1, -2.5e-7, null, {"a b": true}]', "z": "it's \"%}{{ }}\\ é 🎈\n", "n": "null", "e": ""}
+EACH = (
+    "\n  {% if x %}no{% endif %} {% macro f(m) %}{{ m.content }}{{ y | tojson }}{{ z }}{% endmacro %}{% for m in messages %}"
+    "{{ f(m) }}{% generation %}{{ n is none }}{{ x }}{% endgeneration %}{% set x = 3 %}{% endfor %}|{{ x }}{{ e }}|"
+)
+SHOUT = "  {% if true %}\n{{ messages | map(attribute='content') | join('|') }}!{% endif %}\r\n</s>"
+
+
+def chosen(folder: Path, template: str = "", *variables: str) -> HuggingFaceTokenizer:
+    tokenizer = ChatConfig(template, variables).apply(load_tokenizer(folder))
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "variables"),
+    [
+        (THINKING, {"enable_thinking": "false"}),
+        (THINKING, {"enable_thinking": "true"}),
+        (HEADERS, {"date_string": "1 Jan 1970"}),
+        (EACH, VALUES),
+        (SHOUT, {}),
+    ],
+)
+def test_variables_are_those_that_transformers_gives_to_the_template(tmp_path: Path, template: str, variables):
+    """Also of the folder that a run writes, where nobody gives them again."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(chat_folder(tmp_path / "a", template))
+    ours = chosen(tmp_path / "a", "", *(f"{name}={text}" for name, text in variables.items()))
+    ours.save(tmp_path / "b")
+    saved, again = loaded(tmp_path / "b"), transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    given = {name: json.loads(text) if text and text[0] in "[ftn" else text for name, text in variables.items()}
+    for name, messages in CONVERSATIONS.items():
+        want = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
+        assert ours.chat_text(messages) == saved.chat_text(messages) == want, name
+        assert again.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == want, name
+    if not variables:
+        return
+    # Whoever gives them again, to us or to transformers, has his own.
+    name = next(iter(variables))
+    want = theirs.apply_chat_template(talk("q"), tokenize=False, add_generation_prompt=True, **given | {name: "w"})
+    assert chosen(tmp_path / "b", "", f"{name}=w").chat_text(talk("q")) == want
+    assert again.apply_chat_template(talk("q"), tokenize=False, add_generation_prompt=True, **{name: "w"}) == want
+
+
+@pytest.mark.parametrize("place", ["list", "files"])
+def test_a_template_is_chosen_by_its_name_or_its_file(tmp_path: Path, place: str):
+    transformers = pytest.importorskip("transformers")
+    named = {"default": CHATML, "shout": SHOUT, "thinking": THINKING}
+    listed = [{"name": name, "template": text} for name, text in named.items()]
+    folder = chat_folder(tmp_path / "a", listed if place == "list" else None)
+    if place == "files":
+        (folder / "additional_chat_templates").mkdir()
+        for name, text in named.items():
+            (folder / "additional_chat_templates" / f"{name}.jinja").write_bytes(text.encode())
+    (tmp_path / "tags.jinja").write_bytes(TAGS.encode())
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for ours, template, given in (
+        (chosen(folder, "shout"), "shout", {}),
+        (chosen(folder, "default"), None, {}),
+        (chosen(folder, "thinking", "enable_thinking=false"), "thinking", {"enable_thinking": False}),
+        (chosen(folder, str(tmp_path / "tags.jinja")), TAGS, {}),
+    ):
+        want = theirs.apply_chat_template(
+            talk("q", "a", "r"), chat_template=template, tokenize=False, add_generation_prompt=True, **given
+        )
+        assert ours.chat_text(talk("q", "a", "r")) == want
+    assert chosen(folder, "thinking").stop_ids == (257, 259) != chosen(folder, "shout").stop_ids
+    assert chosen(chat_folder(tmp_path / "plain", None), str(tmp_path / "tags.jinja")).chat_text(talk("q")) == (
+        "<|user|>\nq</s>\n<|assistant|>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "said"),
+    [
+        ("", ["thinking"], "chat.variables: 'thinking' should be NAME=VALUE"),
+        ("", ["=3"], "chat.variables: '=3' should be NAME=VALUE"),
+        ("", ["x=1", "x=2"], "chat.variables: x is given twice"),
+        ("", ["enable_thinkng=false"], "HERE/tokenizer_config.json: the chat template takes no variable enable_thinkng "
+                                       "(chat.variables); it takes enable_thinking, parts, thought"),
+        ("", ["messages=[]"], "the chat template takes no variable messages"),
+        ("chatml", ["x=1"], "HERE/tokenizer_config.json has no chat template chatml (it has default), and there is"),
+        ("HERE/for.jinja", [], "HERE/for.jinja: the chat template cannot be used: it is malformed: line 2"),
+        ("HERE/latin.jinja", [], "HERE/latin.jinja is not UTF-8 text"),
+        ("HERE", [], "and there is no such file"),
+    ],
+)  # fmt: skip
+def test_a_choice_that_cannot_be_is_one_line(tmp_path: Path, template: str, variables: list[str], said: str):
+    folder = chat_folder(tmp_path, THINKING)
+    (folder / "for.jinja").write_text("x\n{% for")
+    (folder / "latin.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=re.escape(said.replace("HERE", str(folder)))) as error:
+        chosen(folder, template.replace("HERE", str(folder)), *variables)
+    assert "\n" not in str(error.value)
+
+
+def test_a_choice_needs_a_template(tmp_path: Path):
+    with pytest.raises(UserError, match="this tokenizer has no chat template: a base model continues text"):
+        chosen(chat_folder(tmp_path, None), "", "x=1")
+    with pytest.raises(UserError, match=r"named default.*choose one by chat\.template"):
+        chosen(chat_folder(tmp_path, NAMED[:1]), "", "x=1")
+    with pytest.raises(UserError, match=r"need a tokenizer with chat templates, a tokenizer\.json"):
+        ChatConfig("shout").apply(None)
+    assert ChatConfig().apply(None) is None
 
 
 # ------------------------------------------------------------------------------------- hostile and broken

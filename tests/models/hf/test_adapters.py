@@ -18,9 +18,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlaif_jax.config import UserError
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.adapters import load_adapter, save_adapter
-from rlaif_jax.models.hf.files import load_model, save_model
+from rlaif_jax.models.hf.files import load_model, load_with_tokenizer, save_model
 from rlaif_jax.models.lora import LoRAConfig
 from tests.helpers import assert_same_leaves, relative_distance
 from tests.models.hf.references import REFERENCES, TINY, build_reference, padded_batch, random_params, reference_logits
@@ -170,6 +171,26 @@ def test_gradients_equal_peft_s(name, root, tmp_path):
         assert relative_distance(x, y) < 2e-5, jax.tree_util.keystr(path)
 
 
+@needs_peft
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # of transformers, by peft
+@pytest.mark.parametrize("name", ["llama-untied", "gpt2"])
+def test_the_folder_of_an_adapter_is_read_as_the_model_that_peft_makes_of_it(name, root, tmp_path):
+    import peft
+
+    _, model, base = reference(name, root)
+    lora = FAMILIES[name]
+    adapter = random_adapter(lora, model)
+    save_adapter(tmp_path / "adapter", model, lora, adapter, base_name=str(root / name))
+    again, params = load_model(tmp_path / "adapter")
+    assert again == model
+    assert_same_leaves(params, lora.merge(base, adapter))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").merge_and_unload().eval()
+    want = reference_logits(theirs, TOKENS, MASK)
+    np.testing.assert_allclose(our_logits(again, params)[MASK], want[MASK], atol=1e-5)
+
+
 # ---- Without it
 
 
@@ -302,6 +323,100 @@ def test_foreign_and_damaged_adapters(case, written, tmp_path):
     assert str(folder) in message and "\n" not in message
     for part in wanted:
         assert part in message, message
+
+
+# ---- As a model
+
+
+def words(*names: str) -> Any:
+    return word_level_tokenizer([*names, *(f"w{i}" for i in range(TINY.vocab_size - 4 - len(names)))])
+
+
+@pytest.fixture
+def over(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Writes an adapter of rank 1 over a base, by default over a model that it writes, too."""
+    monkeypatch.chdir(tmp_path)
+    model, lora = CausalLM(TINY), LoRAConfig(1)
+    save_model(tmp_path / "base", model, random_params(model), words("base"))
+
+    def write(name: str, base: str | None, **changes: Any) -> Path:
+        save_adapter(tmp_path / name, model, lora, random_adapter(lora, model), base_name=base)
+        edit_config(**changes)(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def test_an_adapter_may_be_over_another_and_have_its_own_tokenizer(over, tmp_path, monkeypatch):
+    lora, base = LoRAConfig(1), load_model("base")[1]
+    merged = lora.merge(base, random_adapter(lora, CausalLM(TINY)))
+    one, two = over("one", "base"), over("two", "one")
+    monkeypatch.chdir("/")  # the paths of the bases are absolute
+    assert_same_leaves(load_model(one)[1], merged)
+    _, params, tokenizer = load_with_tokenizer(str(two))
+    assert_same_leaves(params, lora.merge(merged, random_adapter(lora, CausalLM(TINY))))
+    assert tokenizer.fingerprint == load_tokenizer(two).fingerprint == words("base").fingerprint
+    words("own").save(one)
+    for name in (one, two):
+        found = load_with_tokenizer(str(name))[2].fingerprint
+        assert found == load_tokenizer(name).fingerprint == words("own").fingerprint
+    given = load_with_tokenizer(str(two), tmp_path / "base")[2]
+    assert given.fingerprint == words("base").fingerprint
+
+
+def test_the_files_of_an_adapter_of_the_hub_are_fetched(over, tmp_path, monkeypatch):
+    over("hub/org/adapter", "none", base_model_name_or_path="org/base", revision="v1")
+    shutil.move("base", "hub/org/base")
+    asked = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        folder = shutil.copytree(tmp_path / "hub" / name, tmp_path / "fetched" / name, dirs_exist_ok=True)
+        for path in folder.iterdir():
+            if not any(path.match(pattern) for pattern in allow_patterns):
+                path.unlink()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    _, params, tokenizer = load_with_tokenizer("org/adapter")
+    lora = LoRAConfig(1)
+    want = lora.merge(load_model("hub/org/base")[1], random_adapter(lora, CausalLM(TINY)))
+    assert_same_leaves(params, want)
+    assert tokenizer.fingerprint == words("base").fingerprint
+    assert set(asked) == {("org/adapter", None), ("org/base", "v1")}
+
+
+BAD_BASES = {
+    "no such folder": ({"base_model_name_or_path": "/none/base"}, "no model at /none/base: there is no such file or folder"),
+    "relative": ({"base_model_name_or_path": "../x/base"}, "(a relative path begins in the current folder): no model at ../x/"),
+    "null": ({"base_model_name_or_path": None}, "base_model_name_or_path is None: write there the folder or the hub id"),
+    "absent": ({"base_model_name_or_path": "absent"}, "base_model_name_or_path is None"),
+    "a number": ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
+    "itself": ({"base_model_name_or_path": "adapter"}, "the adapter is its own base model"),
+    "another method": ({"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
+    "another base": ({"r": 2}, "r=2 asks for (2, 16)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_BASES)
+def test_an_adapter_whose_base_cannot_be_read(case, over):
+    changes, message = BAD_BASES[case]
+    folder = over("adapter", "base", **changes)
+    with pytest.raises(UserError) as caught:
+        load_model(folder)
+    assert message in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_whole_model_is_read_although_an_adapter_s_settings_are_next_to_it(over):
+    (over("adapter", "base") / "adapter_config.json").rename("base/adapter_config.json")
+    assert_same_leaves(load_model("base")[1], random_params(CausalLM(TINY)))
+
+
+def test_the_adapter_of_another_model_is_refused(over, tmp_path):
+    deeper = CausalLM(dataclasses.replace(TINY, num_layers=3))
+    save_adapter(tmp_path / "deep", deeper, LoRAConfig(1), random_adapter(LoRAConfig(1), deeper), base_name="base")
+    with pytest.raises(UserError, match=r"has no place in the base model \(llama, 2 layers\)"):
+        load_model("deep")
 
 
 def test_a_fused_matrix_of_mixed_blocks_is_refused(tmp_path):

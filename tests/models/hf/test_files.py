@@ -217,11 +217,13 @@ BAD = {
     ),
     "adapter": (
         only(adapter_config__json=ADAPTER, adapter_model__safetensors=b""),
-        ["adapter (LORA adapter of some/base)", "merge"],
+        [
+            "adapter_config.json: base_model_name_or_path (a relative path begins in the current folder): no model some/base"
+        ],
     ),
     "adapter with a config.json": (
         lambda f: [(f / "model.safetensors").unlink(), (f / "adapter_config.json").write_text(ADAPTER)],
-        ["adapter of some/base", "merge"],
+        ["model/adapter_config.json", "no model some/base"],
     ),
     "pointers": (edit_bytes(lambda d: LFS), ["model.safetensors", "Git LFS pointer", "git lfs pull"]),
     "pointer to the config": (lambda f: (f / "config.json").write_bytes(LFS), ["config.json", "Git LFS pointer"]),
