@@ -261,10 +261,9 @@ class ApiReward(ApiConfig):
     """A model behind an OpenAI-compatible server. Replies are kept: no judgement is paid for twice.
 
     Attributes:
-        server: the API's address, such as http://127.0.0.1:8000/v1; the other settings of the server and its budgets are
-            those of `python -m rlaif_jax judge --help`.
         form: rating: each answer alone; ranking: against another answer, in both orders.
-        against: of a ranking, the field of the prompt's record with the other answer; see `judge`.
+        against: of a ranking, the field of the prompt's record with the other answer; `baseline` is what the policy
+            answered before training.
         principle: the criterion, a sentence; "" = the template's.
         constitution: a constitution file, of which a principle is drawn for each prompt.
         template: a template file; None = the built-in one.

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
+import textwrap
+import typing
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlaif_jax.config import UserError, from_words, require
+from rlaif_jax.config import UserError, explanations, from_words, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.world.people import SimulatedRater, simulated_raters
-from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.constitution.constitution import ConstitutionSource, load_constitution
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.judges.reward_source import RewardModelSource
@@ -184,7 +186,7 @@ class SimulatedReward:
         quality: module:function or file.py:function of (prompt, answer): the true quality in [0, 1].
         raters: people in the crowd.
         overlap: ratings of each answer.
-        noise: of a rating, in points.
+        noise: the standard deviation of a rating's noise, in points.
     """
 
     quality: str
@@ -245,8 +247,8 @@ class WeightedReward:
 
     Attributes:
         reward: where the reward comes from.
-        weight: its factor in the weighted sum; below 0 where less is better.
-        name: of its numbers in metrics and on the page; "" = its kind.
+        weight: the reward's factor in the weighted sum; below 0 where less is better.
+        name: the reward's name in metrics and on the page; "" = its kind.
     """
 
     reward: Reward
@@ -321,9 +323,13 @@ def reward_line(reward: WeightedReward) -> str:
         for field in dataclasses.fields(part):
             value = vars(part)[field.name]
             if field.name != "reward" and value != field.default:
-                listed = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                words.append(f"{field.name}={listed}")
+                words.append(f"{field.name}={_shown(value)}")
     return shlex.join(words)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as a line of words holds it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def reward_names(rewards: Sequence[WeightedReward]) -> tuple[str, ...]:
@@ -336,18 +342,64 @@ def reward_names(rewards: Sequence[WeightedReward]) -> tuple[str, ...]:
     return tuple(names)
 
 
+# ---- Help
+
+
 def rewards_help() -> str:
-    """Returns the kinds of rewards with their settings, for --help."""
+    """Returns the kinds of rewards with the names and defaults of their settings, for --help."""
+    width = shutil.get_terminal_size().columns
     lines = []
     for word, kind in KINDS.items():
-        first = (kind.__doc__ or "").strip().partition("\n")[0]
-        lines.append(f"  {word}: {first}")
-        shown = [f"{f.name}={f.default}" if f.default is not dataclasses.MISSING else f.name for f in _settings(kind)]
-        lines.append(f"      {', '.join(shown)}")
+        lines.append(_wrapped(f"  {word}: {_first_line(kind)}", width, 6))
+        lines.append(_wrapped(f"      {', '.join(_labels(kind).values())}", width, 6))
     return "\n".join(lines)
 
 
-def _settings(kind: type[Reward]) -> list[dataclasses.Field[Any]]:
-    """Returns the settings that --help shows: of a judge behind an API, few of those of the server."""
-    inherited = {field.name for field in dataclasses.fields(ApiConfig)} - {"server", "model", "key_env", "budget_usd"}
-    return [field for field in dataclasses.fields(kind) if kind is not ApiReward or field.name not in inherited]
+def settings_help() -> str:
+    """Returns the kinds of rewards with what each of their settings does, a line each, for --help-rewards."""
+    width = shutil.get_terminal_size().columns
+    head = (
+        "A reward is a line of words: KIND [TARGET] [SETTING=VALUE ...]. The target is the kind's first setting, which "
+        "needs no name there. After = is the default."
+    )
+    parts = [_wrapped(head, width, 0), f"Of every kind:\n{_explained(WeightedReward, width)}"]
+    for word, kind in KINDS.items():
+        parts.append(f"{_wrapped(f'{word}: {_first_line(kind)}', width, 4)}\n{_explained(kind, width)}")
+    return "\n\n".join(parts)
+
+
+WIDEST = 26
+"""Characters of a setting and its default that have their explanation on the same line."""
+
+
+def _explained(kind: type, width: int) -> str:
+    """Returns a line for each setting of a dataclass, wrapped: its name, its default and its explanation."""
+    labels, said, hints = _labels(kind), explanations(kind), typing.get_type_hints(kind)
+    column = 4 + min(max(map(len, labels.values())), WIDEST)
+    lines = []
+    for name, label in labels.items():
+        text, choices = said[name], typing.get_args(hints[name])
+        if typing.get_origin(hints[name]) is Literal and not all(choice in text for choice in choices):
+            text = f"{text.removesuffix('.')} ({', '.join(choices)})."
+        begin = f"  {label}".ljust(column)
+        if len(label) > WIDEST:
+            lines.append(begin)
+            begin = " " * column
+        lines.append(_wrapped(begin + text, width, column))
+    return "\n".join(lines)
+
+
+def _labels(kind: type) -> dict[str, str]:
+    """Returns the name of each setting of a reward -> how it is written with its default."""
+    fields = [field for field in dataclasses.fields(kind) if field.name != "reward"]
+    return {f.name: f.name if f.default is dataclasses.MISSING else f"{f.name}={_shown(f.default)}" for f in fields}
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").strip().partition("\n")[0]
+
+
+def _wrapped(text: str, width: int, indent: int) -> str:
+    """Returns a text in lines of at most `width` characters; those after the first are indented."""
+    begin, rest = text[:indent], text[indent:]
+    return textwrap.fill(rest, width, initial_indent=begin, subsequent_indent=" " * indent, break_on_hyphens=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from rlaif_jax.recipes.rewards import (
     reward_line,
     reward_names,
     rewards_help,
+    settings_help,
     sparing,
 )
 from tests.helpers import random_params
@@ -73,10 +76,31 @@ def test_every_reward_has_a_name_of_its_kind_or_a_given_one():
     assert reward_names([read_reward(line) for line in lines]) == ("judge", "function", "judge_2", "brevity", "judge_3")
 
 
-def test_help_names_every_kind_with_its_settings():
+def test_help_names_every_kind_with_its_settings(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     text = rewards_help()
     assert all(f"\n  {word}: " in f"\n{text}" for word in KINDS)
-    assert "form=rating" in text and "budget_usd" in text and "requests_per_minute" not in text
+    assert {"form=rating,", "budget_usd=None,", "requests_per_minute=None,"} <= set(text.split())
+    assert max(map(len, text.splitlines())) <= 100 and len(text.splitlines()) < 60
+
+
+@pytest.mark.parametrize("width", [60, 132])
+def test_further_help_explains_each_setting_of_each_kind(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = settings_help()
+    assert all(len(line) <= width for line in text.splitlines())
+    for word, kind in [("Of every kind", WeightedReward), *KINDS.items()]:
+        part = text.partition(f"\n\n{word}:")[2].partition("\n\n")[0]
+        settings = re.findall(r"^  (\w+)(?:=\S*)?\s+(\S+ \S+)", part, re.MULTILINE)
+        assert [name for name, _ in settings] == [f.name for f in dataclasses.fields(kind) if f.name != "reward"]
+
+
+def test_explanations_name_defaults_choices_and_what_is_inherited(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = [" ".join(line.split()) for line in settings_help().splitlines()]
+    assert "budget_usd=None stop before more is spent; None = no limit." in lines
+    assert "dtype=float32 of the judge's matrix products (float32, bfloat16)." in lines
+    assert "field=answer the record's field: a text or number, or a list of those that are right." in lines
 
 
 # ---- Sources
