@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from rlaif_jax.config import UserError, explanations, from_words, require
@@ -23,6 +24,7 @@ from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.world.people import SimulatedRater, simulated_raters
 from rlaif_jax.feedback.constitution.constitution import ConstitutionSource, load_constitution
 from rlaif_jax.feedback.joined import JoinedSource
+from rlaif_jax.feedback.judges.reward_model import Combine
 from rlaif_jax.feedback.judges.reward_source import RewardModelSource
 from rlaif_jax.feedback.people.kinds import COMPARE, RANK, RATE
 from rlaif_jax.feedback.people.source import PeopleSource
@@ -37,7 +39,7 @@ from rlaif_jax.feedback.verifiers.kinds import UserReward
 from rlaif_jax.feedback.verifiers.number import Number
 from rlaif_jax.feedback.verifiers.texts import ExactMatch, Regex
 from rlaif_jax.feedback.verifiers.unit_tests import UnitTests
-from rlaif_jax.models.hf.classifiers import load_reward_model
+from rlaif_jax.models.hf.classifiers import load_ensemble
 from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
 from rlaif_jax.types import Feedback, Rollout
 
@@ -46,25 +48,37 @@ from rlaif_jax.types import Feedback, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class ModelReward:
-    """A reward model, as `python -m rlaif_jax reward-model` writes it: a classifier with one label.
+    """Reward models, classifiers with one label, as `python -m rlaif_jax reward-model` writes them.
 
-    It reads prompt and answer with its own tokenizer and chat template.
+    They read prompt and answer with their own tokenizer and chat template, all members in one compiled program.
 
     Attributes:
-        model: a Hugging Face folder or a hub id.
+        model: the folder of such a run, of which all members (model_0, model_1 ...) score; a Hugging Face folder or a hub id.
+        combine: how the scores of several members become one: their mean, the worst of them, or cautious: their mean
+            minus `coef` times their variance (Coste 2023).
+        coef: weight of the variance with combine=cautious, in units of 1 / score.
         dtype: of its matrix products.
         batch_size: texts of one compiled call, on each device.
         max_length: tokens of prompt and answer at most; 0 = the model's context, 2,048 at most.
     """
 
     model: str
+    combine: Combine = "mean"
+    coef: float = 0.5
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
     max_length: int = 0
 
+    def __post_init__(self) -> None:
+        require(0 <= self.coef < np.inf, f"coef must be a number from 0 up, not {self.coef}")
+
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source."""
-        model, params, tokenizer = load_reward_model(self.model, compute_dtype=self.dtype)
+        model, params, tokenizer = load_ensemble(self.model, compute_dtype=self.dtype)
+        require(
+            self.combine == "mean" or len(jax.tree.leaves(params)[0]) > 1,
+            f"{self.model}: combine={self.combine} is for several members (`reward-model --members N`); here is one",
+        )
         return RewardModelSource(
             model,
             params,
@@ -72,6 +86,8 @@ class ModelReward:
             around.runner,
             self.batch_size * around.runner.devices,
             self.max_length or min(2048, model.config.context_length),
+            self.combine,
+            self.coef,
         )
 
 
