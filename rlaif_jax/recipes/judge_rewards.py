@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,13 +24,13 @@ from rlaif_jax.feedback.constitution.constitution import Constitution, load_cons
 from rlaif_jax.feedback.constitution.revision import draw_principle
 from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
 from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource
-from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating, sha256
+from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rater, Rating, sha256
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource, Missing, other_answer
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.parallel import Runner
-from rlaif_jax.recipes.reasons import Reasons, ranking_words, rating_words
+from rlaif_jax.recipes.reasons import Reasons, ranking_words, rating_words, reply_words
 from rlaif_jax.types import Params
 
 BASELINE = "baseline"
@@ -127,6 +127,42 @@ def _wording(form: Form, template: Path | None, principle: str, constitution: Pa
     return _Wording(built, lambda prompt: draw_principle(rules.principles, prompt, "", seed, 0).text)
 
 
+def _from_store(
+    reward: JudgeReward | ApiReward,
+    around: Surroundings,
+    wording: _Wording,
+    rater: Callable[[Question], Rater],
+    words: Callable[[Mapping[tuple[int, ...], Judgement], str], str],
+) -> Reasons:
+    """Returns what a judge said about answers, read from the run's store.
+
+    Args:
+        reward: the judge's settings.
+        around: the run.
+        wording: how the judge was asked.
+        rater: who the judge is in the record of a question.
+        words: from the judge's own judgements of an answer, by the order in which answers were shown, and the name of the
+            other answer, to what the page says.
+    """
+    other = "the answer before training" if reward.against == BASELINE else f"the answer in {reward.against}"
+
+    def about(store: Store, record: Record, answer: str) -> str:
+        second = other_answer(record, reward.against) if reward.form == "ranking" else ""
+        if isinstance(second, Missing):
+            return ""
+        question = wording.question(str(record["prompt"]), answer, *([second] if reward.form == "ranking" else []))
+        item = sha256([question.prompt, sorted(question.answers)])
+        asked = (rater(question), question.principle, question.answers)
+        found = store.judgements(item=item, form=reward.form)
+        return words({e.shown: e for e in found if (e.rater, e.principle, e.answers) == asked}, other)
+
+    def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
+        with Store(around.store) as store:
+            return [about(store, record, answer) for record, answer in zip(records, answers)]
+
+    return written
+
+
 @dataclasses.dataclass(frozen=True)
 class JudgeReward:
     """A language model on the same devices that scores answers or compares them.
@@ -206,30 +242,14 @@ class JudgeReward:
         """Returns how the built judge came to its judgements, from the store: the labels' probabilities."""
         wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
         labels = [label for label, _ in wording.template.labels]
-        against = self.against if self.form == "ranking" else ""
-        other = "the answer before training" if against == BASELINE else f"the answer in {against}"
 
-        def words(store: Store, record: Record, answer: str) -> str:
-            second = other_answer(record, against) if against else ""
-            if isinstance(second, Missing):
-                return ""
-            answers = (answer, second) if against else (answer,)
-            found = store.judgements(item=sha256([str(record["prompt"]), sorted(answers)]), form=self.form)
-            asked = (around.raters[self], wording.principle(str(record["prompt"])), answers)
-            own = {entry.shown: entry for entry in found if (entry.rater, entry.principle, entry.answers) == asked}
-            if against:
-                forward, swapped = own.get((0, 1)), own.get((1, 0))
-                if isinstance(forward, Ranking) and isinstance(swapped, Ranking):
-                    return ranking_words(forward, swapped, other)
-                return ""
-            rating = own.get(())
+        def words(own: Mapping[tuple[int, ...], Judgement], other: str) -> str:
+            forward, swapped, rating = own.get((0, 1)), own.get((1, 0)), own.get(())
+            if isinstance(forward, Ranking) and isinstance(swapped, Ranking):
+                return ranking_words(forward, swapped, other)
             return rating_words(rating, labels) if isinstance(rating, Rating) else ""
 
-        def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
-            with Store(around.store) as store:
-                return [words(store, record, answer) for record, answer in zip(records, answers)]
-
-        return written
+        return _from_store(self, around, wording, lambda question: around.raters[self], words)
 
     def comparer(self, around: Surroundings) -> Compare:
         """Returns the judge as a function that compares answers in both orders."""
@@ -293,25 +313,17 @@ class ApiReward(ApiConfig):
 
         return ApiJudgeSource(judge, wording.template, question)
 
-    def reasons(self, around: Surroundings) -> Reasons | None:
-        """Returns what the judge wrote about answers, read from the store; None where it writes about pairs."""
-        if self.form == "ranking":
-            return None
+    def reasons(self, around: Surroundings) -> Reasons:
+        """Returns what the judge wrote about answers, read from the store."""
         wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
         judge = around.api_judge(self)
 
-        def words(store: Store, prompt: str, answer: str) -> str:
-            question = wording.question(prompt, answer)
-            asked = (judge.rater(question, wording.template), question.principle)
-            found = store.judgements(item=sha256([prompt, [answer]]), form="rating")
-            own = [entry for entry in found if (entry.rater, entry.principle) == asked]
-            return own[-1].raw if own else ""
+        def words(own: Mapping[tuple[int, ...], Judgement], other: str) -> str:
+            if self.form == "rating":
+                return next((entry.raw for entry in own.values()), "")
+            return reply_words(own[0, 1], own[1, 0], other) if len(own) == 2 else ""
 
-        def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
-            with Store(around.store) as store:
-                return [words(store, str(record["prompt"]), answer) for record, answer in zip(records, answers)]
-
-        return written
+        return _from_store(self, around, wording, lambda question: judge.rater(question, wording.template), words)
 
     def comparer(self, around: Surroundings) -> Compare:
         """Returns the judge as a function that compares answers in both orders."""

@@ -43,9 +43,26 @@ def ranking_words(forward: Ranking, swapped: Ranking, other: str) -> str:
     mean = (forward.probability + swapped.probability) / 2
     return (
         f"Better than {other} with {mean:.0%}: with {forward.probability:.0%} where it is shown first, with "
-        f"{swapped.probability:.0%} where it is shown second.{_mass(forward)} {other[:1].upper()}{other[1:]}: "
-        f"{forward.answers[1]}"
+        f"{swapped.probability:.0%} where it is shown second.{_mass(forward)} {_named(other, forward)}"
     )
+
+
+def reply_words(forward: Judgement, swapped: Judgement, other: str) -> str:
+    """Returns what a judge replied to both orders of two answers.
+
+    Args:
+        forward: the judgement with the answer shown first.
+        swapped: the judgement with the answer shown second.
+        other: what the other answer is.
+    """
+    return (
+        f"With the answer shown first: {forward.raw}\nWith the answer shown second: {swapped.raw}\n"
+        f"{_named(other, forward)}"
+    )
+
+
+def _named(other: str, judgement: Judgement) -> str:
+    return f"{other[:1].upper()}{other[1:]}: {judgement.answers[1]}"
 
 
 def _mass(judgement: Judgement) -> str:

@@ -398,7 +398,7 @@ def _judges(config: RlaifConfig, second: Reward | None, run: Run, runner: Runner
         opinion,
         asked.comparer(around) if isinstance(asked, Judging) else None,
         "everywhere" if any(map(_compares, rewards)) else "held out" if _compares(second) else "nowhere",
-        joined_reasons([(name, reasons) for name, reasons in said if reasons is not None]),
+        joined_reasons(said),
     )
 
 

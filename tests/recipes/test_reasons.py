@@ -104,6 +104,23 @@ def test_judges_behind_servers_speak_for_themselves(around):
     assert judges[0].reasons(around)(RECORDS, ["Never asked."]) == [""]
 
 
+def test_a_judge_behind_a_server_says_what_it_replied_to_both_orders(around):
+    """The newest reply counts; one order alone, or the answers the other way round, are no comparison of this answer."""
+    judge = ApiReward("http://127.0.0.1:9/v1", "gpt", form="ranking")
+    own = {"rater": Rater("gpt", "ai", "gpt", PAIRWISE.hash)}
+    with Store(around.store) as store:
+        store.add([ranking((0, 1), 0.9, raw="an old reply", **own), ranking((0, 1), 0.8, raw="B rambles. A", **own)])
+        store.add([ranking((1, 0), 0.7, raw="A is short. B", **own), ranking((1, 0), 0.7, raw="of another judge")])
+        store.add([ranking((0, 1), 0.1, answers=("Before.", "Because."), raw="the other way round", **own)])
+    said = judge.reasons(around)(RECORDS * 2 + [{"prompt": "Why?"}], ["Because.", "Before.", "Because."])
+    assert said == [
+        "With the answer shown first: B rambles. A\nWith the answer shown second: A is short. B\n"
+        "The answer before training: Before.",
+        "",
+        "",
+    ]
+
+
 def test_several_judges_speak_under_their_names():
     one = lambda records, answers: [f"{record['prompt']} {answer}" for record, answer in zip(records, answers)]
     silent = lambda records, answers: ["", "b"]
