@@ -30,7 +30,9 @@ def train() -> None:
     from rlaif_jax.command_line import command_line, ended_worse
     from rlaif_jax.recipes import rlaif
 
-    command_line(rlaif.main, rlaif.get_config(), rlaif.help_text(), loading=loading, failed=ended_worse)
+    command_line(
+        rlaif.main, rlaif.get_config(), rlaif.help_text(), loading=loading, failed=ended_worse, pages=rlaif.PAGES
+    )
 
 
 def sft() -> None:

@@ -50,6 +50,7 @@ def command_line(
     *,
     loading: Loading | None = None,
     failed: Callable[[Result], bool] = lambda result: False,
+    pages: Mapping[str, Callable[[], str]] = {},
 ) -> Result:
     """Parses the command line into a config, calls `main` with it and returns the result of `main`.
 
@@ -65,6 +66,7 @@ def command_line(
         description: the text of --help.
         loading: what the script has shown while its imports ran; ends here.
         failed: whether the result of `main` is a failure though everything was written, such as `ended_worse`.
+        pages: option -> a text that it prints, in the place of a run: help that is too long for --help.
 
     Raises:
         SystemExit: with status 2 and one line on stderr for bad input, with 1 when a check of the run failed, a loss is
@@ -77,7 +79,7 @@ def command_line(
     except ValueError:  # not the main thread: signals are somebody else's
         before = None
     try:
-        config = _parse_arguments(default, description)
+        config = _parse_arguments(default, description, pages)
         use_compilation_cache()
         result = main(config)
     except UserError as error:
@@ -106,9 +108,13 @@ CONFIG_HELP = """
 default, and options count more."""
 
 
-def _parse_arguments(default: Config, description: str | None) -> Config:
-    default, arguments = _from_file(_resumed(default, sys.argv[1:]), sys.argv[1:])
+def _parse_arguments(default: Config, description: str | None, pages: Mapping[str, Callable[[], str]] = {}) -> Config:
     try:
+        for option, text in pages.items():
+            if option in sys.argv[1:]:
+                print(text(), flush=True)
+                sys.exit(0)
+        default, arguments = _from_file(_resumed(default, sys.argv[1:]), sys.argv[1:])
         return tyro.cli(
             type(default),
             args=arguments,

@@ -7,6 +7,7 @@ the name of the class under "type", next to its fields.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import shlex
@@ -68,6 +69,16 @@ def check_choices(config: Any, name: str) -> None:
         value = vars(config)[field.name]
         if typing.get_origin(hints[field.name]) is Literal and value not in choices:
             raise UserError(f"{name}.{field.name} is {value!r}; it is one of {', '.join(map(str, choices))}")
+
+
+def explanations(cls: type) -> dict[str, str]:
+    """Returns what a dataclass and its bases say about each field, under `Attributes:`."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")[2]
+        for names, text in re.findall(r"^ {4}(\S[^:\n]*): (.+(?:\n {8}.+)*)", section, re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
 
 
 # ---- To JSON

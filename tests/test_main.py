@@ -85,6 +85,12 @@ def test_each_option_of_an_experiment_has_a_line(script):
     assert [line for config in configs for line in unexplained(config)] == []
 
 
+def test_the_settings_of_rewards_have_a_page(capsys):
+    status, out, _ = ended(capsys, "train", "--help-rewards")
+    assert status == 0 and out.startswith("A reward is a line of words") and "usd_per_million_prompt=0.0" in out
+    assert "train --help-rewards` explains" in ended(capsys, "train", "--help")[1]
+
+
 WRONG = {
     "sft": ((), "error: no model to begin with: give --model"),
     "reward-model": (("--feedback", "none.jsonl"), "error: no model"),

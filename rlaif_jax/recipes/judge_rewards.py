@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,18 +20,18 @@ from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.api.judge import ApiJudge
 from rlaif_jax.feedback.api.source import ApiJudgeSource
 from rlaif_jax.feedback.api.template_files import read_template
-from rlaif_jax.feedback.api.templates import Question, Template
+from rlaif_jax.feedback.api.templates import Question, Template, loose
 from rlaif_jax.feedback.constitution.constitution import Constitution, load_constitution
 from rlaif_jax.feedback.constitution.revision import draw_principle
-from rlaif_jax.feedback.judges.language_model import LanguageModelJudge
+from rlaif_jax.feedback.judges.language_model import LanguageModelJudge, Reasoning
 from rlaif_jax.feedback.judges.recorded import RecordedJudgeSource
-from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating, sha256
+from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rater, Rating, sha256
 from rlaif_jax.feedback.records.store import Store
 from rlaif_jax.feedback.sources import FeedbackSource, Missing, other_answer
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.hf.files import load_model
 from rlaif_jax.parallel import Runner
-from rlaif_jax.recipes.reasons import Reasons, ranking_words, rating_words
+from rlaif_jax.recipes.reasons import Reasons, ranking_words, rating_words, reply_words
 from rlaif_jax.types import Params
 
 BASELINE = "baseline"
@@ -127,6 +128,42 @@ def _wording(form: Form, template: Path | None, principle: str, constitution: Pa
     return _Wording(built, lambda prompt: draw_principle(rules.principles, prompt, "", seed, 0).text)
 
 
+def _from_store(
+    reward: JudgeReward | ApiReward,
+    around: Surroundings,
+    wording: _Wording,
+    rater: Callable[[Question], Rater],
+    words: Callable[[Mapping[tuple[int, ...], Judgement], str], str],
+) -> Reasons:
+    """Returns what a judge said about answers, read from the run's store.
+
+    Args:
+        reward: the judge's settings.
+        around: the run.
+        wording: how the judge was asked.
+        rater: who the judge is in the record of a question.
+        words: from the judge's own judgements of an answer, by the order in which answers were shown, and the name of the
+            other answer, to what the page says.
+    """
+    other = "the answer before training" if reward.against == BASELINE else f"the answer in {reward.against}"
+
+    def about(store: Store, record: Record, answer: str) -> str:
+        second = other_answer(record, reward.against) if reward.form == "ranking" else ""
+        if isinstance(second, Missing):
+            return ""
+        question = wording.question(str(record["prompt"]), answer, *([second] if reward.form == "ranking" else []))
+        item = sha256([question.prompt, sorted(question.answers)])
+        asked = (rater(question), question.principle, question.answers)
+        found = store.judgements(item=item, form=reward.form)
+        return words({e.shown: e for e in found if (e.rater, e.principle, e.answers) == asked}, other)
+
+    def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
+        with Store(around.store) as store:
+            return [about(store, record, answer) for record, answer in zip(records, answers)]
+
+    return written
+
+
 @dataclasses.dataclass(frozen=True)
 class JudgeReward:
     """A language model on the same devices that scores answers or compares them.
@@ -141,11 +178,13 @@ class JudgeReward:
             answered before training.
         principle: the criterion, a sentence; "" = the template's.
         constitution: a constitution file, of which a principle is drawn for each prompt.
-        template: a template file with a [direct] section; None = the built-in one.
+        template: a template file with a [direct] section, with `reasoning` with a [reasons] section; None = the built-in
+            one.
+        reasoning: the most tokens of reasons that the judge writes before its verdict; longer ones are cut there. 0 = none.
         dtype: of the judge's matrix products.
         batch_size: questions of one compiled call.
         min_mass: with less probability on all labels together, a judgement is missing.
-        max_length: tokens of a question at most; 0 = the model's context, 2,048 at most.
+        max_length: tokens of a question and its reasons at most; 0 = the model's context, 2,048 at most.
     """
 
     model: str
@@ -154,6 +193,7 @@ class JudgeReward:
     principle: str = ""
     constitution: Path | None = None
     template: Path | None = None
+    reasoning: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
     min_mass: float = 0.5
@@ -162,6 +202,7 @@ class JudgeReward:
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size must be >= 1, not {self.batch_size}")
         require(self.max_length >= 0, f"max_length must be >= 0, not {self.max_length}")
+        require(self.reasoning >= 0, f"reasoning must be >= 0, not {self.reasoning}")
         require(0 <= self.min_mass <= 1, f"min_mass must lie in 0 .. 1, not {self.min_mass}")
 
     @property
@@ -172,14 +213,19 @@ class JudgeReward:
     def _judge(self, around: Surroundings, form: Form) -> tuple[LanguageModelJudge, _Wording]:
         wording = _wording(form, self.template, self.principle, self.constitution, around.seed)
         template = wording.template
-        require(bool(template.direct), f"{self.template}: no [direct] section; a local judge is read by its labels")
+        require(
+            bool(template.direct or self.reasoning),
+            f"{self.template}: no [direct] section; a local judge is read by its labels",
+        )
         model, params = around.load(self.model, self.dtype)
         tokenizer = around.on_its_day(load_tokenizer(self.model))
 
         def text(prompt: str, *answers: str) -> str:
-            return _as_text(tokenizer, template, wording.question(prompt, *answers))
+            return _as_text(tokenizer, template, wording.question(prompt, *answers), "direct")
 
         labels = {value: label for label, value in template.labels}
+        values = (1.0, 0.0, 0.5) if self.reasoning else (1.0, 0.0)  # a [direct] section names no tie
+        reasoning = _reasoning(tokenizer, wording, self.reasoning) if self.reasoning else None
         judge = LanguageModelJudge(
             model,
             params,
@@ -187,8 +233,10 @@ class JudgeReward:
             around.runner,
             pairwise_prompt=text,
             score_prompt=text,
-            verdicts=(labels[1.0], labels[0.0]) if form == "ranking" else ("1", "2"),
+            verdicts=tuple(labels[x] for x in values if x in labels) if form == "ranking" else ("1", "2"),
             scale=template.labels,
+            reasoning=reasoning,
+            pairwise_reasoning=reasoning,
             batch_size=self.batch_size * around.runner.devices,
             max_length=min(self.max_length or 2048, model.config.context_length),
             min_mass=self.min_mass,
@@ -198,38 +246,23 @@ class JudgeReward:
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source: its judgements go to the run's store."""
         judge, wording = self._judge(around, self.form)
-        rater = around.raters[self] = Rater(Path(self.model).name, "ai", judge.hash, wording.template.hash)
+        name = Path(self.model).name + (f" reasoning={self.reasoning}" if self.reasoning else "")
+        rater = around.raters[self] = Rater(name, "ai", judge.hash, wording.template.hash)
         against = self.against if self.form == "ranking" else ""
         return RecordedJudgeSource(judge, rater, around.store, wording.principle, against)
 
     def reasons(self, around: Surroundings) -> Reasons:
-        """Returns how the built judge came to its judgements, from the store: the labels' probabilities."""
+        """Returns how the built judge came to its judgements: its reasons, the labels' probabilities."""
         wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
         labels = [label for label, _ in wording.template.labels]
-        against = self.against if self.form == "ranking" else ""
-        other = "the answer before training" if against == BASELINE else f"the answer in {against}"
 
-        def words(store: Store, record: Record, answer: str) -> str:
-            second = other_answer(record, against) if against else ""
-            if isinstance(second, Missing):
-                return ""
-            answers = (answer, second) if against else (answer,)
-            found = store.judgements(item=sha256([str(record["prompt"]), sorted(answers)]), form=self.form)
-            asked = (around.raters[self], wording.principle(str(record["prompt"])), answers)
-            own = {entry.shown: entry for entry in found if (entry.rater, entry.principle, entry.answers) == asked}
-            if against:
-                forward, swapped = own.get((0, 1)), own.get((1, 0))
-                if isinstance(forward, Ranking) and isinstance(swapped, Ranking):
-                    return ranking_words(forward, swapped, other)
-                return ""
-            rating = own.get(())
+        def words(own: Mapping[tuple[int, ...], Judgement], other: str) -> str:
+            forward, swapped, rating = own.get((0, 1)), own.get((1, 0)), own.get(())
+            if isinstance(forward, Ranking) and isinstance(swapped, Ranking):
+                return ranking_words(forward, swapped, other)
             return rating_words(rating, labels) if isinstance(rating, Rating) else ""
 
-        def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
-            with Store(around.store) as store:
-                return [words(store, record, answer) for record, answer in zip(records, answers)]
-
-        return written
+        return _from_store(self, around, wording, lambda question: around.raters[self], words)
 
     def comparer(self, around: Surroundings) -> Compare:
         """Returns the judge as a function that compares answers in both orders."""
@@ -244,9 +277,34 @@ class JudgeReward:
         return compare
 
 
-def _as_text(tokenizer: Tokenizer, template: Template, question: Question) -> str:
-    """Returns a question as the text before its label, by the chat template where there is one."""
-    messages = template.render(question, tuple(range(len(question.answers))), ending="direct").messages
+def _reasoning(tokenizer: Tokenizer, wording: _Wording, max_tokens: int) -> Reasoning:
+    """Returns how a judge writes reasons: by the template's [reasons], up to the line of its verdict.
+
+    The judge's own line is left out, and the template's, up to the label, is put after the reasons: also after those that
+    were cut.
+    """
+    template = wording.template
+    require(
+        template.reasoned and bool(template.verdict),
+        f"template {template.name}: no [reasons] section that ends with a verdict; reasoning={max_tokens} needs one",
+    )
+
+    def ask(*texts: str) -> str:
+        return _as_text(tokenizer, template, wording.question(*texts), "reasons")
+
+    def before_label(texts: tuple[str, ...], reasons: str) -> str:
+        question = wording.question(*texts)
+        nonce = template.render(question, tuple(range(len(question.answers))), ending="reasons").nonce
+        line, _ = template.verdict_frame(nonce)
+        own = list(re.finditer(loose(line), reasons, re.IGNORECASE)) if line.strip() else []
+        return f"{ask(*texts)}{reasons[: own[-1].start()] if own else reasons}".rstrip() + f"\n{line}"
+
+    return Reasoning(ask, "", max_tokens, before_label)
+
+
+def _as_text(tokenizer: Tokenizer, template: Template, question: Question, ending: Literal["direct", "reasons"]) -> str:
+    """Returns a question as the text before its label or reasons, by the chat template where there is one."""
+    messages = template.render(question, tuple(range(len(question.answers))), ending=ending).messages
     chat = chat_tokenizer(tokenizer)
     if chat is not None:
         try:
@@ -261,10 +319,9 @@ class ApiReward(ApiConfig):
     """A model behind an OpenAI-compatible server. Replies are kept: no judgement is paid for twice.
 
     Attributes:
-        server: the API's address, such as http://127.0.0.1:8000/v1; the other settings of the server and its budgets are
-            those of `python -m rlaif_jax judge --help`.
         form: rating: each answer alone; ranking: against another answer, in both orders.
-        against: of a ranking, the field of the prompt's record with the other answer; see `judge`.
+        against: of a ranking, the field of the prompt's record with the other answer; `baseline` is what the policy
+            answered before training.
         principle: the criterion, a sentence; "" = the template's.
         constitution: a constitution file, of which a principle is drawn for each prompt.
         template: a template file; None = the built-in one.
@@ -294,25 +351,17 @@ class ApiReward(ApiConfig):
 
         return ApiJudgeSource(judge, wording.template, question)
 
-    def reasons(self, around: Surroundings) -> Reasons | None:
-        """Returns what the judge wrote about answers, read from the store; None where it writes about pairs."""
-        if self.form == "ranking":
-            return None
+    def reasons(self, around: Surroundings) -> Reasons:
+        """Returns what the judge wrote about answers, read from the store."""
         wording = _wording(self.form, self.template, self.principle, self.constitution, around.seed)
         judge = around.api_judge(self)
 
-        def words(store: Store, prompt: str, answer: str) -> str:
-            question = wording.question(prompt, answer)
-            asked = (judge.rater(question, wording.template), question.principle)
-            found = store.judgements(item=sha256([prompt, [answer]]), form="rating")
-            own = [entry for entry in found if (entry.rater, entry.principle) == asked]
-            return own[-1].raw if own else ""
+        def words(own: Mapping[tuple[int, ...], Judgement], other: str) -> str:
+            if self.form == "rating":
+                return next((entry.raw for entry in own.values()), "")
+            return reply_words(own[0, 1], own[1, 0], other) if len(own) == 2 else ""
 
-        def written(records: Sequence[Record], answers: Sequence[str]) -> list[str]:
-            with Store(around.store) as store:
-                return [words(store, str(record["prompt"]), answer) for record, answer in zip(records, answers)]
-
-        return written
+        return _from_store(self, around, wording, lambda question: judge.rater(question, wording.template), words)
 
     def comparer(self, around: Surroundings) -> Compare:
         """Returns the judge as a function that compares answers in both orders."""

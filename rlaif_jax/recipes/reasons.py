@@ -21,12 +21,14 @@ def rating_words(rating: Rating, labels: Sequence[str]) -> str:
         rating: the score, with a probability for each label.
         labels: of the scale, in the order of the probabilities.
     """
+    own = f"\nIts reasons: {rating.raw}" if rating.raw else ""
     if rating.status != "ok":
-        return _unread(rating)
+        return f"{_unread(rating)}{own}"
     likely = sorted(zip(rating.probabilities, labels), key=lambda pair: -pair[0])[:SHOWN]
     shown = ", ".join(f"{label} with {share:.0%}" for share, label in likely)
     return (
         f"Expected score {rating.value:.2f} on a scale from {rating.low:g} to {rating.high:g}: {shown}.{_mass(rating)}"
+        f"{own}"
     )
 
 
@@ -38,14 +40,33 @@ def ranking_words(forward: Ranking, swapped: Ranking, other: str) -> str:
         swapped: the verdict with the answer shown second.
         other: what the other answer is.
     """
+    orders = (("first", forward.raw), ("second", swapped.raw))
+    own = "".join(f"\nIts reasons where the answer is shown {place}: {raw}" for place, raw in orders if raw)
     if forward.probability is None or swapped.probability is None:
-        return _unread(forward)
+        return f"{_unread(forward)}{own}"
     mean = (forward.probability + swapped.probability) / 2
     return (
         f"Better than {other} with {mean:.0%}: with {forward.probability:.0%} where it is shown first, with "
-        f"{swapped.probability:.0%} where it is shown second.{_mass(forward)} {other[:1].upper()}{other[1:]}: "
-        f"{forward.answers[1]}"
+        f"{swapped.probability:.0%} where it is shown second.{_mass(forward)} {_named(other, forward)}{own}"
     )
+
+
+def reply_words(forward: Judgement, swapped: Judgement, other: str) -> str:
+    """Returns what a judge replied to both orders of two answers.
+
+    Args:
+        forward: the judgement with the answer shown first.
+        swapped: the judgement with the answer shown second.
+        other: what the other answer is.
+    """
+    return (
+        f"With the answer shown first: {forward.raw}\nWith the answer shown second: {swapped.raw}\n"
+        f"{_named(other, forward)}"
+    )
+
+
+def _named(other: str, judgement: Judgement) -> str:
+    return f"{other[:1].upper()}{other[1:]}: {judgement.answers[1]}"
 
 
 def _mass(judgement: Judgement) -> str:

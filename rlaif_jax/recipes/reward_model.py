@@ -267,7 +267,8 @@ def help_text() -> str:
         "  python -m rlaif_jax reward-model --model models/smollm2 --feedback pairs.jsonl --fit.updates 500\n\n"
         "The files are Anthropic's HH, pairs and ratings as distilabel, TRL, UltraFeedback (binarised) and HelpSteer2 have "
         "them, OpenAssistant's trees, exports of Argilla and label-studio, or feedback stores. The model is written to "
-        "OUT/model for `load_reward_model` and for transformers' AutoModelForSequenceClassification."
+        "OUT/model (members: OUT/model_0 ...) for transformers' AutoModelForSequenceClassification and for the rewards of "
+        'training: --feedback "model OUT".'
     )
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
+import textwrap
+import typing
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from rlaif_jax.config import UserError, from_words, require
+from rlaif_jax.config import UserError, explanations, from_words, require
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.world.people import SimulatedRater, simulated_raters
-from rlaif_jax.feedback.api.config import ApiConfig
 from rlaif_jax.feedback.constitution.constitution import ConstitutionSource, load_constitution
 from rlaif_jax.feedback.joined import JoinedSource
+from rlaif_jax.feedback.judges.reward_model import Combine
 from rlaif_jax.feedback.judges.reward_source import RewardModelSource
 from rlaif_jax.feedback.people.kinds import COMPARE, RANK, RATE
 from rlaif_jax.feedback.people.source import PeopleSource
@@ -35,7 +39,7 @@ from rlaif_jax.feedback.verifiers.kinds import UserReward
 from rlaif_jax.feedback.verifiers.number import Number
 from rlaif_jax.feedback.verifiers.texts import ExactMatch, Regex
 from rlaif_jax.feedback.verifiers.unit_tests import UnitTests
-from rlaif_jax.models.hf.classifiers import load_reward_model
+from rlaif_jax.models.hf.classifiers import load_ensemble
 from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
 from rlaif_jax.types import Feedback, Rollout
 
@@ -44,25 +48,37 @@ from rlaif_jax.types import Feedback, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class ModelReward:
-    """A reward model, as `python -m rlaif_jax reward-model` writes it: a classifier with one label.
+    """Reward models, classifiers with one label, as `python -m rlaif_jax reward-model` writes them.
 
-    It reads prompt and answer with its own tokenizer and chat template.
+    They read prompt and answer with their own tokenizer and chat template, all members in one compiled program.
 
     Attributes:
-        model: a Hugging Face folder or a hub id.
+        model: the folder of such a run, of which all members (model_0, model_1 ...) score; a Hugging Face folder or a hub id.
+        combine: how the scores of several members become one: their mean, the worst of them, or cautious: their mean
+            minus `coef` times their variance (Coste 2023).
+        coef: weight of the variance with combine=cautious, in units of 1 / score.
         dtype: of its matrix products.
         batch_size: texts of one compiled call, on each device.
         max_length: tokens of prompt and answer at most; 0 = the model's context, 2,048 at most.
     """
 
     model: str
+    combine: Combine = "mean"
+    coef: float = 0.5
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
     max_length: int = 0
 
+    def __post_init__(self) -> None:
+        require(0 <= self.coef < np.inf, f"coef must be a number from 0 up, not {self.coef}")
+
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source."""
-        model, params, tokenizer = load_reward_model(self.model, compute_dtype=self.dtype)
+        model, params, tokenizer = load_ensemble(self.model, compute_dtype=self.dtype)
+        require(
+            self.combine == "mean" or len(jax.tree.leaves(params)[0]) > 1,
+            f"{self.model}: combine={self.combine} is for several members (`reward-model --members N`); here is one",
+        )
         return RewardModelSource(
             model,
             params,
@@ -70,6 +86,8 @@ class ModelReward:
             around.runner,
             self.batch_size * around.runner.devices,
             self.max_length or min(2048, model.config.context_length),
+            self.combine,
+            self.coef,
         )
 
 
@@ -184,7 +202,7 @@ class SimulatedReward:
         quality: module:function or file.py:function of (prompt, answer): the true quality in [0, 1].
         raters: people in the crowd.
         overlap: ratings of each answer.
-        noise: of a rating, in points.
+        noise: the standard deviation of a rating's noise, in points.
     """
 
     quality: str
@@ -245,8 +263,8 @@ class WeightedReward:
 
     Attributes:
         reward: where the reward comes from.
-        weight: its factor in the weighted sum; below 0 where less is better.
-        name: of its numbers in metrics and on the page; "" = its kind.
+        weight: the reward's factor in the weighted sum; below 0 where less is better.
+        name: the reward's name in metrics and on the page; "" = its kind.
     """
 
     reward: Reward
@@ -321,9 +339,13 @@ def reward_line(reward: WeightedReward) -> str:
         for field in dataclasses.fields(part):
             value = vars(part)[field.name]
             if field.name != "reward" and value != field.default:
-                listed = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                words.append(f"{field.name}={listed}")
+                words.append(f"{field.name}={_shown(value)}")
     return shlex.join(words)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as a line of words holds it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def reward_names(rewards: Sequence[WeightedReward]) -> tuple[str, ...]:
@@ -336,18 +358,64 @@ def reward_names(rewards: Sequence[WeightedReward]) -> tuple[str, ...]:
     return tuple(names)
 
 
+# ---- Help
+
+
 def rewards_help() -> str:
-    """Returns the kinds of rewards with their settings, for --help."""
+    """Returns the kinds of rewards with the names and defaults of their settings, for --help."""
+    width = shutil.get_terminal_size().columns
     lines = []
     for word, kind in KINDS.items():
-        first = (kind.__doc__ or "").strip().partition("\n")[0]
-        lines.append(f"  {word}: {first}")
-        shown = [f"{f.name}={f.default}" if f.default is not dataclasses.MISSING else f.name for f in _settings(kind)]
-        lines.append(f"      {', '.join(shown)}")
+        lines.append(_wrapped(f"  {word}: {_first_line(kind)}", width, 6))
+        lines.append(_wrapped(f"      {', '.join(_labels(kind).values())}", width, 6))
     return "\n".join(lines)
 
 
-def _settings(kind: type[Reward]) -> list[dataclasses.Field[Any]]:
-    """Returns the settings that --help shows: of a judge behind an API, few of those of the server."""
-    inherited = {field.name for field in dataclasses.fields(ApiConfig)} - {"server", "model", "key_env", "budget_usd"}
-    return [field for field in dataclasses.fields(kind) if kind is not ApiReward or field.name not in inherited]
+def settings_help() -> str:
+    """Returns the kinds of rewards with what each of their settings does, a line each, for --help-rewards."""
+    width = shutil.get_terminal_size().columns
+    head = (
+        "A reward is a line of words: KIND [TARGET] [SETTING=VALUE ...]. The target is the kind's first setting, which "
+        "needs no name there. After = is the default."
+    )
+    parts = [_wrapped(head, width, 0), f"Of every kind:\n{_explained(WeightedReward, width)}"]
+    for word, kind in KINDS.items():
+        parts.append(f"{_wrapped(f'{word}: {_first_line(kind)}', width, 4)}\n{_explained(kind, width)}")
+    return "\n\n".join(parts)
+
+
+WIDEST = 26
+"""Characters of a setting and its default that have their explanation on the same line."""
+
+
+def _explained(kind: type, width: int) -> str:
+    """Returns a line for each setting of a dataclass, wrapped: its name, its default and its explanation."""
+    labels, said, hints = _labels(kind), explanations(kind), typing.get_type_hints(kind)
+    column = 4 + min(max(map(len, labels.values())), WIDEST)
+    lines = []
+    for name, label in labels.items():
+        text, choices = said[name], typing.get_args(hints[name])
+        if typing.get_origin(hints[name]) is Literal and not all(choice in text for choice in choices):
+            text = f"{text.removesuffix('.')} ({', '.join(choices)})."
+        begin = f"  {label}".ljust(column)
+        if len(label) > WIDEST:
+            lines.append(begin)
+            begin = " " * column
+        lines.append(_wrapped(begin + text, width, column))
+    return "\n".join(lines)
+
+
+def _labels(kind: type) -> dict[str, str]:
+    """Returns the name of each setting of a reward -> how it is written with its default."""
+    fields = [field for field in dataclasses.fields(kind) if field.name != "reward"]
+    return {f.name: f.name if f.default is dataclasses.MISSING else f"{f.name}={_shown(f.default)}" for f in fields}
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").strip().partition("\n")[0]
+
+
+def _wrapped(text: str, width: int, indent: int) -> str:
+    """Returns a text in lines of at most `width` characters; those after the first are indented."""
+    begin, rest = text[:indent], text[indent:]
+    return textwrap.fill(rest, width, initial_indent=begin, subsequent_indent=" " * indent, break_on_hyphens=False)

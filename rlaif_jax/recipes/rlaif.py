@@ -54,6 +54,7 @@ from rlaif_jax.recipes.rewards import (
     reward_line,
     reward_names,
     rewards_help,
+    settings_help,
     sparing,
 )
 from rlaif_jax.recipes.start import (
@@ -190,8 +191,13 @@ def help_text() -> str:
         "Trains your own model on your own prompts by feedback.\n\n"
         "  python -m rlaif_jax train --policy models/smollm2 --prompts prompts.jsonl \\\n"
         '      --feedback "judge models/smollm2 min_mass=0.1" "function rewards.py:brevity weight=0.5"\n\n'
-        f"Rewards (--feedback, --second):\n{rewards_help()}"
+        f"Rewards (--feedback, --second); `python -m rlaif_jax train {HELP_REWARDS}` explains their settings:\n{rewards_help()}"
     )
+
+
+HELP_REWARDS = "--help-rewards"
+PAGES = {HELP_REWARDS: settings_help}
+"""Options of the command line that print a text."""
 
 
 def main(config: RlaifConfig) -> dict[str, Any]:
@@ -201,7 +207,10 @@ def main(config: RlaifConfig) -> dict[str, Any]:
     """
     config.tracking.check()
     require(bool(config.prompts), "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT")
-    require(bool(config.feedback), "no feedback: give --feedback 'KIND ...'; --help lists the kinds")
+    require(
+        bool(config.feedback),
+        f"no feedback: give --feedback 'KIND ...'; --help lists the kinds, {HELP_REWARDS} their settings",
+    )
     second = read_reward(config.second, "--second").reward if config.second else None
     require(
         not isinstance(second, PeopleReward) or second.kind == "rate",
@@ -397,7 +406,7 @@ def _judges(config: RlaifConfig, second: Reward | None, run: Run, runner: Runner
         asked.comparer(around) if isinstance(asked, Judging) else None,
         partial(audit, run, first.comparer(around), first.form == "ranking") if second and first else None,
         "everywhere" if any(map(_compares, rewards)) else "held out" if _compares(second) else "nowhere",
-        joined_reasons([(name, reasons) for name, reasons in said if reasons is not None]),
+        joined_reasons(said),
     )
 
 

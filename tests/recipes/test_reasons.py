@@ -1,16 +1,23 @@
 """How judges came to their judgements, in words: by hand, and read from a run's store among those of other judges."""
 
 import dataclasses
+import re
 from contextlib import ExitStack
 
 import pytest
 
+from rlaif_jax.config import UserError
+from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.api.builtin_templates import PAIRWISE, RATING
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.feedback.records.store import Store
+from rlaif_jax.models import CausalLM
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.parallel import JitRunner
 from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
 from rlaif_jax.recipes.reasons import joined_reasons, ranking_words, rating_words
+from tests.helpers import random_params
 
 LM = Rater("lm", "ai", "weights", RATING.hash)
 LABELS = ("1", "2", "3", "4")
@@ -56,6 +63,16 @@ def test_a_judgement_that_is_missing_says_so(mass, words):
     assert ranking_words(*pair, "another").startswith(words)
 
 
+def test_reasons_that_a_judge_wrote_follow_its_judgement():
+    assert rating_words(rating(raw="It is short."), LABELS).endswith(" probability.\nIts reasons: It is short.")
+    pair = ranking((0, 1), 0.8, raw="One."), ranking((1, 0), 0.4, raw="Two.")
+    assert ranking_words(*pair, "another").endswith(
+        ": Before.\nIts reasons where the answer is shown first: One.\nIts reasons where the answer is shown second: Two."
+    )
+    unread = rating(value=float("nan"), probabilities=(), status="unparsed", raw="Well.")
+    assert rating_words(unread, LABELS).endswith("\nIts reasons: Well.")
+
+
 @pytest.fixture
 def around(tmp_path):
     with ExitStack() as opened:
@@ -88,6 +105,59 @@ def test_the_judges_own_preference_is_read_from_the_store(around):
     assert said[1] == "", "one order alone is no judgement"
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a judge that knows letters."""
+    path = tmp_path_factory.mktemp("judge")
+    tokenizer = word_level_tokenizer(tuple("ABCDEFGHIJabcdef"))
+    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=512))
+    save_model(path, model, random_params(model), tokenizer)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["rating", "ranking"])
+def test_a_judge_on_the_devices_gives_reasons_first(around, folder, form):
+    """Its reasons are recorded with its judgement and shown; the rater is not the judge without reasons."""
+    reward = JudgeReward(folder, form, reasoning=4, min_mass=0.0, batch_size=2)
+    found = reward.build(around)(RECORDS, ["Because."])
+    assert found.valid.all()
+    with Store(around.store) as store:
+        kept = store.judgements()
+    assert len(kept) == {"rating": 1, "ranking": 2}[form]
+    assert all(0 < len(entry.raw.split()) <= 4 for entry in kept)
+    assert all(entry.rater.name.endswith(" reasoning=4") for entry in kept)
+    (said,) = reward.reasons(around)(RECORDS, ["Because."])
+    assert all(entry.raw in said for entry in kept) and "Its reasons" in said
+    at_once = dataclasses.replace(reward, reasoning=0).build(around)(RECORDS, ["Because."])
+    assert at_once.values != found.values
+
+
+def test_the_label_is_read_on_the_line_of_the_verdict(around, folder):
+    """The judge's own line is left out, also where it is bold and in small letters; reasons that were cut get one."""
+    judge, _ = JudgeReward(folder, reasoning=4)._judge(around, "rating")
+    asked = judge.reasoning.prompt("Why?", "Because.")
+    nonce = re.search(r"<request-(\w+)>", asked)[1]
+    assert "First give your reasons" in asked and "nothing else" not in asked
+    line = f"\nScore {nonce}: "
+    for reasons in ("It is short", f"It is short\n\nscore  {nonce}: B", f"It is short Score {nonce}: B"):
+        assert judge.reasoning.before_label(("Why?", "Because."), reasons) == f"{asked}It is short{line}"
+    pairs, _ = JudgeReward(folder, "ranking", reasoning=4)._judge(around, "ranking")
+    assert pairs.verdicts == ("A", "B", "C")
+    assert JudgeReward(folder, "ranking")._judge(around, "ranking")[0].verdicts == ("A", "B")
+
+
+def test_reasons_that_nothing_asks_for_are_refused(around, folder, tmp_path):
+    (tmp_path / "direct.txt").write_text(
+        "form: rating\nlabels: A = 1, B = 2\n[user]\n{prompt} {answer}\n[direct]\nA or B?\n"
+    )
+    with pytest.raises(UserError, match=r"template direct.*: no \[reasons\] section .* reasoning=4 needs one"):
+        JudgeReward(folder, template=tmp_path / "direct.txt", reasoning=4).build(around)
+    with pytest.raises(UserError, match="reasons of 512 tokens leave no room for a question within the judge's 512"):
+        JudgeReward(folder, reasoning=512).build(around)
+    with pytest.raises(UserError, match="reasoning must be >= 0, not -1"):
+        JudgeReward(folder, reasoning=-1)
+
+
 def test_judges_behind_servers_speak_for_themselves(around):
     """Two models, one of them by two criteria, rate the same answer; each says what it wrote."""
     judges = [
@@ -102,6 +172,23 @@ def test_judges_behind_servers_speak_for_themselves(around):
     said = [judge.reasons(around)(RECORDS, ["Because."]) for judge in judges]
     assert said == [[f"written by {number}"] for number in range(3)]
     assert judges[0].reasons(around)(RECORDS, ["Never asked."]) == [""]
+
+
+def test_a_judge_behind_a_server_says_what_it_replied_to_both_orders(around):
+    """The newest reply counts; one order alone, or the answers the other way round, are no comparison of this answer."""
+    judge = ApiReward("http://127.0.0.1:9/v1", "gpt", form="ranking")
+    own = {"rater": Rater("gpt", "ai", "gpt", PAIRWISE.hash)}
+    with Store(around.store) as store:
+        store.add([ranking((0, 1), 0.9, raw="an old reply", **own), ranking((0, 1), 0.8, raw="B rambles. A", **own)])
+        store.add([ranking((1, 0), 0.7, raw="A is short. B", **own), ranking((1, 0), 0.7, raw="of another judge")])
+        store.add([ranking((0, 1), 0.1, answers=("Before.", "Because."), raw="the other way round", **own)])
+    said = judge.reasons(around)(RECORDS * 2 + [{"prompt": "Why?"}], ["Because.", "Before.", "Because."])
+    assert said == [
+        "With the answer shown first: B rambles. A\nWith the answer shown second: A is short. B\n"
+        "The answer before training: Before.",
+        "",
+        "",
+    ]
 
 
 def test_several_judges_speak_under_their_names():

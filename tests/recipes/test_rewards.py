@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.config import from_json, to_json
+from rlaif_jax.config import UserError, from_json, to_json
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 from rlaif_jax.feedback.joined import JoinedSource
 from rlaif_jax.feedback.records.forms import Rating
@@ -21,7 +25,7 @@ from rlaif_jax.feedback.verifiers.texts import Regex
 from rlaif_jax.models.decoder_config import small_decoder
 from rlaif_jax.models.heads import ScalarModel
 from rlaif_jax.models.hf.classifiers import save_reward_model
-from rlaif_jax.parallel import JitRunner
+from rlaif_jax.parallel import JitRunner, PmapRunner
 from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
 from rlaif_jax.recipes.rewards import (
     KINDS,
@@ -37,6 +41,7 @@ from rlaif_jax.recipes.rewards import (
     reward_line,
     reward_names,
     rewards_help,
+    settings_help,
     sparing,
 )
 from tests.helpers import random_params
@@ -73,10 +78,31 @@ def test_every_reward_has_a_name_of_its_kind_or_a_given_one():
     assert reward_names([read_reward(line) for line in lines]) == ("judge", "function", "judge_2", "brevity", "judge_3")
 
 
-def test_help_names_every_kind_with_its_settings():
+def test_help_names_every_kind_with_its_settings(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     text = rewards_help()
     assert all(f"\n  {word}: " in f"\n{text}" for word in KINDS)
-    assert "form=rating" in text and "budget_usd" in text and "requests_per_minute" not in text
+    assert {"form=rating,", "budget_usd=None,", "requests_per_minute=None,"} <= set(text.split())
+    assert max(map(len, text.splitlines())) <= 100 and len(text.splitlines()) < 60
+
+
+@pytest.mark.parametrize("width", [60, 132])
+def test_further_help_explains_each_setting_of_each_kind(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = settings_help()
+    assert all(len(line) <= width for line in text.splitlines())
+    for word, kind in [("Of every kind", WeightedReward), *KINDS.items()]:
+        part = text.partition(f"\n\n{word}:")[2].partition("\n\n")[0]
+        settings = re.findall(r"^  (\w+)(?:=\S*)?\s+(\S+ \S+)", part, re.MULTILINE)
+        assert [name for name, _ in settings] == [f.name for f in dataclasses.fields(kind) if f.name != "reward"]
+
+
+def test_explanations_name_defaults_choices_and_what_is_inherited(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = [" ".join(line.split()) for line in settings_help().splitlines()]
+    assert "budget_usd=None stop before more is spent; None = no limit." in lines
+    assert "dtype=float32 of the judge's matrix products (float32, bfloat16)." in lines
+    assert "field=answer the record's field: a text or number, or a list of those that are right." in lines
 
 
 # ---- Sources
@@ -114,24 +140,94 @@ def test_a_simulated_crowd_rates_by_the_quality_and_its_ratings_are_kept(around,
     assert {entry.rater.source for entry in kept} == {"simulated"} and len({entry.rater.name for entry in kept}) == 5
 
 
-def test_a_reward_model_scores_what_it_has_learned_to_read(around, tmp_path):
-    tokenizer = word_level_tokenizer(tuple("abcdefgh"))
-    model = ScalarModel(
-        small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16),
-        "normal",
-        bias=False,
-    )
-    params = random_params(model)
-    save_reward_model(tmp_path / "rm", model, params, tokenizer)
-    source = build_reward(ModelReward(str(tmp_path / "rm"), batch_size=2, max_length=8), around)
-    texts = [("a b", "c"), ("d", "e f g h"), ("h", ""), ("a", "b c d e f g h")]
-    found = source([{"prompt": prompt} for prompt, _ in texts], [answer for _, answer in texts])
+LETTERS = word_level_tokenizer(tuple("abcdefgh"))
+SCORER = ScalarModel(
+    small_decoder(LETTERS.vocab_size, num_layers=1, width=16, num_heads=2, context_length=16), "normal", bias=False
+)
+TEXTS = [("a b", "c"), ("d", "e f g h"), ("h", ""), ("a", "b c d e f g h")]
+
+
+def own_scores(params):
+    """The scores of the texts that fit into 8 tokens, each alone and without padding."""
+    scores = []
+    for prompt, answer in TEXTS[:3]:
+        ids = jnp.array([[*LETTERS.encode(f"{prompt} {answer}", add_bos=True), LETTERS.eos_id]])
+        scores.append(float(SCORER(params, ids, jnp.ones_like(ids, bool))[0, -1]))
+    return scores
+
+
+@pytest.mark.parametrize("name", ["rm", "run"])
+def test_a_reward_model_scores_what_it_has_learned_to_read(around, tmp_path, name):
+    """Named by its own folder, or by that of the run that wrote it."""
+    params = random_params(SCORER)
+    save_reward_model(tmp_path / {"rm": "rm", "run": "run/model"}[name], SCORER, params, LETTERS)
+    source = build_reward(ModelReward(str(tmp_path / name), batch_size=2, max_length=8), around)
+    found = source([{"prompt": prompt} for prompt, _ in TEXTS], [answer for _, answer in TEXTS])
     assert found.valid[:, 0].tolist() == [True, True, True, False]
     assert source.missing() == {"prompt and answer are longer than 8 tokens": 1}
-    for row, (prompt, answer) in enumerate(texts[:3]):
-        ids = jnp.array([[*tokenizer.encode(f"{prompt} {answer}", add_bos=True), tokenizer.eos_id]])
-        expected = model(params, ids, jnp.ones_like(ids, bool))[0, -1]
-        np.testing.assert_allclose(found.values[row, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(found.values[:3, 0], own_scores(params), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """The folder of a run with three members, and their own scores [3 members, 3 texts]."""
+    run = tmp_path_factory.mktemp("ensemble")
+    members = [random_params(SCORER, seed) for seed in range(3)]
+    for number, params in enumerate(members):
+        save_reward_model(run / f"model_{number}", SCORER, params, LETTERS)
+    return run, np.array([own_scores(params) for params in members])
+
+
+COMBINED = {
+    "": lambda scores: scores.mean(0),
+    "combine=worst": lambda scores: scores.min(0),
+    "combine=cautious coef=2": lambda scores: scores.mean(0) - 2 * scores.var(0),
+}
+
+
+@pytest.mark.parametrize("runner", [JitRunner, PmapRunner])
+@pytest.mark.parametrize("combine", COMBINED)
+def test_the_members_of_an_ensemble_make_one_score(around, ensemble, runner, combine):
+    run, scores = ensemble
+    around = dataclasses.replace(around, runner=runner())
+    source = build_reward(read_reward(f"model {run} max_length=8 batch_size=2 {combine}").reward, around)
+    found = source([{"prompt": prompt} for prompt, _ in TEXTS], [answer for _, answer in TEXTS])
+    assert found.valid[:, 0].tolist() == [True, True, True, False]
+    np.testing.assert_allclose(found.values[:3, 0], COMBINED[combine](scores), atol=1e-5)
+    assert np.ptp(scores, axis=0).min() > 0.01, "the members differ"
+
+
+def test_an_ensemble_has_a_score_where_each_member_has_one(around, ensemble):
+    """What is no number ends a run, as with one reward model: it is no reward of the others."""
+    run, _ = ensemble
+    source = build_reward(ModelReward(str(run), "worst", max_length=8, batch_size=2), around)
+    jax.tree.leaves(source.params)[0][1] = np.nan
+    assert np.isnan(source([{"prompt": "a"}], ["b"]).values).all()
+
+
+def test_members_that_do_not_go_together_are_refused(around, ensemble, tmp_path):
+    run, _ = ensemble
+    for number in (0, 1):
+        shutil.copytree(run / f"model_{number}", tmp_path / f"model_{number}")
+
+    def refused(message, **settings):
+        with pytest.raises(UserError, match=message):
+            build_reward(ModelReward(str(tmp_path), **settings), around)
+
+    wider = ScalarModel(dataclasses.replace(SCORER.config, mlp_width=40), "normal", bias=False)
+    save_reward_model(tmp_path / "model_2", wider, random_params(wider), LETTERS)
+    refused("model_2: this member of the ensemble has another shape than .*model_0")
+    save_reward_model(tmp_path / "model_2", SCORER, random_params(SCORER), word_level_tokenizer(tuple("hgfedcba")))
+    refused("model_2: this member of the ensemble has another tokenizer or chat template than .*model_0")
+    (tmp_path / "model_2").rename(tmp_path / "model_3")
+    refused("an ensemble of reward models is model_0, model_1 ...; here are model_0, model_1, model_3")
+    shutil.copytree(run / "model_0", tmp_path / "model")
+    refused("it holds `model` and `model_0`; name one of them")
+    for number in (0, 1, 3):
+        shutil.rmtree(tmp_path / f"model_{number}")
+    refused("combine=worst is for several members .* here is one", combine="worst")
+    with pytest.raises(UserError, match="'model x coef=-1': coef must be a number from 0 up, not -1"):
+        read_reward("model x coef=-1")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ A judge reads *text*: the policy's tokens are decoded and tokenized again with t
 any pair of vocabularies works. Special tokens that the data spells are text in the question. A comparison is
 asked in both orders and averaged (Lee 2023, section 2.2): a position bias that is additive in the probability
 cancels; a bias in the log-odds keeps the sign of the verdict. A direct score is the expectation over the score
-tokens (d-RLAIF), after the judge's own reasons where the judge writes some. A question that the judge cannot answer
+tokens (d-RLAIF). Both may follow the judge's own reasons (`Reasoning`). A question that the judge cannot answer
 (too long for its context, or little probability on the labels) is *missing*: it is masked and counted, and it never
 becomes a score.
 """
@@ -46,7 +46,9 @@ class Comparison(NamedTuple):
         swapped: P(the answer shown first is better) with the second answer shown first, [B]; 0.5 where not
             valid.
         valid: whether both orders were answered, [B] bool.
-        mass: probability of both verdicts together in the order where it is lower, [B]; 0 for a question that does not fit.
+        mass: probability of the verdicts together in the order where it is lower, [B]; 0 for a question that does not fit.
+        missing: why there is no verdict, [B] texts, "" where there is one.
+        reasons: what the judge wrote before its verdict in either order, [B, 2] texts; "" where it wrote nothing.
     """
 
     probability: np.ndarray
@@ -54,6 +56,8 @@ class Comparison(NamedTuple):
     swapped: np.ndarray
     valid: np.ndarray
     mass: np.ndarray
+    missing: np.ndarray
+    reasons: np.ndarray
 
 
 class AnswerScores(NamedTuple):
@@ -65,6 +69,7 @@ class AnswerScores(NamedTuple):
         valid: whether the judge gave a score, [B] bool.
         mass: probability of all scores of the scale together, [B]; 0 for a question that does not fit.
         missing: why there is no score, [B] texts, "" where there is one; [0] where not recorded.
+        reasons: what the judge wrote before its scores, [B] texts, "" where it wrote nothing; [0] where not recorded.
     """
 
     expected: np.ndarray
@@ -72,6 +77,7 @@ class AnswerScores(NamedTuple):
     valid: np.ndarray
     mass: np.ndarray
     missing: np.ndarray = np.array((), object)
+    reasons: np.ndarray = np.array((), object)
 
 
 def preference_from_scores(first: AnswerScores, second: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
@@ -142,17 +148,27 @@ def as_chat(tokenizer: HuggingFaceTokenizer, wording: Callable[..., str], system
 
 @dataclasses.dataclass(frozen=True)
 class Reasoning:
-    """How a judge writes reasons before it scores.
+    """How a judge writes reasons, greedily, before its label (chain of thought, Lee 2023, section 2.1.3).
 
     Attributes:
-        prompt: from (prompt, answer) to the text that the reasons continue.
-        marker: the token that ends the reasons; the score follows it.
-        max_tokens: the greatest length of the reasons; longer ones make the score missing.
+        prompt: from (prompt, answer), or (prompt, first, second), to the text that the reasons continue.
+        marker: the token that ends the reasons and that the label follows; without it a judgement is missing. "": a stop
+            token or `max_tokens` ends them.
+        max_tokens: the greatest length of the reasons.
+        verdict: from (what `prompt` takes, the reasons) to the text that ends right before the label; None: the text of
+            `prompt`, the reasons and the marker.
     """
 
-    prompt: Callable[[str, str], str]
+    prompt: Callable[..., str]
     marker: str
     max_tokens: int = 24
+    verdict: Callable[[tuple[str, ...], str], str] | None = None
+
+    def before_label(self, data: tuple[str, ...], reasons: str) -> str:
+        """Returns the text that ends right before the label, after reasons about what `prompt` takes."""
+        if self.verdict is not None:
+            return self.verdict(data, reasons)
+        return f"{self.prompt(*data)} {reasons} {self.marker}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,11 +181,11 @@ class LanguageModelJudge:
         pairwise_prompt: from (prompt, first, second) to the text that ends right before the verdict; `as_chat` makes a
             question to a chat model of it.
         score_prompt: from (prompt, answer) to the text that ends right before the score.
-        verdicts: the labels for "the first is better" and "the second is better", each one token; all its ways of
-            writing count ("1" and " 1").
+        verdicts: the labels for "the first is better", "the second is better" and perhaps a tie, each one token; all its
+            ways of writing count ("1" and " 1"). Half of a tie's probability is that of either answer.
         scale: the scores' labels with their numbers.
-        reasoning: how the judge writes reasons, greedily, before its score (chain of thought, Lee 2023,
-            section 2.1.3); None = it scores at once.
+        reasoning: how the judge writes reasons before its score; None = it scores at once.
+        pairwise_reasoning: how it writes reasons before its verdict on a pair; None = it compares at once.
         batch_size: questions of one compiled call.
         max_length: tokens of a question at most; None = the model's context.
         debias: how the two orders of a comparison become one probability (`rewards.rankings.both_orders`).
@@ -184,9 +200,10 @@ class LanguageModelJudge:
     runner: Runner
     pairwise_prompt: Callable[[str, str, str], str]
     score_prompt: Callable[[str, str], str]
-    verdicts: tuple[str, str] = ("1", "2")
+    verdicts: tuple[str, ...] = ("1", "2")
     scale: tuple[tuple[str, float], ...] = tuple((str(i), float(i)) for i in range(1, 11))
     reasoning: Reasoning | None = None
+    pairwise_reasoning: Reasoning | None = None
     batch_size: int = 128
     max_length: int | None = None
     debias: Literal["mean", "logit"] = "mean"
@@ -200,6 +217,11 @@ class LanguageModelJudge:
         require(
             length <= self.model.config.context_length,
             f"judge.max_length ({length}) is longer than the judge's context ({self.model.config.context_length})",
+        )
+        longest = max((part.max_tokens for part in (self.reasoning, self.pairwise_reasoning) if part), default=0)
+        require(
+            longest + 1 < length,
+            f"reasons of {longest} tokens leave no room for a question within the judge's {length} tokens: raise max_length",
         )
 
     @property
@@ -244,21 +266,18 @@ class LanguageModelJudge:
         return found
 
     @cached_property
-    def _reason(self) -> Any:
-        assert self.reasoning is not None
-        stop, sampling = self.tokenizer.token_id(self.reasoning.marker), SamplingConfig(self.reasoning.max_tokens, 0.0)
+    def _writers(self) -> dict[Reasoning, Any]:
+        """The compiled writing of reasons: (parameters, questions) -> rollout."""
+        return {}
+
+    def _writer(self, reasoning: Reasoning) -> Any:
+        tokenizer, sampling = self.tokenizer, SamplingConfig(reasoning.max_tokens, 0.0)
+        stop = tokenizer.token_id(reasoning.marker) if reasoning.marker else tokenizer.stop_ids
 
         def run(params: Params, batch: dict[str, jax.Array], *, axis_name: str | None = None) -> Rollout:
             prompts = Prompts(batch["tokens"], batch["mask"], jnp.zeros(batch["tokens"].shape[0], jnp.uint32))
-            return generate(
-                self.model,
-                params,
-                prompts,
-                jax.random.key(0),
-                sampling=sampling,
-                eos_id=stop,
-                pad_id=self.tokenizer.pad_id,
-            )
+            key, pad_id = jax.random.key(0), tokenizer.pad_id
+            return generate(self.model, params, prompts, key, sampling=sampling, eos_id=stop, pad_id=pad_id)
 
         return self.runner.map(run)
 
@@ -273,15 +292,26 @@ class LanguageModelJudge:
             progress: called while the judge works with (answers that are done, B).
 
         Returns:
-            (the B texts of reasons; [B] bool: the question fitted into the context and the reasons ended with a
-            stop token).
+            (the B texts of reasons; [B] bool: the question fitted into the context and the reasons ended).
         """
         assert self.reasoning is not None
-        quote = self.tokenizer.quote
-        texts = [self.reasoning.prompt(quote(p), quote(a)) for p, a in zip(prompts, answers)]
-        rows, fits = self._rows(texts, self._length - self.reasoning.max_tokens - 1)
-        rollout = in_batches(partial(self._reason, self._placed), rows, self.batch_size, progress)
-        return answer_texts(rollout, self.tokenizer), fits & np.asarray(rollout.finished)
+        return self._write(self.reasoning, self._quoted(prompts, answers), progress)
+
+    def _write(
+        self, reasoning: Reasoning, data: Sequence[tuple[str, ...]], progress: Count
+    ) -> tuple[list[str], np.ndarray]:
+        """Returns (the reasons about quoted data, "" where the question is too long; whether they ended [B])."""
+        rows, fits = self._rows([reasoning.prompt(*own) for own in data], self._length - reasoning.max_tokens - 1)
+        if reasoning not in self._writers:
+            self._writers[reasoning] = self._writer(reasoning)
+        rollout = in_batches(partial(self._writers[reasoning], self._placed), rows, self.batch_size, progress)
+        written = answer_texts(rollout, self.tokenizer)
+        ended = fits & (np.asarray(rollout.finished) | (reasoning.marker == ""))
+        return [text if fit else "" for text, fit in zip(written, fits)], ended
+
+    def _quoted(self, *data: Sequence[str]) -> list[tuple[str, ...]]:
+        """Returns the prompts and answers of each question, in which special tokens are text."""
+        return list(zip(*(map(self.tokenizer.quote, texts) for texts in data)))
 
     def _rows(
         self, texts: Sequence[str], length: int, labels: Sequence[str] = ()
@@ -318,14 +348,31 @@ class LanguageModelJudge:
                 return ids[: len(ids) - len(alone) + shared]
         return ids
 
-    def _choices(
-        self, compiled: Any, texts: Sequence[str], labels: Sequence[str], progress: Count
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns (distributions over the labels [B, C] after each text, valid [B], mass [B])."""
+    def _read(
+        self,
+        compiled: Any,
+        labels: Sequence[str],
+        wording: Callable[..., str],
+        reasoning: Reasoning | None,
+        data: Sequence[tuple[str, ...]],
+        progress: Count,
+    ) -> AnswerScores:
+        """Returns the distributions over the labels after each question and its reasons, not yet the scores."""
+        count, total = len(data), len(data) * (1 if reasoning is None else 2)
+        written, ended = [""] * count, np.ones(count, bool)
+        if reasoning is None:
+            texts = [wording(*own) for own in data]
+        else:
+            written, ended = self._write(reasoning, data, lambda done, _: progress(done, total))
+            texts = [reasoning.before_label(own, self.tokenizer.quote(said)) for own, said in zip(data, written)]
         rows, fits = self._rows(texts, self._length, labels)
-        found = in_batches(partial(compiled, self._placed), rows, self.batch_size, progress)
+        counted = lambda done, _: progress(total - count + done, total)
+        found = in_batches(partial(compiled, self._placed), rows, self.batch_size, counted)
         choices, mass = found["choices"], np.where(fits, found["mass"], 0.0)
-        return choices, fits & np.isfinite(choices).all(-1) & (mass >= self.min_mass), mass
+        valid = fits & np.isfinite(choices).all(-1) & (mass >= self.min_mass)
+        missing = [self._why_missing(*facts) for facts in zip(valid, ended, mass)]
+        said = (np.array(texts, object) for texts in (missing, written))
+        return AnswerScores(np.zeros(count), choices, valid & ended, mass, *said)
 
     def compare(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], *, progress: Count = count_nothing
@@ -339,23 +386,25 @@ class LanguageModelJudge:
             prompts: B prompts.
             first: B first answers.
             second: B second answers.
-            progress: called while the judge works with (questions that are done, 2 B).
+            progress: called while the judge works with (questions that are done, how many there are): 2 B, or 4 B
+                where it writes its reasons first.
 
         Returns:
             The comparison, arrays [B]; it is not valid for a question longer than the context, or with too little
             probability on the verdicts (`min_mass`).
         """
         count = len(prompts)
-        prompts, first, second = (list(map(self.tokenizer.quote, data)) for data in (prompts, first, second))
-        texts = [self.pairwise_prompt(p, a, b) for p, a, b in zip(prompts, first, second)]
-        texts += [self.pairwise_prompt(p, b, a) for p, a, b in zip(prompts, first, second)]
-        choices, valid, mass = self._choices(self._compare, texts, self.verdicts, progress)
-        forward, swapped = choices[:count, 0], choices[count:, 0]
-        both = valid[:count] & valid[count:]
+        data = [*self._quoted(prompts, first, second), *self._quoted(prompts, second, first)]
+        read = self._read(self._compare, self.verdicts, self.pairwise_prompt, self.pairwise_reasoning, data, progress)
+        shown_first = read.probabilities[:, 0] + read.probabilities[:, 2:].sum(-1) / 2  # and half of a tie
+        forward, swapped = shown_first[:count], shown_first[count:]
+        both = read.valid[:count] & read.valid[count:]
         better, _ = both_orders(jnp.asarray(forward), jnp.asarray(swapped), how=self.debias)
         fill = lambda x: np.where(both, x, 0.5)
-        mass = np.minimum(mass[:count], mass[count:])
-        return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both, mass)
+        mass = np.minimum(read.mass[:count], read.mass[count:])
+        missing = np.where(read.missing[:count] == "", read.missing[count:], read.missing[:count])
+        reasons = np.stack([read.reasons[:count], read.reasons[count:]], axis=1)
+        return Comparison(fill(np.asarray(better)), fill(forward), fill(swapped), both, mass, missing, reasons)
 
     def score(self, prompts: Sequence[str], answers: Sequence[str], *, progress: Count = count_nothing) -> AnswerScores:
         """Scores each of B answers by its expected score, sum_i i P(i).
@@ -369,34 +418,14 @@ class LanguageModelJudge:
             progress: called while the judge works with (questions that are done, how many there are): B, or 2 B
                 where it writes its reasons first.
         """
-        count, before = len(prompts), 0 if self.reasoning is None else len(prompts)
-        quote = self.tokenizer.quote
-        data = list(zip(map(quote, prompts), map(quote, answers)))
-        if self.reasoning is None:
-            texts, ended = [self.score_prompt(p, a) for p, a in data], np.ones(len(prompts), bool)
-        else:
-            written, ended = self.reasons(prompts, answers, progress=lambda done, _: progress(done, 2 * count))
-            texts = [
-                f"{self.reasoning.prompt(p, a)} {quote(reasons)} {self.reasoning.marker}"
-                for (p, a), reasons in zip(data, written)
-            ]
         labels = [label for label, _ in self.scale]
-        counted = lambda done, _: progress(before + done, before + count)
-        choices, valid, mass = self._choices(self._score, texts, labels, counted)
-        missing = [self.why_missing(*facts) for facts in zip(valid, ended, mass)]
-        valid = valid & ended
+        data = self._quoted(prompts, answers)
+        read = self._read(self._score, labels, self.score_prompt, self.reasoning, data, progress)
         numbers = np.array([number for _, number in self.scale])
-        expected = np.where(valid, choices @ numbers, 0.0)
-        return AnswerScores(expected, choices, valid, mass, np.array(missing, object))
+        return read._replace(expected=np.where(read.valid, read.probabilities @ numbers, 0.0))
 
-    def why_missing(self, valid: bool, ended: bool, mass: float) -> str:
-        """Returns why a judgement is missing, "" where it is there.
-
-        Args:
-            valid: whether the labels could be read.
-            ended: whether the reasons fitted and ended.
-            mass: probability of all labels together; 0 where the question did not fit.
-        """
+    def _why_missing(self, valid: bool, ended: bool, mass: float) -> str:
+        """Returns why a judgement is missing, "" where the labels could be read after reasons that ended."""
         if not ended:
             return "the judge's reasons did not fit or did not end"
         if valid:

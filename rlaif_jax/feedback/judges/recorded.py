@@ -66,6 +66,7 @@ class RecordedJudgeSource(CountingSource):
                     else math.nan,
                     low=min(numbers),
                     high=max(numbers),
+                    raw=scores.reasons[i],
                     probabilities=tuple(scores.probabilities[i].tolist()) if scores.valid[i] else (),
                 )
             )
@@ -78,7 +79,7 @@ class RecordedJudgeSource(CountingSource):
         compared = self.judge.compare(prompts, answers, others)
         found: list[Judgement] = []
         for i, pair in enumerate(zip(answers, others)):
-            for shown, first in (((0, 1), compared.forward[i]), ((1, 0), 1 - compared.swapped[i])):
+            for order, (shown, first) in enumerate((((0, 1), compared.forward[i]), ((1, 0), 1 - compared.swapped[i]))):
                 valid, first = bool(compared.valid[i]), float(np.clip(first, 0.0, 1.0))
                 shared = self._shared(prompts[i], pair, valid, float(compared.mass[i]))
                 tie = valid and first == 0.5
@@ -88,11 +89,11 @@ class RecordedJudgeSource(CountingSource):
                         shown=shown,
                         ranks=() if not valid else (1, 1) if tie else (1, 2) if first > 0.5 else (2, 1),
                         probability=first if valid else None,
+                        raw=compared.reasons[i, order],
                     )
                 )
         self._keep(found)
-        missing = [self.judge.why_missing(ok, True, mass) for ok, mass in zip(compared.valid, compared.mass)]
-        return compared.probability, compared.valid, missing
+        return compared.probability, compared.valid, list(compared.missing)
 
     def _shared(self, prompt: str, answers: tuple[str, ...], valid: bool, mass: float) -> dict[str, Any]:
         return {

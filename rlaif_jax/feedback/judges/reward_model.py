@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from rlaif_jax.feedback.judges.reward_pairs import bucket_widths
 from rlaif_jax.models.heads import ScalarModel, gather_last
 from rlaif_jax.models.lora import joined
 from rlaif_jax.parallel import Runner
+from rlaif_jax.rewards.shaping import ensemble_cautious, ensemble_mean, ensemble_worst
 from rlaif_jax.types import Feedback, Params, Rollout
 
 
@@ -113,3 +115,37 @@ def score_members(
     if jax.tree.leaves(members)[0].shape[0] == 1:  # some attention kernels have no batched form
         return one(jax.tree.map(lambda x: x[0], members))[:, None]
     return jax.vmap(one, out_axes=1)(members)
+
+
+Combine = Literal["mean", "worst", "cautious"]
+"""How the scores of an ensemble become one; see `shaping.ensemble_mean`, `ensemble_worst`, `ensemble_cautious`."""
+
+
+def score_ensemble(
+    model: ScalarModel,
+    combine: Combine,
+    coef: float,
+    members: Params,
+    batch: tuple[jax.Array, jax.Array],
+    *,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Computes one score [B] float32 of N members; NaN where that of a member is not finite.
+
+    Args:
+        model: the reward model.
+        combine: how the members' scores become one; a single member's score is taken as it is.
+        coef: weight of the members' variance, where they are combined cautiously.
+        members: their parameters, each array with a first axis N.
+        batch: (tokens [B, S] int32, mask [B, S] bool).
+        axis_name: not used; `Runner.map` passes it.
+    """
+    scores = score_members(model, (None, members), batch, axis_name=axis_name)
+    if scores.shape[1] == 1:
+        return scores[:, 0]
+    valid, least = jnp.isfinite(scores), scores.shape[1]
+    if combine == "cautious":
+        found = ensemble_cautious(scores, valid, coef, least=least)
+    else:
+        found = (ensemble_worst if combine == "worst" else ensemble_mean)(scores, valid, least=least)
+    return jnp.where(found.valid, found.values, jnp.nan)

@@ -1,4 +1,4 @@
-"""A reward model as a source that reads texts, for a policy with another tokenizer or chat template."""
+"""Reward models as a source that reads texts, for a policy with another tokenizer or chat template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlaif_jax.data.prompts import Record, padded
 from rlaif_jax.data.rendering import answer_tokens, learned_with_bos
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.batching import check_batch_size, in_batches
-from rlaif_jax.feedback.judges.reward_model import score_sequences
+from rlaif_jax.feedback.judges.reward_model import Combine, score_ensemble
 from rlaif_jax.feedback.sources import CountingSource, Missing
 from rlaif_jax.models.heads import ScalarModel
 from rlaif_jax.parallel import Runner
@@ -23,16 +23,19 @@ from rlaif_jax.types import Feedback, Params, Rollout
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardModelSource(CountingSource):
-    """A reward model that reads texts with its own tokenizer and chat template, whatever the policy's are.
+    """Reward models that read texts with their own tokenizer and chat template, whatever the policy's are.
 
-    An answer that was cut by the length limit is scored with a stop token, as the reward model has learned. A text longer
+    An answer that was cut by the length limit is scored with a stop token, as the reward models have learned. A text longer
     than `max_length` is missing.
 
     Attributes:
-        model, params, tokenizer: the reward model's own.
+        model, tokenizer: the reward models' own.
+        params: of the N members of the ensemble, each array with a first axis N; one reward model is one member.
         runner: runs the compiled function on all devices.
         batch_size: texts of one compiled call.
         max_length: tokens of prompt and answer at most.
+        combine: how the members' scores become one.
+        coef: weight of their variance, where they are combined cautiously.
     """
 
     model: ScalarModel
@@ -41,6 +44,8 @@ class RewardModelSource(CountingSource):
     runner: Runner
     batch_size: int
     max_length: int
+    combine: Combine = "mean"
+    coef: float = 0.0
 
     def __post_init__(self) -> None:
         check_batch_size("reward model", self.batch_size, self.runner)
@@ -57,7 +62,7 @@ class RewardModelSource(CountingSource):
 
     @cached_property
     def _score(self) -> Any:
-        return self.runner.map(partial(score_sequences, self.model))
+        return self.runner.map(partial(score_ensemble, self.model, self.combine, self.coef))
 
     def __call__(self, records: Sequence[Record], answers: Sequence[str], rollout: Rollout | None = None) -> Feedback:
         """Returns the score of each answer; see `FeedbackSource`."""

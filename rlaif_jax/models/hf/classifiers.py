@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -64,6 +66,55 @@ def load_reward_model(
             file=sys.stderr,
         )
     return model, unflatten_dict({name: jnp.array(flat.pop(name)) for name in list(flat)}, sep="/"), tokenizer
+
+
+def load_ensemble(
+    folder_or_hub_id: str | Path, *, compute_dtype: Literal["float32", "bfloat16"] = "float32"
+) -> tuple[ScalarModel, Params, Tokenizer]:
+    """Reads the members of a reward model: all that a run wrote, or the one of a folder or hub id.
+
+    Args:
+        folder_or_hub_id: the folder of a run, which holds `model`, or model_0, model_1 ... of several members; a folder
+            of one reward model; or the name of a repository.
+        compute_dtype: of activations.
+
+    Returns:
+        (the model, host arrays of its N members' float32 parameters, each with a first axis N, their tokenizer).
+
+    Raises:
+        UserError: a member is missing, cannot be read, or has another shape or tokenizer than the first.
+    """
+    folders: list[str | Path] = [*_members(Path(folder_or_hub_id))] or [folder_or_hub_id]
+    model, params, tokenizer = load_reward_model(folders[0], compute_dtype=compute_dtype)
+    members = [jax.device_get(params)]
+    for folder in folders[1:]:
+        another, params, its_tokenizer = load_reward_model(folder, compute_dtype=compute_dtype)
+        require(another == model, f"{folder}: this member of the ensemble has another shape than {folders[0]}")
+        require(
+            _how_it_reads(its_tokenizer) == _how_it_reads(tokenizer),
+            f"{folder}: this member of the ensemble has another tokenizer or chat template than {folders[0]}",
+        )
+        members.append(jax.device_get(params))
+    return model, jax.tree.map(lambda *arrays: np.stack(arrays), *members), tokenizer
+
+
+def _members(run: Path) -> list[Path]:
+    """Returns the folders of the members that a run wrote; none where the folder is no run's."""
+    numbers = sorted(int(path.name[6:]) for path in run.glob("model_*") if re.fullmatch(r"model_\d+", path.name))
+    if (run / "model").is_dir():
+        require(not numbers, f"{run}: it holds `model` and `model_{numbers[0] if numbers else 0}`; name one of them")
+        return [run / "model"]
+    require(
+        numbers == list(range(len(numbers))),
+        f"{run}: an ensemble of reward models is model_0, model_1 ...; here are {', '.join(f'model_{k}' for k in numbers)}",
+    )
+    return [run / f"model_{k}" for k in numbers]
+
+
+def _how_it_reads(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """Returns what two tokenizers have in common that make the same tokens of a conversation."""
+    template = tokenizer.settings.get("chat_template") if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    return tokenizer.fingerprint, tokenizer.bos_id, tokenizer.stop_ids, tokenizer.pad_id, template
 
 
 def _check_one_label(path: Path) -> None:

@@ -315,6 +315,55 @@ def test_why_a_direct_score_is_missing_is_counted(make_judge, params):
     assert source.missing() == {"the judge's reasons did not fit or did not end": int((~ended).sum())}
 
 
+def greedy(params, text, most):
+    """The words that the model writes after `text`, the most probable ones, without a cache."""
+    asked, written = TOKENIZER.encode(text), []
+    while len(written) < most:
+        count = len(asked) + len(written)
+        ids = np.pad([*asked, *written], (0, 16 - count))[None]  # one length: compiled once
+        written.append(int(np.argmax(np.asarray(forward(params, ids, np.arange(16)[None] < count))[0, count - 1])))
+        if written[-1] in TOKENIZER.stop_ids:
+            written.pop()
+            break
+    return TOKENIZER.decode(written)
+
+
+def test_a_verdict_follows_the_judges_reasons_in_each_order(make_judge, params):
+    """Reasons that are cut count as well; half of a tie is for either answer; a question without room is missing."""
+    before = lambda data, reasons: f"{reasons} rate {data[1]}"
+    reasoning = Reasoning(pairwise, "", 3, before)
+    counted = []
+    found, spread = (
+        make_judge(
+            runner=runner, batch_size=8, max_length=12, verdicts=("1", "2", "3"), pairwise_reasoning=reasoning
+        ).compare([*PROMPTS, "a"], [*FIRST, "b"], [*SECOND, "c " * 9], progress=lambda *now: counted.append(now))
+        for runner in (JitRunner(), PmapRunner())
+    )
+    assert counted[-1] == (24, 24)
+    assert found.valid.tolist() == [True] * 5 + [False]
+    assert set(found.missing[:5]) == {""} and found.reasons[5].tolist() == ["", ""]
+    assert found.missing[5] == "the judge's reasons did not fit or did not end"
+    for i, (p, a, b) in enumerate(zip(PROMPTS, FIRST, SECOND)):
+        for order, (one, two) in enumerate(((a, b), (b, a))):
+            reasons = greedy(params, pairwise(p, one, two), 3)
+            assert found.reasons[i, order] == reasons
+            shares = next_word(params, before((p, one, two), reasons), "123")[0]
+            shown_first = (found.forward, found.swapped)[order][i]
+            np.testing.assert_allclose(shown_first, shares[0] + shares[2] / 2, atol=1e-5)
+    assert {len(text.split()) for text in found.reasons[:5].ravel()} == {0, 3}, (
+        "a stop token ends some, the limit others"
+    )
+    assert (spread.reasons == found.reasons).all() and (spread.missing == found.missing).all()
+    np.testing.assert_allclose(spread.probability, found.probability, atol=1e-5)
+
+
+def test_reasons_that_leave_no_room_are_refused(make_judge):
+    with pytest.raises(
+        UserError, match="reasons of 9 tokens leave no room for a question within the judge's 10 tokens"
+    ):
+        make_judge(pairwise_reasoning=Reasoning(pairwise, "", 9))
+
+
 def test_recorded_judgements_are_those_that_are_rewarded(make_judge, tmp_path):
     """Scores and comparisons with another answer: the judge's own numbers, each as it was read, missing ones counted."""
     records = [{"prompt": p, "other": other} for p, other in zip(PROMPTS, SECOND)]
