@@ -41,7 +41,7 @@ def _served_model(url: str, name: str, key_env: str) -> ChatModel:
     try:
         import openai
     except ImportError as error:
-        raise UserError(f"talking to {url} needs the package `openai`: pip install openai") from error
+        raise UserError(f"talking to {url} needs the package `openai`: pip install 'rlaif-jax[api]'") from error
     key = os.environ.get(key_env, "") if key_env else "none"
     require(bool(key), f"model_key_env: the environment variable {key_env} is not set; it must hold the server's key")
     client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=2)
