@@ -1,8 +1,9 @@
-"""Builds the wheel and checks that it works without the repository: files, tools, a run's page, the annotation page.
+"""Builds the wheel and checks that it works without the repository: files, tools, a run with its page, the annotation page.
 
     python .ci/wheel.py
 
-The package is installed into an empty environment. What it depends on comes from the environment of this interpreter.
+The package is installed into an empty environment, with what it says that it depends on and the extra of the annotation page.
+That each import is of a listed library is checked by tests/test_imports.py.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
+import tomllib
 import urllib.request
 import venv
 import zipfile
@@ -26,26 +27,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rlaif_jax"
 COMMAND = "rlaif-jax"
 
-FINISHED_RUN = """
+TINY_MODEL = """
 import dataclasses, sys
 from pathlib import Path
-import rlaif_jax
-from rlaif_jax.metrics import MetricsWriter
-from rlaif_jax.run import Run
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    out: Path
+import jax, rlaif_jax
+from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.models import CausalLM
+from rlaif_jax.models.decoder_config import small_decoder
+from rlaif_jax.models.hf.files import save_model
 
 place = Path(rlaif_jax.__file__).resolve()
 assert place.is_relative_to(Path(sys.prefix).resolve()), f"{place} is not that of the wheel"
-out = Path(sys.argv[1])
-with Run(out, "wheel", Settings(out), seed=0) as run, MetricsWriter(out, display=run.display) as writer:
-    run.settled()
-    with writer.stage("rl", 3) as log:
-        for step in (1, 2, 3):
-            log.write(step, {"reward": step / 4, "kl": 0.1})
-    run.steps_done = 3
+tokenizer = word_level_tokenizer(("user", "assistant", *"abcdefgh"))
+template = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+tokenizer = dataclasses.replace(tokenizer, settings={**tokenizer.settings, "chat_template": template})
+model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=32))
+save_model(sys.argv[1], model, model.init(jax.random.key(0)), tokenizer)
 """
 
 
@@ -60,10 +60,10 @@ def main() -> None:
         outside = folder / "outside"
         outside.mkdir()
         tools = check_help(bin_folder, outside)
-        check_report(bin_folder, outside)
+        check_run(bin_folder, outside)
         check_annotation_page(bin_folder, outside)
         seconds = time.monotonic() - started
-        print(f"{wheel.name}: {files} files, {len(tools)} tools, a run's page, the annotation page: {seconds:.0f} s")
+        print(f"{wheel.name}: {files} files, {len(tools)} tools, a run, the annotation page: {seconds:.0f} s")
 
 
 def build(folder: Path) -> Path:
@@ -95,18 +95,11 @@ def check_files(wheel: Path) -> int:
 
 
 def install(wheel: Path, environment: Path) -> Path:
-    """Installs the wheel alone into an empty environment, with this one's packages after it; returns its bin folder."""
+    """Installs the wheel and what it depends on into an empty environment; returns its bin folder."""
     venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
-    call(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)],
-        wheel.parent,
-    )
-    # Only now, or pip would find the package of this environment and leave out that of the wheel. The .pth files in the
-    # folders that a .pth names are not read, an editable install of the repository among them.
-    site = call([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], wheel.parent).strip()
-    folders = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    (Path(site) / "dependencies.pth").write_text("".join(f"{path}\n" for path in folders))
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python")]
+    # Not compiled: of what is installed, few modules are imported.
+    call([*pip, "install", "--quiet", "--no-compile", f"{wheel}[ui]"], wheel.parent)
     return environment / "bin"
 
 
@@ -117,6 +110,9 @@ def check_help(bin_folder: Path, outside: Path) -> list[str]:
         shown == call([str(bin_folder / "python"), "-m", PACKAGE, "--help"], outside),
         f"{COMMAND} and python -m {PACKAGE} have different helps",
     )
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    said = call([str(bin_folder / COMMAND), "--version"], outside)
+    require(said == f"{COMMAND} {version}\n", f"{COMMAND} --version says {said!r}; pyproject.toml has {version}")
     tools = re.findall(r"^  ([a-z][a-z-]*)  ", shown, re.MULTILINE)
     require(len(tools) >= 5, f"{COMMAND} --help lists only the tools {tools}")
     with ThreadPoolExecutor(2) as pool:
@@ -126,12 +122,22 @@ def check_help(bin_folder: Path, outside: Path) -> list[str]:
     return tools
 
 
-def check_report(bin_folder: Path, outside: Path) -> None:
-    """Makes a tiny finished run and ends the script if its page is not whole."""
-    call([str(bin_folder / "python"), "-c", FINISHED_RUN, "run"], outside)
+def check_run(bin_folder: Path, outside: Path) -> None:
+    """Trains a tiny model on chats and lets it answer; ends the script if the run, its page or the answer is not whole."""
+    call([str(bin_folder / "python"), "-c", TINY_MODEL, "start"], outside)
+    chats = [[("user", f"{a} {b}"), ("assistant", f"{b} {a}")] for a in "abcd" for b in "efgh"]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    (outside / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["--fit.updates", "2", "--fit.batch-size", "2", "--check-every", "1"]
+    tool = str(bin_folder / COMMAND)
+    call([tool, "sft", "--model", "start", "--data", "chats.jsonl", "--out", "run", *settings], outside)
     page = (outside / "run" / "report.html").read_text()
-    require("</html>" in page and "<svg" in page and "Reward" in page, "the page of a finished run is not whole")
-    require(list((outside / "run" / "tensorboard" / "rl").iterdir()) != [], "a finished run has no TensorBoard events")
+    require("</html>" in page and "<svg" in page and "Perplexity" in page, "the page of a run is not whole")
+    require(list((outside / "run" / "tensorboard" / "sft").iterdir()) != [], "a run has no TensorBoard events")
+    asked = ["--model", "run/model", "--template", "chat", "--prompt", "a e", "--max-new-tokens", "4"]
+    call([tool, "generate", *asked, "--out", "answers.jsonl"], outside)
+    (answer,) = map(json.loads, (outside / "answers.jsonl").read_text().splitlines())
+    require(answer["prompt"] == "a e" and len(answer["answers"]) == 1, f"generate has written {answer}")
 
 
 def check_annotation_page(bin_folder: Path, outside: Path) -> None:

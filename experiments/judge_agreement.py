@@ -14,7 +14,9 @@ keep them (those that are missing are left out):
 `--feedback` takes your own files, in any format that is known by its fields. People's ties are left out. For each file:
 the share of pairs on which judge and people agree, with its interval over prompts; the same for those pairs alone on which
 both orders of the judge agree; how often they do (order consistency) and how often it prefers the answer shown first;
-missing verdicts; and how often the longer answer is the one that people prefer, which a judge should beat.
+missing verdicts; the label mass, the mean probability that the judge gives to its labels together, in the order where it is
+lower (where it is small, the judge would say something else; a served judge without log-probabilities has none); and how often
+the longer answer is the one that people prefer, which a judge should beat.
 """
 
 from __future__ import annotations
@@ -184,6 +186,7 @@ def agreement(compare: Compare, pairs: Sequence[Comparison], seed: int) -> dict[
     return {
         "pairs": len(pairs),
         "missing": float(1 - valid.mean()),
+        "label_mass": float(np.nanmean(verdicts.mass)) if np.isfinite(verdicts.mass).any() else None,
         "agrees": share(right, valid),
         "agrees_where_consistent": share(right, consistent),
         "order_consistency": float(consistent.sum() / max(valid.sum(), 1)),
@@ -200,7 +203,7 @@ def lines(path: Path, found: dict[str, Any]) -> list[str]:
             return "-"
         return f"{part['share']:.1%} [{part['ci95'][0]:.1%}, {part['ci95'][1]:.1%}] of {part['pairs']}"
 
-    shown = "-" if found["first_shown"] is None else f"{found['first_shown']:.2f}"
+    shown, mass = ("-" if found[name] is None else f"{found[name]:.2f}" for name in ("first_shown", "label_mass"))
     return [
         f"{path}: {found['pairs']} pairs",
         f"  judge and people agree            {interval(found['agrees'])}",
@@ -208,6 +211,7 @@ def lines(path: Path, found: dict[str, Any]) -> list[str]:
         f"  both orders agree                 {found['order_consistency']:.1%}",
         f"  P(the answer shown first wins)    {shown}",
         f"  missing                           {found['missing']:.1%}",
+        f"  label mass                        {mass}",
         f"  people prefer the longer answer   {interval(found['longer_is_preferred'])}",
     ]
 

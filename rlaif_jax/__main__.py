@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import rlaif_jax
+
 TOOLS = """\
 usage: python -m rlaif_jax TOOL [options]
 
@@ -18,7 +20,7 @@ usage: python -m rlaif_jax TOOL [options]
   import-feedback   add the feedback in files of other tools and data sets to a store
   export-feedback   write the feedback of a store in the format of another tool
 
-`python -m rlaif_jax TOOL --help` lists a tool's options.
+`python -m rlaif_jax TOOL --help` lists a tool's options, `python -m rlaif_jax --version` prints the version.
 """
 
 
@@ -158,6 +160,8 @@ def tool(arguments: list[str]) -> None:
         export_feedback()
     elif name in ("", "-h", "--help"):
         print(TOOLS, end="")
+    elif name == "--version":
+        print(f"rlaif-jax {rlaif_jax.__version__}")
     else:
         print(f"error: there is no tool {name!r}\n\n{TOOLS}", end="", file=sys.stderr)
         sys.exit(2)

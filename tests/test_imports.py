@@ -1,7 +1,13 @@
 """Imports point one way, without circles, and Flax's modules are known in one room."""
 
 import ast
+import re
+import sys
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import rlaif_jax
 
@@ -80,6 +86,37 @@ def wrong_way(imports: Imports) -> list[str]:
     return found
 
 
+def libraries(requirements: Sequence[str]) -> set[str]:
+    """The distributions that requirements name, each in the one spelling of PEP 503."""
+    return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower() for line in requirements}
+
+
+def not_listed(
+    project: Mapping[str, Any],
+    imports: Imports,
+    named: Mapping[str, Collection[str]],
+    providers: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Imports of libraries that a user may not have.
+
+    Args:
+        project: the table `project` of pyproject.toml.
+        imports: module -> modules that it imports.
+        named: room or room inside a room -> the extras that its messages name.
+        providers: top-level module -> the distributions that bring it.
+    """
+    found = []
+    core = libraries(project["dependencies"])
+    extras = {extra: libraries(lines) for extra, lines in project["optional-dependencies"].items()}
+    for module, targets in imports.items():
+        for top in sorted({target.split(".")[0] for target in targets} - sys.stdlib_module_names - {"rlaif_jax"}):
+            brought = libraries(providers.get(top, [top]))
+            fitting = {extra for extra, own in extras.items() if own & brought}
+            if not (brought & core or fitting & set(named.get(module.rpartition(".")[0], ()))):
+                found.append(f"{module} imports {top}")
+    return found
+
+
 def circle(imports: dict[str, set[str]]) -> list[str]:
     """The names on one circle, or nothing."""
     done: set[str] = set()
@@ -136,6 +173,16 @@ def test_the_package_never_imports_its_experiments_or_tests():
         assert not outside & {"experiments", "tests", "torch", "transformers", "rlax"}, name
 
 
+def test_each_library_is_a_dependency_or_of_an_extra_that_the_code_names():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    imports = {name: imported(path.read_text(), name) for name, path in FILES.items()}
+    named: dict[str, set[str]] = {}
+    for name, path in FILES.items():
+        named.setdefault(name.rpartition(".")[0], set()).update(re.findall(r"rlaif-jax\[(\w+)\]", path.read_text()))
+    assert set().union(*named.values()) == set(project["optional-dependencies"])
+    assert not_listed(project, imports, named, packages_distributions()) == []
+
+
 def test_verifiers_know_sources_alone_and_their_sandbox_nothing():
     """The sandbox starts with each answer: what it imports is waited for, and is within reach of the answer."""
     here = "rlaif_jax.feedback.verifiers"
@@ -176,6 +223,12 @@ def test_the_checks_see_what_they_look_for():
     assert wrong_way({"rlaif_jax.feedback.judges.language_model": {"rlaif_jax.run"}}) != []
     assert wrong_way({"rlaif_jax.checkpoint": {"rlaif_jax.models"}}) != []
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    project = {"dependencies": ["array_record>=1"], "optional-dependencies": {"ui": ["Fast-API[all]>=1"]}}
+    imports = {"rlaif_jax.ui.a": {"os.path", "array_record.python", "fastapi.routing", "rlaif_jax.ui"}}
+    providers = {"array_record": ["array-record"], "fastapi": ["fast_api"]}
+    assert not_listed(project, imports, {"rlaif_jax.ui": {"ui"}}, providers) == []
+    assert not_listed(project, imports, {"rlaif_jax.data": {"ui"}}, providers) == ["rlaif_jax.ui.a imports fastapi"]
+    assert not_listed(project, {"rlaif_jax.a": {"rich"}}, {}, {}) == ["rlaif_jax.a imports rich"]
     source = "from . import ppo\nfrom ..config import require\ndef f():\n    import rlaif_jax.train as t\n"
     assert {"rlaif_jax.algorithms.ppo", "rlaif_jax.config", "rlaif_jax.train"} <= imported(
         source, "rlaif_jax.algorithms.fit"

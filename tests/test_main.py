@@ -4,12 +4,15 @@ import dataclasses
 import importlib
 import re
 import signal
+import subprocess
 import sys
+import tomllib
 import typing
 from pathlib import Path
 
 import pytest
 
+import rlaif_jax
 from rlaif_jax.__main__ import TOOLS, tool
 from rlaif_jax.feedback.api.command import JudgeConfig
 from rlaif_jax.feedback.records import exchange
@@ -120,3 +123,17 @@ def test_without_a_name_the_tools_are_listed_in_order(capsys):
         "train", "sft", "reward-model", "generate", "export", "report", "judge", "annotate", "import-feedback",
         "export-feedback",
     ]  # fmt: skip
+
+
+def test_the_version_is_that_of_pyproject_and_needs_no_jax(capsys):
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    tool(["--version"])
+    assert (
+        capsys.readouterr().out
+        == f"rlaif-jax {rlaif_jax.__version__}\n"
+        == f"rlaif-jax {pyproject['project']['version']}\n"
+    )
+    code = "import sys, rlaif_jax; rlaif_jax.__version__; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'version'"):
+        _ = rlaif_jax.version

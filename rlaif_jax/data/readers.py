@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -248,6 +248,26 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def each_row(data: Sequence[str], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place, row) of files of JSON lines and of TFDS data sets; a .txt file is a row with `text`.
+
+    Args:
+        data: paths of files, or names or folders of data sets.
+        split: the split of data sets.
+
+    Raises:
+        UserError: a file or data set cannot be read.
+    """
+    for name in data:
+        if Path(name).suffix == ".txt":
+            yield name, {"text": plain_text(name)}
+            continue
+        is_file = Path(name).is_file() or Path(name).suffix in (".jsonl", ".json", ".gz")
+        records = jsonl_records(name, required=()) if is_file else tfds_records(name, split)
+        for index in range(len(records)):
+            yield records.place(index), plain(records[index])
 
 
 def _first_line(error: Exception) -> str:

@@ -7,13 +7,16 @@ passed through `quote`: a special token that a text spells is text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rlaif_jax.config import UserError, require
-from rlaif_jax.data.conversations import Turn, conversation_prompt, prompt_turns
+from rlaif_jax.data.conversations import Turn, conversation_prompt, prompt_turns, read_turns
 from rlaif_jax.data.huggingface_tokenizer import QUOTED, HuggingFaceTokenizer
+from rlaif_jax.data.readers import listed
 from rlaif_jax.data.tokenizers import Tokenizer
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
 def chat_tokenizer(tokenizer: Tokenizer) -> HuggingFaceTokenizer | None:
@@ -189,3 +192,46 @@ def _rendered_turn(chat: HuggingFaceTokenizer, turns: Sequence[Turn], i: int) ->
             "declare its end of a turn as eos_token"
         )
     return head, whole[len(head) : len(head) + end.end()]
+
+
+def read_row(row: dict[str, Any], tokenizer: Tokenizer, *, add_bos: bool) -> tuple[LearnedTokens, str]:
+    """Returns (the tokens of a row, its name for a split).
+
+    Args:
+        row: has `messages` (or `conversations`), `prompt` and `completion`, or `text`.
+        tokenizer: encodes the texts.
+        add_bos: put BOS before each text.
+
+    Raises:
+        UserError: the row is of no such form, or the chat template does not take its conversation.
+    """
+    name = next((name for name in CONVERSATIONS if name in row), None)
+    if name is not None:
+        turns = read_turns(row[name], name)
+        return conversation_tokens(tokenizer, turns, add_bos=add_bos), first_turn(turns)
+    if {"prompt", "completion"} <= row.keys():
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list):
+            before, after = read_turns(prompt, "prompt"), read_turns(completion, "completion")
+            found = conversation_tokens(tokenizer, [*before, *after], first=len(before), add_bos=add_bos)
+            return found, first_turn(before)
+        require(
+            isinstance(prompt, str) and isinstance(completion, str),
+            "prompt and completion must be two texts or two lists of messages",
+        )
+        return text_tokens(tokenizer, completion, context=prompt, add_bos=add_bos), prompt
+    require(
+        isinstance(row.get("text"), str),
+        f"a row has messages, prompt and completion, or text; this one has {listed(row)}",
+    )
+    return text_tokens(tokenizer, row["text"], add_bos=add_bos), row["text"]
+
+
+def is_plain(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row that `read_row` takes is a text without a prompt."""
+    return not ({*CONVERSATIONS} & row.keys() or {"prompt", "completion"} <= row.keys())
+
+
+def first_turn(turns: Sequence[Turn]) -> str:
+    """Returns the first turn of the user, or the whole text without one."""
+    return next((turn.text for turn in turns if turn.role == "user"), "\n\n".join(turn.text for turn in turns))

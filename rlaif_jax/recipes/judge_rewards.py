@@ -49,12 +49,15 @@ class Verdicts(NamedTuple):
         consistent: [B] bool, whether both orders prefer the same answer.
         first_shown: [B], the mean over both orders of P(the answer shown first is better); .5 without position bias.
         valid: [B] bool, whether both orders were answered.
+        mass: [B], the probability of the labels together in the order where it is lower, also where it is too low for a
+            verdict; NaN where it is unknown.
     """
 
     probability: np.ndarray
     consistent: np.ndarray
     first_shown: np.ndarray
     valid: np.ndarray
+    mass: np.ndarray = np.array(np.nan)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -272,7 +275,8 @@ class JudgeReward:
         def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Verdicts:
             found = judge.compare(prompts, first, second)
             agree = (found.forward > 0.5) == (found.swapped < 0.5)
-            return Verdicts(found.probability, agree, (found.forward + found.swapped) / 2, found.valid)
+            mass = np.where(found.mass > 0, found.mass, np.nan)  # 0: the question is too long
+            return Verdicts(found.probability, agree, (found.forward + found.swapped) / 2, found.valid, mass)
 
         return compare
 
@@ -372,12 +376,15 @@ class ApiReward(ApiConfig):
 
         def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Verdicts:
             questions = [wording.question(*texts) for texts in zip(prompts, first, second)]
-            found = [outcome.preference for outcome in judge.judge(questions, wording.template)]
+            outcomes = judge.judge(questions, wording.template)
+            found = [outcome.preference for outcome in outcomes]
+            masses = [np.array([entry.label_mass for entry in outcome.judgements], float) for outcome in outcomes]
             return Verdicts(
                 np.array([0.5 if p is None else p.probability for p in found]),
                 np.array([p is not None and p.consistent for p in found]),
                 np.array([0.5 if p is None or p.bias is None else 1 / (1 + np.exp(-p.bias)) for p in found]),
                 np.array([p is not None for p in found]),
+                np.array([of_pair.min() for of_pair in masses]),  # NaN where one is None
             )
 
         return compare

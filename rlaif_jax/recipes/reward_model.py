@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ import numpy as np
 from rlaif_jax.algorithms.fit import Arrays, FitConfig, bucketed_minibatches, fit
 from rlaif_jax.algorithms.optimizer import make_optimizer
 from rlaif_jax.algorithms.reward_modeling import members_step, reward_step
-from rlaif_jax.config import require
+from rlaif_jax.config import UserError, require
 from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.rendering import learned_with_bos
 from rlaif_jax.data.text import held_out_mask
+from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.reward_model import Scorer
 from rlaif_jax.feedback.judges.reward_pairs import Pairs, tokenize, training_buckets
 from rlaif_jax.feedback.records.comparisons import Comparisons, comparisons
@@ -56,6 +58,8 @@ class RewardModelConfig:
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
         chat: another chat template than the model's, and values for its variables.
         feedback: files of pairs, rankings or ratings, feedback stores, or TFDS folders of judgements.
+        eval_feedback: files whose pairs are measured on; those that are also learned are left out of them and counted.
+            Empty: a share of `feedback` is held out.
         format: the format of all these files.
         principles: the criteria that count, such as HelpSteer's helpfulness; empty: all, each as a judgement.
         seed: of everything random.
@@ -64,7 +68,7 @@ class RewardModelConfig:
         tracking: where the run is shown besides its folder: Weights & Biases.
         stages: the folder of finished stages, which runs may share; None: in `out`.
         max_length: tokens of prompt and answer; longer pairs are left out. None: 1024, or as many as the model can read.
-        held_out: the share of the conversations that are measured on and not learned from.
+        held_out: the share of the conversations that are measured on and not learned from, where `eval_feedback` gives none.
         split_seed: which conversations are held out; apart from `seed`, so that runs of several seeds are measured alike.
         members: number of reward models, of the seeds `seed`, `seed + 1` ..., trained in one program.
         margin: the difference of scores asked of two answers at both ends of the scale, or with a far preference; smaller
@@ -84,6 +88,7 @@ class RewardModelConfig:
     tokenizer: Path | None = None
     chat: ChatConfig = ChatConfig()
     feedback: tuple[Path, ...] = ()
+    eval_feedback: tuple[Path, ...] = ()
     format: Detected | Read = Detected()
     principles: tuple[str, ...] = ()
     seed: int = 0
@@ -126,9 +131,8 @@ def read_comparisons(files: Sequence[Path], form: Detected | Read, principles: S
         principles: the criteria that count; empty: all.
 
     Raises:
-        UserError: there is no file, or one cannot be read.
+        UserError: a file cannot be read.
     """
-    require(bool(files), "no feedback to learn from: give --feedback FILE ..., pairs, rankings or ratings of answers")
     judgements = []
     for path in files:
         found = form.read(path)
@@ -146,6 +150,60 @@ def read_comparisons(files: Sequence[Path], form: Detected | Read, principles: S
     if replaced := len(judgements) - len(kept):
         made.unused["judgement that another replaces or repeats"] += replaced
     return made
+
+
+class SplitPairs(NamedTuple):
+    """Pairs to learn from, and others to measure on.
+
+    Attributes:
+        learned: pairs to learn from.
+        measured: pairs to measure on; none is one of those to learn from.
+        unused: reason -> number of judgements, answers or pairs that are left out.
+    """
+
+    learned: Pairs
+    measured: Pairs
+    unused: Counter[str]
+
+
+def read_split(config: RewardModelConfig, tokenizer: Tokenizer, max_length: int) -> SplitPairs:
+    """Reads the pairs to learn from, and those to measure on: `eval_feedback`, else a share.
+
+    Args:
+        config: the settings.
+        tokenizer: of the model.
+        max_length: tokens of prompt and answer.
+
+    Raises:
+        UserError: nothing is named, a file cannot be read, or no pair is left to learn from or to measure on.
+    """
+
+    def read(files: Sequence[Path]) -> tuple[Pairs, Counter[str]]:
+        found = read_comparisons(files, config.format, config.principles)
+        add_bos = learned_with_bos(tokenizer)
+        return tokenize(found, tokenizer, max_length=max_length, add_bos=add_bos, unused=found.unused), found.unused
+
+    require(
+        bool(config.feedback),
+        "no feedback to learn from: give --feedback FILE ..., pairs, rankings or ratings of answers",
+    )
+    pairs, unused = read(config.feedback)
+    if not config.eval_feedback:
+        held_out = held_out_mask(pairs.conversation, config.held_out, config.split_seed)
+        learned, measured = (pairs.chosen(np.flatnonzero(which)) for which in (~held_out, held_out))
+        return SplitPairs(learned, measured, unused)
+    try:
+        given, without = read(config.eval_feedback)
+    except UserError as error:
+        raise UserError(f"eval_feedback: {error}") from error
+    key = lambda ids: frozenset(map(tuple, ids))
+    known = set(map(key, pairs.ids))
+    new = [i for i, ids in enumerate(given.ids) if key(ids) not in known]
+    unused += Counter({f"eval_feedback: {reason}": count for reason, count in without.items()})
+    if both := len(given.ids) - len(new):
+        unused["eval_feedback: pair that is also learned"] = both
+    require(bool(new), f"eval_feedback: none of its {both} pairs is left to measure on: all are also learned")
+    return SplitPairs(pairs, given.chosen(new), unused)
 
 
 # ---- Scores and what they are worth
@@ -286,13 +344,9 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
         parallel=config.parallel,
     )
     tokenizer = on_day_of_run(tokenizer, config.out, resume=config.resume)
-    found = read_comparisons(config.feedback, config.format, config.principles)
-    unused = found.unused
-    pairs = tokenize(found, tokenizer, max_length=max_length, add_bos=learned_with_bos(tokenizer), unused=unused)
+    training, measured, unused = read_split(config, tokenizer, max_length)
     for reason, count in unused.most_common():
         print(f"  not used: {count} x {reason}")
-    held_out = held_out_mask(pairs.conversation, config.held_out, config.split_seed)
-    training, measured = (pairs.chosen(np.flatnonzero(which)) for which in (~held_out, held_out))
     buckets, filled = training_buckets(training, tokenizer.pad_id, config.margin)
     lora = config.adapter if config.lora else None
     model, trunk = ScalarModel(language_model.config, "normal", bias=False, lora=lora), weights["trunk"]
@@ -308,6 +362,8 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
         counts = {"pairs_learned": len(training.ids), "pairs_heldout": len(measured.ids)}
         run.metrics |= {**counts, "columns_filled": filled}
         known = keep_fingerprints(run, weights=trunk, pairs=buckets)
+        # Apart: what is learned does not depend on them.
+        keep_fingerprints(run, measured_pairs=training_buckets(measured, tokenizer.pad_id, config.margin)[0])
         keep_day(run, tokenizer)
         passes = config.fit.updates * config.fit.batch_size / len(training.ids)
         if passes > MOST_PASSES:

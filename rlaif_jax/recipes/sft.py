@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,9 +17,8 @@ from rlaif_jax.algorithms.fit import Arrays, FitConfig, fit_model
 from rlaif_jax.algorithms.supervised import supervised_step, target_logprobs
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.chat.config import ChatConfig
-from rlaif_jax.data.conversations import Turn, read_turns
-from rlaif_jax.data.readers import jsonl_records, listed, plain, plain_text, tfds_records
-from rlaif_jax.data.rendering import LearnedTokens, conversation_tokens, learned_with_bos, text_tokens
+from rlaif_jax.data.readers import each_row
+from rlaif_jax.data.rendering import LearnedTokens, is_plain, learned_with_bos, read_row
 from rlaif_jax.data.text import held_out_mask, packed_sequences
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.judges.batching import in_batches
@@ -39,7 +38,6 @@ from rlaif_jax.types import INIT, Params, step_key
 
 STAGE = "sft"
 CHECKED = 64  # held-out rows that are read during the training
-CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +52,9 @@ class SFTConfig:
             assistant are learned), `prompt` and `completion`, as texts or messages (the completion is learned), or `text`
             (all of it is learned); or plain text, .txt.
         split: the split of TFDS data sets.
+        eval_data: texts that are measured on, of the same forms; those that are also learned are left out of them and
+            counted. Empty: a share of `data` is held out.
+        eval_split: the split of TFDS data sets in `eval_data`.
         seed: of everything random.
         out: the run's folder.
         resume: go on with the run in `out` where it stopped.
@@ -62,7 +63,7 @@ class SFTConfig:
         max_length: tokens of a row of packed texts. A longer conversation is cut after the last turn of the assistant that
             fits, a `text` is read in pieces, and a longer completion is left out. None: 1024, or as many as the model can
             read.
-        held_out: the share of the rows that are measured on and not learned from.
+        held_out: the share of the rows that are measured on and not learned from, where `eval_data` gives none.
         split_seed: which rows are held out; apart from `seed`, so that runs of several seeds are measured alike.
         lora: train a low-rank adapter instead of all weights; it needs a higher rate, such as fit.learning_rate 3e-4. The
             model is written whole, too.
@@ -79,6 +80,8 @@ class SFTConfig:
     chat: ChatConfig = ChatConfig()
     data: tuple[str, ...] = ()
     split: str = "train"
+    eval_data: tuple[str, ...] = ()
+    eval_split: str = "test"
     seed: int = 0
     out: Path = Path("runs/sft")
     resume: bool = False
@@ -122,75 +125,12 @@ class Texts(NamedTuple):
     unused: Counter[str]
 
 
-def each_row(data: Sequence[str], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, row) of files of JSON lines and of TFDS data sets; a .txt file is a row with `text`.
+def read_texts(data: Sequence[str], split: str, tokenizer: Tokenizer, max_length: int) -> Texts:
+    """Reads, tokenizes and cuts all rows of some data; what is left out or cut is counted and printed.
 
     Args:
         data: paths of files, or names or folders of data sets.
         split: the split of data sets.
-
-    Raises:
-        UserError: nothing is named, or a file or data set cannot be read.
-    """
-    require(bool(data), "no texts to learn from: give --data FILE.jsonl ..., or the name of a TFDS data set")
-    for name in data:
-        if Path(name).suffix == ".txt":
-            yield name, {"text": plain_text(name)}
-            continue
-        is_file = Path(name).is_file() or Path(name).suffix in (".jsonl", ".json", ".gz")
-        records = jsonl_records(name, required=()) if is_file else tfds_records(name, split)
-        for index in range(len(records)):
-            yield records.place(index), plain(records[index])
-
-
-def read_row(row: dict[str, Any], tokenizer: Tokenizer, *, add_bos: bool) -> tuple[LearnedTokens, str]:
-    """Returns (the tokens of a row, its name for a split).
-
-    Args:
-        row: a row of one of the forms that `SFTConfig.data` lists.
-        tokenizer: encodes the texts.
-        add_bos: put BOS before each text.
-
-    Raises:
-        UserError: the row is of no such form, or the chat template does not take its conversation.
-    """
-    name = next((name for name in CONVERSATIONS if name in row), None)
-    if name is not None:
-        turns = read_turns(row[name], name)
-        return conversation_tokens(tokenizer, turns, add_bos=add_bos), first_turn(turns)
-    if {"prompt", "completion"} <= row.keys():
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list):
-            before, after = read_turns(prompt, "prompt"), read_turns(completion, "completion")
-            found = conversation_tokens(tokenizer, [*before, *after], first=len(before), add_bos=add_bos)
-            return found, first_turn(before)
-        require(
-            isinstance(prompt, str) and isinstance(completion, str),
-            "prompt and completion must be two texts or two lists of messages",
-        )
-        return text_tokens(tokenizer, completion, context=prompt, add_bos=add_bos), prompt
-    require(
-        isinstance(row.get("text"), str),
-        f"a row has messages, prompt and completion, or text; this one has {listed(row)}",
-    )
-    return text_tokens(tokenizer, row["text"], add_bos=add_bos), row["text"]
-
-
-def is_plain(row: Mapping[str, Any]) -> bool:
-    """Returns whether a row of one of the forms that `SFTConfig.data` lists is a text without a prompt."""
-    return not ({*CONVERSATIONS} & row.keys() or {"prompt", "completion"} <= row.keys())
-
-
-def first_turn(turns: Sequence[Turn]) -> str:
-    """Returns the first turn of the user, or the whole text without one."""
-    return next((turn.text for turn in turns if turn.role == "user"), "\n\n".join(turn.text for turn in turns))
-
-
-def read_texts(config: SFTConfig, tokenizer: Tokenizer, max_length: int) -> Texts:
-    """Reads, tokenizes and cuts all rows of the data; what is left out or cut is counted.
-
-    Args:
-        config: the settings.
         tokenizer: of the model.
         max_length: tokens of a row.
 
@@ -200,7 +140,7 @@ def read_texts(config: SFTConfig, tokenizer: Tokenizer, max_length: int) -> Text
     found = Texts([], [], Counter())
     faults: list[str] = []
     longer = f"longer than max_length = {max_length} tokens"
-    for place, row in each_row(config.data, config.split):
+    for place, row in each_row(data, split):
         try:
             tokens, name = read_row(row, tokenizer, add_bos=learned_with_bos(tokenizer))
         except UserError as error:
@@ -224,21 +164,61 @@ def read_texts(config: SFTConfig, tokenizer: Tokenizer, max_length: int) -> Text
         print(fault)
     for reason, count in found.unused.most_common():
         print(f"  {count} x {reason}")
-    require(bool(found.tokens), f"no text is left to learn from ({'; '.join([*faults[:1], *found.unused])})")
+    require(bool(found.tokens), f"{', '.join(data)}: no text is left ({'; '.join([*faults[:1], *found.unused])})")
     return found
 
 
-def packed(texts: Texts, which: np.ndarray, length: int, pad_id: int) -> Arrays:
+class SplitTexts(NamedTuple):
+    """Texts to learn from, and others to measure on.
+
+    Attributes:
+        learned: texts to learn from.
+        measured: texts to measure on; none is one of those to learn from.
+        unused: reason -> number of rows that are left out or cut.
+    """
+
+    learned: list[LearnedTokens]
+    measured: list[LearnedTokens]
+    unused: Counter[str]
+
+
+def read_split(config: SFTConfig, tokenizer: Tokenizer, max_length: int) -> SplitTexts:
+    """Reads the texts to learn from, and those to measure on: `eval_data`, else a share.
+
+    Args:
+        config: the settings.
+        tokenizer: of the model.
+        max_length: tokens of a row.
+
+    Raises:
+        UserError: nothing is named, a file cannot be read, or no text is left to learn from or to measure on.
+    """
+    require(bool(config.data), "no texts to learn from: give --data FILE.jsonl ..., or the name of a TFDS data set")
+    texts = read_texts(config.data, config.split, tokenizer, max_length)
+    if not config.eval_data:
+        held_out = held_out_mask(texts.names, config.held_out, config.split_seed)
+        learned, measured = ([texts.tokens[i] for i in np.flatnonzero(which)] for which in (~held_out, held_out))
+        return SplitTexts(learned, measured, texts.unused)
+    known = {tuple(tokens.ids) for tokens in texts.tokens}
+    given = read_texts(config.eval_data, config.eval_split, tokenizer, max_length)
+    measured = [tokens for tokens in given.tokens if tuple(tokens.ids) not in known]
+    unused = texts.unused + Counter({f"eval_data: {reason}": count for reason, count in given.unused.items()})
+    if both := len(given.tokens) - len(measured):
+        unused["eval_data: text that is also learned"] = both
+        print(f"  not measured on: {both} x text of eval_data that is also learned")
+    require(bool(measured), f"eval_data: none of its {both} texts is left to measure on: all are also learned")
+    return SplitTexts(texts.tokens, measured, unused)
+
+
+def packed(texts: Sequence[LearnedTokens], length: int, pad_id: int) -> Arrays:
     """Returns the rows of packed texts that `supervised_step` takes.
 
     Args:
-        texts: N texts.
-        which: [N] bool, those to pack.
+        texts: the texts.
         length: columns of a row.
         pad_id: the token of empty columns.
     """
-    chosen = [tokens for tokens, is_chosen in zip(texts.tokens, which) if is_chosen]
-    return packed_sequences([x.ids for x in chosen], [x.weights for x in chosen], length=length, pad_id=pad_id)
+    return packed_sequences([x.ids for x in texts], [x.weights for x in texts], length=length, pad_id=pad_id)
 
 
 # ---- Measurement
@@ -386,9 +366,8 @@ def main(config: SFTConfig) -> dict[str, Any]:
         parallel=config.parallel,
     )
     tokenizer = on_day_of_run(tokenizer, config.out, resume=config.resume)
-    texts = read_texts(config, tokenizer, max_length)
-    mask = held_out_mask(texts.names, config.held_out, config.split_seed)
-    held_out, training = (packed(texts, which, max_length, tokenizer.pad_id) for which in (mask, ~mask))
+    texts = read_split(config, tokenizer, max_length)
+    held_out, training = (packed(x, max_length, tokenizer.pad_id) for x in (texts.measured, texts.learned))
     require(
         len(training["tokens"]) >= config.fit.batch_size,
         f"the texts fill {len(training['tokens'])} rows of max_length = {max_length} tokens, fewer than "
@@ -407,11 +386,12 @@ def main(config: SFTConfig) -> dict[str, Any]:
         run.display.plan((PlannedStage(STAGE, "the model learns from the texts", 1),))
         run.missing = dict(texts.unused)
         run.metrics |= {
-            "texts_learned": int((~mask).sum()),
-            "texts_heldout": int(mask.sum()),
+            "texts_learned": len(texts.learned),
+            "texts_heldout": len(texts.measured),
             "columns_filled": float((training["segments"] > 0).mean()),
         }
         known = keep_fingerprints(run, weights=params, texts=training)
+        keep_fingerprints(run, measured_texts=held_out)  # apart: what is learned does not depend on them
         keep_day(run, tokenizer)
         checked = {key: rows[:CHECKED] for key, rows in held_out.items()}
 

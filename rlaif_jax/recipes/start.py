@@ -170,7 +170,7 @@ def keep_day(run: Run, tokenizer: Tokenizer) -> None:
 
 
 def keep_fingerprints(run: Run, **inputs: Any) -> dict[str, str]:
-    """Notes what a run learns from, and returns the fingerprints.
+    """Notes what a run learns from or measures on, and returns the fingerprints.
 
     Args:
         run: the run; one that is resumed must have the same inputs as before.
@@ -184,8 +184,8 @@ def keep_fingerprints(run: Run, **inputs: Any) -> dict[str, str]:
         before = run.metrics.setdefault(f"{name}_sha256", now)
         require(
             before == now,
-            f"{run.folder}: the {name} are not those that this run began with (fingerprint {now}, then {before}): resume it "
-            "with those, or start a new run without --resume",
+            f"{run.folder}: the {name.replace('_', ' ')} are not those that this run began with (fingerprint {now}, then "
+            f"{before}): resume it with those, or start a new run without --resume",
         )
     return found
 

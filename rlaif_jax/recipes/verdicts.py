@@ -60,7 +60,9 @@ class AgainstStart:
         assert self.start is not None
         differ = [i for i, pair in enumerate(zip(answers.texts, self.start.texts)) if pair[0] != pair[1]]
         size = len(self.prompts)
-        whole = Verdicts(np.full(size, 0.5), np.ones(size, bool), np.full(size, 0.5), np.ones(size, bool))
+        whole = Verdicts(
+            np.full(size, 0.5), np.ones(size, bool), np.full(size, 0.5), np.ones(size, bool), np.full(size, np.nan)
+        )
         if differ:
             texts = ([x[i] for i in differ] for x in (self.prompts, answers.texts, self.start.texts))
             for all_rows, rows in zip(whole, self.compare(*texts)):

@@ -341,6 +341,12 @@ QUANTITIES = {
     "weights_sha256": Quantity("Weights' fingerprint", "", "SHA-256 over the weights that training began with."),
     "texts_sha256": Quantity("Texts' fingerprint", "", "SHA-256 over the tokens that are learned."),
     "pairs_sha256": Quantity("Pairs' fingerprint", "", "SHA-256 over the tokens and labels that are learned."),
+    "measured_texts_sha256": Quantity(
+        "Held-out texts' fingerprint", "", "SHA-256 over the tokens that the perplexity is measured on."
+    ),
+    "measured_pairs_sha256": Quantity(
+        "Held-out pairs' fingerprint", "", "SHA-256 over the tokens and labels of the pairs that are measured on."
+    ),
     "policy_sha256": Quantity("Policy's fingerprint", "", "SHA-256 over the policy's weights before training."),
     "labeler_sha256": Quantity(
         "Labeler's fingerprint", "", "SHA-256 of the AI labeler's weights, frozen before training."

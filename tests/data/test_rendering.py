@@ -12,7 +12,7 @@ import pytest
 from rlaif_jax.config import UserError
 from rlaif_jax.data.conversations import Turn, conversation_prompt
 from rlaif_jax.data.prompts import prompt_batches
-from rlaif_jax.data.rendering import LearnedTokens, answer_tokens, conversation_tokens, text_tokens
+from rlaif_jax.data.rendering import LearnedTokens, answer_tokens, conversation_tokens, read_row, text_tokens
 from rlaif_jax.data.text import held_out_mask
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, load_tokenizer, word_level_tokenizer
 from tests.data.token_folders import byte_tokenizer_folder
@@ -139,6 +139,34 @@ def test_a_conversation_that_cannot_be_learned_is_named(bad, tmp_path):
     template, eos, turns, message = BAD[bad]
     with pytest.raises(UserError, match=message):
         conversation_tokens(chat_tokenizer(tmp_path, template, eos), turns)
+
+
+# ---- Rows
+
+
+def test_what_is_learned_of_each_form_of_row():
+    tokenizer = word_level_tokenizer(("Human:", "Assistant:", *"abef"))
+    user, assistant = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "e f"}
+    turn = "Human: a b Assistant:"
+    forms = [
+        ({"messages": [user, assistant] * 2}, "a b", f"<bos> {turn}[e f]{turn}[e f <eos>]"),
+        ({"prompt": "a b", "completion": "e f"}, "a b", "<bos> a b[e f <eos>]"),
+        ({"prompt": [user], "completion": [assistant]}, "a b", f"<bos> {turn}[e f <eos>]"),
+        ({"text": "a b e f"}, "a b e f", "<bos>[a b e f <eos>]"),
+    ]
+    for row, name, learned in forms:
+        tokens, found = read_row(row, tokenizer, add_bos=True)
+        assert (shown(tokenizer, tokens), found) == (learned, name)
+
+
+def test_rows_of_a_chat_model_have_its_template(chat):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "an<|im_end|>swer"}]
+    for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
+        tokens, name = read_row(row, chat, add_bos=True)
+        learned = [i for i, weight in zip(tokens.ids, tokens.weights) if weight]
+        assert name == "q"
+        assert learned == [*chat.encode(chat.quote("an<|im_end|>swer")), chat.eos_id]
+        assert learned.count(chat.eos_id) == 1
 
 
 # ---- Answers for a reward model

@@ -177,6 +177,35 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(whole, folder, tmp_path, monk
     assert_same_leaves(load_reward_model(tmp_path / "run" / "model")[1], load_reward_model(out / "model")[1])
 
 
+def test_given_pairs_are_measured_on_and_nothing_else_is_held_out(folder, tmp_path, capsys):
+    swapped = dataclasses.replace(first := drawn_pairs(1)[0], answers=first.answers[::-1])
+    with Store(tmp_path / "eval.sqlite") as store:
+        store.add([swapped, *drawn_pairs(30, seed=1), pair("i", ("a " * 30, "b"), 0, ANNA)])
+    settings = config(folder, tmp_path / "run", eval_feedback=(tmp_path / "eval.sqlite",), fit=FitConfig(2, 16))
+    metrics = main(settings)
+    learned, given = (
+        tokenize(read_comparisons((path,), Detected(), ()), TOKENIZER, max_length=16, add_bos=True, unused=Counter())
+        for path in (folder / "pairs.sqlite", tmp_path / "eval.sqlite")
+    )
+    known = [set(map(tuple, ids)) for ids in learned.ids]
+    new = given.chosen([i for i, ids in enumerate(given.ids) if set(map(tuple, ids)) not in known])
+    assert (metrics["pairs_learned"], metrics["pairs_heldout"]) == (len(known), len(new.ids))
+    assert unexplained(tmp_path / "run") == [] and 20 < len(new.ids) < len(given.ids)
+    missing = json.loads((tmp_path / "run" / "summary.json").read_text())["missing"]
+    assert missing["eval_feedback: pair of more than max_length = 16 tokens"] == 1
+    assert missing["eval_feedback: pair that is also learned"] == len(given.ids) - len(new.ids)
+    assert "x eval_feedback: pair that is also learned" in capsys.readouterr().out
+    model, params, _ = load_reward_model(tmp_path / "run" / "model")
+    scores = Scorer(model, JitRunner(), 16, TOKENIZER.pad_id)(jax.tree.map(lambda x: x[None], params), new.ids)
+    assert running_check(scores, new)["heldout_accuracy"] == pytest.approx(metrics["heldout_accuracy"], abs=1e-6)
+    with Store(tmp_path / "eval.sqlite") as store:
+        store.add(drawn_pairs(2, seed=2))
+    with pytest.raises(
+        UserError, match=r"the measured pairs are not those that this run began with .* without --resume"
+    ):
+        main(dataclasses.replace(settings, resume=True))
+
+
 def test_adapters_learn_over_weights_that_do_not(folder, tmp_path):
     lora = {"lora": True, "adapter": LoRAConfig(rank=4)}
     metrics = main(config(folder, tmp_path / "one", seed=5, **lora))
@@ -234,6 +263,14 @@ BAD = {
     "no model": ({"model": None}, "no model to begin with: give --model"),
     "no feedback": ({"feedback": ()}, "no feedback to learn from: give --feedback"),
     "no file": ({"feedback": (Path("nothing.jsonl"),)}, "nothing.jsonl: there is no such file of feedback"),
+    "no file to measure on": (
+        {"eval_feedback": (Path("nothing.jsonl"),)},
+        "eval_feedback: nothing.jsonl: there is no such file of feedback",
+    ),
+    "nothing new to measure on": (
+        {"eval_feedback": (Path("PAIRS"),)},
+        r"eval_feedback: none of its \d+ pairs is left to measure on",
+    ),
     "too long": ({"max_length": 64}, r"max_length \(64\) is more than .* can read: 32 tokens"),
     "too short": ({"max_length": 3}, r"no comparison .* left .*\(\d+ x pair of more than max_length = 3 tokens\)"),
     "criteria": ({"principles": ("wit",)}, "no comparison of two answers is left"),
@@ -242,8 +279,11 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_what_cannot_be_learned_from_is_named_and_leaves_no_run(bad, folder, tmp_path):
+    changes = {
+        name: (folder / "pairs.sqlite",) if value == (Path("PAIRS"),) else value for name, value in BAD[bad][0].items()
+    }
     with pytest.raises(UserError, match=BAD[bad][1]):
-        main(config(folder, tmp_path / "run", **BAD[bad][0]))
+        main(config(folder, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 

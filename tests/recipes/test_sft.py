@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict
 from rlaif_jax.algorithms.fit import FitConfig
 from rlaif_jax.config import UserError
 from rlaif_jax.data.rendering import LearnedTokens
-from rlaif_jax.data.text import held_out_mask
 from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.models import CausalLM
 from rlaif_jax.models.decoder_config import small_decoder
@@ -24,9 +23,7 @@ from rlaif_jax.models.lora import TARGETS, LoRAConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import sft as recipe
 from rlaif_jax.recipes import start
-from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, Texts, main, packed, perplexity, read_row, read_texts
-from tests.data.test_rendering import CHATML
-from tests.data.token_folders import byte_tokenizer_folder
+from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, main, packed, perplexity, read_split, read_texts
 from tests.helpers import assert_same_leaves, random_params, unexplained
 from tests.sinks.wandb_file import KEPT, assert_same_numbers
 from tests.tiny import numbers
@@ -133,6 +130,28 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(whole, folder, tmp_path, monk
     assert_same_leaves(load_model(tmp_path / "run" / "model")[1], load_model(out / "model")[1])
 
 
+def test_given_texts_are_measured_on_and_nothing_else_is_held_out(folder, tmp_path, capsys):
+    learned, other = rows(), [{"text": f"{a} {b} e f"} for a in "abcd" for b in "gh"]
+    given = write(tmp_path / "eval.jsonl", [*learned[:3], *other, {"question": "a"}])
+    settings = config(folder, tmp_path / "run", eval_data=(str(given),), fit=FitConfig(2, 8))
+    metrics = main(settings)
+    assert (metrics["texts_learned"], metrics["texts_heldout"]) == (120, len(other))
+    assert unexplained(tmp_path / "run") == []
+    missing = json.loads((tmp_path / "run" / "summary.json").read_text())["missing"]
+    assert missing == {"eval_data: row with a fault": 1, "eval_data: text that is also learned": 3}
+    assert "3 x text of eval_data that is also learned" in capsys.readouterr().out
+    alone = read_texts((str(write(tmp_path / "other.jsonl", other)),), "train", TOKENIZER, 24)
+    found = PerplexityMeter(MODEL, JitRunner(), 8)(
+        load_model(tmp_path / "run" / "model")[1], packed(alone.tokens, 24, TOKENIZER.pad_id)
+    )
+    assert found.value == pytest.approx(metrics["perplexity_after"], rel=1e-4)
+    write(given, [*learned[:3], *other[1:]])
+    with pytest.raises(
+        UserError, match=r"the measured texts are not those that this run began with .* without --resume"
+    ):
+        main(dataclasses.replace(settings, resume=True))
+
+
 def test_an_adapter_learns_over_weights_that_do_not(folder, tmp_path, monkeypatch):
     lora = config(folder, tmp_path / "one", lora=True, adapter=LoRAConfig(rank=4))
     metrics = main(lora)
@@ -143,8 +162,7 @@ def test_an_adapter_learns_over_weights_that_do_not(folder, tmp_path, monkeypatc
     assert_same_leaves(settings.merge(base, adapter), learned)
     moved = {path: bool((a != b).any()) for (path, a), b in zip(flatten_dict(base).items(), jax.tree.leaves(learned))}
     assert {path[-2] for path, changed in moved.items() if changed} == set(TARGETS)
-    texts = read_texts(lora, TOKENIZER, 24)
-    rows = packed(texts, held_out_mask(texts.names, 0.25, 0), 24, TOKENIZER.pad_id)
+    rows = packed(read_split(lora, TOKENIZER, 24).measured, 24, TOKENIZER.pad_id)
     meter = PerplexityMeter(MODEL, JitRunner(), 8)
     for params, when in ((base, "before"), (learned, "after")):
         assert meter(params, rows).value == pytest.approx(metrics[f"perplexity_{when}"], rel=1e-4)
@@ -177,38 +195,7 @@ def test_all_devices_learn_the_same(lora, folder, tmp_path):
 # ---- Rows
 
 
-def test_what_is_learned_of_each_form_of_row():
-    shown = []
-    for row in rows(4):
-        tokens, name = read_row(row, TOKENIZER, add_bos=True)
-        words = [TOKENIZER.decode([i], skip_special=False) for i in tokens.ids]
-        shown.append((" ".join(f"[{w}]" if x else w for w, x in zip(words, tokens.weights)), name))
-    (chat, chat_name), (plain, plain_name), (pair, pair_name), (text, text_name) = shown
-    words = chat_name.split()
-    learned = " ".join(f"[{chr(ord(w) + 4)}]" for w in words)
-    turn = f"Human: {chat_name} Assistant: {learned}"
-    assert chat == f"<bos> {turn} {turn} [<eos>]"
-    learned = " ".join(f"[{chr(ord(w) + 4)}]" for w in plain_name.split())
-    assert plain == f"<bos> {plain_name} {learned} [<eos>]"
-    learned = " ".join(f"[{chr(ord(w) + 4)}]" for w in pair_name.split())
-    assert pair == f"<bos> Human: {pair_name} Assistant: {learned} [<eos>]"
-    assert text == "<bos> " + " ".join(f"[{w}]" for w in text_name.split()) + " [<eos>]"
-
-
-def test_messages_of_a_chat_model_have_its_template(tmp_path):
-    settings = {"eos_token": "<|im_end|>", "chat_template": CHATML}
-    folder = byte_tokenizer_folder(tmp_path, "<|im_start|>", "<|im_end|>", tokenizer_config=settings)
-    tokenizer = load_tokenizer(folder)
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "an<|im_end|>swer"}]
-    for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
-        tokens, name = read_row(row, tokenizer, add_bos=True)
-        learned = [i for i, weight in zip(tokens.ids, tokens.weights) if weight]
-        assert name == "q"
-        assert learned == [*tokenizer.encode(tokenizer.quote("an<|im_end|>swer")), tokenizer.eos_id]
-        assert learned.count(tokenizer.eos_id) == 1
-
-
-def test_long_and_faulty_rows_are_counted(folder, tmp_path, capsys):
+def test_long_and_faulty_rows_are_counted(tmp_path, capsys):
     long = {"role": "assistant", "content": "e " * 30}
     short = {"role": "assistant", "content": "e"}
     ask = {"role": "user", "content": "a"}
@@ -220,9 +207,7 @@ def test_long_and_faulty_rows_are_counted(folder, tmp_path, capsys):
         {"question": "a"},
         {"prompt": "a", "completion": ["b"]},
     ]
-    found = recipe.read_texts(
-        config(folder, tmp_path, data=(str(write(tmp_path / "more.jsonl", more)),)), TOKENIZER, 24
-    )
+    found = read_texts((str(write(tmp_path / "more.jsonl", more)),), "train", TOKENIZER, 24)
     assert found.unused == {
         "row longer than max_length = 24 tokens": 1,
         "conversation cut at a turn: longer than max_length = 24 tokens": 1,
@@ -236,15 +221,15 @@ def test_long_and_faulty_rows_are_counted(folder, tmp_path, capsys):
     assert 'more.jsonl:5: a row has messages, prompt and completion, or text; this one has "question"' in out
     assert "more.jsonl:6: prompt and completion must be two texts or two lists of messages" in out
     chats = write(tmp_path / "chats.jsonl", more[:2])
-    with pytest.raises(UserError, match=r"no text is left to learn from \(row longer than max_length = 2 tokens\)"):
-        recipe.read_texts(config(folder, tmp_path, data=(str(chats),)), TOKENIZER, 2)
+    with pytest.raises(UserError, match=r"chats.jsonl: no text is left \(row longer than max_length = 2 tokens\)"):
+        read_texts((str(chats),), "train", TOKENIZER, 2)
 
 
-def test_plain_text_is_read_in_pieces_in_which_each_token_is_learned_once(folder, tmp_path):
+def test_plain_text_is_read_in_pieces_in_which_each_token_is_learned_once(tmp_path):
     said = [chr(ord("a") + i % 8) for i in range(50)]
     path = tmp_path / "book.txt"
     path.write_text("\r\n".join(" ".join(said[i : i + 10]) for i in range(0, 50, 10)))
-    found = recipe.read_texts(config(folder, tmp_path, data=(str(path),)), TOKENIZER, 24)
+    found = read_texts((str(path),), "train", TOKENIZER, 24)
     assert [len(tokens.ids) for tokens in found.tokens] == [24, 24, 6] and not found.unused
     assert len(set(found.names)) == 3, "the pieces of a file are held out one by one"
     learned = [i for tokens in found.tokens for i, weight in zip(tokens.ids, tokens.weights) if weight]
@@ -253,7 +238,7 @@ def test_plain_text_is_read_in_pieces_in_which_each_token_is_learned_once(folder
     assert [a.ids[-1] for a in found.tokens[:-1]] == [b.ids[0] for b in found.tokens[1:]]
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"empty.txt holds no text"):
-        recipe.read_texts(config(folder, tmp_path, data=(str(tmp_path / "empty.txt"),)), TOKENIZER, 24)
+        read_texts((str(tmp_path / "empty.txt"),), "train", TOKENIZER, 24)
 
 
 @pytest.mark.parametrize("count", range(6))
@@ -277,6 +262,8 @@ BAD = {
     "no model": ({"model": None}, "no model to begin with: give --model"),
     "no data": ({"data": ()}, "no texts to learn from: give --data"),
     "no file": ({"data": ("nothing.jsonl",)}, "nothing.jsonl"),
+    "no file to measure on": ({"eval_data": ("nothing.jsonl",)}, "nothing.jsonl"),
+    "nothing new to measure on": ({"eval_data": ("DATA",)}, "eval_data: none of its 120 texts is left to measure on"),
     "no data set": ({"data": ("no_such_set",)}, "no TFDS data set 'no_such_set'"),
     "too long": ({"max_length": 64}, r"max_length \(64\) is more than .* can read: 32 tokens"),
     "few rows": (
@@ -288,8 +275,11 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_what_cannot_be_learned_from_is_named_and_leaves_no_run(bad, folder, tmp_path):
+    changes = {
+        name: (str(folder / "texts.jsonl"),) if value == ("DATA",) else value for name, value in BAD[bad][0].items()
+    }
     with pytest.raises(UserError, match=BAD[bad][1]):
-        main(config(folder, tmp_path / "run", **BAD[bad][0]))
+        main(config(folder, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -311,7 +301,7 @@ def test_the_perplexity_is_that_of_each_text_alone(runner):
     for _ in range(13):
         ids = rng.integers(3, TOKENIZER.vocab_size, rng.integers(2, 15)).tolist()
         tokens.append(LearnedTokens(ids, rng.integers(0, 2, len(ids)).astype(float).tolist(), [len(ids)]))
-    rows = packed(Texts(tokens, [""] * 13, None), np.ones(13, bool), 24, 0)
+    rows = packed(tokens, 24, 0)
     assert len(rows["tokens"]) < 8 and rows["segments"].max() > 1
     meter = PerplexityMeter(MODEL, runner(), 8)
     losses = meter.losses(params, rows)

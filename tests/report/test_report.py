@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import rlaif_jax
 from rlaif_jax.config import UserError
 from rlaif_jax.feedback.records.forms import Ranking, Rater
 from rlaif_jax.feedback.records.store import Store
@@ -292,6 +293,7 @@ def test_the_environment_of_the_run_is_kept(run):
     import jax
 
     assert saved["versions"]["jax"] == jax.__version__
+    assert saved["versions"]["rlaif_jax"] == rlaif_jax.__version__
     assert saved["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert saved["machine"]["devices"] == jax.device_count()
     assert saved["machine"]["cores"] >= 1

@@ -93,7 +93,7 @@ def tokenize(
             ids.append((first[0], second[0]))
             lengths.append((first[1], second[1]))
     reasons = "; ".join(f"{count} x {reason}" for reason, count in unused.most_common(3))
-    require(bool(kept), f"no comparison of two answers is left to learn from{reasons and f' ({reasons})'}")
+    require(bool(kept), f"no comparison of two answers is left{reasons and f' ({reasons})'}")
     return Pairs(
         ids,
         np.array(lengths),
