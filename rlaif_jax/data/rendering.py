@@ -87,16 +87,20 @@ class LearnedTokens(NamedTuple):
         ids: its tokens.
         weights: of each token in the loss.
         ends: numbers of tokens at which the text may be cut: after each turn of the assistant.
+        number: of the text in its data; the pieces of one have one number.
     """
 
     ids: list[int]
     weights: list[float]
     ends: list[int]
+    number: int = 0
 
     def cut(self, length: int) -> LearnedTokens | None:
         """Returns the text up to the last turn that ends within `length` tokens; None where no turn does."""
         fitting = [end for end in self.ends if end <= length]
-        return LearnedTokens(self.ids[: fitting[-1]], self.weights[: fitting[-1]], fitting) if fitting else None
+        if not fitting:
+            return None
+        return self._replace(ids=self.ids[: fitting[-1]], weights=self.weights[: fitting[-1]], ends=fitting)
 
     def pieces(self, length: int) -> list[LearnedTokens]:
         """Returns the text in pieces of at most `length` >= 2 tokens, in which each token is learned once.
@@ -106,8 +110,8 @@ class LearnedTokens(NamedTuple):
         starts = range(0, max(len(self.ids) - 1, 1), length - 1)
         parts = [(self.ids[i : i + length], self.weights[i : i + length]) for i in starts]
         return [
-            LearnedTokens(ids, weights if number == 0 else [0.0, *weights[1:]], [len(ids)])
-            for number, (ids, weights) in enumerate(parts)
+            self._replace(ids=ids, weights=weights if place == 0 else [0.0, *weights[1:]], ends=[len(ids)])
+            for place, (ids, weights) in enumerate(parts)
         ]
 
 

@@ -63,7 +63,8 @@ class SFTConfig:
         max_length: tokens of a row of packed texts. A longer conversation is cut after the last turn of the assistant that
             fits, a `text` is read in pieces, and a longer completion is left out. None: 1024, or as many as the model can
             read.
-        held_out: the share of the rows that are measured on and not learned from, where `eval_data` gives none.
+        held_out: the share of the rows, or of the pieces of a .txt file, that are measured on and not learned from, where
+            `eval_data` gives none.
         split_seed: which rows are held out; apart from `seed`, so that runs of several seeds are measured alike.
         lora: train a low-rank adapter instead of all weights; it needs a higher rate, such as fit.learning_rate 3e-4. The
             model is written whole, too.
@@ -115,8 +116,8 @@ class Texts(NamedTuple):
 
     Attributes:
         tokens: of each text.
-        names: of each text, equal for texts that belong on one side of a split: the first turn of the user, or the text;
-            the pieces of a .txt file have names of their own.
+        names: of each text, equal for texts that belong on one side of a split: the first turn of the user, or the text.
+            The pieces of a .txt file are texts by themselves, else a single file could not be split.
         unused: reason -> number of rows that are left out or cut.
     """
 
@@ -147,10 +148,12 @@ def read_texts(data: Sequence[str], split: str, tokenizer: Tokenizer, max_length
             faults.append(f"{place}: {error}")
             found.unused["row with a fault"] += 1
             continue
+        number = found.tokens[-1].number + 1 if found.tokens else 0
         if is_plain(row):
-            parts = tokens.pieces(max_length)
-            found.tokens.extend(parts)
-            found.names.extend(f"{place} {i}" if Path(place).suffix == ".txt" else name for i in range(len(parts)))
+            for i, piece in enumerate(tokens.pieces(max_length)):
+                alone = Path(place).suffix == ".txt"
+                found.tokens.append(piece._replace(number=number + i if alone else number))
+                found.names.append(str(piece.ids) if alone else name)
             continue
         cut = tokens.cut(max_length)
         if cut is None:
@@ -158,7 +161,7 @@ def read_texts(data: Sequence[str], split: str, tokenizer: Tokenizer, max_length
             continue
         if len(cut.ids) < len(tokens.ids):
             found.unused[f"conversation cut at a turn: {longer}"] += 1
-        found.tokens.append(cut)
+        found.tokens.append(cut._replace(number=number))
         found.names.append(name)
     for fault in faults[:3]:
         print(fault)
@@ -196,6 +199,11 @@ def read_split(config: SFTConfig, tokenizer: Tokenizer, max_length: int) -> Spli
     require(bool(config.data), "no texts to learn from: give --data FILE.jsonl ..., or the name of a TFDS data set")
     texts = read_texts(config.data, config.split, tokenizer, max_length)
     if not config.eval_data:
+        require(
+            len(set(texts.names)) > 1,
+            f"{', '.join(config.data)}: this is one text, of which no other can be held out: give more texts, --eval-data, or "
+            "a .txt file, which is split into pieces of max_length tokens",
+        )
         held_out = held_out_mask(texts.names, config.held_out, config.split_seed)
         learned, measured = ([texts.tokens[i] for i in np.flatnonzero(which)] for which in (~held_out, held_out))
         return SplitTexts(learned, measured, texts.unused)
@@ -221,6 +229,19 @@ def packed(texts: Sequence[LearnedTokens], length: int, pad_id: int) -> Arrays:
     return packed_sequences([x.ids for x in texts], [x.weights for x in texts], length=length, pad_id=pad_id)
 
 
+def measured_rows(texts: Sequence[LearnedTokens], length: int, pad_id: int) -> Arrays:
+    """Returns the rows of `packed` with `text`, 1 + the number of each column's text; 0 where empty.
+
+    Args:
+        texts: the texts.
+        length: columns of a row.
+        pad_id: the token of empty columns.
+    """
+    numbers = [[1.0 + x.number] * len(x.ids) for x in texts]
+    rows = packed_sequences([x.ids for x in texts], numbers, length=length, pad_id=pad_id)
+    return packed(texts, length, pad_id) | {"text": rows["weights"].astype(np.int32)}
+
+
 # ---- Measurement
 
 
@@ -243,17 +264,16 @@ class PerplexityMeter:
     base: Params = None
 
     def losses(self, params: Params, rows: Arrays) -> Floats:
-        """Returns (nats, tokens) of each text, [n, 2] float64.
+        """Returns (nats, tokens) of each text, all its pieces together, [n, 2] float64.
 
         Args:
             params: the model's parameters, or the adapter's.
-            rows: packed texts.
+            rows: of `measured_rows`.
         """
         read = self.runner.map(partial(token_losses, self.model, self.lora))
         nats, weights = in_batches(partial(read, (self.base, params)), rows, self.batch_size)
-        texts = rows["segments"].max() + 1
-        number = np.arange(len(nats))[:, None] * texts + rows["segments"]
-        sums = [np.bincount(number.ravel(), x.astype(np.float64).ravel(), len(nats) * texts) for x in (nats, weights)]
+        number = rows["text"].ravel()
+        sums = [np.bincount(number, x.astype(np.float64).ravel()) for x in (nats, weights)]
         columns = np.stack(sums, axis=1, dtype=np.float64)
         return columns[columns[:, 1] > 0]
 
@@ -367,7 +387,8 @@ def main(config: SFTConfig) -> dict[str, Any]:
     )
     tokenizer = on_day_of_run(tokenizer, config.out, resume=config.resume)
     texts = read_split(config, tokenizer, max_length)
-    held_out, training = (packed(x, max_length, tokenizer.pad_id) for x in (texts.measured, texts.learned))
+    training = packed(texts.learned, max_length, tokenizer.pad_id)
+    held_out = measured_rows(texts.measured, max_length, tokenizer.pad_id)
     require(
         len(training["tokens"]) >= config.fit.batch_size,
         f"the texts fill {len(training['tokens'])} rows of max_length = {max_length} tokens, fewer than "
@@ -386,8 +407,8 @@ def main(config: SFTConfig) -> dict[str, Any]:
         run.display.plan((PlannedStage(STAGE, "the model learns from the texts", 1),))
         run.missing = dict(texts.unused)
         run.metrics |= {
-            "texts_learned": len(texts.learned),
-            "texts_heldout": len(texts.measured),
+            "texts_learned": len({tokens.number for tokens in texts.learned}),
+            "texts_heldout": len({tokens.number for tokens in texts.measured}),
             "columns_filled": float((training["segments"] > 0).mean()),
         }
         known = keep_fingerprints(run, weights=params, texts=training)

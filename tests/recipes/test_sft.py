@@ -23,7 +23,7 @@ from rlaif_jax.models.lora import TARGETS, LoRAConfig
 from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import sft as recipe
 from rlaif_jax.recipes import start
-from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, main, packed, perplexity, read_split, read_texts
+from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, main, measured_rows, perplexity, read_split, read_texts
 from tests.helpers import assert_same_leaves, random_params, unexplained
 from tests.sinks.wandb_file import KEPT, assert_same_numbers
 from tests.tiny import numbers
@@ -142,7 +142,7 @@ def test_given_texts_are_measured_on_and_nothing_else_is_held_out(folder, tmp_pa
     assert "3 x text of eval_data that is also learned" in capsys.readouterr().out
     alone = read_texts((str(write(tmp_path / "other.jsonl", other)),), "train", TOKENIZER, 24)
     found = PerplexityMeter(MODEL, JitRunner(), 8)(
-        load_model(tmp_path / "run" / "model")[1], packed(alone.tokens, 24, TOKENIZER.pad_id)
+        load_model(tmp_path / "run" / "model")[1], measured_rows(alone.tokens, 24, TOKENIZER.pad_id)
     )
     assert found.value == pytest.approx(metrics["perplexity_after"], rel=1e-4)
     write(given, [*learned[:3], *other[1:]])
@@ -162,7 +162,7 @@ def test_an_adapter_learns_over_weights_that_do_not(folder, tmp_path, monkeypatc
     assert_same_leaves(settings.merge(base, adapter), learned)
     moved = {path: bool((a != b).any()) for (path, a), b in zip(flatten_dict(base).items(), jax.tree.leaves(learned))}
     assert {path[-2] for path, changed in moved.items() if changed} == set(TARGETS)
-    rows = packed(read_split(lora, TOKENIZER, 24).measured, 24, TOKENIZER.pad_id)
+    rows = measured_rows(read_split(lora, TOKENIZER, 24).measured, 24, TOKENIZER.pad_id)
     meter = PerplexityMeter(MODEL, JitRunner(), 8)
     for params, when in ((base, "before"), (learned, "after")):
         assert meter(params, rows).value == pytest.approx(metrics[f"perplexity_{when}"], rel=1e-4)
@@ -232,6 +232,10 @@ def test_plain_text_is_read_in_pieces_in_which_each_token_is_learned_once(tmp_pa
     found = read_texts((str(path),), "train", TOKENIZER, 24)
     assert [len(tokens.ids) for tokens in found.tokens] == [24, 24, 6] and not found.unused
     assert len(set(found.names)) == 3, "the pieces of a file are held out one by one"
+    assert [tokens.number for tokens in found.tokens] == [0, 1, 2]
+    (tmp_path / "copy.txt").write_text(path.read_text())
+    both = read_texts((str(path), str(tmp_path / "copy.txt")), "train", TOKENIZER, 24)
+    assert both.names[:3] == both.names[3:], "a copy is on the same side of the split"
     learned = [i for tokens in found.tokens for i, weight in zip(tokens.ids, tokens.weights) if weight]
     assert learned == [*TOKENIZER.encode(" ".join(said)), TOKENIZER.eos_id]
     assert [tokens.weights[0] for tokens in found.tokens] == [0.0] * 3, "BOS, or the last token of the piece before"
@@ -239,6 +243,9 @@ def test_plain_text_is_read_in_pieces_in_which_each_token_is_learned_once(tmp_pa
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"empty.txt holds no text"):
         read_texts((str(tmp_path / "empty.txt"),), "train", TOKENIZER, 24)
+    long = write(tmp_path / "one.jsonl", [{"text": " ".join(said)}])
+    with pytest.raises(UserError, match=r"one.jsonl: this is one text, of which no other can be held out: give more"):
+        read_split(config(tmp_path, tmp_path, data=(str(long),)), TOKENIZER, 24)
 
 
 @pytest.mark.parametrize("count", range(6))
@@ -298,10 +305,10 @@ def test_the_perplexity_is_that_of_each_text_alone(runner):
     rng = np.random.default_rng(0)
     params = random_params(MODEL)
     tokens = []
-    for _ in range(13):
+    for number in range(13):
         ids = rng.integers(3, TOKENIZER.vocab_size, rng.integers(2, 15)).tolist()
-        tokens.append(LearnedTokens(ids, rng.integers(0, 2, len(ids)).astype(float).tolist(), [len(ids)]))
-    rows = packed(tokens, 24, 0)
+        tokens.append(LearnedTokens(ids, rng.integers(0, 2, len(ids)).astype(float).tolist(), [len(ids)], number))
+    rows = measured_rows(tokens, 24, 0)
     assert len(rows["tokens"]) < 8 and rows["segments"].max() > 1
     meter = PerplexityMeter(MODEL, runner(), 8)
     losses = meter.losses(params, rows)
@@ -317,6 +324,10 @@ def test_the_perplexity_is_that_of_each_text_alone(runner):
     expected = np.array([row for row in expected if row[1] > 0])
     np.testing.assert_allclose(sorted(map(tuple, losses)), sorted(map(tuple, expected)), rtol=1e-4)
     assert meter(params, rows).value == pytest.approx(np.exp(expected[:, 0].sum() / expected[:, 1].sum()), rel=1e-4)
+    halves = [text._replace(number=text.number // 7) for text in tokens]  # pieces of two texts
+    two = meter.losses(params, measured_rows(halves, 24, 0))
+    assert len(two) == 2
+    np.testing.assert_allclose(two.sum(0), losses.sum(0), rtol=1e-6)
 
 
 def test_the_interval_of_a_perplexity_covers():
