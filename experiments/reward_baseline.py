@@ -100,7 +100,6 @@ class BaselineConfig:
 
 def write_pairs(config: BaselineConfig, name: str, folder: Path) -> Path:
     """Writes the pairs of a file on which people do not tie, as prompt, chosen and rejected answer, and returns the path."""
-    require(config.data is not None, "no comparisons: give --data, a folder of published ones")
     assert config.data is not None
     found = comparisons(of_people(config.data / name, PUBLISHED[name](config.data / name))).pairs
     rows = []
@@ -196,6 +195,7 @@ def compare(pairs: Pairs, gaps: Mapping[str, np.ndarray], seed: int) -> dict[str
 
 def main(config: BaselineConfig) -> dict[str, Any]:
     """Prints and returns the numbers of each file."""
+    require(config.data is not None, "no comparisons: give --data, a folder of published ones")
     results: dict[str, Any] = {}
     tokenizer = load_tokenizer(config.model)
     for name in config.files:

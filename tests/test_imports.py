@@ -173,12 +173,16 @@ def test_the_package_never_imports_its_experiments_or_tests():
         assert not outside & {"experiments", "tests", "torch", "transformers", "rlax"}, name
 
 
+EXTRA = re.compile(r'missing_extra\([^"]*"[^"]*",\s*"(\w+)"')
+"""Where the code names the extra of a package that is missing."""
+
+
 def test_each_library_is_a_dependency_or_of_an_extra_that_the_code_names():
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
     imports = {name: imported(path.read_text(), name) for name, path in FILES.items()}
     named: dict[str, set[str]] = {}
     for name, path in FILES.items():
-        named.setdefault(name.rpartition(".")[0], set()).update(re.findall(r"rlaif-jax\[(\w+)\]", path.read_text()))
+        named.setdefault(name.rpartition(".")[0], set()).update(re.findall(EXTRA, path.read_text()))
     assert set().union(*named.values()) == set(project["optional-dependencies"])
     assert not_listed(project, imports, named, packages_distributions()) == []
 

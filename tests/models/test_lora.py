@@ -342,7 +342,7 @@ def no_layer(adapter):
 
 
 NARROW = CausalLM(dataclasses.replace(LLAMA, mlp_width=24))
-NO_GATE = "names gate, which the blocks of this model do not have; they have q, k, v, o, up, down"
+NO_GATE = "names gate, which the blocks of this model do not have: give --adapter.targets q k v o up down"
 RANK_4 = r"down have the shapes \(48, 3\) and \(3, 16\); its base and lora.rank=4 ask for \(48, 4\) and \(4, 16\)"
 
 
