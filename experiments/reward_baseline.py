@@ -82,7 +82,7 @@ class BaselineConfig:
     passes: int = 1
     batch_size: int = 4
     learning_rate: float = 1e-4
-    remat: bool = False
+    remat: bool = True
     adapter: LoRAConfig = LoRAConfig(rank=16, alpha=32.0)
     max_length: int = 512
     held_out: float = 0.2
