@@ -233,6 +233,8 @@ def _descend(
     since = time.perf_counter()
     for update in updates:
         state, metrics = compiled(state, next(batches))
+        if jax.default_backend() == "cpu":  # updates under way would hold their memory twice
+            jax.block_until_ready(metrics)
         pending.append(metrics)
         if update % log_every == 0 or update == updates[-1]:
             values = {k: float(np.mean([float(m[k]) for m in jax.device_get(pending)])) for k in metrics}
