@@ -1,4 +1,4 @@
-"""A reward model beside counted words: the same pairs for both, and numbers by hand."""
+"""A reward model and counted words learn the same pairs; numbers by hand."""
 
 from __future__ import annotations
 
