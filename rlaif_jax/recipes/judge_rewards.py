@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rlaif_jax.config import UserError, require
+from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.prompts import Record
 from rlaif_jax.data.rendering import chat_tokenizer
 from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -184,6 +185,7 @@ class JudgeReward:
         template: a template file with a [direct] section, with `reasoning` with a [reasons] section; None = the built-in
             one.
         reasoning: the most tokens of reasons that the judge writes before its verdict; longer ones are cut there. 0 = none.
+        chat_variables: values for the model's chat template, NAME=VALUE, such as enable_thinking=false for Qwen3.
         dtype: of the judge's matrix products.
         batch_size: questions of one compiled call.
         min_mass: with less probability on all labels together, a judgement is missing.
@@ -197,6 +199,7 @@ class JudgeReward:
     constitution: Path | None = None
     template: Path | None = None
     reasoning: int = 0
+    chat_variables: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
     min_mass: float = 0.5
@@ -207,6 +210,7 @@ class JudgeReward:
         require(self.max_length >= 0, f"max_length must be >= 0, not {self.max_length}")
         require(self.reasoning >= 0, f"reasoning must be >= 0, not {self.reasoning}")
         require(0 <= self.min_mass <= 1, f"min_mass must lie in 0 .. 1, not {self.min_mass}")
+        ChatConfig(variables=self.chat_variables)  # which checks them
 
     @property
     def needs_baseline(self) -> bool:
@@ -221,7 +225,7 @@ class JudgeReward:
             f"{self.template}: no [direct] section; a local judge is read by its labels",
         )
         model, params = around.load(self.model, self.dtype)
-        tokenizer = around.on_its_day(load_tokenizer(self.model))
+        tokenizer = around.on_its_day(ChatConfig(variables=self.chat_variables).apply(load_tokenizer(self.model)))
 
         def text(prompt: str, *answers: str) -> str:
             return _as_text(tokenizer, template, wording.question(prompt, *answers), "direct")
@@ -249,7 +253,8 @@ class JudgeReward:
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source: its judgements go to the run's store."""
         judge, wording = self._judge(around, self.form)
-        name = Path(self.model).name + (f" reasoning={self.reasoning}" if self.reasoning else "")
+        reasoning = (f"reasoning={self.reasoning}",) if self.reasoning else ()
+        name = " ".join((Path(self.model).name, *reasoning, *self.chat_variables))
         rater = around.raters[self] = Rater(name, "ai", judge.hash, wording.template.hash)
         against = self.against if self.form == "ranking" else ""
         return RecordedJudgeSource(judge, rater, around.store, wording.principle, against)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from rlaif_jax.config import UserError
-from rlaif_jax.data.tokenizers import word_level_tokenizer
+from rlaif_jax.data.tokenizers import load_tokenizer, word_level_tokenizer
 from rlaif_jax.feedback.api.builtin_templates import PAIRWISE, RATING
 from rlaif_jax.feedback.records.forms import Ranking, Rater, Rating
 from rlaif_jax.feedback.records.store import Store
@@ -17,6 +17,7 @@ from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.parallel import JitRunner
 from rlaif_jax.recipes.judge_rewards import ApiReward, JudgeReward, Surroundings
 from rlaif_jax.recipes.reasons import joined_reasons, ranking_words, rating_words
+from tests.data.chat.styles import THINKING, chat_folder
 from tests.helpers import random_params
 
 LM = Rater("lm", "ai", "weights", RATING.hash)
@@ -198,3 +199,23 @@ def test_several_judges_speak_under_their_names():
     assert joined_reasons([("x", one)]) is one
     both = joined_reasons([("x", one), ("y", silent)])
     assert both(RECORDS * 2, ["A.", "B."]) == ["x: Why? A.", "x: Why? B.\ny: b"]
+
+
+def test_a_judges_chat_template_takes_variables(around, tmp_path):
+    """They are part of who the judge is: its judgements are not those of the judge that thinks."""
+    tokenizer = load_tokenizer(chat_folder(tmp_path / "tokenizer", THINKING))
+    model = CausalLM(small_decoder(tokenizer.vocab_size, num_layers=1, width=16, num_heads=2, context_length=2048))
+    save_model(tmp_path / "qwen", model, random_params(model), tokenizer)
+    thinks = JudgeReward(str(tmp_path / "qwen"), min_mass=0.0)
+    at_once = dataclasses.replace(thinks, chat_variables=("enable_thinking=false",))
+    asked = [reward._judge(around, "rating")[0].score_prompt("Why?", "Because.") for reward in (thinks, at_once)]
+    assert asked[0].endswith("<|im_start|>assistant\n") and asked[1].endswith("<think>\n\n</think>\n\n")
+    for reward in (thinks, at_once):
+        reward.build(around)(RECORDS, ["Because."])
+    assert [around.raters[reward].name for reward in (thinks, at_once)] == ["qwen", "qwen enable_thinking=false"]
+    with Store(around.store) as store:
+        assert len({entry.rater for entry in store.judgements()}) == 2
+    with pytest.raises(UserError, match="the chat template takes no variable mood"):
+        dataclasses.replace(thinks, chat_variables=("mood=1",)).build(around)
+    with pytest.raises(UserError, match="'mood' should be NAME=VALUE"):
+        dataclasses.replace(thinks, chat_variables=("mood",))
