@@ -22,7 +22,7 @@ T = TypeVar("T")
 # The first bytes of files that are given in the place of others, and what to do with each.
 SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer, a note in the place of the file: fetch the file (git lfs pull)"),
-    (b"PAR1", "a Parquet file: convert it to JSON lines, or a table of vocabulary to the format that is asked for"),
+    (b"PAR1", "a Parquet file, of which rows are read (prompts, texts, pairs), under a name that ends in .parquet"),
     (b"PK\x03\x04", "a zip archive; PyTorch pickles weights so, which are never read: convert them to safetensors "
      "with transformers' save_pretrained"),
     (b"\x80", "a Python pickle, which is never read: convert weights to safetensors with transformers' save_pretrained"),
@@ -121,6 +121,32 @@ def each_json_line(
                 else:
                     yield value
     except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"cannot read {path}: {reason or error}") from error
+
+
+def parquet_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("FILE:ROW", row) of a Parquet file, in which data sets of the Hugging Face hub are kept.
+
+    Values are those that JSON has: bytes become text, and what JSON does not know, such as a date, becomes its text.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    import pyarrow  # here, because it takes a while and few files are Parquet
+    from pyarrow import parquet
+
+    def known(value: Any) -> str:
+        return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+    number = 0
+    try:
+        with open(path, "rb") as opened, parquet.ParquetFile(opened) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", json.loads(json.dumps(row, default=known))
+    except (OSError, pyarrow.ArrowException) as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise UserError(f"cannot read {path}: {reason or error}") from error
 

@@ -1,4 +1,4 @@
-"""Readers of prompts and preference pairs: JSON lines and TFDS data sets as random-access records."""
+"""Readers of prompts and pairs: JSON lines, Parquet and TFDS data sets as random-access records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.conversations import ANSWERED, prompt_text, read_pair, read_ratings, read_turns
-from rlaif_jax.files import printable, read_bytes, read_json_lines
+from rlaif_jax.files import parquet_rows, printable, read_bytes, read_json_lines
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -56,7 +56,7 @@ def plain_text(path: PathLike) -> str:
 
 
 def jsonl_records(path: PathLike, *, required: Sequence[str] = ("prompt",)) -> FileRecords:
-    """Reads and checks a whole file of one JSON object a line (`.jsonl` or `.jsonl.gz`).
+    """Reads and checks a file of one JSON object a line (`.jsonl`, `.jsonl.gz`), or of rows (`.parquet`).
 
     A `prompt` that is a list of messages, or the `messages` of a record without a prompt, become text
     (`conversations.prompt_text`), and the record keeps the list in `messages`.
@@ -115,12 +115,16 @@ def _pair(value: Any, place: str) -> tuple[dict[str, Any], str]:
 def _read(
     path: PathLike, parse: Callable[[Any, str], tuple[dict[str, Any], str]], required: Sequence[str]
 ) -> FileRecords:
-    good, bad = read_json_lines(path, parse)
-    if bad:
-        raise UserError(bad[0])
+    parquet = Path(path).suffix == ".parquet"
+    if parquet:
+        good = [parse(row, place) for place, row in parquet_rows(path)]
+    else:
+        good, bad = read_json_lines(path, parse)
+        if bad:
+            raise UserError(bad[0])
     if not good:
         fields = f", with {listed(required)}" if required else ""
-        raise UserError(f"{path} is empty: expected one JSON object a line{fields}")
+        raise UserError(f"{path} is empty: expected {'rows' if parquet else 'one JSON object a line'}{fields}")
     records, places = zip(*good, strict=True)
     return FileRecords(records, places)
 
@@ -251,7 +255,7 @@ def plain(value: Any) -> Any:
 
 
 def each_row(data: Sequence[str], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, row) of files of JSON lines and of TFDS data sets; a .txt file is a row with `text`.
+    """Yields (place, row) of JSON lines, Parquet and TFDS data sets; a .txt file is a row with `text`.
 
     Args:
         data: paths of files, or names or folders of data sets.
@@ -264,7 +268,7 @@ def each_row(data: Sequence[str], split: str) -> Iterator[tuple[str, dict[str, A
         if Path(name).suffix == ".txt":
             yield name, {"text": plain_text(name)}
             continue
-        is_file = Path(name).is_file() or Path(name).suffix in (".jsonl", ".json", ".gz")
+        is_file = Path(name).is_file() or Path(name).suffix in (".jsonl", ".json", ".gz", ".parquet")
         records = jsonl_records(name, required=()) if is_file else tfds_records(name, split)
         for index in range(len(records)):
             yield records.place(index), plain(records[index])

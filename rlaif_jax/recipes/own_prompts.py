@@ -53,7 +53,7 @@ def read_prompts(
     Prompts that occur twice are used once, and prompts longer than `prompt_length` are left out; both are counted.
 
     Args:
-        source: a .jsonl or .txt file, or tfds:NAME/SPLIT.
+        source: a .jsonl, .parquet or .txt file, or tfds:NAME/SPLIT.
         tokenizer: the policy's.
         eval_source: held-out prompts; None: `held_out` of the prompts, drawn by `seed`.
         held_out: number of held-out prompts.
@@ -129,7 +129,7 @@ def prompt_style(tokenizer: Tokenizer, template: Template, system: str) -> tuple
 
 
 def read_records(name: str) -> Records:
-    """Returns the records of a .jsonl or .txt file (a prompt a line), or of tfds:NAME/SPLIT.
+    """Returns the records of a .jsonl, .parquet or .txt file (a prompt a line), or of tfds:NAME/SPLIT.
 
     Raises:
         UserError: it cannot be read; the message names it.

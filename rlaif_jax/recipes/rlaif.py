@@ -101,8 +101,8 @@ class RlaifConfig:
     Attributes:
         policy: the model to train: a Hugging Face folder, a hub id (org/name or org/name@revision), a .gguf file, or a
             llama2.c .bin file.
-        prompts: what it answers: a .jsonl file with a field `prompt` (a text or a list of messages), a .txt file with one
-            prompt a line, or tfds:NAME/SPLIT.
+        prompts: what it answers: a .jsonl or .parquet file with a field `prompt` (a text or a list of messages), a .txt file
+            with one prompt a line, or tfds:NAME/SPLIT.
         feedback: the rewards, a line of words each: `KIND [TARGET] [SETTING=VALUE ...] weight=W name=NAME`. Above is
             what there is.
         second: a judge that training never sees, as a line of words: it compares the answers after training with those
@@ -206,7 +206,7 @@ def main(config: RlaifConfig) -> dict[str, Any]:
     The policy is written to OUT/model, its adapter to OUT/adapter, the held-out answers to OUT/answers.jsonl.
     """
     config.tracking.check()
-    require(bool(config.prompts), "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT")
+    require(bool(config.prompts), "no prompts: give --prompts, a .jsonl, .parquet or .txt file or tfds:NAME/SPLIT")
     require(
         bool(config.feedback),
         f"no feedback: give --feedback 'KIND ...'; --help lists the kinds, {HELP_REWARDS} their settings",

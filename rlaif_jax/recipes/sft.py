@@ -48,9 +48,9 @@ class SFTConfig:
         model: the language model to begin with: a Hugging Face folder, a hub id, a .gguf file or a llama2.c .bin file.
         tokenizer: the tokenizer's file or folder, where the model's folder holds none.
         chat: another chat template than the model's, and values for its variables.
-        data: files of JSON lines, or names or folders of TFDS data sets, whose rows have `messages` (all turns of the
-            assistant are learned), `prompt` and `completion`, as texts or messages (the completion is learned), or `text`
-            (all of it is learned); or plain text, .txt.
+        data: files of JSON lines or Parquet, or names or folders of TFDS data sets, whose rows have `messages` (all turns
+            of the assistant are learned), `prompt` and `completion`, as texts or messages (the completion is learned), or
+            `text` (all of it is learned); or plain text, .txt.
         split: the split of TFDS data sets.
         eval_data: texts that are measured on, of the same forms; those that are also learned are left out of them and
             counted. Empty: a share of `data` is held out.

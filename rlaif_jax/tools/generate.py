@@ -39,8 +39,8 @@ class GenerateConfig:
         model: what answers: the folder of a run (its newest checkpoint), a Hugging Face folder, a hub id, a .gguf file or a
             llama2.c .bin file.
         against: another one that answers the same prompts with the same random numbers; "" = none.
-        prompts: a .jsonl file with a field `prompt` (a text or a list of messages), a .txt file with one prompt a line, or
-            tfds:NAME/SPLIT; "" = none.
+        prompts: a .jsonl or .parquet file with a field `prompt` (a text or a list of messages), a .txt file with one prompt
+            a line, or tfds:NAME/SPLIT; "" = none.
         prompt: one prompt. Without prompts you type them: the conversation is kept, /new starts over, Ctrl-D ends.
         out: the file to write, a JSON line a prompt with prompt, answers and generators, as `judge --items` reads it; None:
             the answers are printed.

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import datetime
+import decimal
 import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlaif_jax.config import UserError
 from rlaif_jax.data.prompts import prompt_batches
-from rlaif_jax.data.readers import jsonl_records, pair_records, tfds_records
+from rlaif_jax.data.readers import each_row, jsonl_records, pair_records, tfds_records
 from rlaif_jax.data.tokenizers import word_level_tokenizer
 
 WORDS = word_level_tokenizer(tuple(f"w{i}" for i in range(30)))
@@ -84,6 +88,45 @@ def test_pairs(tmp_path: Path):
 def said(*texts: str, system: str = "") -> list[dict[str, str]]:
     head = [{"role": "system", "content": system}] if system else []
     return head + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def parquet(path: Path, *rows: dict[str, object]) -> Path:
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def test_parquet_rows_are_read_as_json_lines(tmp_path: Path):
+    """Rows of messages, too; bytes and dates become text; a damaged row has its number."""
+    rows: list[dict[str, object]] = [{"prompt": said("q"), "n": 1}, {"prompt": said("a", "b", "c"), "n": None}]
+    lines = jsonl_records(write(tmp_path / "p.jsonl", *rows))
+    found = jsonl_records(parquet(tmp_path / "p.parquet", *rows))
+    assert found.records == lines.records
+    assert found.place(1) == f"{tmp_path}/p.parquet:2"
+    odd = {"prompt": "q", "image": b"\xff", "day": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.50")}
+    assert jsonl_records(parquet(tmp_path / "odd.parquet", odd)).records == (
+        {"prompt": "q", "image": "\ufffd", "day": "2026-01-02", "price": "1.50"},
+    )
+    pair = {"prompt": said("q"), "chosen": said("", "good")[1:], "rejected": said("", "bad")[1:], "score_chosen": 2.0}
+    assert (
+        pair_records(parquet(tmp_path / "pair.parquet", pair)).records
+        == pair_records(write(tmp_path / "p.jsonl", pair)).records
+    )
+    assert [row["prompt"] for _, row in each_row([str(tmp_path / "odd.parquet")], "train")] == ["q"]
+
+
+def test_bad_parquet(tmp_path: Path):
+    with pytest.raises(UserError, match=r'p\.parquet:2: field "prompt" should be a string, not null'):
+        jsonl_records(parquet(tmp_path / "p.parquet", {"prompt": "a"}, {"prompt": None}))
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet is empty: expected rows, with \"prompt\""):
+        jsonl_records(tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"cannot read .*none\.parquet: No such file"):
+        jsonl_records(tmp_path / "none.parquet")
+    with pytest.raises(UserError, match=r"cannot read .*: "):
+        jsonl_records(tmp_path)
+    (tmp_path / "text.parquet").write_text('{"prompt": "a"}\n' * 9)
+    with pytest.raises(UserError, match=r"cannot read .*text\.parquet: Parquet magic bytes not found"):
+        jsonl_records(tmp_path / "text.parquet")
 
 
 TALK = "Be brief.\n\nHuman: p\n\nAssistant: a\n\nHuman: q\n\nAssistant:"

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlaif_jax.config import UserError, require
 from rlaif_jax.feedback.records.forms import Judgement, Ranking, Rater
-from rlaif_jax.files import atomic_write, printable, read_bytes
+from rlaif_jax.files import atomic_write, parquet_rows, printable, read_bytes
 
 _SHAPE_ERRORS = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, SyntaxError,
@@ -122,7 +122,7 @@ _CLOSES = {"{": "}", "[": "]"}
 
 
 def json_rows(path: Path, bad: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yields (place, value) of each element of a JSON array, or of each value of a file of JSON values.
+    """Yields (place, value) of each element of a JSON array, JSON value of a file, or row of a .parquet.
 
     A value that is no JSON, such as one cut short, becomes a message in `bad`; reading goes on behind it.
 
@@ -133,6 +133,8 @@ def json_rows(path: Path, bad: list[str]) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: the file cannot be read.
     """
+    if path.suffix == ".parquet":
+        return (yield from parquet_rows(path))
     text = read_text(path)
     some_damage = damaged(text)
     array = re.match(r"\s*\[", text)

@@ -9,6 +9,8 @@ import json
 
 import hypothesis
 import hypothesis.strategies as st
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlaif_jax.config import UserError
@@ -29,6 +31,15 @@ def test_json_rows_of_arrays_lines_and_one_object_with_their_lines(write, tmp_pa
     ]  # fmt: skip
     assert [v for _, v in rows.json_rows(write("c", '\ufeff{\n "a":\n 1}'), bad)] == [{"a": 1}]
     assert list(rows.json_rows(write("d", ""), bad)) == list(rows.json_rows(write("e", "[]"), bad)) == [] == bad
+
+
+def test_json_rows_of_parquet(tmp_path):
+    values = [{"a": [{"b": "c"}]}, {"a": None}]
+    pq.write_table(pa.Table.from_pylist(values), tmp_path / "a.parquet")
+    found = list(rows.json_rows(tmp_path / "a.parquet", []))
+    assert found == [(f"{tmp_path}/a.parquet:1", values[0]), (f"{tmp_path}/a.parquet:2", values[1])]
+    with pytest.raises(UserError, match="cannot read"):
+        list(rows.json_rows(tmp_path / "b.parquet", []))
 
 
 def test_json_rows_go_on_behind_a_damaged_row(write, tmp_path):
