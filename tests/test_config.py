@@ -18,6 +18,7 @@ from rlaif_jax.algorithms.advantages import GAE, GroupNormalised, LeaveOneOut
 from rlaif_jax.algorithms.objectives import Clipped
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.algorithms.surrogate import AnswerRatio
 from rlaif_jax.algorithms.update import check_minibatches
 from rlaif_jax.config import (
     UserError,
@@ -201,10 +202,7 @@ def test_missing_fields_are_named():
         (lambda: PPOConfig(kl_coef=-0.1), "ppo.kl_coef"),
         (lambda: TrainConfig(steps=0), "train.steps must be >= 1, not 0"),
         (lambda: TrainConfig(prompt_length=0), "train.prompt_length"),
-        (
-            lambda: PPOConfig(advantage=GroupNormalised(), answers_per_prompt=2),
-            "has no place with ppo.advantage=GroupNormalised",
-        ),
+        (lambda: PPOConfig(ratio=AnswerRatio()), "ppo.advantage=GAE has one for each token"),
         (lambda: PPOConfig(advantage=LeaveOneOut(), kl_in="loss"), "set answers_per_prompt to 2 or more"),
         (lambda: check_minibatches(6, 4, 1, 1), "6 sequences .* cannot be cut into 4 minibatches"),
         (
@@ -379,8 +377,8 @@ def test_overrides_of_the_loop():
     assert config.ppo.kl_coef == 0.5
     assert config.ppo.policy_optimizer == dataclasses.replace(EXPERIMENT.ppo.policy_optimizer, schedule="constant")
     assert config.train.target_reward is None
-    with pytest.raises(UserError, match=r"ppo\.importance_cap must be >= 1, not 0\.5"):
-        override(EXPERIMENT, {"ppo.importance_cap": "0.5"})
+    with pytest.raises(UserError, match=r"importance\.most must be >= 1, not 0\.5"):
+        override(EXPERIMENT, {"ppo.importance.most": "0.5"})
 
 
 WORDS = {"mean": Mean, "best": Best, "last": Last, "listed": Listed}

@@ -11,9 +11,11 @@ from typing import ClassVar, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlaif_jax.config import require
 from rlaif_jax.rewards.shaping import group_normalised
+from rlaif_jax.types import Array
 
 
 class AdvantageInputs(NamedTuple):
@@ -21,11 +23,12 @@ class AdvantageInputs(NamedTuple):
 
     Attributes:
         rewards: [B, T] per-token rewards: the KL penalty, dense rewards, and the score on the last token.
-        totals: [B] the score and all dense rewards of an answer, without the KL penalty.
+        totals: [B] their sum over the tokens of an answer.
         values: [B, T] the critic's values before each token; zeros without a critic.
         mask: [B, T] bool, tokens of answers with a valid judgement.
         valid: [B] bool, answers with a valid judgement.
         answers: K; the K answers to a prompt are consecutive rows.
+        baseline: what `Estimator.follow` has kept of the steps before.
     """
 
     rewards: jax.Array
@@ -34,10 +37,43 @@ class AdvantageInputs(NamedTuple):
     mask: jax.Array
     valid: jax.Array
     answers: int
+    baseline: Array = np.zeros(2, np.float32)
+
+
+class Estimator:
+    """What all estimators share, with the answers that most give.
+
+    Attributes:
+        whiten: whether advantages are brought to mean 0 and variance 1 over the tokens of the whole step.
+        needs_critic: whether it reads `AdvantageInputs.values`.
+        min_answers: the fewest answers to a prompt, without greedy ones.
+        of_answers: whether all tokens of an answer have the same advantage.
+        greedy: whether the last of the answers to a prompt is the policy's most probable one, which is not learned from.
+    """
+
+    whiten: ClassVar[bool] = False
+    needs_critic: ClassVar[bool] = False
+    min_answers: ClassVar[int] = 1
+    of_answers: ClassVar[bool] = True
+    greedy: ClassVar[bool] = False
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages before whitening, returns for a critic to learn), each [B, T]."""
+        raise NotImplementedError
+
+    def follow(self, baseline: jax.Array, mean_total: jax.Array) -> jax.Array:
+        """Returns what is kept of this step and those before, [2], for the next step's `AdvantageInputs.baseline`.
+
+        Args:
+            baseline: what was kept before.
+            mean_total: [], the mean total of the step's valid answers.
+        """
+        del mean_total
+        return baseline
 
 
 @dataclasses.dataclass(frozen=True)
-class GAE:
+class GAE(Estimator):
     """Generalised advantage estimation (Schulman 2016), with a critic.
 
     Attributes:
@@ -48,9 +84,9 @@ class GAE:
 
     gamma: float = 1.0
     gae_lambda: float = 0.95
-    whiten: bool = True
+    whiten: bool = True  # type: ignore[misc]
     needs_critic: ClassVar[bool] = True
-    min_answers: ClassVar[int] = 1
+    of_answers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(0 <= self.gae_lambda <= 1, f"advantage.gae_lambda must lie in [0, 1], not {self.gae_lambda}")
@@ -62,11 +98,93 @@ class GAE:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupNormalised:
+class ReturnToGo(Estimator):
+    """The sum of the rewards from a token on: no baseline, or with `whiten` REINFORCE++ (Hu 2025, eq. 4 and 5).
+
+    Attributes:
+        whiten: whether advantages are brought to mean 0 and variance 1 over the whole step.
+    """
+
+    whiten: bool = False  # type: ignore[misc]
+    of_answers: ClassVar[bool] = False
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (the return from each token on, zeros), each [B, T]."""
+        rewards = jnp.where(inputs.mask, inputs.rewards, 0.0)
+        to_go = jnp.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
+        return jnp.where(inputs.mask, to_go, 0.0), jnp.zeros_like(rewards)
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingBaseline(Estimator):
+    """total - the moving mean of earlier steps' totals (Williams 1992, section 4: reinforcement comparison).
+
+    The step's own answers are not in its baseline, so the gradient has no bias; the first step has none.
+
+    Attributes:
+        decay: what a step keeps of the mean before it; corrected for the start as Adam's moments are.
+    """
+
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, f"advantage.decay must lie in [0, 1), not {self.decay}")
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages, zeros), each [B, T]: every token of an answer has the same advantage."""
+        kept, weight = inputs.baseline
+        mean = jnp.where(weight > 0, kept / jnp.maximum(weight, 1e-8), 0.0)
+        return over_tokens(jnp.where(inputs.valid, inputs.totals - mean, 0.0), inputs.mask)
+
+    def follow(self, baseline: jax.Array, mean_total: jax.Array) -> jax.Array:
+        """Returns (decayed sum of means, decayed sum of ones).
+
+        Args:
+            baseline: of the steps before.
+            mean_total: [], of this step.
+        """
+        return self.decay * baseline + (1 - self.decay) * jnp.stack([mean_total, jnp.ones_like(mean_total)])
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupMean(Estimator):
+    """total - mean of all K answers to the prompt (Dr. GRPO, Liu 2025, section 3.2).
+
+    With `whiten` it is the baseline form of REINFORCE++ (Hu 2025, section 3.3). Its expectation is (K - 1) / K times the
+    gradient: an answer is in its own baseline.
+
+    Attributes:
+        whiten: whether advantages are brought to mean 0 and variance 1 over the whole step.
+    """
+
+    whiten: bool = False  # type: ignore[misc]
+    min_answers: ClassVar[int] = 2
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages, zeros), each [B, T]: every token of an answer has the same advantage."""
+        return over_tokens(less_weighted_mean(inputs.totals, inputs.valid, inputs.answers), inputs.mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthWeighted(Estimator):
+    """total - mean of the answers to the prompt, weighted by their lengths (OPO, Hao 2025, eq. 9).
+
+    It approximates the baseline of least variance, sum |score|^2 R / sum |score|^2: the squared norm of an answer's score
+    function grows with its tokens.
+    """
+
+    min_answers: ClassVar[int] = 2
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages, zeros), each [B, T]: every token of an answer has the same advantage."""
+        lengths = inputs.mask.sum(-1).astype(jnp.float32)
+        return over_tokens(less_weighted_mean(inputs.totals, inputs.valid, inputs.answers, lengths), inputs.mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupNormalised(Estimator):
     """(total - mean) / std among the K answers to a prompt (GRPO, Shao 2024, section 4.1.2)."""
 
-    whiten: ClassVar[bool] = False
-    needs_critic: ClassVar[bool] = False
     min_answers: ClassVar[int] = 2
 
     def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
@@ -76,11 +194,9 @@ class GroupNormalised:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(Estimator):
     """total - mean of the other answers to the prompt (RLOO, Ahmadian 2024, eq. 7)."""
 
-    whiten: ClassVar[bool] = False
-    needs_critic: ClassVar[bool] = False
     min_answers: ClassVar[int] = 2
 
     def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
@@ -89,7 +205,24 @@ class LeaveOneOut:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchNormalised:
+class GreedyBaseline(Estimator):
+    """total - total of the policy's greedy answer to the prompt (ReMax, Li 2024, eq. 3).
+
+    The greedy answer is drawn and judged besides the K others. Without a judgement of it, its prompt teaches nothing.
+    """
+
+    greedy: ClassVar[bool] = True
+
+    def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
+        """Returns (advantages, zeros), each [B, T]; 0 for the greedy answers, the last of each prompt's."""
+        totals = inputs.totals.reshape(-1, inputs.answers)
+        valid = inputs.valid.astype(bool).reshape(-1, inputs.answers)
+        known = valid & valid[:, -1:]
+        return over_tokens(jnp.where(known, totals - totals[:, -1:], 0.0).reshape(-1), inputs.mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormalised(Estimator):
     """The total itself, whitened over the tokens of the whole step.
 
     With `Shaping.per_group` it is GDPO (Liu 2026, "GDPO: group reward-decoupled normalization policy optimization", eq. 4 to
@@ -97,15 +230,23 @@ class BatchNormalised:
     """
 
     whiten: ClassVar[bool] = True
-    needs_critic: ClassVar[bool] = False
-    min_answers: ClassVar[int] = 1
 
     def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
         """Returns (advantages before whitening, zeros), each [B, T]: an answer's total on all its tokens."""
         return over_tokens(jnp.where(inputs.valid, inputs.totals, 0.0), inputs.mask)
 
 
-Advantage = GAE | GroupNormalised | LeaveOneOut | BatchNormalised
+Advantage = (
+    GAE
+    | ReturnToGo
+    | MovingBaseline
+    | GroupMean
+    | LengthWeighted
+    | GroupNormalised
+    | LeaveOneOut
+    | GreedyBaseline
+    | BatchNormalised
+)
 
 
 def over_tokens(of_answers: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -204,3 +345,22 @@ def leave_one_out(score: jax.Array, valid: jax.Array, answers: int) -> jax.Array
     others = real.sum(-1, keepdims=True) - real
     mean = (grouped.sum(-1, keepdims=True) - grouped) / jnp.maximum(others, 1)
     return jnp.where(real & (others > 0), grouped - mean, 0.0).reshape(-1).astype(jnp.float32)
+
+
+def less_weighted_mean(score: jax.Array, valid: jax.Array, answers: int, weights: jax.Array | None = None) -> jax.Array:
+    """Computes score - weighted mean of the valid answers to the prompt, the answer itself among them.
+
+    Args:
+        score: [B], the K answers of a prompt in K consecutive rows.
+        valid: [B]; an invalid answer is in no mean and gets 0.
+        answers: K.
+        weights: [B], positive; None: all alike.
+
+    Returns:
+        [B] float32.
+    """
+    real = valid.astype(bool).reshape(-1, answers)
+    grouped = jnp.where(real, score.reshape(-1, answers), 0.0)
+    weight = jnp.where(real, 1.0 if weights is None else weights.reshape(-1, answers), 0.0)
+    mean = (weight * grouped).sum(-1, keepdims=True) / jnp.maximum(weight.sum(-1, keepdims=True), 1e-8)
+    return jnp.where(real, grouped - mean, 0.0).reshape(-1).astype(jnp.float32)

@@ -1,7 +1,7 @@
-"""Losses of the policy gradient per token: pure functions, and objectives as frozen dataclasses.
+"""Losses of the policy gradient: pure functions, and objectives as frozen dataclasses.
 
-An objective says how an advantage becomes a loss; `Objective` is the union of all of them. To add one, write its class and
-name it there.
+An objective says how an advantage becomes a loss, of a token or of a whole answer; `Objective` is the union of all of them. To
+add one, write its class and name it there.
 """
 
 from __future__ import annotations
@@ -15,40 +15,96 @@ from rlaif_jax.config import require
 
 
 @dataclasses.dataclass(frozen=True)
+class NoRatio:
+    """The plain policy gradient, -A log pi, for answers of the policy itself (Williams 1992; one epoch, one minibatch)."""
+
+    def __call__(self, log_ratio: jax.Array, logprobs: jax.Array, advantages: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns (loss, False), each of the shape of `logprobs`."""
+        return -advantages * logprobs, jnp.zeros(log_ratio.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
 class Clipped:
-    """PPO's clipped surrogate (Schulman 2017, eq. 7).
+    """PPO's clipped surrogate (Schulman 2017, eq. 7), and its relatives.
+
+    loss = max(-A rho, -A clip(rho, 1 - e, 1 + e')), and for A < 0 at most -A c.
 
     Attributes:
-        clip_range: e; the ratio is clipped to [1 - e, 1 + e].
+        clip_range: e; the ratio rho is clipped to [1 - e, 1 + e'].
+        clip_higher: e', of DAPO's clip-higher (Yu 2025, eq. 10); None: e.
+        dual_clip: c > 1 + e', of dual-clip PPO (Ye 2020, eq. 5): what a ratio counts at most where the advantage is
+            negative; None: no limit.
     """
 
     clip_range: float = 0.2
+    clip_higher: float | None = None
+    dual_clip: float | None = None
 
     def __post_init__(self) -> None:
         require(self.clip_range > 0, f"objective.clip_range must be > 0, not {self.clip_range}")
+        higher = self.clip_range if self.clip_higher is None else self.clip_higher
+        require(higher > 0, f"objective.clip_higher must be > 0, not {higher}")
+        require(
+            self.dual_clip is None or self.dual_clip > 1 + higher,
+            f"objective.dual_clip must be > {1 + higher}, where the ratio is clipped already, not {self.dual_clip}",
+        )
 
     def __call__(self, log_ratio: jax.Array, logprobs: jax.Array, advantages: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns (loss, whether the ratio lies outside the clip range), each of the shape of `log_ratio`."""
         del logprobs
-        outside = jnp.abs(jnp.exp(log_ratio) - 1) > self.clip_range
-        return policy_loss(log_ratio, advantages, self.clip_range), outside
+        ratio = jnp.exp(log_ratio)
+        low, high = 1 - self.clip_range, 1 + (self.clip_range if self.clip_higher is None else self.clip_higher)
+        counted = ratio if self.dual_clip is None else jnp.minimum(ratio, self.dual_clip)
+        loss = jnp.maximum(-advantages * counted, -advantages * jnp.clip(ratio, low, high))
+        return loss, (ratio < low) | (ratio > high)
 
 
-Objective = Clipped
+@dataclasses.dataclass(frozen=True)
+class CISPO:
+    """-sg(min(rho, m)) A log pi (MiniMax 2025, eq. 4; Khatri 2025): every token keeps a gradient, its weight is capped.
 
-
-def policy_loss(log_ratio: jax.Array, advantages: jax.Array, clip_range: jax.Array | float) -> jax.Array:
-    """Computes PPO's clipped surrogate loss per token (Schulman 2017, eq. 7, negated).
-
-    loss = max(-A rho, -A clip(rho, 1 - e, 1 + e)), rho = exp(log_ratio).
-
-    Args:
-        log_ratio: [...], log-prob of the token under the policy minus that before the update, in nats.
-        advantages: A [...].
-        clip_range: e.
+    Attributes:
+        most: m, the largest ratio.
     """
-    ratio = jnp.exp(log_ratio)
-    return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_range, 1 + clip_range))
+
+    most: float = 5.0
+
+    def __post_init__(self) -> None:
+        require(self.most >= 1, f"objective.most must be >= 1, not {self.most}")
+
+    def __call__(self, log_ratio: jax.Array, logprobs: jax.Array, advantages: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns (loss, whether the ratio is capped), each of the shape of `log_ratio`."""
+        ratio = jnp.exp(log_ratio)
+        return -jax.lax.stop_gradient(jnp.minimum(ratio, self.most)) * advantages * logprobs, ratio > self.most
+
+
+@dataclasses.dataclass(frozen=True)
+class SAPO:
+    """-A (4 / t) s(t (rho - 1)), s the logistic function (Gao 2025, eq. 5 and 6): the clip, made smooth.
+
+    At rho = 1 its gradient is that of -A rho; it fades with the distance of rho from 1 instead of ending at an edge.
+
+    Attributes:
+        positive: t where A > 0.
+        negative: t elsewhere; larger, so that tokens of worse answers fade faster.
+    """
+
+    positive: float = 1.0
+    negative: float = 1.05
+
+    def __post_init__(self) -> None:
+        for name in ("positive", "negative"):
+            require(vars(self)[name] > 0, f"objective.{name} must be > 0, not {vars(self)[name]}")
+
+    def __call__(self, log_ratio: jax.Array, logprobs: jax.Array, advantages: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns (loss, whether the gate lets less than half of the gradient through), each of the shape of `log_ratio`."""
+        del logprobs
+        temperature = jnp.where(advantages > 0, self.positive, self.negative)
+        gate = jax.nn.sigmoid(temperature * (jnp.exp(log_ratio) - 1))
+        return -advantages * gate * 4 / temperature, 4 * gate * (1 - gate) < 0.5
+
+
+Objective = Clipped | NoRatio | CISPO | SAPO
 
 
 def value_loss(
@@ -75,20 +131,6 @@ def kl_estimates(log_ratio: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     """
     d = jnp.clip(log_ratio, -20.0, 20.0)
     return d, 0.5 * d**2, jnp.exp(-d) - 1 + d
-
-
-def importance_weights(log_weight: jax.Array, cap: jax.Array | float) -> jax.Array:
-    """Computes min(pi_old / pi_sampler, cap) per token, without a gradient.
-
-    The weights correct for tokens that were drawn by another policy than the one the ratio is measured against:
-    the same parameters in the sampler's arithmetic (Yao 2025, truncated importance sampling), or older ones (the
-    decoupled objective of Hilton 2022, eq. 5, with pi_old as the proximal policy).
-
-    Args:
-        log_weight: [...], log pi_old - log pi_sampler in nats; clipped to +-20.
-        cap: largest weight.
-    """
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.clip(log_weight, -20.0, 20.0)), cap))
 
 
 KL_COEF_RANGE = (1e-6, 1e3)  # of an adaptive coefficient

@@ -125,3 +125,14 @@ def draw_count(draws: tuple[Draw, ...]) -> int:
 def to_prompts(batch: PromptBatch) -> Prompts:
     """Returns the tokens, masks and uids of a host batch as JAX arrays."""
     return Prompts(tokens=jnp.asarray(batch.tokens), mask=jnp.asarray(batch.mask), uid=jnp.asarray(batch.uid))
+
+
+def learned_rows(draws: tuple[Draw, ...], rows: int) -> jax.Array:
+    """Returns [B] bool, the rows of a rollout that a policy learns from: its own answers that it sampled.
+
+    Args:
+        draws: who answers each prompt.
+        rows: B, a multiple of `draw_count(draws)`.
+    """
+    sampled = [draw.by == "policy" and not draw.greedy for draw in draws for _ in range(draw.count)]
+    return jnp.tile(jnp.array(sampled), rows // len(sampled))

@@ -11,8 +11,9 @@ import numpy as np
 
 from rlaif_jax.algorithms.advantages import GAE, GroupNormalised, LeaveOneOut
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
-from rlaif_jax.algorithms.ppo import PPO, PPOConfig, ppo_loss
+from rlaif_jax.algorithms.ppo import PPO, PPOConfig
 from rlaif_jax.algorithms.scoring import padded_view
+from rlaif_jax.algorithms.surrogate import token_loss
 from rlaif_jax.algorithms.update import Batch, Totals, count_totals
 from rlaif_jax.models import CausalLM, ScalarModel
 from rlaif_jax.models.decoder_config import small_decoder
@@ -64,7 +65,7 @@ def loss_of(
     config = algorithm.config
     totals = count_totals(batch, config.answers_per_prompt, None) if totals is None else totals
     scored = algorithm.score(params, Frozen(), padded_view(batch))
-    return ppo_loss(config, kl_coef, scored, batch.fields, batch.mask, totals, entropy=config.entropy_coef != 0)
+    return token_loss(config, kl_coef, scored, batch.fields, batch.mask, totals, entropy=config.entropy_coef != 0)
 
 
 def gradients_of(algorithm: PPO, state: TrainState, params: Any, batch: Batch, shared: int = 1) -> Any:

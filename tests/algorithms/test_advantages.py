@@ -10,8 +10,13 @@ from rlaif_jax.algorithms.advantages import (
     GAE,
     AdvantageInputs,
     BatchNormalised,
+    GreedyBaseline,
+    GroupMean,
     GroupNormalised,
     LeaveOneOut,
+    LengthWeighted,
+    MovingBaseline,
+    ReturnToGo,
     gae,
     group_normalised,
     leave_one_out,
@@ -218,6 +223,67 @@ def test_the_estimator_with_a_critic_is_gae(episode):
     for bad in ({"gamma": 0.0}, {"gamma": 1.1}, {"gae_lambda": -0.1}, {"gae_lambda": 1.1}):
         with pytest.raises(UserError, match=f"advantage.{next(iter(bad))} must lie in"):
             GAE(**bad)
+
+
+# ---- Estimators of whole answers
+
+MASK = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
+VALID = np.array([1, 1, 1, 1, 0, 1], bool)
+TOTALS = np.float32([1, 2, 6, -4, NAN, 3])
+"""Two prompts with three answers each, one without a judgement."""
+
+
+def of_answers(estimator, answers=3, **more):
+    """The advantage of each answer, once it is seen to be that of all its tokens."""
+    mask = MASK & VALID[:, None]
+    inputs = AdvantageInputs(jnp.full(MASK.shape, NAN), TOTALS, np.zeros(MASK.shape), mask, VALID, answers, **more)
+    advantages, returns = jax.jit(lambda x: estimator(x._replace(answers=answers)))(inputs)
+    np.testing.assert_array_equal(returns, 0)
+    first = np.asarray(advantages)[:, 0]
+    np.testing.assert_array_equal(advantages, np.where(mask, first[:, None], 0))
+    return first
+
+
+def test_group_mean_hand_numbers():
+    # The mean of 1, 2, 6 is 3; that of -4 and 3 is -1/2.
+    np.testing.assert_allclose(of_answers(GroupMean()), [-2, -1, 3, -3.5, 0, 3.5], rtol=1e-6)
+    assert GroupMean(whiten=True).whiten and not GroupMean().whiten and GroupMean.min_answers == 2
+
+
+def test_the_length_weighted_mean_is_that_of_all_tokens():
+    # Lengths 3, 1, 2: (3 + 2 + 12) / 6 = 17/6. Lengths 4 and 1: (-16 + 3) / 5 = -13/5.
+    expected = [1 - 17 / 6, 2 - 17 / 6, 6 - 17 / 6, -4 + 13 / 5, 0, 3 + 13 / 5]
+    np.testing.assert_allclose(of_answers(LengthWeighted()), expected, rtol=1e-6)
+
+
+def test_the_greedy_answer_is_the_baseline_of_its_prompt():
+    """The last of three answers is greedy; where it was not judged, the other two teach nothing."""
+    np.testing.assert_allclose(of_answers(GreedyBaseline()), [-5, -4, 0, -7, 0, 0], rtol=1e-6)
+    # In groups of two, the third prompt's greedy answer is the sixth, the first of them has no judgement.
+    np.testing.assert_allclose(of_answers(GreedyBaseline(), answers=2), [-1, 0, 10, 0, 0, 0], rtol=1e-6)
+    assert GreedyBaseline.greedy and GreedyBaseline.min_answers == 1
+
+
+def test_the_moving_baseline_is_a_mean_of_earlier_steps_alone():
+    estimator, kept = MovingBaseline(decay=0.5), jnp.zeros(2)
+    np.testing.assert_allclose(of_answers(estimator), [1, 2, 6, -4, 0, 3])  # nothing is known yet
+    kept = estimator.follow(kept, jnp.float32(4))
+    np.testing.assert_allclose(of_answers(estimator, baseline=kept), [-3, -2, 2, -8, 0, -1])  # 4, not 4 / 2
+    kept = estimator.follow(kept, jnp.float32(1))
+    # (.5 x 4 x .5 + .5 x 1) / (.25 + .5) = 2
+    np.testing.assert_allclose(of_answers(estimator, baseline=kept), [-1, 0, 4, -6, 0, 1], rtol=1e-6)
+    np.testing.assert_array_equal(LeaveOneOut().follow(kept, jnp.float32(7)), kept)
+    with pytest.raises(UserError, match=r"advantage\.decay must lie in \[0, 1\), not 1"):
+        MovingBaseline(decay=1.0)
+
+
+def test_return_to_go_is_gae_without_a_critic(episode):
+    rewards, _, mask = episode
+    inputs = AdvantageInputs(rewards, rewards.sum(-1), np.full(mask.shape, NAN), mask, mask.any(-1), 1)
+    advantages, returns = ReturnToGo()(inputs)
+    np.testing.assert_allclose(advantages, slow_gae(rewards, np.zeros(mask.shape), mask, 1.0, 1.0), atol=1e-5)
+    np.testing.assert_array_equal(returns, 0)
+    assert not ReturnToGo().of_answers and not ReturnToGo.needs_critic and ReturnToGo(whiten=True).whiten
 
 
 def test_transforms_work_under_jit_and_vmap(episode):

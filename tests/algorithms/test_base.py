@@ -27,7 +27,7 @@ def test_hyper_settings_are_the_floats():
         "entropy_coef": 0.01,
         "kl_coef": 0.1,
         "kl_horizon": 10_000.0,
-        "importance_cap": 2.0,
+        "importance.most": 2.0,
         "shaping.missing_eos_value": 1.0,
         "policy_optimizer.learning_rate": 3e-3,
         "value_optimizer.learning_rate": 3e-3,

@@ -6,33 +6,91 @@ import numpy as np
 import pytest
 
 from rlaif_jax.algorithms.objectives import (
+    CISPO,
+    SAPO,
     Clipped,
+    NoRatio,
     adapt_kl,
-    importance_weights,
     kl_estimates,
-    policy_loss,
     value_loss,
 )
 from rlaif_jax.config import UserError
 
 
-def test_policy_loss_hand_numbers():
+def test_clipped_hand_numbers():
     log_ratio = jnp.log(jnp.array([1.0, 1.5, 1.5, 0.5, 0.5, 1.1]))
     advantages = jnp.array([2.0, 2.0, -2.0, 2.0, -2.0, -1.0])
     # the clip bites only where it lowers the objective: a good action made likelier, a bad one made rarer
-    np.testing.assert_allclose(policy_loss(log_ratio, advantages, 0.2), [-2, -2.4, 3, -1, 1.6, 1.1], rtol=1e-6)
-    slope = jax.vmap(jax.grad(lambda r, a: policy_loss(r, a, 0.2)))(log_ratio, advantages)
+    loss = lambda log_ratio, advantages: Clipped(0.2)(log_ratio, jnp.nan, advantages)[0]
+    np.testing.assert_allclose(loss(log_ratio, advantages), [-2, -2.4, 3, -1, 1.6, 1.1], rtol=1e-6)
+    slope = jax.vmap(jax.grad(loss))(log_ratio, advantages)
     np.testing.assert_allclose(slope, [-2, 0, 3, -1, 0, 1.1], rtol=1e-6)
 
 
 def test_the_clipped_objective_marks_ratios_outside_its_range():
     log_ratio = jnp.log(jnp.array([1.0, 1.19, 1.21, 0.81, 0.79]))
     advantages = jnp.array([1.0, -2.0, 3.0, -4.0, 5.0])
-    loss, outside = Clipped(0.2)(log_ratio, jnp.full(5, jnp.nan), advantages)
-    np.testing.assert_array_equal(loss, policy_loss(log_ratio, advantages, 0.2))
+    _, outside = Clipped(0.2)(log_ratio, jnp.full(5, jnp.nan), advantages)
     np.testing.assert_array_equal(outside, [False, False, True, False, True])
     with pytest.raises(UserError, match="clip_range must be > 0, not 0"):
         Clipped(0.0)
+
+
+RATIOS, A = np.array([1.0, 1.25, 1.5, 4.0, 1.25, 1.5, 4.0, 0.5]), np.array([2.0, 2.0, 2.0, 2.0, -2.0, -2.0, -2.0, -2.0])
+
+
+def slopes(objective):
+    """(loss, whether clipped, d loss / d log pi) at `RATIOS` and log pi = -3."""
+    each = lambda logprob, old, a: objective(logprob - old, logprob, a)
+    old = -3 - jnp.log(RATIOS)
+    loss, clipped = each(jnp.full(8, -3.0), old, A)
+    return loss, clipped, jax.vmap(jax.grad(lambda *x: each(*x)[0]))(jnp.full(8, -3.0), old, A)
+
+
+def test_clip_higher_moves_the_upper_edge_alone():
+    loss, clipped, slope = slopes(Clipped(0.2, clip_higher=0.28))
+    np.testing.assert_allclose(loss, [-2, -2.5, -2.56, -2.56, 2.5, 3, 8, 1.6], rtol=1e-6)
+    np.testing.assert_array_equal(clipped, [0, 0, 1, 1, 0, 1, 1, 1])
+    np.testing.assert_allclose(slope, [-2, -2.5, 0, 0, 2.5, 3, 8, 0], rtol=1e-6)
+
+
+def test_dual_clip_bounds_what_a_bad_token_counts():
+    loss, _, slope = slopes(Clipped(0.2, dual_clip=3.0))
+    np.testing.assert_allclose(loss, [-2, -2.4, -2.4, -2.4, 2.5, 3, 6, 1.6], rtol=1e-6)
+    np.testing.assert_allclose(slope, [-2, 0, 0, 0, 2.5, 3, 0, 0], rtol=1e-6)
+    with pytest.raises(UserError, match=r"objective\.dual_clip must be > 1\.28"):
+        Clipped(0.2, 0.28, dual_clip=1.2)
+    with pytest.raises(UserError, match=r"objective\.clip_higher must be > 0"):
+        Clipped(0.2, 0.0)
+
+
+def test_without_a_ratio_the_slope_is_the_advantage():
+    loss, clipped, slope = slopes(NoRatio())
+    np.testing.assert_allclose(loss, 3 * A)
+    np.testing.assert_allclose(slope, -A)
+    assert not clipped.any()
+
+
+def test_cispo_caps_the_weight_and_keeps_the_slope():
+    loss, clipped, slope = slopes(CISPO(1.5))
+    weight = np.minimum(RATIOS, 1.5)
+    np.testing.assert_allclose(loss, 3 * weight * A, rtol=1e-6)
+    np.testing.assert_allclose(slope, -weight * A, rtol=1e-6)
+    np.testing.assert_array_equal(clipped, RATIOS > 1.5)
+    with pytest.raises(UserError, match=r"objective\.most must be >= 1"):
+        CISPO(0.9)
+
+
+def test_sapo_fades_with_the_distance_of_the_ratio():
+    loss, clipped, slope = slopes(SAPO(1.0, 2.0))
+    t = np.where(A > 0, 1.0, 2.0)
+    gate = 1 / (1 + np.exp(-t * (RATIOS - 1)))
+    np.testing.assert_allclose(loss, -A * gate * 4 / t, rtol=1e-6)
+    np.testing.assert_allclose(slope, -A * 4 * gate * (1 - gate) * RATIOS, rtol=1e-4)
+    np.testing.assert_allclose(slope[0], -2)  # as without a clip where the ratio is 1
+    np.testing.assert_array_equal(clipped, [0, 0, 0, 1, 0, 0, 1, 0])  # s'(3) 4 = .18, s'(6) 4 = .01
+    with pytest.raises(UserError, match=r"objective\.negative must be > 0"):
+        SAPO(negative=0.0)
 
 
 def test_value_loss_hand_numbers():
@@ -60,12 +118,6 @@ def test_kl_estimates_are_unbiased_as_said():
     k1, k2, k3 = (float((p * np.asarray(k)).sum()) for k in kl_estimates(jnp.log(p / q)))
     np.testing.assert_allclose([k1, k3], exact, rtol=1e-5)
     assert abs(k2 - exact) > 1e-3
-
-
-def test_importance_weights():
-    weights = importance_weights(jnp.log(jnp.array([0.5, 1.0, 1.9, 8.0])), 2.0)
-    np.testing.assert_allclose(weights, [0.5, 1, 1.9, 2], rtol=1e-6)
-    assert jax.grad(lambda x: importance_weights(x, 2.0))(0.3) == 0
 
 
 def test_adapt_kl():
