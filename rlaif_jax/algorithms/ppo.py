@@ -57,7 +57,7 @@ class PPOConfig:
         answers_per_prompt: K, answers drawn for each prompt and learned from.
         num_epochs: passes over a step's answers.
         num_minibatches: optimiser steps of a pass.
-        value_clip_range: how far a value may move from its old one before its error no longer shrinks.
+        value_clip_range: how far a value may move from its old one before its error no longer shrinks; None: any way.
         value_coef: weight of the value loss; it matters where the critic shares the policy's trunk.
         entropy_coef: weight of the entropy bonus; 0: entropies are not computed.
         kl_in: where the KL to the reference enters: the per-token `reward`, or the `loss`.
@@ -84,7 +84,7 @@ class PPOConfig:
     answers_per_prompt: int = 1
     num_epochs: int = 4
     num_minibatches: int = 1
-    value_clip_range: float = 0.2
+    value_clip_range: float | None = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
     kl_in: Literal["reward", "loss"] = "reward"

@@ -206,7 +206,8 @@ def token_loss(
         metrics |= {"policy_loss": loss, "clip_fraction": partial_mean(clipped.astype(jnp.float32))}
     if scored.values is not None:
         values = jnp.where(mask, scored.values, 0.0)
-        vf = partial_mean(value_loss(values, fields.values, fields.returns, config.value_clip_range))
+        reach = jnp.inf if config.value_clip_range is None else config.value_clip_range
+        vf = partial_mean(value_loss(values, fields.values, fields.returns, reach))
         # The critic's own trunk has its own optimiser, on a shared one the coefficient balances the two losses.
         loss = loss + config.value_coef * vf
         metrics["value_loss"] = vf
