@@ -38,6 +38,7 @@ from rlaif_jax.types import INIT, Params, step_key
 
 STAGE = "sft"
 CHECKED = 64  # held-out rows that are read during the training
+MOST_NATS = 700.0  # a token; exp of more is no float64, and a ruined model may have it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,13 +306,13 @@ def token_losses(
 
 
 def perplexity(losses: Floats) -> Estimate:
-    """Returns exp(nats / tokens) over all texts, with its interval of 95 %.
+    """Returns exp(nats / tokens) over all texts, with its interval of 95 %; at most exp(`MOST_NATS`).
 
     Args:
         losses: [n, 2], nats and tokens of each text.
     """
     found = as_estimate(Jackknife().estimate(losses, lambda sums: sums[..., 0] / sums[..., 1]))
-    return Estimate(*(math.exp(x) for x in found))
+    return Estimate(*(math.exp(min(x, MOST_NATS)) for x in found))
 
 
 # ---- The run
@@ -417,7 +418,8 @@ def main(config: SFTConfig) -> dict[str, Any]:
         checked = {key: rows[:CHECKED] for key, rows in held_out.items()}
 
         def check(params: Params) -> dict[str, float]:
-            return {"heldout_loss": math.log(meter(params, checked).value)}
+            nats, tokens = meter.losses(params, checked).sum(0)
+            return {"heldout_loss": float(nats / tokens) if tokens else math.nan}
 
         def learn() -> Params:
             return fit_texts(model, start, base, training, config, runner=runner, run=run, writer=writer, check=check)

@@ -330,6 +330,16 @@ def test_the_perplexity_is_that_of_each_text_alone(runner):
     np.testing.assert_allclose(two.sum(0), losses.sum(0), rtol=1e-6)
 
 
+def test_a_ruined_model_is_measured_too(folder, tmp_path):
+    """Its loss of a token is more than exp can take."""
+    rate = FitConfig(updates=10, batch_size=8, learning_rate=1e2)
+    metrics = main(config(folder, tmp_path / "run", fit=rate, check_every=10))
+    low, high = metrics["perplexity_after_ci95"]
+    assert 1e300 < low <= metrics["perplexity_after"] <= high < np.inf
+    losses = [row["heldout_loss"] for row in numbers(tmp_path / "run") if "heldout_loss" in row]
+    assert losses[0] < 10 and losses[1] > 1000
+
+
 def test_the_interval_of_a_perplexity_covers():
     """The share of samples of 60 texts whose interval has the true perplexity, e^2."""
     rng = np.random.default_rng(0)
