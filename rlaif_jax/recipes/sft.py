@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -264,6 +264,10 @@ class PerplexityMeter:
     lora: LoRAConfig | None = None
     base: Params = None
 
+    @cached_property
+    def _read(self) -> Any:
+        return self.runner.map(partial(token_losses, self.model, self.lora))
+
     def losses(self, params: Params, rows: Arrays) -> Floats:
         """Returns (nats, tokens) of each text, all its pieces together, [n, 2] float64.
 
@@ -271,8 +275,7 @@ class PerplexityMeter:
             params: the model's parameters, or the adapter's.
             rows: of `measured_rows`.
         """
-        read = self.runner.map(partial(token_losses, self.model, self.lora))
-        nats, weights = in_batches(partial(read, (self.base, params)), rows, self.batch_size)
+        nats, weights = in_batches(partial(self._read, (self.base, params)), rows, self.batch_size)
         number = rows["text"].ravel()
         sums = [np.bincount(number, x.astype(np.float64).ravel()) for x in (nats, weights)]
         columns = np.stack(sums, axis=1, dtype=np.float64)
