@@ -148,8 +148,21 @@ def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     require(isinstance(values, dict), f"{path}: settings are one JSON object")
-    kept = {name: value for name, value in to_json(default).items() if name in ("out", "resume")}
-    return from_json(type(default), values | kept, str(path)), others
+    own = to_json(default)
+    kept = {name: value for name, value in own.items() if name in ("out", "resume")}
+    return from_json(type(default), _completed(values, own) | kept, str(path)), others
+
+
+def _completed(values: Any, default: Any) -> Any:
+    """Returns JSON values of settings with what they leave out as in `default`, at every depth.
+
+    Another choice between dataclasses has the defaults of its class.
+    """
+    if not (isinstance(values, dict) and isinstance(default, dict)):
+        return values
+    if values.get("type", default.get("type")) != default.get("type"):
+        return values
+    return default | {name: _completed(value, default.get(name)) for name, value in values.items()}
 
 
 def _resumed(default: Config, arguments: Sequence[str]) -> Config:

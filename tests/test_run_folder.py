@@ -240,6 +240,21 @@ def test_a_run_begins_with_the_settings_of_a_file_and_options_count_more(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"train": {"steps": 5}}', Loop(5, 0.3, Scheduled(0.25))),
+        ('{"train": {"optimizer": {"schedule": "cosine"}}}', Loop(7, 0.3, Scheduled(0.25, "cosine"))),
+        ('{"train": {"optimizer": {"type": "Constant"}}}', Loop(7, 0.3, Constant())),
+    ],
+)
+def test_what_a_file_leaves_out_is_as_help_says_not_as_in_its_class(text, expected, tmp_path, monkeypatch):
+    (tmp_path / "part.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["program", "--config", str(tmp_path / "part.json")])
+    default = Options(train=Loop(7, 0.3, Scheduled(0.25)))
+    assert command_line(lambda config: config, default) == dataclasses.replace(default, train=expected)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "this is no run's settings"),

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +38,7 @@ from rlaif_jax.types import INIT, Params, step_key
 
 STAGE = "sft"
 CHECKED = 64  # held-out rows that are read during the training
+MOST_NATS = 700.0  # a token; exp of more is no float64, and a ruined model may have it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +264,10 @@ class PerplexityMeter:
     lora: LoRAConfig | None = None
     base: Params = None
 
+    @cached_property
+    def _read(self) -> Any:
+        return self.runner.map(partial(token_losses, self.model, self.lora))
+
     def losses(self, params: Params, rows: Arrays) -> Floats:
         """Returns (nats, tokens) of each text, all its pieces together, [n, 2] float64.
 
@@ -270,8 +275,7 @@ class PerplexityMeter:
             params: the model's parameters, or the adapter's.
             rows: of `measured_rows`.
         """
-        read = self.runner.map(partial(token_losses, self.model, self.lora))
-        nats, weights = in_batches(partial(read, (self.base, params)), rows, self.batch_size)
+        nats, weights = in_batches(partial(self._read, (self.base, params)), rows, self.batch_size)
         number = rows["text"].ravel()
         sums = [np.bincount(number, x.astype(np.float64).ravel()) for x in (nats, weights)]
         columns = np.stack(sums, axis=1, dtype=np.float64)
@@ -305,13 +309,13 @@ def token_losses(
 
 
 def perplexity(losses: Floats) -> Estimate:
-    """Returns exp(nats / tokens) over all texts, with its interval of 95 %.
+    """Returns exp(nats / tokens) over all texts, with its interval of 95 %; at most exp(`MOST_NATS`).
 
     Args:
         losses: [n, 2], nats and tokens of each text.
     """
     found = as_estimate(Jackknife().estimate(losses, lambda sums: sums[..., 0] / sums[..., 1]))
-    return Estimate(*(math.exp(x) for x in found))
+    return Estimate(*(math.exp(min(x, MOST_NATS)) for x in found))
 
 
 # ---- The run
@@ -417,7 +421,8 @@ def main(config: SFTConfig) -> dict[str, Any]:
         checked = {key: rows[:CHECKED] for key, rows in held_out.items()}
 
         def check(params: Params) -> dict[str, float]:
-            return {"heldout_loss": math.log(meter(params, checked).value)}
+            nats, tokens = meter.losses(params, checked).sum(0)
+            return {"heldout_loss": float(nats / tokens) if tokens else math.nan}
 
         def learn() -> Params:
             return fit_texts(model, start, base, training, config, runner=runner, run=run, writer=writer, check=check)

@@ -33,7 +33,7 @@ from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import reward_model as recipe
 from rlaif_jax.recipes.reward_model import RewardModelConfig, main, measure, read_comparisons, running_check
 from rlaif_jax.types import Rollout
-from tests.helpers import assert_same_leaves, random_params, unexplained
+from tests.helpers import CountingRunner, assert_same_leaves, random_params, unexplained
 from tests.sinks.wandb_file import KEPT, assert_same_numbers
 from tests.tiny import numbers
 
@@ -365,6 +365,14 @@ def test_scores_are_in_the_order_of_the_pairs(runner):
         row[0, : len(ids[i][side])] = ids[i][side]
         expected = score(members[k], row, np.arange(32)[None] < len(ids[i][side]))[0, len(ids[i][side]) - 1]
         np.testing.assert_allclose(scores[i, side, k], expected, atol=1e-5)
+
+
+def test_scores_share_a_program():
+    model = ScalarModel(DECODER, "normal", bias=False)
+    scorer = Scorer(model, CountingRunner(), 4, 0)
+    members = [jax.tree.map(lambda x: x[None], random_params(model, seed=k)) for k in range(2)]
+    first, second = (scorer(params, [([4, 5], [6])]) for params in members)
+    assert (first != second).all() and scorer.runner.compiled == 1
 
 
 # ---- Measurements

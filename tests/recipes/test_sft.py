@@ -24,7 +24,7 @@ from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import sft as recipe
 from rlaif_jax.recipes import start
 from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, main, measured_rows, perplexity, read_split, read_texts
-from tests.helpers import assert_same_leaves, random_params, unexplained
+from tests.helpers import CountingRunner, assert_same_leaves, random_params, unexplained
 from tests.sinks.wandb_file import KEPT, assert_same_numbers
 from tests.tiny import numbers
 
@@ -328,6 +328,23 @@ def test_the_perplexity_is_that_of_each_text_alone(runner):
     two = meter.losses(params, measured_rows(halves, 24, 0))
     assert len(two) == 2
     np.testing.assert_allclose(two.sum(0), losses.sum(0), rtol=1e-6)
+
+
+def test_measurements_share_a_program():
+    meter = PerplexityMeter(MODEL, CountingRunner(), 4)
+    rows = measured_rows([LearnedTokens([4, 5, 6], [0.0, 1.0, 1.0], [3])], 24, 0)
+    assert len({meter(random_params(MODEL, seed=k), rows) for k in range(3)}) == 3
+    assert meter.runner.compiled == 1
+
+
+def test_a_ruined_model_is_measured_too(folder, tmp_path):
+    """Its loss of a token is more than exp can take."""
+    rate = FitConfig(updates=10, batch_size=8, learning_rate=1e2)
+    metrics = main(config(folder, tmp_path / "run", fit=rate, check_every=10))
+    low, high = metrics["perplexity_after_ci95"]
+    assert 1e300 < low <= metrics["perplexity_after"] <= high < np.inf
+    losses = [row["heldout_loss"] for row in numbers(tmp_path / "run") if "heldout_loss" in row]
+    assert losses[0] < 10 and losses[1] > 1000
 
 
 def test_the_interval_of_a_perplexity_covers():

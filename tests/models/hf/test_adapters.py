@@ -364,6 +364,16 @@ def test_an_adapter_may_be_over_another_and_have_its_own_tokenizer(over, tmp_pat
     assert given.fingerprint == words("base").fingerprint
 
 
+def test_an_adapter_with_its_own_tokenizer_ends_where_its_base_does(over, tmp_path):
+    """As in transformers: the base's generation_config.json counts, and peft's folders have none."""
+    one = over("one", "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load_with_tokenizer(str(one))[2].stop_ids == (2, 7)
+    words("own").save(one)
+    assert load_with_tokenizer(str(one))[2].stop_ids == (2, 7)
+    assert load_with_tokenizer(str(one), one)[2].stop_ids == (2,), "a tokenizer that is named is taken as it is"
+
+
 def test_the_files_of_an_adapter_of_the_hub_are_fetched(over, tmp_path, monkeypatch):
     over("hub/org/adapter", "none", base_model_name_or_path="org/base", revision="v1")
     shutil.move("base", "hub/org/base")
