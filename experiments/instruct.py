@@ -241,7 +241,7 @@ def run_config(config: InstructConfig, arm: Arm, seed: int) -> rlaif.RlaifConfig
         scale="none",
         scale_answers=64,
         lora=weights == "lora",
-        adapter=config.adapter,
+        adapter=config.adapter if weights == "lora" else LoRAConfig(),
         seed=seed,
         out=config.out / f"{arm}-{seed}",
         train=train,

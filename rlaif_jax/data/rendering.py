@@ -207,7 +207,7 @@ def read_row(row: dict[str, Any], tokenizer: Tokenizer, *, add_bos: bool) -> tup
         add_bos: put BOS before each text.
 
     Raises:
-        UserError: the row is of no such form, or the chat template does not take its conversation.
+        UserError: the row is of no such form, its text is empty, or the chat template does not take its conversation.
     """
     name = next((name for name in CONVERSATIONS if name in row), None)
     if name is not None:
@@ -228,6 +228,7 @@ def read_row(row: dict[str, Any], tokenizer: Tokenizer, *, add_bos: bool) -> tup
         isinstance(row.get("text"), str),
         f"a row has messages, prompt and completion, or text; this one has {listed(row)}",
     )
+    require(bool(row["text"].strip()), "its text is empty")
     return text_tokens(tokenizer, row["text"], add_bos=add_bos), row["text"]
 
 

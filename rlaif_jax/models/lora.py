@@ -50,6 +50,16 @@ class LoRAConfig:
         once = len(set(self.targets)) == len(self.targets) > 0
         require(once, f"lora.targets must name one matrix or more, each once, not {_listed(self.targets) or 'none'}")
 
+    def check_used(self, lora: bool) -> None:
+        """Raises UserError where settings are given of an adapter that does not learn.
+
+        Args:
+            lora: whether an adapter learns.
+        """
+        require(
+            lora or self == LoRAConfig(), "--adapter.* are settings of an adapter, which does not learn: add --lora"
+        )
+
     @property
     def scale(self) -> float:
         """Returns the factor of A B."""

@@ -117,6 +117,7 @@ class RewardModelConfig:
         for field in ("margin", "center_coef"):
             require(self.__dict__[field] >= 0, f"{field} must be >= 0, not {self.__dict__[field]}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
+        self.adapter.check_used(self.lora)
 
 
 # ---- Data

@@ -107,6 +107,7 @@ class SFTConfig:
         )
         require(self.check_every >= 1, f"check_every must be >= 1, not {self.check_every}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
+        self.adapter.check_used(self.lora)
 
 
 # ---- Data
@@ -149,10 +150,9 @@ def read_texts(data: Sequence[str], split: str, tokenizer: Tokenizer, max_length
             faults.append(f"{place}: {error}")
             found.unused["row with a fault"] += 1
             continue
-        number = found.tokens[-1].number + 1 if found.tokens else 0
+        number, alone = found.tokens[-1].number + 1 if found.tokens else 0, Path(place).suffix == ".txt"
         if is_plain(row):
             for i, piece in enumerate(tokens.pieces(max_length)):
-                alone = Path(place).suffix == ".txt"
                 found.tokens.append(piece._replace(number=number + i if alone else number))
                 found.names.append(str(piece.ids) if alone else name)
             continue

@@ -190,6 +190,11 @@ def keep_fingerprints(run: Run, **inputs: Any) -> dict[str, str]:
     return found
 
 
+def as_bytes(records: FileRecords) -> np.ndarray:
+    """Returns records with all their fields as bytes, for `keep_fingerprints`."""
+    return np.frombuffer(json.dumps(records.records, sort_keys=True, default=str).encode(), np.uint8)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Start:
     """Draws answers of the policy before training.

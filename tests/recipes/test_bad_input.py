@@ -144,6 +144,8 @@ BEFORE = {
                               "prices: usd_per_million_prompt"),
     # Training
     "rank 0": ("train --lora --adapter.rank 0", "lora.rank must be >= 1, not 0"),
+    "an adapter that does not learn": ("train --adapter.rank 4", "adapter, which does not learn: add --lora"),
+    "sft: an adapter that does not learn": ("sft --out OUT --adapter.rslora", "which does not learn: add --lora"),
     "greedy": ("train --sampling.temperature 0", "sampling.temperature is 0 (greedy): a policy learns only from samples"),
     "one answer": ("train --ppo.answers-per-prompt 1", "ppo.answers_per_prompt is 1, but ppo.advantage=GroupNormalised"),
     "devices": ("train --train.prompts-per-step 3", "train.prompts_per_step (3) / train.rollout_parts (1) must be a multiple "
