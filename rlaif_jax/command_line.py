@@ -115,7 +115,7 @@ def _parse_arguments(default: Config, description: str | None, pages: Mapping[st
                 print(text(), flush=True)
                 sys.exit(0)
         default, arguments = _from_file(_resumed(default, sys.argv[1:]), sys.argv[1:])
-        return tyro.cli(
+        config = tyro.cli(
             type(default),
             args=arguments,
             default=default,
@@ -125,6 +125,25 @@ def _parse_arguments(default: Config, description: str | None, pages: Mapping[st
     except BrokenPipeError:  # the reader of --help has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    _check_numbers(to_json(config))
+    return config
+
+
+def _check_numbers(settings: Any, name: str = "") -> None:
+    """Raises UserError where a setting is NaN, which tyro takes for a number.
+
+    Args:
+        settings: the settings, as JSON values.
+        name: their dotted name.
+    """
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            _check_numbers(value, f"{name}.{key}" if name else key)
+    elif isinstance(settings, list):
+        for value in settings:
+            _check_numbers(value, name)
+    else:
+        require(settings == settings, f"{name} should be a number, not NaN")
 
 
 def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:

@@ -344,7 +344,7 @@ def _parse(hint: Any, value: Any, place: _Place, *, text: bool) -> Any:
     elif hint in (bool, int, float, str, None, type(None), Path):
         typed = _of_text(hint, value) if text and isinstance(value, str) else value
         right: Any = {float: (int, float), Path: (str, Path), None: type(None)}.get(hint, hint)
-        if isinstance(typed, right) and (hint is bool or not isinstance(typed, bool)):
+        if isinstance(typed, right) and (hint is bool or not isinstance(typed, bool)) and typed == typed:  # no NaN
             return hint(typed) if hint in (float, Path) else typed
     raise place.error(f"should be {_said(hint)}, not {value!r}")
 

@@ -44,7 +44,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank must be >= 1, not {self.rank}")
-        require(self.alpha > 0, f"lora.alpha must be > 0, not {self.alpha}")
+        require(0 < self.alpha < math.inf, f"lora.alpha must be > 0 and finite, not {self.alpha}")
         unknown = [target for target in self.targets if target not in TARGETS]
         require(not unknown, f"lora.targets names {_listed(unknown)}; known are {_listed(TARGETS)}")
         once = len(set(self.targets)) == len(self.targets) > 0

@@ -106,6 +106,7 @@ class SFTConfig:
         )
         require(self.check_every >= 1, f"check_every must be >= 1, not {self.check_every}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
+        require(self.split_seed >= 0, f"split_seed must be >= 0, not {self.split_seed}")
 
 
 # ---- Data

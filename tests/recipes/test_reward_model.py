@@ -293,8 +293,10 @@ def test_what_cannot_be_learned_from_is_named_and_leaves_no_run(bad, folder, tmp
         ({"members": 0}, "members must be >= 1, not 0"),
         ({"max_length": 0}, "max_length must be >= 1"),
         ({"check_every": 0}, "check_every must be >= 1"),
-        ({"margin": -1.0}, "margin must be >= 0, not -1"),
+        ({"margin": -1.0}, "margin must be >= 0 and finite, not -1"),
         ({"center_coef": -0.1}, "center_coef must be >= 0"),
+        ({"margin": float("inf")}, "margin must be >= 0 and finite, not inf"),
+        ({"split_seed": -1}, "split_seed must be >= 0, not -1"),
         ({"held_out": 1.0}, "held_out must lie between 0 and 1, not 1"),
     ],
 )
