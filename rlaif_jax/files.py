@@ -116,6 +116,8 @@ def each_json_line(
                     value = parse(json.loads(line.decode()), place)
                 except (UserError, ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
                     message = str(error) if isinstance(error, UserError) else f"no valid JSON ({error})"
+                    if line.strip() in (b"[", b"{"):
+                        message += "; a line holds a whole JSON value, and this one only begins one"
                     if not skip_cut or line.endswith(b"\n"):
                         bad.append(printable(message if message.startswith(place) else f"{place}: {message}"))
                 else:
