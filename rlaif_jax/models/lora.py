@@ -65,7 +65,7 @@ class LoRAConfig:
             base: the parameters under the adapter; their shapes are enough.
 
         Raises:
-            UserError: the blocks lack a target.
+            UserError: the blocks lack a target, or the rank is higher than any of their matrices can have.
         """
         flat = flatten_dict(base)
         kernels = {path[:-1]: leaf.shape for path, leaf in flat.items() if path[-2:-1] and path[-1] == "kernel"}
@@ -77,6 +77,12 @@ class LoRAConfig:
             f"{' '.join(there)}",
         )
         chosen = sorted(path for path in kernels if path[-1] in self.targets)
+        largest = max(max(kernels[path]) for path in chosen)
+        require(
+            self.rank <= largest,
+            f"lora.rank is {self.rank}, more than the {largest} rows or columns of the largest of these matrices: no product "
+            "has a higher rank than its result",
+        )
         made: dict[tuple[str, ...], jax.Array] = {}
         for path, one in zip(chosen, jax.random.split(key, len(chosen))):
             fan_in, fan_out = kernels[path]
