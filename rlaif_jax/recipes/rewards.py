@@ -71,6 +71,8 @@ class ModelReward:
 
     def __post_init__(self) -> None:
         require(0 <= self.coef < np.inf, f"coef must be a number from 0 up, not {self.coef}")
+        require(self.batch_size >= 1, f"batch_size must be >= 1, not {self.batch_size}")
+        require(self.max_length >= 0, f"max_length must be >= 0, not {self.max_length}")
 
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source."""
