@@ -132,6 +132,8 @@ FILES = {
     "blank.txt": "\n\n",
     "empty.jsonl": "",
     "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n',
+    "list.json": '[{"text": "a"}]\n',
+    "lines.json": '{\n "text": "a"\n}\n',
     "unnamed.jsonl": '{"question": "a"}\n',
     "number.jsonl": '{"prompt": 3}\n',
     "no_formula.toml": 'name = "a"\n[[rule]]\nname = "short"\nlength = "words"\nat_most = 3\n',
