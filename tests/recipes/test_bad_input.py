@@ -142,6 +142,9 @@ BEFORE = {
     "no server": ("train --feedback api", "server is missing: the API's address, such as http://127.0.0.1:8000/v1"),
     "no address": ("train --feedback 'api 127.0.0.1:8000 model=m'", "--feedback 'api 127.0.0.1:8000 model=m': server is "
                    "'127.0.0.1:8000'; an address begins with http:// or https://"),
+    "no port": ("train --feedback 'api http://127.0.0.1:80000/v1 model=m'", "server is 'http://127.0.0.1:80000/v1'; an address"
+                " names a host, and behind a colon a port from 1 to 65535 or none"),
+    "negative price": ("train --feedback 'api http://a/v1 model=m usd_per_million_prompt=-1'", "must not be negative, but is"),
     "no key": ("train --feedback 'api http://127.0.0.1:9/v1 model=m key_env=NO_SUCH_KEY'", "key_env: the environment variable "
                "NO_SUCH_KEY is not set"),
     "budget without prices": ("train --feedback 'api http://127.0.0.1:9/v1 model=m budget_usd=1'", "budget_usd needs the "
