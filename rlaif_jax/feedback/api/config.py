@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import urllib.parse
 from pathlib import Path
@@ -121,6 +122,7 @@ class ApiConfig:
         for name in ("budget_usd", "budget_tokens", "budget_s", "temperature", "max_tokens", "max_wait_s", *PRICES):
             value = settings[name]
             require(value is None or value >= 0, f"{name} must not be negative, but is {value}")
+        require(self.temperature < math.inf, "temperature must be finite")
         require(0 <= self.min_mass <= 1, f"min_mass must lie in 0 .. 1, not {self.min_mass}")
         priced = self.usd_per_million_prompt > 0 or self.usd_per_million_completion > 0
         require(
