@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,10 @@ from rlaif_jax.progress.startup import Loading
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
+
+
+OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS, errno.ENOSPC)
+"""What is wrong with a file, and not with this program."""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -92,6 +97,11 @@ def command_line(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("error: nobody reads the output any more", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as error:
         sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
     finally:
