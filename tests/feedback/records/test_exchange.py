@@ -41,6 +41,9 @@ def test_what_a_reader_left_is_printed_with_its_number(tmp_path: Path, capsys):
         assert [(j.rater.name, j.answers) for j in store.judgements()] == [("judge", ("a", "b")), ("judge", ("c", "b"))]
     exchange.import_feedback(config)
     assert "2 judgements, 0 of them new" in capsys.readouterr().out
+    assert exchange.import_feedback(exchange.ImportConfig((path,), store=config.store)) == 28
+    hint = "no line is a record of this project; name another format at the end, such as format:distilabel"
+    assert capsys.readouterr().err.splitlines()[-1] == f"{path}: {hint}"
 
 
 SHAPES = [
