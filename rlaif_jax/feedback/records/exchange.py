@@ -367,6 +367,10 @@ def export_feedback(config: ExportConfig) -> None:
     if config.file is None:
         raise UserError("file is missing: --file FILE")
     require(config.store.exists(), f"there is no feedback store {config.store}")
+    require(
+        config.file.resolve() != config.store.resolve(),
+        f"{config.file} is the store, which the rows would replace: name another file by --file",
+    )
     forms: Counter[str] = Counter()
     answered: Counter[bool] = Counter()
 

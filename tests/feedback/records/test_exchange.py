@@ -97,6 +97,10 @@ def test_the_tools_and_their_errors(tmp_path: Path, capsys, monkeypatch):
     assert not Path("none").exists()
     with pytest.raises(UserError, match="there is no feedback store"):
         exchange.export_feedback(exchange.ExportConfig(Path("x"), store=Path("none")))
+    with Store(tmp_path / "f.sqlite"):
+        pass
+    with pytest.raises(UserError, match=r"f\.sqlite is the store, which the rows would replace"):
+        exchange.export_feedback(exchange.ExportConfig(tmp_path / "f.sqlite", store=tmp_path / "f.sqlite"))
 
 
 @pytest.mark.parametrize("shape", [shape for shape, _ in SHAPES], ids=lambda shape: type(shape).__name__)
