@@ -173,8 +173,8 @@ def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[
         return default, others
     require("--resume" not in others, "--config begins a run, and --resume goes on with one: give one of them")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     require(isinstance(values, dict), f"{path}: settings are one JSON object")
     kept = {name: value for name, value in to_json(default).items() if name in ("out", "resume")}
@@ -202,6 +202,6 @@ def _resumed(default: Config, arguments: Sequence[str]) -> Config:
         return default
     try:
         saved = json.loads(path.read_text()) | {"out": str(given.out), "resume": True}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: this is no run's settings ({error})") from error
     return from_json(type(default), saved, f"{path}, of another script or version")

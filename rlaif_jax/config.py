@@ -368,7 +368,7 @@ def _parse_union(members: Sequence[Any], value: Any, place: _Place, *, text: boo
     classes = {cls.__name__: cls for cls in _dataclasses(members)}
     if isinstance(value, Mapping) and len(classes) > 1:
         name = value.get("type")
-        if name not in classes:
+        if not isinstance(name, str) or name not in classes:
             raise (place / "type").error(f"should be one of {', '.join(classes)}, not {name!r}")
         return _build(classes[name], {k: v for k, v in value.items() if k != "type"}, place, text=text)
     if isinstance(value, Mapping) and classes:
