@@ -102,8 +102,9 @@ BEFORE = {
     "infinite rate": ("train --ppo.policy-optimizer.learning-rate inf", "optimizer.learning_rate must be finite, not inf"),
     "infinite penalty": ("train --ppo.kl-coef inf", "ppo.kl_coef must be >= 0 and finite, not inf"),
     "no such choice": ("train --feedback 'judge m form=score'", "form: should be one of rating, ranking, not 'score'"),
-    "weight of NaN": ("train --feedback 'judge m weight=nan'", "--feedback 'judge m weight=nan': the weight of a reward is a "
-                      "number other than 0, not nan"),
+    "weight of NaN": ("train --feedback 'judge m weight=nan'", "weight: should be a number, not 'nan'"),
+    "infinite weight": ("train --feedback 'judge m weight=inf'", "--feedback 'judge m weight=inf': the weight of a reward is a "
+                        "number other than 0, not inf"),
     "weight 0": ("train --feedback 'judge m weight=0'", "the weight of a reward is a number other than 0"),
     "weight is a word": ("train --feedback 'judge m weight=heavy'", "weight: should be a number, not 'heavy'"),
     "second is no reward": ("train --second 'jury x'", "--second 'jury x': there is no 'jury'"),
@@ -163,7 +164,7 @@ BEFORE = {
     "stages are below a file": ("sft --out OUT --data HERE/prompts.txt --max-length 16 --stages HERE/prompts.txt/x "
                                 "--fit.batch-size 8", "HERE/prompts.txt is a file; stages need a folder"),
     "NaN": ("train --ppo.shaping.missing-eos-value nan", "ppo.shaping.missing_eos_value should be a number, not NaN"),
-    "NaN in a reward": ("train --feedback 'judge HERE/lm min_mass=nan'", "min_mass: should be a number, not nan"),
+    "NaN in a reward": ("train --feedback 'judge HERE/lm min_mass=nan'", "min_mass: should be a number, not 'nan'"),
     "rank over all": ("train --lora --adapter.rank 99", "lora.rank is 99, more than the 48 rows or columns of the largest"),
     "nothing to resume": ("train --resume", "OUT: there is no run to resume here (no config.json)"),
     # Other tools
