@@ -178,7 +178,10 @@ def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     require(isinstance(values, dict), f"{path}: settings are one JSON object")
     kept = {name: value for name, value in to_json(default).items() if name in ("out", "resume")}
-    return from_json(type(default), values | kept, str(path)), others
+    try:
+        return from_json(type(default), values | kept, str(path)), others
+    except UserError as error:  # that of a class which checks itself does not know the file
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from None
 
 
 def _resumed(default: Config, arguments: Sequence[str]) -> Config:

@@ -132,6 +132,7 @@ FILES = {
     "blank.txt": "\n\n",
     "empty.jsonl": "",
     "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n',
+    "steps.json": '{"train": {"steps": -5}}',
     "list.json": '[{"text": "a"}]\n',
     "lines.json": '{\n "text": "a"\n}\n',
     "unnamed.jsonl": '{"question": "a"}\n',

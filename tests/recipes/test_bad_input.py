@@ -154,6 +154,7 @@ BEFORE = {
     "rank 0": ("train --lora --adapter.rank 0", "lora.rank must be >= 1, not 0"),
     "greedy": ("train --sampling.temperature 0", "sampling.temperature is 0 (greedy): a policy learns only from samples"),
     "one answer": ("train --ppo.answers-per-prompt 1", "ppo.answers_per_prompt is 1, but ppo.advantage=GroupNormalised"),
+    "a file of settings": ("train --config HERE/steps.json", "HERE/steps.json: train.steps must be >= 1, not -5"),
     "devices": ("train --train.prompts-per-step 3", "train.prompts_per_step (3) / train.rollout_parts (1) must be a multiple "
                 "of the 8 devices"),
     "weights in two places": ("train --ppo.shaping.weights 1 2", "ppo.shaping.weights are given with the rewards here"),
