@@ -7,6 +7,7 @@ details follow Huang 2024, "The N+ implementation details of RLHF with PPO".
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
@@ -110,7 +111,10 @@ class PPOConfig:
             require(value is None or value > 0, f"ppo.{field} must be > 0, not {value}")
         require(self.importance_cap >= 1, f"ppo.importance_cap must be >= 1, not {self.importance_cap}")
         require(self.packed_rows >= 0, f"ppo.packed_rows must be >= 0 (0: not packed), not {self.packed_rows}")
-        require(self.kl_coef >= 0, f"ppo.kl_coef must be >= 0, not {self.kl_coef}")
+        for field in ("kl_coef", "value_coef"):
+            value = self.__dict__[field]
+            require(0 <= value < math.inf, f"ppo.{field} must be >= 0 and finite, not {value}")
+        require(math.isfinite(self.entropy_coef), f"ppo.entropy_coef must be finite, not {self.entropy_coef}")
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:
         """Raises UserError where minibatches would be uneven, or staleness is not corrected.

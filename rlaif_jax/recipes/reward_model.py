@@ -115,9 +115,10 @@ class RewardModelConfig:
         for field in ("members", "check_every"):
             require(self.__dict__[field] >= 1, f"{field} must be >= 1, not {self.__dict__[field]}")
         for field in ("margin", "center_coef"):
-            require(self.__dict__[field] >= 0, f"{field} must be >= 0, not {self.__dict__[field]}")
+            require(0 <= self.__dict__[field] < np.inf, f"{field} must be >= 0 and finite, not {self.__dict__[field]}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
         self.adapter.check_used(self.lora)
+        require(self.split_seed >= 0, f"split_seed must be >= 0, not {self.split_seed}")
 
 
 # ---- Data

@@ -77,6 +77,8 @@ class ModelReward:
             self.coef == COEF or self.combine == "cautious",
             f"coef={self.coef:g} is for combine=cautious; combine={self.combine} has no coefficient",
         )
+        require(self.batch_size >= 1, f"batch_size must be >= 1, not {self.batch_size}")
+        require(self.max_length >= 0, f"max_length must be >= 0, not {self.max_length}")
 
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source."""

@@ -220,6 +220,10 @@ def main(config: RlaifConfig) -> dict[str, Any]:
         "--second people: a second opinion is of one answer alone: people can only rate (kind=rate)",
     )
     policy = load_policy(config.policy, config.tokenizer, config.chat, dtype=config.dtype, remat=config.remat)
+    if config.lora:
+        jax.eval_shape(
+            config.adapter.init, jax.random.key(0), policy.params
+        )  # whether it fits, before there is a folder
     own = on_day_of_run(policy.tokenizer, config.out, resume=config.resume)
     policy = dataclasses.replace(policy, tokenizer=own)
     with (

@@ -101,13 +101,14 @@ class SFTConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
+        length = self.max_length
         require(
-            self.max_length is None or self.max_length >= 2,
-            f"max_length must be >= 2, not {self.max_length}: a token is learned from those before it",
+            length is None or length >= 2, f"max_length must be >= 2, as a token is learned from another, not {length}"
         )
         require(self.check_every >= 1, f"check_every must be >= 1, not {self.check_every}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
         self.adapter.check_used(self.lora)
+        require(self.split_seed >= 0, f"split_seed must be >= 0, not {self.split_seed}")
 
 
 # ---- Data
@@ -427,14 +428,8 @@ def main(config: SFTConfig) -> dict[str, Any]:
         def learn() -> Params:
             return fit_texts(model, start, base, training, config, runner=runner, run=run, writer=writer, check=check)
 
-        settings = {
-            "model": model.config,
-            **known,
-            "fit": config.fit,
-            "adapter": lora,
-            "runner": type(runner).__name__,
-            "devices": runner.devices,
-        }
+        settings = {"model": model.config, **known, "fit": config.fit, "adapter": lora}
+        settings |= {"runner": type(runner).__name__, "devices": runner.devices}
         stage = run.stage(STAGE, jax.eval_shape(lambda: start), learn, settings=settings)
         for when, of in (("before", start), ("after", stage.params)):
             measured = meter(runner.place(of), held_out)

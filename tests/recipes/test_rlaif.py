@@ -145,7 +145,9 @@ def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path, mon
     with pytest.raises(UserError, match=r"chat\.variables was \['word=A'\] and is now \['word=B'\]"):
         main(dataclasses.replace(part, resume=True, chat=dataclasses.replace(chat, variables=("word=B",))))
     (tmp_path / "chat.jinja").write_text(f"{TEMPLATE} {{{{ word }}}}")
-    with pytest.raises(UserError, match=r"part: the prompts are not those that this run began with .*: resume it with those"):
+    with pytest.raises(
+        UserError, match=r"part: the prompts are not those that this run began with .*: resume it with those"
+    ):
         main(dataclasses.replace(part, resume=True))
     (tmp_path / "chat.jinja").write_text(f"{TEMPLATE}{{{{ word }}}} ")
     main(dataclasses.replace(whole, out=part.out, resume=True))

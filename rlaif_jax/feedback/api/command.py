@@ -113,9 +113,9 @@ def main(config: JudgeConfig) -> int:
     require(bool(questions), f"{', '.join(map(str, config.items))}: there is nothing to ask for a {template.form}")
     total = len(questions) * config.repeats * (2 if template.form == "ranking" else 1)
     seen: Counter[bool] = Counter()  # judgements that are answered (True) and missing (False)
+    judge = ApiJudge(config, store=config.store, listener=lambda entry: seen.update([entry.answered]))
     with ProgressDisplay(stderr=True) as display:
         bar = display.add(f"{config.model}: {template.name}", total, unit="judgement")
-        judge = ApiJudge(config, store=config.store, listener=lambda entry: seen.update([entry.answered]))
         try:
             futures = judge.submit(questions, template)
             for done in as_completed(futures):

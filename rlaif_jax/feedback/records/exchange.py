@@ -332,6 +332,11 @@ def import_feedback(config: ImportConfig) -> int:
             if messages:
                 more = f", of which {NAMED_BAD} are named here" if len(messages) > NAMED_BAD else ""
                 print(f"{path}: {len(messages)} faults, whose rows or values are left out{more}", file=sys.stderr)
+                if not given and isinstance(config.format, Records):
+                    hint = (
+                        "no line is a record of this project; name another format at the end, such as format:distilabel"
+                    )
+                    print(f"{path}: {hint}", file=sys.stderr)
             bad += len(messages)
     return bad
 
@@ -362,6 +367,10 @@ def export_feedback(config: ExportConfig) -> None:
     if config.file is None:
         raise UserError("file is missing: --file FILE")
     require(config.store.exists(), f"there is no feedback store {config.store}")
+    require(
+        config.file.resolve() != config.store.resolve(),
+        f"{config.file} is the store, which the rows would replace: name another file by --file",
+    )
     forms: Counter[str] = Counter()
     answered: Counter[bool] = Counter()
 

@@ -268,6 +268,7 @@ BAD = {
     "some layers": (edit_config(layers_to_transform=[0]), ["layers_to_transform=[0]"]),
     "a changed base": (edit_config(init_lora_weights="pissa"), ["init_lora_weights='pissa'"]),
     "no alpha": (edit_config(lora_alpha="absent"), ["adapter_config.json: the field lora_alpha is missing"]),
+    "alpha of infinity": (edit_config(lora_alpha=float("inf")), ["adapter_config.json: lora_alpha must be > 0 and finite"]),
     "alpha of 0": (edit_config(lora_alpha=0), ["lora_alpha must be > 0"]),
     "no rank": (edit_config(r="absent"), ["adapter_config.json: the field r is missing"]),
     "rank of 0": (edit_config(r=0), ["r must be at least 1"]),
