@@ -287,7 +287,8 @@ def detect_format(path: Path) -> Read:
         return Oasst()
     shown = ", ".join(map(str, fields))[:200] or f"no object: {str(row)[:60]!r}"
     raise UserError(
-        f"{path}: its first row is of no format that is known by its fields ({shown}); name it: --format ..."
+        f"{path}: its first row is of no format that is known by its fields ({shown}); name it after all options, such as "
+        "format:hh"
     )
 
 
@@ -304,6 +305,16 @@ class ImportConfig:
     files: tuple[Path, ...] = ()
     format: Read = Records()
     store: Path = Path("feedback.sqlite")
+
+
+def import_help() -> str:
+    """Returns the description of --help of `import-feedback`: what the tool does, and examples."""
+    return (
+        "Adds the feedback in files of other tools and data sets to a feedback store. The format is named after all\n"
+        "options.\n\n"
+        "  python -m rlaif_jax import-feedback --files pairs.jsonl --store feedback.sqlite format:distilabel\n"
+        "  python -m rlaif_jax import-feedback --files export.json format:argilla --format.answers answer_1 answer_2"
+    )
 
 
 def import_feedback(config: ImportConfig) -> int:
@@ -351,6 +362,14 @@ class ExportConfig:
     format: Written = Records()
     store: Path = Path("feedback.sqlite")
     superseded: bool = False
+
+
+def export_help() -> str:
+    """Returns the description of --help of `export-feedback`: what the tool does, and an example."""
+    return (
+        "Writes the feedback of a store in the format of another tool, which is named after all options.\n\n"
+        "  python -m rlaif_jax export-feedback --store runs/rlaif/feedback.sqlite --file pairs.jsonl format:distilabel"
+    )
 
 
 def export_feedback(config: ExportConfig) -> None:

@@ -166,7 +166,7 @@ def test_a_store_and_a_tfds_folder_are_known(tmp_path: Path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"x": 1}', r"known by its fields \(x\); name it: --format"),
+        ('{"x": 1}', r"known by its fields \(x\); name it after all options, such as format:hh"),
         ("[1, 2]", r"no object: '1'"),
         ("", r"no object: 'None'"),
     ],
