@@ -21,6 +21,7 @@ from rlaif_jax.feedback.records.forms import Judgement, Rater, to_json
 from rlaif_jax.feedback.records.parsing import each_judgement, read_judgements
 from rlaif_jax.feedback.records.store import Store
 
+NAME_FORMAT = "Name the format after all options, such as format:distilabel; --help lists them."
 NAMED_BAD = 20  # bad rows that are named on the terminal
 
 
@@ -343,6 +344,8 @@ def import_feedback(config: ImportConfig) -> int:
             if messages:
                 more = f", of which {NAMED_BAD} are named here" if len(messages) > NAMED_BAD else ""
                 print(f"{path}: {len(messages)} faults, whose rows or values are left out{more}", file=sys.stderr)
+                if isinstance(config.format, Records) and not given:
+                    print(f"{path}: no row is a record of this project. {NAME_FORMAT}", file=sys.stderr)
             bad += len(messages)
     return bad
 
