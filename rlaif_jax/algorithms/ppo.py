@@ -59,8 +59,8 @@ class PPOConfig:
         kl_target: where set, the coefficient follows Ziegler 2019's controller.
         kl_horizon: of that controller, in sequences.
         behaviour: whose log-probs the ratio is measured against: `recompute` scores the answers once more by the trainer's
-            forward pass, `sampler` takes what the sampler reported; the gap between the two is always logged. With
-            `recompute` a token counts by its importance weight min(trainer's / sampler's probability, `importance_cap`);
+            forward pass, `sampler` takes what the sampler reported; the gap between the two is always logged.
+            With `recompute` a token counts by its importance weight min(trainer's / sampler's probability, `importance_cap`);
             with `sampler` the ratio itself corrects.
         importance_cap: see `behaviour`.
         packed_rows: 0: the sequences of a minibatch are padded to one length. Else every device packs its answers into rows

@@ -51,7 +51,7 @@ class SFTConfig:
         chat: another chat template than the model's, and values for its variables.
         data: files of JSON lines or Parquet, or names or folders of TFDS data sets, whose rows have `messages` (all turns
             of the assistant are learned), `prompt` and `completion`, as texts or messages (the completion is learned), or
-            `text` (all of it is learned); or plain text, .txt.
+            a `text` (all of it is learned); or plain text, .txt.
         split: the split of TFDS data sets.
         eval_data: texts that are measured on, of the same forms; those that are also learned are left out of them and
             counted. Empty: a share of `data` is held out.
@@ -64,8 +64,8 @@ class SFTConfig:
         max_length: tokens of a row of packed texts. A longer conversation is cut after the last turn of the assistant that
             fits, a `text` is read in pieces, and a longer completion is left out. None: 1024, or as many as the model can
             read.
-        held_out: the share of the rows, or of the pieces of a .txt file, that are measured on and not learned from, where
-            `eval_data` gives none.
+        held_out: the share of the rows, or of the pieces of a .txt file, that are measured on and not learned from,
+            where `eval_data` gives none.
         split_seed: which rows are held out; apart from `seed`, so that runs of several seeds are measured alike.
         lora: train a low-rank adapter instead of all weights; it needs a higher rate, such as fit.learning_rate 3e-4. The
             model is written whole, too.

@@ -42,7 +42,7 @@ def test_what_a_reader_left_is_printed_with_its_number(tmp_path: Path, capsys):
     exchange.import_feedback(config)
     assert "2 judgements, 0 of them new" in capsys.readouterr().out
     assert exchange.import_feedback(exchange.ImportConfig((path,), store=config.store)) == 28
-    hint = "no line is a record of this project; name another format at the end, such as format:distilabel"
+    hint = f"no row is a record of this project. {exchange.NAME_FORMAT}"
     assert capsys.readouterr().err.splitlines()[-1] == f"{path}: {hint}"
 
 
@@ -173,7 +173,7 @@ def test_a_store_and_a_tfds_folder_are_known(tmp_path: Path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"x": 1}', r"known by its fields \(x\); name it: --format"),
+        ('{"x": 1}', r"known by its fields \(x\); name it after all options, such as format:hh"),
         ("[1, 2]", r"no object: '1'"),
         ("", r"no object: 'None'"),
     ],
