@@ -421,6 +421,8 @@ class Run:
             self.display.print("\n".join(["This run warned:", *(f"  {warning}" for warning in self.warnings)]))
         for sentence in self.story:
             self.display.print(sentence)
+        if self.verdict:
+            self.display.print(f"Verdict: {self.verdict}")
         self.display.print(f"{status}: the run's page is {self.folder / 'report.html'}")
         if status == "stopped":
             print(

@@ -79,7 +79,7 @@ class RewardModelConfig:
         adapter: rank and matrices of the adapters, with `lora`.
         fit: updates, pairs of a batch, peak of the learning rate.
         check_every: updates between two measurements on held-out pairs, and between two states that are kept.
-        compute_dtype: of activations.
+        dtype: of activations.
         remat: recompute the model's blocks in the backward pass, which saves memory.
         parallel: how the devices are used.
     """
@@ -106,7 +106,7 @@ class RewardModelConfig:
     adapter: LoRAConfig = LoRAConfig()
     fit: FitConfig = FitConfig(updates=500, batch_size=32, learning_rate=2e-5)
     check_every: int = 50
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     parallel: ParallelConfig = ParallelConfig()
 
@@ -341,7 +341,7 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
         config.chat,
         max_length=config.max_length,
         batch_size=config.fit.batch_size,
-        dtype=config.compute_dtype,
+        dtype=config.dtype,
         remat=config.remat,
         parallel=config.parallel,
     )

@@ -72,7 +72,7 @@ class SFTConfig:
         adapter: rank and matrices of the adapter, with `lora`.
         fit: updates, rows of a batch, peak of the learning rate.
         check_every: updates between two measurements on held-out texts, and between two states that are kept.
-        compute_dtype: of activations.
+        dtype: of activations.
         remat: recompute the model's blocks in the backward pass, which saves memory.
         parallel: how the devices are used.
     """
@@ -96,7 +96,7 @@ class SFTConfig:
     adapter: LoRAConfig = LoRAConfig()
     fit: FitConfig = FitConfig(updates=500, batch_size=16, learning_rate=2e-5)
     check_every: int = 50
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     parallel: ParallelConfig = ParallelConfig()
 
@@ -386,7 +386,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
         config.chat,
         max_length=config.max_length,
         batch_size=config.fit.batch_size,
-        dtype=config.compute_dtype,
+        dtype=config.dtype,
         remat=config.remat,
         parallel=config.parallel,
     )
