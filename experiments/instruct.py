@@ -133,7 +133,7 @@ class InstructConfig:
     steps: int = 32
     prompts_per_step: int = 8
     answers_per_prompt: int = 8
-    lora_rate: float = 3e-4
+    lora_rate: float = 2e-4
     full_rate: float = 1e-5
     adapter: LoRAConfig = LoRAConfig(rank=16, alpha=32.0)
     kl_coef: float = 0.1
@@ -241,7 +241,7 @@ def run_config(config: InstructConfig, arm: Arm, seed: int) -> rlaif.RlaifConfig
         scale="none",
         scale_answers=64,
         lora=weights == "lora",
-        adapter=config.adapter,
+        adapter=config.adapter if weights == "lora" else LoRAConfig(),
         seed=seed,
         out=config.out / f"{arm}-{seed}",
         train=train,

@@ -83,8 +83,8 @@ class QuickstartConfig:
         stages: the folder of finished stages, which runs may share; None: in `out`.
         task: which of the world's tasks.
         shortcuts: whether its writers plant features that look like quality (length, a confident word, flattery).
-        reward: what PPO maximises: the judge's own score, that of a reward model that learned its judgements, gold itself
-            (oracle) or nothing that means anything (random); None: judge, with shortcuts reward_model.
+        reward: what PPO maximises: the judge's own score, that of a reward model that learned its judgements, gold
+            itself (oracle) or nothing that means anything (random); None: judge, with shortcuts reward_model.
         models: the language models.
         reward_model: training of the reward model.
         principle: by which the labeler judges.

@@ -104,15 +104,15 @@ def judge() -> None:
         if missing:
             sys.exit(1)
 
-    command_line(run, judge_tool.JudgeConfig())
+    command_line(run, judge_tool.JudgeConfig(), judge_tool.help_text())
 
 
 def annotate() -> None:
     """Serves the annotation page."""
     from rlaif_jax.command_line import command_line
-    from rlaif_jax.ui.annotate import AnnotateConfig, main
+    from rlaif_jax.ui import annotate as page
 
-    command_line(main, AnnotateConfig())
+    command_line(page.main, page.AnnotateConfig(), page.help_text())
 
 
 def import_feedback() -> None:
@@ -120,7 +120,7 @@ def import_feedback() -> None:
     from rlaif_jax.command_line import command_line
     from rlaif_jax.feedback.records import exchange
 
-    command_line(exchange.import_feedback, exchange.ImportConfig(), failed=bool)
+    command_line(exchange.import_feedback, exchange.ImportConfig(), exchange.import_help(), failed=bool)
 
 
 def export_feedback() -> None:
@@ -128,7 +128,7 @@ def export_feedback() -> None:
     from rlaif_jax.command_line import command_line
     from rlaif_jax.feedback.records import exchange
 
-    command_line(exchange.export_feedback, exchange.ExportConfig())
+    command_line(exchange.export_feedback, exchange.ExportConfig(), exchange.export_help())
 
 
 def tool(arguments: list[str]) -> None:

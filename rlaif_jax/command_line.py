@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,10 @@ from rlaif_jax.progress.startup import Loading
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
+
+
+OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS, errno.ENOSPC)
+"""What is wrong with a file, and not with this program."""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -92,6 +97,11 @@ def command_line(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("error: nobody reads the output any more", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as error:
         sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
     finally:
@@ -115,7 +125,7 @@ def _parse_arguments(default: Config, description: str | None, pages: Mapping[st
                 print(text(), flush=True)
                 sys.exit(0)
         default, arguments = _from_file(_resumed(default, sys.argv[1:]), sys.argv[1:])
-        return tyro.cli(
+        config = tyro.cli(
             type(default),
             args=arguments,
             default=default,
@@ -125,6 +135,25 @@ def _parse_arguments(default: Config, description: str | None, pages: Mapping[st
     except BrokenPipeError:  # the reader of --help has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    _check_numbers(to_json(config))
+    return config
+
+
+def _check_numbers(settings: Any, name: str = "") -> None:
+    """Raises UserError where a setting is NaN, which tyro takes for a number.
+
+    Args:
+        settings: the settings, as JSON values.
+        name: their dotted name.
+    """
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            _check_numbers(value, f"{name}.{key}" if name else key)
+    elif isinstance(settings, list):
+        for value in settings:
+            _check_numbers(value, name)
+    else:
+        require(settings == settings, f"{name} should be a number, not NaN")
 
 
 def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:
@@ -144,12 +173,28 @@ def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[
         return default, others
     require("--resume" not in others, "--config begins a run, and --resume goes on with one: give one of them")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     require(isinstance(values, dict), f"{path}: settings are one JSON object")
-    kept = {name: value for name, value in to_json(default).items() if name in ("out", "resume")}
-    return from_json(type(default), values | kept, str(path)), others
+    own = to_json(default)
+    kept = {name: value for name, value in own.items() if name in ("out", "resume")}
+    try:
+        return from_json(type(default), _completed(values, own) | kept, str(path)), others
+    except UserError as error:  # that of a class which checks itself does not know the file
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from None
+
+
+def _completed(values: Any, default: Any) -> Any:
+    """Returns JSON values of settings with what they leave out as in `default`, at every depth.
+
+    Another choice between dataclasses has the defaults of its class.
+    """
+    if not (isinstance(values, dict) and isinstance(default, dict)):
+        return values
+    if values.get("type", default.get("type")) != default.get("type"):
+        return values
+    return default | {name: _completed(value, default.get(name)) for name, value in values.items()}
 
 
 def _resumed(default: Config, arguments: Sequence[str]) -> Config:
@@ -173,6 +218,6 @@ def _resumed(default: Config, arguments: Sequence[str]) -> Config:
         return default
     try:
         saved = json.loads(path.read_text()) | {"out": str(given.out), "resume": True}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: this is no run's settings ({error})") from error
     return from_json(type(default), saved, f"{path}, of another script or version")

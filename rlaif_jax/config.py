@@ -344,7 +344,7 @@ def _parse(hint: Any, value: Any, place: _Place, *, text: bool) -> Any:
     elif hint in (bool, int, float, str, None, type(None), Path):
         typed = _of_text(hint, value) if text and isinstance(value, str) else value
         right: Any = {float: (int, float), Path: (str, Path), None: type(None)}.get(hint, hint)
-        if isinstance(typed, right) and (hint is bool or not isinstance(typed, bool)):
+        if isinstance(typed, right) and (hint is bool or not isinstance(typed, bool)) and typed == typed:  # no NaN
             return hint(typed) if hint in (float, Path) else typed
     raise place.error(f"should be {_said(hint)}, not {value!r}")
 
@@ -368,7 +368,7 @@ def _parse_union(members: Sequence[Any], value: Any, place: _Place, *, text: boo
     classes = {cls.__name__: cls for cls in _dataclasses(members)}
     if isinstance(value, Mapping) and len(classes) > 1:
         name = value.get("type")
-        if name not in classes:
+        if not isinstance(name, str) or name not in classes:
             raise (place / "type").error(f"should be one of {', '.join(classes)}, not {name!r}")
         return _build(classes[name], {k: v for k, v in value.items() if k != "type"}, place, text=text)
     if isinstance(value, Mapping) and classes:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from rlaif_jax.config import UserError
+from rlaif_jax.config import UserError, require
 
 T = TypeVar("T")
 
@@ -116,6 +116,8 @@ def each_json_line(
                     value = parse(json.loads(line.decode()), place)
                 except (UserError, ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
                     message = str(error) if isinstance(error, UserError) else f"no valid JSON ({error})"
+                    if line.strip() in (b"[", b"{"):
+                        message += "; a line holds a whole JSON value, and this one only begins one"
                     if not skip_cut or line.endswith(b"\n"):
                         bad.append(printable(message if message.startswith(place) else f"{place}: {message}"))
                 else:
@@ -183,6 +185,31 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", *, private: bool
 
 
 LOCK = "run.lock"
+OF_A_RUN = (LOCK, "environment.json", "summary.json", "metrics.jsonl")
+
+
+def require_folder(folder: Path, whose: str) -> None:
+    """Raises UserError where a folder is a file or read-only, or one above it that is there.
+
+    Args:
+        folder: the folder.
+        whose: what needs it, such as "a run needs".
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(there.is_dir(), f"{there} is a file; {whose} a folder")
+    require(os.access(there, os.W_OK), f"{there}: this folder cannot be written; {whose} one that can")
+
+
+def require_run_or_nothing(folder: Path) -> None:
+    """Raises UserError where a folder holds something other than a run: a new run would move it away."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    require(
+        not names or not names.isdisjoint(OF_A_RUN),
+        f"{folder} is no run's folder and holds {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}: choose "
+        "another --out",
+    )
+    # Nor has a run that is in the way another name to be moved to.
+    require(names <= {LOCK} or folder.name not in ("", ".."), f"{folder}: name the folder of the run by --out")
 
 
 class FolderLock:

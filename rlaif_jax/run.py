@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import sys
@@ -29,7 +28,7 @@ from rlaif_jax.config import (
     save_config,
     to_json,
 )
-from rlaif_jax.files import LOCK, FolderLock, atomic_write
+from rlaif_jax.files import LOCK, FolderLock, atomic_write, require_folder, require_run_or_nothing
 from rlaif_jax.metrics import read_appended
 from rlaif_jax.progress.display import ProgressDisplay
 from rlaif_jax.progress.startup import command_text
@@ -141,13 +140,11 @@ class Run:
         folder = self.folder
         if self.resuming and not (folder / "config.json").exists():
             raise UserError(f"{folder}: there is no run to resume here (no config.json); start it without --resume")
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; a run needs a folder")
-        if self._stages.exists() and not self._stages.is_dir():
-            raise UserError(f"{self._stages} is a file; stages need a folder")
+        require_folder(folder, "a run needs")
+        require_folder(self._stages, "stages need")
+        if not self.resuming:
+            require_run_or_nothing(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"{folder}: this folder cannot be written; choose another --out")
         lock = FolderLock(folder)
         if self.resuming:
             self._lock, self._settled = lock, True
@@ -424,6 +421,8 @@ class Run:
             self.display.print("\n".join(["This run warned:", *(f"  {warning}" for warning in self.warnings)]))
         for sentence in self.story:
             self.display.print(sentence)
+        if self.verdict:
+            self.display.print(f"Verdict: {self.verdict}")
         self.display.print(f"{status}: the run's page is {self.folder / 'report.html'}")
         if status == "stopped":
             print(

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlaif_jax.metrics import read_metrics
 from rlaif_jax.models.base import PaddedView
+from rlaif_jax.parallel import JitRunner
 from rlaif_jax.report.glossary import label
 
 
@@ -25,6 +26,16 @@ def random_params(model: Any, seed: int = 0, scale: float = 0.3) -> Any:
         return (centre + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+class CountingRunner(JitRunner):
+    """Counts the functions that it is given to compile."""
+
+    compiled = 0
+
+    def map(self, fn: Any) -> Any:
+        self.compiled += 1
+        return super().map(fn)
 
 
 def fresh(tree: Any) -> Any:

@@ -304,6 +304,10 @@ def test_any_config_comes_back_from_json(config):
             r"part\.choice\.type: should be one of Mean, Best, Last, not 'Median'",
         ),
         ({"part": {"choice": {"weight": 1.0}}}, r"part\.choice\.type: should be one of Mean, Best, Last, not None"),
+        (
+            {"part": {"choice": {"type": ["Mean"]}}},
+            r"part\.choice\.type: should be one of Mean, Best, Last, not \['Mean'\]",
+        ),
         ({"part": {"choice": {"type": "Best"}}}, r"part\.choice: Best misses of"),
         (
             {"part": {"choice": {"type": "Best", "of": 1, "on": 1}}},

@@ -26,7 +26,8 @@ from rlaif_jax.ui.annotate import AnnotateConfig
 
 CONFIGS = {
     "train": RlaifConfig, "sft": SFTConfig, "reward-model": RewardModelConfig, "generate": GenerateConfig,
-    "export": ExportConfig, "report": PagesConfig,
+    "export": ExportConfig, "report": PagesConfig, "judge": JudgeConfig, "annotate": AnnotateConfig,
+    "import-feedback": exchange.ImportConfig, "export-feedback": exchange.ExportConfig,
 }  # fmt: skip
 SCRIPTS = sorted(path.stem for path in (Path(__file__).parents[1] / "experiments").glob("[a-z]*.py"))
 
@@ -46,6 +47,12 @@ def ended(capsys, *arguments):
     return end.value.code, *capsys.readouterr()
 
 
+def explanation(config, name):
+    """Returns the first line on an option in the docstring of a config or of a class that it extends; "" without one."""
+    found = (re.search(rf"^ +{name}: (.+)$", c.__doc__ or "", re.MULTILINE) for c in config.__mro__)
+    return next((match[1] for match in found if match), "")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_help_explains_each_option(name, capsys):
     status, out, _ = ended(capsys, name, "--help")
@@ -53,10 +60,9 @@ def test_help_explains_each_option(name, capsys):
     assert out.count(f"python -m rlaif_jax {name} ") > 1, "how it is used, and an example"
     flat = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
     for field in dataclasses.fields(CONFIGS[name]):
-        explained = re.search(rf"^ +{field.name}: (.+)$", CONFIGS[name].__doc__, re.MULTILINE)
-        assert explained, field.name
+        explained = explanation(CONFIGS[name], field.name)
         option = field.name.replace("_", "-")
-        assert " ".join(explained[1].split()[:4]) in flat, field.name
+        assert explained and " ".join(explained.split()[:4]) in flat, field.name
         assert f"--{option}" in flat or f"{option}:" in out or name in ("export", "report"), option
 
 
@@ -64,18 +70,20 @@ def unexplained(config, name=""):
     """Yields the dotted name of each option of a config, also of its parts and choices, that no docstring explains."""
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        found = (re.search(rf"^ +{field.name}: (.+)$", c.__doc__ or "", re.MULTILINE) for c in config.__mro__)
-        line = next((match[1] for match in found if match), "")
+        line = explanation(config, field.name)
         if field.init and len(re.findall(r"[A-Za-z]{2,}", line)) < 2:
             yield f"{name}{field.name}: {line!r}"
+        broken = re.search(
+            rf"^( +){field.name}: .+\n(?:\1 +\w.*\n)*\1 +([^\w\s].*)$", config.__doc__ or "", re.MULTILINE
+        )
+        if broken:  # tyro would begin a line of the help text there
+            yield f"{name}{field.name}: a line begins with neither a letter nor a digit: {broken[2]}"
         for part in (hints[field.name], *typing.get_args(hints[field.name])):
             if dataclasses.is_dataclass(part):
                 yield from unexplained(part, f"{name}{field.name}.")
 
 
-@pytest.mark.parametrize(
-    "config", [*CONFIGS.values(), JudgeConfig, AnnotateConfig, exchange.ImportConfig, exchange.ExportConfig]
-)
+@pytest.mark.parametrize("config", CONFIGS.values())
 def test_each_option_of_a_part_or_choice_has_a_line(config):
     assert list(unexplained(config)) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -408,3 +409,14 @@ def test_a_wrong_choice_is_named_and_help_lists_the_right_ones(monkeypatch, caps
 def test_what_main_returns_comes_back(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program"])
     assert command_line(lambda config: {"gold": 1.0}, Options()) == {"gold": 1.0}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.ENOSPC])
+def test_a_file_that_the_system_denies_is_one_line(number, monkeypatch, capsys):
+    def main(config: Options) -> None:
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as ended:
+        command_line(main, Options())
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: runs/x: {os.strerror(number)}\n"

@@ -167,6 +167,34 @@ def test_bad_input_brings_the_earlier_run_back_and_frees_the_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_folder_that_holds_something_else_is_not_moved_away(tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in "abcd":
+        (folder / name).write_text(name)
+    before = content(tmp_path)
+    monkeypatch.chdir(folder)
+    for path in (folder, Path(), Path("..")):
+        with pytest.raises(UserError, match=r" is no run's folder and holds .*: choose another --out"):
+            open_run(path).__enter__()
+    assert content(tmp_path) == before
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    with open_run(Path()) as run:
+        run.settled()
+    with pytest.raises(UserError, match="name the folder of the run by --out"):
+        open_run(Path()).__enter__()
+    assert not (tmp_path / "new" / LOCK).exists() and summary(tmp_path / "new")["status"] == "done"
+
+
+def test_stages_that_can_have_no_folder_are_known_before_they_are_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "stages"):
+        with pytest.raises(UserError, match=r"file is a file; stages need a folder"):
+            Run(tmp_path / "run", "test", Options(), seed=0, stages=path).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("had_a_run", [False, True])
 def test_settings_that_cannot_be_written_leave_the_folder_as_it_was(had_a_run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
@@ -237,6 +265,21 @@ def test_a_run_begins_with_the_settings_of_a_file_and_options_count_more(tmp_pat
             resumed(monkeypatch, *options)
         errors = capsys.readouterr().err
         assert message in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"train": {"steps": 5}}', Loop(5, 0.3, Scheduled(0.25))),
+        ('{"train": {"optimizer": {"schedule": "cosine"}}}', Loop(7, 0.3, Scheduled(0.25, "cosine"))),
+        ('{"train": {"optimizer": {"type": "Constant"}}}', Loop(7, 0.3, Constant())),
+    ],
+)
+def test_what_a_file_leaves_out_is_as_help_says_not_as_in_its_class(text, expected, tmp_path, monkeypatch):
+    (tmp_path / "part.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["program", "--config", str(tmp_path / "part.json")])
+    default = Options(train=Loop(7, 0.3, Scheduled(0.25)))
+    assert command_line(lambda config: config, default) == dataclasses.replace(default, train=expected)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class FitConfig:
             self.updates >= 1 and self.batch_size >= 1,
             f"a stage needs updates >= 1 and batch_size >= 1, not {self.updates} and {self.batch_size}",
         )
-        require(self.learning_rate > 0, f"a stage needs a learning_rate > 0, not {self.learning_rate}")
+        require(0 < self.learning_rate < np.inf, f"a stage needs a finite learning_rate > 0, not {self.learning_rate}")
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -84,7 +84,7 @@ class UntilConfig:
             f"updates ({self.updates}) of a stage must be a multiple of its check_every ({self.check_every})",
         )
         require(0 <= self.required <= 1, f"required of a stage must lie in 0 .. 1, not {self.required}")
-        require(self.learning_rate > 0, f"a stage needs a learning_rate > 0, not {self.learning_rate}")
+        require(0 < self.learning_rate < np.inf, f"a stage needs a finite learning_rate > 0, not {self.learning_rate}")
 
 
 class Part(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +44,7 @@ class OptimizerConfig:
         check_choices(self, "optimizer")
         for field in ("learning_rate", "max_grad_norm", "eps"):  # a norm of 0 scales every gradient to nothing
             require(self.__dict__[field] > 0, f"optimizer.{field} must be > 0, not {self.__dict__[field]}")
+        require(self.learning_rate < math.inf, f"optimizer.learning_rate must be finite, not {self.learning_rate}")
         for field in ("warmup_updates", "weight_decay"):
             require(self.__dict__[field] >= 0, f"optimizer.{field} must be >= 0, not {self.__dict__[field]}")
         for field in ("b1", "b2"):

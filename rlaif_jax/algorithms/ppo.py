@@ -8,6 +8,7 @@ for another sampler (`corrections.py`). The details follow Huang 2024, "The N+ i
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property, partial
 from typing import Literal
 
@@ -66,8 +67,8 @@ class PPOConfig:
         kl_target: where set, the coefficient follows Ziegler 2019's controller.
         kl_horizon: of that controller, in sequences.
         behaviour: whose log-probs the ratio is measured against: `recompute` scores the answers once more by the trainer's
-            forward pass, `sampler` takes what the sampler reported; the gap between the two is always logged. With
-            `recompute` a token counts by its `importance`; with `sampler` the ratio itself corrects.
+            forward pass, `sampler` takes what the sampler reported; the gap between the two is always logged.
+            With `recompute` a token counts by its `importance`; with `sampler` the ratio itself corrects.
         importance: the weight of a token, from the trainer's / sampler's probability.
         packed_rows: 0: the sequences of a minibatch are padded to one length. Else every device packs its answers into rows
             and adds up the gradient over turns of `packed_rows` x (prompt_length + max_new_tokens - 1) columns: the same
@@ -122,7 +123,10 @@ class PPOConfig:
             value = self.__dict__[field]
             require(value is None or value > 0, f"ppo.{field} must be > 0, not {value}")
         require(self.packed_rows >= 0, f"ppo.packed_rows must be >= 0 (0: not packed), not {self.packed_rows}")
-        require(self.kl_coef >= 0, f"ppo.kl_coef must be >= 0, not {self.kl_coef}")
+        for field in ("kl_coef", "value_coef"):
+            value = self.__dict__[field]
+            require(0 <= value < math.inf, f"ppo.{field} must be >= 0 and finite, not {value}")
+        require(math.isfinite(self.entropy_coef), f"ppo.entropy_coef must be finite, not {self.entropy_coef}")
 
     @property
     def draws(self) -> tuple[Draw, ...]:

@@ -76,13 +76,19 @@ def read_turns(value: Any, name: str) -> list[Turn]:
         content = _joined(message.get("content"), where)
         require(
             "role" in message and isinstance(content, str),
-            f"{where} must have role and content, both texts; it has {', '.join(map(str, message))}",
+            f"{where} must have role and content, both texts; it has {_kinds(message)}",
         )
         try:
             turns.append(Turn(role_of(message["role"]), content))
         except UserError as error:
             raise UserError(f"{where} has {error}") from error
     return turns
+
+
+def _kinds(message: Mapping[Any, Any]) -> str:
+    """Returns the fields of a message, with the type of a role or content that is no text."""
+    odd = lambda name, value: name in ("role", "content") and not isinstance(value, str)
+    return ", ".join(f"{n} of type {type(x).__name__}" if odd(n, x) else str(n) for n, x in message.items())
 
 
 def _joined(content: Any, where: str) -> Any:

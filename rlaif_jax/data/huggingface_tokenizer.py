@@ -224,6 +224,7 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str, *, add_bos: bool = False, continues: bool = False) -> list[int]:
         """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
+        tokenizer_files.require_unicode(text)
         if continues and self._puts_blank:
             return tokenizer_files.continued(self.encode, text)
         if QUOTED in text and self._special:

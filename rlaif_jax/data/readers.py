@@ -108,7 +108,7 @@ def _pair(value: Any, place: str) -> tuple[dict[str, Any], str]:
     probability = record.get("probability", 1.0)
     is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
     if not is_number or not 0.0 <= probability <= 1.0:
-        raise UserError(f'{place}: field "probability" should be a number from 0 to 1, not {_shown(probability)}')
+        raise UserError(f'{place}: field "probability" should be a number from 0 to 1, not {shown(probability)}')
     return _checked(record, place, ("chosen", "rejected")), place
 
 
@@ -131,12 +131,14 @@ def _read(
 
 def _checked(record: Any, place: str, required: Sequence[str]) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(f"{place}: expected a JSON object with {listed(required)}, not {_shown(record)}")
+        fields = f" with {listed(required)}" if required else ""
+        hint = "; write the items of a list one a line" if isinstance(record, list) else ""
+        raise UserError(f"{place}: expected a JSON object{fields}, not {shown(record)}{hint}")
     for name in required:
         if name not in record:
             raise UserError(f'{place}: field "{name}" is missing; the line has {listed(record)}')
         if not isinstance(record[name], str):
-            raise UserError(f'{place}: field "{name}" should be a string, not {_shown(record[name])}')
+            raise UserError(f'{place}: field "{name}" should be a string, not {shown(record[name])}')
         try:
             record[name].encode()
         except UnicodeEncodeError as error:  # "\ud83d" alone is valid JSON, but no text; tokenizers fail on it later
@@ -149,7 +151,8 @@ def listed(names: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(f'"{printable(name)}"' for name in names) or "no fields"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Returns a JSON value as a message shows it."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 

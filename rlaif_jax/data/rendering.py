@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rlaif_jax.config import UserError, require
 from rlaif_jax.data.conversations import Turn, conversation_prompt, prompt_turns, read_turns
 from rlaif_jax.data.huggingface_tokenizer import QUOTED, HuggingFaceTokenizer
-from rlaif_jax.data.readers import listed
+from rlaif_jax.data.readers import listed, shown
 from rlaif_jax.data.tokenizers import Tokenizer
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -207,7 +207,7 @@ def read_row(row: dict[str, Any], tokenizer: Tokenizer, *, add_bos: bool) -> tup
         add_bos: put BOS before each text.
 
     Raises:
-        UserError: the row is of no such form, or the chat template does not take its conversation.
+        UserError: the row is of no such form, its text is blank, or the chat template does not take its conversation.
     """
     name = next((name for name in CONVERSATIONS if name in row), None)
     if name is not None:
@@ -224,9 +224,10 @@ def read_row(row: dict[str, Any], tokenizer: Tokenizer, *, add_bos: bool) -> tup
             "prompt and completion must be two texts or two lists of messages",
         )
         return text_tokens(tokenizer, completion, context=prompt, add_bos=add_bos), prompt
+    require("text" in row, f"a row has messages, prompt and completion, or text; this one has {listed(row)}")
     require(
-        isinstance(row.get("text"), str),
-        f"a row has messages, prompt and completion, or text; this one has {listed(row)}",
+        isinstance(row["text"], str) and bool(row["text"].strip()),
+        f"text must be a text that is not blank, not {shown(row['text'])}",
     )
     return text_tokens(tokenizer, row["text"], add_bos=add_bos), row["text"]
 

@@ -130,6 +130,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, *, add_bos: bool = False, continues: bool = False) -> list[int]:
         """Returns the ids of `text`, after the BOS token where `add_bos`; see `Tokenizer.encode`."""
+        tokenizer_files.require_unicode(text)
         if continues:
             return tokenizer_files.continued(self.encode, text)
         return tokenizer_files.bos_prefix(self.bos_id, add_bos) + list(self._processor.encode(text))

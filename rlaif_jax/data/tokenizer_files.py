@@ -105,6 +105,14 @@ def continued(encode: Callable[[str], list[int]], text: str) -> list[int]:
     return whole[len(mark) :] if mark and whole[: len(mark)] == mark else encode(text)
 
 
+def require_unicode(text: str) -> None:
+    """Raises UserError where a text holds half of a surrogate pair: JSON can carry it, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("a text holds half of a Unicode surrogate pair") from error
+
+
 def bos_prefix(bos_id: int | None, wanted: bool) -> list[int]:
     """Returns `[bos_id]` if it is wanted, else []. Raises UserError where it is wanted and missing."""
     if not wanted:

@@ -64,7 +64,7 @@ class Tokenizer(Protocol):
         blank before a text; before one that `continues` another they put none.
 
         Raises:
-            UserError: `add_bos` and the vocabulary has no BOS token.
+            UserError: `add_bos` and the vocabulary has no BOS token, or the text holds half of a surrogate pair.
         """
 
     def quote(self, text: str) -> str:

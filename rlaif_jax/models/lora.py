@@ -44,11 +44,21 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank must be >= 1, not {self.rank}")
-        require(self.alpha > 0, f"lora.alpha must be > 0, not {self.alpha}")
+        require(0 < self.alpha < math.inf, f"lora.alpha must be > 0 and finite, not {self.alpha}")
         unknown = [target for target in self.targets if target not in TARGETS]
         require(not unknown, f"lora.targets names {_listed(unknown)}; known are {_listed(TARGETS)}")
         once = len(set(self.targets)) == len(self.targets) > 0
         require(once, f"lora.targets must name one matrix or more, each once, not {_listed(self.targets) or 'none'}")
+
+    def check_used(self, lora: bool) -> None:
+        """Raises UserError where settings are given of an adapter that does not learn.
+
+        Args:
+            lora: whether an adapter learns.
+        """
+        require(
+            lora or self == LoRAConfig(), "--adapter.* are settings of an adapter, which does not learn: add --lora"
+        )
 
     @property
     def scale(self) -> float:
@@ -65,7 +75,7 @@ class LoRAConfig:
             base: the parameters under the adapter; their shapes are enough.
 
         Raises:
-            UserError: the blocks lack a target.
+            UserError: the blocks lack a target, or the rank is higher than any of their matrices can have.
         """
         flat = flatten_dict(base)
         kernels = {path[:-1]: leaf.shape for path, leaf in flat.items() if path[-2:-1] and path[-1] == "kernel"}
@@ -77,6 +87,12 @@ class LoRAConfig:
             f"{' '.join(there)}",
         )
         chosen = sorted(path for path in kernels if path[-1] in self.targets)
+        largest = max(max(kernels[path]) for path in chosen)
+        require(
+            self.rank <= largest,
+            f"lora.rank is {self.rank}, more than the {largest} rows or columns of the largest of these matrices: no product "
+            "has a higher rank than its result",
+        )
         made: dict[tuple[str, ...], jax.Array] = {}
         for path, one in zip(chosen, jax.random.split(key, len(chosen))):
             fan_in, fan_out = kernels[path]

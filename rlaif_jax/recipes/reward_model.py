@@ -79,7 +79,7 @@ class RewardModelConfig:
         adapter: rank and matrices of the adapters, with `lora`.
         fit: updates, pairs of a batch, peak of the learning rate.
         check_every: updates between two measurements on held-out pairs, and between two states that are kept.
-        compute_dtype: of activations.
+        dtype: of activations.
         remat: recompute the model's blocks in the backward pass, which saves memory.
         parallel: how the devices are used.
     """
@@ -106,7 +106,7 @@ class RewardModelConfig:
     adapter: LoRAConfig = LoRAConfig()
     fit: FitConfig = FitConfig(updates=500, batch_size=32, learning_rate=2e-5)
     check_every: int = 50
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     parallel: ParallelConfig = ParallelConfig()
 
@@ -115,8 +115,10 @@ class RewardModelConfig:
         for field in ("members", "check_every"):
             require(self.__dict__[field] >= 1, f"{field} must be >= 1, not {self.__dict__[field]}")
         for field in ("margin", "center_coef"):
-            require(self.__dict__[field] >= 0, f"{field} must be >= 0, not {self.__dict__[field]}")
+            require(0 <= self.__dict__[field] < np.inf, f"{field} must be >= 0 and finite, not {self.__dict__[field]}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
+        self.adapter.check_used(self.lora)
+        require(self.split_seed >= 0, f"split_seed must be >= 0, not {self.split_seed}")
 
 
 # ---- Data
@@ -339,7 +341,7 @@ def main(config: RewardModelConfig) -> dict[str, Any]:
         config.chat,
         max_length=config.max_length,
         batch_size=config.fit.batch_size,
-        dtype=config.compute_dtype,
+        dtype=config.dtype,
         remat=config.remat,
         parallel=config.parallel,
     )

@@ -45,6 +45,8 @@ from rlaif_jax.types import Feedback, Rollout
 
 # ---- Models and rules
 
+COEF = 0.5  # of the variance, where nothing else is given
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelReward:
@@ -64,13 +66,19 @@ class ModelReward:
 
     model: str
     combine: Combine = "mean"
-    coef: float = 0.5
+    coef: float = COEF
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 16
     max_length: int = 0
 
     def __post_init__(self) -> None:
         require(0 <= self.coef < np.inf, f"coef must be a number from 0 up, not {self.coef}")
+        require(
+            self.coef == COEF or self.combine == "cautious",
+            f"coef={self.coef:g} is for combine=cautious; combine={self.combine} has no coefficient",
+        )
+        require(self.batch_size >= 1, f"batch_size must be >= 1, not {self.batch_size}")
+        require(self.max_length >= 0, f"max_length must be >= 0, not {self.max_length}")
 
     def build(self, around: Surroundings) -> FeedbackSource:
         """Returns the source."""

@@ -60,8 +60,10 @@ from rlaif_jax.recipes.rewards import (
 from rlaif_jax.recipes.start import (
     LoadedPolicy,
     Start,
+    as_bytes,
     day_of,
     keep_day,
+    keep_fingerprints,
     load_policy,
     most_frequent,
     on_day_of_run,
@@ -178,6 +180,7 @@ class RlaifConfig:
             not self.ppo.shaping.weights,
             "ppo.shaping.weights are given with the rewards here: --feedback 'KIND ... weight=W'",
         )
+        self.adapter.check_used(self.lora)
 
 
 def get_config() -> RlaifConfig:
@@ -217,6 +220,10 @@ def main(config: RlaifConfig) -> dict[str, Any]:
         "--second people: a second opinion is of one answer alone: people can only rate (kind=rate)",
     )
     policy = load_policy(config.policy, config.tokenizer, config.chat, dtype=config.dtype, remat=config.remat)
+    if config.lora:
+        jax.eval_shape(
+            config.adapter.init, jax.random.key(0), policy.params
+        )  # whether it fits, before there is a folder
     own = on_day_of_run(policy.tokenizer, config.out, resume=config.resume)
     policy = dataclasses.replace(policy, tokenizer=own)
     with (
@@ -251,8 +258,7 @@ def _train(
     lora = config.adapter if config.lora else None
     texts = TextPolicy(policy.model, config.sampling, policy.tokenizer.stop_ids, policy.tokenizer.pad_id, lora)
     texts.check(config.train.prompt_length, policy.tokenizer)
-    prompts = _prompts(config, policy.tokenizer, runner.devices)
-    run.missing |= {f"prompts: {reason}": count for reason, count in prompts.left_out.items()}
+    prompts = _prompts(config, policy.tokenizer, runner.devices, run)
     judges = _judges(config, second, run, runner, opened)
     run.report()
 
@@ -310,13 +316,13 @@ def _train(
         normaliser=normaliser,
         before=before,
     )
+    _save(run.folder, asked, found, policy, lora, config.policy)  # the judges may yet fail
     with run.interruptible(), run.display.wait("both answers compared by the judges"):
         run.metrics |= by_opinion(before, found.after) if against is None else against.metrics(found.after)
         if judges.audit is not None:
             judges.audit(asked, before, found.after)
     run.metrics["wall_s"] = round(run.wall_s, 1)
     run.missing |= judges.source.missing()
-    _save(run.folder, asked, found, policy, lora, config.policy)
     conclude(run, SECOND if second else None if against is None else JUDGE)
 
 
@@ -415,7 +421,8 @@ def _compares(reward: Reward | None) -> bool:
     return isinstance(reward, Judging) and reward.needs_baseline
 
 
-def _prompts(config: RlaifConfig, tokenizer: Tokenizer, devices: int) -> OwnPrompts:
+def _prompts(config: RlaifConfig, tokenizer: Tokenizer, devices: int, run: Run) -> OwnPrompts:
+    """Returns the prompts; a resumed run must have those that it began with."""
     prompts = read_prompts(
         config.prompts,
         tokenizer,
@@ -433,4 +440,6 @@ def _prompts(config: RlaifConfig, tokenizer: Tokenizer, devices: int) -> OwnProm
         f"{config.prompts}: {len(prompts.training)} prompts are left to learn on, fewer than the {drawn} of a step "
         "(train.prompts_per_step x train.oversample): give more prompts, or draw fewer",
     )
+    keep_fingerprints(run, prompts=as_bytes(prompts.training), held_out_prompts=as_bytes(prompts.held_out))
+    run.missing |= {f"prompts: {reason}": count for reason, count in prompts.left_out.items()}
     return prompts

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +38,7 @@ from rlaif_jax.types import INIT, Params, step_key
 
 STAGE = "sft"
 CHECKED = 64  # held-out rows that are read during the training
+MOST_NATS = 700.0  # a token; exp of more is no float64, and a ruined model may have it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class SFTConfig:
         chat: another chat template than the model's, and values for its variables.
         data: files of JSON lines or Parquet, or names or folders of TFDS data sets, whose rows have `messages` (all turns
             of the assistant are learned), `prompt` and `completion`, as texts or messages (the completion is learned), or
-            `text` (all of it is learned); or plain text, .txt.
+            a `text` (all of it is learned); or plain text, .txt.
         split: the split of TFDS data sets.
         eval_data: texts that are measured on, of the same forms; those that are also learned are left out of them and
             counted. Empty: a share of `data` is held out.
@@ -63,15 +64,15 @@ class SFTConfig:
         max_length: tokens of a row of packed texts. A longer conversation is cut after the last turn of the assistant that
             fits, a `text` is read in pieces, and a longer completion is left out. None: 1024, or as many as the model can
             read.
-        held_out: the share of the rows, or of the pieces of a .txt file, that are measured on and not learned from, where
-            `eval_data` gives none.
+        held_out: the share of the rows, or of the pieces of a .txt file, that are measured on and not learned from,
+            where `eval_data` gives none.
         split_seed: which rows are held out; apart from `seed`, so that runs of several seeds are measured alike.
         lora: train a low-rank adapter instead of all weights; it needs a higher rate, such as fit.learning_rate 3e-4. The
             model is written whole, too.
         adapter: rank and matrices of the adapter, with `lora`.
         fit: updates, rows of a batch, peak of the learning rate.
         check_every: updates between two measurements on held-out texts, and between two states that are kept.
-        compute_dtype: of activations.
+        dtype: of activations.
         remat: recompute the model's blocks in the backward pass, which saves memory.
         parallel: how the devices are used.
     """
@@ -95,17 +96,19 @@ class SFTConfig:
     adapter: LoRAConfig = LoRAConfig()
     fit: FitConfig = FitConfig(updates=500, batch_size=16, learning_rate=2e-5)
     check_every: int = 50
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
+        length = self.max_length
         require(
-            self.max_length is None or self.max_length >= 2,
-            f"max_length must be >= 2, not {self.max_length}: a token is learned from those before it",
+            length is None or length >= 2, f"max_length must be >= 2, as a token is learned from another, not {length}"
         )
         require(self.check_every >= 1, f"check_every must be >= 1, not {self.check_every}")
         require(0 < self.held_out < 1, f"held_out must lie between 0 and 1, not {self.held_out}")
+        self.adapter.check_used(self.lora)
+        require(self.split_seed >= 0, f"split_seed must be >= 0, not {self.split_seed}")
 
 
 # ---- Data
@@ -148,10 +151,9 @@ def read_texts(data: Sequence[str], split: str, tokenizer: Tokenizer, max_length
             faults.append(f"{place}: {error}")
             found.unused["row with a fault"] += 1
             continue
-        number = found.tokens[-1].number + 1 if found.tokens else 0
+        number, alone = found.tokens[-1].number + 1 if found.tokens else 0, Path(place).suffix == ".txt"
         if is_plain(row):
             for i, piece in enumerate(tokens.pieces(max_length)):
-                alone = Path(place).suffix == ".txt"
                 found.tokens.append(piece._replace(number=number + i if alone else number))
                 found.names.append(str(piece.ids) if alone else name)
             continue
@@ -263,6 +265,10 @@ class PerplexityMeter:
     lora: LoRAConfig | None = None
     base: Params = None
 
+    @cached_property
+    def _read(self) -> Any:
+        return self.runner.map(partial(token_losses, self.model, self.lora))
+
     def losses(self, params: Params, rows: Arrays) -> Floats:
         """Returns (nats, tokens) of each text, all its pieces together, [n, 2] float64.
 
@@ -270,8 +276,7 @@ class PerplexityMeter:
             params: the model's parameters, or the adapter's.
             rows: of `measured_rows`.
         """
-        read = self.runner.map(partial(token_losses, self.model, self.lora))
-        nats, weights = in_batches(partial(read, (self.base, params)), rows, self.batch_size)
+        nats, weights = in_batches(partial(self._read, (self.base, params)), rows, self.batch_size)
         number = rows["text"].ravel()
         sums = [np.bincount(number, x.astype(np.float64).ravel()) for x in (nats, weights)]
         columns = np.stack(sums, axis=1, dtype=np.float64)
@@ -305,13 +310,13 @@ def token_losses(
 
 
 def perplexity(losses: Floats) -> Estimate:
-    """Returns exp(nats / tokens) over all texts, with its interval of 95 %.
+    """Returns exp(nats / tokens) over all texts, with its interval of 95 %; at most exp(`MOST_NATS`).
 
     Args:
         losses: [n, 2], nats and tokens of each text.
     """
     found = as_estimate(Jackknife().estimate(losses, lambda sums: sums[..., 0] / sums[..., 1]))
-    return Estimate(*(math.exp(x) for x in found))
+    return Estimate(*(math.exp(min(x, MOST_NATS)) for x in found))
 
 
 # ---- The run
@@ -381,7 +386,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
         config.chat,
         max_length=config.max_length,
         batch_size=config.fit.batch_size,
-        dtype=config.compute_dtype,
+        dtype=config.dtype,
         remat=config.remat,
         parallel=config.parallel,
     )
@@ -417,19 +422,14 @@ def main(config: SFTConfig) -> dict[str, Any]:
         checked = {key: rows[:CHECKED] for key, rows in held_out.items()}
 
         def check(params: Params) -> dict[str, float]:
-            return {"heldout_loss": math.log(meter(params, checked).value)}
+            nats, tokens = meter.losses(params, checked).sum(0)
+            return {"heldout_loss": float(nats / tokens) if tokens else math.nan}
 
         def learn() -> Params:
             return fit_texts(model, start, base, training, config, runner=runner, run=run, writer=writer, check=check)
 
-        settings = {
-            "model": model.config,
-            **known,
-            "fit": config.fit,
-            "adapter": lora,
-            "runner": type(runner).__name__,
-            "devices": runner.devices,
-        }
+        settings = {"model": model.config, **known, "fit": config.fit, "adapter": lora}
+        settings |= {"runner": type(runner).__name__, "devices": runner.devices}
         stage = run.stage(STAGE, jax.eval_shape(lambda: start), learn, settings=settings)
         for when, of in (("before", start), ("after", stage.params)):
             measured = meter(runner.place(of), held_out)

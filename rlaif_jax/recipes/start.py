@@ -190,6 +190,11 @@ def keep_fingerprints(run: Run, **inputs: Any) -> dict[str, str]:
     return found
 
 
+def as_bytes(records: FileRecords) -> np.ndarray:
+    """Returns records with all their fields as bytes, for `keep_fingerprints`."""
+    return np.frombuffer(json.dumps(records.records, sort_keys=True, default=str).encode(), np.uint8)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Start:
     """Draws answers of the policy before training.
@@ -315,12 +320,12 @@ def scale_of(
         )
         if len(seen) < len(values) / 2:
             run.warn(
-                f"The reward {name} judged only {len(seen)} of {len(values)} answers. Try: read the reasons under missing "
+                f'The reward "{name}" judged only {len(seen)} of {len(values)} answers. Try: read the reasons under missing '
                 "judgements."
             )
         if np.unique(seen).size == 1:
             run.warn(
-                f"The reward {name} is {seen[0]:g} for all {len(seen)} answers that it judged before training: it cannot be "
+                f'The reward "{name}" is {seen[0]:g} for all {len(seen)} answers that it judged before training: it cannot be '
                 "learned from until some answer gets another one. Try: easier prompts, or a reward with steps in between."
             )
     fitted = fit_normaliser(jnp.asarray(values), jnp.asarray(valid))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlaif_jax.config import UserError
 from rlaif_jax.evaluate import Answers
 from rlaif_jax.quality.win_rates import pair_outcomes, verdict_of
 from rlaif_jax.recipes.improve import win_rates
@@ -108,7 +109,11 @@ def audit(run: Run, compare: Compare, ranks: bool, prompts: Sequence[str], befor
         before: the answers before training.
         after: those after training.
     """
-    found = AgainstStart(compare, JUDGE, prompts, before).metrics(after)
+    try:
+        found = AgainstStart(compare, JUDGE, prompts, before).metrics(after)
+    except UserError as error:  # one that scores may lack what a comparison needs, such as a token for its labels
+        run.warn(f"The judge that the policy learned from cannot compare answers, so it is not audited: {error}")
+        return
     run.metrics |= found
     consistent = found.get(f"{JUDGE}_order_consistency", 1.0)
     if ranks and consistent < CONSISTENT:

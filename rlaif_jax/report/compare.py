@@ -20,7 +20,7 @@ from rlaif_jax.report.cards import Card, cards_so_far, final_cards, is_internal
 from rlaif_jax.report.curves import Curves, RunLine, overlay, run_line
 from rlaif_jax.report.glossary import Label, entries, label, stage_title
 from rlaif_jax.report.numbers import duration_text, is_number, value_text
-from rlaif_jax.report.report import flatten_settings, measured_keys, read_json
+from rlaif_jax.report.report import flatten_settings, measured_keys, read_json, read_summary
 from rlaif_jax.report.story import Warned, verdict, warnings
 
 ALWAYS = (
@@ -117,7 +117,7 @@ def _collect(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path, name: str, out: Path, place: int) -> RunSide:
-    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    config, summary = read_json(folder / "config.json"), read_summary(folder / "summary.json")
     rows = read_metrics(folder / "metrics.jsonl")
     numbers = summary.get("metrics")
     numbers = numbers if isinstance(numbers, dict) else {}

@@ -347,6 +347,12 @@ QUANTITIES = {
     "measured_pairs_sha256": Quantity(
         "Held-out pairs' fingerprint", "", "SHA-256 over the tokens and labels of the pairs that are measured on."
     ),
+    "prompts_sha256": Quantity(
+        "Prompts' fingerprint", "", "SHA-256 over the records that are learned on, with all fields."
+    ),
+    "held_out_prompts_sha256": Quantity(
+        "Held-out prompts' fingerprint", "", "SHA-256 over the records that are held out."
+    ),
     "policy_sha256": Quantity("Policy's fingerprint", "", "SHA-256 over the policy's weights before training."),
     "labeler_sha256": Quantity(
         "Labeler's fingerprint", "", "SHA-256 of the AI labeler's weights, frozen before training."

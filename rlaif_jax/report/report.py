@@ -58,7 +58,7 @@ def write_report(run_folder: Path) -> Path:
 def _collect(folder: Path) -> dict[str, Any]:
     """Returns everything that the template shows, as text; the template escapes it."""
     config = read_json(folder / "config.json")
-    summary = read_json(folder / "summary.json")
+    summary = read_summary(folder / "summary.json")
     rows = read_metrics(folder / "metrics.jsonl")
     samples = list(read_appended(folder / "samples.jsonl").values())
     status = str(summary.get("status", "running"))
@@ -151,7 +151,7 @@ def _cards(
 
 def _made_with(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the command, the machine and the versions of the run; where it left none, of this process."""
-    environment = read_json(folder / "environment.json")
+    environment = read_objects(folder / "environment.json", objects=("machine", "versions"))
     made_here = not environment
     if made_here:
         environment = environment_here()
@@ -194,6 +194,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold one JSON object ({{...}}), got {type(value).__name__}.")
     return value
+
+
+def read_objects(path: Path, *, objects: Sequence[str], lists: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the JSON object in a file of a run, as `read_json` does, and checks some of its entries.
+
+    Args:
+        path: the file.
+        objects: entries that are objects or null, or are not there.
+        lists: entries that are lists or null, or are not there.
+
+    Raises:
+        UserError: the file is damaged or holds something else.
+    """
+    values = read_json(path)
+    for names, kind, called in ((objects, dict, "an object"), (lists, list, "a list")):
+        for name in names:
+            if not isinstance(values.get(name), kind | None):
+                raise UserError(f"{path}: {name} should be {called}, not {values[name]!r:.60}.")
+    return values
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Returns the summary of a run; an empty dict without the file. Raises UserError where it is damaged."""
+    return read_objects(path, objects=("metrics", "checks", "missing", "stages"), lists=("warnings", "claims", "story"))
 
 
 def _progress(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:

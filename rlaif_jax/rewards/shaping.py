@@ -110,8 +110,8 @@ class Shaping:
         weights: one for each reward of the feedback, may be negative; empty: all 1.
         per_group: normalise each reward among the answers to a prompt before the weighted sum, so that each counts by its
             weight whatever its scale and spread (GDPO, Liu 2026).
-        missing_eos: what an answer that was cut by the length limit gets: its `score`, its score minus
-            `missing_eos_value` (`penalty`), or the constant `missing_eos_value` instead of its score (`constant`).
+        missing_eos: what an answer that was cut by the length limit gets: its `score`, its score
+            minus `missing_eos_value` (`penalty`), or the constant `missing_eos_value` instead of its score (`constant`).
         missing_eos_value: see `missing_eos`.
         overlong_from: tokens that an answer may have at no cost; from there to the length limit its reward falls linearly by
             up to 1 (soft overlong punishment, DAPO, Yu 2025, eq. 13: L_max is the limit, L_max - L_cache this number). The

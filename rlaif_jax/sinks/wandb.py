@@ -35,8 +35,8 @@ class Tracking:
     """Where a run is shown besides its folder; a resumed run may change it.
 
     Attributes:
-        wandb: Weights & Biases: online sends numbers, settings and samples to its server, with the key of `wandb login` or
-            $WANDB_API_KEY; offline keeps them in the run folder for `wandb sync`. Both need the
+        wandb: Weights & Biases: online sends numbers, settings and samples to its server, with the key of `wandb login`
+            or $WANDB_API_KEY; offline keeps them in the run folder for `wandb sync`. Both need the
             extra `wandb`: pip install -e '.[wandb]' in the project's folder.
         project: the project of W&B.
         entity: the user or team of W&B that owns the project; "" = the default one of the key.

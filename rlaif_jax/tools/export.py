@@ -55,10 +55,13 @@ def main(config: ExportConfig) -> None:
     if (base := base_of(Path(config.run))) is not None:
         require(config.step is None, f"{config.run} is an adapter's folder: --step chooses a checkpoint of a run")
         require(not config.adapter, f"{config.run} is an adapter's folder: leave --adapter out")
+        _require_other(config.out, base)
         save_model(config.out, *load_with_tokenizer(config.run))
         print(f"{config.out}: {base} with the adapter {config.run}")
         return
     policy = load_run_policy(Path(config.run), config.step)
+    if policy.adapter is not None:
+        _require_other(config.out, policy.adapter.base_name)
     if config.adapter:
         own = Path(config.run) / "adapter"
         if own.is_dir() and policy.step is None:
@@ -76,3 +79,11 @@ def main(config: ExportConfig) -> None:
     what = "the adapter" if config.adapter else "the policy"
     of = "its folder model" if policy.step is None else f"step {policy.step}"
     print(f"{config.out}: {what} of {config.run}, {of}")
+
+
+def _require_other(out: Path, base: str) -> None:
+    """Raises UserError where the folder to write is that of the model under the adapter."""
+    require(
+        out.resolve() != Path(base).resolve(),
+        f"{out} is the model under the adapter, which cannot be read without it: name another folder",
+    )

@@ -126,6 +126,11 @@ def main(config: GenerateConfig) -> None:
     require(
         not (typed and config.out), "--out takes the answers to --prompts or --prompt; a typed conversation is printed"
     )
+    require(config.out is None or not config.out.is_dir(), f"{config.out} is a folder; --out is a file")
+    same = (
+        config.prompts and config.out and config.out.exists() and config.out.resolve() == Path(config.prompts).resolve()
+    )
+    require(not same, f"{config.out} holds the prompts, which the answers would replace: name another file by --out")
     asked = None
     if config.prompts:
         asked = read_records(config.prompts)

@@ -54,4 +54,8 @@ def main(config: PagesConfig) -> None:
     require(config.out is not None, "no file for the comparison: give --out, such as --out compare.html")
     assert config.out is not None
     require(not config.out.is_dir(), f"{config.out} is a folder; --out is a file, such as compare.html")
+    require(
+        config.out.suffix in (".html", ".htm") or not config.out.exists(),
+        f"{config.out} is there and is no page, which ends in .html: name another file by --out",
+    )
     print(write_comparison(config.runs, config.out))

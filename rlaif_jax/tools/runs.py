@@ -195,6 +195,10 @@ def _began_with(
         dtype: of activations.
         whole: whether all weights learned, so that the folder `model` of the run has the same shape and tokenizer.
     """
+    require(
+        tokenizer is None or isinstance(tokenizer, str),
+        f"{folder / 'config.json'}: tokenizer should be a path or null, not {tokenizer!r}",
+    )
     left = whole and (folder / "model").is_dir()
     if not isinstance(name, str):
         require(

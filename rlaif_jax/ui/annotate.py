@@ -119,6 +119,16 @@ class AnnotateConfig:
         require(0 <= self.port < 65_536, f"port must lie between 0 (a free one) and 65535, not {self.port}")
 
 
+def help_text() -> str:
+    """Returns the description of --help: what the tool does, and an example."""
+    return (
+        "Serves the annotation page of a feedback store; prints a personal address for each rater. Ctrl-C ends it: nothing\n"
+        "that was sent is lost.\n\n"
+        "  python -m rlaif_jax annotate --store runs/rlaif/feedback.sqlite --raters anna ben\n"
+        "  python -m rlaif_jax annotate --store feedback.sqlite --items tasks.jsonl --raters anna ben --overlap 2"
+    )
+
+
 def read_check(path: Path) -> tuple[CheckQuestion, ...]:
     """Returns the questions of a check file. Raises UserError where the file is no check."""
     try:

@@ -9,6 +9,7 @@ from threading import Lock
 from typing import TypeAlias
 
 from rlaif_jax.config import UserError, missing_extra, require
+from rlaif_jax.feedback.api.config import require_address
 from rlaif_jax.feedback.people.chats import Turn
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.ui.records import chat_prompt
@@ -44,6 +45,7 @@ def _served_model(url: str, name: str, key_env: str) -> ChatModel:
         raise missing_extra(f"talking to {url} needs the package openai", "api") from error
     key = os.environ.get(key_env, "") if key_env else "none"
     require(bool(key), f"model_key_env: the environment variable {key_env} is not set; it must hold the server's key")
+    require_address("model", url)
     client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=2)
 
     def reply(prompt: str, turns: Sequence[Turn]) -> str:

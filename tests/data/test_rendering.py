@@ -157,6 +157,8 @@ def test_what_is_learned_of_each_form_of_row():
     for row, name, learned in forms:
         tokens, found = read_row(row, tokenizer, add_bos=True)
         assert (shown(tokenizer, tokens), found) == (learned, name)
+    with pytest.raises(UserError, match="text must be a text that is not blank"):
+        read_row({"text": " \n"}, tokenizer, add_bos=False)
 
 
 def test_rows_of_a_chat_model_have_its_template(chat):

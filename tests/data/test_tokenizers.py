@@ -209,6 +209,12 @@ def test_save_refuses_to_hide_behind_another_kind(tmp_path: Path):
     assert not (tmp_path / "tokenizer.bin").exists()
 
 
+def test_half_a_surrogate_pair_is_no_text():
+    for text in ("\ud83d", "a \udc00 b"):
+        with pytest.raises(UserError, match="a text holds half of a Unicode surrogate pair"):
+            word_level_tokenizer(("a", "b")).encode(text)
+
+
 def test_save_again_replaces(tmp_path: Path):
     word_level_tokenizer(("a",)).save(tmp_path)
     word_level_tokenizer(("b",)).save(tmp_path)

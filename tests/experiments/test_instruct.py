@@ -139,7 +139,7 @@ def test_each_arm_is_a_run_of_its_own(tmp_path):
     config = InstructConfig(out=tmp_path, steps=10)
     lora, full, ppo = (run_config(config, arm, 7) for arm in ("grpo-lora", "grpo-full", "ppo-full"))
     assert (lora.lora, full.lora, ppo.lora) == (True, False, False)
-    assert (lora.ppo.policy_optimizer.learning_rate, full.ppo.policy_optimizer.learning_rate) == (3e-4, 1e-5)
+    assert (lora.ppo.policy_optimizer.learning_rate, full.ppo.policy_optimizer.learning_rate) == (2e-4, 1e-5)
     assert not lora.ppo.advantage.needs_critic and ppo.ppo.advantage.needs_critic
     assert (ppo.ppo.value_optimizer.learning_rate, ppo.ppo.advantage.gae_lambda) == (pytest.approx(3e-5), 1.0)
     assert len({run.out for run in (lora, full, ppo)}) == 3 and lora.seed == 7 and lora.train.steps == 10

@@ -326,7 +326,7 @@ def test_a_fitted_adapter_takes_the_step_of_the_chain_rule(step, examples, kind)
     [
         ({"rank": 0}, r"lora.rank must be >= 1, not 0"),
         ({"rank": -3}, r"lora.rank must be >= 1, not -3"),
-        ({"alpha": 0.0}, r"lora.alpha must be > 0, not 0.0"),
+        ({"alpha": 0.0}, r"lora.alpha must be > 0 and finite, not 0.0"),
         ({"targets": ("q", "q_proj")}, r"lora.targets names q_proj; known are q, k, v, o, gate, up, down"),
         ({"targets": ("q", "q")}, r"each once, not q, q"),
         ({"targets": ()}, r"one matrix or more, each once, not none"),

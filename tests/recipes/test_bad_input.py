@@ -67,6 +67,7 @@ BEFORE = {
     "reward model: no such template": ("reward-model --out OUT --chat.template no", "has no chat template no (it has default)"),
     "generate: no such variable": ("generate --model HERE/lm --chat.variables word=a --prompt a", "takes no variable word"),
     "no value": ("train --chat.variables enable_thinking", "chat.variables: 'enable_thinking' should be NAME=VALUE"),
+    "an empty template": ("sft --out OUT --chat.template HERE/blank.txt", "chat.template: the file HERE/blank.txt is empty"),
     "template is not closed": ("train --policy HERE/unclosed", "it is malformed: line 1: Unexpected end of template"),
     # Prompts
     "no prompts": ("train --prompts ''", "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT"),
@@ -98,9 +99,12 @@ BEFORE = {
     "a weight alone": ("train --feedback weight=2", "--feedback 'weight=2' names no reward"),
     "open quote": ("train --feedback \"judge 'm\"", "cannot be split into words: No closing quotation"),
     "no such setting": ("train --feedback 'judge m colour=red'", "'colour=red' is no setting of judge; it has model, form"),
+    "infinite rate": ("train --ppo.policy-optimizer.learning-rate inf", "optimizer.learning_rate must be finite, not inf"),
+    "infinite penalty": ("train --ppo.kl-coef inf", "ppo.kl_coef must be >= 0 and finite, not inf"),
     "no such choice": ("train --feedback 'judge m form=score'", "form: should be one of rating, ranking, not 'score'"),
-    "weight of NaN": ("train --feedback 'judge m weight=nan'", "--feedback 'judge m weight=nan': the weight of a reward is a "
-                      "number other than 0, not nan"),
+    "weight of NaN": ("train --feedback 'judge m weight=nan'", "weight: should be a number, not 'nan'"),
+    "infinite weight": ("train --feedback 'judge m weight=inf'", "--feedback 'judge m weight=inf': the weight of a reward is a "
+                        "number other than 0, not inf"),
     "weight 0": ("train --feedback 'judge m weight=0'", "the weight of a reward is a number other than 0"),
     "weight is a word": ("train --feedback 'judge m weight=heavy'", "weight: should be a number, not 'heavy'"),
     "second is no reward": ("train --second 'jury x'", "--second 'jury x': there is no 'jury'"),
@@ -126,6 +130,7 @@ BEFORE = {
     "reward model of infinity": ("train --feedback 'model HERE/infinite'", "infinite/model.safetensors: the tensor"),
     "reward model's length": ("train --feedback 'model HERE/rm max_length=9999'", "max_length is 9999; the reward model reads "
                               "1 to 512 tokens"),
+    "reward model's batch": ("train --feedback 'model HERE/rm batch_size=0'", "batch_size must be >= 1, not 0"),
     "no such rules": ("train --feedback 'rules HERE/none.toml'", "cannot read HERE/none.toml: No such file"),
     "rules are no TOML": ("train --feedback 'rules HERE/broken.toml'", "HERE/broken.toml:1: no valid TOML at column 8"),
     "rules without formula": ("train --feedback 'rules HERE/no_formula.toml'", "no_formula.toml:1: no [[formula]] makes a "),
@@ -138,23 +143,41 @@ BEFORE = {
     "no server": ("train --feedback api", "server is missing: the API's address, such as http://127.0.0.1:8000/v1"),
     "no address": ("train --feedback 'api 127.0.0.1:8000 model=m'", "--feedback 'api 127.0.0.1:8000 model=m': server is "
                    "'127.0.0.1:8000'; an address begins with http:// or https://"),
+    "no port": ("train --feedback 'api http://127.0.0.1:80000/v1 model=m'", "server is 'http://127.0.0.1:80000/v1'; an address"
+                " names a host, and behind a colon a port from 1 to 65535 or none"),
+    "negative price": ("train --feedback 'api http://a/v1 model=m usd_per_million_prompt=-1'", "must not be negative, but is"),
     "no key": ("train --feedback 'api http://127.0.0.1:9/v1 model=m key_env=NO_SUCH_KEY'", "key_env: the environment variable "
                "NO_SUCH_KEY is not set"),
     "budget without prices": ("train --feedback 'api http://127.0.0.1:9/v1 model=m budget_usd=1'", "budget_usd needs the "
                               "prices: usd_per_million_prompt"),
     # Training
     "rank 0": ("train --lora --adapter.rank 0", "lora.rank must be >= 1, not 0"),
+    "an adapter that does not learn": ("train --adapter.rank 4", "adapter, which does not learn: add --lora"),
+    "sft: an adapter that does not learn": ("sft --out OUT --adapter.rslora", "which does not learn: add --lora"),
     "greedy": ("train --sampling.temperature 0", "sampling.temperature is 0 (greedy): a policy learns only from samples"),
     "one answer": ("train --ppo.answers-per-prompt 1", "ppo.answers_per_prompt is 1, but ppo.advantage=GroupNormalised"),
+    "a file of settings": ("train --config HERE/steps.json", "HERE/steps.json: train.steps must be >= 1, not -5"),
     "devices": ("train --train.prompts-per-step 3", "train.prompts_per_step (3) / train.rollout_parts (1) must be a multiple "
                 "of the 8 devices"),
     "weights in two places": ("train --ppo.shaping.weights 1 2", "ppo.shaping.weights are given with the rewards here"),
     "out is a file": ("train --out HERE/prompts.txt", "HERE/prompts.txt is a file; a run needs a folder"),
+    "out is no run's folder": ("train --out HERE/lm", "HERE/lm is no run's folder and holds config.json, model.safetensors, "
+                               "tokenizer.json ...: choose another --out"),
+    "out is below a file": ("train --out HERE/prompts.txt/run", "HERE/prompts.txt is a file; a run needs a folder"),
+    "stages are below a file": ("sft --out OUT --data HERE/prompts.txt --max-length 16 --stages HERE/prompts.txt/x "
+                                "--fit.batch-size 8", "HERE/prompts.txt is a file; stages need a folder"),
+    "NaN": ("train --ppo.shaping.missing-eos-value nan", "ppo.shaping.missing_eos_value should be a number, not NaN"),
+    "NaN in a reward": ("train --feedback 'judge HERE/lm min_mass=nan'", "min_mass: should be a number, not 'nan'"),
+    "rank over all": ("train --lora --adapter.rank 99", "lora.rank is 99, more than the 48 rows or columns of the largest"),
     "nothing to resume": ("train --resume", "OUT: there is no run to resume here (no config.json)"),
     # Other tools
     "sft without data": ("sft --out OUT", "no texts to learn from: give --data"),
     "sft on nothing": ("sft --out OUT --data HERE/empty.jsonl", "empty.jsonl is empty: expected one JSON object a line"),
     "sft on other rows": ("sft --out OUT --data HERE/unnamed.jsonl", 'unnamed.jsonl:1: a row has messages, prompt and complet'),
+    "sft on one list": ("sft --out OUT --data HERE/list.json", "list.json:1: expected a JSON object, not [{\"text\": \"a\"}]; w"
+                        "rite the items of a list one a line"),
+    "sft on a value over lines": ("sft --out OUT --data HERE/lines.json", "lines.json:1: no valid JSON (Expecting property na"
+                                  "me enclosed in double quotes: line 2 column 1 (char 2)); a line holds a whole JSON value"),
     "reward model on nothing": ("reward-model --out OUT --feedback HERE/none.jsonl", "none.jsonl: there is no such file"),
     "generate with NaN": ("generate --model HERE/nan --prompt a", "holds NaN or infinite numbers"),
     "export of a model": ("export HERE/lm --out OUT", "HERE/lm is not the folder of a run"),

@@ -33,7 +33,7 @@ from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import reward_model as recipe
 from rlaif_jax.recipes.reward_model import RewardModelConfig, main, measure, read_comparisons, running_check
 from rlaif_jax.types import Rollout
-from tests.helpers import assert_same_leaves, random_params, unexplained
+from tests.helpers import CountingRunner, assert_same_leaves, random_params, unexplained
 from tests.sinks.wandb_file import KEPT, assert_same_numbers
 from tests.tiny import numbers
 
@@ -293,8 +293,9 @@ def test_what_cannot_be_learned_from_is_named_and_leaves_no_run(bad, folder, tmp
         ({"members": 0}, "members must be >= 1, not 0"),
         ({"max_length": 0}, "max_length must be >= 1"),
         ({"check_every": 0}, "check_every must be >= 1"),
-        ({"margin": -1.0}, "margin must be >= 0, not -1"),
+        ({"margin": -1.0}, "margin must be >= 0 and finite, not -1"),
         ({"center_coef": -0.1}, "center_coef must be >= 0"),
+        ({"split_seed": -1}, "split_seed must be >= 0, not -1"),
         ({"held_out": 1.0}, "held_out must lie between 0 and 1, not 1"),
     ],
 )
@@ -367,6 +368,14 @@ def test_scores_are_in_the_order_of_the_pairs(runner):
         np.testing.assert_allclose(scores[i, side, k], expected, atol=1e-5)
 
 
+def test_scores_share_a_program():
+    model = ScalarModel(DECODER, "normal", bias=False)
+    scorer = Scorer(model, CountingRunner(), 4, 0)
+    members = [jax.tree.map(lambda x: x[None], random_params(model, seed=k)) for k in range(2)]
+    first, second = (scorer(params, [([4, 5], [6])]) for params in members)
+    assert (first != second).all() and scorer.runner.compiled == 1
+
+
 # ---- Measurements
 
 
@@ -404,9 +413,9 @@ def test_the_loss_weighs_pairs_and_members():
 def test_pairs_of_one_conversation_widen_the_interval():
     rng = np.random.default_rng(1)
     gap = np.repeat(rng.normal(0.7, 1.0, 40), 5)  # all pairs of a conversation are right or wrong together
-    scores = np.stack([gap, np.zeros(200)], axis=1)
+    scores, fives = np.stack([gap, np.zeros(200)], axis=1), [str(i // 5) for i in range(200)]
     alone = measure(scores, measured(scores, np.ones(200)), 0)
-    together = measure(scores, measured(scores, np.ones(200), conversation=[str(i // 5) for i in range(200)]), 0)
+    together = measure(scores, measured(scores, np.ones(200), conversation=fives), 0)
     width = lambda found: np.ptp(found["heldout_accuracy_ci95"])
     assert together["heldout_accuracy"] == alone["heldout_accuracy"]
     assert width(together) > 1.7 * width(alone)

@@ -228,6 +228,9 @@ def test_members_that_do_not_go_together_are_refused(around, ensemble, tmp_path)
     refused("combine=worst is for several members .* here is one", combine="worst")
     with pytest.raises(UserError, match="'model x coef=-1': coef must be a number from 0 up, not -1"):
         read_reward("model x coef=-1")
+    with pytest.raises(UserError, match="coef=2 is for combine=cautious; combine=worst has no coefficient"):
+        read_reward("model x combine=worst coef=2")
+    assert read_reward("model x combine=cautious coef=2").reward.coef == 2
 
 
 @pytest.mark.parametrize(

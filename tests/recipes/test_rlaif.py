@@ -144,6 +144,12 @@ def test_two_rewards_with_weights_and_a_resume_bit_for_bit(inputs, tmp_path, mon
     main(part)
     with pytest.raises(UserError, match=r"chat\.variables was \['word=A'\] and is now \['word=B'\]"):
         main(dataclasses.replace(part, resume=True, chat=dataclasses.replace(chat, variables=("word=B",))))
+    (tmp_path / "chat.jinja").write_text(f"{TEMPLATE} {{{{ word }}}}")
+    with pytest.raises(
+        UserError, match=r"part: the prompts are not those that this run began with .*: resume it with those"
+    ):
+        main(dataclasses.replace(part, resume=True))
+    (tmp_path / "chat.jinja").write_text(f"{TEMPLATE}{{{{ word }}}} ")
     main(dataclasses.replace(whole, out=part.out, resume=True))
     assert json.dumps(steps(part.out)) == json.dumps(rows), "NaN is equal to NaN"
     assert_same_leaves(load_model(part.out / "model")[1], after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from rlaif_jax.parallel import JitRunner, ParallelConfig, PmapRunner
 from rlaif_jax.recipes import sft as recipe
 from rlaif_jax.recipes import start
 from rlaif_jax.recipes.sft import PerplexityMeter, SFTConfig, main, measured_rows, perplexity, read_split, read_texts
-from tests.helpers import assert_same_leaves, random_params, unexplained
+from tests.helpers import CountingRunner, assert_same_leaves, random_params, unexplained
 from tests.sinks.wandb_file import KEPT, assert_same_numbers
 from tests.tiny import numbers
 
@@ -206,12 +207,16 @@ def test_long_and_faulty_rows_are_counted(tmp_path, capsys):
         {"messages": [ask]},
         {"question": "a"},
         {"prompt": "a", "completion": ["b"]},
+        {"text": " \n"},
+        {"text": None},
+        {"text": "a \ud83d"},
+        {"messages": [ask, {"role": "assistant", "content": None}]},
     ]
     found = read_texts((str(write(tmp_path / "more.jsonl", more)),), "train", TOKENIZER, 24)
     assert found.unused == {
         "row longer than max_length = 24 tokens": 1,
         "conversation cut at a turn: longer than max_length = 24 tokens": 1,
-        "row with a fault": 3,
+        "row with a fault": 7,
     }
     assert [len(tokens.ids) for tokens in found.tokens] == [5, 24, 19]
     assert found.tokens[0].ids[-1] == TOKENIZER.encode("e")[0]
@@ -220,6 +225,15 @@ def test_long_and_faulty_rows_are_counted(tmp_path, capsys):
     assert "more.jsonl:4: no turn of the assistant to learn from" in out
     assert 'more.jsonl:5: a row has messages, prompt and completion, or text; this one has "question"' in out
     assert "more.jsonl:6: prompt and completion must be two texts or two lists of messages" in out
+    for fault, said in (
+        (6, 'text must be a text that is not blank, not " \\n"'),
+        (7, "text must be a text that is not blank, not null"),
+        (8, "a text holds half of a Unicode surrogate pair"),
+        (9, "message 2 of messages must have role and content, both texts; it has role, content of type NoneType"),
+    ):
+        alone = str(write(tmp_path / "alone.jsonl", more[fault : fault + 1]))
+        with pytest.raises(UserError, match=f"alone.jsonl:1: {re.escape(said)}"):
+            read_texts((alone,), "train", TOKENIZER, 24)
     chats = write(tmp_path / "chats.jsonl", more[:2])
     with pytest.raises(UserError, match=r"chats.jsonl: no text is left \(row longer than max_length = 2 tokens\)"):
         read_texts((str(chats),), "train", TOKENIZER, 2)
@@ -290,7 +304,7 @@ def test_what_cannot_be_learned_from_is_named_and_leaves_no_run(bad, folder, tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"max_length": 0}, {"check_every": 0}, {"held_out": 0.0}])
+@pytest.mark.parametrize("wrong", [{"max_length": 0}, {"check_every": 0}, {"held_out": 0.0}, {"split_seed": -1}])
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SFTConfig(**wrong)
@@ -328,6 +342,23 @@ def test_the_perplexity_is_that_of_each_text_alone(runner):
     two = meter.losses(params, measured_rows(halves, 24, 0))
     assert len(two) == 2
     np.testing.assert_allclose(two.sum(0), losses.sum(0), rtol=1e-6)
+
+
+def test_measurements_share_a_program():
+    meter = PerplexityMeter(MODEL, CountingRunner(), 4)
+    rows = measured_rows([LearnedTokens([4, 5, 6], [0.0, 1.0, 1.0], [3])], 24, 0)
+    assert len({meter(random_params(MODEL, seed=k), rows) for k in range(3)}) == 3
+    assert meter.runner.compiled == 1
+
+
+def test_a_ruined_model_is_measured_too(folder, tmp_path):
+    """Its loss of a token is more than exp can take."""
+    rate = FitConfig(updates=10, batch_size=8, learning_rate=1e2)
+    metrics = main(config(folder, tmp_path / "run", fit=rate, check_every=10))
+    low, high = metrics["perplexity_after_ci95"]
+    assert 1e300 < low <= metrics["perplexity_after"] <= high < np.inf
+    losses = [row["heldout_loss"] for row in numbers(tmp_path / "run") if "heldout_loss" in row]
+    assert losses[0] < 10 and losses[1] > 1000
 
 
 def test_the_interval_of_a_perplexity_covers():

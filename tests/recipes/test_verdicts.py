@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlaif_jax.config import UserError
 from rlaif_jax.recipes.judge_rewards import Verdicts
 from rlaif_jax.recipes.verdicts import AgainstStart, audit, by_opinion
 
@@ -59,6 +60,19 @@ def test_a_judge_that_ranks_by_position_is_warned_of(ranks):
     audit(run, by_position, ranks, ["p", "q"], answers("a", "b"), answers("A", "B", score=1.0))
     assert run.metrics["judge_order_consistency"] == 0 and run.metrics["judge_first_shown"] == pytest.approx(0.98)
     assert len(said) == ranks and all("in only 0% of the pairs" in warning for warning in said)
+
+
+def test_a_judge_that_cannot_compare_is_not_audited():
+    def refuses(prompts: Any, first: Any, second: Any) -> Verdicts:
+        raise UserError("'A' is not one token")
+
+    said: list[str] = []
+    run: Any = SimpleNamespace(metrics={}, warn=said.append)
+    audit(run, refuses, False, ["p", "q"], answers("a", "b"), answers("A", "B", score=1.0))
+    assert run.metrics == {}
+    assert said == [
+        "The judge that the policy learned from cannot compare answers, so it is not audited: 'A' is not one token"
+    ]
 
 
 def test_a_second_opinion_of_scores_is_a_win_rate():

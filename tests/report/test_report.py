@@ -263,6 +263,9 @@ def test_secrets_are_hidden_and_counts_are_not(tmp_path):
     [
         ("config.json", "{", r"config\.json: cannot be read as JSON"),
         ("summary.json", "[1]", r"summary\.json: should hold one JSON object"),
+        ("summary.json", '{"warnings": 3}', r"summary\.json: warnings should be a list, not 3"),
+        ("summary.json", '{"missing": [1]}', r"summary\.json: missing should be an object, not \[1\]"),
+        ("environment.json", '{"versions": []}', r"environment\.json: versions should be an object, not \[\]"),
         ("metrics.jsonl", '{"step": 1}\nx\n{"step": 2}\n', r"metrics\.jsonl:2"),
         ("samples.jsonl", "3\n{}\n", r"samples\.jsonl:1"),
     ],

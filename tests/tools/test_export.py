@@ -92,6 +92,10 @@ BAD = {
         {"run": "HERE/fitted", "adapter": True},
         "it has no checkpoint, and its adapter is already written to HERE/fitted/adapter: leave --adapter out",
     ),
+    "over its base": (
+        {"run": "HERE/lora", "out": Path("HERE/lm")},
+        "HERE/lm is the model under the adapter, which cannot be",
+    ),
     "other things": (
         {"out": Path("HERE/lora")},
         "HERE/lora holds checkpoints, summary.json, which belongs to no model",

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -276,6 +277,8 @@ BAD = {
     "tokenizer of a run": ({"tokenizer": "HERE/lm"}, "is a run, which has its tokenizer: leave --tokenizer out"),
     "no such prompts": ({"prompts": "HERE/none.jsonl"}, "HERE/none.jsonl"),
     "no prompt in a line": ({"prompts": "HERE/bad.jsonl"}, 'HERE/bad.jsonl:2: field "prompt" is missing'),
+    "out is a folder": ({"prompt": "a", "out": "HERE"}, "HERE is a folder; --out is a file"),
+    "over the prompts": ({"prompts": "HERE/long.txt", "out": "HERE/long.txt"}, "HERE/long.txt holds the prompts, which"),
     "too long": ({"prompts": "HERE/long.txt"}, "HERE/long.txt:2: the prompt has 72 tokens; "),
     "half a character": ({"prompt": "a \ud800"}, "--prompt: half of a Unicode surrogate pair"),
     "no room": ({"prompt": "a", "max_new_tokens": 64}, "nothing is left for a prompt; give a smaller --max-new-tokens"),
@@ -306,7 +309,7 @@ def faulty(made):
 def test_what_cannot_work_is_one_line(bad, faulty):
     changed, message = BAD[bad]
     here = lambda x: x.replace("HERE", str(faulty)) if isinstance(x, str) else x
-    settings = {name: here(x) for name, x in changed.items()}
+    settings = {name: Path(here(x)) if name == "out" else here(x) for name, x in changed.items()}
     if not settings.keys() & {"prompt", "prompts"}:
         settings["prompt"] = "a"
     with pytest.raises(UserError, match=re.escape(here(message))) as error:

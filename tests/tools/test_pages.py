@@ -40,6 +40,7 @@ BAD = {
     ),
     "no file": (("a", "b"), None, "no file for the comparison: give --out"),
     "a folder": (("a", "b"), "model", "HERE/model is a folder; --out is a file"),
+    "a file of a run": (("a", "b"), "a/config.json", "HERE/a/config.json is there and is no page, which ends in .html"),
     "in no folder": (("a", "b"), "none/out.html", "cannot write HERE/none/out.html"),
     "twice": (("a", "a"), "out.html", "HERE/a is given twice"),
 }

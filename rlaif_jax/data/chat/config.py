@@ -74,6 +74,7 @@ class ChatConfig:
                 "and there is no such file",
             )
             template, where = read_text(Path(self.template)), self.template
+            require(bool(template.strip()), f"chat.template: the file {where} is empty")
         template = with_variables(template, self.values, where)
         return dataclasses.replace(
             tokenizer, settings={**tokenizer.settings, "chat_template": template}, template_file=where

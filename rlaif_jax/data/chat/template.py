@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -26,6 +27,7 @@ from rlaif_jax.files import printable
 Message = Mapping[str, str]
 PROGRAM = Path(__file__).with_name("renderer.py")
 GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt", "strftime_now"))  # to every template
+MOST_ENDLESS = 3  # conversations without an end, before a template is not asked any more
 PATIENCE = 60.0  # seconds; the process itself ends after a few seconds of computing, so this is for a busy machine
 
 
@@ -39,12 +41,17 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: Any = None
+        self._endless: Counter[str] = Counter()  # template -> conversations that it rendered without an end
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
         """Returns the reply of `renderer.reply` to a request.
 
-        A process that dies of the request, or exceeds its time, is replaced at the next one.
+        A process that dies of the request, or exceeds its time, is replaced at the next one. A template that exceeds it
+        again and again is not asked any more: the rows of a file would wait for it one by one.
         """
+        endless, template = {"error": "it computed for seconds without an end"}, str(request["template"])
+        if self._endless[template] >= MOST_ENDLESS:
+            return endless
         line = json.dumps(request).encode() + b"\n"
         with self._lock:
             process = self._running()
@@ -66,7 +73,8 @@ class Renderer:
                     self._process = None
         if not answer.endswith(b"\n"):
             if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):  # its own limit, or our patience
-                return {"error": "it computed for seconds without an end"}
+                self._endless[template] += 1
+                return endless
             return {"error": f"the process that renders it ended with status {process.returncode}"}
         reply: dict[str, str] = json.loads(answer)
         return reply

@@ -35,9 +35,9 @@ class JudgeConfig(ApiConfig):
     Questions that have an answer in the store or in the cache are not asked again.
 
     Attributes:
-        items: JSONL files: {"prompt": ..., "answers": [..., ...]} a line, and optionally "principle",
-            "rubric", "reference", "critique", "generators". A ranking is asked of every pair of the answers,
-            in both orders; the other forms of every answer.
+        items: JSONL files: {"prompt": ..., "answers": [..., ...]} a line, and optionally
+            any of the fields "principle", "rubric", "reference", "critique", "generators". A ranking is asked of every pair
+            of the answers, in both orders; the other forms of every answer.
         form: the form of the judgements.
         template: your template file, or FILE.jsonl#NAME of a FastChat file; its form counts. None = the
             built-in template.
@@ -52,6 +52,17 @@ class JudgeConfig(ApiConfig):
     show_template: bool = False
     store: Path = Path("feedback.sqlite")
     report: bool = False
+
+
+def help_text() -> str:
+    """Returns the description of --help: what the tool does, and examples."""
+    return (
+        "Asks a model behind an OpenAI-compatible server about the answers in files, and records its judgements in a\n"
+        "feedback store. A question whose answer is in the store or in the cache is not asked again. `--report` measures\n"
+        "how good the judgements of a store are.\n\n"
+        "  python -m rlaif_jax judge --server http://127.0.0.1:8000/v1 --model qwen3-8b --items answers.jsonl\n"
+        "  python -m rlaif_jax judge --store runs/rlaif/feedback.sqlite --report"
+    )
 
 
 _FIELDS = {"prompt", "answers", "principle", "rubric", "reference", "critique", "generators"}
@@ -113,9 +124,9 @@ def main(config: JudgeConfig) -> int:
     require(bool(questions), f"{', '.join(map(str, config.items))}: there is nothing to ask for a {template.form}")
     total = len(questions) * config.repeats * (2 if template.form == "ranking" else 1)
     seen: Counter[bool] = Counter()  # judgements that are answered (True) and missing (False)
+    judge = ApiJudge(config, store=config.store, listener=lambda entry: seen.update([entry.answered]))
     with ProgressDisplay(stderr=True) as display:
         bar = display.add(f"{config.model}: {template.name}", total, unit="judgement")
-        judge = ApiJudge(config, store=config.store, listener=lambda entry: seen.update([entry.answered]))
         try:
             futures = judge.submit(questions, template)
             for done in as_completed(futures):

@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import urllib.parse
 from pathlib import Path
 from typing import Literal
 
 from rlaif_jax.config import require
 from rlaif_jax.feedback.api.verdicts import Debias
+
+PRICES = ("usd_per_million_prompt", "usd_per_million_completion")
+
+
+def require_address(name: str, address: str) -> None:
+    """Raises UserError where a text is no address of a server.
+
+    Args:
+        name: the setting, for the message.
+        address: the text, such as http://127.0.0.1:8000/v1.
+    """
+    scheme, _, rest = address.partition("://")
+    require(
+        scheme in ("http", "https") and bool(rest),
+        f"{name} is {address!r}; an address begins with http:// or https://",
+    )
+    require(
+        "@" not in rest.partition("/")[0],
+        f"{name} holds a user name or a key; put the key into an environment variable and name that with key_env",
+    )
+    try:
+        parts = urllib.parse.urlsplit(address)
+        whole = bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", address)
+    except ValueError:  # the port is no number or over 65535, or a bracket of an IPv6 address is open
+        whole = False
+    require(whole, f"{name} is {address!r}; an address names a host, and behind a colon a port from 1 to 65535 or none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,24 +111,18 @@ class ApiConfig:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        scheme, _, address = self.server.partition("://")
-        require(
-            not self.server or (scheme in ("http", "https") and bool(address)),
-            f"server is {self.server!r}; an address begins with http:// or https://",
-        )
-        require(
-            "@" not in address.partition("/")[0],
-            "server holds a user name or a key; put the key into an environment variable and name that with key_env",
-        )
+        if self.server:
+            require_address("server", self.server)
         settings = vars(self)
         for name in ("concurrency", "repeats", "attempts", "top_logprobs"):
             require(settings[name] >= 1, f"{name} must be at least 1, not {settings[name]}")
         for name in ("requests_per_minute", "tokens_per_minute", "timeout_s"):
             value = settings[name]
             require(value is None or value > 0, f"{name} must be more than 0, not {value}")
-        for name in ("budget_usd", "budget_tokens", "budget_s", "temperature", "max_tokens", "max_wait_s"):
+        for name in ("budget_usd", "budget_tokens", "budget_s", "temperature", "max_tokens", "max_wait_s", *PRICES):
             value = settings[name]
             require(value is None or value >= 0, f"{name} must not be negative, but is {value}")
+        require(self.temperature < math.inf, "temperature must be finite")
         require(0 <= self.min_mass <= 1, f"min_mass must lie in 0 .. 1, not {self.min_mass}")
         priced = self.usd_per_million_prompt > 0 or self.usd_per_million_completion > 0
         require(

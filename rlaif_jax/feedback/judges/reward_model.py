@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,10 @@ class Scorer:
     pad_id: int
     base: Params = None
 
+    @cached_property
+    def _score(self) -> Any:
+        return self.runner.map(partial(score_members, self.model))
+
     def __call__(self, params: Params, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
         """Returns scores [n, 2, N] float64 of n pairs of texts by the N members of an ensemble.
 
@@ -86,11 +90,10 @@ class Scorer:
         widths = bucket_widths(lengths)
         bucket = np.searchsorted(widths, lengths)
         scores = np.zeros((len(rows), len(jax.tree.leaves(params)[0])))
-        score = self.runner.map(partial(score_members, self.model))
         for number, width in enumerate(widths):
             chosen = np.flatnonzero(bucket == number)
             batch = padded([rows[i] for i in chosen], width, self.pad_id, "left")
-            scores[chosen] = in_batches(partial(score, (self.base, params)), batch, self.batch_size)
+            scores[chosen] = in_batches(partial(self._score, (self.base, params)), batch, self.batch_size)
         return scores.reshape(len(pairs), 2, -1)
 
 

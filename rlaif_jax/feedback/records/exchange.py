@@ -21,6 +21,7 @@ from rlaif_jax.feedback.records.forms import Judgement, Rater, to_json
 from rlaif_jax.feedback.records.parsing import each_judgement, read_judgements
 from rlaif_jax.feedback.records.store import Store
 
+NAME_FORMAT = "Name the format after all options, such as format:distilabel; --help lists them."
 NAMED_BAD = 20  # bad rows that are named on the terminal
 
 
@@ -287,7 +288,8 @@ def detect_format(path: Path) -> Read:
         return Oasst()
     shown = ", ".join(map(str, fields))[:200] or f"no object: {str(row)[:60]!r}"
     raise UserError(
-        f"{path}: its first row is of no format that is known by its fields ({shown}); name it: --format ..."
+        f"{path}: its first row is of no format that is known by its fields ({shown}); name it after all options, such as "
+        "format:hh"
     )
 
 
@@ -304,6 +306,16 @@ class ImportConfig:
     files: tuple[Path, ...] = ()
     format: Read = Records()
     store: Path = Path("feedback.sqlite")
+
+
+def import_help() -> str:
+    """Returns the description of --help of `import-feedback`: what the tool does, and examples."""
+    return (
+        "Adds the feedback in files of other tools and data sets to a feedback store. The format is named after all\n"
+        "options.\n\n"
+        "  python -m rlaif_jax import-feedback --files pairs.jsonl --store feedback.sqlite format:distilabel\n"
+        "  python -m rlaif_jax import-feedback --files export.json format:argilla --format.answers answer_1 answer_2"
+    )
 
 
 def import_feedback(config: ImportConfig) -> int:
@@ -332,6 +344,8 @@ def import_feedback(config: ImportConfig) -> int:
             if messages:
                 more = f", of which {NAMED_BAD} are named here" if len(messages) > NAMED_BAD else ""
                 print(f"{path}: {len(messages)} faults, whose rows or values are left out{more}", file=sys.stderr)
+                if isinstance(config.format, Records) and not given:
+                    print(f"{path}: no row is a record of this project. {NAME_FORMAT}", file=sys.stderr)
             bad += len(messages)
     return bad
 
@@ -353,6 +367,14 @@ class ExportConfig:
     superseded: bool = False
 
 
+def export_help() -> str:
+    """Returns the description of --help of `export-feedback`: what the tool does, and an example."""
+    return (
+        "Writes the feedback of a store in the format of another tool, which is named after all options.\n\n"
+        "  python -m rlaif_jax export-feedback --store runs/rlaif/feedback.sqlite --file pairs.jsonl format:distilabel"
+    )
+
+
 def export_feedback(config: ExportConfig) -> None:
     """Writes the file and prints how many rows and judgements it has.
 
@@ -362,6 +384,10 @@ def export_feedback(config: ExportConfig) -> None:
     if config.file is None:
         raise UserError("file is missing: --file FILE")
     require(config.store.exists(), f"there is no feedback store {config.store}")
+    require(
+        config.file.resolve() != config.store.resolve(),
+        f"{config.file} is the store, which the rows would replace: name another file by --file",
+    )
     forms: Counter[str] = Counter()
     answered: Counter[bool] = Counter()
 

@@ -20,9 +20,10 @@ PATIENCE = 60.0
 def connect(path: Path | None) -> sqlite3.Connection:
     """Opens the file `path`, created with its folder where absent; a database in memory for None.
 
-    Raises OSError or sqlite3.Error.
+    Raises OSError or sqlite3.Error; the latter also where the file is the database of another program, which stays as it is.
     """
     if path is not None:
+        _require_own(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     db = sqlite3.connect(path or ":memory:", timeout=PATIENCE, isolation_level=None)
     deadline = time.monotonic() + PATIENCE
@@ -45,6 +46,25 @@ def connect(path: Path | None) -> sqlite3.Connection:
     )  # 64 MiB as well: pages that several transactions write are moved once
     db.execute("PRAGMA synchronous = FULL")  # an acknowledged record survives a power cut, too
     return db
+
+
+OWN = ("judgement", "call", "server", "page_")
+"""What the names of the tables of stores and caches begin with."""
+
+
+def _require_own(path: Path) -> None:
+    """Raises sqlite3.DatabaseError where a file has tables, and none of a store or cache."""
+    if not path.is_file():
+        return
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)
+    try:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    except sqlite3.OperationalError:  # locked or not readable: what follows says it
+        names = []
+    finally:
+        db.close()
+    if names and not any(name.startswith(OWN) for name in names):
+        raise sqlite3.DatabaseError(f"it is the database of another program, with the table {names[0]}")
 
 
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "lustre", "beegfs")

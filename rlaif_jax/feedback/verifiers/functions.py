@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlaif_jax.config import UserError, require
+from rlaif_jax.config import StopRequested, UserError, require
 from rlaif_jax.data.prompts import CONVERSATIONAL, Record
 from rlaif_jax.feedback.sources import CountingSource, FeedbackSource, Missing
 from rlaif_jax.types import Feedback, Rollout
@@ -110,7 +110,7 @@ def _load_module(name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise UserError(f"cannot import {name}: {_raised(error)}{_place(error)}") from error
         raise UserError(f"there is no module {name}; for a file write path/file.py:FUNCTION") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"cannot import {name}: {_raised(error)}{_place(error)}") from error
 
 
@@ -123,7 +123,7 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"cannot import {path}: {_raised(error)}{_place(error, path)}") from error
     return module
@@ -131,7 +131,11 @@ def _load_file(path: Path) -> ModuleType:
 
 def _raised(error: BaseException) -> str:
     """Returns an exception as "ValueError: first line of its message"."""
-    line = next(iter(str(error).strip().splitlines()), "")
+    try:
+        text = str(error)
+    except Exception:  # its class is the user's, too
+        text = ""
+    line = next(iter(text.strip().splitlines()), "")
     line = line if len(line) <= MESSAGE_LENGTH else f"{line[:MESSAGE_LENGTH]}..."
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
@@ -321,10 +325,12 @@ def _article(value: Any) -> str:
 
 
 def _outcome(function: Callable[..., Any], call: Mapping[str, Any]) -> Any:
-    """Returns the function's result, or what it raised, which may be the SystemExit of `sys.exit`."""
+    """Returns the function's result, or what it raised: also what is no Exception, as of `sys.exit`."""
     try:
         result = function(**call)
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, StopRequested):
+        raise
+    except BaseException as error:
         return error
     if inspect.iscoroutine(result):
         result.close()  # a plain function that returns one: nobody would await it

@@ -208,7 +208,7 @@ def load_adapter(folder: str | Path, model: CausalLM) -> tuple[LoRAConfig, Param
     hint = pickled if (folder / "adapter_model.bin").exists() else "; fetch it again"
     require(path.is_file(), f"{folder}: {WEIGHTS} is missing{hint}")
     rank, alpha, rslora = fields.size("r"), fields.get("lora_alpha", float), fields.get("use_rslora", bool, False)
-    require(alpha > 0, f"{fields.where}: lora_alpha must be > 0, not {alpha}")
+    require(0 < alpha < math.inf, f"{fields.where}: lora_alpha must be > 0 and finite, not {alpha}")
     flat: dict[str, np.ndarray] = {}
     targets: list[Target] = []
     with open_weights(path) as file:
@@ -303,7 +303,7 @@ def read_patterns(fields: Fields, fused: Sequence[str]) -> dict[str, tuple[int, 
     for module in {name for pattern in values.values() for name in pattern}:
         ranks, alphas = (Fields(pattern, f"{fields.where}: {key}") for key, pattern in values.items())
         alpha = alphas.get(module, float, fields.get("lora_alpha", float))
-        require(alpha > 0, f"{alphas.where}: {module} must be > 0, not {alpha}")
+        require(0 < alpha < math.inf, f"{alphas.where}: {module} must be > 0 and finite, not {alpha}")
         own[module] = ranks.size(module, fields.size("r")), alpha
     return own
 

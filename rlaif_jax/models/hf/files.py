@@ -22,7 +22,8 @@ from rlaif_jax.config import require
 from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.hub import TOKENIZER_FILES, download, layers
 from rlaif_jax.data.llama2c import Llama2cTokenizer
-from rlaif_jax.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
+from rlaif_jax.data.special_tokens import declared_ids
+from rlaif_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from rlaif_jax.files import it_is
 from rlaif_jax.models.causal_lm import CausalLM
 from rlaif_jax.models.decoder_config import DecoderConfig
@@ -98,7 +99,8 @@ def load_with_tokenizer(
 ) -> tuple[CausalLM, Params, Tokenizer]:
     """Reads a language model and its tokenizer.
 
-    The tokenizer's `eos_id` is the token that really ends the model's texts.
+    The tokenizer's `eos_id` is the token that really ends the model's texts. That of an adapter's folder also stops where
+    the base declares an end.
 
     Args:
         name: as `load_model` takes it.
@@ -116,6 +118,10 @@ def load_with_tokenizer(
     own = adapters[0] if adapters else base.parent if llama2c else base
     tokenizer = load_tokenizer(tokenizer_path or own)
     check_tokenizer(tokenizer, model.config.vocab_size, name)
+    if adapters and tokenizer_path is None and isinstance(tokenizer, HuggingFaceTokenizer):
+        # A tokenizer in an adapter's folder has no generation_config.json next to it, which declares further ends.
+        others = tuple(i for i in declared_ids(base, "eos") if i not in tokenizer.stop_ids)
+        tokenizer = dataclasses.replace(tokenizer, other_stop_ids=tokenizer.other_stop_ids + others)
     if llama2c or isinstance(tokenizer, Llama2cTokenizer):
         # A llama2.c model has learned texts that each begin with BOS, and never saw EOS, whatever file its tokenizer is in.
         require(

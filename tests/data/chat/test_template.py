@@ -334,6 +334,15 @@ def test_a_template_without_end_stops_in_a_thread_while_others_are_rendered():
     assert [f"question {i}" in found[i] for i in range(9)] == [False] + [True] * 8
 
 
+def test_a_template_without_end_is_not_asked_for_every_row_of_a_file(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat, "MOST_ENDLESS", 1)
+    asked = chat.Renderer()
+    request = {"template": TWICE, "messages": talk("q"), "names": {}, "prompt": False}
+    first, began = asked.ask(request), time.monotonic()
+    assert [asked.ask(request) for _ in range(9)] == [first] * 9 and ENDLESS in first["error"]
+    assert time.monotonic() - began < 1 and "text" in asked.ask(request | {"template": CHATML}), "others go on"
+
+
 def test_a_process_that_dies_or_cannot_start_is_replaced(monkeypatch: pytest.MonkeyPatch):
     ask = lambda asked: asked.ask({"template": CHATML, "messages": talk("q"), "names": {}, "prompt": False})
     asked = chat.Renderer()

@@ -41,6 +41,9 @@ def test_what_a_reader_left_is_printed_with_its_number(tmp_path: Path, capsys):
         assert [(j.rater.name, j.answers) for j in store.judgements()] == [("judge", ("a", "b")), ("judge", ("c", "b"))]
     exchange.import_feedback(config)
     assert "2 judgements, 0 of them new" in capsys.readouterr().out
+    assert exchange.import_feedback(exchange.ImportConfig((path,), store=config.store)) == 28
+    hint = f"no row is a record of this project. {exchange.NAME_FORMAT}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"{path}: {hint}"
 
 
 SHAPES = [
@@ -94,6 +97,10 @@ def test_the_tools_and_their_errors(tmp_path: Path, capsys, monkeypatch):
     assert not Path("none").exists()
     with pytest.raises(UserError, match="there is no feedback store"):
         exchange.export_feedback(exchange.ExportConfig(Path("x"), store=Path("none")))
+    with Store(tmp_path / "f.sqlite"):
+        pass
+    with pytest.raises(UserError, match=r"f\.sqlite is the store, which the rows would replace"):
+        exchange.export_feedback(exchange.ExportConfig(tmp_path / "f.sqlite", store=tmp_path / "f.sqlite"))
 
 
 @pytest.mark.parametrize("shape", [shape for shape, _ in SHAPES], ids=lambda shape: type(shape).__name__)
@@ -166,7 +173,7 @@ def test_a_store_and_a_tfds_folder_are_known(tmp_path: Path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"x": 1}', r"known by its fields \(x\); name it: --format"),
+        ('{"x": 1}', r"known by its fields \(x\); name it after all options, such as format:hh"),
         ("[1, 2]", r"no object: '1'"),
         ("", r"no object: 'None'"),
     ],

@@ -250,6 +250,13 @@ def test_files_that_are_no_store(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="no feedback store can be opened"):
         Store(tmp_path / "folder")
+    with sqlite3.connect(tmp_path / "other") as db:
+        db.execute("CREATE TABLE invoice (a)")
+    db.close()
+    before = (tmp_path / "other").read_bytes()
+    with pytest.raises(UserError, match="it is the database of another program, with the table invoice"):
+        Store(tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == before, "not even its journal is another one"
 
 
 def test_a_damaged_file_is_named_and_no_traceback(tmp_path: Path):

@@ -157,6 +157,27 @@ def test_an_exception_is_a_missing_judgement_and_the_first_is_kept(build, keywor
     assert source.missing() == counts
 
 
+def test_what_is_no_exception_or_has_no_text_is_a_missing_judgement_and_a_stop_is_one(build):
+    source = build(
+        "class Silent(Exception):\n"
+        "    def __str__(self): raise ValueError\n"
+        "class Odd(BaseException): pass\n"
+        "def reward(answer):\n"
+        "    if len(answer) > 1: raise (Silent, Odd, KeyboardInterrupt)[len(answer) - 2]()\n"
+        "    return 1"
+    )
+    assert judged(source, [{}] * 3, ["a", "ab", "abc"]) == [1, None, None]
+    assert source.missing() == {"reward raised Silent": 1, "reward raised Odd": 1}
+    with pytest.raises(KeyboardInterrupt):
+        judged(source, [{}], ["abcd"])
+
+
+def test_a_file_that_ends_the_program_is_named(tmp_path):
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match=r"cannot import .*ends\.py: SystemExit: 0 \(.*ends\.py:2\)"):
+        PythonFunction(f"{tmp_path / 'ends.py'}:f").build()
+
+
 def test_a_field_with_the_name_answer_is_a_list_next_to_completions(build):
     source = build("def reward(completions=None, answer=None): return [c == a for c, a in zip(completions, answer)]")
     assert judged(source, [{"answer": "x"}, {"answer": "x"}], ["x", "y"]) == [1, 0]

@@ -268,6 +268,7 @@ BAD = {
     "some layers": (edit_config(layers_to_transform=[0]), ["layers_to_transform=[0]"]),
     "a changed base": (edit_config(init_lora_weights="pissa"), ["init_lora_weights='pissa'"]),
     "no alpha": (edit_config(lora_alpha="absent"), ["adapter_config.json: the field lora_alpha is missing"]),
+    "alpha of infinity": (edit_config(lora_alpha=float("inf")), ["adapter_config.json: lora_alpha must be > 0 and finite"]),
     "alpha of 0": (edit_config(lora_alpha=0), ["lora_alpha must be > 0"]),
     "no rank": (edit_config(r="absent"), ["adapter_config.json: the field r is missing"]),
     "rank of 0": (edit_config(r=0), ["r must be at least 1"]),
@@ -362,6 +363,16 @@ def test_an_adapter_may_be_over_another_and_have_its_own_tokenizer(over, tmp_pat
         assert found == load_tokenizer(name).fingerprint == words("own").fingerprint
     given = load_with_tokenizer(str(two), tmp_path / "base")[2]
     assert given.fingerprint == words("base").fingerprint
+
+
+def test_an_adapter_with_its_own_tokenizer_ends_where_its_base_does(over, tmp_path):
+    """As in transformers: the base's generation_config.json counts, and peft's folders have none."""
+    one = over("one", "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load_with_tokenizer(str(one))[2].stop_ids == (2, 7)
+    words("own").save(one)
+    assert load_with_tokenizer(str(one))[2].stop_ids == (2, 7)
+    assert load_with_tokenizer(str(one), one)[2].stop_ids == (2,), "a tokenizer that is named is taken as it is"
 
 
 def test_the_files_of_an_adapter_of_the_hub_are_fetched(over, tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def config_of(case: Case, inputs: Path, server: str, out: Path) -> RlaifConfig:
         held_out=8,
         scale_answers=16,
         lora=PROGRAM["learns"][learns],
-        adapter=LoRAConfig(rank=4),
+        adapter=LoRAConfig(rank=4) if PROGRAM["learns"][learns] else LoRAConfig(),
         dtype=PROGRAM["dtype"][dtype],
         out=out,
         train=TrainConfig(
