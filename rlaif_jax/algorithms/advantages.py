@@ -62,7 +62,7 @@ class Estimator:
         raise NotImplementedError
 
     def follow(self, baseline: jax.Array, mean_total: jax.Array) -> jax.Array:
-        """Returns what is kept of this step and those before, [2], for the next step's `AdvantageInputs.baseline`.
+        """Returns what the next step finds in `AdvantageInputs.baseline`, [2].
 
         Args:
             baseline: what was kept before.
@@ -99,7 +99,7 @@ class GAE(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class ReturnToGo(Estimator):
-    """The sum of the rewards from a token on: no baseline, or with `whiten` REINFORCE++ (Hu 2025, eq. 4 and 5).
+    """The sum of the rewards from a token on: without a baseline; with `whiten` REINFORCE++ (Hu 2025).
 
     Attributes:
         whiten: whether advantages are brought to mean 0 and variance 1 over the whole step.
@@ -117,7 +117,7 @@ class ReturnToGo(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class MovingBaseline(Estimator):
-    """total - the moving mean of earlier steps' totals (Williams 1992, section 4: reinforcement comparison).
+    """total - the moving mean of earlier steps (Williams 1992, reinforcement comparison).
 
     The step's own answers are not in its baseline, so the gradient has no bias; the first step has none.
 

@@ -1,4 +1,4 @@
-"""Settings of policy gradients under the names of their papers. Each is a `PPOConfig`; all its settings may be changed.
+"""Settings of policy gradients under the names of their papers, each a `PPOConfig`.
 
 The numbers are the papers', for models of billions of parameters: learning rates and batches of your own model differ (see the
 guide on settings). `NAMED` lists them all; the documentation and the tests are made from it.

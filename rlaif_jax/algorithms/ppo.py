@@ -1,8 +1,8 @@
-"""Policy gradients on token sequences: PPO with a critic, GRPO, RLOO and many others without one, by settings.
+"""Policy gradients on token sequences: PPO with a critic, GRPO, RLOO and others without, by settings.
 
 The settings are orthogonal: `advantage` chooses the estimator (`advantages.py`), `objective` the surrogate (`objectives.py`),
 `ratio` whether it is of tokens or answers and `average` how it becomes one number (`surrogate.py`), `importance` what corrects
-for another sampler (`corrections.py`). The details follow Huang 2024, "The N+ implementation details of RLHF with PPO".
+for another sampler. The details follow Huang 2024, "The N+ implementation details of RLHF with PPO".
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ import optax
 
 from rlaif_jax.algorithms.advantages import GAE, Advantage, AdvantageInputs, token_rewards
 from rlaif_jax.algorithms.base import Algorithm, initial_state, with_hyper
-from rlaif_jax.algorithms.corrections import Importance, Truncated
-from rlaif_jax.algorithms.objectives import Clipped, Objective, adapt_kl
+from rlaif_jax.algorithms.objectives import Clipped, Importance, Objective, Truncated, adapt_kl
 from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.scoring import score_rollout
-from rlaif_jax.algorithms.step_metrics import batch_metrics, summarise
 from rlaif_jax.algorithms.surrogate import (
     Average,
     OverTokens,
@@ -32,6 +30,8 @@ from rlaif_jax.algorithms.surrogate import (
     TokenRatio,
     answer_fields,
     answer_loss,
+    batch_metrics,
+    summarise,
     token_loss,
 )
 from rlaif_jax.algorithms.update import Batch, Scored, Update, check_minibatches, check_packed
@@ -130,7 +130,7 @@ class PPOConfig:
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        """Returns who answers: the policy K times, and once more by its most probable tokens where that is the baseline."""
+        """Returns who answers: the policy K times, and once more greedily where that is the baseline."""
         return (Draw(self.answers_per_prompt), *((Draw(greedy=True),) if self.advantage.greedy else ()))
 
     def check(self, prompts_per_step: int, devices: int, staleness: int) -> None:

@@ -1,4 +1,4 @@
-"""The loss of a policy gradient: an objective on ratios of tokens or answers, averaged, with KL, critic and entropy."""
+"""The loss of a policy gradient: an objective on ratios, averaged, with KL, critic and entropy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rlaif_jax.algorithms.objectives import kl_estimates, value_loss
 from rlaif_jax.algorithms.update import Batch, Scored, Totals
+from rlaif_jax.parallel import masked_mean
 from rlaif_jax.types import Metrics
 
 
@@ -87,7 +88,10 @@ class OverTokens:
 
 @dataclasses.dataclass(frozen=True)
 class OverAnswers:
-    """The mean over answers of the mean over their tokens: a token of a long answer counts less (GRPO, Shao 2024, eq. 3)."""
+    """The mean over answers of the mean over their tokens (GRPO, Shao 2024, eq. 3).
+
+    A token of a long answer counts less than one of a short answer.
+    """
 
     def shares(self, mask: jax.Array) -> jax.Array:
         """Returns the share of each token [B, T]: 1 / tokens of its answer."""
@@ -100,7 +104,7 @@ class OverAnswers:
 
 @dataclasses.dataclass(frozen=True)
 class OverLength:
-    """The mean over answers of the sum over their tokens, divided by a constant (Dr. GRPO, Liu 2025, section 3.2).
+    """The mean over answers of the sum over their tokens / a constant (Dr. GRPO, Liu 2025, section 3.2).
 
     Every token counts alike, whatever the lengths of the minibatch: up to the constant it is the policy gradient without bias.
 
@@ -227,7 +231,7 @@ def token_loss(
 def answer_loss(
     config: Any, sums: jax.Array, answers: AnswerFields, valid: jax.Array, totals: Totals
 ) -> tuple[jax.Array, Metrics]:
-    """Returns the objective on the ratios of whole answers, averaged, and its metrics; is a `SequenceLoss`.
+    """Returns the averaged objective on ratios of whole answers, and its metrics; is a `SequenceLoss`.
 
     Args:
         config: a `PPOConfig` with coefficients that may be traced.
@@ -245,3 +249,52 @@ def answer_loss(
     counted = jnp.where(valid, objective * answers.weights * answers.shares, 0.0)
     loss = counted.sum() / config.average.count(totals)
     return loss, {"policy_loss": loss, "clip_fraction": jnp.sum(clipped & valid) / totals.sequences}
+
+
+# ---- Metrics of a step
+
+
+def summarise(history: Metrics) -> Metrics:
+    """Returns the metrics of a step: means over its minibatches, and `first/*` of the first minibatch.
+
+    `history` has the same metrics of each minibatch, arrays [number of minibatches] in order.
+    """
+    # The sampler's log-probs are compared with the trainer's before it has moved: later the gap would mean nothing.
+    metrics = {name: x.mean() for name, x in history.items() if not name.startswith("sampler_")}
+    first = {name: x[0] for name, x in history.items()}
+    for name in ("ratio_error", "approx_kl", "clip_fraction", "sampler_gap", "sampler_gap_max"):
+        metrics[f"first/{name}"] = first[name]
+    squared = jnp.maximum(first["sampler_weight_squared"], 1e-8)
+    metrics["first/effective_sample_size"] = first["sampler_weight"] ** 2 / squared
+    metrics["nonfinite"] = history["nonfinite"].sum()
+    return metrics
+
+
+def batch_metrics(batch: Batch, axis_name: str | None, *, with_critic: bool) -> Metrics:
+    """Computes the metrics of a rollout.
+
+    Args:
+        batch: the rollout with its token fields.
+        axis_name: the mapped axis of the devices, or None; means are over all devices.
+        with_critic: whether to add `explained_variance` and the mean `return`.
+
+    Returns:
+        `kl` and `kl_k3` of a whole answer to the reference, in nats; `entropy` of a token, estimated from the
+        sampled tokens; `length` of an answer in tokens.
+    """
+    mask, fields = batch.mask, batch.fields
+    rows = mask.any(-1)
+    log_ratio = jnp.where(mask, fields.logprobs - fields.ref_logprobs, 0.0)
+    k1, _, k3 = kl_estimates(log_ratio)
+    metrics = {
+        "kl": masked_mean(jnp.where(mask, k1, 0.0).sum(-1), rows, axis_name),
+        "kl_k3": masked_mean(jnp.where(mask, k3, 0.0).sum(-1), rows, axis_name),
+        "entropy": masked_mean(-fields.logprobs, mask, axis_name),  # Monte Carlo, over the behaviour policy's tokens
+        "length": masked_mean(batch.response_mask.sum(-1).astype(jnp.float32), rows, axis_name),
+    }
+    if with_critic:
+        error = masked_mean((fields.returns - fields.values) ** 2, mask, axis_name)
+        mean = masked_mean(fields.returns, mask, axis_name)
+        variance = masked_mean((fields.returns - mean) ** 2, mask, axis_name)
+        metrics |= {"explained_variance": 1 - error / jnp.maximum(variance, 1e-8), "return": mean}
+    return metrics

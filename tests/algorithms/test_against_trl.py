@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.algorithms.advantages import GroupMean
-from rlaif_jax.algorithms.corrections import Masked, Truncated
-from rlaif_jax.algorithms.objectives import CISPO, SAPO, Clipped
+from rlaif_jax.algorithms.objectives import CISPO, SAPO, Clipped, Masked, Truncated
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.surrogate import (
     AnswerRatio,

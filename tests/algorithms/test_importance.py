@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.algorithms.corrections import Masked, Truncated
+from rlaif_jax.algorithms.objectives import Masked, Truncated
 from rlaif_jax.config import UserError
 
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
