@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
-from rlaif_jax.algorithms.advantages import GroupNormalised, LeaveOneOut
+from rlaif_jax.algorithms.advantages import GreedyBaseline, GroupNormalised, LeaveOneOut, MovingBaseline
 from rlaif_jax.algorithms.base import Algorithm
 from rlaif_jax.algorithms.irl import DiscriminatorConfig
+from rlaif_jax.algorithms.objectives import Clipped, Masked, NoRatio
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.preference import DPOConfig
+from rlaif_jax.algorithms.surrogate import AnswerRatio, OverAnswers, OverLength
 from rlaif_jax.data.prompts import PromptIterator, prompt_batches
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.recorded import WithRecorded
@@ -156,12 +158,23 @@ def adversarial(decoder: DecoderConfig = DECODER, *, sampling: SamplingConfig = 
 
 
 GROUP = {"answers_per_prompt": 4, "kl_in": "loss"}
+GSPO = {
+    "ratio": AnswerRatio(),
+    "objective": Clipped(0.02, 0.03),
+    "average": OverAnswers(),
+    "importance": Masked("answer"),
+}
+SUMS = {"average": OverLength(1), "num_epochs": 1}
 SETUPS = {
     "ppo": lambda: ppo(),
     "ppo_packed": lambda: ppo(packed_rows=2),
     "grpo": lambda: ppo(advantage=GroupNormalised(), **GROUP),
     "rloo": lambda: ppo(advantage=LeaveOneOut(), **GROUP),
     "rloo_packed": lambda: ppo(advantage=LeaveOneOut(), packed_rows=1, **GROUP),
+    "gspo": lambda: ppo(advantage=GroupNormalised(), **GSPO, **GROUP),
+    "gspo_packed": lambda: ppo(advantage=GroupNormalised(), packed_rows=1, **GSPO, **GROUP),
+    "remax": lambda: ppo(advantage=GreedyBaseline(), objective=NoRatio(), **SUMS, answers_per_prompt=2),
+    "reinforce": lambda: ppo(advantage=MovingBaseline(), objective=NoRatio(), **SUMS, answers_per_prompt=2),
     "dpo": dpo,
     "dpo_packed": lambda: dpo(packed_rows=1),
     "dpo_policy": lambda: dpo(answers="policy", answers_per_prompt=3),
@@ -179,6 +192,7 @@ SETUPS = {
     "adversarial_packed": lambda: adversarial(packed_rows=2),
 }
 PROOFS = [
+    *("gspo", "gspo_packed", "remax"),
     *("grpo_oversampled", "rloo", "rloo_packed", "dpo", "dpo_packed", "encoder_decoder", "adversarial"),
     *("adapted", "adapted_packed", "adapted_encoder_decoder"),
 ]

@@ -90,7 +90,8 @@ def test_the_number_of_devices_changes_nothing(name, runner):
 
 
 @pytest.mark.parametrize(
-    "padded, packed", [("rloo", "rloo_packed"), ("dpo", "dpo_packed"), ("adapted", "adapted_packed")]
+    "padded, packed",
+    [("rloo", "rloo_packed"), ("gspo", "gspo_packed"), ("dpo", "dpo_packed"), ("adapted", "adapted_packed")],
 )
 def test_packed_rows_change_nothing(padded, packed):
     state, metrics, _ = on_one_device(padded)
@@ -133,7 +134,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr("rlaif_jax.train.make_runner", lambda parallel, rules: JitRunner())
 
 
-@pytest.mark.parametrize("name", ["rloo", "dpo", "dpo_policy", "encoder_decoder", "adversarial", *ADAPTED])
+@pytest.mark.parametrize("name", ["rloo", "reinforce", "dpo", "dpo_policy", "encoder_decoder", "adversarial", *ADAPTED])
 def test_train_is_resumed_bit_for_bit(name, tmp_path, one_device):
     setup = SETUPS[name]()
     whole = run_train(setup, tmp_path / "whole")
