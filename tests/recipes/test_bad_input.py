@@ -70,7 +70,7 @@ BEFORE = {
     "an empty template": ("sft --out OUT --chat.template HERE/blank.txt", "chat.template: the file HERE/blank.txt is empty"),
     "template is not closed": ("train --policy HERE/unclosed", "it is malformed: line 1: Unexpected end of template"),
     # Prompts
-    "no prompts": ("train --prompts ''", "no prompts: give --prompts, a .jsonl or .txt file or tfds:NAME/SPLIT"),
+    "no prompts": ("train --prompts ''", "no prompts: give --prompts, a .jsonl, .parquet or .txt file or tfds:NAME/SPLIT"),
     "no such prompts": ("train --prompts HERE/none.jsonl", "cannot read HERE/none.jsonl: No such file or directory"),
     "prompts are a folder": ("train --prompts HERE", "cannot read HERE: Is a directory"),
     "empty file": ("train --prompts HERE/empty.jsonl", 'HERE/empty.jsonl is empty: expected one JSON object a line, with "p'),
