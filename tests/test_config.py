@@ -191,7 +191,7 @@ def test_missing_fields_are_named():
             lambda: OptimizerConfig(schedule="cosin"),
             "optimizer.schedule is 'cosin'; it is one of linear, constant, cos",
         ),
-        (lambda: from_json(PPOConfig, {"advantage": {"type": "GEA"}}), "one of GAE, GroupNormalised, LeaveOneOut"),
+        (lambda: from_json(PPOConfig, {"advantage": {"type": "GEA"}}), "one of GAE, ReturnToGo, MovingBaseline"),
         (lambda: ParallelConfig(mode="mesh"), "parallel.mode is 'mesh'"),
         (lambda: small_decoder(9, norm="batch"), "DecoderConfig.norm is 'batch'"),
         (lambda: PPOConfig(num_epochs=0), "ppo.num_epochs must be >= 1, not 0"),

@@ -86,8 +86,8 @@ class SAPO:
     At rho = 1 its gradient is that of -A rho; it fades with the distance of rho from 1 instead of ending at an edge.
 
     Attributes:
-        positive: t where A > 0.
-        negative: t elsewhere; larger, so that tokens of worse answers fade faster.
+        positive: t of tokens with A > 0.
+        negative: t of the others; larger, so that tokens of worse answers fade faster.
     """
 
     positive: float = 1.0
