@@ -36,6 +36,7 @@ from rlaif_jax.models.hf.files import save_model
 from rlaif_jax.models.lora import LoRAConfig
 from rlaif_jax.models.sampling import SamplingConfig
 from rlaif_jax.parallel import Runner, make_runner
+from rlaif_jax.policies.base import draw_count
 from rlaif_jax.policies.text import TextPolicy
 from rlaif_jax.progress.plan import PlannedStage
 from rlaif_jax.recipes.improve import Improvement, improve, with_critic
@@ -265,7 +266,7 @@ def _train(
     # ---- What the policy answers before training
     run.display.begin("start")
     run.settled()  # judgements may cost money or people's time
-    rows = config.train.prompts_drawn * config.ppo.answers_per_prompt
+    rows = config.train.prompts_drawn * draw_count(config.ppo.draws)
     start = Start(policy, runner, config.sampling, config.train.prompt_length, rows, prompts.add_bos, config.seed)
     if judges.baseline != "nowhere":
         prompts = start.with_baseline(run, prompts, training=judges.baseline == "everywhere")

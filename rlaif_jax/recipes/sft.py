@@ -428,7 +428,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
         def learn() -> Params:
             return fit_texts(model, start, base, training, config, runner=runner, run=run, writer=writer, check=check)
 
-        settings = {"model": model.config, **known, "fit": config.fit, "adapter": lora}
+        settings: dict[str, Any] = {"model": model.config, **known, "fit": config.fit, "adapter": lora}
         settings |= {"runner": type(runner).__name__, "devices": runner.devices}
         stage = run.stage(STAGE, jax.eval_shape(lambda: start), learn, settings=settings)
         for when, of in (("before", start), ("after", stage.params)):
