@@ -11,7 +11,15 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     loading = Loading()
 
 from rlaif_jax.command_line import command_line, ended_worse
-from rlaif_jax.recipes.rlaif import PAGES, get_config, help_text, main
+from rlaif_jax.recipes.rlaif import NAMED_SETTINGS, PAGES, get_config, help_text, main
 
 if __name__ == "__main__":
-    command_line(main, get_config(), help_text(), loading=loading, failed=ended_worse, pages=PAGES)
+    command_line(
+        main,
+        get_config(),
+        help_text(),
+        loading=loading,
+        failed=ended_worse,
+        pages=PAGES,
+        named=NAMED_SETTINGS,
+    )

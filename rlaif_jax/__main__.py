@@ -33,7 +33,13 @@ def train() -> None:
     from rlaif_jax.recipes import rlaif
 
     command_line(
-        rlaif.main, rlaif.get_config(), rlaif.help_text(), loading=loading, failed=ended_worse, pages=rlaif.PAGES
+        rlaif.main,
+        rlaif.get_config(),
+        rlaif.help_text(),
+        loading=loading,
+        failed=ended_worse,
+        pages=rlaif.PAGES,
+        named=rlaif.NAMED_SETTINGS,
     )
 
 

@@ -56,6 +56,7 @@ def command_line(
     loading: Loading | None = None,
     failed: Callable[[Result], bool] = lambda result: False,
     pages: Mapping[str, Callable[[], str]] = {},
+    named: Mapping[str, Mapping[str, Any]] = {},
 ) -> Result:
     """Parses the command line into a config, calls `main` with it and returns the result of `main`.
 
@@ -63,7 +64,8 @@ def command_line(
     class may be anywhere after the word.
 
     With `--resume`, the settings of the run in the folder `--out` take the place of the defaults: no other option is needed.
-    With `--config FILE`, those of a JSON file do, such as the config.json of another run.
+    With `--config FILE`, those of a JSON file do, such as the config.json of another run; with `--config NAME`, those of
+    `named`.
 
     Args:
         main: a function of the config.
@@ -72,6 +74,7 @@ def command_line(
         loading: what the script has shown while its imports ran; ends here.
         failed: whether the result of `main` is a failure though everything was written, such as `ended_worse`.
         pages: option -> a text that it prints, in the place of a run: help that is too long for --help.
+        named: name -> settings, as JSON values; what they leave out has its default.
 
     Raises:
         SystemExit: with status 2 and one line on stderr for bad input, with 1 when a check of the run failed, a loss is
@@ -84,7 +87,7 @@ def command_line(
     except ValueError:  # not the main thread: signals are somebody else's
         before = None
     try:
-        config = _parse_arguments(default, description, pages)
+        config = _parse_arguments(default, description, pages, named)
         use_compilation_cache()
         result = main(config)
     except UserError as error:
@@ -118,18 +121,24 @@ CONFIG_HELP = """
 default, and options count more."""
 
 
-def _parse_arguments(default: Config, description: str | None, pages: Mapping[str, Callable[[], str]] = {}) -> Config:
+def _parse_arguments(
+    default: Config,
+    description: str | None,
+    pages: Mapping[str, Callable[[], str]] = {},
+    named: Mapping[str, Mapping[str, Any]] = {},
+) -> Config:
     try:
         for option, text in pages.items():
             if option in sys.argv[1:]:
                 print(text(), flush=True)
                 sys.exit(0)
-        default, arguments = _from_file(_resumed(default, sys.argv[1:]), sys.argv[1:])
+        default, arguments = _from_file(_resumed(default, sys.argv[1:]), sys.argv[1:], named)
+        names = f"\n\n--config NAME begins with named settings: {', '.join(named)}." if named else ""
         config = tyro.cli(
             type(default),
             args=arguments,
             default=default,
-            description=(description or "") + CONFIG_HELP,
+            description=(description or "") + CONFIG_HELP + names,
             config=(tyro.conf.CascadeSubcommandArgs,),
         )
     except BrokenPipeError:  # the reader of --help has gone (`| head`)
@@ -156,8 +165,10 @@ def _check_numbers(settings: Any, name: str = "") -> None:
         require(settings == settings, f"{name} should be a number, not NaN")
 
 
-def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:
-    """Returns (the settings of the file of `--config`, else `default`, the other arguments).
+def _from_file(
+    default: Config, arguments: Sequence[str], named: Mapping[str, Mapping[str, Any]] = {}
+) -> tuple[Config, list[str]]:
+    """Returns (the settings of `--config`, a file or a name, else `default`, the other arguments).
 
     Raises:
         UserError: the file cannot be read, holds other settings, or a run is to be resumed, too.
@@ -172,10 +183,12 @@ def _from_file(default: Config, arguments: Sequence[str]) -> tuple[Config, list[
     if path is None:
         return default, others
     require("--resume" not in others, "--config begins a run, and --resume goes on with one: give one of them")
+    values: Any = named.get(str(path))
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(path.read_text(encoding="utf-8-sig")) if values is None else dict(values)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+        known = f"; named settings are {', '.join(named)}" if named and not path.exists() else ""
+        raise UserError(f"{path}: cannot be read as JSON ({error}){known}") from error
     require(isinstance(values, dict), f"{path}: settings are one JSON object")
     own = to_json(default)
     kept = {name: value for name, value in own.items() if name in ("out", "resume")}

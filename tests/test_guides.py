@@ -54,10 +54,10 @@ def parse(monkeypatch, tmp_path):
     """Parses the command line of a tool without running it."""
     seen = []
 
-    def only_parse(main, default, description=None, *, loading=None, **unused):
+    def only_parse(main, default, description=None, *, loading=None, named=(), **unused):
         if loading is not None:
             loading.done()
-        seen.append(command_line._parse_arguments(default, description))
+        seen.append(command_line._parse_arguments(default, description, named=dict(named)))
 
     def parse(words):
         tool(words)

@@ -19,10 +19,11 @@ import numpy as np
 import tyro
 
 from rlaif_jax.algorithms.advantages import GroupNormalised
+from rlaif_jax.algorithms.named import NAMED
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.checkpoint import fingerprint, require_weights
-from rlaif_jax.config import require
+from rlaif_jax.config import require, to_json
 from rlaif_jax.data.chat.config import ChatConfig
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.evaluate import Answers, Combination, Evaluation
@@ -202,6 +203,9 @@ def help_text() -> str:
 HELP_REWARDS = "--help-rewards"
 PAGES = {HELP_REWARDS: settings_help}
 """Options of the command line that print a text."""
+
+NAMED_SETTINGS = {name: {"ppo": to_json(ppo)} for name, ppo in NAMED.items()}
+"""The settings of `--config NAME`."""
 
 
 def main(config: RlaifConfig) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import pytest
 from rlaif_jax.algorithms import named
 from rlaif_jax.algorithms.named import NAMED
 from rlaif_jax.algorithms.ppo import PPOConfig
+from rlaif_jax.command_line import _parse_arguments
 from rlaif_jax.config import from_json, to_json
 from rlaif_jax.feedback.sources import collect_feedback
 from rlaif_jax.parallel import JitRunner, Runner, ShardRunner, make_mesh
 from rlaif_jax.policies.base import draw_count, to_prompts
 from rlaif_jax.programs import programs
+from rlaif_jax.recipes.rlaif import NAMED_SETTINGS, get_config
 from rlaif_jax.steps import step_data
 from rlaif_jax.types import Frozen
 from tests.builders import OPTIMIZER, TOKENIZER, ppo
@@ -45,6 +47,14 @@ def test_every_setting_of_the_module_is_listed():
     made = [value for value in vars(named).values() if isinstance(value, PPOConfig)]
     assert len(made) == len(NAMED) and all(any(config is value for value in NAMED.values()) for config in made)
     assert len({repr(config) for config in NAMED.values()}) == len(NAMED), "two names for the same settings"
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_train_begins_with_a_named_setting(name, monkeypatch):
+    """And options count more."""
+    monkeypatch.setattr("sys.argv", ["train", "--config", name, "--ppo.answers-per-prompt", "5"])
+    config = _parse_arguments(get_config(), "", named=NAMED_SETTINGS)
+    assert config == dataclasses.replace(get_config(), ppo=dataclasses.replace(NAMED[name], answers_per_prompt=5))
 
 
 def test_the_documentation_has_a_row_for_each():

@@ -151,6 +151,8 @@ BEFORE = {
     "budget without prices": ("train --feedback 'api http://127.0.0.1:9/v1 model=m budget_usd=1'", "budget_usd needs the "
                               "prices: usd_per_million_prompt"),
     # Training
+    "no such named settings": ("train --config dapo2", "dapo2: cannot be read as JSON ([Errno 2] No such file or directory: 'd"
+                               "apo2'); named settings are reinforce, rloo, remax"),
     "rank 0": ("train --lora --adapter.rank 0", "lora.rank must be >= 1, not 0"),
     "an adapter that does not learn": ("train --adapter.rank 4", "adapter, which does not learn: add --lora"),
     "sft: an adapter that does not learn": ("sft --out OUT --adapter.rslora", "which does not learn: add --lora"),
