@@ -12,7 +12,7 @@ import numpy as np
 from rlaif_jax.data.prompts import PromptBatch, Record
 from rlaif_jax.data.tokenizers import Tokenizer
 from rlaif_jax.feedback.sources import FeedbackSource
-from rlaif_jax.policies.base import Policy, to_prompts
+from rlaif_jax.policies.base import Draw, Policy, draw_count, learned_rows, to_prompts
 from rlaif_jax.rewards.spread import group_spread
 from rlaif_jax.run import Run
 from rlaif_jax.types import Array, Feedback, RewardBatch, Rollout, StepData
@@ -65,7 +65,11 @@ def collect(
 
 
 def reward_metrics(
-    rewards: RewardBatch, judged: Feedback, lengths: Array, answers: int, names: Sequence[str] = ()
+    rewards: RewardBatch,
+    judged: Feedback,
+    lengths: Array,
+    draws: tuple[Draw, ...],
+    names: Sequence[str] = (),
 ) -> dict[str, float]:
     """Returns the mean `reward` that is learned from, mean raw scores, and what was missing.
 
@@ -75,7 +79,7 @@ def reward_metrics(
         rewards: the rewards of B answers, on the host.
         judged: the feedback [B, R] behind them, on the host.
         lengths: [B], the answers' tokens.
-        answers: K, the answers to a prompt, which are neighbours.
+        draws: who answers each prompt: means are over the answers that are learned from.
         names: of the R judgements; without them they have numbers.
 
     Returns:
@@ -85,12 +89,13 @@ def reward_metrics(
         that of complete ones, `missing/partly_advantage`: the reward less the mean over the prompt's answers (with K = 1
         over all), in standard deviations of all rewards.
     """
-    count = judged.values.shape[1]
+    count, answers = judged.values.shape[1], draw_count(draws)
+    own = learned_rows(draws, len(judged.values))
     called = list(names) if len(names) == count else [str(i) for i in range(count)]
     keys = ["score"] if count == 1 else [f"score/{name}" for name in called]
-    found = {key: _mean(judged.values[:, i], judged.valid[:, i]) for i, key in enumerate(keys)}
+    found = {key: _mean(judged.values[:, i], judged.valid[:, i] & own) for i, key in enumerate(keys)}
     if rewards.pairs is None or count:
-        found = {"reward": _mean(rewards.total, rewards.valid)} | found
+        found = {"reward": _mean(rewards.total, rewards.valid & own)} | found
     whole: np.ndarray = np.all(np.asarray(judged.valid), axis=1, keepdims=False)
     if count and not whole.all():
         found |= {f"missing/{name}": float(1 - judged.valid[:, i].mean()) for i, name in enumerate(called)}

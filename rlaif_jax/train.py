@@ -297,7 +297,7 @@ def train(
             rewards, judged = jax.device_get((rewards, judged))
             lengths = np.asarray(jax.device_get(rollout.response_mask)).sum(-1)
             drawn, names = draw_count(algorithm.draws), () if feedback is None else feedback.reward_names()
-            values |= reward_metrics(rewards, judged, lengths, drawn, names)
+            values |= reward_metrics(rewards, judged, lengths, algorithm.draws, names)
             values |= spread_metrics(rewards, drawn, config.oversample)
             missing += int((~judged.valid).sum())
             run.missing["judgements of a step"] = missing

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlaif_jax.config import check_choices, require
 from rlaif_jax.data.prompts import PromptBatch
@@ -127,12 +128,12 @@ def to_prompts(batch: PromptBatch) -> Prompts:
     return Prompts(tokens=jnp.asarray(batch.tokens), mask=jnp.asarray(batch.mask), uid=jnp.asarray(batch.uid))
 
 
-def learned_rows(draws: tuple[Draw, ...], rows: int) -> jax.Array:
-    """Returns [B] bool, the rows of a rollout that a policy learns from: its own answers that it sampled.
+def learned_rows(draws: tuple[Draw, ...], rows: int) -> np.ndarray:
+    """Returns [B] bool, the rows that a policy learns from: its own samples, or recorded answers.
 
     Args:
-        draws: who answers each prompt.
+        draws: who answers each prompt; empty for recorded answers.
         rows: B, a multiple of `draw_count(draws)`.
     """
-    sampled = [draw.by == "policy" and not draw.greedy for draw in draws for _ in range(draw.count)]
-    return jnp.tile(jnp.array(sampled), rows // len(sampled))
+    sampled = [draw.by == "policy" and not draw.greedy for draw in draws for _ in range(draw.count)] or [True]
+    return np.tile(np.array(sampled), rows // len(sampled))
