@@ -188,4 +188,4 @@ def step_key(seed: jax.Array | int, step: jax.Array | int, purpose: int) -> jax.
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-ROLLOUT, PERMUTATION, EVALUATION, INIT, FEEDBACK, SAMPLES = range(6)  # the purposes of `step_key`
+ROLLOUT, PERMUTATION, EVALUATION, INIT, FEEDBACK, SAMPLES, CLIP_COV = range(7)  # the purposes of `step_key`

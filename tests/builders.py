@@ -14,7 +14,7 @@ from rlaif_jax.algorithms.objectives import Clipped, Masked, NoRatio
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
 from rlaif_jax.algorithms.preference import DPOConfig
-from rlaif_jax.algorithms.surrogate import AnswerRatio, OverAnswers, OverLength
+from rlaif_jax.algorithms.surrogate import AnswerRatio, ClipCov, OverAnswers, OverLength
 from rlaif_jax.data.prompts import PromptIterator, prompt_batches
 from rlaif_jax.data.readers import FileRecords
 from rlaif_jax.data.recorded import WithRecorded
@@ -174,6 +174,7 @@ SETUPS = {
     "gspo": lambda: ppo(advantage=GroupNormalised(), **GSPO, **GROUP),
     "gspo_packed": lambda: ppo(advantage=GroupNormalised(), packed_rows=1, **GSPO, **GROUP),
     "remax": lambda: ppo(advantage=GreedyBaseline(), objective=NoRatio(), **SUMS, answers_per_prompt=2),
+    "clip_cov": lambda: ppo(advantage=GroupNormalised(), clip_cov=ClipCov(0.3, 0.0, 9.0), **GROUP),
     "reinforce": lambda: ppo(advantage=MovingBaseline(), objective=NoRatio(), **SUMS, answers_per_prompt=2),
     "dpo": dpo,
     "dpo_packed": lambda: dpo(packed_rows=1),
@@ -192,7 +193,7 @@ SETUPS = {
     "adversarial_packed": lambda: adversarial(packed_rows=2),
 }
 PROOFS = [
-    *("gspo", "gspo_packed", "remax"),
+    *("gspo", "gspo_packed", "remax", "clip_cov"),
     *("grpo_oversampled", "rloo", "rloo_packed", "dpo", "dpo_packed", "encoder_decoder", "adversarial"),
     *("adapted", "adapted_packed", "adapted_encoder_decoder"),
 ]

@@ -24,6 +24,7 @@ from rlaif_jax.algorithms.optimizer import OptimizerConfig, make_optimizer
 from rlaif_jax.algorithms.scoring import score_rollout
 from rlaif_jax.algorithms.surrogate import (
     Average,
+    ClipCov,
     OverTokens,
     Ratio,
     TokenFields,
@@ -40,7 +41,17 @@ from rlaif_jax.models.base import Critic, View
 from rlaif_jax.parallel import masked_mean, masked_whiten, psum
 from rlaif_jax.policies.base import Draw, Policy, draw_count, learned_rows
 from rlaif_jax.rewards.shaping import Shaping
-from rlaif_jax.types import Frozen, Metrics, Params, RewardBatch, Rollout, StepData, TrainState
+from rlaif_jax.types import (
+    CLIP_COV,
+    Frozen,
+    Metrics,
+    Params,
+    RewardBatch,
+    Rollout,
+    StepData,
+    TrainState,
+    step_key,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +72,7 @@ class PPOConfig:
         value_clip_range: how far a value may move from its old one before its error no longer shrinks; None: any way.
         value_coef: weight of the value loss; it matters where the critic shares the policy's trunk.
         entropy_coef: weight of the entropy bonus; 0: entropies are not computed.
+        clip_cov: which tokens are left out so that the entropy falls less; None: none.
         kl_in: where the KL to the reference enters: the per-token `reward`, or the `loss`.
         kl_gradient: of the KL in the loss: `k2`, the KL's own, or `k3`, that of the estimator which GRPO differentiates.
         kl_coef: its coefficient.
@@ -88,6 +100,7 @@ class PPOConfig:
     value_clip_range: float | None = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
+    clip_cov: ClipCov | None = None
     kl_in: Literal["reward", "loss"] = "reward"
     kl_gradient: Literal["k2", "k3"] = "k2"
     kl_coef: float = 0.05
@@ -114,6 +127,10 @@ class PPOConfig:
         require(
             self.advantage.of_answers or not self.ratio.of_answers,
             f"ppo.ratio=AnswerRatio needs an advantage of whole answers, and ppo.advantage={name} has one for each token",
+        )
+        require(
+            self.clip_cov is None or not self.ratio.of_answers,
+            "ppo.clip_cov leaves out tokens, and ppo.ratio=AnswerRatio has one ratio for all of an answer's",
         )
         require(
             not (self.advantage.greedy and self.shaping.per_group),
@@ -328,6 +345,11 @@ class PPO(Algorithm):
         if self.config.advantage.whiten:
             white = masked_whiten(batch.fields.advantages, batch.mask, axis_name)
             batch = dataclasses.replace(batch, fields=batch.fields._replace(advantages=white))
+        clip_cov = with_hyper(self.config, state.hyper).clip_cov
+        if clip_cov is not None:
+            left_out = clip_cov.left_out(batch, step_key(state.seed, state.step, CLIP_COV), axis_name)
+            fields = batch.fields._replace(weights=jnp.where(left_out, 0.0, batch.fields.weights))
+            batch = dataclasses.replace(batch, fields=fields)
         batch = dataclasses.replace(batch, sequences=answer_fields(batch) if self.config.ratio.of_answers else None)
         new, history = self.update(state, frozen)(state, batch, axis_name=axis_name)
         metrics = summarise(history) | batch_metrics(old, axis_name, with_critic=self.critic is not None)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from rlaif_jax.algorithms.objectives import kl_estimates, value_loss
 from rlaif_jax.algorithms.update import Batch, Scored, Totals
-from rlaif_jax.parallel import masked_mean
+from rlaif_jax.config import require
+from rlaif_jax.parallel import masked_mean, psum
 from rlaif_jax.types import Metrics
 
 
@@ -124,6 +125,50 @@ class OverLength:
 
 
 Average = OverTokens | OverAnswers | OverLength
+
+
+# ---- Tokens that are left out
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipCov:
+    """Leaves out a few tokens that lower the entropy most (Clip-Cov, Cui 2025).
+
+    A token's part in the fall of the entropy goes with (log pi - mean) (A - mean), over the tokens of the step. Among those
+    in `least` .. `most` tokens are chosen at random, and have no gradient. Here log pi is that of before the update, where
+    the paper takes each minibatch's, and each token is chosen for itself, so that the share holds on average.
+
+    Attributes:
+        share: of all tokens, those that are left out.
+        least: the smallest covariance of a token that may be left out.
+        most: the largest.
+    """
+
+    share: float = 2e-4
+    least: float = 1.0
+    most: float = 5.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.share <= 1, f"clip_cov.share must lie in (0, 1], not {self.share}")
+        require(self.least < self.most, f"clip_cov.least ({self.least}) must be < clip_cov.most ({self.most})")
+
+    def left_out(self, batch: Batch, key: jax.Array, axis_name: str | None) -> jax.Array:
+        """Returns [B, T] bool, the tokens of this device that are left out; on any number of devices the same.
+
+        Args:
+            batch: this device's rows, with advantages as they are learned from.
+            key: of the step.
+            axis_name: the mapped axis of the devices, or None.
+        """
+        fields, mask = batch.fields, batch.mask
+        far = lambda x: jnp.where(mask, x, 0.0) - masked_mean(jnp.where(mask, x, 0.0), mask, axis_name)
+        covariance = far(fields.logprobs) * far(fields.advantages)
+        inside = mask & (covariance >= self.least) & (covariance <= self.most)
+        count = lambda x: psum(jnp.sum(x.astype(jnp.float32)), axis_name)
+        chance = self.share * count(mask) / jnp.maximum(count(inside), 1.0)
+        above = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(mask)
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(above + jnp.arange(len(mask)))
+        return inside & (jax.vmap(lambda one: jax.random.uniform(one, mask.shape[1:]))(keys) < chance)
 
 
 # ---- Whose ratio
