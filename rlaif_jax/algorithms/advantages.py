@@ -6,6 +6,7 @@ An estimator is a frozen dataclass; `Advantage` is the union of all of them. To 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import chex
@@ -79,11 +80,16 @@ class GAE(Estimator):
     Attributes:
         gamma: discount of a token.
         gae_lambda: 0 is the one-step error of the critic, 1 the return less the value.
+        value_lambda: the same for the critic's targets (decoupled GAE, VC-PPO, Yuan 2025); None: `gae_lambda`.
+        length_alpha: where set, a, an answer of l tokens has 1 - 1 / (a l) in place of `gae_lambda`, so that the end of a long
+            answer still counts at its beginning (length-adaptive GAE, VAPO, Yue 2025; there .05).
         whiten: whether advantages are brought to mean 0 and variance 1 over the whole step (Huang 2024).
     """
 
     gamma: float = 1.0
     gae_lambda: float = 0.95
+    value_lambda: float | None = None
+    length_alpha: float | None = None
     whiten: bool = True  # type: ignore[misc]
     needs_critic: ClassVar[bool] = True
     of_answers: ClassVar[bool] = False
@@ -91,10 +97,21 @@ class GAE(Estimator):
     def __post_init__(self) -> None:
         require(0 <= self.gae_lambda <= 1, f"advantage.gae_lambda must lie in [0, 1], not {self.gae_lambda}")
         require(0 < self.gamma <= 1, f"advantage.gamma must lie in (0, 1], not {self.gamma}")
+        value, alpha = self.value_lambda, self.length_alpha
+        require(value is None or 0 <= value <= 1, f"advantage.value_lambda must lie in [0, 1], not {value}")
+        require(alpha is None or alpha > 0, f"advantage.length_alpha must be > 0, not {alpha}")
 
     def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
         """Returns (advantages, returns), each [B, T]."""
-        return gae(inputs.rewards, inputs.values, inputs.mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
+        of = partial(gae, inputs.rewards, inputs.values, inputs.mask, gamma=self.gamma)
+        gae_lambda: jax.Array | float = self.gae_lambda
+        if self.length_alpha is not None:
+            lengths = jnp.maximum(inputs.mask.sum(-1).astype(jnp.float32), 1.0)
+            gae_lambda = jnp.maximum(1 - 1 / (self.length_alpha * lengths), 0.0)
+        advantages, returns = of(gae_lambda=gae_lambda)
+        if self.value_lambda is not None:
+            _, returns = of(gae_lambda=self.value_lambda)
+        return advantages, returns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +325,7 @@ def gae(
         values: [B, T], the value before each token.
         mask: [B, T], true where a token counts.
         gamma: discount.
-        gae_lambda: lambda.
+        gae_lambda: lambda, [] or [B].
     """
     chex.assert_equal_shape([rewards, values, mask])
     mask = mask.astype(bool)

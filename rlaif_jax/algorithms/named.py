@@ -188,6 +188,22 @@ PPO_RLHF = PPOConfig(
 )
 """PPO (Schulman 2017; Stiennon 2020; Huang 2024): GAE .95, clips .2, 4 epochs, KL .05 in the reward, learning rate 3e-6."""
 
+VAPO = PPOConfig(
+    advantage=GAE(value_lambda=1.0, length_alpha=0.05),
+    objective=Clipped(0.2, clip_higher=0.28),
+    answers_per_prompt=16,
+    num_epochs=1,
+    num_minibatches=16,
+    value_warmup=50,
+    kl_coef=0.0,
+    policy_optimizer=RATE,
+    value_optimizer=OptimizerConfig(learning_rate=2e-6, schedule="constant"),
+)
+"""VAPO (Yue 2025): lambda = 1 - 1 / (.05 length), 1 for the critic, which learns alone for 50 steps; clips .2 / .28.
+
+Its language-model loss on right answers is not here.
+"""
+
 NAMED: Mapping[str, PPOConfig] = {
     "reinforce": REINFORCE,
     "rloo": RLOO,
@@ -203,5 +219,6 @@ NAMED: Mapping[str, PPOConfig] = {
     "sapo": SAPO_,
     "a2c": A2C,
     "ppo": PPO_RLHF,
+    "vapo": VAPO,
 }
 """Name -> settings."""

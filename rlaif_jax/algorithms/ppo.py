@@ -71,6 +71,7 @@ class PPOConfig:
         num_minibatches: optimiser steps of a pass.
         value_clip_range: how far a value may move from its old one before its error no longer shrinks; None: any way.
         value_coef: weight of the value loss; it matters where the critic shares the policy's trunk.
+        value_warmup: the first steps in which the critic alone learns (value pretraining, VC-PPO, Yuan 2025).
         entropy_coef: weight of the entropy bonus; 0: entropies are not computed.
         clip_cov: which tokens are left out so that the entropy falls less; None: none.
         kl_in: where the KL to the reference enters: the per-token `reward`, or the `loss`.
@@ -99,6 +100,7 @@ class PPOConfig:
     num_minibatches: int = 1
     value_clip_range: float | None = 0.2
     value_coef: float = 0.1
+    value_warmup: int = 0
     entropy_coef: float = 0.0
     clip_cov: ClipCov | None = None
     kl_in: Literal["reward", "loss"] = "reward"
@@ -139,6 +141,11 @@ class PPOConfig:
         for field in ("kl_target", "kl_horizon", "value_clip_range"):
             value = self.__dict__[field]
             require(value is None or value > 0, f"ppo.{field} must be > 0, not {value}")
+        require(self.value_warmup >= 0, f"ppo.value_warmup must be >= 0, not {self.value_warmup}")
+        require(
+            not self.value_warmup or self.advantage.needs_critic,
+            f"ppo.value_warmup is for a critic, and ppo.advantage={name} has none",
+        )
         require(self.packed_rows >= 0, f"ppo.packed_rows must be >= 0 (0: not packed), not {self.packed_rows}")
         for field in ("kl_coef", "value_coef"):
             value = self.__dict__[field]
@@ -314,10 +321,13 @@ class PPO(Algorithm):
             frozen: weights that do not learn.
         """
         config, bound = self.config, with_hyper(self.config, state.hyper)
+        rates = {part: state.hyper[f"{part}_optimizer.learning_rate"] for part in self.optimizers}
+        if config.value_warmup:
+            rates["policy"] = jnp.where(state.step < config.value_warmup, 0.0, rates["policy"])
         return Update(
             score=lambda params, view: self.score(params, frozen, view),
             optimizers=self.optimizers,
-            learning_rates={part: state.hyper[f"{part}_optimizer.learning_rate"] for part in self.optimizers},
+            learning_rates=rates,
             num_epochs=config.num_epochs,
             num_minibatches=config.num_minibatches,
             packed_rows=config.packed_rows,

@@ -225,6 +225,33 @@ def test_the_estimator_with_a_critic_is_gae(episode):
             GAE(**bad)
 
 
+def test_the_critics_targets_may_have_their_own_lambda(episode):
+    rewards, values, mask = episode
+    inputs = AdvantageInputs(rewards, jnp.full(6, NAN), values, mask, mask.any(-1), answers=1)
+    advantages, returns = GAE(gamma=0.9, gae_lambda=0.8, value_lambda=1.0)(inputs)
+    np.testing.assert_allclose(advantages, slow_gae(rewards, values, mask, 0.9, 0.8), atol=1e-5)
+    np.testing.assert_allclose(
+        returns, np.where(mask, slow_gae(rewards, values, mask, 0.9, 1.0) + values, 0), atol=1e-5
+    )
+
+
+def test_lambda_may_follow_the_length_of_the_answer(episode):
+    rewards, values, mask = episode
+    inputs = AdvantageInputs(rewards, jnp.full(6, NAN), values, mask, mask.any(-1), answers=1)
+    advantages, _ = jax.jit(lambda x: GAE(length_alpha=0.25)(x._replace(answers=1)))(inputs)
+    # Lengths 9, 1, 4, 0, 7, 5: 1 - 4 / 9 .. and never below 0.
+    for row, length in enumerate(mask.sum(-1)):
+        lam = max(1 - 4 / max(length, 1), 0)
+        expected = slow_gae(rewards[row : row + 1], values[row : row + 1], mask[row : row + 1], 1.0, lam)
+        np.testing.assert_allclose(advantages[row : row + 1], expected, atol=1e-5)
+    for bad, said in (
+        ({"value_lambda": 1.1}, "value_lambda must lie in"),
+        ({"length_alpha": 0.0}, "length_alpha must be > 0"),
+    ):
+        with pytest.raises(UserError, match=f"advantage.{said}"):
+            GAE(**bad)
+
+
 # ---- Estimators of whole answers
 
 MASK = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)

@@ -33,6 +33,7 @@ def small(config: PPOConfig) -> PPOConfig:
         answers_per_prompt=max(config.advantage.min_answers, 2),
         num_minibatches=min(config.num_minibatches, 2),
         num_epochs=min(config.num_epochs, 2),
+        value_warmup=0,
         policy_optimizer=OPTIMIZER,
         value_optimizer=OPTIMIZER,
     )
