@@ -215,8 +215,8 @@ class ProgressDisplay:
                     self._print_alive()
 
     def _interval(self) -> float:
-        """Returns the seconds between two plain lines: a run of days should not fill its log with them."""
-        return min(max(PLAIN_LINE_EVERY_S, (time.monotonic() - self._opened_at) / 200), 60.0)
+        """Returns the seconds between two plain lines: a long run should not fill its log with them."""
+        return min(max(PLAIN_LINE_EVERY_S, (time.monotonic() - self._opened_at) / 40), 60.0)
 
     def _print_alive(self) -> None:
         if self._bars:

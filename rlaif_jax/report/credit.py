@@ -12,6 +12,7 @@ from rlaif_jax.report.numbers import is_number
 LEVELS = 4
 """Shades of each of the two colours."""
 
+DARK = 0.1  # nats; a token becomes a tenth more or less probable
 _MEANINGS = {
     "log_ratio": "how much more (blue) or less (red) probable the token is than before training, in nats; over an answer they "
     "add up to its KL",
@@ -84,6 +85,8 @@ class Palette(NamedTuple):
 def palette(samples: Iterable[Mapping[str, Any]]) -> Palette:
     """Returns the colours for the answers of a page: a twentieth of the tokens has the darkest ones.
 
+    A policy that has hardly changed is hardly coloured: log-ratios are dark from `DARK` nats on.
+
     Args:
         samples: lines of samples.jsonl.
     """
@@ -92,7 +95,9 @@ def palette(samples: Iterable[Mapping[str, Any]]) -> Palette:
     most = float(np.quantile(sizes, 0.95)) if sizes else 0.0
     if not most > 0:
         return Palette(1.0, None)
-    return Palette(most, Legend(_MEANINGS[known[0]["credit"]], f"{most:.2g}"))
+    kind = known[0]["credit"]
+    most = max(most, DARK) if kind == "log_ratio" else most
+    return Palette(most, Legend(_MEANINGS[kind], f"{most:.2g}"))
 
 
 def _numbers(sample: Mapping[str, Any]) -> Sequence[tuple[str, float | None]]:

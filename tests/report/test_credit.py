@@ -22,6 +22,15 @@ def test_shades_by_hand():
     assert [part.value for part in colours.tokens(after(tokens), 100)[:5]] == ["+2.00", "-1.00", "+0.20", "-9.00", ""]
 
 
+@pytest.mark.parametrize(("credit", "most"), [("log_ratio", 0.1), ("value_change", 0.002)])
+def test_a_policy_that_has_hardly_changed_is_hardly_coloured(credit, most):
+    """The critic's values have the unit of the reward, of which nobody knows what is little."""
+    part = after([("a", 0.002), ("b", -0.001), ("", 0.0)], credit=credit)
+    colours = palette([part])
+    assert colours.most == pytest.approx(most, rel=0.2)
+    assert (max(token.shade for token in colours.tokens(part, 9)) == 0) == (credit == "log_ratio")
+
+
 def test_tokens_without_text_add_to_the_next_one_and_the_last_is_the_end():
     part = after([("a", 0.5), ("", 1.0), ("\u00e9", 0.5), ("", None), ("b", None), ("", -2.0)])
     assert palette([part]).tokens(part, 100) == [
