@@ -241,22 +241,35 @@ Read = Written | FastChat | Oasst | HelpSteer
 class Detected:
     """The format that a file shows: a feedback store, a TFDS folder, or what its first row is like."""
 
+    def of(self, path: Path) -> Detected | Read:
+        """Returns the format of a file of rows; `self` for a feedback store and a TFDS folder.
+
+        Raises:
+            UserError: the file cannot be read, or its first row is of no known shape.
+        """
+        require(path.exists(), f"{path}: there is no such file of feedback")
+        return self if path.is_dir() or _is_store(path) else detect_format(path)
+
     def read(self, path: Path) -> ReadResult:
         """Reads a file of any format that differs from the others in its fields.
 
         Raises:
             UserError: the file cannot be read, or its first row is of no known shape.
         """
+        form = self.of(path)
+        if not isinstance(form, Detected):
+            return form.read(path)
         if path.is_dir():
             from rlaif_jax.feedback.records.dataset import read  # here, because TFDS takes seconds to import
 
             return ReadResult(*read(path), Counter())
-        require(path.exists(), f"{path}: there is no such file of feedback")
-        with open(path, "rb") as file:
-            if file.read(15) == b"SQLite format 3":
-                with Store(path) as store:
-                    return ReadResult(store.judgements(), [], Counter())
-        return detect_format(path).read(path)
+        with Store(path) as store:
+            return ReadResult(store.judgements(), [], Counter())
+
+
+def _is_store(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(15) == b"SQLite format 3"
 
 
 def detect_format(path: Path) -> Read:
@@ -299,21 +312,21 @@ class ImportConfig:
 
     Attributes:
         files: the files.
-        format: the format of all files.
+        format: the format of all files; by default each file's, known by its first row.
         store: the feedback store; created if absent.
     """
 
     files: tuple[Path, ...] = ()
-    format: Read = Records()
+    format: Detected | Read = Detected()
     store: Path = Path("feedback.sqlite")
 
 
 def import_help() -> str:
     """Returns the description of --help of `import-feedback`: what the tool does, and examples."""
     return (
-        "Adds the feedback in files of other tools and data sets to a feedback store. The format is named after all\n"
-        "options.\n\n"
-        "  python -m rlaif_jax import-feedback --files pairs.jsonl --store feedback.sqlite format:distilabel\n"
+        "Adds the feedback in files of other tools and data sets to a feedback store. The format is known by a file's\n"
+        "first row, or named after all options.\n\n"
+        "  python -m rlaif_jax import-feedback --files pairs.jsonl --store feedback.sqlite\n"
         "  python -m rlaif_jax import-feedback --files export.json format:argilla --format.answers answer_1 answer_2"
     )
 
@@ -330,10 +343,11 @@ def import_feedback(config: ImportConfig) -> int:
         for path in config.files:
             messages: list[str] = []
             unused: Counter[str] = Counter()
-            if isinstance(config.format, Records):
+            form = config.format.of(path) if isinstance(config.format, Detected) else config.format
+            if isinstance(form, Records):
                 judgements: Iterable[Judgement] = each_judgement(path, messages)
             else:
-                found = config.format.read(path)
+                found = form.read(path)
                 (judgements, messages), unused = found, found.unused
             given, new = store.add_all(judgements)
             print(f"{path}: {given} judgements, {new} of them new in {config.store}")
@@ -344,7 +358,7 @@ def import_feedback(config: ImportConfig) -> int:
             if messages:
                 more = f", of which {NAMED_BAD} are named here" if len(messages) > NAMED_BAD else ""
                 print(f"{path}: {len(messages)} faults, whose rows or values are left out{more}", file=sys.stderr)
-                if isinstance(config.format, Records) and not given:
+                if isinstance(form, Records) and not given:
                     print(f"{path}: no row is a record of this project. {NAME_FORMAT}", file=sys.stderr)
             bad += len(messages)
     return bad

@@ -41,7 +41,9 @@ def test_what_a_reader_left_is_printed_with_its_number(tmp_path: Path, capsys):
         assert [(j.rater.name, j.answers) for j in store.judgements()] == [("judge", ("a", "b")), ("judge", ("c", "b"))]
     exchange.import_feedback(config)
     assert "2 judgements, 0 of them new" in capsys.readouterr().out
-    assert exchange.import_feedback(exchange.ImportConfig((path,), store=config.store)) == 28
+    assert exchange.import_feedback(exchange.ImportConfig((path,), store=config.store)) == 26, "known by its first row"
+    assert "2 judgements, 2 of them new" in capsys.readouterr().out, "of a rater of another name"
+    assert exchange.import_feedback(exchange.ImportConfig((path,), exchange.Records(), config.store)) == 28
     hint = f"no row is a record of this project. {exchange.NAME_FORMAT}"
     assert capsys.readouterr().err.splitlines()[-1] == f"{path}: {hint}"
 
@@ -87,7 +89,7 @@ def test_the_tools_and_their_errors(tmp_path: Path, capsys, monkeypatch):
     assert Path("out.csv").read_text() == "task,worker,label\nt,w,yes\n"
     for arguments, message in (
         (["import-feedback"], "files is missing"),
-        (["import-feedback", "--files", "none"], "cannot read none"),
+        (["import-feedback", "--files", "none"], "none: there is no such file of feedback"),
         (["export-feedback"], "file is missing"),
         (["export-feedback", "--file", "x", "--store", "none"], "there is no feedback store none"),
     ):
