@@ -173,7 +173,7 @@ SETUPS = {
     "rloo_packed": lambda: ppo(advantage=LeaveOneOut(), packed_rows=1, **GROUP),
     "gspo": lambda: ppo(advantage=GroupNormalised(), **GSPO, **GROUP),
     "gspo_packed": lambda: ppo(advantage=GroupNormalised(), packed_rows=1, **GSPO, **GROUP),
-    "remax": lambda: ppo(advantage=GreedyBaseline(), objective=NoRatio(), **SUMS, answers_per_prompt=2),
+    "remax": lambda: ppo(advantage=GreedyBaseline(), objective=NoRatio(), **SUMS, answers_per_prompt=3),
     "clip_cov": lambda: ppo(advantage=GroupNormalised(), clip_cov=ClipCov(0.3, 0.0, 9.0), **GROUP),
     "reinforce": lambda: ppo(advantage=MovingBaseline(), objective=NoRatio(), **SUMS, answers_per_prompt=2),
     "dpo": dpo,

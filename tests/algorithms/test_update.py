@@ -27,8 +27,9 @@ def test_masked_slots_may_hold_anything(gae_case):
     """NaN, infinity and random tokens outside the masks change no bit of the update."""
     batch = gae_case.batch
     junk = type(batch.fields)(
-        logprobs=NAN, sampler_logprobs=NAN, ref_logprobs=np.inf, values=NAN, advantages=NAN, returns=-np.inf
-    )
+        logprobs=NAN, sampler_logprobs=NAN, ref_logprobs=np.inf, values=NAN, advantages=NAN, returns=-np.inf,
+        weights=NAN, shares=np.inf,
+    )  # fmt: skip
     dirty = batch.replace(
         fields=jax.tree.map(lambda x, other: np.where(batch.mask, x, other).astype(np.float32), batch.fields, junk),
         tokens=np.where(
