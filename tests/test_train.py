@@ -252,8 +252,8 @@ BAD = {
     "off-policy by the sampler's log-probs": Bad(
         ("--train.staleness", "1", "--ppo.behaviour", "sampler"), names=("ppo.behaviour",)
     ),
-    "KL of a group method in the reward": Bad(
-        ("--ppo.answers-per-prompt", "2"), ("ppo.advantage:group-normalised",), names=("ppo.kl_in",)
+    "ratio of answers, advantages of tokens": Bad(
+        choice=("ppo.ratio:answer-ratio",), names=("ppo.ratio=AnswerRatio", "GAE")
     ),
     "estimator that does not exist": Bad(choice=("ppo.advantage:median",), names=("ppo.advantage", "group-normalised")),
     "never saved": Bad(("--train.save-every", "0"), names=("train.save_every", "0")),
