@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import chex
 import jax
@@ -41,7 +41,7 @@ class AdvantageInputs(NamedTuple):
     baseline: Array = np.zeros(2, np.float32)
 
 
-class Estimator:
+class Estimator(Protocol):
     """What all estimators share, with the answers that most give.
 
     Attributes:
@@ -60,7 +60,6 @@ class Estimator:
 
     def __call__(self, inputs: AdvantageInputs) -> tuple[jax.Array, jax.Array]:
         """Returns (advantages before whitening, returns for a critic to learn), each [B, T]."""
-        raise NotImplementedError
 
     def follow(self, baseline: jax.Array, mean_total: jax.Array) -> jax.Array:
         """Returns what the next step finds in `AdvantageInputs.baseline`, [2].

@@ -7,6 +7,7 @@ guide on settings). `NAMED` lists them all; the documentation and the tests are 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rlaif_jax.algorithms.advantages import (
     GAE,
@@ -21,91 +22,71 @@ from rlaif_jax.algorithms.advantages import (
 from rlaif_jax.algorithms.objectives import CISPO, SAPO, Clipped, NoRatio
 from rlaif_jax.algorithms.optimizer import OptimizerConfig
 from rlaif_jax.algorithms.ppo import PPOConfig
-from rlaif_jax.algorithms.surrogate import AnswerRatio, OverAnswers, OverLength, OverTokens
+from rlaif_jax.algorithms.surrogate import AnswerRatio, OverAnswers, OverLength
 
 RATE = OptimizerConfig(learning_rate=1e-6, schedule="constant")
+_ONCE = PPOConfig(num_epochs=1, kl_coef=0.0, policy_optimizer=RATE)
+_PLAIN = replace(_ONCE, objective=NoRatio(), average=OverLength(1))
+_GROUP = replace(_ONCE, advantage=GroupNormalised(), objective=Clipped(0.2), answers_per_prompt=8)
 
-REINFORCE = PPOConfig(
+REINFORCE = replace(
+    _PLAIN,
     advantage=MovingBaseline(),
-    objective=NoRatio(),
-    average=OverLength(1),
-    num_epochs=1,
-    kl_coef=0.0,
-    policy_optimizer=RATE,
 )
 """REINFORCE (Williams 1992): gradient = (R - b) sum_t d log pi_t, b the moving mean of earlier steps' rewards."""
 
-RLOO = PPOConfig(
+RLOO = replace(
+    _PLAIN,
     advantage=LeaveOneOut(),
-    objective=NoRatio(),
-    average=OverLength(1),
     answers_per_prompt=4,
-    num_epochs=1,
     kl_coef=0.03,
-    policy_optimizer=RATE,
 )
 """RLOO (Ahmadian 2024, equation 7): A_i = R_i - mean of the other K - 1 rewards, each less kl_coef log(pi / pi_ref).
 
 K = 2 or 4, learning rate 1e-6, batch 512, coefficient .03 on TL;DR and .10 on HH.
 """
 
-REMAX = PPOConfig(
+REMAX = replace(
+    _PLAIN,
     advantage=GreedyBaseline(),
-    objective=NoRatio(),
-    average=OverLength(1),
-    num_epochs=1,
     kl_coef=0.1,
-    policy_optimizer=RATE,
 )
 """ReMax (Li 2024): A = R - R of the greedy answer, one sampled answer a prompt, learning rate 1e-6, coefficient .1."""
 
-OPO = PPOConfig(
+OPO = replace(
+    _PLAIN,
     advantage=LengthWeighted(),
-    objective=NoRatio(),
-    average=OverLength(1),
     answers_per_prompt=8,
-    num_epochs=1,
-    kl_coef=0.0,
-    policy_optimizer=RATE,
 )
 """OPO (Hao 2025): A_i = R_i - sum_j l_j R_j / sum_j l_j, l the lengths; exactly on-policy, neither KL nor entropy terms."""
 
-GRPO = PPOConfig(
-    advantage=GroupNormalised(),
-    objective=Clipped(0.2),
+GRPO = replace(
+    _GROUP,
     average=OverAnswers(),
     answers_per_prompt=64,
-    num_epochs=1,
     kl_in="loss",
     kl_gradient="k3",
     kl_coef=0.04,
-    policy_optimizer=RATE,
 )
 """GRPO (Shao 2024, equation 3): A_i = (R_i - mean) / std of the group, clipped, mean over tokens, then answers; k3 in the loss.
 
 64 answers a prompt, learning rate 1e-6, coefficient .04.
 """
 
-DR_GRPO = PPOConfig(
+DR_GRPO = replace(
+    _ONCE,
     advantage=GroupMean(),
     objective=Clipped(0.2),
     average=OverLength(),
     answers_per_prompt=8,
-    num_epochs=1,
-    kl_coef=0.0,
-    policy_optimizer=RATE,
 )
 """Dr. GRPO (Liu 2025): neither the group's deviation nor the answer's length divides; 8 answers, learning rate 1e-6, no KL."""
 
-DAPO = PPOConfig(
-    advantage=GroupNormalised(),
+DAPO = replace(
+    _GROUP,
     objective=Clipped(0.2, clip_higher=0.28),
-    average=OverTokens(),
     answers_per_prompt=16,
-    num_epochs=1,
     num_minibatches=16,
-    kl_coef=0.0,
-    policy_optimizer=RATE,
 )
 """DAPO (Yu 2025, equations 8 to 13): clip-higher .2 / .28, mean over all tokens, no KL.
 
@@ -113,72 +94,54 @@ DAPO = PPOConfig(
 punishment `ppo.shaping.overlong_from`: both depend on the task.
 """
 
-GSPO = PPOConfig(
-    advantage=GroupNormalised(),
+GSPO = replace(
+    _GROUP,
     objective=Clipped(3e-4, clip_higher=4e-4),
     ratio=AnswerRatio(),
     average=OverAnswers(),
-    answers_per_prompt=8,
-    num_epochs=1,
     num_minibatches=4,
-    kl_coef=0.0,
-    policy_optimizer=RATE,
 )
 """GSPO (Zheng 2025, equations 5 and 7): one ratio an answer, (pi / pi_old)^(1 / length), clips 3e-4 / 4e-4; 4 minibatches."""
 
-REINFORCE_PLUS_PLUS = PPOConfig(
+REINFORCE_PLUS_PLUS = replace(
+    _ONCE,
     advantage=ReturnToGo(whiten=True),
     objective=Clipped(0.2),
-    average=OverTokens(),
-    num_epochs=1,
     kl_coef=0.01,
-    policy_optimizer=RATE,
 )
 """REINFORCE++ (Hu 2025): A_t = R - kl_coef sum_{i >= t} log(pi / pi_ref)_i, brought to mean 0 and variance 1 over the step."""
 
-REINFORCE_PLUS_PLUS_BASELINE = PPOConfig(
+REINFORCE_PLUS_PLUS_BASELINE = replace(
+    _ONCE,
     advantage=GroupMean(whiten=True),
     objective=Clipped(0.2),
-    average=OverTokens(),
     answers_per_prompt=8,
-    num_epochs=1,
     kl_in="loss",
     kl_coef=0.01,
-    policy_optimizer=RATE,
 )
 """REINFORCE++ with a baseline (Hu 2025): A = R - the group's mean, whitened over the step; k2 in the loss."""
 
-CISPO_ = PPOConfig(
-    advantage=GroupNormalised(),
+CISPO_ = replace(
+    _GROUP,
     objective=CISPO(5.0),
-    average=OverTokens(),
     answers_per_prompt=16,
-    num_epochs=1,
     num_minibatches=16,
-    kl_coef=0.0,
-    policy_optimizer=RATE,
 )
 """CISPO (MiniMax 2025): -sg(min(rho, m)) A log pi, mean over all tokens; m = 5 as ScaleRL (Khatri 2025) found good."""
 
-SAPO_ = PPOConfig(
-    advantage=GroupNormalised(),
+SAPO_ = replace(
+    _GROUP,
     objective=SAPO(1.0, 1.05),
     average=OverAnswers(),
-    answers_per_prompt=8,
-    num_epochs=1,
     num_minibatches=4,
-    kl_coef=0.0,
-    policy_optimizer=RATE,
 )
 """SAPO (Gao 2025): -A (4 / t) s(t (rho - 1)), t = 1 where A > 0, else 1.05; mean over tokens, then answers."""
 
-A2C = PPOConfig(
+A2C = replace(
+    _PLAIN,
     advantage=GAE(gae_lambda=1.0, whiten=False),
-    objective=NoRatio(),
-    average=OverLength(1),
-    num_epochs=1,
+    kl_coef=0.05,
     value_clip_range=None,
-    policy_optimizer=RATE,
     value_optimizer=RATE,
 )
 """A2C (Mnih 2016): A_t = the return from t on - V_t, a plain policy gradient and the critic's squared error."""
@@ -188,15 +151,13 @@ PPO_RLHF = PPOConfig(
 )
 """PPO (Schulman 2017; Stiennon 2020; Huang 2024): GAE .95, clips .2, 4 epochs, KL .05 in the reward, learning rate 3e-6."""
 
-VAPO = PPOConfig(
+VAPO = replace(
+    _ONCE,
     advantage=GAE(value_lambda=1.0, length_alpha=0.05),
     objective=Clipped(0.2, clip_higher=0.28),
     answers_per_prompt=16,
-    num_epochs=1,
     num_minibatches=16,
     value_warmup=50,
-    kl_coef=0.0,
-    policy_optimizer=RATE,
     value_optimizer=OptimizerConfig(learning_rate=2e-6, schedule="constant"),
 )
 """VAPO (Yue 2025): lambda = 1 - 1 / (.05 length), 1 for the critic, which learns alone for 50 steps; clips .2 / .28.
